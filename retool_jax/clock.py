@@ -1,0 +1,43 @@
+"""Where a run's wall-clock time goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+_COMPILE_EVENTS = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+
+
+class Clock:
+    """Seconds by part of the run. Compilation is a part of its own, wherever it happens."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or {})
+        self._compiled = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block's time under `name`, less what it spent compiling. Parts do not nest."""
+        compiled, began = self._compiled, time.perf_counter()
+        try:
+            yield
+        finally:
+            compiling = self._compiled - compiled
+            self.add("compile", compiling)
+            self.add(name, time.perf_counter() - began - compiling)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: object) -> None:
+        if event in _COMPILE_EVENTS:
+            self._compiled += duration

@@ -1,0 +1,1 @@
+"""Problems, demonstrations and packed batches."""

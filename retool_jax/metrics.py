@@ -1,0 +1,275 @@
+"""A run's numbers on their way out: the metrics file, TensorBoard, the progress line and the closing table.
+
+`metrics.jsonl` holds one JSON object a line, `{"kind": "sft" | "rl" | "eval", "step": int, ...}`. Rates are shares of
+one, times are seconds, and every key that depends on the wall clock begins with "perf/", so that two runs of one
+config can be compared line by line without those.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as LiveBar
+from rich.table import Table
+
+from retool_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+PLAIN_LINES_PER_PHASE = 15
+
+# ------------------------------------------------------------------------------------------------ the metrics file
+
+
+class MetricsLog:
+    """Appends a run's numbers to `folder/metrics.jsonl` and to TensorBoard in `folder/tensorboard`.
+
+    With `resume_step` the run goes on from the checkpoint of that step: lines beyond it are from steps that are about
+    to be taken again and are dropped, so the finished file has each step once. With None the run is new and whatever
+    an earlier attempt left is dropped. All kinds share one step axis, so a log holds one phase of training.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None):
+        # Imported here: tensorboardX imports torch where there is one, which readers of metrics need not wait for.
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        last_kept = -1 if resume_step is None else resume_step
+        path = folder / METRICS_FILE
+        if path.exists():
+            kept = read_metrics(folder) if resume_step is not None else []
+            _replace_lines(path, [json.dumps(record) for record in kept if record["step"] <= last_kept])
+        self._file = path.open("a", encoding="utf-8")
+        # TensorBoard hides what earlier event files say about purge_step and later steps. The suffix keeps two files
+        # apart that were begun within one second, which is all that tensorboardX's own names resolve.
+        first = last_kept + 1
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first, filename_suffix=f".from-{first:08d}")
+
+    def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        """Write one line and its scalars; both are on the disk when this returns. Non-finite numbers become null."""
+        plain = {key: _plain(value) for key, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        # dev and test are measured at the same step and need a name each.
+        prefix = f"{kind}/{plain['split']}" if "split" in plain else kind
+        for key, value in plain.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{prefix}/{key}", value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run folder, oldest first. A last line that a kill tore is left out.
+
+    Raises FileNotFoundError when there is no metrics file, UserError when a line before the last is not JSON.
+    """
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
+    return records
+
+
+def _replace_lines(path: Path, lines: list[str]) -> None:
+    """Give the file new content in one step: a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: object) -> object:
+    """A value that strict JSON can hold: numpy and JAX scalars unpacked, NaN and infinities as None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- the progress
+
+
+class Progress:
+    """Shows how far a phase is: a live bar on a terminal, about fifteen plain lines in a log file.
+
+    with Progress("RL", total=80, start=12) as bar:      # steps 1..12 were done before this process started
+        bar.step(13, {"accuracy": 0.51, "tool rate": 0.9, "tokens/s": 21500.0})
+        bar.say("step 13: dev accuracy 51.2 %")
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None):
+        self._title, self._total, self._start = title, total, start
+        self._console = console or Console(highlight=False)
+        self._every = math.ceil(total / PLAIN_LINES_PER_PHASE)
+        self._first: tuple[int, float] | None = None
+        self._bar = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = LiveBar(
+                TextColumn("{task.description}", style="bold", markup=False),
+                BarColumn(bar_width=18),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=self._console,
+                refresh_per_second=4,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._start, status="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, step: int, values: Mapping[str, float | str | None]) -> None:
+        """Report that `step` of `total` is done, with the numbers to show beside it."""
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        left = seconds_left(self._first, (step, now), self._total)
+        status = "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
+        if left is not None:
+            status += f"  {format_seconds(left)} left"
+        if self._bar:
+            self._bar.update(self._task, completed=step, status=status)
+        elif step % self._every == 0 or step == self._total:
+            self.say(f"{self._title} {step}/{self._total}  {status}")
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def seconds_left(first: tuple[int, float], last: tuple[int, float], total: int) -> float | None:
+    """Time to go from (step, seconds) of the first and of the last finished step; None while there is one alone.
+
+    The rate counts from the end of the first step, since that one includes compilation.
+    """
+    steps = last[0] - first[0]
+    if steps <= 0 or last[0] >= total:
+        return None
+    return (last[1] - first[1]) / steps * (total - last[0])
+
+
+# --------------------------------------------------------------------------------------------- numbers for people
+
+
+def format_value(value: float | str | None) -> str:
+    """Three decimals below ten (losses, rates), thousands separated above (tokens/s), words as they are."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def format_percent(share: float | None, stderr: float | None = None) -> str:
+    """0.461 as '46.1 %', with a standard error '46.1 ± 3.1 %'."""
+    if share is None:
+        return "-"
+    return f"{100 * share:.1f} %" if stderr is None else f"{100 * share:.1f} ± {100 * stderr:.1f} %"
+
+
+def format_seconds(seconds: float) -> str:
+    """75 as '1:15', 3700 as '1:01:40'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def summary_rows(summary: Mapping) -> list[tuple[str, str, str]]:
+    """(what, before RL, after RL) of a run's summary, ready to show; what was not measured is a dash."""
+    columns = [summary.get("before") or {}, summary.get("after") or {}]
+
+    def row(name: str, show) -> tuple[str, str, str]:
+        return name, show(columns[0]), show(columns[1])
+
+    return [
+        row("accuracy, sampled at T=1", lambda c: format_percent(c.get("accuracy"), c.get("accuracy_stderr"))),
+        row("accuracy, greedy", lambda c: format_percent(c.get("greedy_accuracy"))),
+        row("tool-call rate", lambda c: format_percent(c.get("tool_rate"))),
+        row("tool success", lambda c: format_percent(c.get("tool_success"))),
+        row("response tokens", lambda c: _one_decimal(c.get("response_tokens"))),
+    ]
+
+
+def time_rows(summary: Mapping) -> list[tuple[str, float, float]]:
+    """(part, seconds, share of the total) of a run's time, the longest part first."""
+    parts = {name: seconds for name, seconds in (summary.get("seconds") or {}).items() if name != "total"}
+    total = (summary.get("seconds") or {}).get("total") or sum(parts.values())
+    longest_first = sorted(parts.items(), key=lambda item: -item[1])
+    return [(name, seconds, seconds / total) for name, seconds in longest_first if seconds > 0]
+
+
+def summary_title(summary: Mapping) -> str:
+    """What the before and after columns were measured on, in words."""
+    problems = f"{summary['problems']:,} " if summary.get("problems") else ""
+    return (
+        f"{problems}{summary.get('split', 'held-out')} problems, before and after {summary.get('steps', '?')} RL steps"
+    )
+
+
+def summary_table(summary: Mapping) -> Table:
+    """The closing table of a run: what RL changed on the held-out problems."""
+    table = Table(title=summary_title(summary), title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("before RL", justify="right")
+    table.add_column("after RL", justify="right", style="bold")
+    for row in summary_rows(summary):
+        table.add_row(*row)
+    return table
+
+
+def print_summary(summary: Mapping, console: Console | None = None) -> None:
+    """Print the closing table, the speeds and where the time went."""
+    console = console or Console(highlight=False)
+    console.print()
+    console.print(summary_table(summary))
+    speeds = summary.get("tokens_per_s") or {}
+    if speeds:
+        console.print("tokens/s   " + "   ".join(f"{name} {format_value(rate)}" for name, rate in speeds.items()))
+    rows = time_rows(summary)
+    if not rows:
+        return
+    table = Table(title="time by part", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    for name, seconds, share in rows:
+        table.add_row(name, format_seconds(seconds), f"{100 * share:.0f} %")
+    total = summary["seconds"].get("total")
+    if total:
+        table.add_section()
+        table.add_row("total", format_seconds(total), "")
+    console.print(table)
+
+
+def _one_decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"

@@ -1,0 +1,184 @@
+"""The Qwen2 decoder: embeddings, L scanned layers, final norm, head.
+
+Modules declare weights with logical axis names and say how one layer computes; the functions below them are what
+the rest of the project calls. They take the weights as a pytree (an `nnx.State`), so that jit, grad, optax and
+orbax see arrays and nothing else.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retool_jax.models.attention import attend, packed_mask, rotate
+from retool_jax.models.cache import KVCache, write_layer
+from retool_jax.models.config import ModelConfig
+
+Params = nnx.State
+
+
+class Weight(nnx.Param):
+    """A parameter that knows its logical axes, one name per dimension (see `mesh.py`)."""
+
+
+def _weight(
+    config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], logical: tuple[str, ...], std: float
+) -> Weight:
+    values = jax.random.normal(rngs.params(), shape, config.param_dtype) * std if std else jnp.zeros(shape)
+    return Weight(values.astype(config.param_dtype), logical=logical)
+
+
+def _norm(config: ModelConfig, shape: tuple[int, ...], logical: tuple[str, ...]) -> Weight:
+    return Weight(jnp.ones(shape, config.param_dtype), logical=logical)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467), normalised in fp32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Layers(nnx.Module):
+    """The weights of all layers, stacked on a leading L axis; inside the scan, of one layer without it."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        c, L = config, config.num_layers
+        D, F, N, K, H = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
+        make = partial(_weight, c, rngs)
+        self.config = config
+        self.attention_norm = _norm(c, (L, D), ("layers", "norm"))
+        self.q = make((L, D, N, H), ("layers", "embed", "heads", "head_dim"), D**-0.5)
+        self.k = make((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), D**-0.5)
+        self.v = make((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), D**-0.5)
+        self.q_bias = make((L, N, H), ("layers", "heads", "head_dim"), 0.0)
+        self.k_bias = make((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0)
+        self.v_bias = make((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0)
+        self.o = make((L, N, H, D), ("layers", "heads", "head_dim", "embed"), (N * H) ** -0.5)
+        self.mlp_norm = _norm(c, (L, D), ("layers", "norm"))
+        self.gate = make((L, D, F), ("layers", "embed", "mlp"), D**-0.5)
+        self.up = make((L, D, F), ("layers", "embed", "mlp"), D**-0.5)
+        self.down = make((L, F, D), ("layers", "mlp", "embed"), F**-0.5)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mix: Callable) -> tuple[jax.Array, KVCache | None]:
+        """One layer; `mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
+        c = self.config
+
+        def cast(weight: Weight) -> jax.Array:
+            return weight[...].astype(c.compute_dtype)
+
+        h = rms_norm(x_BTD, self.attention_norm[...], c.rms_norm_eps)
+        q = jnp.einsum("BTD,DNH->BTNH", h, cast(self.q)) + cast(self.q_bias)
+        k = jnp.einsum("BTD,DKH->BTKH", h, cast(self.k)) + cast(self.k_bias)
+        v = jnp.einsum("BTD,DKH->BTKH", h, cast(self.v)) + cast(self.v_bias)
+        mixed, cache = mix(rotate(q, positions_BT, c.rope_theta), rotate(k, positions_BT, c.rope_theta), v)
+        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", mixed, cast(self.o))
+        h = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
+        h = jax.nn.silu(h @ cast(self.gate)) * (h @ cast(self.up))
+        return x_BTD + h @ cast(self.down), cache
+
+
+class Decoder(nnx.Module):
+    """All weights of the model."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        c = config
+        self.embedding = _weight(c, rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
+        self.layers = Layers(c, rngs)
+        self.final_norm = _norm(c, (c.hidden_size,), ("norm",))
+        if not c.tie_embeddings:
+            self.head = _weight(c, rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
+
+
+@lru_cache
+def abstract_params(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The module's structure and its weights as shapes; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random weights. Jit this with `out_shardings` to create a large model in shards."""
+    return nnx.split(Decoder(config, nnx.Rngs(params=key)))[1]
+
+
+def forward(
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """Final hidden states [B,T,D] of packed rows: `segments` tells the sequences of a row apart."""
+    mask = packed_mask(segments_BT)
+
+    def layer(x_BTD: jax.Array, layers: Layers, index: jax.Array) -> jax.Array:
+        return layers(x_BTD, positions_BT, lambda q, k, v: (attend(q, k, v, mask), None))[0]
+
+    return _scan_layers(config, params, tokens_BT, layer)
+
+
+def extend(
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+    rows_B: jax.Array | None = None,
+) -> tuple[KVCache, jax.Array]:
+    """Put `count` tokens behind the first `start` entries of cache rows; the model call of all decoding.
+
+    Prefill, append and decode differ only in T. `rows` names the cache row of each batch row and defaults to
+    all rows in order, which needs no gather; a row outside the cache is padding. Tokens beyond `count` are padding.
+
+    Returns the cache and the hidden state [B,D] after each row's last token, from which the next is sampled.
+    """
+    B, T = tokens_BT.shape
+    S = cache.k.shape[2]
+    offsets = jnp.arange(T)
+    positions_BT = start_B[:, None] + offsets
+    write_BT = jnp.where(offsets < count_B[:, None], positions_BT, S)
+    target_B1 = (jnp.arange(B) if rows_B is None else rows_B)[:, None]
+    mask_BTS = jnp.arange(S) <= positions_BT[..., None]
+
+    def layer(carry: tuple[jax.Array, KVCache], layers: Layers, index: jax.Array) -> tuple[jax.Array, KVCache]:
+        x_BTD, cache = carry
+
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+            written = write_layer(cache, index, target_B1, write_BT, k, v)
+            if rows_B is None:
+                keys, values = written.k[index], written.v[index]
+            else:
+                keys, values = written.k[index, rows_B], written.v[index, rows_B]
+            return attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask_BTS), written
+
+        return layers(x_BTD, positions_BT, mix)
+
+    hidden_BTD, cache = _scan_layers(config, params, tokens_BT, layer, cache)
+    last_B = jnp.maximum(count_B - 1, 0)
+    return cache, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Unnormalised log-probabilities [..., V] in fp32 for hidden states [..., D]."""
+    weight = params["embedding" if config.tie_embeddings else "head"][...].astype(config.compute_dtype)
+    return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _scan_layers(
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, layer: Callable, cache: KVCache | None = None
+):
+    graph, _ = abstract_params(config)
+    decoder = nnx.merge(graph, params)
+    x_BTD = decoder.embedding[...][tokens_BT].astype(config.compute_dtype)
+    layer_graph, stack = nnx.split(decoder.layers)
+
+    def body(carry, scanned):
+        weights, index = scanned
+        return layer(carry, nnx.merge(layer_graph, weights), index), None
+
+    if config.remat:
+        body = jax.checkpoint(body)
+    carry = x_BTD if cache is None else (x_BTD, cache)
+    carry, _ = jax.lax.scan(body, carry, (stack, jnp.arange(config.num_layers)))
+    x_BTD, cache = (carry, None) if cache is None else carry
+    hidden = rms_norm(x_BTD, decoder.final_norm[...], config.rms_norm_eps)
+    return hidden if cache is None else (hidden, cache)

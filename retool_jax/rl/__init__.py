@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, rewards, advantages, losses and the loop that joins them."""

@@ -1,0 +1,248 @@
+"""GRPO with a Python interpreter: the whole algorithm in `train`, and its parts below it."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.clock import Clock
+from retool_jax.config import RLRun, claim_folder
+from retool_jax.data.arithmetic import SPLITS
+from retool_jax.data.packing import Example, PackedBatch, pack
+from retool_jax.data.problems import Problems
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.scheduler import Statistics
+from retool_jax.mesh import make_mesh
+from retool_jax.metrics import MetricsLog, Progress, print_summary
+from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.rl.advantage import group_relative
+from retool_jax.rl.evaluation import evaluate, summarise
+from retool_jax.rl.loss import policy_token_loss
+from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
+from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.sandbox import open_sandbox
+from retool_jax.sft.loop import check_vocabulary, load_weights
+from retool_jax.sft.loop import train as train_cold_start
+from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+from retool_jax.update import TrainState, fresh_state, make_update, state_shardings
+
+
+async def train(run: RLRun) -> None:
+    """Train to the last step, resuming from the newest checkpoint; leaves the run folder and prints its table."""
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(run.tokenizer)
+    check_vocabulary(run, tokenizer)
+    problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
+    check_prompts(run, tokenizer, problems)
+    if run.init_from:
+        load_weights(run, Path(run.init_from))  # a wrong path is told before anything is written
+    mesh = make_mesh(run.mesh)
+
+    async with AsyncExitStack() as stack:
+        box = await stack.enter_async_context(open_sandbox(run.sandbox)) if run.tools == "python" else None
+        folder = claim_folder(run)
+        checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep)
+        start = checkpoints.latest()
+        if start is not None and start >= run.rl.steps and (folder / "summary.json").is_file():
+            print(f"{folder} is complete; its table again:")
+            print_summary(json.loads((folder / "summary.json").read_text()))
+            return
+        clock = Clock()
+        if start is None:
+            with clock.part("cold start"):
+                params = cold_start(run)
+            state, notes = begin(run, params, mesh), {"tokens": {}}
+        else:
+            print(f"resuming {folder} from step {start}")
+            state, notes = restore(run, checkpoints, start, mesh)
+            clock.seconds = notes["seconds"]
+        print(f"sandbox: {box.description}" if box else "sandbox: none, a text-only run")
+
+        engine = Engine(run.model, run.engine, state.params, mesh, tokenizer.stop_ids, run.seed)
+        update = make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature)
+        log = stack.enter_context(MetricsLog(folder, start))
+        bar = stack.enter_context(Progress("RL", run.rl.steps, start or 0))
+
+        async def look(split: str, step: int) -> dict:
+            with clock.part("evaluation"):
+                numbers = await evaluate(
+                    engine, tokenizer, box, problems[split], step, run.evaluation.problems, run.rollout, folder
+                )
+            log.write("eval", step, numbers)
+            bar.say(
+                f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
+                f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
+            )
+            return numbers
+
+        def save(step: int) -> None:
+            with clock.part("checkpoint"):
+                elapsed = notes.get("elapsed_s", 0.0) + time.perf_counter() - began
+                checkpoints.save(step, state, notes | {"seconds": clock.seconds, "elapsed_s": elapsed})
+
+        if start is None:
+            notes["before"] = await look(run.evaluation.final_split, 0)
+            if run.evaluation.every and run.evaluation.final_split != "dev":
+                await look("dev", 0)
+            save(0)
+
+        for step in range((start or 0) + 1, run.rl.steps + 1):
+            with clock.part("rollout"):
+                samples = samples_of(run, problems["train"], step)
+                trajectories, statistics = await rollout(engine, tokenizer, box, samples, run.rollout)
+                score(tokenizer, trajectories)
+            with clock.part("update"):
+                groups = learnable_groups(trajectories, run.rl.group_size)
+                state, learned = learn(update, state, batches_of(run, groups))
+                engine.update_params(state.params)
+
+            count(notes["tokens"], "decode", statistics.decoded_tokens)
+            count(notes["tokens"], "update", sum(len(e.ids) for group in groups for e in group))
+            numbers = summarise(trajectories) | learned | {"groups_used": len(groups)}
+            log.write("rl", step, numbers | performance(clock, statistics))
+            bar.step(
+                step,
+                {
+                    "accuracy": numbers["accuracy"],
+                    "tool rate": numbers["tool_rate"],
+                    "tokens/s": statistics.decoded_tokens / statistics.total_s,
+                },
+            )
+            if run.evaluation.every and step % run.evaluation.every == 0:
+                await look("dev", step)
+            if step % run.checkpoint.every == 0 and step < run.rl.steps:
+                save(step)
+
+        notes["after"] = await look(run.evaluation.final_split, run.rl.steps)
+        save(run.rl.steps)
+        checkpoints.close()
+        clock.close()
+        total = notes.get("elapsed_s", 0.0) + time.perf_counter() - began
+        summary = summarise_run(run, notes, clock.seconds, total)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(summary)
+    print(f"\nto look at it: python -m retool_jax.report run={folder}")
+
+
+def check_prompts(run: RLRun, tokenizer: Tokenizer, problems: dict[str, Problems]) -> None:
+    """Refuse over-long prompts of a data set before anything runs; the miniature's are checked as they come."""
+    for stream in problems.values():
+        for problem in stream.finite or ():
+            encode_prompt(tokenizer, problem, run.tools == "python", run.rollout.max_prompt_tokens)
+
+
+def cold_start(run: RLRun) -> Params:
+    """The weights that RL begins from: those of `init_from`, or of the cold start that belongs to this config."""
+    if run.init_from:
+        print(f"starting from {run.init_from}")
+        return load_weights(run, Path(run.init_from))
+    supervised = run.cold_start()
+    done = Checkpoints(Path(supervised.run) / "checkpoints", 1).latest() if Path(supervised.run).is_dir() else None
+    if done is not None and done >= supervised.sft.steps:
+        print(f"cold start: reusing {supervised.run}")
+    else:
+        print(f"cold start: none yet for this config, training it first in {supervised.run}")
+    return train_cold_start(supervised).params
+
+
+def begin(run: RLRun, params: Params, mesh: Mesh) -> TrainState:
+    """Step 0 of RL: the cold start's weights and a fresh optimiser."""
+    shardings = state_shardings(run.model, run.rl.optimizer, mesh)
+    return jax.jit(partial(fresh_state, optimizer=run.rl.optimizer), out_shardings=shardings)(params)
+
+
+def restore(run: RLRun, checkpoints: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, dict]:
+    """The train state and notes of a checkpoint of this run."""
+    shapes = jax.eval_shape(partial(fresh_state, optimizer=run.rl.optimizer), abstract_params(run.model)[1])
+    return checkpoints.restore(step, abstract_like(shapes, state_shardings(run.model, run.rl.optimizer, mesh)))
+
+
+def samples_of(run: RLRun, problems: Problems, step: int) -> list[Sample]:
+    """The samples of a step, group by group; problems and random streams follow from the step alone."""
+    P, n = run.rl.prompts_per_step, run.rl.group_size
+    first = (step - 1) * P
+    return [
+        Sample(problems[first + group], (first + group) * n + member, run.rl.temperature)
+        for group in range(P)
+        for member in range(n)
+    ]
+
+
+def learnable_groups(trajectories: Sequence[Trajectory], group_size: int) -> list[list[Example]]:
+    """Groups with their advantages, without what cannot teach.
+
+    A trajectory that lost its sandbox is no signal about the policy and is dropped. A group of equal rewards has
+    zero advantage everywhere and is left out of the batch, so the token mean is over tokens that carry a gradient.
+    """
+    groups = []
+    for first in range(0, len(trajectories), group_size):
+        kept = [t for t in trajectories[first : first + group_size] if t.end != End.SANDBOX_LOST]
+        rewards = np.array([t.reward for t in kept])
+        if len(kept) > 1 and rewards.std() > 0:
+            pairs = zip(kept, group_relative(rewards), strict=True)
+            groups.append([trajectory.example(float(advantage)) for trajectory, advantage in pairs])
+    return groups
+
+
+def batches_of(run: RLRun, groups: list[list[Example]]) -> list[PackedBatch]:
+    """One packed batch per optimiser step; every one has the same shape, so one compiled update serves all."""
+    rl = run.rl
+    rows = rl.prompts_per_step // rl.minibatches * rl.group_size  # at worst each trajectory fills a row
+    limit = -(-rows // rl.rows_per_micro)
+    dealt = [[e for group in groups[i :: rl.minibatches] for e in group] for i in range(rl.minibatches)]
+    return [pack(examples, rl.row_length, rl.rows_per_micro, limit) for examples in dealt if examples]
+
+
+def learn(update: Callable, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+    """One optimiser step per batch; returns their mean metrics.
+
+    The first batch is updated with the weights that sampled it, so there the difference between the engine's and
+    the trainer's log-probabilities is numerics alone; that is the one to report.
+    """
+    history = []
+    for batch in batches:
+        state, metrics = update(state, batch)
+        history.append({key: float(value) for key, value in jax.device_get(metrics).items()})
+    if not history:
+        return state, {}
+    means = {key: float(np.mean([metrics[key] for metrics in history])) for key in history[0]}
+    return state, means | {"logprob_diff_mean": history[0]["logprob_diff_mean"]}
+
+
+def performance(clock: Clock, statistics: Statistics) -> dict[str, float]:
+    """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config."""
+    return {
+        "perf/tokens_per_s": statistics.decoded_tokens / statistics.total_s,
+        "perf/rollout_s": statistics.total_s,
+        "perf/tool_wait_s": statistics.tool_wait_s,
+        "perf/update_total_s": clock.seconds["update"],
+        "perf/fill": statistics.decoded_tokens / max(statistics.row_steps, 1),
+    }
+
+
+def summarise_run(run: RLRun, notes: dict, seconds: dict[str, float], total_s: float) -> dict:
+    """What the closing table shows; `seconds` are by part, and what no part claims is `other`."""
+    tokens = notes["tokens"]
+    return {
+        "split": run.evaluation.final_split,
+        "problems": run.evaluation.problems,
+        "steps": run.rl.steps,
+        "before": notes["before"],
+        "after": notes["after"],
+        "tokens_per_s": {
+            "decode": tokens["decode"] / seconds["rollout"],
+            "update": tokens["update"] / seconds["update"],
+        },
+        "seconds": seconds | {"other": total_s - sum(seconds.values()), "total": total_s},
+    }
+
+
+def count(totals: dict[str, int], key: str, amount: int) -> None:
+    totals[key] = totals.get(key, 0) + amount

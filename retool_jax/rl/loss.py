@@ -1,0 +1,45 @@
+"""Policy losses: pure functions of a token's new and old log-probability and its advantage."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from retool_jax.data.packing import PackedBatch
+from retool_jax.update import TokenLoss, TokenTerms
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Bounds of the probability ratio new / old."""
+
+    low: float = 0.2  # the ratio may fall to 1 - low
+    high: float = 0.28  # and rise to 1 + high: more room for unlikely tokens (DAPO, arXiv 2503.14476 section 3.1)
+    dual: float = 10.0  # a token with negative advantage A costs at most dual * |A| (arXiv 1912.09729)
+
+
+def clipped_policy_loss(
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: ClipConfig
+) -> tuple[jax.Array, jax.Array]:
+    """PPO's clipped surrogate with asymmetric bounds and dual clip, per token.
+
+        loss = -min(r A, clip(r, 1 - low, 1 + high) A),  and for A < 0 at most dual |A|;  r = exp(new - old)
+
+    Returns the loss and whether a bound was active, both shaped like `logprobs`.
+    """
+    ratio = jnp.exp(logprobs - old_logprobs)
+    bounded = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
+    loss = -jnp.minimum(ratio * advantages, bounded * advantages)
+    capped = jnp.where(advantages < 0, jnp.minimum(loss, -clip.dual * advantages), loss)
+    return capped, (loss > -ratio * advantages) | (capped < loss)
+
+
+def policy_token_loss(clip: ClipConfig) -> TokenLoss:
+    """The GRPO/DAPO loss for `update.make_update`; old log-probabilities are the engine's, from sampling time."""
+
+    def loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
+        value, clipped = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, clip)
+        off = jnp.abs(logprobs - batch.logprobs)
+        return TokenTerms(value, {"clip_fraction": clipped.astype(jnp.float32), "logprob_diff_mean": off})
+
+    return loss

@@ -1,0 +1,148 @@
+"""Problems to trajectories: the policy draws turns, the sandbox answers its calls, everything is one list of ids."""
+
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+
+from retool_jax.data.problems import Problem
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.scheduler import Statistics, converse
+from retool_jax.errors import UserError
+from retool_jax.rl.reward import check, extract_boxed, reward_of
+from retool_jax.rl.trajectory import End, ToolUse, Trajectory
+from retool_jax.sandbox import Sandbox, tool_text
+from retool_jax.tokens.chat import defuse, prompt_ids, tool_segment
+from retool_jax.tokens.protocol import TOOL_SCHEMA, ToolCall, tool_calls
+from retool_jax.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Limits of a trajectory; its total length is the engine's row."""
+
+    max_prompt_tokens: int = 40
+    max_turns: int = 4  # policy turns, the last of which must be the answer
+    tool_output_chars: int = 200  # of one tool output, cut in the middle
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One trajectory to draw: `request` names its stream of random draws and is unique in a run."""
+
+    problem: Problem
+    request: int
+    temperature: float = 1.0
+
+
+class Dialogue:
+    """A trajectory in the making: what the scheduler asks of a conversation (`scheduler.Conversation`)."""
+
+    def __init__(
+        self,
+        sample: Sample,
+        prompt: list[int],
+        tokenizer: Tokenizer,
+        box: Sandbox | None,
+        room: int,
+        limits: RolloutConfig,
+    ) -> None:
+        self.prompt = prompt
+        self.request = sample.request
+        self.temperature = sample.temperature
+        self.trajectory = Trajectory(f"{sample.problem.id}/{sample.request}", sample.problem)
+        self.trajectory.add("prompt", prompt)
+        self._tokenizer, self._box, self._room, self._limits = tokenizer, box, room, limits
+
+    def turn_budget(self) -> int:
+        if not self.trajectory.started_s:
+            self.trajectory.started_s = time.perf_counter()
+        return self._room - len(self.trajectory.ids)
+
+    def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
+        self.trajectory.add("policy", ids, logprobs)
+        if ids[-1] not in self._tokenizer.stop_ids:
+            return self._end(End.TOKEN_LIMIT)
+        calls = tool_calls(self._tokenizer, ids) if self._box else []
+        if not calls:
+            boxed, _ = extract_boxed(self._tokenizer.decode(ids))
+            return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
+        if self.trajectory.turns >= self._limits.max_turns:
+            return self._end(End.TURN_LIMIT)
+        return self._answer(calls)
+
+    async def _answer(self, calls: list[ToolCall]) -> list[int] | None:
+        """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
+        turn = self.trajectory.turns - 1
+        outputs = []
+        for call in calls:
+            if call.error:
+                use = ToolUse(turn, call.code, "invalid_call", call.error)
+            else:
+                result = await self._box.run(call.code)
+                if result.status in ("infra_error", "cancelled"):
+                    self.trajectory.tool_uses.append(ToolUse(turn, call.code, result.status, result.message))
+                    return self._end(End.SANDBOX_LOST)
+                told = tool_text(result, self._limits.tool_output_chars)
+                use = ToolUse(turn, call.code, result.status, told, result.wall_s, result.queue_s)
+            use.output = defuse(self._tokenizer, use.output)
+            self.trajectory.tool_uses.append(use)
+            outputs.append(use.output)
+        segment = tool_segment(self._tokenizer, outputs)
+        # Half a segment, or one without room for an answer, teaches nothing.
+        if len(self.trajectory.ids) + len(segment) >= self._room:
+            return self._end(End.TOKEN_LIMIT)
+        self.trajectory.add("tool", segment)
+        return segment
+
+    def _end(self, reason: End) -> None:
+        self.trajectory.end = reason
+        self.trajectory.finished_s = time.perf_counter()
+
+
+async def rollout(
+    engine: Engine, tokenizer: Tokenizer, box: Sandbox | None, samples: Sequence[Sample], limits: RolloutConfig
+) -> tuple[list[Trajectory], Statistics]:
+    """Draw one trajectory per sample, in the samples' order. Without a sandbox every trajectory is one turn.
+
+    Raises:
+        UserError: a prompt is longer than `max_prompt_tokens`.
+    """
+    room = engine.config.max_length
+    encoded: dict[str, list[int]] = {}
+    dialogues = []
+    for sample in samples:
+        problem = sample.problem
+        if problem.id not in encoded:
+            encoded[problem.id] = encode_prompt(tokenizer, problem, box is not None, limits.max_prompt_tokens)
+        dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, box, room, limits))
+    origin = time.perf_counter()
+    statistics = await converse(engine, dialogues)
+    trajectories = [dialogue.trajectory for dialogue in dialogues]
+    for trajectory in trajectories:
+        trajectory.started_s -= origin
+        trajectory.finished_s -= origin
+    return trajectories, statistics
+
+
+def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: bool, limit: int) -> list[int]:
+    """A problem's prompt as ids; a `UserError` when it is longer than the limit."""
+    ids = prompt_ids(tokenizer, list(problem.messages), [TOOL_SCHEMA] if tools else None)
+    if len(ids) > limit:
+        raise UserError(
+            f"problem {problem.id} has a prompt of {len(ids)} tokens; the limit is rollout.max_prompt_tokens={limit}:"
+            " raise it (and engine.max_length with it) or leave the problem out"
+        )
+    return ids
+
+
+def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
+    """Give each trajectory its verdict and reward, from the text of the policy's last turn alone.
+
+    Only a turn that ended without a call is an answer; nothing that a tool printed, and no earlier turn, can score.
+    """
+    for trajectory in trajectories:
+        answered = trajectory.end in (End.ANSWERED, End.NO_ANSWER)
+        last = trajectory.segments[-1]
+        text = tokenizer.decode(trajectory.ids[last.start : last.stop]) if answered else ""
+        trajectory.verdict = check(text, trajectory.problem.ground_truth)
+        trajectory.reward = reward_of(trajectory.verdict)

@@ -1,0 +1,107 @@
+"""What a rollout leaves behind: ids, which of them were sampled, their log-probabilities, and why it ended."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from retool_jax.data.packing import Example
+from retool_jax.data.problems import Problem
+from retool_jax.rl.reward import Verdict
+from retool_jax.tokens.tokenizer import Tokenizer
+
+
+class End(StrEnum):
+    """Why a trajectory ended."""
+
+    ANSWERED = "answered"  # a turn without a call, with an answer in a box
+    NO_ANSWER = "no_answer"  # a turn without a call and without a box
+    TURN_LIMIT = "turn_limit"  # a call in the last turn allowed
+    TOKEN_LIMIT = "token_limit"  # no room for the rest of a turn, or for a tool's output
+    SANDBOX_LOST = "sandbox_lost"  # the machinery failed, not the policy: never part of a loss
+
+
+@dataclass
+class ToolUse:
+    """One call and its outcome; `output` is what the policy was told, seconds are the sandbox's."""
+
+    turn: int
+    code: str
+    status: str
+    output: str
+    wall_s: float = 0.0
+    queue_s: float = 0.0
+
+
+@dataclass
+class Segment:
+    """A run of ids with one author: `prompt`, `policy` or `tool`; [start, stop) in the trajectory's ids."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Trajectory:
+    """One growing list of ids. What the policy sampled is kept as sampled and never encoded again."""
+
+    id: str
+    problem: Problem
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # 0 where not sampled
+    segments: list[Segment] = field(default_factory=list)
+    tool_uses: list[ToolUse] = field(default_factory=list)
+    end: End | None = None
+    verdict: Verdict | None = None
+    reward: float = 0.0
+    started_s: float = 0.0
+    finished_s: float = 0.0
+
+    def add(self, role: str, ids: list[int], logprobs: list[float] | None = None) -> None:
+        """Append a segment; only the policy's has log-probabilities, and only it is marked sampled."""
+        sampled = role == "policy"
+        if sampled != (logprobs is not None) or (logprobs is not None and len(logprobs) != len(ids)):
+            raise ValueError(f"a {role} segment of {len(ids)} ids came with log-probabilities {logprobs!r}")
+        self.segments.append(Segment(role, len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
+        self.sampled += [sampled] * len(ids)
+        self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+
+    @property
+    def turns(self) -> int:
+        return sum(segment.role == "policy" for segment in self.segments)
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens after the prompt, tool output included."""
+        return len(self.ids) - self.segments[0].stop
+
+    def example(self, advantage: float) -> Example:
+        """The trajectory as training data."""
+        return Example(self.ids, self.sampled, self.logprobs, advantage)
+
+    def record(self, tokenizer: Tokenizer, **extra: object) -> dict:
+        """A JSON-ready record with everything that is needed to read, check or replay the trajectory."""
+        return {
+            "id": self.id,
+            **extra,
+            "problem": self.problem.question,
+            "ground_truth": self.problem.ground_truth,
+            "answer": self.verdict.answer if self.verdict else None,
+            "correct": bool(self.verdict and self.verdict.correct),
+            "verdict": self.verdict.reason if self.verdict else None,
+            "reward": self.reward,
+            "end": str(self.end),
+            "turns": self.turns,
+            "prompt_tokens": self.segments[0].stop,
+            "response_tokens": self.response_tokens,
+            "ids": self.ids,
+            "sampled": [int(x) for x in self.sampled],
+            "logprobs": [round(x, 6) for x in self.logprobs],
+            "segments": [
+                {"role": s.role, "start": s.start, "stop": s.stop, "text": tokenizer.decode(self.ids[s.start : s.stop])}
+                for s in self.segments
+            ],
+            "tool_calls": [vars(use) for use in self.tool_uses],
+            "timings": {"started_s": round(self.started_s, 4), "finished_s": round(self.finished_s, 4)},
+        }

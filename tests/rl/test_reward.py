@@ -1,0 +1,480 @@
+r"""The answer checker: which texts are right, which are not, why, and that nothing a policy writes can hang it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from retool_jax.rl import answers, reward
+from retool_jax.rl.answers import SymbolicWorker
+from retool_jax.rl.reward import Verdict, check, extract_boxed, normalise, reward_of
+
+PACKAGE_PARENT = Path(reward.__file__).resolve().parents[2]
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+INTEGER, RATIONAL, TEXT, SYMBOLIC = "integer", "rational", "text", "symbolic"
+MISMATCH, REFUSED = "mismatch", "refused"
+
+
+# What stands in the box, the truth, and the expected reason. None of these needs the worker.
+NUMBERS = [
+    ("42", "42", INTEGER),
+    ("43", "42", MISMATCH),
+    (" 42 ", "42", INTEGER),
+    ("042", "42", INTEGER),
+    ("33", "033", INTEGER),
+    ("-3", "-3", INTEGER),
+    ("3", "-3", MISMATCH),
+    ("- 3", "-3", INTEGER),
+    ("\u22123", "-3", INTEGER),
+    ("\u20133", "-3", INTEGER),
+    ("+5", "5", INTEGER),
+    ("-0", "0", INTEGER),
+    ("0", "10", MISMATCH),
+    ("'42'", "42", INTEGER),
+    ('"42"', "42", INTEGER),
+    ("\u201842\u2019", "42", INTEGER),
+    ("``42''", "42", INTEGER),
+    ("1,000", "1000", INTEGER),
+    ("8{,}556", "8556", INTEGER),
+    (r"8\,556", "8556", INTEGER),
+    (r"10,\!080", "10080", INTEGER),
+    (r"11,\! 111,\! 111,\! 100", "11111111100", INTEGER),
+    ("12 345", "12345", INTEGER),
+    ("4 5", "45", MISMATCH),
+    ("-1,234", "-1234", INTEGER),
+    ("12,34", "1234", MISMATCH),
+    (r"\text{42}", "42", INTEGER),
+    (r"\mathbf{42}", "42", INTEGER),
+    (r"\textbf{\text{42}}", "42", INTEGER),
+    ("{42}", "42", INTEGER),
+    ("$42$", "42", INTEGER),
+    (r"\(42\)", "42", INTEGER),
+    (r"\$32,\!348", "32348", INTEGER),
+    ("42.", "42", INTEGER),
+    ("'42.'", "42", INTEGER),
+    (r"336^\circ", "336", INTEGER),
+    ("336", r"336^\circ", INTEGER),
+    (r"45^{\circ}", "45", INTEGER),
+    ("45\u00b0", "45", INTEGER),
+    (r"45\degree", "45", INTEGER),
+    (r"100 ^\circ C", "100", INTEGER),
+    (r"45\%", "45", INTEGER),
+    (r"15\mbox{ cm}^2", "15", INTEGER),
+    (r"864 \mbox{ inches}^2", "864", INTEGER),
+    (r"5 \text{ m/s}", "5", INTEGER),
+    ("12 square units", "12", INTEGER),
+    (r"42 \text{ million}", "42", MISMATCH),
+    ("x = 42", "42", INTEGER),
+    (r"m + n = 42", "42", INTEGER),
+    (r"f(2) = 6 \cdot 7 = 42", "42", INTEGER),
+    (r"\text{Answer: } 42", "42", INTEGER),
+    ("42 = x + 1", "42", MISMATCH),
+    (r"x \neq 42", "42", MISMATCH),
+    ("x != 42", "42", REFUSED),
+    ("52_{10}", "52", INTEGER),
+    ("\uff14\uff12", "42", INTEGER),
+    ("10\u00b2", "102", MISMATCH),
+    ("4\u2082", "42", MISMATCH),
+    ("12345678901234567891", "12345678901234567891", INTEGER),
+    ("12345678901234567890", "12345678901234567891", MISMATCH),
+    ("1000000006", "1000000007", MISMATCH),
+    ("42.0", "42", INTEGER),
+    ("42.5", "42", MISMATCH),
+    (".5", "0.50", RATIONAL),
+    (r"\frac12", "0.5", RATIONAL),
+    (r"\dfrac{2}{4}", r"\frac{1}{2}", RATIONAL),
+    (r"-\frac{1}{2}", "-1/2", RATIONAL),
+    (r"\frac{-1}{2}", "-1/2", RATIONAL),
+    (r"\frac{84}{2}", "42", INTEGER),
+    ("\u00bd", "1/2", RATIONAL),
+    ("0.333333", r"\frac{1}{3}", MISMATCH),
+    (".0000674", ".0000672", MISMATCH),
+    ("1/0", "0", MISMATCH),
+]
+
+TEXTS = [
+    ("Evelyn", r"\text{Evelyn}", TEXT),
+    ("yes", "Yes", TEXT),
+    ("NM", "MN", MISMATCH),
+    ("mn", "MN", MISMATCH),
+    ("X", "x", MISMATCH),
+    (r"\text{(C)}", "C", TEXT),
+    ("52_8", "52_{8}", TEXT),
+    ("52_9", "52_8", MISMATCH),
+    ("52", "52_8", MISMATCH),
+    ("p-q", "p - q", TEXT),
+    ("1 and -2", "1,-2", TEXT),
+    (r"1 \text{ or } -2", "1,-2", TEXT),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", TEXT),
+    ("y = 2x + 3", "2x+3", TEXT),
+    ("AC", "AB = AC", MISMATCH),
+    ("6", "4x + 3y = 6", MISMATCH),
+    ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}", "\\begin{pmatrix} -1/3 \\\\\n2/3 \\end{pmatrix}", TEXT),
+    ("9^{9^{9}}", "9", REFUSED),
+    ("9^9^9", "9", REFUSED),
+    ("2^{1000000000}", "0", REFUSED),
+    (r"\sum_{k=1}^{10} k", "55", REFUSED),
+    ("5!", "120", REFUSED),
+    ("1+" * 200 + "1", "201", REFUSED),
+    ("1999^{1999}", "1999^{1999}", TEXT),
+    ("", "42", "empty_box"),
+    (r"\text{ }", "42", "empty_box"),
+    ("7" * 5000, "7", "too_long"),
+    ("7" * 1000, "7" * 1000, INTEGER),
+    ("'The final answer goes here.'", "42", MISMATCH),
+]
+
+# For the worker: (answer, truth, equal).
+EXPRESSIONS = [
+    ("40+5", "45", True),
+    (r"\sqrt{2025}", "45", True),
+    (r"2\sqrt{2}", r"\sqrt{8}", True),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
+    ("1 + x", "x+1", True),
+    ("(x+1)(x-1)", "x^2-1", True),
+    (r"1\frac{4}{5}", r"\frac{9}{5}", True),
+    ("-2, 1", "1,-2", True),
+    ("8x + 6y = 12", "4x + 3y = 6", True),
+    (r"\begin{pmatrix} -\frac13 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", True),
+    (r"\begin{pmatrix} -1/3 & 2/3 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", False),
+    ("52_9", "52_8", False),
+    ("52_8", "52", False),
+    ("X", "x", False),
+    ("12345678901234567890 + 1", "12345678901234567891", True),
+    ("12345678901234567890 + 2", "12345678901234567891", False),
+    ("4,3", "(3,4)", False),
+    ("(3, 8/2)", "(3,4)", True),
+    ("[3,4]", "(3,4]", False),
+    (r"44 \text{ or } 45", "45", False),
+    ("45, 46", "45", False),
+    (r"\{44, 45\}", "45", False),
+    ("5d", "5", False),
+    ("5m", "5", False),
+    (r"2.236", r"\sqrt{5}", False),
+    ("10\u00b2", "100", True),
+    (r"\frac{0}{0}", "1", False),
+    (r"\infty", "42", False),
+    ("__import__('os').getpid()", "42", False),
+]
+
+
+@pytest.mark.parametrize(("box", "truth", "reason"), NUMBERS + TEXTS)
+def test_comparison_without_the_worker(box, truth, reason, monkeypatch):
+    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    verdict = check(rf"So the answer is \boxed{{{box}}}.", truth)
+    assert (verdict.reason, verdict.correct) == (reason, reason in (INTEGER, RATIONAL, TEXT))
+
+
+def test_plain_answers_never_start_the_worker(monkeypatch):
+    monkeypatch.setattr(answers, "symbolically_equal", None)  # calling it would raise
+    for box, truth, reason in [*NUMBERS, *TEXTS]:
+        if reason in (INTEGER, RATIONAL, TEXT, REFUSED, "empty_box", "too_long"):
+            check(rf"\boxed{{{box}}}", truth)
+
+
+@pytest.mark.parametrize(("answer", "truth", "equal"), EXPRESSIONS)
+def test_expressions_are_compared_by_value(answer, truth, equal):
+    verdict = check(rf"\boxed{{{answer}}}", truth)
+    assert (verdict.correct, verdict.reason) == (equal, SYMBOLIC if equal else MISMATCH)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reason"),
+    [
+        ("no box, Answer: 42", None, "no_box"),
+        ("", None, "no_box"),
+        (r"\fbox{42}", None, "no_box"),
+        (r"\boxed{1} and then \boxed{2}", "2", "boxed"),
+        (r"\boxed{42}<|im_end|>", "42", "boxed"),
+        (r"\boxed {42}", "42", "boxed"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", "boxed"),
+        (r"\boxed{\boxed{42}}", "42", "boxed"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}", "boxed"),
+        (r"\boxed{x \in \{1 \right.}", r"x \in \{1 \right.", "boxed"),
+        (r"\boxed{42", None, "unterminated_box"),
+        (r"\boxed{1} and \boxed{\frac{45}{1}", None, "unterminated_box"),
+        (r"\boxed{1} and \boxed", None, "unterminated_box"),
+        (r"\boxed{42} " + "and on " * 1000, "42", "boxed"),
+        (r'<tool_call>print("\boxed{42}")</tool_call>', None, "no_box"),
+        (r'\boxed{1} <tool_call>print("\boxed{42}")</tool_call>', "1", "boxed"),
+        (r'\boxed{1} <tool_call>print("\boxed{42}")', "1", "boxed"),
+        ("<code>\n```python\n# \\boxed{42}\n```\n</code> so \\boxed{1}", "1", "boxed"),
+        (r"<code># \boxed{42}</code>", None, "no_box"),
+        (r"<think>maybe \boxed{42}</think> no idea", None, "no_box"),
+        (r"maybe \boxed{42}</think> it is \boxed{1}", "1", "boxed"),
+        (r"<think>let me see \boxed{42}", None, "no_box"),
+        (r"<think>a <tool_call> is a way</think> \boxed{42}", "42", "boxed"),
+    ],
+)
+def test_which_box_counts(text, content, reason):
+    assert extract_boxed(text) == (content, reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "correct", "answer"),
+    [  # verl's rule as observed by running it
+        (r"\boxed{42}", "42", True, "42"),
+        (r"\boxed{42}<|im_end|>", "42", True, "42"),
+        (r"\boxed{1} \boxed{42}", "42", True, "42"),
+        (r"\boxed{-3}", "-3", True, "-3"),
+        (r"\boxed{42}" + "." * 90, "42", True, "42"),
+        (r"\boxed{42}" + "." * 91, "42", False, None),
+        (r"\boxed{'42'}", "42", False, "'42'"),
+        (r"\boxed{ 42 }", "42", False, " 42 "),
+        (r"\boxed{042}", "42", False, "042"),
+        (r"\boxed{33}", "033", False, "33"),
+        (r"\boxed{1,000}", "1000", False, "1,000"),
+        (r"\boxed{42.0}", "42", False, "42.0"),
+        (r"\boxed{\text{42}}", "42", False, r"\text{42}"),
+        (r"\boxed {42}", "42", False, None),
+        (r"\fbox{42}", "42", False, None),
+        ("Answer: 42", "42", False, None),
+        (r"\boxed{42", "42", False, None),
+        (r"\boxed{42} \boxed{", "42", False, None),
+        ("", "42", False, None),
+        (r'<tool_call>"\boxed{42}"</tool_call>', "42", True, "42"),
+    ],
+)
+def test_dapo_strict_is_verls_rule(text, truth, correct, answer):
+    verdict = check(text, truth, mode="dapo_strict")
+    assert (verdict.correct, verdict.answer) == (correct, answer)
+
+
+def test_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="'minerva'"):
+        check(r"\boxed{1}", "1", mode="minerva")
+
+
+def test_reward_is_plus_or_minus_one():
+    assert reward_of(Verdict(True, "42", "integer")) == 1.0
+    assert reward_of(Verdict(False, None, "no_box")) == -1.0
+    assert reward_of(Verdict(False, "x", "undecided")) == -1.0
+
+
+def test_equal_answers_vote_together():
+    assert {check(rf"\boxed{{{box}}}", "0").answer for box in ("42", "'042'", r"42^\circ", "x = 42.0")} == {"42"}
+
+
+@pytest.mark.parametrize("box", [box for box, *_ in NUMBERS + TEXTS + EXPRESSIONS])
+def test_normalise_is_idempotent(box):
+    assert normalise(normalise(box)) == normalise(box)
+
+
+def test_integer_path_costs_microseconds():
+    texts = [rf"The answer is \boxed{{{number}}}." for number in range(2000)]
+    begin = time.perf_counter()
+    for text in texts:
+        check(text, "42")
+    assert (time.perf_counter() - begin) / len(texts) < 100e-6  # about 4e-6; the margin is for a busy machine
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 20_000,
+        r"\boxed{" + "{" * 100_000,
+        "<code>" * 20_000,
+        "<think>" * 20_000,
+        r"\boxed{" + "~" * 1000 + "}",
+        r"\boxed{" + r"\text{" * 150 + "}" * 151,
+        r"\boxed{" + "^{" * 140 + "}" * 141,
+        r"\boxed{" + ", and " * 160 + "}",
+    ],
+)
+def test_hostile_text_is_cheap_to_reject(text, monkeypatch):
+    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    begin = time.perf_counter()
+    assert not check(text, "42").correct
+    assert time.perf_counter() - begin < 0.5
+
+
+# --- the worker -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = SymbolicWorker(time_limit=5.0)
+    yield worker
+    worker.close()
+
+
+def test_a_slow_comparison_is_killed_and_the_next_one_answered(worker):
+    assert worker.equal("45", "40+5") is True
+    first = worker.pid
+    worker.time_limit = 0.3
+    begin = time.perf_counter()
+    assert worker.equal("1", "9^{9^{9}}") is None
+    assert time.perf_counter() - begin < 3
+    worker.time_limit = 5.0
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    assert worker.equal("45", "40+5") is True
+    assert worker.pid != first
+
+
+def test_a_dead_worker_is_replaced(worker):
+    assert worker.equal("45", "40+5") is True
+    os.kill(worker.pid, signal.SIGKILL)
+    assert worker.equal("45", "40+6") is False
+
+
+def test_a_worker_that_dies_twice_is_undecided_and_not_remembered(monkeypatch):
+    broken = SymbolicWorker()
+    monkeypatch.setattr(answers.sys, "executable", "/bin/false")
+    with pytest.raises(ConnectionError):
+        broken.equal("45", "40+5")
+
+    replies = iter([ConnectionError("died"), True])
+
+    def remembered(truth, answer):
+        reply = next(replies)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    monkeypatch.setattr(answers, "_remembered", remembered)
+    assert check(r"\boxed{40+5}", "45") == Verdict(False, "40+5", "undecided")
+    assert check(r"\boxed{40+5}", "45") == Verdict(True, "40+5", "symbolic")
+
+
+def test_without_math_verify_answers_are_undecided(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken install')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lonely = SymbolicWorker()
+    assert lonely.equal("45", "40+5") is None
+    assert lonely.pid is None
+
+
+def test_threads_share_one_worker(worker):
+    worker.equal("1", "1")
+    results = {}
+    barrier = threading.Barrier(24)
+
+    def ask(number: int) -> None:
+        barrier.wait()
+        results[number] = worker.equal(str(number), f"{number - 3}+3" if number % 3 else f"{number}+1")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: number % 3 > 0 for number in range(24)}
+
+
+def test_an_idle_worker_lives_on():
+    idle = SymbolicWorker(time_limit=0.5)
+    idle.equal("1", "2")
+    pid = idle.pid
+    time.sleep(1.7)  # longer than the worker's own timer
+    idle.time_limit = 5.0
+    assert idle.equal("45", "40+5") is True
+    assert idle.pid == pid
+    idle.close()
+
+
+def test_closed_worker_is_gone_and_can_start_again(worker):
+    worker.equal("45", "40+5")
+    pid = worker.pid
+    worker.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    worker.close()
+    assert worker.equal("45", "40+5") is True
+
+
+def _is_running(pid: int) -> bool:
+    """False for a zombie too: an orphan may find no parent that reaps it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look at another process")
+def test_a_killed_trainer_leaves_no_worker_even_a_busy_one():
+    program = """
+        import threading, time
+        from retool_jax.rl.answers import SymbolicWorker
+        worker = SymbolicWorker(time_limit=0.5)
+        worker.equal("1", "2")
+        print(worker.pid, flush=True)
+        worker.time_limit = 60
+        worker.equal("1", "9^{9^{9}}")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, cwd=PACKAGE_PARENT, stdout=subprocess.PIPE) as trainer:
+        pid = int(trainer.stdout.readline())
+        time.sleep(0.3)  # so that the worker is in the middle of the second question
+        trainer.kill()
+    deadline = time.monotonic() + 10
+    while _is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(pid)
+
+
+def test_sympy_stays_out_of_the_trainer_and_exit_is_clean():
+    program = r"""
+        import sys
+        from retool_jax.rl import answers
+        from retool_jax.rl.reward import check
+        assert answers._worker.pid is None, "started before it was needed"
+        assert check(r"\boxed{40+5}", "45").correct
+        assert not {"sympy", "math_verify", "jax", "numpy"} & set(sys.modules)
+        print(answers._worker.pid)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=PACKAGE_PARENT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "rows"),
+    [
+        ("aime/AIME24.jsonl", "output", 30),
+        ("aime/AIME25.jsonl", "output", 30),
+        ("math500/math500.jsonl", "answer", 500),
+        ("deepmath/deepmath_first600.jsonl", "answer", 600),
+        ("dapo/dapo_math_17k_sample.jsonl", "reward_model", 28),
+    ],
+)
+def test_every_ground_truth_equals_itself_and_not_its_successor(file, column, rows, monkeypatch):
+    if not (DATA / file).exists():
+        pytest.skip(f"no {file} in the data folder beside the checkout")
+    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    values = [json.loads(line)[column] for line in (DATA / file).read_text().splitlines()]
+    truths = [value["ground_truth"] if isinstance(value, dict) else value for value in values]
+    assert len(truths) == rows
+    assert [truth for truth in truths if not check(rf"$$\boxed{{{truth}}}.$$", truth).correct] == []
+    integers = [truth for truth in truths if truth.isdigit()]
+    assert [truth for truth in integers if check(rf"\boxed{{{int(truth) + 1}}}", truth).correct] == []
+
+
+def test_different_truths_of_math500_are_different():
+    """A normalisation that removes too much makes answers of different problems equal."""
+    file = DATA / "math500" / "math500.jsonl"
+    if not file.exists():
+        pytest.skip("no math500/math500.jsonl in the data folder beside the checkout")
+    spellings = {}
+    for line in file.read_text().splitlines():
+        truth = json.loads(line)["answer"]
+        spellings.setdefault(normalise(truth), set()).add(truth)
+    assert {value: len(group) for value, group in spellings.items() if len(group) > 1} == {
+        **{degrees: 2 for degrees in ("30", "90", "120")},
+        "36": 3,  # plain, degrees, dollars
+        "10080": 2,  # with and without a separator
+        "15": 2,  # plain, square centimetres
+        "5": 2,  # plain, x=5
+    }

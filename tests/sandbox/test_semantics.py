@@ -1,0 +1,182 @@
+"""What a program meets inside: the language, its streams, its limits."""
+
+import asyncio
+
+import pytest
+
+from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
+
+
+def run_all(*programs: str, limits: Limits | None = None, stdin: str = "", **config) -> list[ToolResult]:
+    async def main() -> list[ToolResult]:
+        async with open_sandbox(SandboxConfig(slots=2, **config)) as box:
+            return list(await asyncio.gather(*(box.run(program, stdin, limits) for program in programs)))
+
+    return asyncio.run(main())
+
+
+PROGRAMS = {
+    "print": ("print(2 + 2)", "4\n"),
+    "last expression": ("x = 20\nx + 1", "21\n"),
+    "last expression as a notebook shows it": ("'a'", "'a'\n"),
+    "None is not shown": ("print('a')", "a\n"),
+    "an assignment stays one": ("x = [1,\n 2]", ""),
+    "a loop's value is not shown": ("for i in range(2):\n    i", ""),
+    "multi-line strings keep their indentation": ("s = '''a\n  b\n'''\nprint(s, end='')", "a\n  b\n"),
+    "recursion": ("def f(n):\n    return 1 if n == 0 else n * f(n - 1)\nf(5)", "120\n"),
+    "comprehensions see globals": ("n = 3\n[n * i for i in range(n)]", "[0, 3, 6]\n"),
+    "main guard": ("def main():\n    print('main')\nif __name__ == '__main__':\n    main()", "main\n"),
+    "classes pickle": ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)", "A\n"),
+    "source is there for inspect": (
+        "import inspect\ndef f():\n    return 1\nprint(inspect.getsource(f), end='')",
+        "def f():\n    return 1\n",
+    ),
+    "exit with 0": ("print(1)\nexit()\nprint(2)", "1\n"),
+    "atexit and threads finish": (
+        "import atexit, threading, time\natexit.register(print, 'last')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.05), print('thread'))).start()",
+        "thread\nlast\n",
+    ),
+    "byte order mark": ("\ufeffprint(1)", "1\n"),
+    "unicode": ("print('π ≈ 3')", "π ≈ 3\n"),
+    "lone surrogate": ("print('\\ud800')", "\\ud800\n"),
+    "empty": ("", ""),
+    "numpy": ("import numpy as np\nint(np.arange(4).sum())", "6\n"),
+    "process pool": ("import multiprocessing as m\nwith m.Pool(2) as p:\n    print(p.map(abs, [-1, 2]))", "[1, 2]\n"),
+    "no trace of the supervisor": (
+        "import sys\nprint(sys.argv, sys.modules['__main__'].__dict__.get('Capture'))",
+        "[''] None\n",
+    ),
+}
+
+
+def test_programs_that_succeed():
+    results = run_all(*(code for code, _ in PROGRAMS.values()))
+    assert {name: (r.status, r.stdout, r.stderr) for name, r in zip(PROGRAMS, results, strict=True)} == {
+        name: ("success", expected, "") for name, (_, expected) in PROGRAMS.items()
+    }
+
+
+def test_last_expression_can_be_left_out():
+    (result,) = run_all("1 + 1", show_last_expression=False)
+    assert (result.status, result.stdout) == ("success", "")
+
+
+def test_stdin():
+    (result,) = run_all("print(input(), input())\ninput()", stdin="a\nb\n")
+    assert result.stdout == "a b\n"
+    assert result.stderr.endswith("EOFError: EOF when reading a line\n")
+
+
+def test_traceback_has_the_source_line_and_only_the_programs_frames():
+    code = "def f(x):\n    return 1 / x\nprint('before')\nf(0)"
+    result, syntax, nested, exits = run_all(code, "x = (1,\n2", "(" * 500 + ")" * 500, "import sys\nsys.exit('no')")
+    assert (result.status, result.return_code, result.stdout) == ("user_error", 1, "before\n")
+    assert "    return 1 / x\n" in result.stderr
+    assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert [line for line in result.stderr.split("\n") if "File " in line] == [
+        '  File "<snippet>", line 4, in <module>',
+        '  File "<snippet>", line 2, in f',
+    ]
+    assert syntax.status == nested.status == "user_error"
+    assert syntax.stderr.startswith('  File "<snippet>", line 1\n')
+    assert (exits.status, exits.return_code, exits.stderr) == ("user_error", 1, "no\n")
+
+
+def test_a_last_expression_that_does_not_compile_stops_the_program_before_it_starts():
+    (result,) = run_all("print('ran')\n(yield)")
+    assert (result.status, result.stdout) == ("user_error", "")
+
+
+def test_fatal_signal_is_the_programs_fault():
+    (result,) = run_all("import ctypes\nctypes.string_at(0)")
+    assert (result.status, result.signal, result.return_code) == ("user_error", 11, -11)
+    assert "SIGSEGV" in result.message
+
+
+def test_timeout_keeps_partial_output_and_the_wall_limit_starts_with_the_program():
+    code = "import time\nprint('partial')\ntry:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)"
+    results = run_all(*[code] * 4, limits=Limits(wall_s=0.4))
+    assert [(r.status, r.stdout) for r in results] == [("timeout", "partial\n")] * 4
+    assert all(0.4 <= r.wall_s < 1.5 for r in results)
+    assert max(r.queue_s for r in results) >= 0.4
+    assert "0.4 s" in results[0].message
+
+
+def test_endless_output_is_stopped_and_only_its_ends_are_kept():
+    limits = Limits(output_bytes=1000, raw_output_bytes=1 << 20)
+    code = "import sys\nsys.stdout.write('first\\n')\nwhile True:\n    sys.stdout.write('x' * 65536)"
+    (result,) = run_all(code, limits=limits)
+    assert result.status == "output_limit"
+    assert result.stdout_truncated and 1 << 20 < result.stdout_bytes < 2 << 20
+    assert len(result.stdout) < 1100
+    assert result.stdout.startswith("first\n")
+    assert f"[... {result.stdout_bytes - 1000} bytes removed ...]" in result.stdout
+
+
+def test_long_output_below_the_raw_limit_ends_normally():
+    (result,) = run_all("print('a' * 500_000)\nprint('end')", limits=Limits(output_bytes=2000))
+    assert (result.status, result.stdout_bytes, result.stderr_truncated) == ("success", 500_005, False)
+    assert result.stdout.endswith("a\nend\n")
+
+
+def test_output_that_is_not_utf8():
+    (result,) = run_all("import os\nos.write(1, b'a\\xffb')\nNone")
+    assert (result.status, result.stdout, result.stdout_bytes) == ("success", "a\ufffdb", 3)
+
+
+@pytest.mark.parametrize("code", ["x = [0] * 10**10", "x = []\nwhile True:\n    x.append(bytearray(1 << 20))"])
+def test_memory_bomb(code: str):
+    (result,) = run_all(code, limits=Limits(memory_mb=64))
+    assert (result.status, result.peak_rss_mb < 150) == ("oom", True)
+    assert result.stderr.endswith("MemoryError\n")
+    assert "64 MB" in result.message
+
+
+def test_memory_limit_leaves_room_for_numpy():
+    (result,) = run_all("import numpy as np\nnp.ones(10).sum()", limits=Limits(memory_mb=256))
+    assert result.status == "success"
+
+
+def test_programs_cannot_reach_each_others_state():
+    write = "import math\nmath.pi = 3\nopen('f', 'w').write('x')\nopen('/dev/shm/f', 'w').write('x')\nleak = 1\nNone"
+    read = "import math, os\nprint(math.pi > 3, os.listdir('.'), os.path.exists('/dev/shm/f'), 'leak' in globals())"
+    mounts = "len(open('/proc/self/mountinfo').readlines())"
+
+    async def main() -> list[ToolResult]:
+        async with open_sandbox(SandboxConfig(slots=1)) as box:
+            return [await box.run(code) for code in (write, read, "import random\nrandom.random()", mounts) * 2]
+
+    results = asyncio.run(main())
+    assert [r.status for r in results] == ["success"] * 8
+    assert results[1].stdout == results[5].stdout == "True [] False False\n"
+    assert results[2].stdout != results[6].stdout
+    assert results[3].stdout == results[7].stdout
+
+
+def test_many_mixed_programs_all_come_back_right():
+    async def one(box, gate: asyncio.Semaphore, i: int) -> bool:
+        kind = i % 5
+        code = (
+            f"print({i})",
+            f"{i} * 2",
+            f"raise ValueError({i})",
+            f"import sys\nprint({i}, file=sys.stderr)\nsys.exit(3)",
+            f"print('x' * {i * 50})",
+        )[kind]
+        async with gate:
+            r = await box.run(code)
+        return (
+            (r.status, r.stdout) == ("success", f"{i}\n"),
+            (r.status, r.stdout) == ("success", f"{i * 2}\n"),
+            r.status == "user_error" and r.stderr.endswith(f"ValueError: {i}\n"),
+            (r.status, r.stderr, r.return_code) == ("user_error", f"{i}\n", 3),
+            (r.status, r.stdout) == ("success", "x" * (i * 50) + "\n"),
+        )[kind]
+
+    async def main() -> list[bool]:
+        gate = asyncio.Semaphore(16)
+        async with open_sandbox(SandboxConfig(slots=2)) as box:
+            return list(await asyncio.gather(*(one(box, gate, i) for i in range(200))))
+
+    assert all(asyncio.run(main()))

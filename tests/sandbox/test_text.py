@@ -1,0 +1,106 @@
+"""What the model is told."""
+
+import pytest
+
+from retool_jax.sandbox import ToolResult, tool_text
+
+TRACEBACK = """Traceback (most recent call last):
+  File "<snippet>", line 9, in <module>
+    solve(f)
+  File "/usr/lib/python3/sympy/solvers.py", line 1145, in solve
+    flags['x'] = y
+                 ^
+  File "<snippet>", line 2, in f
+    return 1 / x
+           ~~^~~
+ZeroDivisionError: division by zero
+"""
+
+
+def test_output_is_told_as_it_is():
+    assert tool_text(ToolResult("success", stdout="4\n"), 100) == "4"
+    assert tool_text(ToolResult("success", stdout="4\n", stderr="a warning"), 100) == "4"
+    assert tool_text(ToolResult("success", stderr="only here\n"), 100) == "only here"
+
+
+@pytest.mark.parametrize("stdout", ["", "\n \n"])
+def test_empty_output_is_said(stdout: str):
+    assert tool_text(ToolResult("success", stdout=stdout), 100) == "[no output: use print()]"
+
+
+def test_error_follows_output_without_library_frames():
+    text = tool_text(ToolResult("user_error", stdout="a\n", stderr=TRACEBACK, return_code=1), 1000)
+    assert text == (
+        'a\n  File "<snippet>", line 9, in <module>\n    solve(f)\n  File "<snippet>", line 2, in f\n'
+        "    return 1 / x\n           ~~^~~\nZeroDivisionError: division by zero"
+    )
+
+
+def test_only_the_last_of_chained_errors_and_the_last_frames_are_told():
+    frames = "".join(f'  File "<snippet>", line {i}, in f\n    f{i}()\n' for i in range(9))
+    stderr = (
+        TRACEBACK + "\nDuring handling of the above ...\n\nTraceback (most recent call last):\n" + frames + "E: x\n"
+    )
+    text = tool_text(ToolResult("user_error", stderr=stderr, return_code=1), 1000)
+    assert [line for line in text.split("\n") if "File" in line] == [
+        f'  File "<snippet>", line {i}, in f' for i in (6, 7, 8)
+    ]
+    assert text.endswith("\n    f8()\nE: x")
+
+
+def test_syntax_error_and_message_of_several_lines():
+    stderr = "  File \"<snippet>\", line 1\n    x = (\n        ^\nSyntaxError: '(' was never closed\n"
+    assert tool_text(ToolResult("user_error", stderr=stderr), 1000) == stderr.rstrip()
+    stderr = (
+        'Traceback (most recent call last):\n  File "<snippet>", line 1, in <module>\n    f()\nE: one\n  two\nthree\n'
+    )
+    assert tool_text(ToolResult("user_error", stderr=stderr), 1000).endswith("E: one\n  two\nthree")
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (
+            ToolResult("timeout", stdout="a\n", message="time limit of 5 s reached"),
+            "a\n[stopped: time limit of 5 s reached]",
+        ),
+        (ToolResult("oom", message="memory limit of 9 MB exceeded"), "[stopped: memory limit of 9 MB exceeded]"),
+        (ToolResult("output_limit", message="output limit"), "[stopped: output limit]"),
+        (ToolResult("rejected", message="the code is too long"), "[not run: the code is too long]"),
+        (ToolResult("user_error", return_code=3, message="exit code 3"), "[exit code 3]"),
+        (ToolResult("user_error", signal=11, message="killed by signal SIGSEGV"), "[killed by signal SIGSEGV]"),
+    ],
+)
+def test_ends_are_said_in_words(result: ToolResult, expected: str):
+    assert tool_text(result, 200) == expected
+
+
+def test_long_output_loses_its_middle_and_says_how_much():
+    text = tool_text(ToolResult("success", stdout="a" * 5000 + "b" * 5000, stdout_bytes=10000), 200)
+    assert len(text) <= 200
+    assert text.startswith("aaaa") and text.endswith("bbbb")
+    head, _, rest = text.partition("\n[... ")
+    removed, _, tail = rest.partition(" characters removed ...]\n")
+    assert int(removed) == 10_000 - len(head) - len(tail)
+
+
+def test_count_includes_what_the_sandbox_removed_before():
+    result = ToolResult("success", stdout="x" * 1000, stdout_bytes=50_000, stdout_truncated=True)
+    text = tool_text(result, 100)
+    removed = int(text.split("[... ")[1].split(" ")[0])
+    assert removed + text.split("[")[0].count("x") + text.split("]")[1].count("x") == 50_000
+
+
+def test_error_survives_long_output_and_nothing_exceeds_the_room():
+    result = ToolResult("user_error", stdout="x" * 9000, stderr=TRACEBACK, return_code=1)
+    assert tool_text(result, 600).endswith("ZeroDivisionError: division by zero")
+    long_error = ToolResult("user_error", stdout="x" * 9000, stderr="E: " + "y" * 9000)
+    for room in (1, 10, 60, 100, 600):
+        assert len(tool_text(result, room)) <= room
+        assert len(tool_text(long_error, room)) <= room
+
+
+@pytest.mark.parametrize("status", ["infra_error", "cancelled"])
+def test_faults_of_the_machinery_are_never_told(status: str):
+    with pytest.raises(ValueError, match=status):
+        tool_text(ToolResult(status, message="x"), 100)
