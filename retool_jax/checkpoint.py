@@ -1,6 +1,14 @@
 """Checkpoints: the whole train state and the run's own notes, one folder per step, complete or not there."""
 
+import gc
+import json
 import logging
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +21,25 @@ from retool_jax.errors import UserError
 absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every file it touches
 logging.getLogger("orbax").setLevel(logging.ERROR)
 
+DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
+
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run. A save is atomic: killed half-way, it is swept at the next start."""
+    """The last `keep` checkpoints of a run. A save is atomic: killed half-way, it is swept at the next start.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    With `keep=None` they are another run's, there to be read: nothing is made, kept or swept.
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder
+        if keep is not None and jax.process_index() == 0:
+            _sweep(folder, "*")  # orbax leaves one that was killed between its last file and its new name
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=keep is not None,
+            read_only=keep is None,
+            create=keep is not None,
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -35,31 +54,41 @@ class Checkpoints:
             UserError: the disk is full or refuses; the checkpoints before stay as they are.
         """
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
-        try:
-            self._manager.save(step, args=arguments, force=True)
-        except Exception as error:  # tensorstore has no common kind for a write that failed
+        needed, free = (x / 1e6 for x in (_bytes(state), shutil.disk_usage(self.folder).free))
+        reason = f"it takes up to {needed:.1f} MB, the disk has {free:.1f} MB left" if free < needed else None
+        if reason is None:
+            _, reason = _attempt(lambda: self._manager.save(step, args=arguments, force=True))
+        if reason is not None:
+            _sweep(self.folder, str(step))  # what is there of it takes the room that is missing
             last = self.latest()
             kept = "no checkpoint exists yet" if last is None else f"checkpoint {last} is intact"
             raise UserError(
-                f"cannot save checkpoint {step} in {self.folder} ({_first_line(error)}); {kept};"
+                f"cannot save checkpoint {step} in {self.folder} ({reason}); {kept};"
                 " make room and start the same command again"
-            ) from error
+            )
+        if jax.process_index() == 0:
+            write_digests(self.folder / str(step))
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict]:
         """The train state and notes of checkpoint `step`; `like` gives shapes and shardings.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: the checkpoint is corrupt, or that of another model.
         """
+        path = self.folder / str(step)
+        others = [other for other in self._manager.all_steps() if other != step]
+        way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
+        # Asked before orbax is: it reads some damaged arrays as if nothing had happened, and on others its threads
+        # print their tracebacks past every handler.
+        if damaged := damaged_file(path):
+            raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=arguments)
-        except Exception as error:  # as above, for reads
-            others = [other for other in self._manager.all_steps() if other != step]
-            way_out = f"; the one of step {max(others)} would be used instead" if others else " to start over"
+        restored, reason = _attempt(lambda: self._manager.restore(step, args=arguments))
+        if reason is not None:
             raise UserError(
-                f"cannot read checkpoint {self.folder / str(step)} ({_first_line(error)}): remove that folder{way_out}"
-            ) from error
+                f"cannot read checkpoint {path} as the state of this config ({reason}):"
+                f" choose the folder of a run of this model, or remove that one{way_out}"
+            )
         return restored["state"], restored["notes"]
 
     def close(self) -> None:
@@ -71,6 +100,89 @@ def abstract_like(state: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def _first_line(error: Exception) -> str:
+def write_digests(folder: Path) -> None:
+    """Note the size and the CRC-32 of every file of a checkpoint, in it. A full disk leaves it without: unchecked."""
+    digests = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    temporary = folder / f"{DIGESTS}.tmp"
+    try:
+        temporary.write_text(json.dumps(digests))
+        temporary.replace(folder / DIGESTS)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def damaged_file(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if each is as it was written (or that is not known)."""
+    if not (folder / DIGESTS).is_file():
+        return None
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+    except ValueError:
+        return f"{DIGESTS} is not JSON"
+    for name, expected in digests.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected[0]:
+            return f"{name} has {path.stat().st_size} of {expected[0]} bytes"
+        if _digest(path) != expected:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _digest(path: Path) -> list[int]:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
+
+
+def _sweep(folder: Path, step: str) -> None:
+    for half in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _bytes(state: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What a call of orbax returns, and None; or None, and why it failed (tensorstore has no common kind of error).
+
+    One array that failed is reported many times over, past every handler: by orbax's threads, by tasks when they are
+    collected, and, soon after, by tensorstore's threads, for which nobody waits any more. None of it is shown.
+    """
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
+    shown = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    result = reason = None
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        sys.unraisablehook = show
+        try:
+            result = call()
+        except Exception as error:
+            reason = _reason(error)
+        if reason is not None:
+            gc.collect()
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        if reason is None:
+            sys.unraisablehook = shown
+    return result, reason
+
+
+def _reason(error: Exception) -> str:
+    """An error on one short line; of tensorstore's long ones, what the operating system said."""
     text = " ".join(str(error).split())
+    if said := re.search(r": ([A-Z][a-z][^:\[\]]*) \[(?:os_error_code|tensorstore_spec)=", text):
+        return said[1]
     return f"{type(error).__name__}: {text[:160]}"

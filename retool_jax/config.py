@@ -2,20 +2,22 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
+import math
 import re
+import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from retool_jax.data.problems import DataConfig
 from retool_jax.engine.engine import EngineConfig
 from retool_jax.errors import UserError
-from retool_jax.mesh import MeshConfig
+from retool_jax.mesh import MeshConfig, check_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.rl.loss import ClipConfig
 from retool_jax.rl.rollout import RolloutConfig
@@ -82,9 +84,12 @@ class SFTRun:
     def __post_init__(self) -> None:
         if self.tools not in ("python", "none"):
             raise UserError(f"tools={self.tools} is not one of: python, none")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed={self.seed} must lie between 0 and {(1 << 32) - 1}")
         positive(self.sft, "sft", "steps", "batch_tokens", "row_length", "rows_per_micro")
+        check_optimizer(self.sft.optimizer, "sft.optimizer")
         positive(self.checkpoint, "checkpoint", "every", "keep")
-        check_rows(self.mesh, "sft.rows_per_micro", self.sft.rows_per_micro)
+        check_rows(dataclasses.asdict(self.mesh), "sft.rows_per_micro", self.sft.rows_per_micro)
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,13 @@ class RLRun(SFTRun):
         rl = self.rl
         positive(rl, "rl", "steps", "prompts_per_step", "group_size", "minibatches", "row_length", "rows_per_micro")
         positive(self.evaluation, "evaluation", "problems")
+        in_range("evaluation.every", self.evaluation.every, 0)
+        check_optimizer(rl.optimizer, "rl.optimizer")
+        in_range("rl.clip.low", rl.clip.low, 0, 1)
+        in_range("rl.clip.high", rl.clip.high, 0)
+        in_range("rl.clip.dual", rl.clip.dual, 1)
         positive(self.rollout, "rollout", "max_prompt_tokens", "max_turns", "tool_output_chars")
-        check_rows(self.mesh, "rl.rows_per_micro", rl.rows_per_micro)
+        check_rows(dataclasses.asdict(self.mesh), "rl.rows_per_micro", rl.rows_per_micro)
         if rl.group_size < 2:
             raise UserError(f"rl.group_size={rl.group_size}: a group needs at least 2 samples to compare")
         if rl.prompts_per_step % rl.minibatches:
@@ -128,6 +138,16 @@ class RLRun(SFTRun):
         if self.evaluation.final_split not in ("dev", "test"):
             raise UserError(f"evaluation.final_split={self.evaluation.final_split} is not one of: dev, test")
 
+        if 0 < self.sandbox.queue_limit < self.engine.slots:
+            raise UserError(
+                f"sandbox.queue_limit={self.sandbox.queue_limit} is below engine.slots={self.engine.slots}: every slot"
+                " may wait for a tool at once; raise it, or 0 lets all of them wait"
+            )
+
+    def sandbox_for_slots(self) -> SandboxConfig:
+        """The sandbox with a queue that holds a call of every engine slot, so that none is refused."""
+        return dataclasses.replace(self.sandbox, queue_limit=self.sandbox.queue_limit or self.engine.slots)
+
     def cold_start(self) -> SFTRun:
         """The part of this run that makes its first weights, in a folder named by its content."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTRun)}
@@ -146,12 +166,17 @@ def positive(section: object, name: str, *keys: str) -> None:
             raise UserError(f"{name}.{key}={getattr(section, key)} must be at least 1")
 
 
-def check_rows(mesh: MeshConfig, name: str, rows: int) -> None:
-    parts = max(mesh.data, 1) * max(mesh.fsdp, 1)
-    if rows % parts:
-        raise UserError(
-            f"{name}={rows} does not divide over mesh.data x mesh.fsdp = {parts} devices; use a multiple of {parts}"
-        )
+def in_range(key: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise UserError(f"{key}={value} must be {limit}")
+
+
+def check_optimizer(optimizer: OptimizerConfig, name: str) -> None:
+    for key in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"):
+        in_range(f"{name}.{key}", getattr(optimizer, key), 0)
+    for key in ("final_fraction", "b1", "b2"):
+        in_range(f"{name}.{key}", getattr(optimizer, key), 0, 1)
 
 
 def load(words: list[str]) -> SFTRun | RLRun:
@@ -167,29 +192,43 @@ def load(words: list[str]) -> SFTRun | RLRun:
     names = [value for key, value in pairs if key == "config"]
     if not names:
         raise UserError(f"no config given; add config=NAME, one of: {', '.join(config_names())}")
-    overrides = [f"{key}={value}" for key, value in pairs if key != "config"]
+    overrides = {key: value for key, value in pairs if key != "config"}
     values = read_yaml(names[-1])
     schema = schema_of(values, names[-1])
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(overrides)))
-    except OmegaConfBaseException as error:
-        raise UserError(f"cannot read {' '.join(overrides)}: {error}") from error
-    if not merged.get("run"):
-        merged["run"] = str(Path("runs") / folder_name(names[-1], overrides))
-    return build(schema, merged)
+    texts = {key for key, name, *_ in describe(schema) if name == "str"}
+    for key, value in overrides.items():
+        try:
+            word = OmegaConf.from_dotlist([f"{key}={value}"])
+            if key in texts and not isinstance(OmegaConf.select(word, key), str):
+                OmegaConf.update(word, key, value)  # a folder may be called 2024, and tools=no is not a truth value
+            values = OmegaConf.to_container(OmegaConf.merge(values, word))
+        except Exception as error:  # OmegaConf's kinds, and those of its YAML parser
+            raise UserError(f"cannot read {key}={value}: {_one_line(error)}") from error
+    if not values.get("run"):
+        values["run"] = str(Path("runs") / folder_name(names[-1], overrides))
+    return build(schema, values)
 
 
-def read_yaml(name: str) -> dict:
+def read_yaml(name: str, above: tuple[str, ...] = ()) -> dict:
     """One config file as nested dicts, on top of the one that its `base` names."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"no config {name!r} ({path}); there are: {', '.join(config_names())}")
+        needed = f", the base of {above[-1]}," if above else ""
+        raise UserError(f"no config {name!r}{needed} ({path}); there are: {', '.join(config_names())}")
+    if name in above:
+        raise UserError(f"config {name!r} is its own base, by way of {' -> '.join(above)}; remove one `base`")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the YAML parser's own kinds
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    base = values.pop("base", None)
-    return OmegaConf.to_container(OmegaConf.merge(read_yaml(base), values)) if base else values
+        if not isinstance(values, dict):
+            raise ValueError("expected keys and values")
+        base = values.pop("base", None)
+        if not base:
+            return values
+        return OmegaConf.to_container(OmegaConf.merge(read_yaml(str(base), (*above, name)), values))
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
 
 
 def config_names() -> list[str]:
@@ -204,51 +243,66 @@ def schema_of(values: dict, name: str) -> type[SFTRun]:
     return schemas[task]
 
 
-def folder_name(config: str, overrides: list[str]) -> str:
+def folder_name(config: str, overrides: dict[str, str]) -> str:
     """A run's folder from its command, so that the same command finds its run and another one does not."""
-    words = [re.sub(r"[^\w.=+-]+", "_", word) for word in sorted(overrides) if not word.startswith("run=")]
-    name = "-".join([Path(config).stem, *words])
-    if len(name) > 120:
-        name = f"{name[:100]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    words = [config, *(f"{key}={value}" for key, value in sorted(overrides.items()) if key != "run")]
+    clean = [re.sub(r"[^\w.=+-]+", "_", word) for word in [Path(config).stem, *words[1:]]]
+    name = "-".join(clean)
+    if clean != words or len(name) > 120:  # what was lost may be all that tells two commands apart
+        name = f"{name[:100]}-{hashlib.blake2b(repr(words).encode(), digest_size=4).hexdigest()}"
     return name
 
 
-def build(schema: type, values: dict, prefix: str = "") -> typing.Any:
+def build(schema: type, values: dict, prefix: str = "", root: type | None = None) -> typing.Any:
     """A dataclass from nested dicts, checking every key and every type.
 
-    Whole numbers are accepted for float; nothing else is converted silently.
+    Whole numbers are accepted for float; nothing else is converted silently. `root` is the whole run's class, where
+    the nearest keys are looked for.
     """
+    root = root or schema
     types = typing.get_type_hints(schema)
     known = [f.name for f in dataclasses.fields(schema)]
-    for key in values:
+    for key, value in values.items():
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}; {_nearest(f'{prefix}{key}', schema, known, prefix)}")
-    return schema(**{key: _convert(types[key], value, f"{prefix}{key}") for key, value in values.items()})
+            unknown = next(iter(_flatten_dict({key: value}, prefix)), f"{prefix}{key}")
+            listed = ", ".join(prefix + name for name in known)
+            raise UserError(f"unknown key {unknown}; {_nearest(unknown, root) or f'known here: {listed}'}")
+    return schema(**{key: _convert(types[key], value, f"{prefix}{key}", root) for key, value in values.items()})
 
 
-def _nearest(key: str, schema: type, known: list[str], prefix: str) -> str:
-    candidates = [prefix + name for name in known] + ([] if prefix else [key for key, *_ in describe(schema)])
-    match = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
-    same_name = [c for c in candidates if c.split(".")[-1] == key.split(".")[-1]]
-    if found := same_name[:1] or match:
-        return f"did you mean {found[0]}?"
-    return f"known here: {', '.join(prefix + name for name in known)}"
+def _nearest(key: str, root: type) -> str | None:
+    """A sentence with the keys of a run that an unknown one may have meant."""
+    keys = [known for known, *_ in describe(root)]
+    if key in (known for known, *_ in describe(RLRun)):
+        return f"it belongs to configs of task grpo; this one has {', '.join(f.name for f in dataclasses.fields(root))}"
+    if complete := [known for known in keys if known.endswith(f".{key}")]:
+        return f"did you mean {' or '.join(complete)}?"
+    last = key.split(".")[-1]
+    same_name = [known for known in keys if known.split(".")[-1] == last]
+    match = difflib.get_close_matches(key, same_name, 1, cutoff=0.0) or difflib.get_close_matches(key, keys, 1, 0.7)
+    return f"did you mean {match[0]}?" if match else None
 
 
-def _convert(wanted: typing.Any, value: object, key: str) -> object:
+def _convert(wanted: typing.Any, value: object, key: str, root: type) -> object:
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
-            raise UserError(f"{key}={value} must be a section with keys: {', '.join(typing.get_type_hints(wanted))}")
-        return build(wanted, value, f"{key}.")
+            names = ", ".join(f"{key}.{name}" for name in typing.get_type_hints(wanted))
+            raise UserError(f"{key}={_show(value)} sets a whole section; set one of its keys: {names}")
+        return build(wanted, value, f"{key}.", root)
     if typing.get_origin(wanted) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(typing.get_args(wanted)[0], item, key) for item in items)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(_convert(typing.get_args(wanted)[0], item, key, root) for item in items)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} must be a finite number")
     if wanted is str and value is None:
         return ""
     if type(value) is not wanted:
-        raise UserError(f"{key}={value} is of type {type(value).__name__}; it must be {wanted.__name__}")
+        if isinstance(value, dict):
+            raise UserError(f"{key} is a single {wanted.__name__} and has no key {next(iter(value), '')!r} below it")
+        is_what = "is empty" if value is None else f"is of type {type(value).__name__}"
+        raise UserError(f"{key}={_show(value)} {is_what}; it must be {wanted.__name__}")
     return value
 
 
@@ -267,6 +321,7 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, object, str
     return rows
 
 
+@functools.cache  # reading source is slow
 def _comments(schema: type) -> dict[str, str]:
     """What the source says about each field: the comment on its line, or the string below it."""
     found: dict[str, str] = {}
@@ -285,7 +340,10 @@ def help_text(words: list[str]) -> str:
     schema = schema_of(values := read_yaml(name), name)
     resolved = flatten(build(schema, values))
     rows = [(f"{key}={_show(resolved[key])}", comment) for key, _, _, comment in describe(schema)]
-    lines = [f"  {left:<44} {comment}".rstrip() for left, comment in rows]
+    lines = [
+        textwrap.fill(f"  {left:<44} {comment}".rstrip(), 110, subsequent_indent=" " * 47, break_on_hyphens=False)
+        for left, comment in rows
+    ]
     return "\n".join(
         [
             "usage: python -m retool_jax.train config=NAME [key=value ...]",
@@ -315,36 +373,50 @@ def flatten(run: object, prefix: str = "") -> dict[str, object]:
 
 
 def _show(value: object) -> str:
-    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
+    """A value as one would write it on the command line."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(_show, value))}]"
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def claim_folder(run: SFTRun) -> Path:
     """Make the run's folder and save the resolved config there, or check that it holds this very run.
 
     Raises:
-        UserError: the folder holds a run of another config; nothing is changed.
+        UserError: the folder holds a run of another config, or no run; nothing is changed.
     """
     folder = Path(run.run)
     path = folder / "config.yaml"
-    text = OmegaConf.to_yaml(OmegaConf.create(to_plain(run)))
+    temporary = path.with_suffix(".tmp")  # a start that was killed may have left one
     if path.is_file():
-        before = OmegaConf.to_container(OmegaConf.load(path))
-        old, new = _flatten_dict(before), _flatten_dict(to_plain(run))
-        differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
-        if differing:
-            key = differing[0]
-            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        if found := [difference for difference in differences(run, folder) if difference[0] not in MAY_CHANGE]:
+            key, there, here = found[0]
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise UserError(
-                f"{folder} holds another run: {key} is {old.get(key)} there and {new.get(key)} here{more};"
+                f"{folder} holds another run: {key} is {_show(there)} there and {_show(here)} here{more};"
                 " choose another run=FOLDER, or remove that one"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {temporary}):
         raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(run))))
     temporary.replace(path)
     return folder
+
+
+def differences(run: SFTRun, folder: Path) -> list[tuple[str, object, object]]:
+    """(key, value there, value here) wherever the config of a run's folder differs from this one.
+
+    Raises:
+        UserError: that config cannot be read.
+    """
+    there, here = _flatten_dict(read_yaml(str(folder / "config.yaml"))), _flatten_dict(to_plain(run))
+    keys = sorted(there.keys() | here.keys())
+    return [(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 
 def to_plain(run: object) -> dict:

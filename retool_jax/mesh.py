@@ -4,6 +4,7 @@ Weights and activations name their dimensions ("embed", "heads", "batch", ...); 
 them are split, and over what. The compiler inserts the collectives.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -59,6 +60,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
 
 
+def check_rows(sizes: Mapping[str, int], name: str, rows: int) -> None:
+    """A `UserError` unless the rows of a micro-batch divide over axes of these sizes; -1 is not known yet."""
+    parts = max(sizes["data"], 1) * max(sizes["fsdp"], 1)
+    if rows % parts:
+        raise UserError(
+            f"{name}={rows} does not divide over mesh.data x mesh.fsdp = {parts} devices; use a multiple of {parts}"
+        )
+
+
 def spec(*logical: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names; None is an unsplit dimension.
 
@@ -73,6 +83,18 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*logical))
+
+
+def weight_sharding(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a weight of this shape; a `UserError` where a mesh axis does not divide its dimension."""
+    result = sharding(mesh, *logical)
+    for name, size, axis in zip(logical, shape, result.spec, strict=True):
+        if axis and size % mesh.shape[axis]:
+            raise UserError(
+                f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size};"
+                f" set mesh.{axis} to a divisor of {size}"
+            )
+    return result
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

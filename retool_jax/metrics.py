@@ -36,7 +36,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, resume_step: int | None):
         # Imported here: tensorboardX imports torch where there is one, which readers of metrics need not wait for.
-        from tensorboardX import SummaryWriter
+        # Its SummaryWriter would write from a thread of its own; one that met a full disk is dead, and blocks writers.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
 
         folder.mkdir(parents=True, exist_ok=True)
         last_kept = -1 if resume_step is None else resume_step
@@ -45,10 +48,16 @@ class MetricsLog:
             kept = read_metrics(folder) if resume_step is not None else []
             _replace_lines(path, [json.dumps(record) for record in kept if record["step"] <= last_kept])
         self._file = path.open("a", encoding="utf-8")
-        # TensorBoard hides what earlier event files say about purge_step and later steps. The suffix keeps two files
-        # apart that were begun within one second, which is all that tensorboardX's own names resolve.
+        self._event, self._summary = Event, Summary
         first = last_kept + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first, filename_suffix=f".from-{first:08d}")
+        # The suffix keeps two files apart that were begun within one second, which is all that their names resolve.
+        board = folder / "tensorboard"
+        board.mkdir(exist_ok=True)
+        self._board = EventsWriter(str(board / "events"), filename_suffix=f".from-{first:08d}")
+        # TensorBoard hides what earlier event files say about this step and later ones.
+        self._board.write_event(
+            Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START))
+        )
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Write one line and its scalars; both are on the disk when this returns. Non-finite numbers become null."""
@@ -58,9 +67,12 @@ class MetricsLog:
         os.fsync(self._file.fileno())
         # dev and test are measured at the same step and need a name each.
         prefix = f"{kind}/{plain['split']}" if "split" in plain else kind
-        for key, value in plain.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{prefix}/{key}", value, step)
+        scalars = [
+            self._summary.Value(tag=f"{prefix}/{key}", simple_value=value)
+            for key, value in plain.items()
+            if isinstance(value, int | float)
+        ]
+        self._board.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
         self._board.flush()
 
     def close(self) -> None:

@@ -51,6 +51,7 @@ class TokenTerms(NamedTuple):
 
 
 TokenLoss = Callable[[jax.Array, jax.Array, PackedBatch], TokenTerms]
+Update = Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -65,7 +66,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) on clipped gradients; weight decay acts on matrices only."""
+    """AdamW (arXiv 1711.05101) on clipped gradients; weight decay acts on matrices only, not on norms and biases."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -73,9 +74,18 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=partial(jax.tree.map, lambda x: x.ndim > 1),
+            mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=_is_weight),
         ),
     )
+
+
+def _is_weight(x: object) -> bool:
+    return isinstance(x, transformer.Weight)
+
+
+def _is_matrix(weight: transformer.Weight) -> bool:
+    """By its logical axes, not its rank: a stack of biases [L,K,H] is of rank 3, and heads x head_dim is one axis."""
+    return len(set(weight.logical) - {"layers", "head_dim"}) > 1
 
 
 def init_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
@@ -94,10 +104,15 @@ def fresh_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
-    """Each weight's sharding by its logical axes."""
+    """Each weight's sharding by its logical axes.
+
+    Raises:
+        UserError: a mesh axis does not divide the dimension that it splits.
+    """
     _, abstract = transformer.abstract_params(model)
-    is_weight = lambda x: isinstance(x, transformer.Weight)  # noqa: E731
-    return jax.tree.map(lambda w: w.replace(meshes.sharding(mesh, *w.logical)), abstract, is_leaf=is_weight)
+    return jax.tree.map(
+        lambda w: w.replace(meshes.weight_sharding(mesh, w.logical, w.shape)), abstract, is_leaf=_is_weight
+    )
 
 
 def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -120,15 +135,18 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every token given those before it in its segment, and the entropy it was drawn from.
 
-    Both [B,T] fp32, aligned with `batch.tokens`; the first token of a row has none and gets 0.
+    Both [B,T] fp32, aligned with `batch.tokens`; the first token of a segment has none and gets 0.
     """
     hidden = transformer.forward(model, params, batch.tokens, batch.positions, batch.segments)
     logits = transformer.logits(model, params, hidden[:, :-1]) / temperature
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-    pad = ((0, 0), (1, 0))
-    return jnp.pad(chosen, pad), jnp.pad(jax.lax.stop_gradient(entropy), pad)
+
+    def align(x: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.where(batch.positions[:, 1:] > 0, x, 0.0), ((0, 0), (1, 0)))
+
+    return align(chosen), align(jax.lax.stop_gradient(entropy))
 
 
 def loss_and_gradient(
@@ -141,11 +159,16 @@ def loss_and_gradient(
     tokens = jnp.maximum(jnp.sum(batch.sampled), 1).astype(jnp.float32)
 
     def micro_loss(params: Params, micro: PackedBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logprobs, entropy = token_logprobs(model, params, micro, temperature)
-        terms = token_loss(logprobs, entropy, micro)
+        def keep(x: jax.Array) -> jax.Array:
+            return jnp.where(micro.sampled, x, 0.0)
 
         def mean(x: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(micro.sampled, x, 0.0)) / tokens
+            return jnp.sum(keep(x)) / tokens
+
+        # The loss's inputs are masked too: behind a mask on its value alone, 0 * NaN still reaches the gradient.
+        logprobs, entropy = map(keep, token_logprobs(model, params, micro, temperature))
+        visible = micro._replace(logprobs=keep(micro.logprobs), advantages=keep(micro.advantages))
+        terms = token_loss(logprobs, entropy, visible)
 
         loss = mean(terms.loss)
         return loss, {"loss": loss, "entropy": mean(entropy)} | {k: mean(x) for k, x in terms.metrics.items()}
@@ -168,7 +191,7 @@ def loss_and_gradient(
 
 def make_update(
     model: ModelConfig, optimizer: OptimizerConfig, token_loss: TokenLoss, mesh: Mesh, temperature: float = 1.0
-) -> Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Update:
     """The compiled update: (state, batch) to (state, metrics as fp32 scalars). The old state is consumed."""
     schedule = learning_rate(optimizer)
 
@@ -176,7 +199,7 @@ def make_update(
         gradient, metrics = loss_and_gradient(model, token_loss, state.params, batch, temperature)
         updates, opt_state = make_optimizer(optimizer).update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": optax.global_norm(gradient), "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     rows = meshes.sharding(mesh, "micro", "batch", "length")

@@ -19,7 +19,7 @@ import numpy as np
 SPLITS = ("train", "dev", "test")
 _HELD_OUT_PERCENT = {"dev": 10, "test": 10}
 _KINDS = ("product", "gcd", "power", "sum")
-_KIND_SHARES = (0.25, 0.25, 0.25, 0.25)
+_KIND_SHARES = (0.3, 0.25, 0.25, 0.2)
 
 _QUESTIONS = {
     "product": ("What is {0} times {1}?", "Multiply {0} by {1}.", "Compute {0} * {1}."),
@@ -36,7 +36,7 @@ _RIGHT: dict[str, tuple[str, Callable[..., int]]] = {
 }
 # What an unpractised programmer might run instead: it runs, and answers another question.
 _WRONG: dict[str, tuple[str, Callable[..., int]]] = {
-    "product": ("print({0} + {1})", lambda a, b: a + b),
+    "product": ("print({0} ** 2)", lambda a, b: a**2),
     "gcd": ("import math\nprint(math.lcm({0}, {1}))", math.lcm),
     "power": ("print({0} * {1} % {2})", lambda a, b, m: a * b % m),
     "sum": ("print({0} * {1})", lambda a, b: a * b),

@@ -46,7 +46,8 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[index] > row_length:
             raise UserError(
-                f"a sequence of {lengths[index]} tokens does not fit a packed row of {row_length}; raise the row length"
+                f"a sequence of {lengths[index]} tokens does not fit a packed row of {row_length};"
+                " raise sft.row_length or rl.row_length"
             )
         place = next((r for r, left in enumerate(room) if left >= lengths[index]), None)
         if place is None:
@@ -69,7 +70,10 @@ def pack(
     used = -(-len(rows) // rows_per_micro)
     count = used if max_micro_batches is None else max_micro_batches
     if used > count:
-        raise UserError(f"{len(rows)} packed rows need {used} micro-batches of {rows_per_micro}; the limit is {count}")
+        raise UserError(
+            f"{len(rows)} packed rows need {used} micro-batches of {rows_per_micro}; the limit is {count};"
+            " use longer rows, or fewer tokens per step"
+        )
     shape = (count * rows_per_micro, row_length)
     batch = PackedBatch(
         tokens=np.zeros(shape, np.int32),
@@ -94,4 +98,4 @@ def pack(
                 batch.logprobs[row, span] = example.logprobs
             batch.advantages[row, span] = np.where(sampled, example.advantage, 0.0)
             start = span.stop
-    return PackedBatch(*(x.reshape(count, rows_per_micro, -1) for x in batch[:-1]), batch.micro_batches)
+    return PackedBatch(*(x.reshape(count, rows_per_micro, row_length) for x in batch[:-1]), batch.micro_batches)

@@ -58,30 +58,60 @@ class Problems:
 
 def load_problems(source: str) -> list[Problem]:
     """All rows of a JSONL or parquet file, or of the `train` split of a hub data set, checked."""
-    from datasets import load_dataset  # slow to import, and the miniature does not need it
+    import datasets  # slow to import, and the miniature does not need it
 
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     if kind and not Path(source).is_file():
         raise UserError(f"no data file {source}; give a JSONL or parquet file, a hub id, or arithmetic")
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs each error before it raises it
     try:
-        rows = load_dataset(kind, data_files=source, split="train") if kind else load_dataset(source, split="train")
-    except Exception as error:  # the library raises dozens of kinds
-        raise UserError(f"cannot read data {source}: {' '.join(str(error).split())[:300]}") from error
-    problems = [to_problem(row, f"{source} row {number}") for number, row in enumerate(rows)]
-    if not problems:
-        raise UserError(f"data {source} has no rows")
-    return problems
+        if kind:
+            rows = datasets.load_dataset(kind, data_files=source, split="train")
+        else:
+            rows = datasets.load_dataset(source, split="train")
+    except Exception as error:  # the library raises dozens of kinds, most of them on top of the one that tells
+        cause = error.__cause__ or error
+        raise UserError(
+            f"cannot read data {source} ({' '.join(str(cause).split())[:200]});"
+            " give a JSONL or parquet file, a hub id, or arithmetic"
+        ) from error
+    problems: dict[str, Problem] = {}
+    ordered = []
+    for number, row in enumerate(rows, start=1):
+        problem = to_problem(row, f"{source} row {number}")
+        if problems.setdefault(problem.id, problem) != problem:
+            raise UserError(
+                f"{source} row {number} has the extra_info.index {problem.id!r} of another problem; make them unique"
+            )
+        ordered.append(problem)
+    if not ordered:
+        raise UserError(f"data {source} has no rows; give at least one problem")
+    return ordered
 
 
 def to_problem(row: dict, where: str) -> Problem:
-    """One row with DAPO's columns `prompt`, `reward_model.ground_truth` and `extra_info.index`; `where` is for errors."""
+    """One row with DAPO's `prompt`, `reward_model.ground_truth` and `extra_info.index`; `where` is for errors."""
     for column in ("prompt", "reward_model"):
         if column not in row:
             raise UserError(f"{where} has no column {column!r}; it has {', '.join(sorted(row))}")
-    answer = str((row["reward_model"] or {}).get("ground_truth") or "").strip()
+    reward, extra = ({} if row.get(key) is None else row[key] for key in ("reward_model", "extra_info"))
+    if not isinstance(reward, dict) or not isinstance(extra, dict):
+        raise UserError(f"{where}: reward_model and extra_info must be objects, as {{'ground_truth': '34'}}")
+    answer = "" if reward.get("ground_truth") is None else str(reward["ground_truth"]).strip()
     if not answer:
         raise UserError(f"{where} has an empty reward_model.ground_truth; every problem needs an answer")
-    messages = tuple({"role": m["role"], "content": m["content"]} for m in row["prompt"] or ())
-    if not messages or not messages[-1]["content"].strip():
-        raise UserError(f"{where} has an empty prompt; expected a list of messages with role and content")
-    return Problem(str((row.get("extra_info") or {}).get("index", where)), messages, answer)
+    prompt = row["prompt"]
+    messages = prompt if isinstance(prompt, list) else []
+    if not messages or not all(isinstance(m, dict) and _is_text(m.get("role"), m.get("content")) for m in messages):
+        raise UserError(f"{where} has no usable prompt; expected a list of messages with role and content, not empty")
+    index = extra.get("index")
+    return Problem(
+        where if index is None else str(index),
+        tuple({"role": m["role"], "content": m["content"]} for m in messages),
+        answer,
+    )
+
+
+def _is_text(*values: object) -> bool:
+    return all(isinstance(value, str) and value.strip() for value in values)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from retool_jax import mesh as meshes
 from retool_jax.engine.sampling import row_keys, sample
 from retool_jax.errors import UserError
 from retool_jax.models import transformer
@@ -76,6 +77,12 @@ class Drawn(NamedTuple):
 def bucket(length: int, smallest: int = 16) -> int:
     """The compiled length that serves `length` tokens: the next power of two."""
     return max(smallest, 1 << (length - 1).bit_length())
+
+
+def init_engine_state(model: ModelConfig, config: EngineConfig) -> EngineState:
+    """Empty rows."""
+    cache = init_cache(model, config.slots, config.max_length)
+    return EngineState(cache, jnp.zeros((config.slots, model.hidden_size), model.compute_dtype))
 
 
 def decode_steps(
@@ -157,15 +164,22 @@ class Engine:
         self.mesh = mesh
         self.stop_ids = frozenset(stop_ids)
         self._run_key = jax.random.key(seed)
-        cache = init_cache(model, config.slots, config.max_length)
-        self._state = EngineState(cache, jnp.zeros((config.slots, model.hidden_size), model.compute_dtype))
-        self._extend = jax.jit(partial(extend_rows, model), donate_argnums=1)
-        self._copy = jax.jit(copy_rows, donate_argnums=0)
-        self._decode = jax.jit(partial(decode_steps, model, config.decode_steps, tuple(stop_ids)), donate_argnums=1)
+        # Pinned layouts: were the compiler to choose them, each function would be compiled for the others' choices.
+        weights, everywhere = param_shardings(model, mesh), meshes.replicated(mesh)
+        entries = meshes.sharding(mesh, "layers", None, "length", "kv_heads", "head_dim")
+        layout = EngineState(KVCache(entries, entries), everywhere)
+        self._state = jax.jit(partial(init_engine_state, model, config), out_shardings=layout)()
+        self._extend = jax.jit(partial(extend_rows, model), donate_argnums=1, out_shardings=layout)
+        self._copy = jax.jit(copy_rows, donate_argnums=0, out_shardings=layout)
+        self._decode = jax.jit(
+            partial(decode_steps, model, config.decode_steps, tuple(stop_ids)),
+            donate_argnums=1,
+            out_shardings=(layout, everywhere),
+        )
         # A copy, since the trainer's next update consumes its own arrays.
         self._adopt = jax.jit(
             partial(jax.tree.map, lambda x: jnp.array(x, model.compute_dtype, copy=True)),
-            out_shardings=param_shardings(model, mesh),
+            out_shardings=weights,
         )
         self.update_params(params)
 
@@ -188,6 +202,8 @@ class Engine:
             for i, ids in enumerate(part):
                 padded[i, : len(ids)] = ids
                 start[i], count[i], row[i] = starts[at + i], len(ids), rows[at + i]
+                if not ids:
+                    raise ValueError(f"row {row[i]} was given no tokens: there would be nothing to draw the next from")
                 if start[i] + count[i] > self.config.max_length:
                     raise ValueError(
                         f"row {row[i]} would hold {start[i] + count[i]} of {self.config.max_length} tokens"

@@ -32,7 +32,7 @@ class Conversation(Protocol):
         """Tokens that the next turn may draw, at least 1."""
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
-        """Take a finished turn. None ends the conversation; a coroutine returns what to append (None: end after all)."""
+        """Take a finished turn. None ends the conversation; a coroutine returns what to append, or None to end it."""
 
 
 @dataclass
@@ -106,7 +106,8 @@ def _admit(engine: Engine, waiting: deque, rows: dict[int, _Row], stats: Statist
         if owner != index:
             sources.append(owner)
             targets.append(index)
-        rows[index] = _Row(conversation, len(conversation.prompt), conversation.turn_budget(), [], [], [])
+        row = rows[index] = _Row(conversation, len(conversation.prompt), 0, [], [], [])
+        row.budget = _turn_budget(engine, row)
     if owners:
         prompts = [list(prompt) for prompt in owners]
         engine.append(list(owners.values()), [0] * len(owners), prompts)
@@ -145,9 +146,20 @@ def _append(engine: Engine, rows: dict[int, _Row], answers: dict[int, list[int] 
     for index, _, tokens in woken:
         row = rows[index]
         row.length += len(tokens)
-        row.budget = row.conversation.turn_budget()
+        row.budget = _turn_budget(engine, row)
         row.turn, row.logprobs, row.unwritten = [], [], []
         stats.appended_tokens += len(tokens)
+
+
+def _turn_budget(engine: Engine, row: _Row) -> int:
+    """What the conversation asks for its next turn, when its row can hold it."""
+    budget, room = row.conversation.turn_budget(), engine.config.max_length - row.length
+    if not 1 <= budget <= room:
+        raise ValueError(
+            f"request {row.conversation.request} has {row.length} of {engine.config.max_length} tokens and asked for a"
+            f" turn of {budget}; it may ask for 1 to {room}, or end instead"
+        )
+    return budget
 
 
 def _control(engine: Engine, rows: dict[int, _Row]) -> Control:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -31,12 +33,18 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("param_dtype", "compute_dtype", "cache_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise UserError(f"model.{name}={getattr(self, name)} is not one of: {', '.join(DTYPES)}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} must be even and at least 2: rotary embeddings turn pairs")
 
 
 def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
@@ -56,6 +64,8 @@ def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{path} scales its rotary embedding ({rope}), which is not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path} has hidden_act={hf['hidden_act']!r}; only silu is supported")
     heads = hf["num_attention_heads"]
     return ModelConfig(
         vocab_size=hf["vocab_size"],

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
-from retool_jax.mesh import make_mesh
+from retool_jax.mesh import check_rows
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.rl.advantage import group_relative
@@ -27,11 +28,30 @@ from retool_jax.rl.evaluation import evaluate, summarise
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
-from retool_jax.sandbox import open_sandbox
-from retool_jax.sft.loop import check_vocabulary, load_weights
+from retool_jax.sandbox import Sandbox, open_sandbox
+from retool_jax.sft.loop import check_vocabulary, load_weights, mesh_of
 from retool_jax.sft.loop import train as train_cold_start
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import TrainState, fresh_state, make_update, state_shardings
+from retool_jax.update import TrainState, Update, fresh_state, make_update, state_shardings
+
+
+@dataclass
+class Session:
+    """The objects of a run, built once; `notes` is what a checkpoint keeps beside the train state."""
+
+    run: RLRun
+    folder: Path
+    tokenizer: Tokenizer
+    problems: dict[str, Problems]
+    box: Sandbox | None
+    engine: Engine
+    update: Update
+    checkpoints: Checkpoints
+    log: MetricsLog
+    bar: Progress
+    clock: Clock
+    notes: dict
+    began: float
 
 
 async def train(run: RLRun) -> None:
@@ -41,94 +61,119 @@ async def train(run: RLRun) -> None:
     check_vocabulary(run, tokenizer)
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     check_prompts(run, tokenizer, problems)
+    mesh = mesh_of(run)
+    check_rows(mesh.shape, "rl.rows_per_micro", run.rl.rows_per_micro)
     if run.init_from:
         load_weights(run, Path(run.init_from))  # a wrong path is told before anything is written
-    mesh = make_mesh(run.mesh)
 
     async with AsyncExitStack() as stack:
-        box = await stack.enter_async_context(open_sandbox(run.sandbox)) if run.tools == "python" else None
+        box = await stack.enter_async_context(open_sandbox(run.sandbox_for_slots())) if run.tools == "python" else None
         folder = claim_folder(run)
-        checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep)
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
+        clock = stack.enter_context(closing(Clock()))
         start = checkpoints.latest()
-        if start is not None and start >= run.rl.steps and (folder / "summary.json").is_file():
-            print(f"{folder} is complete; its table again:")
+        if start == run.rl.steps and (folder / "summary.json").is_file():
+            print(f"{folder} is complete; nothing to do")
             print_summary(json.loads((folder / "summary.json").read_text()))
             return
-        clock = Clock()
         if start is None:
             with clock.part("cold start"):
                 params = cold_start(run)
-            state, notes = begin(run, params, mesh), {"tokens": {}}
+            state, notes = begin(run, params, mesh), {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
         else:
-            print(f"resuming {folder} from step {start}")
+            print(f"resuming {folder} from step {start} of {run.rl.steps}")
             state, notes = restore(run, checkpoints, start, mesh)
             clock.seconds = notes["seconds"]
         print(f"sandbox: {box.description}" if box else "sandbox: none, a text-only run")
-
-        engine = Engine(run.model, run.engine, state.params, mesh, tokenizer.stop_ids, run.seed)
-        update = make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature)
-        log = stack.enter_context(MetricsLog(folder, start))
-        bar = stack.enter_context(Progress("RL", run.rl.steps, start or 0))
-
-        async def look(split: str, step: int) -> dict:
-            with clock.part("evaluation"):
-                numbers = await evaluate(
-                    engine, tokenizer, box, problems[split], step, run.evaluation.problems, run.rollout, folder
-                )
-            log.write("eval", step, numbers)
-            bar.say(
-                f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
-                f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
-            )
-            return numbers
-
-        def save(step: int) -> None:
-            with clock.part("checkpoint"):
-                elapsed = notes.get("elapsed_s", 0.0) + time.perf_counter() - began
-                checkpoints.save(step, state, notes | {"seconds": clock.seconds, "elapsed_s": elapsed})
-
-        if start is None:
-            notes["before"] = await look(run.evaluation.final_split, 0)
-            if run.evaluation.every and run.evaluation.final_split != "dev":
-                await look("dev", 0)
-            save(0)
-
-        for step in range((start or 0) + 1, run.rl.steps + 1):
-            with clock.part("rollout"):
-                samples = samples_of(run, problems["train"], step)
-                trajectories, statistics = await rollout(engine, tokenizer, box, samples, run.rollout)
-                score(tokenizer, trajectories)
-            with clock.part("update"):
-                groups = learnable_groups(trajectories, run.rl.group_size)
-                state, learned = learn(update, state, batches_of(run, groups))
-                engine.update_params(state.params)
-
-            count(notes["tokens"], "decode", statistics.decoded_tokens)
-            count(notes["tokens"], "update", sum(len(e.ids) for group in groups for e in group))
-            numbers = summarise(trajectories) | learned | {"groups_used": len(groups)}
-            log.write("rl", step, numbers | performance(clock, statistics))
-            bar.step(
-                step,
-                {
-                    "accuracy": numbers["accuracy"],
-                    "tool rate": numbers["tool_rate"],
-                    "tokens/s": statistics.decoded_tokens / statistics.total_s,
-                },
-            )
-            if run.evaluation.every and step % run.evaluation.every == 0:
-                await look("dev", step)
-            if step % run.checkpoint.every == 0 and step < run.rl.steps:
-                save(step)
-
-        notes["after"] = await look(run.evaluation.final_split, run.rl.steps)
-        save(run.rl.steps)
-        checkpoints.close()
-        clock.close()
-        total = notes.get("elapsed_s", 0.0) + time.perf_counter() - began
-        summary = summarise_run(run, notes, clock.seconds, total)
+        session = Session(
+            run=run,
+            folder=folder,
+            tokenizer=tokenizer,
+            problems=problems,
+            box=box,
+            engine=Engine(run.model, run.engine, state.params, mesh, tokenizer.stop_ids, run.seed),
+            update=make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature),
+            checkpoints=checkpoints,
+            log=stack.enter_context(MetricsLog(folder, start)),
+            bar=stack.enter_context(Progress("RL", run.rl.steps, start or 0)),
+            clock=clock,
+            notes=notes,
+            began=began,
+        )
+        await learn_from_rewards(session, state, start)
+        summary = summarise_run(session)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(summary)
     print(f"\nto look at it: python -m retool_jax.report run={folder}")
+
+
+async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -> None:
+    """The algorithm: roll out, score, compare within groups, update, hand the weights to the engine; look and save."""
+    run = s.run
+    if start is None:
+        s.notes["before"] = (await look(s, 0))[run.evaluation.final_split]
+        save(s, 0, state)
+    for step in range((start or 0) + 1, run.rl.steps + 1):
+        with s.clock.part("rollout"):
+            samples = samples_of(run, s.problems["train"], step)
+            trajectories, statistics = await rollout(s.engine, s.tokenizer, s.box, samples, run.rollout)
+            score(s.tokenizer, trajectories)
+        with s.clock.part("update"):
+            groups = learnable_groups(trajectories, run.rl.group_size)
+            state, learned = learn(s.update, state, batches_of(run, groups))
+            s.engine.update_params(state.params)
+
+        s.notes["tokens"]["decode"] += statistics.decoded_tokens
+        s.notes["tokens"]["update"] += sum(len(example.ids) for group in groups for example in group)
+        numbers = summarise(trajectories) | learned | {"groups_used": len(groups)}
+        s.log.write("rl", step, numbers | performance(statistics))
+        speed = statistics.decoded_tokens / statistics.total_s
+        s.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
+        looks = await look(s, step)
+        if step == run.rl.steps:
+            s.notes["after"] = looks[run.evaluation.final_split]
+        if step % run.checkpoint.every == 0 or step == run.rl.steps:
+            save(s, step, state)
+
+
+async def look(s: Session, step: int) -> dict[str, dict]:
+    """Measure accuracy on the splits whose turn it is after this step; returns the numbers by split."""
+    results = {}
+    for split in splits_at(s.run, step):
+        with s.clock.part("evaluation"):
+            numbers = await evaluate(
+                s.engine,
+                s.tokenizer,
+                s.box,
+                s.problems[split],
+                step,
+                s.run.evaluation.problems,
+                s.run.rollout,
+                s.folder,
+            )
+        s.log.write("eval", step, numbers)
+        s.bar.say(
+            f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
+            f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
+        )
+        if lost := numbers["end/sandbox_lost"]:
+            s.bar.say(f"step {step}: {lost} trajectories lost their sandbox and are not in these numbers")
+        results[split] = numbers
+    return results
+
+
+def splits_at(run: RLRun, step: int) -> list[str]:
+    """The final split before the first and after the last step, the dev split every so often."""
+    splits = [run.evaluation.final_split] if step in (0, run.rl.steps) else []
+    if run.evaluation.every and step % run.evaluation.every == 0:
+        splits.append("dev")
+    return list(dict.fromkeys(splits))
+
+
+def save(s: Session, step: int, state: TrainState) -> None:
+    with s.clock.part("checkpoint"):
+        elapsed = s.notes["elapsed_s"] + time.perf_counter() - s.began
+        s.checkpoints.save(step, state, s.notes | {"seconds": s.clock.seconds, "elapsed_s": elapsed})
 
 
 def check_prompts(run: RLRun, tokenizer: Tokenizer, problems: dict[str, Problems]) -> None:
@@ -200,7 +245,7 @@ def batches_of(run: RLRun, groups: list[list[Example]]) -> list[PackedBatch]:
     return [pack(examples, rl.row_length, rl.rows_per_micro, limit) for examples in dealt if examples]
 
 
-def learn(update: Callable, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+def learn(update: Update, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
     """One optimiser step per batch; returns their mean metrics.
 
     The first batch is updated with the weights that sampled it, so there the difference between the engine's and
@@ -216,33 +261,27 @@ def learn(update: Callable, state: TrainState, batches: list[PackedBatch]) -> tu
     return state, means | {"logprob_diff_mean": history[0]["logprob_diff_mean"]}
 
 
-def performance(clock: Clock, statistics: Statistics) -> dict[str, float]:
+def performance(statistics: Statistics) -> dict[str, float]:
     """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config."""
     return {
         "perf/tokens_per_s": statistics.decoded_tokens / statistics.total_s,
         "perf/rollout_s": statistics.total_s,
         "perf/tool_wait_s": statistics.tool_wait_s,
-        "perf/update_total_s": clock.seconds["update"],
         "perf/fill": statistics.decoded_tokens / max(statistics.row_steps, 1),
     }
 
 
-def summarise_run(run: RLRun, notes: dict, seconds: dict[str, float], total_s: float) -> dict:
-    """What the closing table shows; `seconds` are by part, and what no part claims is `other`."""
-    tokens = notes["tokens"]
+def summarise_run(s: Session) -> dict:
+    """What the closing table shows; time that no part claims is `other`."""
+    seconds, tokens = s.clock.seconds, s.notes["tokens"]
+    total = s.notes["elapsed_s"] + time.perf_counter() - s.began
+    rates = {part: tokens[name] / seconds[part] for part, name in (("rollout", "decode"), ("update", "update"))}
     return {
-        "split": run.evaluation.final_split,
-        "problems": run.evaluation.problems,
-        "steps": run.rl.steps,
-        "before": notes["before"],
-        "after": notes["after"],
-        "tokens_per_s": {
-            "decode": tokens["decode"] / seconds["rollout"],
-            "update": tokens["update"] / seconds["update"],
-        },
-        "seconds": seconds | {"other": total_s - sum(seconds.values()), "total": total_s},
+        "split": s.run.evaluation.final_split,
+        "problems": s.run.evaluation.problems,
+        "steps": s.run.rl.steps,
+        "before": s.notes["before"],
+        "after": s.notes["after"],
+        "tokens_per_s": rates,
+        "seconds": seconds | {"other": total - sum(seconds.values()), "total": total},
     }
-
-
-def count(totals: dict[str, int], key: str, amount: int) -> None:
-    totals[key] = totals.get(key, 0) + amount

@@ -27,7 +27,7 @@ def clipped_policy_loss(
 
     Returns the loss and whether a bound was active, both shaped like `logprobs`.
     """
-    ratio = jnp.exp(logprobs - old_logprobs)
+    ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, 30.0))  # beyond every bound, and finite: inf * 0 is NaN
     bounded = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
     loss = -jnp.minimum(ratio * advantages, bounded * advantages)
     capped = jnp.where(advantages < 0, jnp.minimum(loss, -clip.dual * advantages), loss)

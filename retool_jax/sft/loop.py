@@ -8,16 +8,16 @@ from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
-from retool_jax.config import SFTRun, claim_folder
+from retool_jax.config import SFTRun, claim_folder, differences
 from retool_jax.data import arithmetic
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.errors import UserError
-from retool_jax.mesh import make_mesh
+from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.transformer import Params
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import TokenTerms, TrainState, init_state, make_update, state_shardings
+from retool_jax.update import TokenTerms, TrainState, init_state, make_update, param_shardings, state_shardings
 
 
 def imitation_loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
@@ -29,7 +29,7 @@ def train(run: SFTRun) -> TrainState:
     """Train to the last step, resuming from the newest checkpoint, and return the final state."""
     tokenizer = load_tokenizer(run.tokenizer)
     check_vocabulary(run, tokenizer)
-    mesh = make_mesh(run.mesh)
+    mesh = mesh_of(run)
     folder = claim_folder(run)
     checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep)
     clock = Clock()
@@ -60,6 +60,14 @@ def train(run: SFTRun) -> TrainState:
     return state
 
 
+def mesh_of(run: SFTRun) -> Mesh:
+    """The run's mesh over the devices that are here; a `UserError` when its rows or weights do not divide over it."""
+    mesh = make_mesh(run.mesh)
+    check_rows(mesh.shape, "sft.rows_per_micro", run.sft.rows_per_micro)
+    param_shardings(run.model, mesh)
+    return mesh
+
+
 def load_weights(run: SFTRun, folder: Path) -> Params:
     """The newest weights of a cold start's run folder, in this run's shardings.
 
@@ -67,11 +75,14 @@ def load_weights(run: SFTRun, folder: Path) -> Params:
         UserError: there is no checkpoint in that folder, or it is of another model.
     """
     path = folder / "checkpoints"
-    latest = Checkpoints(path, run.checkpoint.keep) if path.is_dir() else None
+    latest = Checkpoints(path, keep=None) if path.is_dir() else None
     if latest is None or latest.latest() is None:
         raise UserError(
             f"no checkpoint of a cold start at {folder}; run config=sft run={folder} first, or leave init_from empty"
         )
+    for key, there, here in differences(run, folder) if (folder / "config.yaml").is_file() else ():
+        if key.startswith("model."):
+            raise UserError(f"{folder} holds another model: {key} is {there} there and {here} here; make them equal")
     state, _ = latest.restore(latest.latest(), abstract_state(run, make_mesh(run.mesh)))
     latest.close()
     return state.params

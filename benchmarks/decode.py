@@ -1,0 +1,72 @@
+"""Decode speed of the miniature: tokens per second of the engine, with every row live and no tools.
+
+    python benchmarks/decode.py [slots=192] [length=64] [repeats=5]
+
+Prints JSON. `tokens_per_s` is wall clock; `tokens_per_cpu_s` counts the process's CPU time and is the number to
+compare between machines with other loads.
+"""
+
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+
+from retool_jax.config import load
+from retool_jax.engine.engine import Control, Engine
+from retool_jax.mesh import make_mesh
+from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.update import init_state
+
+
+def main(words: list[str]) -> None:
+    options = {"slots": 192, "length": 64, "repeats": 5} | {k: int(v) for k, v in (w.split("=") for w in words)}
+    slots, length = options["slots"], options["length"]
+    run = load(["config=grpo", f"engine.slots={slots}"])
+    mesh = make_mesh(run.mesh)
+    tokenizer = load_tokenizer(run.tokenizer)
+    params = init_state(run.model, run.rl.optimizer, mesh, seed=0).params
+    # No stop ids: every row decodes to the end, so the work is the same for any weights.
+    engine = Engine(run.model, run.engine, params, mesh, [], seed=0)
+    prompt = tokenizer.encode("What is 123 times 456?")
+    control = Control.parked(slots)
+    control.request[:] = np.arange(slots)
+    control.temperature[:] = 1.0
+
+    def decode_all() -> int:
+        engine.append([0], [0], [prompt])
+        engine.fork([0] * (slots - 1), list(range(1, slots)))
+        control.length[:] = len(prompt)
+        drawn_tokens = 0
+        while drawn_tokens < slots * length:
+            control.budget[:] = length - drawn_tokens // slots + 1  # one more, so that no row ends
+            drawn = jax.device_get(engine.decode(control))
+            control.length += drawn.counts
+            drawn_tokens += int(drawn.counts.sum())
+        return drawn_tokens
+
+    decode_all()  # compiles
+    wall, cpu = [], []
+    for _ in range(options["repeats"]):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        tokens = decode_all()
+        wall.append(tokens / (time.perf_counter() - began))
+        cpu.append(tokens / (time.process_time() - cpu_began))
+    print(
+        json.dumps(
+            {
+                "benchmark": "decode",
+                "slots": slots,
+                "tokens_per_row": tokens // slots,
+                "tokens_per_s": round(float(np.median(wall))),
+                "tokens_per_cpu_s": round(float(np.median(cpu))),
+                "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

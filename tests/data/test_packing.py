@@ -1,0 +1,93 @@
+"""Packing moves tokens and changes nothing about them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retool_jax.data.packing import Example, first_fit, pack
+from retool_jax.errors import UserError
+
+
+def example(length: int, first: int) -> Example:
+    """Distinct ids, every third token not sampled, a log-probability and an advantage of its own."""
+    ids = list(range(first, first + length))
+    sampled = [index % 3 != 0 for index in ids]
+    logprobs = [-index / 1000 if s else 0.0 for index, s in zip(ids, sampled, strict=True)]
+    return Example(ids, sampled, logprobs, advantage=float(first % 7 - 3))
+
+
+def examples_of(lengths: list[int]) -> list[Example]:
+    starts = np.cumsum([1, *lengths])
+    return [example(length, int(start)) for length, start in zip(lengths, starts, strict=False)]
+
+
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_every_token_stands_once_with_what_belongs_to_it(lengths, rows_per_micro):
+    examples = examples_of(lengths)
+    batch = pack(examples, 16, rows_per_micro)
+    assert batch.tokens.shape[1:] == (rows_per_micro, 16) and batch.micro_batches == len(batch.tokens)
+    rows = [x.reshape(-1, 16) for x in batch[:-1]]
+    tokens, positions, segments, sampled, logprobs, advantages = rows
+    found = []
+    for row in range(len(tokens)):
+        used = segments[row] > 0
+        assert np.all(np.diff(used.astype(int)) <= 0), "padding is behind the tokens"
+        assert sorted(set(segments[row][used])) == list(range(1, segments[row].max() + 1))
+        for segment in range(1, segments[row].max() + 1):
+            place = np.flatnonzero(segments[row] == segment)
+            assert np.all(np.diff(place) == 1), "a sequence is in one piece"
+            original = next(e for e in examples if e.ids[0] == tokens[row][place[0]])
+            np.testing.assert_array_equal(tokens[row][place], original.ids)
+            np.testing.assert_array_equal(positions[row][place], np.arange(len(original.ids)))
+            np.testing.assert_array_equal(sampled[row][place], original.sampled)
+            np.testing.assert_allclose(logprobs[row][place], original.logprobs)
+            np.testing.assert_allclose(advantages[row][place], np.where(original.sampled, original.advantage, 0.0))
+            found += original.ids
+        for x in rows:
+            assert not x[row][~used].any(), "padding is zero everywhere"
+    assert sorted(found) == list(range(1, sum(lengths) + 1))
+
+
+@given(st.lists(st.integers(1, 50), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_first_fit_keeps_the_limit_and_wastes_little(lengths):
+    rows = first_fit(lengths, 50)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    assert all(0 < total <= 50 for total in filled)
+    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 50) + 1 or sum(sorted(filled)[:2]) > 50
+
+
+def test_first_fit_decreasing_on_a_known_case():
+    assert first_fit([4, 6, 3, 7, 5, 5], 10) == [[3, 2], [1, 0], [4, 5]]
+    assert first_fit([], 10) == []
+    assert first_fit([10, 10], 10) == [[0], [1]]
+
+
+def test_a_fixed_number_of_micro_batches():
+    batch = pack(examples_of([16, 16, 16]), 16, rows_per_micro=2, max_micro_batches=5)
+    assert batch.tokens.shape == (5, 2, 16) and batch.micro_batches == 2
+    assert not batch.segments[2:].any()
+    assert pack(examples_of([16, 16, 16]), 16, 2, 2).tokens.shape == (2, 2, 16)
+
+
+def test_nothing_to_pack():
+    assert pack([], 16, rows_per_micro=2).tokens.shape == (0, 2, 16)
+    assert pack([], 16, 2, max_micro_batches=3).micro_batches == 0
+
+
+def test_without_logprobs_they_are_zero():
+    batch = pack([Example([5, 6], [False, True])], 4, 1)
+    assert not batch.logprobs.any()
+    np.testing.assert_array_equal(batch.advantages[0, 0], [0, 1, 0, 0])
+
+
+def test_limits_are_told():
+    with pytest.raises(
+        UserError, match=r"a sequence of 17 tokens does not fit a packed row of 16; raise sft.row_length"
+    ):
+        pack(examples_of([3, 17]), 16, 2)
+    with pytest.raises(UserError, match="3 packed rows need 2 micro-batches of 2; the limit is 1; use longer rows"):
+        pack(examples_of([16, 16, 16]), 16, 2, max_micro_batches=1)

@@ -1,0 +1,262 @@
+"""A draw depends on its request alone, log-probabilities are the trainer's, and conversations end as they should."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.data.packing import Example, pack
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.scheduler import Statistics, converse
+from retool_jax.update import token_logprobs
+
+ROOM = 96
+
+
+@dataclass
+class Chat:
+    """A conversation whose tool answers each turn with random tokens that follow from (request, turn) alone."""
+
+    prompt: list[int]
+    request: int
+    temperature: float = 1.0
+    turns: int = 4
+    delay: float = 0.0  # seconds: the longest that a tool takes
+    turn_limit: int = ROOM  # tokens of a turn
+
+    ids: list[int] = field(init=False)
+    sampled: list[bool] = field(init=False)
+    logprobs: list[float] = field(init=False)
+    answered: int = 0  # tool answers given
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.ids, self.sampled = list(self.prompt), [False] * len(self.prompt)
+        self.logprobs = [0.0] * len(self.prompt)
+
+    def turn_budget(self) -> int:
+        return min(ROOM - len(self.ids), self.turn_limit)
+
+    def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
+        self._add(ids, logprobs)
+        if self.answered + 1 >= self.turns or len(self.ids) >= ROOM - 12:
+            self.ended = True
+            return None
+        return self.answer()
+
+    async def answer(self) -> list[int] | None:
+        await asyncio.sleep(np.random.default_rng().uniform(0, self.delay))
+        rng = np.random.default_rng([self.request, self.answered])
+        segment = rng.integers(1, 60, rng.integers(1, 10)).tolist()
+        self.answered += 1
+        self._add(segment, None)
+        return segment
+
+    def _add(self, ids: list[int], logprobs: list[float] | None) -> None:
+        self.ids += ids
+        self.sampled += [logprobs is not None] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
+
+
+@pytest.fixture(scope="module")
+def engines(make_engine, model):
+    """`engines(slots, decode_steps, seed)`, each built once; every 16th id ends a turn."""
+    built: dict[tuple[int, int, int], Engine] = {}
+
+    def get(slots: int = 4, decode_steps: int = 8, tool_lag: int = 1, seed: int = 0) -> Engine:
+        key = (slots, decode_steps, seed)
+        if key not in built:
+            stops = range(0, model.vocab_size, 16)
+            built[key] = make_engine(seed, stops, slots=slots, decode_steps=decode_steps)
+        built[key].config = replace(built[key].config, tool_lag=tool_lag)
+        return built[key]
+
+    return get
+
+
+def chats(n: int = 10, **changes) -> list[Chat]:
+    """Groups of three that share a prompt, of unequal lengths."""
+    prompts = [np.random.default_rng(i // 3).integers(1, 60, 3 + 4 * (i // 3)).tolist() for i in range(n)]
+    return [Chat(prompt, 100 + i, **{"turns": 2 + i % 4} | changes) for i, prompt in enumerate(prompts)]
+
+
+def run(engine: Engine, conversations: Sequence[Chat]) -> Statistics:
+    return asyncio.run(asyncio.wait_for(converse(engine, conversations), 60))
+
+
+@pytest.fixture(scope="module")
+def reference(engines) -> list[Chat]:
+    conversations = chats()
+    run(engines(), conversations)
+    return conversations
+
+
+@pytest.mark.parametrize(
+    ("slots", "decode_steps", "tool_lag", "delay"),
+    [
+        (4, 8, 0, 0.01),
+        (4, 8, 3, 0.01),
+        (4, 8, -1, 0.02),
+        (2, 8, -1, 0.01),
+        (2, 8, 1, 0.0),
+        (16, 1, 0, 0.01),
+        (16, 1, -1, 0.01),
+    ],
+)
+def test_a_draw_depends_on_its_request_alone(engines, reference, slots, decode_steps, tool_lag, delay):
+    conversations = chats(delay=delay)
+    order = np.random.default_rng(slots + tool_lag).permutation(len(conversations))
+    run(engines(slots, decode_steps, tool_lag), [conversations[i] for i in order])
+    for ours, expected in zip(conversations, reference, strict=True):
+        assert ours.ids == expected.ids
+        np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_these_conversations_have_many_turns_of_one_dispatch_and_of_several(reference):
+    assert sum(chat.answered for chat in reference) > len(reference)
+    lengths = [sum(chat.sampled) / (chat.answered + 1) for chat in reference]
+    assert min(lengths) < 8 < max(lengths)
+
+
+def test_requests_and_seeds_differ(engines, reference):
+    by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
+    for chat in reference:
+        by_prompt.setdefault(tuple(chat.prompt), []).append(chat.ids)
+    for group in by_prompt.values():
+        assert len({tuple(ids) for ids in group}) == len(group)
+    others = chats()
+    run(engines(seed=1), others)
+    assert all(ours.ids != expected.ids for ours, expected in zip(others, reference, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temperature):
+    """Through tool appends, against one packed forward with the trainer's function."""
+    conversations = chats(temperature=temperature)
+    run(engines(), conversations)
+    batch = pack([Example(chat.ids, chat.sampled, chat.logprobs) for chat in conversations], 2 * ROOM, 6, 1)
+    rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+    ours, _ = jax.jit(partial(token_logprobs, model, params, temperature=temperature))(batch=rows)
+    difference = np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled]
+    assert difference.size == sum(sum(chat.sampled) for chat in conversations) > 100
+    assert difference.max() <= 1e-4
+    print(f"largest difference {difference.max():.1e} over {difference.size} tokens")
+
+
+def test_the_schedule_follows_from_the_tokens_when_answers_have_a_due_time(engines):
+    """Latency changes nothing at all: same steps on the device, same bits."""
+    results = []
+    for delay in (0.0, 0.03):
+        conversations = chats(delay=delay)
+        stats = run(engines(tool_lag=1), conversations)
+        results.append((stats.row_steps, [(chat.ids, chat.logprobs) for chat in conversations]))
+    assert results[0] == results[1]
+
+
+def test_statistics_add_up(engines):
+    conversations = chats(9)
+    stats = run(engines(slots=16, decode_steps=1), conversations)
+    assert all(chat.ended for chat in conversations)
+    sampled = sum(sum(chat.sampled) for chat in conversations)
+    assert stats.decoded_tokens == sampled
+    # All are admitted at once, so that each of the three prompts is prefilled once.
+    assert stats.prefilled_tokens == sum(len(chat.prompt) for chat in conversations[::3])
+    # With each answer comes the last token of the turn before it.
+    told = sum(len(chat.ids) - len(chat.prompt) - sum(chat.sampled) + chat.answered for chat in conversations)
+    assert stats.appended_tokens == told
+    assert stats.row_steps % 16 == 0 and stats.row_steps >= sampled
+    assert stats.decode_s > 0 and stats.decode_s + stats.tool_wait_s <= stats.total_s
+
+
+def test_a_second_identical_batch_compiles_nothing(engines, compiles):
+    run(engines(), chats())
+    known = len(compiles)
+    run(engines(), chats())
+    assert len(compiles) == known
+
+
+def test_a_tool_may_end_its_conversation(engines):
+    class Ending(Chat):
+        async def answer(self) -> None:
+            await asyncio.sleep(0.005)
+            self.ended = True
+
+    conversations = [
+        (Ending if i % 2 else Chat)(chat.prompt, chat.request, turn_limit=20) for i, chat in enumerate(chats(9))
+    ]
+    for lag in (-1, 0, 1):
+        run(engines(tool_lag=lag), conversations)
+        assert all(chat.ended for chat in conversations)
+        conversations = [type(chat)(chat.prompt, chat.request) for chat in conversations]
+
+
+@pytest.mark.parametrize("tool_lag", [-1, 0, 1])
+def test_a_failing_tool_ends_the_batch_and_cancels_the_others(engines, reference, tool_lag):
+    class Waiting(Chat):
+        async def answer(self) -> list[int]:
+            if self.request == 100:
+                await asyncio.sleep(0.01)
+                raise RuntimeError("the tool broke")
+            started.append(self.request)
+            try:
+                await asyncio.sleep(50)
+            except asyncio.CancelledError:
+                cancelled.append(self.request)
+                raise
+
+    started, cancelled = [], []
+    # Turns of one token: all four call at once, and the first answer waited for is the one that never comes.
+    waiting = [Waiting(chat.prompt, chat.request, turn_limit=1) for chat in chats(6)]
+    with pytest.raises(RuntimeError, match="the tool broke"):
+        run(engines(tool_lag=tool_lag), waiting)
+    assert cancelled == started == [101, 102, 103]
+    again = chats()
+    run(engines(tool_lag=tool_lag), again)  # the engine is as good as new
+    assert [chat.ids for chat in again] == [chat.ids for chat in reference]
+
+
+def test_a_row_is_filled_to_its_last_token(make_engine, fresh_logits):
+    """No stop ids: every turn ends at its budget, the last at the row's end."""
+    engine = make_engine(stop_ids=(), slots=2)
+    conversations = chats(5, turns=10**9, turn_limit=13)
+    for chat in conversations:
+        chat.end_turn = partial(fill, chat)
+    stats = run(engine, conversations)
+    # Prompts and answers are of one bucket of lengths: one program serves all of them.
+    assert (engine._extend._cache_size(), engine._decode._cache_size()) == (1, 1)
+    assert [len(chat.ids) for chat in conversations] == [ROOM] * 5
+    assert stats.decoded_tokens == sum(sum(chat.sampled) for chat in conversations)
+    for chat, values in zip(conversations, fresh_logits([chat.ids for chat in conversations]), strict=True):
+        values = values.astype(np.float64)[:-1]
+        expected = (values - np.log(np.exp(values).sum(-1, keepdims=True)))[np.arange(ROOM - 1), chat.ids[1:]]
+        np.testing.assert_allclose(
+            np.where(chat.sampled, chat.logprobs, 0.0)[1:], np.where(chat.sampled[1:], expected, 0.0), atol=1e-4
+        )
+
+
+def fill(chat: Chat, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int]] | None:
+    """Go on until the row is full, with answers as long as fit before one more sampled token."""
+    chat._add(ids, logprobs)
+
+    async def answer() -> list[int]:
+        segment = [7] * min(5, ROOM - 1 - len(chat.ids))
+        chat._add(segment, None)
+        return segment
+
+    return answer() if len(chat.ids) < ROOM else None
+
+
+@pytest.mark.parametrize("budget", [0, -3, ROOM])
+def test_an_impossible_turn_is_an_error_and_not_a_hang(engines, budget):
+    chat = chats(1)[0]
+    chat.turn_budget = lambda: budget
+    with pytest.raises(ValueError, match=f"request 100 .* turn of {budget}"):
+        run(engines(), [chat])
+
+
+def test_nothing_to_do_is_done_at_once(engines):
+    assert run(engines(), []).decoded_tokens == 0

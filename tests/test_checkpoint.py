@@ -1,0 +1,226 @@
+"""Checkpoints come back bit by bit, or say why not; a full disk costs none that was there."""
+
+import os
+import resource
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.errors import UserError
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.config import ModelConfig
+from retool_jax.update import OptimizerConfig, TrainState, init_state, state_shardings
+
+MODEL = ModelConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
+)
+OPTIMIZER = OptimizerConfig(warmup_steps=2, decay_steps=10)
+
+
+@cache
+def like(mesh) -> TrainState:
+    shapes = jax.eval_shape(lambda: init_state(MODEL, OPTIMIZER, mesh, 0))
+    return abstract_like(shapes, state_shardings(MODEL, OPTIMIZER, mesh))
+
+
+def state_of(mesh, seed: int) -> TrainState:
+    """A state in mid-training: nothing in it is zero, so nothing compresses to nothing."""
+    rng = np.random.default_rng(seed)
+
+    def noise(x: jax.ShapeDtypeStruct) -> jax.Array:
+        values = rng.normal(size=x.shape) if x.dtype == np.float32 else np.full(x.shape, seed)
+        return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    return jax.tree.map(noise, like(mesh))
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def saved(mesh, tmp_path_factory) -> Path:
+    """A folder with checkpoints 1, 2 and 3 of which two are kept; copy it to damage it."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state_of(mesh, step), {"seconds": {"update": 0.1 * step}})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def test_a_state_comes_back_bit_by_bit(saved, mesh):
+    checkpoints = Checkpoints(saved, keep=2)
+    state, notes = checkpoints.restore(3, like(mesh))
+    checkpoints.close()
+    assert_equal(state, state_of(mesh, 3))
+    assert notes == {"seconds": {"update": 0.1 * 3}}
+    moments = jax.tree.leaves(state.opt_state)
+    assert len(moments) > 2 * len(jax.tree.leaves(state.params)) and all(np.any(np.asarray(x)) for x in moments)
+
+
+def test_the_last_ones_are_kept(saved):
+    checkpoints = Checkpoints(saved, keep=2)
+    assert checkpoints.latest() == 3
+    checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+
+
+def test_an_empty_folder_has_no_latest(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "new", keep=2)
+    assert checkpoints.latest() is None
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_a_state_comes_back_on_another_mesh(saved, mesh, sizes):
+    other = make_mesh(MeshConfig(*sizes))
+    checkpoints = Checkpoints(saved, keep=2)
+    state, _ = checkpoints.restore(3, like(other))
+    checkpoints.close()
+    assert_equal(jax.device_get(state), jax.device_get(state_of(mesh, 3)))
+    for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(like(other)), strict=True):
+        assert x.sharding == expected.sharding
+    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
+
+
+def test_what_a_killed_save_left_is_swept(copied, mesh):
+    half = copied / "4.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "3", half)
+    reader = Checkpoints(copied, keep=None)
+    assert reader.latest() == 3 and half.exists(), "another run's folder is only read: its save may be going on"
+    reader.close()
+    checkpoints = Checkpoints(copied, keep=2)
+    assert checkpoints.latest() == 3 and not half.exists()
+    checkpoints.save(4, state_of(mesh, 4), {})
+    assert_equal(checkpoints.restore(4, like(mesh))[0], state_of(mesh, 4))
+    checkpoints.close()
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    half = len(content) // 2
+    match how:
+        case "truncate":
+            path.write_bytes(content[:half])
+        case "garble":
+            path.write_bytes(content[:half] + bytes(b ^ 0xFF for b in content[half : half + 8]) + content[half + 8 :])
+        case "remove":
+            path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncate", "garble", "remove"])
+@pytest.mark.parametrize("which", ["largest", "notes/metadata", "state/manifest.ocdbt", "digests.json"])
+def test_a_damaged_file_is_named_and_the_one_before_is_used(copied, mesh, capfd, which, how):
+    """The largest file holds the arrays: garbled there, orbax alone reads wrong weights and says nothing."""
+    step = copied / "3"
+    files = [path for path in step.rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size) if which == "largest" else step / which
+    damage(path, how)
+    checkpoints = Checkpoints(copied, keep=2)
+    if which == "digests.json" and how == "remove":
+        assert_equal(checkpoints.restore(3, like(mesh))[0], state_of(mesh, 3))
+        checkpoints.close()
+        return
+    with pytest.raises(UserError) as caught:
+        checkpoints.restore(checkpoints.latest(), like(mesh))
+    checkpoints.close()
+    message = str(caught.value)
+    assert message.startswith(f"checkpoint {step} is corrupt ({path.relative_to(step)} ")
+    assert message.endswith("remove that folder; the one of step 2 is used then")
+    assert capfd.readouterr().err == ""
+    shutil.rmtree(step)
+    checkpoints = Checkpoints(copied, keep=2)
+    assert_equal(checkpoints.restore(checkpoints.latest(), like(mesh))[0], state_of(mesh, 2))
+    checkpoints.close()
+
+
+def test_the_only_checkpoint_is_damaged(copied, mesh):
+    shutil.rmtree(copied / "2")
+    damage(copied / "3" / "state" / "_METADATA", "truncate")
+    checkpoints = Checkpoints(copied, keep=2)
+    with pytest.raises(UserError, match=r"checkpoint .*/3 is corrupt .*: remove that folder to start over$"):
+        checkpoints.restore(3, like(mesh))
+    checkpoints.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB; states here take one each."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root; the limit on file sizes is tested beside")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no right to mount a small file system here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("seen_in_advance", [True, False])
+def test_a_full_disk_costs_no_checkpoint(small_disk, mesh, monkeypatch, capfd, seen_in_advance):
+    folder = small_disk / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=9)
+    if not seen_in_advance:  # another process takes the room while the save is going on
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    with pytest.raises(UserError) as caught:
+        for step in range(1, 9):
+            checkpoints.save(step, state_of(mesh, step), {"step": step})
+    last = checkpoints.latest()
+    assert last is not None and 1 <= last < 8
+    reason = "MB left" if seen_in_advance else "No space left on device"
+    assert f"cannot save checkpoint {last + 1} in {folder} (" in str(caught.value) and reason in str(caught.value)
+    assert f"checkpoint {last} is intact; make room" in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == [str(step) for step in range(1, last + 1)]
+    assert capfd.readouterr().err == ""
+    assert_equal(checkpoints.restore(last, like(mesh))[0], state_of(mesh, last))
+    checkpoints.close()
+
+    shutil.rmtree(folder / "1")  # make room, start again
+    checkpoints = Checkpoints(folder, keep=9)
+    checkpoints.save(last + 1, state_of(mesh, last + 1), {})
+    assert_equal(checkpoints.restore(last + 1, like(mesh))[0], state_of(mesh, last + 1))
+    checkpoints.close()
+
+
+def test_a_write_that_the_system_refuses_costs_no_checkpoint(copied, mesh, capfd):
+    """What a user without rights can do to itself: a limit on the size of a file, in the middle of a run."""
+    checkpoints = Checkpoints(copied, keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot save checkpoint 4 .*File too large.*checkpoint 3 is intact"):
+            checkpoints.save(4, state_of(mesh, 4), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capfd.readouterr().err == ""
+    assert sorted(path.name for path in copied.iterdir()) == ["2", "3"]
+    assert_equal(checkpoints.restore(3, like(mesh))[0], state_of(mesh, 3))
+    checkpoints.save(4, state_of(mesh, 4), {})
+    checkpoints.close()
+
+
+def test_a_state_of_another_model_is_refused(copied, mesh):
+    other = abstract_like(
+        {"weight": jax.ShapeDtypeStruct((3,), np.float32)},
+        {"weight": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+    )
+    checkpoints = Checkpoints(copied, keep=2)
+    with pytest.raises(UserError, match=r"as the state of this config .*: choose the folder of a run of this model"):
+        checkpoints.restore(3, other)
+    checkpoints.close()

@@ -1,0 +1,410 @@
+"""A config means what it says: every key is checked, has a reader, and is saved with the run."""
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+import jax
+import pytest
+from omegaconf import OmegaConf
+
+import retool_jax
+from retool_jax import config
+from retool_jax.config import RLRun, SFTRun, claim_folder, flatten, load
+from retool_jax.errors import UserError
+from retool_jax.mesh import AXES, MeshConfig, make_mesh
+from retool_jax.update import init_state, state_shardings
+
+
+def error_of(*words: str) -> str:
+    """The message of loading these words: one line."""
+    with pytest.raises(UserError) as caught:
+        load(list(words))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def value_of(key: str, *words: str) -> object:
+    return flatten(load(["config=grpo", *words]))[key]
+
+
+# ------------------------------------------------------------------------------------------------ keys and values
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [
+        ("rl.stpes=3", "did you mean rl.steps?"),
+        ("sfft.steps=3", "did you mean sft.steps?"),
+        ("rl.clip.hihg=0.3", "did you mean rl.clip.high?"),
+        ("optimizer.learning_rate=1", "did you mean sft.optimizer.learning_rate or rl.optimizer.learning_rate?"),
+        ("rl.learning_rate=1", "did you mean rl.optimizer.learning_rate?"),
+        ("steps=3", "did you mean sft.steps or rl.steps?"),
+        ("sed=1", "did you mean seed?"),
+        ("--rl.steps=3", "did you mean rl.steps?"),
+        ("sandbox.limits.wal_s=3", "did you mean sandbox.limits.wall_s?"),
+        ("rl.xyzzy=3", "known here: rl.steps, rl.prompts_per_step"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(word, suggestion):
+    message = error_of("config=grpo", word)
+    assert message.startswith(f"unknown key {word.split('=')[0]}; ")
+    assert suggestion in message
+
+
+def test_keys_of_reinforcement_learning_are_unknown_to_the_cold_start():
+    assert error_of("config=sft", "rl.steps=3").startswith("unknown key rl.steps; it belongs to configs of task grpo")
+    assert "unknown key init_from" in error_of("config=sft", "init_from=runs/x")
+
+
+def test_an_unknown_config_lists_those_that_exist():
+    assert "no config 'grop'" in error_of("config=grop")
+    assert f"there are: {', '.join(config.config_names())}" in error_of("config=grop")
+    assert "one of: grpo, sft" in error_of("rl.steps=3")
+
+
+@pytest.mark.parametrize("word", ["grpo", "--config", "", "rl.steps"])
+def test_a_word_without_an_equals_sign(word):
+    assert error_of("config=grpo", word).startswith(f"cannot read {word!r}: expected key=value")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rl.steps=abc", "rl.steps=abc is of type str; it must be int"),
+        ("rl.steps=1.5", "rl.steps=1.5 is of type float; it must be int"),
+        ("rl.steps=true", "rl.steps=true is of type bool; it must be int"),
+        ("rl.steps=[1,2]", "rl.steps=[1,2] is of type list; it must be int"),
+        ("rl.steps=", "rl.steps= is empty; it must be int"),
+        ("rl.steps=null", "rl.steps= is empty; it must be int"),
+        ("rl.temperature=warm", "rl.temperature=warm is of type str; it must be float"),
+        ("rl.temperature=.nan", "rl.temperature=nan must be a finite number"),
+        ("sandbox.show_last_expression=1", "sandbox.show_last_expression=1 is of type int; it must be bool"),
+        ("sandbox.backend=[1]", "sandbox.backend=1 is of type int; it must be str"),
+        ("sandbox.backend=", "sandbox.backend is empty"),
+        ("sandbox.backend=[process", "cannot read sandbox.backend=[process: "),
+        ("rl=3", "rl=3 sets a whole section; set one of its keys: rl.steps, "),
+        ("rl.steps.x=3", "rl.steps is a single int and has no key 'x' below it"),
+        ("tools=no", "tools=no is not one of: python, none"),
+        ("seed=-1", "seed=-1 must lie between 0 and"),
+        ("rl.steps=0", "rl.steps=0 must be at least 1"),
+        ("rl.optimizer.learning_rate=-1", "rl.optimizer.learning_rate=-1.0 must be at least 0"),
+        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be between 0 and 1"),
+        ("rl.clip.low=1.5", "rl.clip.low=1.5 must be between 0 and 1"),
+        ("evaluation.every=-1", "evaluation.every=-1 must be at least 0"),
+        ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
+        ("model.compute_dtype=float33", "model.compute_dtype=float33 is not one of: float32"),
+        ("rl.minibatches=5", "rl.prompts_per_step=24 does not divide into rl.minibatches=5"),
+        ("rl.group_size=1", "rl.group_size=1: a group needs at least 2"),
+        ("rl.row_length=64", "rl.row_length=64 is shorter than engine.max_length=128"),
+        ("rollout.max_prompt_tokens=500", "rollout.max_prompt_tokens=500 leaves no room in engine.max_length=128"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_limit(word, message):
+    assert message in error_of("config=grpo", word)
+
+
+def test_rows_must_divide_over_the_mesh():
+    message = error_of("config=grpo", "mesh.data=2", "mesh.fsdp=2", "rl.rows_per_micro=6", "sft.rows_per_micro=8")
+    assert message.startswith("rl.rows_per_micro=6 does not divide over mesh.data x mesh.fsdp = 4 devices")
+    assert "sft.rows_per_micro=3" in error_of("config=sft", "mesh.fsdp=2", "sft.rows_per_micro=3")
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "value"),
+    [
+        ("rl.optimizer.learning_rate", "1e-4", 1e-4),
+        ("rl.optimizer.learning_rate", "1", 1.0),
+        ("sandbox.show_last_expression", "false", False),
+        ("sandbox.backend", "[process,bubblewrap]", ("process", "bubblewrap")),
+        ("sandbox.backend", "process", ("process",)),
+        ("engine.tool_lag", "-1", -1),
+        ("run", "2024", "2024"),
+        ("run", "yes", "yes"),
+        ("run", "'quoted name'", "quoted name"),
+        ("run", "a=b", "a=b"),
+        ("init_from", "", ""),
+    ],
+)
+def test_values_are_read_as_meant(key, word, value):
+    read = value_of(key, f"{key}={word}")
+    assert read == value and type(read) is type(value)
+
+
+def test_later_words_win():
+    assert value_of("rl.steps", "rl.steps=3", "rl.steps=4") == 4
+    assert isinstance(load(["config=grpo", "config=sft"]), SFTRun)
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("name", config.config_names())
+def test_every_shipped_config_builds_its_model(name):
+    run = load([f"config={name}"])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
+    shapes = jax.eval_shape(lambda: init_state(run.model, run.sft.optimizer, mesh, run.seed))
+    for shape, sharding in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(state_shardings(run.model, run.sft.optimizer, mesh)), strict=True
+    ):
+        assert len(sharding.shard_shape(shape.shape)) == shape.ndim
+    assert shapes.params["embedding"].get_value().shape == (run.model.vocab_size, run.model.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: grpo\n  rl: [", "cannot read"),
+        ("task: grpo\nseed: 1\nseed: 2\n", "duplicate key seed"),
+        ("- a\n- b\n", "expected keys and values"),
+        ("seed: 1\n", "has task=None; it must be one of: sft, grpo"),
+        ("base: grpo\nrl: {stpes: 3}\ntask: grpo\n", "did you mean rl.steps?"),
+        ("base: nowhere\ntask: grpo\n", "no config 'nowhere', the base of"),
+        ("task: grpo\nrun: 2024\n", "run=2024 is of type int; it must be str"),
+    ],
+)
+def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert message in error_of(f"config={path}")
+
+
+def test_a_config_that_is_its_own_base(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {path}\ntask: grpo\n")
+    assert "is its own base" in error_of(f"config={path}")
+
+
+def test_the_resolved_config_gives_the_same_run_again(tmp_path):
+    words = ["rl.optimizer.learning_rate=3e-5", "sandbox.backend=[process]", "tools=none", "data.train=1e5"]
+    for name, run_name in [("grpo", "2024"), ("sft", "null"), ("grpo", "a b")]:
+        run = load([f"config={name}", f"run={tmp_path / name / run_name}", *(words if name == "grpo" else [])])
+        folder = claim_folder(run)
+        again = load([f"config={folder / 'config.yaml'}"])
+        assert again == run and type(again) is type(run)
+
+
+def test_the_folder_follows_from_the_command():
+    def folder(*words: str) -> str:
+        return load(["config=grpo", *words]).run
+
+    assert folder("seed=1", "rl.steps=3") == folder("rl.steps=3", "seed=1") == "runs/grpo-rl.steps=3-seed=1"
+    assert folder("rl.steps=4", "rl.steps=3") == folder("rl.steps=3"), "only the last word of a key counts"
+    long = "x" * 150
+    commands = [
+        (),
+        ("seed=1",),
+        ("data.train=a/b.jsonl",),
+        ("data.train=a_b.jsonl",),
+        (f"data.train={long}1",),
+        (f"data.train={long}2",),
+        ("rl.steps=1",),
+    ]
+    folders = [folder(*words) for words in commands]
+    assert len(set(folders)) == len(commands)
+    assert all(Path(name).parent == Path("runs") and len(Path(name).name) < 130 for name in folders)
+
+
+def test_configs_of_one_name_in_two_places_have_two_folders(tmp_path):
+    names = ["grpo"]
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "grpo.yaml").write_text("base: grpo\ntask: grpo\n")
+        names.append(str(tmp_path / part / "grpo.yaml"))
+    assert len({load([f"config={name}"]).run for name in names}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- run folders
+
+
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
+    folder = claim_folder(load(["config=grpo", f"run={tmp_path / 'r'}", "rl.clip.high=0.3", "checkpoint.every=5"]))
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"holds another run: rl.clip.high is 0.3 there and 0.28 here; choose another"):
+        claim_folder(load(["config=grpo", f"run={folder}"]))
+    with pytest.raises(UserError, match=r"seed is 0 there and 3 here and \d+ more|is .* there and .* and \d+ more"):
+        claim_folder(load(["config=grpo", f"run={folder}", "seed=3"]))
+    assert (folder / "config.yaml").read_bytes() == before and len(list(folder.iterdir())) == 1
+    # How far and how often may change.
+    claim_folder(load(["config=grpo", f"run={folder}", "rl.clip.high=0.3", "rl.steps=3", "checkpoint.every=1"]))
+
+
+def test_a_folder_that_is_not_a_runs_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run; choose another run=FOLDER"):
+        claim_folder(load(["config=sft", f"run={tmp_path}"]))
+    with pytest.raises(UserError, match="holds no run"):
+        claim_folder(load(["config=sft", f"run={tmp_path / 'notes.txt'}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_torn_config_in_the_run_folder(tmp_path):
+    run = load(["config=sft", f"run={tmp_path}"])
+    (tmp_path / "config.tmp").write_text("task: sf")  # a start that was killed, or met a full disk
+    claim_folder(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    (tmp_path / "config.yaml").write_text("task: [")
+    with pytest.raises(UserError, match=r"cannot read .*config.yaml"):
+        claim_folder(run)
+
+
+# ----------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_config_and_every_key_in_readable_lines():
+    text = config.help_text(["--help"])
+    assert text.startswith("usage: python -m retool_jax.train config=NAME [key=value ...]")
+    assert all(name in text for name in config.config_names())
+    for key, value in flatten(load(["config=grpo"])).items():
+        assert key == "run" or f"\n  {key}={config._show(value)}" in text, key
+    assert max(map(len, text.splitlines())) <= 110
+    assert "rl.steps" not in config.help_text(["--help", "config=sft"])
+
+
+# --------------------------------------------------------------------------------- contract 10: every key is read
+
+
+def sections_of(run: type) -> dict[str, type]:
+    """The dataclasses that a run is made of, by the names that annotations give them."""
+    found = {cls.__name__: run for cls in run.__mro__ if dataclasses.is_dataclass(cls)}
+    for wanted in typing.get_type_hints(run).values():
+        if dataclasses.is_dataclass(wanted):
+            found |= sections_of(wanted)
+    return found
+
+
+class Readers(ast.NodeVisitor):
+    """Which fields of which config class the package reads, by following annotated arguments and attributes.
+
+    Checks of a value (`__post_init__`) do not count. `attributes` knows what ordinary classes keep of a config.
+    """
+
+    def __init__(self, sections: dict[str, type]) -> None:
+        self.sections = sections
+        self.read: set[tuple[str, str]] = set()
+        self.attributes: dict[str, dict[str, str]] = {}
+        self.names: dict[str, str | None] = {}
+        self.owner: str | None = None
+
+    def annotated(self, annotation: ast.expr | None) -> str | None:
+        names = [n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)] if annotation else []
+        return next((name for name in names if name in self.sections or name in self.attributes), None)
+
+    def record(self, section: str, field: str) -> None:
+        for cls in self.sections[section].__mro__:
+            if field in vars(cls).get("__annotations__", {}):
+                self.read.add((cls.__name__, field))
+
+    def kind(self, node: ast.expr) -> str | None:
+        """The class of an expression, if it is one that matters; reads on the way are noted."""
+        match node:
+            case ast.Name(id=name):
+                return self.names.get(name)
+            case ast.Attribute(value=value, attr=attr):
+                base = self.kind(value)
+                if base in self.sections:
+                    self.record(base, attr)
+                    wanted = typing.get_type_hints(self.sections[base]).get(attr)
+                    return wanted.__name__ if dataclasses.is_dataclass(wanted) else None
+                return self.attributes.get(base, {}).get(attr)
+            case ast.BoolOp(values=values):
+                return next(filter(None, map(self.kind, values)), None)
+            case ast.Call(func=ast.Name(id="getattr"), args=[target, name, *_]) if base := self.kind(target):
+                fields = [f.name for f in dataclasses.fields(self.sections[base])] if base in self.sections else []
+                for field in [name.value] if isinstance(name, ast.Constant) else fields:
+                    self.record(base, field)
+            case ast.Call(func=ast.Name(id="asdict" as name) | ast.Attribute(attr="asdict" as name), args=[target]):
+                if (base := self.kind(target)) in self.sections:
+                    for field in dataclasses.fields(self.sections[base]):
+                        self.record(base, field.name)
+            case ast.Call(func=ast.Name(id="replace") | ast.Attribute(attr="replace"), args=[target, *_]):
+                return self.kind(target)
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if (base := self.kind(value)) in self.sections:
+                method = getattr(self.sections[base], attr, None)
+                return getattr(typing.get_type_hints(method).get("return"), "__name__", None) if method else None
+        return None
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self.owner = self.owner, node.name
+        known = self.attributes.setdefault(node.name, {})
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and (kind := self.annotated(item.annotation)):
+                known[item.target.id] = kind
+        self.generic_visit(node)
+        self.owner = outer
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name == "__post_init__":
+            return
+        outer, self.names = self.names, dict(self.names)
+        for argument in [*node.args.args, *node.args.kwonlyargs]:
+            self.names[argument.arg] = self.owner if argument.arg == "self" else self.annotated(argument.annotation)
+        self.generic_visit(node)
+        self.names = outer
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        pairs = [(target, node.value) for target in node.targets]
+        for target, value in pairs:
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs += zip(target.elts, value.elts, strict=False)
+            elif isinstance(target, ast.Name):
+                self.names[target.id] = self.kind(value)
+            elif isinstance(target, ast.Attribute) and self.owner and (kind := self.kind(value)):
+                self.attributes[self.owner][target.attr] = kind
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.kind(node)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.kind(node)
+        self.generic_visit(node)
+
+
+def unread_keys(run: type) -> set[tuple[str, str]]:
+    sections = sections_of(run)
+    readers = Readers(sections)
+    trees = [ast.parse(path.read_text()) for path in Path(retool_jax.__file__).parent.rglob("*.py")]
+    for _ in range(3):  # until what classes keep of a config is known to those that use them
+        for tree in trees:
+            readers.names = {}
+            readers.visit(tree)
+    classes = {cls for section in sections.values() for cls in section.__mro__ if dataclasses.is_dataclass(cls)}
+    return {(cls.__name__, name) for cls in classes for name in vars(cls)["__annotations__"]} - readers.read
+
+
+def test_every_key_has_a_reader():
+    assert unread_keys(RLRun) == set()
+    assert unread_keys(SFTRun) == set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused(config.CheckpointConfig):
+    """`group_size` is read, but of another section; `nobody` is not."""
+
+    group_size: int = 8
+    nobody: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunWithUnusedKeys(RLRun):
+    checkpoint: Unused = dataclasses.field(default_factory=Unused)
+
+
+def test_a_key_without_a_reader_would_be_found():
+    assert unread_keys(RunWithUnusedKeys) == {("Unused", "group_size"), ("Unused", "nobody")}
+
+
+def test_mesh_axes_are_those_of_the_config():
+    """They are read by name, in a loop."""
+    assert tuple(typing.get_type_hints(MeshConfig)) == AXES
+
+
+def test_a_saved_config_holds_every_key(tmp_path):
+    run = load(["config=grpo", f"run={tmp_path / 'r'}"])
+    saved = OmegaConf.to_container(OmegaConf.load(claim_folder(run) / "config.yaml"))
+    assert set(config._flatten_dict(saved)) == {"task", *flatten(run)}

@@ -1,0 +1,105 @@
+"""Devices become a mesh, and logical axis names become shardings, or the reason why not is told."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from retool_jax import mesh as meshes
+from retool_jax.errors import UserError
+from retool_jax.mesh import MeshConfig, check_rows, make_mesh, spec
+from retool_jax.models.config import ModelConfig
+from retool_jax.update import param_shardings
+
+DEVICES = 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (1, 8, 1)),
+        ({"tp": 2}, (1, 4, 2)),
+        ({"data": 2, "fsdp": 2, "tp": -1}, (2, 2, 2)),
+        ({"data": -1, "fsdp": 1}, (8, 1, 1)),
+        ({"data": 2, "fsdp": 4}, (2, 4, 1)),
+    ],
+)
+def test_a_free_axis_takes_what_is_left(sizes, expected):
+    mesh = make_mesh(MeshConfig(**sizes))
+    assert tuple(mesh.shape[axis] for axis in meshes.AXES) == expected
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(DEVICES)), "every device, once"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 3},
+        {"fsdp": 16},
+        {"data": 2, "fsdp": 2, "tp": 1},
+        {"data": 0},
+        {"tp": -2},
+        {"data": -1},  # two free axes
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices(sizes):
+    with pytest.raises(UserError) as caught:
+        make_mesh(MeshConfig(**sizes))
+    message = str(caught.value)
+    assert str({"data": 1, "fsdp": -1, "tp": 1} | sizes) in message
+    assert f"product is {DEVICES}" in message or "at most one may be -1" in message
+
+
+def test_a_mesh_over_some_devices(mesh):
+    assert mesh.devices.size == 1
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).shape["fsdp"] == 3
+
+
+def test_logical_names_become_mesh_axes():
+    assert spec("layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", "tp", None)
+    assert spec("batch", "length") == PartitionSpec(("data", "fsdp"), None)
+    assert spec(None, "vocab") == PartitionSpec(None, "tp")
+    with pytest.raises(ValueError, match="put one mesh axis on two dimensions"):
+        spec("heads", "mlp")
+    with pytest.raises(ValueError, match="put one mesh axis on two dimensions"):
+        spec("batch", "embed")
+    with pytest.raises(KeyError):
+        spec("haeds")
+    used = {axis for rule in meshes.RULES.values() if rule for axis in ((rule,) if isinstance(rule, str) else rule)}
+    assert used == set(meshes.AXES)
+
+
+def test_an_array_is_split_as_its_names_say():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tp=2))
+    x = jax.device_put(np.arange(8 * 4).reshape(8, 4), meshes.sharding(mesh, "batch", "vocab"))
+    assert {shard.data.shape for shard in x.addressable_shards} == {(2, 2)}
+    everywhere = jax.device_put(np.arange(3), meshes.replicated(mesh))
+    assert {shard.data.shape for shard in everywhere.addressable_shards} == {(3,)}
+
+
+def test_a_pinned_layout_needs_a_mesh():
+    x = np.ones((8, 4), np.float32)
+    assert meshes.constrain(x, "batch", "length") is x
+    mesh = make_mesh(MeshConfig(data=8, fsdp=1))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: meshes.constrain(x * 2, "batch", "length"))(x)
+    assert y.sharding.is_equivalent_to(meshes.sharding(mesh, "batch", "length"), y.ndim)
+    assert {shard.data.shape for shard in y.addressable_shards} == {(1, 4)}
+    np.testing.assert_array_equal(y, x * 2)
+
+
+def test_rows_of_a_micro_batch_divide_over_data_and_fsdp():
+    check_rows(make_mesh(MeshConfig(data=2, fsdp=2, tp=2)).shape, "rl.rows_per_micro", 4)
+    with pytest.raises(
+        UserError, match=r"rl.rows_per_micro=4 does not divide over .* = 8 devices; use a multiple of 8"
+    ):
+        check_rows(make_mesh(MeshConfig(data=2, fsdp=4)).shape, "rl.rows_per_micro", 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dimension"), [({"tp": 4, "fsdp": 2}, "kv_heads dimension of 2"), ({"fsdp": 8}, "embed dimension of 36")]
+)
+def test_weights_divide_over_the_mesh(sizes, dimension):
+    model = ModelConfig(vocab_size=40, hidden_size=36, num_heads=4, num_kv_heads=2, head_dim=8)
+    with pytest.raises(UserError, match=f"does not divide the model's {dimension}; set mesh"):
+        param_shardings(model, make_mesh(MeshConfig(**sizes)))
+    param_shardings(model, make_mesh(MeshConfig(data=2, fsdp=2, tp=2)))

@@ -1,0 +1,302 @@
+"""Bad input through the real entry point: one line that names the thing, the limit and the way out, nothing written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from retool_jax import train
+from retool_jax.checkpoint import Checkpoints
+from retool_jax.data.arithmetic import problem_row
+from retool_jax.errors import UserError, run_command
+from retool_jax.metrics import read_metrics
+
+# A model of a few thousand weights, on the eight virtual devices of the tests.
+TINY = [
+    "mesh.data=8",
+    "mesh.fsdp=1",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.head_dim=8",
+    "sft.steps=3",
+    "sft.batch_tokens=256",
+    "sft.rows_per_micro=8",
+]
+SFT = ["config=sft", *TINY, "checkpoint.every=1", "checkpoint.keep=2"]
+GRPO = ["config=grpo", *TINY, "rl.rows_per_micro=8", "tools=none"]
+
+
+def error_of(*words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        train.main(list(words))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "retool_jax.train", *words], capture_output=True, text=True, timeout=120
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """These runs and commands share one compiled update."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def cold_start(tmp_path_factory) -> Path:
+    """The run folder of a cold start of three steps; copy it to damage it."""
+    folder = tmp_path_factory.mktemp("runs") / "cold"
+    train.main([*SFT, f"run={folder}"])
+    return folder
+
+
+@pytest.fixture
+def copied(cold_start, tmp_path) -> Path:
+    """The same run at another place, two steps behind its end."""
+    folder = Path(shutil.copytree(cold_start, tmp_path / "copied"))
+    shutil.rmtree(folder / "checkpoints" / "3")
+    return folder
+
+
+def truncate_newest(folder: Path) -> Path:
+    """Cut the arrays' file of a run's newest checkpoint in half."""
+    step = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    path = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return step
+
+
+# ---------------------------------------------------------------------------------------- before anything is written
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Write a JSONL of good rows and some of one's own: `data(rows)` gives its path."""
+
+    def write(*rows: dict | str) -> Path:
+        path = tmp_path / "mine.jsonl"
+        good = [problem_row("train", index) for index in range(3)]
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in (*good, *rows)))
+        return path
+
+    return write
+
+
+def test_data_that_cannot_be_used_is_told_before_anything_is_written(data, tmp_path):
+    run = tmp_path / "run"
+    words = [*GRPO, f"run={run}"]
+    row = problem_row("train", 7)
+    long = row | {"prompt": [{"role": "user", "content": "What is 1 + 1? " * 20}], "extra_info": {"index": "long"}}
+    path = data()
+
+    assert f"no data file {tmp_path / 'no.jsonl'};" in error_of(*words, f"data.train={tmp_path / 'no.jsonl'}")
+    data(row | {"reward_model": {"ground_truth": "", "style": "rule"}})
+    assert f"{path} row 4 has an empty reward_model.ground_truth" in error_of(*words, f"data.train={path}")
+    data("{'prompt': 3")
+    assert f"cannot read data {path} (" in error_of(*words, f"data.test={path}")
+    path.write_text(json.dumps({key: row[key] for key in row if key != "reward_model"}) + "\n")
+    assert f"{path} row 1 has no column 'reward_model'; it has" in error_of(*words, f"data.dev={path}")
+    data(long)
+    message = error_of(*words, f"data.train={path}")
+    assert message.startswith("problem long has a prompt of ")
+    assert "the limit is rollout.max_prompt_tokens=40: raise it (and engine.max_length with it) or leave" in message
+    assert not run.exists() and not list(tmp_path.glob("cold-start*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init_from=/nope"], "no checkpoint of a cold start at /nope; run config=sft run=/nope first"),
+        (
+            ["tokenizer=/nope"],
+            "no tokenizer at /nope: expected tokenizer.json there; set tokenizer=FOLDER or miniature",
+        ),
+        (["model.vocab_size=300"], "model.vocab_size=300 is smaller than the tokenizer's"),
+        (["sft.rows_per_micro=4"], "sft.rows_per_micro=4 does not divide over mesh.data x mesh.fsdp = 8 devices"),
+        (["rl.rows_per_micro=12"], "rl.rows_per_micro=12 does not divide over mesh.data x mesh.fsdp = 8 devices"),
+        (["mesh.data=3", "sft.rows_per_micro=6", "rl.rows_per_micro=6"], "does not divide the 8 device(s) here"),
+        (["mesh.data=1", "mesh.fsdp=2", "mesh.tp=4"], "mesh.tp=4 does not divide the model's "),
+        (["rl.minibatches=7"], "rl.prompts_per_step=24 does not divide into rl.minibatches=7"),
+        (["sandbox.backend=[nowhere]", "tools=python"], "sandbox.backend: there is no 'nowhere'; there is"),
+        (["rl.stpes=3"], "unknown key rl.stpes; did you mean rl.steps?"),
+    ],
+)
+def test_a_config_that_cannot_run_is_told_before_anything_is_written(tmp_path, words, message):
+    assert message in error_of(*GRPO, f"run={tmp_path / 'run'}", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_devices_that_are_left_over_count(tmp_path):
+    """`mesh.fsdp=-1` is known only when the devices are."""
+    words = ["config=sft", "mesh.data=1", "mesh.fsdp=-1", "sft.rows_per_micro=4", f"run={tmp_path / 'run'}"]
+    assert "sft.rows_per_micro=4 does not divide over mesh.data x mesh.fsdp = 8 devices" in error_of(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
+    done = command(*GRPO, "init_from=/nope", f"run={tmp_path / 'run'}")
+    assert_one_line(done, "no checkpoint of a cold start at /nope", "or leave init_from empty")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_config(capsys):
+    for words in ([], ["--help"], ["-h", "config=sft"]):
+        train.main(words)
+        assert capsys.readouterr().out.startswith("usage: python -m retool_jax.train config=NAME [key=value ...]")
+
+
+# ---------------------------------------------------------------------------------------------------- run folders
+
+
+def test_a_folder_of_another_run(copied):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    message = error_of(*SFT, f"run={copied}", "sft.optimizer.learning_rate=0.5")
+    assert f"{copied} holds another run: sft.optimizer.learning_rate is 0.002 there and 0.5 here" in message
+    assert "choose another run=FOLDER, or remove that one" in message
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert f"{tmp_path} is not empty and holds no run; choose another run=FOLDER" in error_of(*SFT, f"run={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_saved_config_resumes_the_run(copied, cold_start):
+    train.main([f"config={copied / 'config.yaml'}", f"run={copied}"])
+    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (copied, cold_start)]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_corrupt_checkpoint_is_told_and_its_removal_is_the_way_out(copied):
+    step = truncate_newest(copied)
+    metrics = (copied / "metrics.jsonl").read_bytes()
+    assert_one_line(
+        command(*SFT, f"run={copied}"), f"checkpoint {step} is corrupt (", "remove that folder to start over"
+    )
+    assert (copied / "metrics.jsonl").read_bytes() == metrics
+    shutil.rmtree(step)
+    train.main([*SFT, f"run={copied}"])
+    assert [line["step"] for line in read_metrics(copied)] == [1, 2, 3]
+
+
+def test_a_corrupt_cold_start_is_told_before_anything_is_written(copied, tmp_path):
+    step = truncate_newest(copied)
+    message = error_of(*GRPO, f"init_from={copied}", f"run={tmp_path / 'run'}")
+    assert message.startswith(f"checkpoint {step} is corrupt (") and "remove that folder" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cold_start_of_another_model(cold_start, tmp_path):
+    message = error_of(*GRPO, "model.intermediate_size=64", f"init_from={cold_start}", f"run={tmp_path / 'run'}")
+    assert f"{cold_start} holds another model: model.intermediate_size is 48 there and 64 here" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_without_a_checkpoint_is_no_cold_start(tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    message = error_of(*GRPO, f"init_from={tmp_path / 'empty'}", f"run={tmp_path / 'run'}")
+    assert f"no checkpoint of a cold start at {tmp_path / 'empty'}" in message
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ full disks
+
+
+def test_a_disk_that_fills_up_and_is_cleared(tmp_path):
+    """The whole run on 1 MB: an error on one line, the last checkpoint good, and the same command goes on."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root; the limit on file sizes is tested below")
+    disk = tmp_path / "small"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no right to mount a small file system here: {done.stderr.strip()}")
+    try:
+        words = [*SFT, "checkpoint.keep=9", "sft.steps=12", f"run={disk / 'run'}"]
+        assert_one_line(command(*words), "cannot save checkpoint ", "is intact; make room and start the same command")
+        folder = disk / "run" / "checkpoints"
+        steps = sorted(int(path.name) for path in folder.iterdir())
+        assert steps == list(range(1, steps[-1] + 1)) and 1 <= steps[-1] < 12
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        train.main(words)
+        assert [line["step"] for line in read_metrics(disk / "run")] == list(range(1, 13))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_write_that_the_system_refuses(tmp_path, cold_start):
+    """Without rights: a limit on the size of files, which the checkpoint of the first step exceeds."""
+    assert cold_start.exists()  # its compiled update is larger than the limit, and there already
+    words = [sys.executable, "-m", "retool_jax.train", *SFT, f"run={tmp_path / 'run'}"]
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *words]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert_one_line(done, "cannot save checkpoint 1 in", "File too large", "no checkpoint exists yet")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
+    assert checkpoints.latest() is None
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("ENOSPC", "make room and start the same command again"), ("EACCES", "choose a folder that can be written")],
+)
+def test_an_error_of_the_disk_is_one_line(monkeypatch, capsys, name, way_out):
+    def main(words: list[str]) -> None:
+        code = getattr(errno, name)
+        raise OSError(code, os.strerror(code), "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write runs/x/metrics.jsonl (") and error.endswith(f"; {way_out}\n")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["train", *SFT, f"run={tmp_path / 'file' / 'run'}"])
+    with pytest.raises(SystemExit, match="2"):
+        run_command(train.main)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {tmp_path / 'file'}") and error.count("\n") == 1
+    assert error.endswith("choose a folder that can be written\n")
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+    def main(words: list[str]) -> None:
+        raise FileNotFoundError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(FileNotFoundError):
+        run_command(main)
