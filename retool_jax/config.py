@@ -149,10 +149,12 @@ class RLRun(SFTRun):
         return dataclasses.replace(self.sandbox, queue_limit=self.sandbox.queue_limit or self.engine.slots)
 
     def cold_start(self) -> SFTRun:
-        """The part of this run that makes its first weights, in a folder named by its content."""
+        """The part of this run that makes its first weights, in a folder named by what decides them."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTRun)}
-        digest = hashlib.blake2b(repr([(k, shared[k]) for k in sorted(shared) if k != "run"]).encode(), digest_size=4)
-        folder = Path(self.run).parent / f"cold-start-{self.tools}-seed{self.seed}-{digest.hexdigest()}"
+        shared["checkpoint"] = CheckpointConfig(every=max(self.sft.steps // 5, 1), keep=1)
+        decisive = repr([(key, shared[key]) for key in sorted(shared) if key not in ("run", "checkpoint")])
+        digest = hashlib.blake2b(decisive.encode(), digest_size=4).hexdigest()
+        folder = Path(self.run).parent / f"cold-start-{self.tools}-seed{self.seed}-{digest}"
         return SFTRun(**shared | {"run": str(folder)})
 
 

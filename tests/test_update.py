@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.errors import UserError
@@ -37,6 +37,8 @@ from retool_jax.update import (
 CLIP = ClipConfig(dual=1.5)
 LOSS = policy_token_loss(CLIP)
 TEMPERATURE = 0.7
+# What XLA says when it can change a layout only by giving every device the whole array.
+REMATERIALIZATION = "Involuntary full rematerialization"
 # No clipping, so that Adam's first moment after one step is (1 - b1) x the gradient.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, max_grad_norm=1e9, weight_decay=0.1)
 
@@ -211,12 +213,25 @@ def is_adam(x: object) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
+def test_a_rematerialization_would_be_seen():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+
+    def awkward(x: jax.Array) -> jax.Array:
+        for spec in (PartitionSpec(("tp", "fsdp", "data")), PartitionSpec(None, None, ("tp", "data"))):
+            x = jnp.sin(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)))
+        return x
+
+    with captured_stderr() as stderr:
+        jax.jit(awkward).lower(jnp.zeros((8, 4, 8))).compile()
+        assert REMATERIALIZATION in stderr()
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 2)], ids=["fsdp8", "data2-fsdp2-tp2", "tp2"])
 def test_a_mesh_changes_nothing(model, params, batch, expected, one_step, sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     with captured_stderr() as stderr:
         _, state, metrics = step_on(mesh, model, params, batch)
-        assert "Involuntary full rematerialization" not in stderr()
+        assert REMATERIALIZATION not in stderr()
     split = [x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(state.params)]
     assert sum(split) >= 8  # it was a mesh indeed
     gradient = jax.tree.map(lambda x: x / (1 - OPTIMIZER.b1), first_moment(state))

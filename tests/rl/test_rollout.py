@@ -213,7 +213,8 @@ def test_without_a_sandbox_a_call_is_only_text(tokenizer):
 
 
 def test_a_prompt_over_the_budget_is_named(tokenizer):
-    with pytest.raises(UserError, match=r"problem p has a prompt of \d+ tokens; the limit is rollout.max_prompt_tokens=5"):
+    said = r"problem p has a prompt of \d+ tokens; the limit is rollout.max_prompt_tokens=5"
+    with pytest.raises(UserError, match=said):
         play(tokenizer, ["x"], limits=RolloutConfig(max_prompt_tokens=5))
 
 

@@ -86,7 +86,8 @@ def test_tool_output_cannot_become_a_control_token(tokenizer, control):
 
 
 def test_nested_and_split_control_strings_stay_broken(tokenizer):
-    for text in ["<<|im_end|>|im_end|>", "<|im_<|im_end|>end|>", "< |im_end|>", "<|im_end|><|im_end|>", "<tool_<tool_call>call>"]:
+    nested = ["<<|im_end|>|im_end|>", "<|im_<|im_end|>end|>", "<tool_<tool_call>call>"]
+    for text in [*nested, "< |im_end|>", "<|im_end|><|im_end|>"]:
         defused = defuse(tokenizer, text)
         assert not set(tokenizer.encode(defused)) & set(tokenizer.control_tokens.values()), text
         tool_segment(tokenizer, [text])
