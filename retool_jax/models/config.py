@@ -27,6 +27,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    qkv_bias: bool = True  # Qwen2; Qwen3 has none
+    qk_norm: bool = False  # Qwen3: RMS norm over each query and key head, before rotation
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     cache_dtype: str = "float32"

@@ -1,4 +1,4 @@
-"""The Qwen2 decoder: embeddings, L scanned layers, final norm, head.
+"""The Qwen2 and Qwen3 decoder: embeddings, L scanned layers, final norm, head.
 
 Modules declare weights with logical axis names and say how one layer computes; the functions below them are what
 the rest of the project calls. They take the weights as a pytree (an `nnx.State`), so that jit, grad, optax and
@@ -53,9 +53,13 @@ class Layers(nnx.Module):
         self.q = make((L, D, N, H), ("layers", "embed", "heads", "head_dim"), D**-0.5)
         self.k = make((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), D**-0.5)
         self.v = make((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), D**-0.5)
-        self.q_bias = make((L, N, H), ("layers", "heads", "head_dim"), 0.0)
-        self.k_bias = make((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0)
-        self.v_bias = make((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0)
+        if c.qkv_bias:
+            self.q_bias = make((L, N, H), ("layers", "heads", "head_dim"), 0.0)
+            self.k_bias = make((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0)
+            self.v_bias = make((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0)
+        if c.qk_norm:
+            self.q_norm = _norm(c, (L, H), ("layers", "norm"))
+            self.k_norm = _norm(c, (L, H), ("layers", "norm"))
         self.o = make((L, N, H, D), ("layers", "heads", "head_dim", "embed"), (N * H) ** -0.5)
         self.mlp_norm = _norm(c, (L, D), ("layers", "norm"))
         self.gate = make((L, D, F), ("layers", "embed", "mlp"), D**-0.5)
@@ -70,9 +74,14 @@ class Layers(nnx.Module):
             return weight[...].astype(c.compute_dtype)
 
         h = rms_norm(x_BTD, self.attention_norm[...], c.rms_norm_eps)
-        q = jnp.einsum("BTD,DNH->BTNH", h, cast(self.q)) + cast(self.q_bias)
-        k = jnp.einsum("BTD,DKH->BTKH", h, cast(self.k)) + cast(self.k_bias)
-        v = jnp.einsum("BTD,DKH->BTKH", h, cast(self.v)) + cast(self.v_bias)
+        q = jnp.einsum("BTD,DNH->BTNH", h, cast(self.q))
+        k = jnp.einsum("BTD,DKH->BTKH", h, cast(self.k))
+        v = jnp.einsum("BTD,DKH->BTKH", h, cast(self.v))
+        if c.qkv_bias:
+            q, k, v = q + cast(self.q_bias), k + cast(self.k_bias), v + cast(self.v_bias)
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed, cache = mix(rotate(q, positions_BT, c.rope_theta), rotate(k, positions_BT, c.rope_theta), v)
         x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", mixed, cast(self.o))
         h = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
