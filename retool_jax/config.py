@@ -31,9 +31,14 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 class SFTConfig:
     """The cold start: imitation of demonstrations."""
 
-    steps: int = 1000
+    data: str = "arithmetic"  # or a JSONL or parquet file, or a hub id, with rows of `messages`
+    steps: int = 1000  # 0 where epochs are set
+    epochs: int = 0  # passes over `data`; each leaves out the rows that do not fill its last step
     batch_tokens: int = 2048  # tokens of demonstrations per step, on average
+    batch_size: int = 0  # demonstrations per step; 0: as many as hold batch_tokens on average
     row_length: int = 192  # T of a packed row
+    overlong: str = "error"  # for rows of `data` longer than row_length: error, or drop
+    warmup_fraction: float = 0.0  # of all steps, and the cosine over the rest; 0: the optimizer's own steps
     rows_per_micro: int = 4  # B of a micro-batch
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -86,8 +91,7 @@ class SFTRun:
             raise UserError(f"tools={self.tools} is not one of: python, none")
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"seed={self.seed} must lie between 0 and {(1 << 32) - 1}")
-        positive(self.sft, "sft", "steps", "batch_tokens", "row_length", "rows_per_micro")
-        check_optimizer(self.sft.optimizer, "sft.optimizer")
+        check_sft(self.sft)
         positive(self.checkpoint, "checkpoint", "every", "keep")
         check_rows(dataclasses.asdict(self.mesh), "sft.rows_per_micro", self.sft.rows_per_micro)
 
@@ -106,6 +110,11 @@ class RLRun(SFTRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sft.epochs and not self.init_from:
+            raise UserError(
+                f"sft.epochs={self.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
+                " as init_from, or use sft.steps"
+            )
         rl = self.rl
         positive(rl, "rl", "steps", "prompts_per_step", "group_size", "minibatches", "row_length", "rows_per_micro")
         positive(self.evaluation, "evaluation", "problems")
@@ -172,6 +181,28 @@ def in_range(key: str, value: float, low: float, high: float = math.inf) -> None
     if not low <= value <= high:
         limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise UserError(f"{key}={value} must be {limit}")
+
+
+def check_sft(sft: SFTConfig) -> None:
+    for key in ("steps", "epochs", "batch_size"):
+        in_range(f"sft.{key}", getattr(sft, key), 0)
+    if bool(sft.steps) == bool(sft.epochs):
+        state = "both set" if sft.steps else "both 0"
+        raise UserError(
+            f"sft.steps={sft.steps} and sft.epochs={sft.epochs} are {state}; set one of them, and 0 for the other"
+        )
+    if sft.epochs and sft.data == "arithmetic":
+        raise UserError(f"sft.epochs={sft.epochs}: sft.data=arithmetic has no end; use sft.steps, or other data")
+    positive(sft, "sft", "batch_tokens", "row_length", "rows_per_micro")
+    if sft.overlong not in ("error", "drop"):
+        raise UserError(f"sft.overlong={sft.overlong} is not one of: error, drop")
+    check_optimizer(sft.optimizer, "sft.optimizer")
+    in_range("sft.warmup_fraction", sft.warmup_fraction, 0, 0.99)
+    if sft.warmup_fraction and (sft.optimizer.warmup_steps or sft.optimizer.decay_steps):
+        raise UserError(
+            f"sft.warmup_fraction={sft.warmup_fraction} decides sft.optimizer.warmup_steps and decay_steps; set both to"
+            " 0, or sft.warmup_fraction=0"
+        )
 
 
 def check_optimizer(optimizer: OptimizerConfig, name: str) -> None:

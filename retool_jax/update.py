@@ -18,6 +18,7 @@ from retool_jax import mesh as meshes
 from retool_jax.data.packing import PackedBatch
 from retool_jax.models import transformer
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.head import given_logprobs
 from retool_jax.models.transformer import Params
 
 
@@ -138,15 +139,12 @@ def token_logprobs(
     Both [B,T] fp32, aligned with `batch.tokens`; the first token of a segment has none and gets 0.
     """
     hidden = transformer.forward(model, params, batch.tokens, batch.positions, batch.segments)
-    logits = transformer.logits(model, params, hidden[:, :-1]) / temperature
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
-    entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature)
 
     def align(x: jax.Array) -> jax.Array:
         return jnp.pad(jnp.where(batch.positions[:, 1:] > 0, x, 0.0), ((0, 0), (1, 0)))
 
-    return align(chosen), align(jax.lax.stop_gradient(entropy))
+    return align(chosen), align(entropy)
 
 
 def loss_and_gradient(

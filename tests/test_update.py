@@ -1,5 +1,6 @@
 """The loss is a global token mean over sampled tokens alone: packing, micro-batches and meshes do not change it."""
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -135,14 +136,14 @@ def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, exp
 
 @pytest.mark.parametrize(
     ("row_length", "rows_per_micro", "micro_batches", "remat"),
-    [(48, 1, None, False), (96, 3, 5, False), (30, 4, None, True)],
+    [(48, 1, None, "none"), (96, 3, 5, "dots"), (30, 4, None, "full")],
 )
 def test_packing_and_micro_batches_do_not_change_the_gradient(
     model, params, examples, compute, expected, row_length, rows_per_micro, micro_batches, remat
 ):
     order = np.random.default_rng(row_length).permutation(len(examples))
     batch = pack([examples[i] for i in order], row_length, rows_per_micro, micro_batches)
-    run = gradients(ModelConfig(**vars(model) | {"remat": True})) if remat else compute
+    run = compute if remat == "none" else gradients(dataclasses.replace(model, remat=remat))
     gradient, metrics = run(params, batch)
     difference = largest_difference(gradient, expected[0])
     assert difference <= 1e-5

@@ -1,7 +1,23 @@
-"""Grouped-query attention and rotary positions, as pure functions."""
+"""Grouped-query attention and rotary positions, as pure functions.
+
+`attend` is the plain form, which every other kernel is tested against. Packed rows go through `packed_attention`,
+which runs the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, the plain form elsewhere.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from retool_jax import mesh as meshes
+from retool_jax.errors import UserError
+from retool_jax.models.config import ModelConfig
+
+SPLASH_BLOCKS = (1024, 512, 256, 128)  # 2048 overflows the scratch memory of v5 chips; lanes are 128
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -26,11 +42,151 @@ def packed_mask(segments_BT: jax.Array) -> jax.Array:
     return causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def current_backend() -> str:
+    """The platform that is traced for: that of the mesh in use, which may be a topology to compile for, or jax's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def resolve_kernel(config: ModelConfig, backend: str) -> str:
+    """The attention kernel of packed rows on a backend (cpu, gpu or tpu): xla, splash or cudnn.
+
+    `attention_kernel=auto` takes the backend's own kernel where that is exact for the model's dtype and head size,
+    and the plain form (xla) elsewhere.
+
+    Raises:
+        UserError: the kernel that the config names cannot run there.
+    """
+    half = config.compute_dtype in ("bfloat16", "float16")
+    limits = {
+        "splash": {
+            "runs on TPU only": backend == "tpu",
+            "does not take model.compute_dtype=float16": config.compute_dtype != "float16",
+        },
+        "cudnn": {
+            "runs on GPU only": backend in ("gpu", "cuda"),
+            f"does not take model.compute_dtype={config.compute_dtype}": half,
+            f"needs a head_dim that is a multiple of 8 and at most 128, not {config.head_dim}": (
+                config.head_dim % 8 == 0 and config.head_dim <= 128
+            ),
+        },
+    }
+    if config.attention_kernel == "auto":
+        return next((kernel for kernel, held in limits.items() if all(held.values())), "xla")
+    for reason, held in limits.get(config.attention_kernel, {}).items():
+        if not held:
+            raise UserError(
+                f"model.attention_kernel={config.attention_kernel} {reason}, and this run is on {backend};"
+                f" set model.attention_kernel=auto"
+            )
+    return config.attention_kernel
+
+
+def packed_attention(
+    kernel: str, segments_BT: jax.Array, interpret: bool = False
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Causal attention within the segments of packed rows, as a function of (q [B,T,N,H], k and v [B,T,K,H]).
+
+    What all layers share is made here, once. Under a mesh the fused kernels run on each device's own rows and heads;
+    `interpret` runs splash without a TPU, which is for tests.
+    """
+    if kernel == "xla":
+        mask_BTT = packed_mask(segments_BT)
+        return lambda q, k, v: attend(q, k, v, mask_BTT)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return _cudnn(q, k, v, segments) if kernel == "cudnn" else _splash(q, k, v, segments, interpret)
+
+    def apply(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if jax.sharding.get_abstract_mesh().empty:
+            return local(q, k, v, segments_BT)
+        rows = meshes.spec("batch", "length")
+        queries, keys = (meshes.spec("batch", "length", heads, "head_dim") for heads in ("heads", "kv_heads"))
+        split = jax.shard_map(local, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
+        return split(q, k, v, segments_BT)
+
+    return apply
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:
+    """The TPU kernel: scores stay on the chip, tiles that no query sees are skipped."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    block = next(size for size in SPLASH_BLOCKS if -T % size <= T // 16 or size == SPLASH_BLOCKS[-1])
+    q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
+    q, k, v, segments = _pad_length(block, q, k, v, segments)
+    length = T + -T % block
+    blocks = splash_attention.BlockSizes(*[block] * 8)  # backward in two kernels: one would write dq per key block
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (N // K))
+    kernel = splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
+    q_BKGTH = q.reshape(B, length, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    mixed_BKGTH = jax.vmap(over_heads)(q_BKGTH, k_BKTH, v_BKTH, splash_attention.SegmentIds(segments, segments))
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, length, N, H)[:, :T]
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """The GPU kernel. It knows no segments, so the mask goes in as a bias: [B,T,T] in half precision, not per head."""
+    T = q.shape[1]
+    q, k, v, segments = _pad_length(2, q, k, v, segments)  # its backward refuses odd lengths
+    mask = packed_mask(segments)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :T]
+
+
+def _pad_length(
+    multiple: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Lengthen rows to a multiple; what is added is a segment of its own, so nothing sees it and it is finite."""
+    more = -q.shape[1] % multiple
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
+    return q, k, v, jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each position's angles, [B,T,1,H/2] fp32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians per position of a head's H/2 pairs, and the factor on their cosines and sines.
+
+    YaRN (arXiv 2309.00071, as `transformers` computes it) divides by the factor the frequencies that turn less than
+    `yarn_beta_slow` times over the original length, keeps those that turn more than `yarn_beta_fast` times, and
+    blends the ones between. Rounded to fp32 step by step as torch does: at position 32,768 one more rounding of a
+    frequency is 2e-3 radians.
+    """
+    c, pairs = config, config.head_dim // 2
+    exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
+    periods = np.power(c.rope_theta, exponents.astype(np.float64)).astype(np.float32)
+    kept = np.float32(1) / periods
+    if not c.yarn_factor:
+        return kept, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        length = c.yarn_original_length / (times * 2 * math.pi)
+        return c.head_dim * math.log(length) / (2 * math.log(c.rope_theta))
+
+    low = max(math.floor(pair_that_turns(c.yarn_beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(c.yarn_beta_slow)), c.head_dim - 1)
+    span = high - low or 0.001
+    keep = 1 - np.clip((np.arange(pairs, dtype=np.float32) - np.float32(low)) / np.float32(span), 0, 1)
+    stretched = np.float32(1) / (np.float32(c.yarn_factor) * periods)
+    factor = c.yarn_attention_factor or (0.1 * math.log(c.yarn_factor) + 1 if c.yarn_factor > 1 else 1.0)
+    return stretched * (1 - keep) + kept * keep, factor
+
+
+def rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
+    """The turns of these positions, the same for all heads and layers."""
+    frequencies, factor = rotary_frequencies(config)
+    angles = (positions_BT[..., None].astype(jnp.float32) * frequencies)[:, :, None]
+    return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864) with Qwen's layout: the two halves of a head are the pairs."""
-    H = x_BTNH.shape[-1]
-    frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = turn
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)

@@ -12,11 +12,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retool_jax.models.attention import attend, packed_mask, rotate
+from retool_jax.models.attention import (
+    Rotation,
+    attend,
+    current_backend,
+    packed_attention,
+    resolve_kernel,
+    rotate,
+    rotation,
+)
 from retool_jax.models.cache import KVCache, write_layer
 from retool_jax.models.config import ModelConfig
 
 Params = nnx.State
+
+NEVER = -1e30  # a logit without probability; finite under any temperature, so that 0 * log 0 is 0
+
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda body: body,
+    "full": partial(jax.checkpoint, prevent_cse=False),
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
 
 
 class Weight(nnx.Param):
@@ -66,7 +82,7 @@ class Layers(nnx.Module):
         self.up = make((L, D, F), ("layers", "embed", "mlp"), D**-0.5)
         self.down = make((L, F, D), ("layers", "mlp", "embed"), F**-0.5)
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mix: Callable) -> tuple[jax.Array, KVCache | None]:
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, KVCache | None]:
         """One layer; `mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
         c = self.config
 
@@ -82,7 +98,7 @@ class Layers(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        mixed, cache = mix(rotate(q, positions_BT, c.rope_theta), rotate(k, positions_BT, c.rope_theta), v)
+        mixed, cache = mix(rotate(q, turn), rotate(k, turn), v)
         x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", mixed, cast(self.o))
         h = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
         h = jax.nn.silu(h @ cast(self.gate)) * (h @ cast(self.up))
@@ -116,10 +132,11 @@ def forward(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
     """Final hidden states [B,T,D] of packed rows: `segments` tells the sequences of a row apart."""
-    mask = packed_mask(segments_BT)
+    turn = rotation(config, positions_BT)
+    attention = packed_attention(resolve_kernel(config, current_backend()), segments_BT)
 
     def layer(x_BTD: jax.Array, layers: Layers, index: jax.Array) -> jax.Array:
-        return layers(x_BTD, positions_BT, lambda q, k, v: (attend(q, k, v, mask), None))[0]
+        return layers(x_BTD, turn, lambda q, k, v: (attention(q, k, v), None))[0]
 
     return _scan_layers(config, params, tokens_BT, layer)
 
@@ -147,6 +164,7 @@ def extend(
     write_BT = jnp.where(offsets < count_B[:, None], positions_BT, S)
     target_B1 = (jnp.arange(B) if rows_B is None else rows_B)[:, None]
     mask_BTS = jnp.arange(S) <= positions_BT[..., None]
+    turn = rotation(config, positions_BT)
 
     def layer(carry: tuple[jax.Array, KVCache], layers: Layers, index: jax.Array) -> tuple[jax.Array, KVCache]:
         x_BTD, cache = carry
@@ -159,7 +177,7 @@ def extend(
                 keys, values = written.k[index, rows_B], written.v[index, rows_B]
             return attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask_BTS), written
 
-        return layers(x_BTD, positions_BT, mix)
+        return layers(x_BTD, turn, mix)
 
     hidden_BTD, cache = _scan_layers(config, params, tokens_BT, layer, cache)
     last_B = jnp.maximum(count_B - 1, 0)
@@ -168,8 +186,24 @@ def extend(
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Unnormalised log-probabilities [..., V] in fp32 for hidden states [..., D]."""
-    weight = params["embedding" if config.tie_embeddings else "head"][...].astype(config.compute_dtype)
-    return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+    return logits_of(config, head_weight(config, params), hidden)
+
+
+def head_weight(config: ModelConfig, params: Params) -> jax.Array:
+    """The output matrix [V,D] in the compute dtype."""
+    return params["embedding" if config.tie_embeddings else "head"][...].astype(config.compute_dtype)
+
+
+def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`logits` with the head's weight in hand; engine and trainer both end here, so they share its mask.
+
+    Checkpoints pad the vocabulary: ids from `config.real_vocab` on stand for no text, so they are never drawn and take
+    no probability.
+    """
+    result = jnp.einsum("...D,VD->...V", hidden, weight_VD, preferred_element_type=jnp.float32)
+    if 0 < config.real_vocab < config.vocab_size:
+        result = jnp.where(jnp.arange(config.vocab_size) < config.real_vocab, result, NEVER)
+    return result
 
 
 def _scan_layers(
@@ -184,10 +218,8 @@ def _scan_layers(
         weights, index = scanned
         return layer(carry, nnx.merge(layer_graph, weights), index), None
 
-    if config.remat:
-        body = jax.checkpoint(body)
     carry = x_BTD if cache is None else (x_BTD, cache)
-    carry, _ = jax.lax.scan(body, carry, (stack, jnp.arange(config.num_layers)))
+    carry, _ = jax.lax.scan(REMAT[config.remat](body), carry, (stack, jnp.arange(config.num_layers)))
     x_BTD, cache = (carry, None) if cache is None else carry
     hidden = rms_norm(x_BTD, decoder.final_norm[...], config.rms_norm_eps)
     return hidden if cache is None else (hidden, cache)

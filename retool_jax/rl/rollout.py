@@ -11,8 +11,8 @@ from retool_jax.errors import UserError
 from retool_jax.rl.reward import check, extract_boxed, reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import Sandbox, tool_text
-from retool_jax.tokens.chat import defuse, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import TOOL_SCHEMA, ToolCall, tool_calls
+from retool_jax.tokens.chat import defuse, prompt_ids
+from retool_jax.tokens.protocol import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
@@ -23,6 +23,11 @@ class RolloutConfig:
     max_prompt_tokens: int = 40
     max_turns: int = 4  # policy turns, the last of which must be the answer
     tool_output_chars: int = 200  # of one tool output, cut in the middle
+    grammar: str = "hermes"  # how calls are written: hermes (<tool_call> JSON), or retool (the paper's <code>)
+
+    def __post_init__(self) -> None:
+        if self.grammar not in GRAMMARS:
+            raise UserError(f"rollout.grammar={self.grammar} is not one of: {', '.join(GRAMMARS)}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Dialogue:
         self.trajectory = Trajectory(f"{sample.problem.id}/{sample.request}", sample.problem)
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._box, self._room, self._limits = tokenizer, box, room, limits
+        self._grammar = GRAMMARS[limits.grammar]
+        self._stops = self._grammar.stop_ids(tokenizer) if box else tokenizer.stop_ids
 
     def turn_budget(self) -> int:
         if not self.trajectory.started_s:
@@ -60,17 +67,17 @@ class Dialogue:
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         self.trajectory.add("policy", ids, logprobs)
-        if ids[-1] not in self._tokenizer.stop_ids:
+        if ids[-1] not in self._stops:
             return self._end(End.TOKEN_LIMIT)
-        calls = tool_calls(self._tokenizer, ids) if self._box else []
+        calls = self._grammar.calls(self._tokenizer, ids) if self._box else []
         if not calls:
             boxed, _ = extract_boxed(self._tokenizer.decode(ids))
             return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
         if self.trajectory.turns >= self._limits.max_turns:
             return self._end(End.TURN_LIMIT)
-        return self._answer(calls)
+        return self._answer(ids, calls)
 
-    async def _answer(self, calls: list[ToolCall]) -> list[int] | None:
+    async def _answer(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
         """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
         turn = self.trajectory.turns - 1
         outputs = []
@@ -87,7 +94,7 @@ class Dialogue:
             use.output = defuse(self._tokenizer, use.output)
             self.trajectory.tool_uses.append(use)
             outputs.append(use.output)
-        segment = tool_segment(self._tokenizer, outputs)
+        segment = self._grammar.segment(self._tokenizer, turn_ids, outputs)
         # Half a segment, or one without room for an answer, teaches nothing.
         if len(self.trajectory.ids) + len(segment) >= self._room:
             return self._end(End.TOKEN_LIMIT)
@@ -105,15 +112,22 @@ async def rollout(
     """Draw one trajectory per sample, in the samples' order. Without a sandbox every trajectory is one turn.
 
     Raises:
-        UserError: a prompt is longer than `max_prompt_tokens`.
+        UserError: a prompt is longer than `max_prompt_tokens`, or turns cannot end where the grammar needs it.
     """
+    if box is not None and not engine.stop_ids.issuperset(GRAMMARS[limits.grammar].stop_ids(tokenizer)):
+        raise UserError(
+            f"rollout.grammar={limits.grammar} needs turns to end at each call, and the engine was built with other"
+            " stop tokens; give it those of this grammar, or use rollout.grammar=hermes"
+        )
     room = engine.config.max_length
     encoded: dict[str, list[int]] = {}
     dialogues = []
     for sample in samples:
         problem = sample.problem
         if problem.id not in encoded:
-            encoded[problem.id] = encode_prompt(tokenizer, problem, box is not None, limits.max_prompt_tokens)
+            encoded[problem.id] = encode_prompt(
+                tokenizer, problem, box is not None, limits.max_prompt_tokens, limits.grammar
+            )
         dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, box, room, limits))
     origin = time.perf_counter()
     statistics = await converse(engine, dialogues)
@@ -124,9 +138,12 @@ async def rollout(
     return trajectories, statistics
 
 
-def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: bool, limit: int) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, problem: Problem, tools: bool, limit: int, grammar: str = "hermes"
+) -> list[int]:
     """A problem's prompt as ids; a `UserError` when it is longer than the limit."""
-    ids = prompt_ids(tokenizer, list(problem.messages), [TOOL_SCHEMA] if tools else None)
+    messages = list(problem.messages)
+    ids = GRAMMARS[grammar].prompt(tokenizer, messages) if tools else prompt_ids(tokenizer, messages)
     if len(ids) > limit:
         raise UserError(
             f"problem {problem.id} has a prompt of {len(ids)} tokens; the limit is rollout.max_prompt_tokens={limit}:"

@@ -5,16 +5,24 @@ A trajectory is one growing list of ids:
     prompt | policy's turn ... <|im_end|> | environment's segment | policy's turn ... <|im_end|> | ...
 
 The prompt and each environment segment are encoded once, as one string each; the policy's ids are kept as sampled.
-The template puts a newline after `<|im_end|>`, where the policy has already stopped, so the environment's segment
-brings it. The concatenation equals the ids of the full template render. SFT, RL and evaluation build their
-sequences with these functions and no others.
+ChatML puts a newline after `<|im_end|>`, where the policy has already stopped, so the environment's segment brings it;
+other families mark turns otherwise (`tokenizer.Family`). The concatenation equals the ids of the full template render.
+SFT, RL and evaluation build their sequences with these functions and no others.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from retool_jax.errors import UserError
-from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tokens.tokenizer import FAMILIES, QWEN, Tokenizer
+
+# What frames turns, calls and outputs in any family or grammar, also where the vocabulary has no token for it.
+_TAGS = ("tool_call", "tool_response", "think", "code", "interpreter")
+_MARKS = (
+    *(f"<{slash}{tag}>" for tag in _TAGS for slash in ("", "/")),
+    *(mark for family in FAMILIES for mark in family.marks),
+)
 
 
 @dataclass(frozen=True)
@@ -30,49 +38,80 @@ class TokenList:
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-    """Ids up to and including the header of the policy's first turn."""
+    """Ids up to and including the header of the policy's first turn.
+
+    A family whose template leaves tools out is told of them in the system message.
+    """
+    if tools and not tokenizer.family.writes_tools:
+        messages, tools = _with_tools_in_words(messages, tools), None
     return tokenizer.encode(tokenizer.render(messages, tools, generation_prompt=True))
 
 
-def tool_segment(tokenizer: Tokenizer, outputs: list[str]) -> list[int]:
-    """Ids of the environment's answer to one policy turn, one output per call, up to the next turn's header.
+def _with_tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
+    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    words = (
+        "You may call a function while you work on the answer. To call it, write its name and arguments as JSON, like"
+        ' this, and end your turn:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
+        f"What it returns is shown to you before you go on. The functions that you may call:\n{schemas}"
+    )
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{words}"}, *messages[1:]]
+    return [{"role": "system", "content": words}, *messages]
 
-    The outputs are data: strings of control tokens in them are broken up first, so none can end a turn, open a
-    call or look like the policy's own words to a parser.
+
+def tool_segment(tokenizer: Tokenizer, outputs: list[str]) -> list[int]:
+    """Ids of the environment's answer to one finished policy turn, one output per call, up to the next turn's header.
+
+    Prompt, turn and segment are the ids of the template's full render, for the templates that keep what they have
+    written. Qwen3's does not always: it takes thinking out of earlier turns. Segments never re-render, so the thinking
+    of a trajectory stays in its context.
     """
-    defused = [defuse(tokenizer, output) for output in outputs]
-    responses = "".join(f"\n<tool_response>\n{output}\n</tool_response>" for output in defused)
-    ids = tokenizer.encode(f"\n<|im_start|>user{responses}<|im_end|>\n<|im_start|>assistant\n")
+    family = tokenizer.family
+    header = tokenizer.turn_header if family.header_after_answer else ""
+
+    def write(outputs: list[str]) -> str:
+        wrapped = "\n".join(f"{family.output_open}{output}{family.output_close}" for output in outputs)
+        return f"{family.answer_open}{wrapped}{family.answer_close}{header}"
+
+    return environment_ids(tokenizer, write, outputs)
+
+
+def environment_ids(tokenizer: Tokenizer, write: Callable[[list[str]], str], outputs: list[str]) -> list[int]:
+    """Ids of `write(outputs)`, encoded as one string, where the outputs are data.
+
+    Strings of control tokens in them are broken up first, so none can end a turn, open a call or look like the
+    policy's own words to a parser.
+    """
+    ids = tokenizer.encode(write([defuse(tokenizer, output) for output in outputs]))
     control = set(tokenizer.control_tokens.values())
-    # The template's own: two headers, one end, and a pair of tags per output where the vocabulary has them.
-    own = 3 + sum(tag in tokenizer.control_tokens for tag in ("<tool_response>", "</tool_response>")) * len(outputs)
-    found = sum(index in control for index in ids)
+    own = [index for index in tokenizer.encode(write([""] * len(outputs))) if index in control]
+    found = [index for index in ids if index in control]
     if found != own:
-        raise AssertionError(f"tool output put {found - own} control tokens into the context: {outputs!r}")
+        raise AssertionError(f"tool output changed the control tokens from {own} to {found}: {outputs!r}")
     return ids
 
 
 def defuse(tokenizer: Tokenizer, text: str) -> str:
-    """Break every control token's string in a text by a visible space: `<|im_end|>` becomes `< |im_end|>`.
+    """Break every mark in a text by a visible space: `<|im_end|>` becomes `< |im_end|>`.
 
-    A rule on the strings' first two characters would miss vocabularies with other marks, so it goes by the
-    tokenizer's own list. Breaking one string cannot make another, since no control token begins with a space
-    after its first character.
+    Marks are the control tokens of the vocabulary, whichever they are, and the strings by which templates and
+    grammars frame turns, calls and outputs, be they tokens or plain text here. Breaking one cannot make another,
+    since no mark has a space after its first character.
     """
-    for control in tokenizer.control_tokens:
-        text = text.replace(control, f"{control[0]} {control[1:]}")
+    for mark in (*tokenizer.control_tokens, *_MARKS):
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
 
 
-def policy_turn_text(message: dict) -> str:
-    """The text that a policy would have sampled for an assistant message, its `<|im_end|>` included."""
+def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
+    """The text that a policy would have sampled for an assistant message, the end of its turn included."""
     calls = [
         f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
         f"{json.dumps(call['function']['arguments'], ensure_ascii=False)}}}\n</tool_call>"
         for call in message.get("tool_calls") or ()
     ]
     parts = ([message["content"]] if message.get("content") else []) + calls
-    return "\n".join(parts) + "<|im_end|>"
+    return "\n".join(parts) + turn_end
 
 
 def demonstration_ids(tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None = None) -> TokenList:
@@ -84,6 +123,7 @@ def demonstration_ids(tokenizer: Tokenizer, messages: list[dict], tools: list[di
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
     if not first:
         raise UserError("a demonstration needs a user message and then an assistant message")
+    turn_end = tokenizer.family.turn_end
     tokens = TokenList([], [])
     tokens.extend(prompt_ids(tokenizer, messages[:first], tools), sampled=False)
     pending: list[str] = []
@@ -94,7 +134,7 @@ def demonstration_ids(tokenizer: Tokenizer, messages: list[dict], tools: list[di
             if pending:
                 tokens.extend(tool_segment(tokenizer, pending), sampled=False)
                 pending = []
-            tokens.extend(tokenizer.encode(policy_turn_text(message)), sampled=True)
+            tokens.extend(tokenizer.encode(policy_turn_text(message, turn_end)), sampled=True)
         else:
             raise UserError(f"a {message['role']} message after the first assistant turn is not supported")
     return tokens

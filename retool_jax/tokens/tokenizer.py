@@ -1,14 +1,25 @@
-"""Load a tokenizer with its chat template, and build the miniature's."""
+"""Load a checkpoint's tokenizer with its chat template, and build the miniature's.
 
+Three forms of a tokenizer are read: `tokenizer.json`; `vocab.json` with `merges.txt`; and the ranks file
+`qwen.tiktoken` that Qwen publishes with its own packages, from which the merges follow. Files are read as they are,
+not through the class that a checkpoint's settings name: exports of one vocabulary name different ones (DeepSeek's
+distilled Qwen names Llama's), and ids must not hang on what a library makes of that.
+"""
+
+# ruff: noqa: RUF001  (DeepSeek writes its marks with full-width bars)
+
+import base64
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retool_jax.errors import UserError
 
@@ -31,6 +42,83 @@ _CONTROL_TOKENS = {
     "<think>": False,
     "</think>": False,
 }
+_VISION = ("object_ref", "box", "quad")
+# The added tokens of the published vocabularies, from id 151643 on, in order.
+_QWEN25_ADDED = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    **{f"<|{name}_{edge}|>": True for name in _VISION for edge in ("start", "end")},
+    **{f"<|{name}|>": True for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")},
+    "<tool_call>": False,
+    "</tool_call>": False,
+    **{f"<|{name}|>": False for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")},
+}
+_QWEN3_ADDED = _QWEN25_ADDED | dict.fromkeys(("<tool_response>", "</tool_response>", "<think>", "</think>"), False)
+QWEN_ADDED = {"qwen2": _QWEN25_ADDED, "qwen3": _QWEN3_ADDED}  # by `model_type` of the checkpoint's config.json
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+_HUB_FILES = (*_FILES, "added_tokens.json", "config.json", "qwen.tiktoken")
+_EXPECTED = "tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The strings by which a family's chat template marks turns, as far as segments need them.
+
+    After a turn that called tools the template continues with `answer_open`, the outputs, each between `output_open`
+    and `output_close` and with newlines between them, then `answer_close`, and, if `header_after_answer`, with the
+    header of the next turn, which is what it also writes at the end of a prompt.
+    """
+
+    stops: tuple[str, ...]  # tokens that end a turn; the first is the one that the template writes
+    user_open: str  # what follows a finished turn when the user speaks
+    user_close: str
+    answer_open: str
+    output_open: str
+    output_close: str
+    answer_close: str
+    header_after_answer: bool
+    writes_tools: bool  # the template puts tool schemas into the prompt
+
+    @property
+    def turn_end(self) -> str:
+        return self.stops[0]
+
+    @property
+    def marks(self) -> list[str]:
+        """Everything in angle brackets among these strings."""
+        texts = [*self.stops, self.user_open, self.user_close, self.answer_open, self.answer_close]
+        return re.findall(r"<[^<>\s]+>", "".join([*texts, self.output_open, self.output_close]))
+
+
+# Qwen2.5, Qwen3 and whoever kept their ChatML. The template puts the newline after <|im_end|>, where the policy has
+# already stopped. Instruct models end with the first stop, Base models with the second.
+QWEN = Family(
+    stops=("<|im_end|>", "<|endoftext|>"),
+    user_open="\n<|im_start|>user\n",
+    user_close="<|im_end|>\n",
+    answer_open="\n<|im_start|>user\n",
+    output_open="<tool_response>\n",
+    output_close="\n</tool_response>",
+    answer_close="<|im_end|>\n",
+    header_after_answer=True,
+    writes_tools=True,
+)
+# DeepSeek-R1-Distill-Qwen: the marks of tool outputs are not tokens of its vocabulary. The published template opens the
+# list of outputs only at a conversation's first; here every answer is a whole one.
+R1 = Family(
+    stops=("<｜end▁of▁sentence｜>",),
+    user_open="<｜User｜>",
+    user_close="",
+    answer_open="<｜tool▁outputs▁begin｜>",
+    output_open="<｜tool▁output▁begin｜>",
+    output_close="<｜tool▁output▁end｜>",
+    answer_close="<｜tool▁outputs▁end｜>",
+    header_after_answer=False,
+    writes_tools=False,
+)
+FAMILIES = (QWEN, R1)
 
 
 @dataclass(frozen=True)
@@ -52,9 +140,9 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int:
         """Id of one control token."""
-        index = self.hf.get_added_vocab().get(token)
+        index = self.control_tokens.get(token)
         if index is None:
-            raise UserError(f"the tokenizer has no control token {token!r}; a Qwen tokenizer is needed")
+            raise UserError(f"the tokenizer has no control token {token!r}; choose a tokenizer whose vocabulary has it")
         return index
 
     @cached_property
@@ -63,23 +151,278 @@ class Tokenizer:
         return dict(self.hf.get_added_vocab())
 
     @cached_property
+    def family(self) -> Family:
+        """The family whose end of turn the vocabulary has."""
+        for family in FAMILIES:
+            if family.turn_end in self.control_tokens:
+                return family
+        known = " nor ".join(family.turn_end for family in FAMILIES)
+        raise UserError(f"the tokenizer has neither {known}; use one of Qwen2.5, Qwen3 or DeepSeek-R1-Distill-Qwen")
+
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a turn: Instruct models use the first, Base models the second."""
-        return (self.id_of("<|im_end|>"), self.id_of("<|endoftext|>"))
+        """Ids that end a turn; the first is the one that the template writes."""
+        names = [*self.family.stops, self.hf.eos_token]
+        found = (self.control_tokens[name] for name in names if name in self.control_tokens)
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def turn_header(self) -> str:
+        """What the template writes before a turn of the policy; some thinking models' ends with `<think>`."""
+        user = [{"role": "user", "content": "?"}]
+        before, after = self.render(user, None, False), self.render(user, None, True)
+        if not after.startswith(before) or after == before:
+            raise UserError(
+                "the chat template does not add a header for the assistant to a finished user turn; put one that"
+                " honours add_generation_prompt beside the tokenizer as chat_template.jinja"
+            )
+        return after[len(before) :]
 
     def render(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
         """The model's own chat template as text."""
+        if not self.hf.chat_template:
+            raise UserError("the tokenizer has no chat template; put chat_template.jinja beside its files")
         return self.hf.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
         )
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or the one that ships with the project for `path="miniature"`."""
+    """The tokenizer of a checkpoint folder or of a hub id, or the project's own for `path="miniature"`.
+
+    Raises:
+        UserError: the files are missing, cannot be read, contradict each other or belong to no known family.
+    """
     folder = MINIATURE if path == "miniature" else Path(path)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"no tokenizer at {folder}: expected tokenizer.json there; set tokenizer=FOLDER or miniature")
-    return Tokenizer(AutoTokenizer.from_pretrained(folder))
+    if not folder.is_dir() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        folder = _download(path)
+    config = _read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        try:
+            fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"cannot read {folder / 'tokenizer.json'} ({_one_line(error)}); fetch it again") from error
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        fast = _from_merges_file(folder, config)
+    elif (folder / "qwen.tiktoken").is_file():
+        ranks = read_ranks(folder / "qwen.tiktoken")
+        added = _declared_tokens(folder, config) or _added_after(len(ranks), _tokens_by_model_type(folder))
+        fast = tokenizer_of_ranks(ranks, added)
+    else:
+        raise UserError(f"no tokenizer at {folder}: expected {_EXPECTED} there; set tokenizer=FOLDER or miniature")
+    _check_added(fast, _declared_tokens(folder, config), folder)
+    tokenizer = Tokenizer(_with_template(fast, folder, config))
+    _ = tokenizer.family  # a vocabulary without an end of turn is refused here, before a run begins
+    return tokenizer
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """A tiktoken file, lines of `base64 rank`, as the rank of each token."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not `base64 rank`; fetch the file again") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} has gaps: ranks must count from 0 and all 256 bytes must be there; fetch it again")
+    return ranks
+
+
+def merges_of_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges of byte-level BPE, in order, from the ranks of its tokens.
+
+    A token's merge is the pair that is left when its own bytes are merged with the merges of lower rank.
+    """
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            scores = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+            at = min(range(len(scores)), key=scores.__getitem__)
+            if scores[at] >= ranks[token]:
+                raise UserError(f"token {ranks[token]} of the ranks file follows from no merge; fetch the file again")
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def tokenizer_of_ranks(ranks: dict[bytes, int], added: dict[int, AddedToken]) -> FastTokenizer:
+    """Qwen's tokenizer from its ranks and added tokens, the same as the published `tokenizer.json`."""
+    alphabet = str.maketrans(_byte_alphabet())
+
+    def spell(token: bytes) -> str:
+        return token.decode("latin-1").translate(alphabet)
+
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    return _byte_bpe(vocab, [[spell(left), spell(right)] for left, right in merges_of_ranks(ranks)], added)
+
+
+def qwen_tokenizer(ranks: dict[bytes, int], model_type: str) -> FastTokenizer:
+    """The published vocabulary of `model_type` qwen2 (Qwen2, Qwen2.5) or qwen3."""
+    return tokenizer_of_ranks(ranks, _added_after(len(ranks), QWEN_ADDED[model_type]))
+
+
+def _added_after(first: int, tokens: dict[str, bool]) -> dict[int, AddedToken]:
+    return {
+        index: AddedToken(text, special=special, normalized=False)
+        for index, (text, special) in enumerate(tokens.items(), start=first)
+    }
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the rest are moved up."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return {byte: chr(byte if byte in printable else next(moved)) for byte in range(256)}
+
+
+def _byte_bpe(vocab: dict[str, int], merges: list[list[str]], added: dict[int, AddedToken]) -> FastTokenizer:
+    """Qwen's pipeline around a vocabulary, by way of the file format: the constructors cannot set the decoder."""
+    bytes_as_they_are = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": _QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in flags}}
+            for index, token in sorted(added.items())
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_as_they_are]},
+        "post_processor": bytes_as_they_are,
+        "decoder": bytes_as_they_are,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    return FastTokenizer.from_str(json.dumps(content))
+
+
+def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
+    """A tokenizer from `vocab.json` and `merges.txt`, which say nothing about the pipeline: Qwen's only."""
+    named = config.get("tokenizer_class")
+    if named not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        raise UserError(
+            f"{folder} has vocab.json and merges.txt of tokenizer_class {named!r}, and only Qwen2Tokenizer's can be"
+            " read without tokenizer.json; add that file"
+        )
+    vocab = _read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    added = _declared_tokens(folder, config) or _added_after(len(vocab), _tokens_by_model_type(folder))
+    try:
+        return _byte_bpe(vocab, merges, added)
+    except Exception as error:  # as above
+        raise UserError(
+            f"cannot join vocab.json and merges.txt of {folder} ({_one_line(error)}); fetch them again"
+        ) from error
+
+
+def _declared_tokens(folder: Path, config: dict) -> dict[int, AddedToken]:
+    """The added tokens that the folder's settings list, by id; empty when they list none."""
+    try:
+        if declared := config.get("added_tokens_decoder"):
+            return {
+                int(index): AddedToken(
+                    token["content"],
+                    **{flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "special")},
+                    normalized=token.get("normalized", not token.get("special", False)),
+                )
+                for index, token in declared.items()
+            }
+        listed = _read_json(folder / "added_tokens.json")
+        return {index: AddedToken(text, normalized=False) for text, index in listed.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot read the added tokens of {folder} ({_one_line(error)}); fetch the files again"
+        ) from error
+
+
+def _tokens_by_model_type(folder: Path) -> dict[str, bool]:
+    model_type = _read_json(folder / "config.json").get("model_type")
+    if model_type not in QWEN_ADDED:
+        raise UserError(
+            f"{folder} does not say which added tokens it has (model_type is {model_type!r}); put a"
+            f" tokenizer_config.json with added_tokens_decoder there, or a config.json with model_type"
+            f" {' or '.join(QWEN_ADDED)}"
+        )
+    return QWEN_ADDED[model_type]
+
+
+def _check_added(fast: FastTokenizer, declared: dict[int, AddedToken], folder: Path) -> None:
+    """Every listed token must have its listed id: the embedding was trained by it."""
+    for index, token in declared.items():
+        found = fast.token_to_id(token.content)
+        if found != index:
+            raise UserError(
+                f"the tokenizer files of {folder} disagree: {token.content!r} is id {found} in the vocabulary and"
+                f" {index} in the settings; fetch the files again"
+            )
+
+
+def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens and the template that the folder's settings name."""
+    names = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if text and fast.token_to_id(text) is None:
+            raise UserError(f"{folder / 'tokenizer_config.json'} has {name} {text!r}, which is not in the vocabulary")
+        if text:
+            names[name] = text
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, chat_template=template, clean_up_tokenization_spaces=False, **names
+    )
+
+
+def _download(name: str) -> Path:
+    """The tokenizer's files of a hub id, in the hub's own cache."""
+    from huggingface_hub import snapshot_download  # slow to import, and a folder does not need it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub raises dozens of kinds
+        raise UserError(
+            f"no tokenizer at {name}: not a folder, and the hub says {_one_line(error)};"
+            f" set tokenizer=FOLDER with {_EXPECTED}, or miniature"
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"cannot read {path} ({_one_line(error)}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; fetch it again")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> FastTokenizer:

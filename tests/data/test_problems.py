@@ -1,5 +1,6 @@
 """Problems come from files in DAPO's columns, in an order that the seed decides; a bad row is named."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,10 +8,23 @@ import pytest
 from datasets import Dataset
 
 from retool_jax.data.arithmetic import problem_row
-from retool_jax.data.problems import Problems, load_problems, to_problem
+from retool_jax.data.problems import (
+    INSTRUCTION,
+    Problems,
+    clean,
+    control_characters,
+    load_problems,
+    overlaps,
+    plain_integer,
+    prompt_of,
+    question_of,
+    to_problem,
+    to_row,
+)
 from retool_jax.errors import UserError
 
-DAPO = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dapo"
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+DAPO = DATA / "dapo"
 
 
 def rows_of(count: int) -> list[dict]:
@@ -143,3 +157,210 @@ def test_a_file_that_is_no_data(tmp_path, capfd, name, content, message):
 def test_a_file_that_is_not_there():
     with pytest.raises(UserError, match=r"no data file nowhere.jsonl; give a JSONL or parquet file, a hub id"):
         load_problems("nowhere.jsonl")
+
+
+def test_rows_of_json_keep_their_own_columns(tmp_path):
+    """A reader that gives every row the columns of all rows would change what a row says."""
+    rows = [{"problem": "1 + 1?", "answer": 2}, {"question": "2 + 2?", "answer": "4"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    assert [problem.ground_truth for problem in load_problems(str(tmp_path / "p.json"))] == ["2", "4"]
+    (tmp_path / "q.json").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert len(load_problems(str(tmp_path / "q.json"))) == 2
+    (tmp_path / "r.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"cannot read data .*r.jsonl \(.*a row is not an object\)"):
+        load_problems(str(tmp_path / "r.jsonl"))
+    (tmp_path / "s.jsonl").write_text('{"problem": 1}\n{"pro')
+    with pytest.raises(UserError, match=r"s.jsonl \(line 2: "):
+        load_problems(str(tmp_path / "s.jsonl"))
+
+
+def test_sources_of_tensorflow_datasets():
+    with pytest.raises(UserError, match="write tfds:NAME/SPLIT"):
+        load_problems("tfds:gsm8k")
+    if importlib.util.find_spec("tensorflow_datasets"):
+        pytest.skip("tensorflow-datasets is installed; its absence cannot be shown")
+    with pytest.raises(UserError, match=r"tfds:gsm8k/test needs the package tensorflow-datasets .*retool_jax\[tfds\]"):
+        load_problems("tfds:gsm8k/test")
+
+
+# ------------------------------------------------------------------------------------------- columns of other sets
+
+
+@pytest.mark.parametrize(
+    ("row", "index", "answer"),
+    [
+        ({"ID": "2024-I-4", "Problem": "Q?", "Solution": "s", "Answer": 33}, "2024-I-4", "33"),
+        ({"id": 7, "problem": "Q?", "answer": "336^\\circ"}, "7", "336"),
+        ({"problem": "Q?", "answer": "\\frac{1}{2}", "unique_id": "test/a/1.json"}, "test/a/1.json", "\\frac{1}{2}"),
+        ({"question": "Q?", "answer": "She has 2 * <<2*617=1234>>1,234 eggs.\n#### 1,234"}, "here", "1234"),
+        ({"input": "Q?", "output": "045"}, "here", "45"),
+        ({"prompt": "Q?", "label": "-5"}, "here", "-5"),
+        ({"prompt": [{"role": "user", "content": "Q?"}], "label": "5"}, "here", "5"),
+    ],
+)
+def test_columns_of_published_sets_are_mapped(row, index, answer):
+    problem = to_problem(row, "here")
+    assert (problem.id, problem.ground_truth) == (index, answer)
+    assert problem.question == ("Q?" if "label" in row else f"Q?\n\n{INSTRUCTION}")
+    assert to_problem(to_row(problem, "mine"), "x") == problem
+
+
+@pytest.mark.parametrize("row", [{"problem": "Q?"}, {"problem": " ", "answer": "1"}, {"problem": "Q?", "answer": None}])
+def test_a_mapped_row_is_checked_like_any_other(row):
+    with pytest.raises(UserError, match=r"^here"):
+        to_problem(row, "here")
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ("336^\\circ", "336"),
+        ("90^{\\circ}", "90"),
+        ("1,234", "1234"),
+        ("12{,}345{,}678", "12345678"),
+        ("$042$", "42"),
+        ("7.0", "7"),
+        ("-0", "0"),
+        ("\u22125", "-5"),
+        ("9" * 1000, "9" * 1000),
+        ("9" * 5000, "9" * 5000),
+        ("1,2", "1,2"),
+        ("7.5", "7.5"),
+        ("x+1", "x+1"),
+        ("\u0663", "\u0663"),
+    ],
+)
+def test_integers_have_one_spelling(given, plain):
+    assert plain_integer(given) == plain
+
+
+# -------------------------------------------------------------------------------------------- prompts and repeats
+
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "%s (without quotes) where $Answer is the answer to the problem.\n\n%s\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Find\n\n$x$.",
+        DAPO_PROMPT % ("$Answer", "Find\n\n$x$."),
+        DAPO_PROMPT % (r"\boxed{$Answer}", "Find\n\n$x$."),
+        DAPO_PROMPT % ("$Answer", "Find\n\n$x$.")
+        + "\nThe answer format must be: \\boxed{'The final answer goes here.'}",
+        f"Find\n\n$x$.\n\n{INSTRUCTION}\n\n{INSTRUCTION}\n",
+        "Find\n\n$x$.\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    ],
+)
+def test_the_answer_is_asked_for_once_and_in_one_way(prompt):
+    assert question_of(prompt) == "Find\n\n$x$."
+    asked = prompt_of(prompt)
+    assert asked == f"Find\n\n$x$.\n\n{INSTRUCTION}" == prompt_of(asked)
+    assert asked.count("boxed") == 1 and "Answer:" not in asked and "'" not in asked and not control_characters(asked)
+
+
+def test_the_instruction_holds_a_box_and_no_control_character():
+    assert r"\boxed{}" in INSTRUCTION and not control_characters(INSTRUCTION)
+    assert control_characters("put it in \boxed{}\n\t") == "\b", "what a literal that is not raw makes of it"
+
+
+def problem_of(index: str, question: str, answer: str):
+    return to_problem(
+        {
+            "prompt": [{"role": "user", "content": DAPO_PROMPT % ("$Answer", question)}],
+            "reward_model": {"ground_truth": answer},
+            "extra_info": {"index": index},
+        },
+        "here",
+    )
+
+
+def test_repeats_and_contradictions_are_dropped():
+    rows = [
+        *[problem_of("a", "one?", "1")] * 100,
+        problem_of("b", "one?  ", "1"),
+        problem_of("c", "two?", "2"),
+        problem_of("d", "two?", "3"),
+        problem_of("e", "two?", "2"),
+        problem_of("f", "three?", "3"),
+        problem_of("f", "another?", "3"),
+        problem_of("g", "put \b it", "3"),
+    ]
+    kept, dropped = clean(rows)
+    assert [(problem.id, problem.question) for problem in kept] == [
+        ("a", f"one?\n\n{INSTRUCTION}"),
+        ("f", f"three?\n\n{INSTRUCTION}"),
+    ]
+    assert dropped == {
+        "repeats a row": 99,
+        "repeats a question": 1,
+        "its question has two answers": 3,
+        "has the index of another row": 1,
+        "has control characters": 1,
+    }
+    assert sum(dropped.values()) + len(kept) == len(rows)
+    assert clean(kept) == (kept, {}), "what is clean stays as it is"
+
+
+def test_what_precedes_the_question_stays():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one?"}]
+    kept, _ = clean([to_problem({"prompt": messages, "reward_model": {"ground_truth": "1"}}, "here")])
+    assert kept[0].messages == (messages[0], {"role": "user", "content": f"one?\n\n{INSTRUCTION}"})
+
+
+LONG = "Find the number of ways to place a digit in each cell of a 2x3 grid so that the sum is $999$ in all."
+BOILERPLATE = "The probability is m over n where m and n are relatively prime positive integers. Find m + n"
+
+
+def test_overlap_goes_by_words_and_finds_parts():
+    references = [
+        f"Jen draws a card from a deck of {n} cards, puts it back, shuffles all and draws again. {BOILERPLATE}."
+        for n in range(3)
+    ] + [LONG, "2 + 2?"]
+    reworded = LONG.upper().replace("$999$", r"\(999\)").replace(" 2x3", "\n2 x 3")
+    questions = [
+        reworded,
+        f"Once upon a time: {LONG} What is it?",
+        f"Two trains leave a town at noon on one track, and each is late by an hour or not at all. {BOILERPLATE}",
+        "2+2",
+        "2 + 3?",
+        "求满足 $x^2+y^2=25$ 的整数对的个数。",
+        "",
+        references[2] + f"\n\n{INSTRUCTION}",
+    ]
+    found = {overlap.index: (overlap.reference, overlap.share) for overlap in overlaps(questions, references)}
+    assert found == {0: (3, 1.0), 1: (3, 1.0), 3: (4, 1.0), 7: (2, 1.0)}
+    (part,) = overlaps([LONG.replace("digit", "letter")], [LONG])
+    assert 0.5 < part.share < 1
+    assert overlaps(["求满足方程的整数对的个数是多少"], ["求满足方程的整数对的个数是几呢"])[0].share == pytest.approx(
+        6 / 8
+    )
+
+
+def test_the_published_prompt_is_repaired():
+    if not DAPO.is_dir():
+        pytest.skip("no sample of DAPO-Math-17k beside this checkout")
+    problems = load_problems(str(next(DAPO.glob("*.jsonl"))))
+    kept, dropped = clean(problems * 2)
+    assert len(kept) == len(problems) == 28 and dropped == {"repeats a row": 28}
+    for problem in kept:
+        assert problem.question.endswith(f"\n\n{INSTRUCTION}") and problem.question.count("boxed") == 1
+        assert "Answer:" not in problem.question and "step by step. The last line" not in problem.question
+
+
+@pytest.mark.parametrize(("name", "first", "last"), [("AIME24", "45", "699"), ("AIME25", "70", "240")])
+def test_the_competition_files_are_read(name, first, last):
+    path = DATA / "aime" / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} beside this checkout")
+    problems = load_problems(str(path))
+    assert len(problems) == 30 == len(overlaps([p.question for p in problems], [p.question for p in problems]))
+    assert problems[0].ground_truth == first and problems[-1].ground_truth == last
+    assert not overlaps([p.question for p in problems], [p.question for p in load_problems(str(other_year(path)))])
+
+
+def other_year(path: Path) -> Path:
+    return path.with_name({"AIME24": "AIME25", "AIME25": "AIME24"}[path.stem] + path.suffix)

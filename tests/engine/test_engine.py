@@ -1,11 +1,17 @@
 """Continuation equals a fresh forward, whatever was done to the cache before, and costs no compilation."""
 
+import dataclasses
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.engine.engine import Control, Drawn, Engine
+from retool_jax.data.packing import Example, pack
+from retool_jax.engine.engine import Control, Drawn, Engine, EngineConfig
 from retool_jax.models.transformer import logits
+from retool_jax.update import token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +156,29 @@ def test_new_weights_are_taken_copied_and_cost_no_compilation(engine, params, ne
     np.testing.assert_array_equal(work(), before)
     assert np.abs(changed - before).max() > 0.01
     assert len(compiles) == known
+
+
+def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, params, mesh):
+    """The vocabulary's padding is made the likeliest by far; log-probs of what is drawn are still the trainer's."""
+    params = jax.tree.map(jnp.array, params)
+    params["embedding"][...] = params["embedding"][...].at[60:].mul(20.0)
+    config = dataclasses.replace(model, real_vocab=60)
+    engine = Engine(config, EngineConfig(4, 96, decode_steps=40, chunk_rows=4), params, mesh, [], 0)
+    prompts = {row: [row + 1, 17] for row in range(4)}
+    plain = jax.nn.softmax(logits(model, params, engine._state.hidden + 1.0))
+    assert plain[:, 60:].sum() > 0.5 * plain.sum()
+    compute = jax.jit(partial(token_logprobs, config, params), static_argnames="temperature")
+    for temperature in (1.0, 0.6, 0.0):
+        engine.append(range(4), [0] * 4, list(prompts.values()))
+        drawn = decode(engine, prompts, 40, temperature)
+        assert drawn.tokens.max() < 60 and np.isfinite(drawn.logprobs).all()
+        sampled = [False] * 2 + [True] * 40
+        examples = [
+            Example(prompts[row] + drawn.tokens[row].tolist(), sampled, np.r_[0.0, 0.0, drawn.logprobs[row]])
+            for row in range(4)
+        ]
+        batch = pack(examples, 48, 4, 1)
+        rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+        ours, entropy = compute(batch=rows, temperature=temperature or 1.0)
+        assert rows.sampled.sum() == 160 and np.isfinite(entropy).all()
+        assert np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled].max() <= 1e-4

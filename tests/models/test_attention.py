@@ -1,11 +1,25 @@
-"""Attention and rotary positions against plain numpy."""
+"""Every attention kernel against the plain form, the plain form and the rotary positions against numpy."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.models.attention import attend, packed_mask, rotate
+from retool_jax.errors import UserError
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.attention import (
+    attend,
+    current_backend,
+    packed_attention,
+    packed_mask,
+    resolve_kernel,
+    rotary_frequencies,
+    rotate,
+    rotation,
+)
+from retool_jax.models.config import ModelConfig
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -45,22 +59,155 @@ def test_packed_mask_is_causal_within_a_segment():
     np.testing.assert_array_equal(mask, np.array(expected, bool))
 
 
-def test_rotate_turns_the_two_halves_as_complex_numbers():
+def packed_case(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, dtype: str) -> tuple:
+    """q, k, v, a gradient of the output, and segments of uneven lengths with padding behind."""
+    rng = np.random.default_rng(length + heads)
+    shapes = [(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    segments = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        ends = np.sort(rng.choice(np.arange(2, length - 3), 3, replace=False))
+        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
+            segments[row, start:end] = number
+    return *arrays, jnp.asarray(segments)
+
+
+def outputs_and_gradients(kernel: str, case: tuple, interpret: bool = False) -> list[np.ndarray]:
+    *inputs, cotangent, segments = case
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # most of the time is compilation
+    def run(*inputs: jax.Array) -> tuple:
+        output, back = jax.vjp(packed_attention(kernel, segments, interpret), *inputs)
+        return output, *back(cotangent)
+
+    return [np.asarray(x, np.float32) for x in run(*inputs)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "kv_heads", "head_dim"),
+    [(2, 128, 4, 4, 128), (1, 256, 4, 2, 128), (1, 200, 5, 1, 80), (1, 130, 7, 1, 64)],
+)
+def test_splash_equals_the_plain_form_forwards_and_backwards(rows, length, heads, kv_heads, head_dim):
+    """Interpreted; 200 and 130 are not multiples of its tiles."""
+    case = packed_case(rows, length, heads, kv_heads, head_dim, "float32")
+    splash, xla = outputs_and_gradients("splash", case, True), outputs_and_gradients("xla", case)
+    for ours, plain in zip(splash, xla, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+        assert np.abs(plain).max() > 1.0
+
+
+def test_splash_in_bfloat16_is_as_near_to_fp32_as_the_plain_form():
+    half = packed_case(1, 128, 4, 2, 128, "bfloat16")
+    exact = outputs_and_gradients("xla", (*(x.astype(jnp.float32) for x in half[:-1]), half[-1]))
+    pairs = zip(outputs_and_gradients("splash", half, True), outputs_and_gradients("xla", half), exact, strict=True)
+    for ours, plain, reference in pairs:
+        error, usual = (np.linalg.norm(x - reference) / np.linalg.norm(reference) for x in (ours, plain))
+        assert error < 1.5 * usual + 1e-3 and error < 0.01
+
+
+def test_splash_on_a_mesh_splits_rows_and_heads_and_changes_nothing():
+    case = packed_case(4, 128, 4, 2, 64, "float32")
+    plain = outputs_and_gradients("xla", case)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        ours = outputs_and_gradients("splash", case, True)
+    for x, y in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="cuDNN needs a GPU; with one, run this file with --noconftest"
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (4, 2, 128), (5, 1, 80)])
+def test_cudnn_equals_the_plain_form_forwards_and_backwards(heads, kv_heads, head_dim):
+    case = packed_case(2, 129, heads, kv_heads, head_dim, "bfloat16")
+    for ours, plain in zip(outputs_and_gradients("cudnn", case), outputs_and_gradients("xla", case), strict=True):
+        assert np.linalg.norm(ours - plain) / np.linalg.norm(plain) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "kernel"),
+    [
+        ("cpu", {}, "xla"),
+        ("cpu", {"compute_dtype": "bfloat16"}, "xla"),
+        ("tpu", {"compute_dtype": "bfloat16"}, "splash"),
+        ("tpu", {}, "splash"),
+        ("tpu", {"compute_dtype": "float16"}, "xla"),
+        ("gpu", {"compute_dtype": "bfloat16"}, "cudnn"),
+        ("gpu", {}, "xla"),
+        ("gpu", {"compute_dtype": "bfloat16", "head_dim": 160}, "xla"),
+        ("tpu", {"attention_kernel": "xla"}, "xla"),
+    ],
+)
+def test_auto_takes_the_backends_kernel_where_it_is_exact(backend, config, kernel):
+    assert resolve_kernel(ModelConfig(**config), backend) == kernel
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "message"),
+    [
+        ("cpu", {"attention_kernel": "splash"}, "attention_kernel=splash runs on TPU only, and this run is on cpu"),
+        ("tpu", {"attention_kernel": "cudnn"}, "attention_kernel=cudnn runs on GPU only"),
+        ("gpu", {"attention_kernel": "cudnn"}, "does not take model.compute_dtype=float32"),
+        ("gpu", {"attention_kernel": "cudnn", "compute_dtype": "bfloat16", "head_dim": 10}, "head_dim.* not 10"),
+        ("tpu", {"attention_kernel": "splash", "compute_dtype": "float16"}, "compute_dtype=float16"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_by_name(backend, config, message):
+    with pytest.raises(UserError, match=message) as error:
+        resolve_kernel(ModelConfig(**config), backend)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(UserError, match="attention_kernel=flash is not one of: auto, xla, splash, cudnn"):
+        ModelConfig(attention_kernel="flash")
+
+
+def test_the_backend_is_that_of_the_mesh_in_use():
+    assert current_backend() == "cpu"
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        assert jax.jit(lambda x: (x, current_backend() == "cpu"))(1)[1]
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 5_000_000.0])
+def test_rotate_turns_the_two_halves_as_complex_numbers(theta):
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(2, 3, 2, 8)).astype(np.float32)
-    positions = np.array([[0, 1, 2], [7, 100, 5000]])
-    frequencies = 10_000.0 ** (-np.arange(4) / 4)
-    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequencies)
-    ours = rotate(jnp.asarray(x), jnp.asarray(positions), 10_000.0)
-    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=2e-3)
+    x = rng.normal(size=(2, 3, 2, 10)).astype(np.float32)
+    positions = np.array([[0, 1, 2], [7, 100, 32_767]])
+    config = ModelConfig(head_dim=10, rope_theta=theta)
+    frequencies = np.float32(1) / (theta ** (np.arange(5) / 5)).astype(np.float32)
+    angles = (positions[..., None, None].astype(np.float32) * frequencies).astype(np.float64)
+    turned = (x[..., :5] + 1j * x[..., 5:]) * np.exp(1j * angles)
+    ours = rotate(jnp.asarray(x), jax.jit(lambda p: rotation(config, p))(positions))
+    # One ulp of the largest angle is 2e-3; the frequencies' own exponents may round once more.
+    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-2)
     np.testing.assert_allclose(ours[0], np.concatenate([turned.real, turned.imag], -1)[0], atol=1e-6)
 
 
 def test_rotated_scores_depend_on_distance_alone():
     rng = np.random.default_rng(2)
     q, k = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 8)), jnp.float32)
+    config = ModelConfig(head_dim=8)
+
+    def turned(x: jax.Array, at: int) -> jax.Array:
+        return rotate(x, rotation(config, jnp.array([[at]])))
 
     def score(at: int) -> float:
-        return float(jnp.vdot(rotate(q, jnp.array([[at + 9]]), 1e4), rotate(k, jnp.array([[at]]), 1e4)))
+        return float(jnp.vdot(turned(q, at + 9), turned(k, at)))
 
     np.testing.assert_allclose([score(3), score(40)], score(0), atol=1e-5)
+
+
+def test_yarn_keeps_fast_turns_stretches_slow_ones_and_blends_between():
+    plain, _ = rotary_frequencies(ModelConfig(head_dim=128, rope_theta=1e6))
+    config = ModelConfig(head_dim=128, rope_theta=1e6, yarn_factor=4.0, yarn_original_length=32_768)
+    ours, factor = rotary_frequencies(config)
+    turns = 32_768 * plain / (2 * np.pi)
+    ratio = plain / ours
+    np.testing.assert_array_equal(ratio[turns > 40], 1.0)
+    np.testing.assert_allclose(ratio[turns < 0.8], 4.0, rtol=1e-6)
+    assert (np.diff(ratio) >= -1e-6).all() and ((ratio > 1.01) & (ratio < 3.99)).sum() > 5
+    assert factor == pytest.approx(0.1 * np.log(4.0) + 1)
+    positions = jnp.array([[5]])
+    given = ModelConfig(**vars(config) | {"yarn_attention_factor": 1.25})
+    np.testing.assert_allclose(rotation(given, positions).cos, 1.25 * np.cos(5 * ours)[None, None, None], atol=1e-6)

@@ -1,14 +1,16 @@
 """Model shapes are read from a checkpoint's own config.json, and what the decoder is not is refused by name."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
-from transformers import Qwen2Config
+from transformers import AutoConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from retool_jax.errors import UserError
-from retool_jax.models.config import ModelConfig, config_from_hf
+from retool_jax.models.config import ModelConfig, config_from_hf, config_to_hf
 
 HF = {
     "model_type": "qwen2",
@@ -32,7 +34,7 @@ def write(folder: Path, **changes) -> Path:
 
 
 def test_reads_the_published_layout(tmp_path):
-    config = config_from_hf(write(tmp_path), compute_dtype="bfloat16", remat=True)
+    config = config_from_hf(write(tmp_path), compute_dtype="bfloat16", remat="full")
     assert config == ModelConfig(
         vocab_size=96,
         hidden_size=32,
@@ -45,7 +47,7 @@ def test_reads_the_published_layout(tmp_path):
         rms_norm_eps=1e-5,
         tie_embeddings=False,
         compute_dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
 
 
@@ -59,21 +61,149 @@ def test_reads_what_todays_transformers_writes(tmp_path):
 def test_head_dim_and_heads_of_the_file_win(tmp_path):
     assert config_from_hf(write(tmp_path, head_dim=16)).head_dim == 16
     assert config_from_hf(write(tmp_path, num_key_value_heads=4)).num_kv_heads == 4
+    assert config_from_hf(write(tmp_path, num_key_value_heads=None)).num_kv_heads == 4
+
+
+def test_qwen3_has_head_norms_no_biases_and_heads_of_its_own(tmp_path):
+    config = config_from_hf(write(tmp_path, model_type="qwen3", attention_bias=False, head_dim=24))
+    assert (config.qk_norm, config.qkv_bias, config.head_dim) == (True, False, 24)
+    theirs = {key: value for key, value in HF.items() if key not in ("model_type", "rope_theta")}
+    Qwen3Config(**theirs).save_pretrained(tmp_path)
+    assert config_from_hf(tmp_path).head_dim == Qwen3Config().head_dim == 128
+    config = config_from_hf(write(tmp_path))
+    assert (config.qk_norm, config.qkv_bias) == (False, True)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+
+
+@pytest.mark.parametrize("style", ["rope_scaling", "type", "rope_parameters"])
+def test_yarn_is_read_as_each_transformers_writes_it(tmp_path, style):
+    rope = dict(YARN)
+    if style == "type":
+        rope["type"] = rope.pop("rope_type")
+    if style == "rope_parameters":
+        write(tmp_path, rope_parameters=rope | {"rope_theta": 5e6}, rope_theta=None)
+    else:
+        write(tmp_path, rope_scaling=rope, rope_theta=5e6)
+    config = config_from_hf(tmp_path)
+    assert (config.rope_theta, config.yarn_factor, config.yarn_original_length) == (5e6, 4.0, 32_768)
+    assert (config.yarn_beta_fast, config.yarn_beta_slow, config.yarn_attention_factor) == (32.0, 1.0, 0.0)
+
+
+def yarn_of_theirs(folder: Path) -> list[float]:
+    """Their frequencies, and at the end their factor of cos and sin."""
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.from_pretrained(folder), "cpu")
+    return [*frequencies.tolist(), factor]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"mscale": 1.5, "mscale_all_dim": 0.5},
+        {"original_max_position_embeddings": None},
+        {"beta_fast": None, "truncate": True, "mscale": 2.0},
+    ],
+)
+def test_yarn_means_to_us_what_it_means_to_transformers(tmp_path, changes):
+    rope = {key: value for key, value in (YARN | changes).items() if value is not None}
+    config = config_from_hf(write(tmp_path, rope_scaling=rope, max_position_embeddings=65_536, head_dim=64))
+    theirs = yarn_of_theirs(tmp_path)
+    attention = config.yarn_attention_factor or 0.1 * math.log(config.yarn_factor) + 1.0
+    assert attention == pytest.approx(theirs[-1], rel=1e-12)
+    # Written out, every field that we kept has to give them the same frequencies.
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    assert yarn_of_theirs(tmp_path) == pytest.approx(theirs, rel=1e-12)
+    assert config_from_hf(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(),
+        ModelConfig(tie_embeddings=False, head_dim=20, rope_theta=5e6, rms_norm_eps=1e-5, max_positions=131_072),
+        ModelConfig(qkv_bias=False, qk_norm=True, head_dim=48),
+        ModelConfig(qkv_bias=False, qk_norm=True, yarn_factor=2.5, yarn_original_length=100, yarn_beta_fast=8.0),
+        ModelConfig(yarn_factor=4.0, yarn_original_length=32_768, yarn_beta_slow=3.0, yarn_attention_factor=1.1),
+    ],
+)
+def test_written_configs_are_read_by_us_and_by_transformers(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    assert config_from_hf(tmp_path) == config
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs) is (Qwen3Config if config.qk_norm else Qwen2Config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert config_from_hf(tmp_path / "theirs") == config
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
+        ({"num_experts": 64}, "num_experts=64"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "linear"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate=false"),
+        ({"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor=0.0"),
+        ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "short_factor"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "yarn_factor=0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"hidden_act": "gelu"}, 'hidden_act="gelu"'),
+        ({"attention_bias": False}, "attention_bias=false"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
+        ({"use_mrope": True}, "use_mrope=true"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map="),
+        ({"hidden_size": "32"}, "hidden_size='32'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers=None"),
+        ({"head_dim": 8.5}, "head_dim=8.5"),
     ],
 )
 def test_refuses_by_name_what_it_would_compute_wrongly(tmp_path, changes, named):
     with pytest.raises(UserError, match=re.escape(named)):
         config_from_hf(write(tmp_path, **changes))
+
+
+def test_fields_that_are_off_or_say_nothing_of_the_model_are_no_hindrance(tmp_path):
+    harmless = {"use_mrope": False, "quantization_config": None, "pretraining_tp": 0, "attention_dropout": 0.0}
+    stored = {"architectures": ["Qwen2ForCausalLM"], "torch_dtype": "bfloat16", "max_window_layers": 3, "_name": "x"}
+    assert config_from_hf(write(tmp_path, **harmless, **stored)) == config_from_hf(write(tmp_path))
+
+
+def test_every_published_model_goes_out_and_comes_back(tmp_path):
+    path = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "model_configs.json"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} beside this repository")
+    for name, model in json.loads(path.read_text())["models"].items():
+        fields = {key: value for key, value in model.items() if key in HF or key in ("head_dim", "model_type")}
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 40_960}))
+        config = config_from_hf(tmp_path)
+        assert (config.qkv_bias, config.qk_norm) == (model["attention_qkv_bias"], model["qk_norm"]), name
+        assert (config.rms_norm_eps, config.rope_theta) == (model["rms_norm_eps"], model["rope_theta"]), name
+        written = config_to_hf(config)
+        assert {key: written[key] for key in fields} == fields, name
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path):
+    for text in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is not"):
+            config_from_hf(tmp_path)
+
+
+def test_a_pair_that_no_family_has_is_not_written():
+    for pair in ({"qkv_bias": True, "qk_norm": True}, {"qkv_bias": False, "qk_norm": False}):
+        with pytest.raises(UserError, match="neither Qwen2"):
+            config_to_hf(ModelConfig(**pair))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -1,99 +1,26 @@
-"""The decoder equals transformers' Qwen2, packed or not, and growing a cache equals a forward over the whole list."""
+"""Parts of the decoder: norms, packed rows, growing a cache, what backward keeps."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from retool_jax.errors import UserError
 from retool_jax.mesh import RULES
 from retool_jax.models.cache import init_cache
-from retool_jax.models.config import ModelConfig, config_from_hf
+from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import (
     Params,
     Weight,
     abstract_params,
     extend,
     forward,
-    init_params,
     logits,
     rms_norm,
 )
-
-
-def torch_model(heads: int, kv_heads: int, tied: bool) -> Qwen2ForCausalLM:
-    """A tiny random Qwen2 with every parameter random, norms and biases too."""
-    torch.manual_seed(heads + kv_heads)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=tied,
-        )
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    return model
-
-
-def copied_weights(config: ModelConfig, theirs: Qwen2ForCausalLM) -> Params:
-    """Their tensors in our layout: Linear weights are [out,in], ours [in,out] with heads split."""
-    c, tensors = config, {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    N, K, H, D = c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size
-
-    def stack(name: str, shape: tuple[int, ...], transpose: bool = False) -> np.ndarray:
-        layers = [tensors[f"model.layers.{i}.{name}"] for i in range(c.num_layers)]
-        return np.stack([(x.T if transpose else x).reshape(shape) for x in layers])
-
-    ours = jax.jit(partial(init_params, c))(jax.random.key(0))
-    ours["embedding"][...] = tensors["model.embed_tokens.weight"]
-    ours["final_norm"][...] = tensors["model.norm.weight"]
-    if not c.tie_embeddings:
-        ours["head"][...] = tensors["lm_head.weight"]
-    new = {
-        "attention_norm": stack("input_layernorm.weight", (D,)),
-        "mlp_norm": stack("post_attention_layernorm.weight", (D,)),
-        "q": stack("self_attn.q_proj.weight", (D, N, H), True),
-        "k": stack("self_attn.k_proj.weight", (D, K, H), True),
-        "v": stack("self_attn.v_proj.weight", (D, K, H), True),
-        "q_bias": stack("self_attn.q_proj.bias", (N, H)),
-        "k_bias": stack("self_attn.k_proj.bias", (K, H)),
-        "v_bias": stack("self_attn.v_proj.bias", (K, H)),
-        "o": stack("self_attn.o_proj.weight", (N, H, D), True),
-        "gate": stack("mlp.gate_proj.weight", (D, c.intermediate_size), True),
-        "up": stack("mlp.up_proj.weight", (D, c.intermediate_size), True),
-        "down": stack("mlp.down_proj.weight", (c.intermediate_size, D), True),
-    }
-    assert set(new) == set(ours["layers"])
-    for name, value in new.items():
-        ours["layers"][name][...] = value
-    return ours
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(4, 4, True), (4, 2, False), (4, 2, True), (4, 1, False)])
-def test_logits_equal_those_of_transformers(tmp_path, heads, kv_heads, tied):
-    theirs = torch_model(heads, kv_heads, tied)
-    theirs.config.save_pretrained(tmp_path)
-    config = config_from_hf(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 64, (2, 24))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens)).logits.numpy()
-    positions = np.broadcast_to(np.arange(24), (2, 24))
-    params = copied_weights(config, theirs)
-    compute = jax.jit(lambda *args: logits(config, params, forward(config, params, *args)))
-    ours = compute(tokens, positions, np.ones_like(tokens))
-    assert np.abs(expected).max() > 1.0
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_rms_norm_is_the_formula():
@@ -155,3 +82,28 @@ def test_append_costs_what_it_appends(model, params):
         return jax.jit(partial(extend, model)).lower(*args).compile().cost_analysis()["flops"]
 
     assert flops(16) < flops(512) / 32 * 1.1
+
+
+def test_remat_policies_keep_what_they_say_and_change_no_gradient(model, params):
+    """The gradient is the same; `full` computes the layers' matrix products again, `dots` does not."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.vocab_size, (2, 96))
+    positions, segments = np.broadcast_to(np.arange(96), tokens.shape), np.ones_like(tokens)
+    gradients, flops = {}, {}
+    for remat in ("none", "dots", "full"):
+        config = dataclasses.replace(model, remat=remat)
+
+        def loss(params: Params) -> jax.Array:
+            return jnp.sum(forward(config, params, tokens, positions, segments) ** 3)  # noqa: B023
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        gradients[remat], flops[remat] = compiled(params), compiled.cost_analysis()["flops"]
+    for remat in ("dots", "full"):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), gradients[remat], gradients["none"])
+    assert flops["full"] > 1.15 * flops["none"]
+    assert flops["none"] < flops["dots"] < 0.95 * flops["full"]
+
+
+def test_an_unknown_remat_policy_is_refused():
+    with pytest.raises(UserError, match=r"model.remat=True is not one of: none, full, dots"):
+        ModelConfig(remat=True)

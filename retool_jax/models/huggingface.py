@@ -1,0 +1,386 @@
+"""Weights from and to a Hugging Face checkpoint folder: safetensors straight into sharded arrays, and back.
+
+Everything goes tensor by tensor. A process reads the slices of its own shards and no other bytes, and what it holds
+beside them is at most one tensor: it is read in the file's own layout and type, put on the devices, and transposed,
+cast and checked for NaN there. Of a stack of L layers, each one is written into the finished stack in place.
+"""
+
+import collections
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from retool_jax.errors import UserError
+from retool_jax.mesh import weight_sharding
+from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf, config_to_hf
+from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
+from retool_jax.models.transformer import Params, Weight, abstract_params
+
+COMPANIONS = (  # what goes with the weights: tokenizer, chat template, when to stop
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+# Of each weight: its name there, and our axes (without L) in the order that they have there. torch's linear layers
+# keep [out, in], with heads and head_dim as one axis.
+_NAMES = {
+    "embedding": ("model.embed_tokens.weight", (0, 1)),
+    "attention_norm": ("model.layers.{}.input_layernorm.weight", (0,)),
+    "q": ("model.layers.{}.self_attn.q_proj.weight", (1, 2, 0)),
+    "k": ("model.layers.{}.self_attn.k_proj.weight", (1, 2, 0)),
+    "v": ("model.layers.{}.self_attn.v_proj.weight", (1, 2, 0)),
+    "q_bias": ("model.layers.{}.self_attn.q_proj.bias", (0, 1)),
+    "k_bias": ("model.layers.{}.self_attn.k_proj.bias", (0, 1)),
+    "v_bias": ("model.layers.{}.self_attn.v_proj.bias", (0, 1)),
+    "q_norm": ("model.layers.{}.self_attn.q_norm.weight", (0,)),
+    "k_norm": ("model.layers.{}.self_attn.k_norm.weight", (0,)),
+    "o": ("model.layers.{}.self_attn.o_proj.weight", (2, 0, 1)),
+    "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", (0,)),
+    "gate": ("model.layers.{}.mlp.gate_proj.weight", (1, 0)),
+    "up": ("model.layers.{}.mlp.up_proj.weight", (1, 0)),
+    "down": ("model.layers.{}.mlp.down_proj.weight", (1, 0)),
+    "final_norm": ("model.norm.weight", (0,)),
+    "head": ("lm_head.weight", (0, 1)),
+}
+_HEAD, _EMBEDDING = _NAMES["head"][0], _NAMES["embedding"][0]
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old files carry them; they follow from the config
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint, as a part of our weights; `logical` and `shape` are ours, without the L axis."""
+
+    weight: str
+    layer: int | None
+    order: tuple[int, ...]
+    logical: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def turned(self) -> tuple[int, ...]:
+        """Our shape with the axes in the order that they have there."""
+        return tuple(self.shape[axis] for axis in self.order)
+
+    def merge(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers (sizes, or bounds) of the turned axes as those of the tensor, where heads x head_dim is one axis."""
+        merged: list[int] = []
+        for number, size, axis in zip(numbers, self.turned, self.order, strict=True):
+            if self.logical[axis] == "head_dim":
+                merged[-1] *= size
+            else:
+                merged.append(number)
+        return tuple(merged)
+
+
+def find_folder(name: str) -> Path:
+    """The folder of a checkpoint: a local one, or that of a hub id (`Qwen/Qwen3-8B`), downloaded if need be.
+
+    Raises:
+        UserError: it has to be fetched and cannot be.
+    """
+    folder = Path(name)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or folder.parent.exists():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # of the hub, of HTTP or of the network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no folder {name} here, and not to be had from the Hugging Face hub ({type(error).__name__}: {reason});"
+            " give a folder with config.json and *.safetensors"
+        ) from error
+
+
+def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
+    """The weights of a checkpoint folder in `config.param_dtype`, sharded over the mesh.
+
+    Memory beside the shards themselves is at most 1.5 times the largest tensor.
+
+    Raises:
+        UserError: the folder holds another model, is damaged, or has weights that are not finite.
+    """
+    _check_config(config, folder)
+    tensors = read_headers(folder)
+    parts = _parts(config)
+    _check_tensors(config, folder, tensors, parts)
+    check_tokenizer(config, folder)
+
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config)[1], is_leaf=_is_weight)
+    values = {}
+    # The largest first, while the fewest shards are there beside it.
+    for path, leaf in sorted(leaves, key=lambda pair: -math.prod(pair[1].shape[_is_stack(pair[1]) :])):
+        own = [(name, part) for name, part in parts.items() if part.weight == _name(path)]
+        values[_name(path)] = _load_weight(leaf, own, tensors, mesh)
+    return jax.tree.unflatten(tree, [leaf.replace(values[_name(path)]) for path, leaf in leaves])
+
+
+def checkpoint_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, Callable[[np.dtype], np.ndarray]]]:
+    """Each tensor of the checkpoint of these weights: its name there, and a call that gives it in a dtype.
+
+    With several processes all must make the same calls, in order.
+    """
+    weights = {_name(path): leaf[...] for path, leaf in _weights(params)}
+    for name, part in _parts(config).items():
+
+        def read(dtype: np.dtype, part: Part = part) -> np.ndarray:
+            index = None if part.layer is None else jnp.int32(part.layer)
+            value = _take(weights[part.weight], index, part.order, dtype)
+            if not value.is_fully_addressable:
+                value = multihost_utils.process_allgather(value, tiled=True)
+            return np.ascontiguousarray(value).reshape(part.merge(part.turned))
+
+        yield name, read
+
+
+def save_params(
+    config: ModelConfig,
+    params: Params,
+    folder: Path,
+    tokenizer_from: Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
+) -> None:
+    """Write a checkpoint folder that transformers loads; `dtype` is that of the file, by default the parameters'.
+
+    The files of the tokenizer and the chat template are copied from `tokenizer_from`. The folder appears when it is
+    complete: it is written under another name beside it. With several processes all must call; the first one writes.
+
+    Raises:
+        UserError: the folder is there already, no family has such a model, the tokenizer has more tokens than the
+            embedding has rows, or the disk has no room; nothing is left behind.
+    """
+    stored = np.dtype(jnp.dtype(dtype or config.param_dtype))
+    hf = config_to_hf(config) | {"torch_dtype": stored.name}
+    check_target(config, folder, tokenizer_from)
+    if tokenizer_from is not None:
+        hf |= _special_ids(tokenizer_from)
+    shards = _plan_shards(config, stored, max_shard_bytes)
+    total = sum(stored.itemsize * math.prod(shape) for shard in shards.values() for shape in shard.values())
+    writes = jax.process_index() == 0
+    temporary = folder.with_name(f".{folder.name}.partial")
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+        temporary.mkdir(parents=True)
+        if (free := shutil.disk_usage(temporary).free) < total:
+            temporary.rmdir()
+            raise UserError(f"{folder} takes {total / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB left; make room")
+    try:
+        values = (read(stored) for _, read in checkpoint_tensors(config, params))
+        for shard, shapes in shards.items():
+            mine = itertools.islice(values, len(shapes))
+            if writes:
+                write_file(temporary / shard, shapes, stored, mine)
+            else:
+                collections.deque(mine, maxlen=0)  # its part in gathering them
+        if writes:
+            if len(shards) > 1:
+                weight_map = {name: shard for shard, shapes in shards.items() for name in shapes}
+                _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            for name in COMPANIONS if tokenizer_from is not None else ():
+                if (tokenizer_from / name).is_file():
+                    shutil.copyfile(tokenizer_from / name, temporary / name)
+            _write_json(temporary / "config.json", hf)
+            temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_target(config: ModelConfig, folder: Path, tokenizer_from: Path | None) -> None:
+    """A `UserError` when `save_params` could not write these files there; nothing is written."""
+    config_to_hf(config)
+    if tokenizer_from is not None:
+        if not any((tokenizer_from / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"no tokenizer at {tokenizer_from}: expected tokenizer.json or vocab.json there")
+        check_tokenizer(config, tokenizer_from)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another folder, or remove that one")
+
+
+def check_tokenizer(config: ModelConfig, folder: Path) -> None:
+    """A `UserError` when the folder's tokenizer, if it has one, has a token without a row in the embedding."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{path} is no tokenizer ({' '.join(str(error).split())[:160]}); copy it again") from error
+    tokens = max(vocabulary.values(), default=-1) + 1
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"{path} has {tokens} tokens, the model's embedding {config.vocab_size} rows; use the model's own tokenizer"
+        )
+
+
+def _load_weight(leaf: Weight, own: list[tuple[str, Part]], tensors: dict[str, Tensor], mesh: Mesh) -> jax.Array:
+    sharding = weight_sharding(mesh, leaf.logical, leaf.shape)
+    if not _is_stack(leaf):
+        ((name, part),) = own
+        value = _read_sharded(part, tensors[name], sharding.spec, mesh)
+        _check_finite(name, tensors[name], _finite(value, leaf.dtype))
+        return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+    stack = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+    for name, part in own:
+        value = _read_sharded(part, tensors[name], sharding.spec[1:], mesh)
+        stack, finite = _put(stack, value, jnp.int32(part.layer), part.order, sharding)
+        _check_finite(name, tensors[name], finite)  # waits, too: tensors that are read ahead would pile up
+    return stack
+
+
+def _read_sharded(part: Part, tensor: Tensor, spec: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """A tensor as an array with our axes in the file's order, each device holding what `spec` gives it."""
+    seen: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one copy
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [axis.indices(size)[:2] for axis, size in zip(index, part.turned, strict=True)]
+        if (key := tuple(bounds)) not in seen:
+            edges = [part.merge(numbers) for numbers in zip(*bounds, strict=True)]
+            slices = [slice(first, stop) for first, stop in zip(*edges, strict=True)]
+            seen[key] = tensor.read(*slices).reshape([stop - first for first, stop in bounds])
+        return seen[key]
+
+    sharding = NamedSharding(mesh, PartitionSpec(*(spec[axis] for axis in part.order)))
+    return jax.block_until_ready(jax.make_array_from_callback(part.turned, sharding, read, tensor.dtype))
+
+
+def _own_order(value: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    return jnp.transpose(value, np.argsort(order))
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _put(
+    stack: jax.Array, value: jax.Array, layer: jax.Array, order: tuple[int, ...], sharding: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    """The stack with a layer written into it in place, and whether that is finite."""
+    own = _own_order(value, order).astype(stack.dtype)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, own, layer, 0)
+    return jax.lax.with_sharding_constraint(stack, sharding), _finite(value, stack.dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _finite(value: jax.Array, dtype: np.dtype) -> jax.Array:
+    return jnp.isfinite(value.astype(dtype)).all()
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _take(weight: jax.Array, layer: jax.Array | None, order: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    """A tensor of the checkpoint out of a weight: one layer of it, its axes in the file's order."""
+    own = weight if layer is None else jax.lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
+    return jnp.transpose(own, order).astype(dtype)
+
+
+def _check_finite(name: str, tensor: Tensor, finite: jax.Array) -> None:
+    if not finite:
+        raise UserError(f"{tensor.file} has NaN or inf in {name}; use a checkpoint from before the run went astray")
+
+
+def _is_weight(x: object) -> bool:
+    return isinstance(x, Weight)
+
+
+def _is_stack(leaf: Weight) -> bool:
+    return leaf.logical[0] == "layers"
+
+
+def _weights(params: Params) -> list[tuple[tuple, Weight]]:
+    return jax.tree.flatten_with_path(params, is_leaf=_is_weight)[0]
+
+
+def _name(path: tuple) -> str:
+    return path[-1].key
+
+
+def _parts(config: ModelConfig) -> dict[str, Part]:
+    """Every tensor of a checkpoint of this model, in the order of the forward pass."""
+    leaves = {_name(path): leaf for path, leaf in _weights(abstract_params(config)[1])}
+    parts = {}
+    for weight, (name, order) in _NAMES.items():
+        if (leaf := leaves.get(weight)) is None:
+            continue
+        if _is_stack(leaf):
+            for layer in range(config.num_layers):
+                parts[name.format(layer)] = Part(weight, layer, order, leaf.logical[1:], leaf.shape[1:])
+        else:
+            parts[name] = Part(weight, None, order, leaf.logical, leaf.shape)
+    return parts
+
+
+def _check_config(config: ModelConfig, folder: Path) -> None:
+    there = config_from_hf(folder)
+    for key in ARCHITECTURE:
+        if getattr(there, key) != getattr(config, key):
+            raise UserError(
+                f"{folder} holds another model: model.{key} is {getattr(there, key)} there and"
+                f" {getattr(config, key)} here; make them equal"
+            )
+
+
+def _check_tensors(config: ModelConfig, folder: Path, tensors: dict[str, Tensor], parts: dict[str, Part]) -> None:
+    if missing := [name for name in parts if name not in tensors]:
+        raise UserError(
+            f"{folder} lacks {name_some(missing)}; use a complete checkpoint of the model in its config.json"
+        )
+    surplus = {name for name in tensors.keys() - parts.keys() if not _BUFFERS.search(name)}
+    if config.tie_embeddings and _HEAD in surplus:
+        surplus.remove(_HEAD)
+        if not equal_bytes(tensors[_HEAD], tensors[_EMBEDDING]):
+            raise UserError(
+                f"{folder} has a {_HEAD} that is not {_EMBEDDING}, though its config.json ties them;"
+                " set tie_word_embeddings to false there"
+            )
+    if surplus:
+        raise UserError(
+            f"{folder} holds {name_some(sorted(surplus))}, which the model in its config.json does not have"
+        )
+    for name, part in parts.items():
+        if tensors[name].shape != (expected := part.merge(part.turned)):
+            raise UserError(
+                f"{tensors[name].file} has {name} of shape {list(tensors[name].shape)};"
+                f" the model in config.json needs {list(expected)}"
+            )
+
+
+def _plan_shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of each file, in order; a tensor beyond the limit has a file of its own."""
+    shards: list[dict[str, tuple[int, ...]]] = []
+    room = 0
+    for name, part in _parts(config).items():
+        shape = part.merge(part.turned)
+        if not shards or math.prod(shape) * dtype.itemsize > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = shape
+        room -= math.prod(shape) * dtype.itemsize
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _special_ids(folder: Path) -> dict[str, int | list[int]]:
+    """Begin, end and padding ids, which a checkpoint keeps in config.json though the model does not use them."""
+    with suppress(OSError, ValueError):
+        there = json.loads((folder / "config.json").read_text())
+        return {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
+    return {}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,259 @@
+"""Published trajectories become messages with calls; what cannot be converted has a reason; verification sees lies."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from retool_jax.data.problems import INSTRUCTION
+from retool_jax.data.traces import (
+    BadTrace,
+    boxed_answer,
+    check_answer,
+    compare_outputs,
+    conversation,
+    messages_of,
+    run_again,
+    truth_of,
+)
+from retool_jax.sandbox import SandboxConfig, open_sandbox
+from retool_jax.tokens.chat import demonstration_ids
+from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
+
+SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "retool_sft"
+PROMPT = (
+    "Solve the following problem step by step. You may write code. Each snippet is wrapped with"
+    " `<code>\n```python\ncode snippet\n```\n</code>`.\nThe last part should be\n<answer>\n\\boxed{'The final answer"
+    " goes here.'}\n</answer>\n\n*user question:*\nAnswer the following Math Problem and put the answer in the format"
+    " of \\boxed{answer}\n\n%s\n\n\nRemember to place the final answer in the last part using the format: \n<answer>\n"
+    "\\boxed{'The final answer goes here.'}\n</answer>"
+)
+
+
+def step(code: str, output: str, after: str = "\n\n") -> str:
+    return f"\n<code>\n```python\n{code}\n```\n</code>\n<interpreter>\n{output}\n</interpreter>{after}"
+
+
+def end(answer: str = "\\boxed{7}") -> str:
+    return f"So it is 7.\n\n<answer>\n{answer}\n</answer>"
+
+
+def raw(text: str, question: str = "What is 3 + 4?") -> dict:
+    messages = [{"role": "user", "content": PROMPT % question}, {"role": "assistant", "content": text}]
+    return {"messages": messages}
+
+
+def shape(messages: list[dict]) -> list[tuple]:
+    """(content, code) of a policy turn and (output,) of a tool turn."""
+    shapes = []
+    for turn in messages[1:]:
+        codes = [call["function"]["arguments"]["code"] for call in turn.get("tool_calls", ())]
+        shapes.append((turn["content"], *codes) if turn["role"] == "assistant" else (turn["content"], None))
+    return shapes
+
+
+ROWS = {
+    "several calls": (
+        "First:" + step("print(3)", "3") + "Then:" + step("x = 4\nprint(3 + x)", "7") + end(),
+        [("First:", "print(3)"), ("3", None), ("Then:", "x = 4\nprint(3 + x)"), ("7", None)],
+    ),
+    "two code blocks in a row": (
+        step("print(1)", "1", after="\n") + step("print(2)", "2") + end(),
+        [("", "print(1)"), ("1", None), ("", "print(2)"), ("2", None)],
+    ),
+    "an error": (
+        "Try:" + step("print(y)", "NameError: name 'y' is not defined") + end(),
+        [("Try:", "print(y)"), ("NameError: name 'y' is not defined", None)],
+    ),
+    "no call": ("By heart. " + end(), []),
+    "Chinese": (
+        "用程序。" + step("print('检查: é')", "检查: é") + end(),
+        [("用程序。", "print('检查: é')"), ("检查: é", None)],
+    ),
+    "an empty output": (step("x = 7", "") + end(), [("", "x = 7"), ("", None)]),
+    "no fence": ("<code>print(7)</code><interpreter>7</interpreter>" + end(), [("", "print(7)"), ("7", None)]),
+    "indented code": (
+        step("for i in (7,):\n    print(i)\n", "7") + end(),
+        [("", "for i in (7,):\n    print(i)"), ("7", None)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_raw_form_becomes_turns_and_calls(name, tokenizer):
+    text, wanted = ROWS[name]
+    messages = conversation(raw(text))
+    assert messages[0] == {"role": "user", "content": f"What is 3 + 4?\n\n{INSTRUCTION}"}
+    final = shape(messages)[-1][0]
+    assert shape(messages)[:-1] == wanted and final.endswith("\\boxed{7}") and "<answer>" not in final
+    assert boxed_answer(messages) == "7"
+    assert conversation({"messages": messages}) == messages == messages_of({"messages": messages})
+    # What the policy is to say holds the calls as a rollout would read them.
+    tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA])
+    said = [index for index, sampled in zip(tokens.ids, tokens.sampled, strict=True) if sampled]
+    codes = [code for _, code in wanted if code is not None]
+    assert [call.code for call in tool_calls(tokenizer, said)] == codes
+    assert said.count(tokenizer.id_of("<|im_end|>")) == len(codes) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<code>\n```python\nprint(7)\n" + end(), "unfinished code"),
+        ("<code>\nprint(7)\n<code>\n</code>" + end(), "unfinished code"),
+        ("print(7)\n</code>" + end(), "</code> without <code>"),
+        ("<code>\nprint(7)\n</code>\n" + end(), "code without its output"),
+        ("<code>print(7)</code> so <interpreter>7</interpreter>" + end(), "code without its output"),
+        ("<code>print(7)</code><interpreter>7" + end(), "code without its output"),
+        ("<interpreter>7</interpreter>" + end(), "a tag without its partner"),
+        ("It is 7. <answer>\\boxed{7}", "a tag without its partner"),
+        (end() + " Or is it?", "text after the answer"),
+        ("<code> </code><interpreter>7</interpreter>" + end(), "empty code"),
+        (step("print(1)\n```\n```python\nprint(2)", "1") + end(), "several fences in one code"),
+        (step("print(7)", "7"), "no final answer"),
+        ("", "no final answer"),
+        ("It is 7.<|im_end|>" + end(), "a control token in the text"),
+        (step("print('<tool_call>')", "7") + end(), "a control token in the text"),
+        ("It is 7.", "no box in the final turn"),
+        ("It is \\boxed{7", "an unterminated box"),
+        (end("\\boxed{ }"), "an empty box"),
+        (step("print('\\\\boxed{7}')", "\\boxed{7}") + "It is 7.", "no box in the final turn"),
+    ],
+)
+def test_a_row_that_cannot_be_converted_has_a_reason(text, reason):
+    with pytest.raises(BadTrace, match=f"^{reason}$".replace("\\", "\\\\")):
+        boxed_answer(conversation(raw(text)))
+
+
+def test_an_output_may_hold_any_tag():
+    """It is data: only the policy's words open and close calls."""
+    messages = conversation(raw(step("print(chr(60) + 'code>')", "<code> <|im_end|> \\boxed{9}") + end()))
+    assert shape(messages)[1] == ("<code> <|im_end|> \\boxed{9}", None) and boxed_answer(messages) == "7"
+
+
+def assistant(content: str | None, *codes: object, name: str = "code_interpreter") -> dict:
+    calls = [{"function": {"name": name, "arguments": code}} for code in codes]
+    return {"role": "assistant", "content": content, "tool_calls": calls or None}
+
+
+USER, TOOL, LAST = (
+    {"role": "user", "content": "What is 3 + 4?"},
+    {"role": "tool", "content": "7", "tool_calls": None},
+    assistant("It is \\boxed{7}."),
+)
+CALL = {"code": "print(3 + 4)"}
+
+
+def test_the_multi_turn_form_is_brought_to_one_shape():
+    row = {
+        "messages": [
+            USER,
+            assistant(None, json.dumps(CALL)),
+            TOOL,
+            assistant("", CALL, {"code": "1"}),
+            TOOL,
+            TOOL,
+            LAST,
+        ],
+        "tools": [{"type": "function", "function": {"name": "another"}}],
+    }
+    messages = messages_of(row)
+    wanted = [("", CALL["code"]), ("7", None), ("", CALL["code"], "1"), ("7", None), ("7", None)]
+    assert shape(messages) == [*wanted, ("It is \\boxed{7}.",)]
+    assert all(set(turn) <= {"role", "content", "tool_calls"} for turn in messages)
+    assert messages[-1] == {"role": "assistant", "content": "It is \\boxed{7}."}, "no empty tool_calls"
+    assert messages[0] == USER and conversation(row)[0]["content"] == f"{USER['content']}\n\n{INSTRUCTION}"
+    assert conversation(row)[1:] == messages[1:]
+    system = {"role": "system", "content": "Be brief."}
+    assert messages_of({"messages": [system, USER, LAST]})[0] == system
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (None, "no messages"),
+        (["What is 3 + 4?"], "no messages"),
+        ([], "no user turn followed by an assistant turn"),
+        ([USER], "no user turn followed by an assistant turn"),
+        ([LAST, USER], "no user turn followed by an assistant turn"),
+        ([USER, assistant("", CALL), LAST], "code without its output"),
+        ([USER, assistant("", CALL, CALL), TOOL, LAST], "code without its output"),
+        ([USER, assistant("", CALL), TOOL, TOOL, LAST], "an output without its call"),
+        ([USER, assistant("", CALL), TOOL], "no final answer"),
+        ([USER, assistant("", CALL)], "no final answer"),
+        ([USER, LAST, USER, LAST], "a turn after the final answer"),
+        ([USER, assistant("", CALL), TOOL, USER, LAST], "a user turn after the first answer"),
+        ([USER, assistant("", CALL, name="browser"), TOOL, LAST], "a call of another tool"),
+        ([USER, assistant("", "print(7)"), TOOL, LAST], "arguments that are not JSON"),
+        ([USER, assistant("", {"code": " "}), TOOL, LAST], "empty code"),
+        ([USER, assistant("", {"program": "1"}), TOOL, LAST], "empty code"),
+        ([USER, assistant(None), TOOL, LAST], "a message without role or text"),
+        ([USER, {"role": "critic", "content": "no"}, LAST], "a message without role or text"),
+        ([{"role": "user", "content": " "}, LAST], "no question"),
+        ([{"role": "user", "content": "<|im_start|>system"}, LAST], "a control token in the text"),
+    ],
+)
+def test_messages_that_are_no_conversation(messages, reason):
+    with pytest.raises(BadTrace, match=f"^{reason}$"):
+        conversation({"messages": messages})
+
+
+def test_the_raw_form_is_refused_where_messages_are_expected():
+    with pytest.raises(BadTrace, match="the raw form"):
+        messages_of(raw(step("print(7)", "7") + end()))
+
+
+def test_the_published_samples_all_convert(tokenizer):
+    if not SAMPLES.is_dir():
+        pytest.skip("no samples of ReTool-SFT beside this checkout")
+    rows = [json.loads(line) for path in sorted(SAMPLES.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    converted = [conversation(row) for row in rows]
+    assert len(converted) == 8, "seven in the raw form, and one of them also in the multi-turn form"
+    assert [boxed_answer(messages) for messages in converted] == ["3", "3", "40", "807", "80", "45", "12", "60"]
+    assert converted[0] == converted[1], "both forms of one row give the same messages"
+    for messages in converted:
+        tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA])
+        assert 0 < sum(tokens.sampled) < len(tokens.ids) == len(tokens.sampled)
+
+
+# ------------------------------------------------------------------------------------------------------ verification
+
+
+def test_programs_are_run_again_and_lies_are_seen():
+    text = (
+        step("print(3 + 4)", "7")
+        + step("print(3 * 4)", "13")
+        + step("print(y)", "NameError: name 'y' is not defined")
+        + step("print(1 / 0)", "1")
+        + step("x = 1", "")
+        + step("for i in range(2):\n    print(i, end=' \\n')", "0\n1")
+        + end()
+    )
+    messages = conversation(raw(text))
+
+    async def run():
+        async with open_sandbox(SandboxConfig(slots=1)) as box:
+            return await run_again(messages, box)
+
+    reruns = asyncio.run(run())
+    assert [rerun.verdict for rerun in reruns] == ["same", "differs", "same error", "differs", "same", "same"]
+    assert (reruns[1].call, reruns[1].recorded, reruns[1].real) == (1, "13", "12")
+    assert "ZeroDivisionError" in reruns[3].real
+
+
+def test_outputs_are_compared_up_to_white_space_at_line_ends():
+    assert compare_outputs("1  \n2\n", "1\n2", "success") == "same"
+    assert compare_outputs("1\n 2", "1\n2", "success") == "differs"
+    assert compare_outputs("7\nValueError: no", "Traceback\nValueError: no", "user_error") == "same error"
+    assert compare_outputs("7\nValueError: no", "8\nValueError: no", "success") == "differs", (
+        "a printed line is no error"
+    )
+    assert compare_outputs("", "Traceback\n", "user_error") == "differs"
+
+
+def test_the_final_answer_is_checked_by_the_reward():
+    messages = conversation(raw("It is " + end("\\boxed{007}")))
+    assert check_answer(messages, "7").correct and not check_answer(messages, "8").correct
+    assert truth_of({"ground_truth": 7}) == truth_of({"reward_model": {"ground_truth": "7 "}}) == "7"
+    assert truth_of({"reward_model": None}) is truth_of({"ground_truth": ""}) is None

@@ -1,0 +1,137 @@
+"""Log-probs and entropies in chunks equal the plain ones, need less memory, and see the same words as the engine."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retool_jax.errors import UserError
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.head import given_logprobs
+from retool_jax.models.transformer import Params, init_params, logits
+
+ROWS, LENGTH, TEMPERATURE = 4, 37, 0.7
+MODEL = ModelConfig(vocab_size=96, hidden_size=16, intermediate_size=8, num_heads=2, num_kv_heads=2, head_dim=8)
+
+
+def case(model: ModelConfig) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
+    """Weights with logits of several units, hidden states, targets, and a gradient for each log-probability."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x * 30, init_params(model, jax.random.key(0)))
+    hidden, seen = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((ROWS, LENGTH, 16), (ROWS, LENGTH)))
+    return params, hidden.astype(model.compute_dtype), jnp.asarray(rng.integers(0, 80, (ROWS, LENGTH))), seen
+
+
+def values_and_gradients(model: ModelConfig, params: Params, hidden: jax.Array, *rest: jax.Array) -> tuple:
+    """Log-probs, entropies, and the gradients for the head's weight and the hidden states of a weighted sum."""
+    targets, seen = rest
+    name = "embedding" if model.tie_embeddings else "head"
+
+    def loss(params: Params, hidden: jax.Array) -> tuple[jax.Array, tuple]:
+        logprobs, entropy = given_logprobs(model, params, hidden, targets, TEMPERATURE)
+        return jnp.sum(logprobs * seen) + 100 * jnp.sum(entropy), (logprobs, entropy)
+
+    (_, values), (weights, states) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, hidden)
+    return jax.device_get((*values, weights[name][...], states))
+
+
+def test_the_plain_form_is_the_formula_and_entropy_has_no_gradient():
+    params, hidden, targets, seen = case(MODEL)
+    ours = values_and_gradients(MODEL, params, hidden, targets, seen)
+    weight = np.asarray(params["embedding"][...], np.float64)
+    scaled = np.asarray(hidden, np.float64) @ weight.T / TEMPERATURE
+    p = np.exp(scaled - scaled.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    chosen = np.eye(96)[targets]
+    slope = (chosen - p) * np.asarray(seen)[..., None] / TEMPERATURE
+    expected = (
+        np.log((p * chosen).sum(-1)),
+        -(p * np.log(p)).sum(-1),
+        np.einsum("BTV,BTD->VD", slope, hidden),
+        slope @ weight,
+    )
+    for x, y in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tied", "chunk"), [(True, 1), (True, 147), (False, 40)])  # 1, 36 and 10 of 37 positions
+def test_chunks_change_neither_values_nor_gradients(tied, chunk):
+    model = dataclasses.replace(MODEL, tie_embeddings=tied, real_vocab=90)
+    plain = values_and_gradients(model, *case(model))
+    ours = values_and_gradients(dataclasses.replace(model, head_chunk=chunk), *case(model))
+    for x, y in zip(ours, plain, strict=True):
+        assert np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
+
+
+def test_chunks_on_a_mesh_change_nothing():
+    plain = values_and_gradients(MODEL, *case(MODEL))
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        ours = values_and_gradients(dataclasses.replace(MODEL, head_chunk=10), *case(MODEL))
+    for x, y in zip(ours, plain, strict=True):
+        assert np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
+
+
+def test_in_bfloat16_the_chunks_gradients_add_up_in_fp32():
+    """37 chunks of one position each: were their sum rounded at every step, it would be farther from the exact one."""
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    params, hidden, targets, seen = case(model)
+    seen = jnp.abs(seen)
+    exact = values_and_gradients(MODEL, params, hidden.astype(jnp.float32), targets, seen)[2]
+    errors = {}
+    for chunk in (1024, 1):
+        ours = values_and_gradients(dataclasses.replace(model, head_chunk=chunk), params, hidden, targets, seen)[2]
+        errors[chunk] = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    assert errors[1] <= 1.2 * errors[1024]
+
+
+def test_ids_without_a_token_have_no_probability_and_no_gradient():
+    model = dataclasses.replace(MODEL, real_vocab=90)
+    params, hidden, targets, seen = case(model)
+    params["embedding"][...] = params["embedding"][...].at[90:].mul(10)  # they would win nearly every draw
+    values = jax.nn.softmax(logits(model, params, hidden))
+    assert not np.asarray(values[..., 90:]).any()
+    small = dataclasses.replace(MODEL, vocab_size=90)
+    cut = init_params(small, jax.random.key(0))
+    cut["embedding"][...] = params["embedding"][...][:90]
+    for chunk in (1024, 8):
+        ours = values_and_gradients(dataclasses.replace(model, head_chunk=chunk), params, hidden, targets, seen)
+        assert not ours[2][90:].any() and all(np.isfinite(x).all() for x in ours)
+        expected = values_and_gradients(small, cut, hidden, targets, seen)
+        for x, y in zip((*ours[:2], ours[2][:90], ours[3]), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"real_vocab": 97}, "model.real_vocab=97 must be between 0 .* model.vocab_size=96"),
+        ({"real_vocab": -1}, "model.real_vocab=-1"),
+        ({"head_chunk": 0}, "model.head_chunk=0 must be at least 1"),
+    ],
+)
+def test_limits_are_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(MODEL, **change)
+
+
+def test_memory_does_not_grow_with_the_length():
+    """By the compiler's own count of what value and gradient need beside inputs and outputs."""
+    model = dataclasses.replace(MODEL, vocab_size=4096, head_chunk=64)
+    params = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+
+    def temporary(model: ModelConfig, length: int) -> int:
+        shapes = jax.ShapeDtypeStruct((1, length, 16), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(params: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+            return given_logprobs(model, params, hidden, targets, 1.0)[0].sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, *shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(model, 256), temporary(model, 2048)
+    assert long < 1.2 * short
+    assert long < temporary(dataclasses.replace(model, head_chunk=4096), 2048) / 10

@@ -1,0 +1,299 @@
+"""The decoder equals transformers' Qwen2 and Qwen3 on random small models: logits, gradients and greedy tokens."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from retool_jax.engine.engine import Engine, EngineConfig
+from retool_jax.engine.scheduler import converse
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.transformer import Params, abstract_params, forward, logits
+
+VOCAB, LENGTH = 67, 24
+PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "model_configs.json"
+
+# Name: family, heads, kv heads, head_dim, tied, rope theta.
+CASES = {
+    "qwen2-mha": ("qwen2", 4, 4, 14, True, 1e6),
+    "qwen2-pairs": ("qwen2", 4, 2, 10, False, 5e6),
+    "qwen2-fives": ("qwen2", 5, 1, 14, True, 1e6),
+    "qwen2-sevens": ("qwen2", 14, 2, 80, False, 5e6),
+    "qwen2-one-head": ("qwen2", 1, 1, 128, True, 1e4),
+    "qwen2-mqa": ("qwen2", 7, 1, 80, True, 5e6),
+    "qwen3-mha": ("qwen3", 2, 2, 10, False, 5e6),
+    "qwen3-pairs": ("qwen3", 4, 2, 14, True, 1e6),
+    "qwen3-fives": ("qwen3", 10, 2, 80, False, 1e6),
+    "qwen3-sevens": ("qwen3", 7, 1, 10, True, 5e6),
+    "qwen3-wide-heads": ("qwen3", 2, 1, 128, False, 5e6),
+    "qwen3-mqa": ("qwen3", 5, 1, 14, True, 1e4),
+    "qwen2-yarn": ("qwen2", 4, 2, 80, False, 1e6),
+    "qwen3-yarn": ("qwen3", 5, 1, 128, True, 5e6),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(name: str) -> tuple[torch.nn.Module, ModelConfig, Params]:
+    """A model of transformers with every parameter random, and the same weights in ours."""
+    family, heads, kv_heads, head_dim, tied, theta = CASES[name]
+    rope = {"rope_type": "default", "rope_theta": theta}
+    yarn = {}
+    if name.endswith("yarn"):
+        rope |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+        yarn = {"yarn_factor": 4.0, "yarn_original_length": 8192}
+        if family == "qwen3":
+            rope |= {"attention_factor": 1.05, "beta_fast": 24.0, "beta_slow": 2.0}
+            yarn |= {"yarn_attention_factor": 1.05, "yarn_beta_fast": 24.0, "yarn_beta_slow": 2.0}
+    hidden = heads * head_dim if family == "qwen2" else 24  # Qwen3's head_dim is its own
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=20,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=theta,
+        rms_norm_eps=1e-5,
+        tie_embeddings=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        **yarn,
+    )
+    make, shape = (Qwen2ForCausalLM, Qwen2Config) if family == "qwen2" else (Qwen3ForCausalLM, Qwen3Config)
+    torch.manual_seed(list(CASES).index(name))
+    theirs = make(
+        shape(
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rope_parameters=rope,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+            max_position_embeddings=32_768,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            attn_implementation="eager",
+            **({"head_dim": head_dim} if family == "qwen3" else {}),
+        )
+    ).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "norm" in key:
+                parameter.normal_(1.0, 0.3)
+            else:  # matrices at the scale that keeps activations near 1; biases and embeddings likewise visible
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5 if "proj" in key and parameter.ndim == 2 else 0.3)
+    tensors = {key: parameter.detach().numpy() for key, parameter in theirs.named_parameters()}
+    params = jax.tree.map(jnp.asarray, our_layout(config, tensors))
+    return theirs, config, params
+
+
+def our_layout(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Params:
+    """Their tensors, or gradients, as ours: Linear weights are [out,in], ours [in,out] with heads split."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def stack(name: str, heads: int = 0) -> np.ndarray:
+        layers = [tensors[f"model.layers.{i}.{name}"].T for i in range(config.num_layers)]
+        return np.stack([x.reshape(*x.shape[:-1], heads, H) if heads else x for x in layers])
+
+    layers = {
+        "attention_norm": stack("input_layernorm.weight"),
+        "mlp_norm": stack("post_attention_layernorm.weight"),
+        "q": stack("self_attn.q_proj.weight", N),
+        "k": stack("self_attn.k_proj.weight", K),
+        "v": stack("self_attn.v_proj.weight", K),
+        "o": stack("self_attn.o_proj.weight").reshape(config.num_layers, N, H, config.hidden_size),
+        "gate": stack("mlp.gate_proj.weight"),
+        "up": stack("mlp.up_proj.weight"),
+        "down": stack("mlp.down_proj.weight"),
+    }
+    if config.qkv_bias:
+        layers |= {f"{x}_bias": stack(f"self_attn.{x}_proj.bias", n) for x, n in (("q", N), ("k", K), ("v", K))}
+    if config.qk_norm:
+        layers |= {f"{x}_norm": stack(f"self_attn.{x}_norm.weight") for x in "qk"}
+    values = {"embedding": tensors["model.embed_tokens.weight"], "final_norm": tensors["model.norm.weight"]}
+    if not config.tie_embeddings:
+        values["head"] = tensors["lm_head.weight"]
+    assert len(tensors) == config.num_layers * len(layers) + len(values)  # none is left behind
+    return ours_from(config, values, layers)
+
+
+def ours_from(config: ModelConfig, values: dict, layers: dict) -> Params:
+    result = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(config)[1])
+    for node, new in ((result, values), (result["layers"], layers)):
+        assert set(new) == set(node) - {"layers"}
+        for name, value in new.items():
+            assert node[name][...].shape == value.shape, name
+            node[name][...] = value
+    return result
+
+
+def rows() -> tuple[list[dict], dict[str, np.ndarray]]:
+    """The sequences, each with its place and positions, and the rows that hold them: left- and right-padded, packed."""
+    rng = np.random.default_rng(0)
+    packed = [(2, 0, 8, 0), (2, 8, 10, 32_000), (2, 10, 22, 0)]  # row, start, stop, first position
+    places = [(0, 9, LENGTH, 0), (1, 0, 17, 0), *packed, (3, 0, LENGTH, 32_744)]
+    tokens, positions, segments = (np.zeros((4, LENGTH), np.int32) for _ in range(3))
+    tokens[:] = rng.integers(0, VOCAB, tokens.shape)  # padding is no special id
+    sequences = []
+    for number, (row, start, stop, first) in enumerate(places, start=1):
+        positions[row, start:stop] = np.arange(first, first + stop - start)
+        segments[row, start:stop] = number
+        sequences.append({"row": row, "span": slice(start, stop)})
+    return sequences, {"tokens": tokens, "positions": positions, "segments": segments}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_gradients_equal_those_of_transformers(name):
+    theirs, config, params = pair(name)
+    sequences, arrays = rows()
+    weights = np.random.default_rng(1).normal(size=(4, LENGTH, VOCAB)).astype(np.float32)
+    sampled = (np.random.default_rng(2).random((4, LENGTH, 1)) < 0.6) & (arrays["segments"][..., None] > 0)
+    weights *= sampled  # a loss that sees some tokens of every sequence and no padding
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # most of the time is compilation
+    def ours(params: Params) -> tuple:
+        def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+            values = logits(config, params, forward(config, params, *arrays.values()))
+            return jnp.sum(jax.nn.log_softmax(values) * weights), values
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, values), gradient = ours(params)
+    worst = size = 0.0
+    for sequence in sequences:  # each alone through theirs, which knows no packing
+        at = (sequence["row"], sequence["span"])
+        expected = theirs(
+            torch.tensor(arrays["tokens"][at])[None].long(),
+            position_ids=torch.tensor(arrays["positions"][at])[None].long(),
+            use_cache=False,
+        ).logits[0]
+        (torch.log_softmax(expected, -1) * torch.tensor(weights[at])).sum().backward()
+        worst = max(worst, np.abs(values[at] - expected.detach().numpy()).max())
+        size = max(size, np.abs(values[at]).max())
+    assert size > 1.0
+    assert worst <= 2e-4
+    exact = our_layout(config, {key: x.grad.numpy() for key, x in theirs.named_parameters()})
+    relative = jax.tree.map(lambda x, y: float(np.linalg.norm(x - y) / np.linalg.norm(y)), gradient, exact)
+    assert max(jax.tree.leaves(relative)) <= 1e-3
+    print(f"{name}: logits {worst:.1e} of {size:.1f}, gradients {max(jax.tree.leaves(relative)):.1e}")
+
+
+def test_left_padded_batches_are_what_transformers_masks():
+    """Their own way of left padding, an attention mask over a batch, against our segments."""
+    theirs, config, params = pair("qwen3-pairs")
+    tokens = np.random.default_rng(3).integers(0, VOCAB, (2, 12))
+    real = np.arange(12) >= np.array([[5], [0]])
+    positions = np.maximum(np.cumsum(real, 1) - 1, 0)
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(tokens), attention_mask=torch.tensor(real).long(), position_ids=torch.tensor(positions)
+        ).logits.numpy()
+    ours = logits(config, params, forward(config, params, tokens, positions, real.astype(np.int32)))
+    assert np.abs(np.asarray(ours) - expected)[real].max() <= 2e-4
+
+
+@dataclasses.dataclass
+class Greedy:
+    """A conversation of one turn."""
+
+    prompt: list[int]
+    request: int
+    tokens: int = 64
+    temperature: float = 0.0
+    ids: list[int] = dataclasses.field(default_factory=list)
+
+    def turn_budget(self) -> int:
+        return self.tokens
+
+    def end_turn(self, ids: list[int], logprobs: list[float]) -> None:
+        self.ids = ids
+
+
+@pytest.mark.parametrize("name", ["qwen2-pairs", "qwen2-sevens", "qwen3-wide-heads", "qwen3-yarn"])
+def test_greedy_decoding_equals_generate_token_by_token(name, mesh):
+    theirs, config, params = pair(name)
+    engine = Engine(config, EngineConfig(slots=2, max_length=80, decode_steps=16, chunk_rows=2), params, mesh, [], 0)
+    rng = np.random.default_rng(4)
+    chats = [Greedy(rng.integers(0, VOCAB, length).tolist(), length) for length in (3, 11, 16)]
+    asyncio.run(converse(engine, chats))
+    for chat in chats:
+        prompt = torch.tensor([chat.prompt])
+        expected = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, pad_token_id=0
+        )[0, len(chat.prompt) :].tolist()
+        assert len(expected) == 64 and chat.ids == expected
+    assert len({token for chat in chats for token in chat.ids}) > 5  # not one token over and over
+
+
+def parameters(config: ModelConfig) -> int:
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)[1]))
+
+
+def from_published(hf: dict) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf["head_dim"],
+        tie_embeddings=hf["tie_word_embeddings"],
+        qkv_bias=hf["attention_qkv_bias"],
+        qk_norm=hf["qk_norm"],
+    )
+
+
+def test_two_published_models_have_their_published_sizes():
+    qwen25_32b = ModelConfig(
+        vocab_size=152_064,
+        hidden_size=5120,
+        intermediate_size=27_648,
+        num_layers=64,
+        num_heads=40,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_embeddings=False,
+    )
+    qwen3_8b = ModelConfig(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+    )
+    assert [f"{parameters(config) / 1e9:.2f}" for config in (qwen25_32b, qwen3_8b)] == ["32.76", "8.19"]
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the table of published configs is not beside this repository")
+def test_every_published_model_has_its_published_size():
+    models = json.loads(PUBLISHED.read_text())["models"]
+    assert len(models) >= 20
+    sizes = {name: (parameters(from_published(hf)), hf["n_params"]) for name, hf in models.items()}
+    assert not {name: size for name, size in sizes.items() if f"{size[0]:.2e}" != f"{size[1]:.2e}"}

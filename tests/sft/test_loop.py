@@ -1,0 +1,269 @@
+"""The cold start on a file: a reproducible order, exact masks, epochs, and rows that do not fit."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.checkpoint import Checkpoints
+from retool_jax.config import load
+from retool_jax.data.problems import INSTRUCTION
+from retool_jax.errors import UserError
+from retool_jax.metrics import read_metrics
+from retool_jax.sft.loop import Demonstrations, optimizer_of, train
+from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+from retool_jax.update import learning_rate
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chat_templates"
+TINY = ["mesh.data=1", "mesh.fsdp=8", "sft.rows_per_micro=8", "model.hidden_size=32", "model.intermediate_size=48"]
+
+
+def conversation(number: int, steps: int = 1) -> dict:
+    """`steps` calls about `number`, so that rows have different lengths and can be told apart."""
+    messages = [{"role": "user", "content": f"What is {number} times {number}?\n\n{INSTRUCTION}"}]
+    for _ in range(steps):
+        call = {"name": "code_interpreter", "arguments": {"code": f"print({number} * {number})"}}
+        messages.append({"role": "assistant", "content": "I compute:", "tool_calls": [{"function": call}]})
+        messages.append({"role": "tool", "content": str(number * number)})
+    messages.append({"role": "assistant", "content": f"It is \\boxed{{{number * number}}}."})
+    return {"messages": messages}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write(tmp_path / "rows.jsonl", [conversation(100 + i, steps=i % 4) for i in range(10)])
+
+
+def run_of(data: Path, *words: str):
+    sizes = ["sft.steps=0", "sft.epochs=3", "sft.batch_size=4", "sft.row_length=512", "sft.optimizer.decay_steps=0"]
+    return load(["config=sft", *TINY, f"sft.data={data}", *sizes, "sft.optimizer.warmup_steps=0", *words])
+
+
+def texts(tokenizer, batch) -> list[str]:
+    """The sequences of a packed batch, decoded, in any order."""
+    found = []
+    for tokens, segments in zip(
+        batch.tokens.reshape(-1, batch.tokens.shape[-1]),
+        batch.segments.reshape(-1, batch.tokens.shape[-1]),
+        strict=True,
+    ):
+        found += [tokenizer.decode(tokens[segments == s]) for s in range(1, segments.max() + 1)]
+    return sorted(found)
+
+
+def numbers(tokenizer, batch) -> list[int]:
+    return sorted(int(text.split("What is ")[1][:3]) for text in texts(tokenizer, batch))
+
+
+def test_an_epoch_has_every_row_at_most_once_in_an_order_of_its_own(data, tokenizer):
+    batches = Demonstrations(run_of(data), tokenizer)
+    assert (batches.per_step, batches.steps) == (4, 6), "10 rows are 2 whole steps of 4, three times"
+    epochs = [numbers(tokenizer, batches.at(2 * e)) + numbers(tokenizer, batches.at(2 * e + 1)) for e in range(3)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert set().union(*epochs) == set(range(100, 110)), "what one epoch leaves out another has"
+    # Batch i is a function of config and i: another object, asked backwards, gives the same arrays.
+    again = Demonstrations(run_of(data), tokenizer)
+    for index in reversed(range(6)):
+        for left, right in zip(batches.at(index), again.at(index), strict=True):
+            np.testing.assert_array_equal(left, right)
+    other = Demonstrations(run_of(data, "seed=1"), tokenizer)
+    assert [numbers(tokenizer, other.at(i)) for i in range(6)] != [numbers(tokenizer, again.at(i)) for i in range(6)]
+    assert len({batches.at(i).tokens.shape for i in range(6)}) == 1, "one compiled update serves every batch"
+
+
+def test_steps_go_on_through_the_epochs(data, tokenizer):
+    by_steps = Demonstrations(run_of(data, "sft.epochs=0", "sft.steps=5"), tokenizer)
+    by_epochs = Demonstrations(run_of(data), tokenizer)
+    assert by_steps.steps == 5
+    for index in range(5):
+        np.testing.assert_array_equal(by_steps.at(index).tokens, by_epochs.at(index).tokens)
+
+
+def test_the_mask_covers_words_calls_and_ends_of_turns_and_nothing_else(data, tokenizer):
+    batch = Demonstrations(run_of(data), tokenizer).at(0)
+    for row in np.argwhere(batch.segments.max(-1) > 0):
+        tokens, segments, sampled = (x[tuple(row)] for x in (batch.tokens, batch.segments, batch.sampled))
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            number = int(tokenizer.decode(tokens[here]).split("What is ")[1][:3])
+            said = tokenizer.decode(tokens[here & sampled])
+            call = f'{{"name": "code_interpreter", "arguments": {{"code": "print({number} * {number})"}}}}'
+            turn = f"I compute:\n<tool_call>\n{call}\n</tool_call><|im_end|>"
+            assert said == turn * ((number - 100) % 4) + f"It is \\boxed{{{number**2}}}.<|im_end|>"
+    assert not batch.sampled[batch.segments == 0].any() and not batch.advantages[~batch.sampled].any()
+
+
+def test_the_batch_follows_from_tokens_where_no_size_is_given(data, tokenizer):
+    lengths = [len(tokenizer.encode(text)) for text in all_texts(data, tokenizer)]
+    batches = Demonstrations(run_of(data, "sft.batch_size=0", "sft.batch_tokens=512"), tokenizer)
+    assert batches.per_step == round(512 / np.mean(lengths))
+    assert len(texts(tokenizer, batches.at(0))) == batches.per_step
+
+
+def all_texts(data: Path, tokenizer) -> list[str]:
+    return texts(tokenizer, Demonstrations(run_of(data, "sft.batch_size=10"), tokenizer).at(0))
+
+
+def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
+    """The number of micro-batches is one for all batches, so it must hold whatever the order brings together."""
+    rows = [conversation(100 + i, steps=8 if i < 16 else 0) for i in range(160)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
+    run = run_of(data, "sft.batch_size=16", f"sft.row_length={longest}", "sft.rows_per_micro=8")
+    batches = Demonstrations(run, tokenizer)
+    batches._members = lambda index: range(16)  # the unluckiest order
+    assert batches.at(0).micro_batches == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507"])
+def test_a_template_with_tools_shows_the_schema_of_rl(data, tokenizer, name):
+    path = SHARED / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"the published template {path.name} is not on this machine")
+    hf = copy.deepcopy(tokenizer.hf)
+    hf.chat_template = path.read_text()
+    shown = texts(tokenizer, Demonstrations(run_of(data, "sft.row_length=2048"), Tokenizer(hf)).at(0))
+    assert all('"name": "code_interpreter"' in text.split("<|im_start|>user")[0] for text in shown)
+
+
+# ------------------------------------------------------------------------------------------------- what does not fit
+
+
+def test_overlong_rows_are_an_error_or_dropped(data, tokenizer, capsys):
+    longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
+    tight = f"sft.row_length={longest - 1}"
+    with pytest.raises(UserError) as caught:
+        Demonstrations(run_of(data, tight), tokenizer)
+    assert f"row 8 has {longest} tokens, and 2 row(s) more than {tight}" in str(caught.value)  # 103 and 107
+    batches = Demonstrations(run_of(data, tight, "sft.overlong=drop"), tokenizer)
+    assert batches.steps == 6 and len(numbers(tokenizer, batches.at(0))) == 4
+    assert "dropped 2 row(s)" in capsys.readouterr().out
+    seen = {number for index in range(20) for number in numbers(tokenizer, batches.at(index))}
+    assert seen == set(range(100, 110)) - {103, 107}
+    with pytest.raises(UserError, match="has no rows to learn from"):
+        Demonstrations(run_of(data, "sft.row_length=8", "sft.overlong=drop"), tokenizer)
+
+
+def test_rows_that_are_no_conversations_are_named(tmp_path, data, tokenizer):
+    rows = [conversation(100), {"messages": conversation(100)["messages"][:2]}]
+    with pytest.raises(UserError, match=r"rows.jsonl row 2: no final answer; python -m retool_jax.prepare"):
+        Demonstrations(run_of(write(data, rows)), tokenizer)
+    with pytest.raises(UserError, match=r"no data file nowhere.jsonl; .* or arithmetic"):
+        Demonstrations(run_of(Path("nowhere.jsonl")), tokenizer)
+    with pytest.raises(UserError, match=r"has 2 demonstrations, fewer than the 4 of one step; lower sft.batch_size"):
+        Demonstrations(run_of(write(data, [conversation(100)] * 2)), tokenizer)
+    with pytest.raises(UserError, match=r"row 1 calls a tool, which tools=none has not"):
+        Demonstrations(run_of(data, "tools=none"), tokenizer)
+    plain = write(tmp_path / "plain.jsonl", [conversation(100 + i, steps=0) for i in range(4)])
+    assert Demonstrations(run_of(plain, "tools=none"), tokenizer).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sft.steps=5"], "sft.steps=5 and sft.epochs=3 are both set; set one of them, and 0 for the other"),
+        (["sft.epochs=0"], "sft.steps=0 and sft.epochs=0 are both 0"),
+        (["sft.epochs=-1"], "sft.epochs=-1 must be at least 0"),
+        (["sft.data=arithmetic"], "sft.epochs=3: sft.data=arithmetic has no end"),
+        (["sft.overlong=cut"], "sft.overlong=cut is not one of: error, drop"),
+        (["sft.warmup_fraction=1"], "sft.warmup_fraction=1.0 must be between 0 and 0.99"),
+        (
+            ["sft.warmup_fraction=0.1", "sft.optimizer.decay_steps=3"],
+            "decides sft.optimizer.warmup_steps and decay_steps",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(words, message):
+    with pytest.raises(UserError) as caught:
+        run_of(Path("rows.jsonl"), *words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_reinforcement_learning_does_not_count_its_cold_start_in_epochs():
+    words = ["config=grpo", "sft.data=x.jsonl", "sft.steps=0", "sft.epochs=2"]
+    with pytest.raises(UserError, match=r"give its folder as init_from, or use sft.steps"):
+        load(words)
+    assert load([*words, "init_from=runs/sft"]).sft.epochs == 2
+
+
+# ------------------------------------------------------------------------------------------- schedule, training, resume
+
+
+def test_the_recipes_schedule():
+    """372 steps, as its final checkpoint is called: 37 of warm-up, then a cosine that ends at 0."""
+    sft = load(["config=sft_qwen2.5_32b"]).sft
+    optimizer = optimizer_of(sft, sft.epochs * (2000 // sft.batch_size))
+    assert (optimizer.warmup_steps, optimizer.decay_steps) == (37, 335)
+    rate = learning_rate(optimizer)
+    assert float(rate(36)) == pytest.approx(1e-5) and float(rate(37 + 335 / 2)) == pytest.approx(5e-6, rel=1e-2)
+    assert float(rate(372)) == pytest.approx(0, abs=1e-12)
+    fixed = replace(sft, warmup_fraction=0.0)
+    assert optimizer_of(fixed, 372) is fixed.optimizer
+
+
+SMALL = ["sft.row_length=256", "sft.epochs=2", "model.num_layers=1", "model.head_dim=8"]
+
+
+@pytest.fixture
+def compiled_once(tmp_path):
+    """The runs of a test share one compiled update."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, compiled_once):
+    def run(folder: str, *words: str):
+        return run_of(data, f"run={tmp_path / folder}", "checkpoint.every=1", "sft.warmup_fraction=0.5", *SMALL, *words)
+
+    whole = train(run("whole", "checkpoint.keep=9"))
+    assert [line["step"] for line in read_metrics(tmp_path / "whole")] == [1, 2, 3, 4]
+    # The state after step 2 is all that a killed run leaves; a new process goes on from it.
+    folder = tmp_path / "whole" / "checkpoints"
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(step))
+    original = data.read_text()
+    write(data, [conversation(500 + i) for i in range(10)])
+    with pytest.raises(UserError, match=r"is not what .*killed began with; restore it, or choose another run="):
+        train(run("killed", "checkpoint.keep=9"))
+    data.write_text(original)
+    resumed = train(run("killed", "checkpoint.keep=9"))
+    for left, right in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_array_equal(left, right)
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    assert Checkpoints(folder, None).latest() == 4
+
+
+def test_nothing_is_written_when_the_data_is_bad(tmp_path):
+    with pytest.raises(UserError, match="no data file"):
+        train(run_of(tmp_path / "nowhere.jsonl", f"run={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_miniature_is_as_it_was():
+    """Its batches decide published numbers: 2048 tokens a step on average, the tokens of the plain render."""
+    run = load(["config=sft"])
+    batches = Demonstrations(run, load_tokenizer("miniature"))
+    assert batches.steps == 1400 and batches.digest == "" and batches.at(0).tokens.shape == (4, 4, 192)
+    batch = batches.at(7)
+    assert 0.7 * 2048 < (batch.segments > 0).sum() < 1.3 * 2048

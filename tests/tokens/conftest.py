@@ -1,0 +1,47 @@
+"""Qwen's real vocabulary, from the `dashscope` wheel of the test extra or the data folder beside the repository."""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer, qwen_tokenizer, read_ranks
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+
+
+@pytest.fixture(scope="session")
+def qwen_ranks() -> dict[bytes, int]:
+    places = [DATA / "tokenizer" / "qwen.tiktoken"]
+    try:  # the package itself is never imported
+        wheel = importlib.metadata.distribution("dashscope")
+        places.insert(0, Path(wheel.locate_file("dashscope/resources/qwen.tiktoken")))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        pytest.skip("no qwen.tiktoken: install the test extra, which brings dashscope")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == RANKS_SHA256
+    return read_ranks(path)
+
+
+@pytest.fixture(scope="session")
+def qwen_folders(qwen_ranks, tmp_path_factory) -> dict[str, Path]:
+    """Folders as checkpoints have them, by model_type: Qwen's vocabulary under the miniature's template."""
+    folders = {}
+    for model_type in ("qwen2", "qwen3"):
+        folder = folders[model_type] = tmp_path_factory.mktemp(model_type)
+        qwen_tokenizer(qwen_ranks, model_type).save(str(folder / "tokenizer.json"))
+        settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "chat_template.jinja").write_text((MINIATURE / "chat_template.jinja").read_text())
+    return folders
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_folders) -> dict[str, Tokenizer]:
+    """Tokenizers of both vocabularies, by model_type; tests do not change them."""
+    return {model_type: load_tokenizer(str(folder)) for model_type, folder in qwen_folders.items()}
