@@ -126,7 +126,8 @@ def corpus(count: int, seed: int = 0) -> list[str]:
 def _draw_operands(kind: str, rng: np.random.Generator) -> tuple[int, ...]:
     match kind:
         case "product":
-            return tuple(int(x) for x in rng.integers(100, 1000, 2))
+            # Always six digits: numbers of one width are what a small model can learn to copy.
+            return tuple(int(x) for x in rng.integers(317, 1000, 2))
         case "gcd":
             # A common factor of two digits, so that "1" is not a free guess.
             factor = int(rng.integers(12, 100))
