@@ -136,5 +136,6 @@ def _draw_operands(kind: str, rng: np.random.Generator) -> tuple[int, ...]:
         case "power":
             return tuple(int(x) for x in rng.integers(100, 1000, 3))
         case "sum":
-            return tuple(int(x) for x in rng.integers(10, 50, 2))
+            # Round numbers, so that they too have three digits but are no more work than two-digit sums.
+            return tuple(10 * int(x) for x in rng.integers(10, 50, 2))
     raise ValueError(f"unknown kind {kind!r}")
