@@ -1,7 +1,7 @@
 """The miniature: arithmetic that a small model cannot do in its head, and demonstrations of how to ask Python.
 
 Problems come in the columns of DAPO-Math-17k. Products, greatest common divisors and modular powers of three-digit
-numbers are out of reach for a model of a few hundred thousand weights; sums of two small numbers are within it, so
+numbers are out of reach for a model of a few hundred thousand weights; sums of two small round numbers are within it, so
 that a model without tools is not at zero. Operands have a fixed width because copying digits is what the model
 spends its capacity on.
 
