@@ -205,6 +205,8 @@ def test_a_lost_sandbox_is_no_signal(tokenizer):
     assert [e.advantage for e in group] == pytest.approx([1.0, -1.0], abs=1e-5)
     assert summarise(trajectories)["accuracy"] == 0.5
     assert summarise(trajectories)["end/sandbox_lost"] == 1
+    with pytest.raises(UserError, match=r"all 1 trajectories lost their sandbox \(worker died\)"):
+        summarise(trajectories[:1])
 
 
 def test_without_a_sandbox_a_call_is_only_text(tokenizer):
