@@ -12,11 +12,11 @@ import pytest
 
 from retool_jax.metrics import read_metrics
 
-# Long enough a cold start that some samples of a group are right and some wrong; small enough to run three times.
+# Long enough a cold start that some samples of a group are right and some wrong; small enough for a test.
 WORDS = [
     "config=grpo",
-    "sft.steps=250",
-    "sft.optimizer.decay_steps=230",
+    "sft.steps=220",
+    "sft.optimizer.decay_steps=200",
     "rl.steps=6",
     "rl.prompts_per_step=8",
     "rl.group_size=4",
@@ -35,7 +35,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
 
@@ -52,32 +52,25 @@ def unbroken(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_cold_start_is_made_once_and_reused(unbroken):
-    output = finish(start(unbroken.with_name("second")))
-    assert "cold start: reusing" in output
-    assert comparable(unbroken.with_name("second")) == comparable(unbroken), "one config gives one result"
-
-
-@pytest.mark.parametrize("kill_after_step", [3, 5])
-def test_a_killed_run_resumes_to_the_same_numbers(unbroken, kill_after_step):
-    folder = unbroken.with_name(f"killed-{kill_after_step}")
+def test_a_killed_run_resumes_to_the_same_numbers(unbroken):
+    folder = unbroken.with_name("killed")
     process = start(folder)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-        if any(line["kind"] == "rl" and line["step"] >= kill_after_step for line in lines):
+        if any(line["kind"] == "rl" and line["step"] >= 5 for line in lines):
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"the run ended before it could be killed: {output}"
+    assert "cold start: reusing" in output, "a cold start is made once for a config"
     assert not (folder / "summary.json").exists()
 
-    output = finish(start(folder))
-    assert f"resuming {folder} from step {kill_after_step // 2 * 2}" in output
+    assert f"resuming {folder} from step 4 of 6" in finish(start(folder))
     assert comparable(folder) == comparable(unbroken)
     steps = [line["step"] for line in comparable(folder) if line["kind"] == "rl"]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert any(line.get("grad_norm", 0) > 0 for line in comparable(folder)), "the run must have learned something"
     summaries = [json.loads((f / "summary.json").read_text()) for f in (folder, unbroken)]
-    assert summaries[0]["after"]["accuracy"] == summaries[1]["after"]["accuracy"]
+    assert summaries[0]["after"] == summaries[1]["after"] | {"perf/eval_s": summaries[0]["after"]["perf/eval_s"]}

@@ -1,9 +1,9 @@
 """The miniature: arithmetic that a small model cannot do in its head, and demonstrations of how to ask Python.
 
 Problems come in the columns of DAPO-Math-17k. Products, greatest common divisors and modular powers of three-digit
-numbers are out of reach for a model of a few hundred thousand weights; sums of two small numbers are within it, so
-that a model without tools is not at zero. Operands have a fixed width because copying digits is what the model
-spends its capacity on.
+numbers are out of reach for a model of a few hundred thousand weights; small sums, of a number and a round one, are
+within it, so that a model without tools is not at zero. All operands have three digits: copying them is what the model
+spends its capacity on, and two widths are two skills to learn.
 
 The splits are disjoint by operands: no pair or triple of numbers stands in two of them, whatever is asked about it.
 """
@@ -126,7 +126,8 @@ def corpus(count: int, seed: int = 0) -> list[str]:
 def _draw_operands(kind: str, rng: np.random.Generator) -> tuple[int, ...]:
     match kind:
         case "product":
-            return tuple(int(x) for x in rng.integers(100, 1000, 2))
+            # Always six digits: numbers of one width are what a small model can learn to copy.
+            return tuple(int(x) for x in rng.integers(317, 1000, 2))
         case "gcd":
             # A common factor of two digits, so that "1" is not a free guess.
             factor = int(rng.integers(12, 100))
@@ -135,5 +136,6 @@ def _draw_operands(kind: str, rng: np.random.Generator) -> tuple[int, ...]:
         case "power":
             return tuple(int(x) for x in rng.integers(100, 1000, 3))
         case "sum":
-            return tuple(int(x) for x in rng.integers(10, 50, 2))
+            # The second number is round: one digit to add and two to copy, which needs no interpreter.
+            return int(rng.integers(100, 500)), 100 * int(rng.integers(1, 5))
     raise ValueError(f"unknown kind {kind!r}")

@@ -10,24 +10,35 @@ import numpy as np
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
+from retool_jax.errors import UserError
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import Sandbox
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Rates over trajectories and over their calls; lost ones count under their end and nowhere else."""
+def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
+    """Rates over trajectories and over their calls (None without any); lost ones count under their end only.
+
+    Raises:
+        UserError: every trajectory lost its sandbox, so there is nothing to measure or to learn from.
+    """
     kept = [t for t in trajectories if t.end != End.SANDBOX_LOST]
+    if not kept:
+        reason = trajectories[0].tool_uses[-1].output
+        raise UserError(
+            f"all {len(trajectories)} trajectories lost their sandbox ({reason}); see that python runs here, or choose"
+            " another sandbox.backend, and start the same command again"
+        )
     uses = [use for t in kept for use in t.tool_uses]
     ends = Counter(str(t.end) for t in trajectories)
     return {
-        "accuracy": float(np.mean([t.verdict.correct for t in kept])) if kept else float("nan"),
-        "reward_mean": float(np.mean([t.reward for t in kept])) if kept else float("nan"),
-        "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])) if kept else float("nan"),
-        "tool_success": float(np.mean([use.status == "success" for use in uses])) if uses else float("nan"),
-        "calls_per_sample": len(uses) / max(len(kept), 1),
-        "response_tokens": float(np.mean([t.response_tokens for t in kept])) if kept else float("nan"),
+        "accuracy": float(np.mean([t.verdict.correct for t in kept])),
+        "reward_mean": float(np.mean([t.reward for t in kept])),
+        "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
+        "tool_success": float(np.mean([use.status == "success" for use in uses])) if uses else None,
+        "calls_per_sample": len(uses) / len(kept),
+        "response_tokens": float(np.mean([t.response_tokens for t in kept])),
         **{f"end/{end}": ends[end] for end in End},
     }
 

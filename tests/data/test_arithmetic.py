@@ -58,7 +58,7 @@ def test_answers_are_right_and_operands_in_range(drawn):
             "sum": lambda a=a, b=b: a + b,
         }
         assert item.answer == expected[item.kind]()
-        low, high = (10, 50) if item.kind == "sum" else (100, 1000)
+        low, high = (100, 500) if item.kind == "sum" else (317, 1000) if item.kind == "product" else (100, 1000)
         assert all(low <= x < high for x in item.operands)
         assert item.kind != "gcd" or item.answer >= 12
     assert set(kinds) == {"product", "gcd", "power", "sum"}
