@@ -80,7 +80,8 @@ class SFTRun:
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: int = 0
     tools: str = "python"  # python, or none for the text-only control
-    tokenizer: str = "miniature"  # or a folder with tokenizer.json
+    tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id
+    init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random, or a cold start
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -100,7 +101,6 @@ class SFTRun:
 class RLRun(SFTRun):
     """Everything that `config=grpo` may set; the cold start's part decides which checkpoint it begins from."""
 
-    init_from: str = ""  # run folder of a cold start; empty: find or make the one that belongs to this config
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -104,6 +104,12 @@ def fresh_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params))
 
 
+def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Step 0 of training weights that exist already, in their shards."""
+    shardings = state_shardings(model, optimizer, mesh)
+    return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings)(params)
+
+
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
     """Each weight's sharding by its logical axes.
 

@@ -55,7 +55,7 @@ def test_an_unknown_key_names_the_nearest(word, suggestion):
 
 def test_keys_of_reinforcement_learning_are_unknown_to_the_cold_start():
     assert error_of("config=sft", "rl.steps=3").startswith("unknown key rl.steps; it belongs to configs of task grpo")
-    assert "unknown key init_from" in error_of("config=sft", "init_from=runs/x")
+    assert "unknown key rollout.max_turns" in error_of("config=sft", "rollout.max_turns=2")
 
 
 def test_an_unknown_config_lists_those_that_exist():

@@ -135,7 +135,7 @@ def test_data_that_cannot_be_used_is_told_before_anything_is_written(data, tmp_p
         (["init_from=/nope"], "no checkpoint of a cold start at /nope; run config=sft run=/nope first"),
         (
             ["tokenizer=/nope"],
-            "no tokenizer at /nope: expected tokenizer.json there; set tokenizer=FOLDER or miniature",
+            "no tokenizer at /nope: ",
         ),
         (["model.vocab_size=300"], "model.vocab_size=300 is smaller than the tokenizer's"),
         (["sft.rows_per_micro=4"], "sft.rows_per_micro=4 does not divide over mesh.data x mesh.fsdp = 8 devices"),

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.mesh import check_rows
 from retool_jax.metrics import MetricsLog, Progress, print_summary
+from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.rl.advantage import group_relative
 from retool_jax.rl.evaluation import evaluate, summarise
@@ -29,10 +30,11 @@ from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import Sandbox, open_sandbox
-from retool_jax.sft.loop import check_vocabulary, load_weights, mesh_of
+from retool_jax.sft.loop import has_checkpoints, load_weights, mesh_of, model_for
 from retool_jax.sft.loop import train as train_cold_start
+from retool_jax.tokens.protocol import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import TrainState, Update, fresh_state, make_update, state_shardings
+from retool_jax.update import TrainState, Update, begin_from, fresh_state, make_update, state_shardings
 
 
 @dataclass
@@ -58,13 +60,14 @@ async def train(run: RLRun) -> None:
     """Train to the last step, resuming from the newest checkpoint; leaves the run folder and prints its table."""
     began = time.perf_counter()
     tokenizer = load_tokenizer(run.tokenizer)
-    check_vocabulary(run, tokenizer)
+    run = replace(run, model=model_for(run, tokenizer))
+    stop_ids(run, tokenizer)  # a grammar that this vocabulary cannot serve is told before anything is written
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     check_prompts(run, tokenizer, problems)
     mesh = mesh_of(run)
     check_rows(mesh.shape, "rl.rows_per_micro", run.rl.rows_per_micro)
-    if run.init_from:
-        load_weights(run, Path(run.init_from))  # a wrong path is told before anything is written
+    # Loaded early when they will be needed: a wrong path is told before anything is written.
+    given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
 
     async with AsyncExitStack() as stack:
         box = await stack.enter_async_context(open_sandbox(run.sandbox_for_slots())) if run.tools == "python" else None
@@ -78,20 +81,22 @@ async def train(run: RLRun) -> None:
             return
         if start is None:
             with clock.part("cold start"):
-                params = cold_start(run)
-            state, notes = begin(run, params, mesh), {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
+                params = given if given is not None else cold_start(run)
+            state = begin_from(params, run.model, run.rl.optimizer, mesh)
+            notes = {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
             state, notes = restore(run, checkpoints, start, mesh)
             clock.seconds = notes["seconds"]
         print(f"sandbox: {box.description}" if box else "sandbox: none, a text-only run")
+        print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         session = Session(
             run=run,
             folder=folder,
             tokenizer=tokenizer,
             problems=problems,
             box=box,
-            engine=Engine(run.model, run.engine, state.params, mesh, tokenizer.stop_ids, run.seed),
+            engine=Engine(run.model, run.engine, state.params, mesh, stop_ids(run, tokenizer), run.seed),
             update=make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature),
             checkpoints=checkpoints,
             log=stack.enter_context(MetricsLog(folder, start)),
@@ -180,7 +185,14 @@ def check_prompts(run: RLRun, tokenizer: Tokenizer, problems: dict[str, Problems
     """Refuse over-long prompts of a data set before anything runs; the miniature's are checked as they come."""
     for stream in problems.values():
         for problem in stream.finite or ():
-            encode_prompt(tokenizer, problem, run.tools == "python", run.rollout.max_prompt_tokens)
+            encode_prompt(tokenizer, problem, run.tools == "python", run.rollout.max_prompt_tokens, run.rollout.grammar)
+
+
+def stop_ids(run: RLRun, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a turn: the model family's own, and with tools those after which the grammar hears a call."""
+    if run.tools == "none":
+        return tokenizer.stop_ids
+    return tuple(GRAMMARS[run.rollout.grammar].stop_ids(tokenizer))
 
 
 def cold_start(run: RLRun) -> Params:
@@ -195,12 +207,6 @@ def cold_start(run: RLRun) -> Params:
     else:
         print(f"cold start: none yet for this config, training it first in {supervised.run}")
     return train_cold_start(supervised).params
-
-
-def begin(run: RLRun, params: Params, mesh: Mesh) -> TrainState:
-    """Step 0 of RL: the cold start's weights and a fresh optimiser."""
-    shardings = state_shardings(run.model, run.rl.optimizer, mesh)
-    return jax.jit(partial(fresh_state, optimizer=run.rl.optimizer), out_shardings=shardings)(params)
 
 
 def restore(run: RLRun, checkpoints: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, dict]:

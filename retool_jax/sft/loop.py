@@ -19,6 +19,7 @@ from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
+from retool_jax.models.config import ModelConfig
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.transformer import Params
 from retool_jax.tokens.chat import demonstration_ids
@@ -28,6 +29,7 @@ from retool_jax.update import (
     OptimizerConfig,
     TokenTerms,
     TrainState,
+    begin_from,
     init_state,
     make_update,
     param_shardings,
@@ -43,8 +45,10 @@ def imitation_loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) 
 def train(run: SFTRun) -> TrainState:
     """Train to the last step, resuming from the newest checkpoint, and return the final state."""
     tokenizer = load_tokenizer(run.tokenizer)
-    check_vocabulary(run, tokenizer)
+    run = dataclasses.replace(run, model=model_for(run, tokenizer))
     mesh = mesh_of(run)
+    # Loaded early when they will be needed: a wrong path is told before anything is written.
+    given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
     batches = Demonstrations(run, tokenizer)
     steps, optimizer = batches.steps, optimizer_of(run.sft, batches.steps)
     folder = claim_folder(run)
@@ -58,6 +62,9 @@ def train(run: SFTRun) -> TrainState:
                 f"sft.data={run.sft.data} is not what {folder} began with; restore it, or choose another run="
             )
         clock.seconds = notes["seconds"]
+    elif run.init_from:
+        params = given if given is not None else load_weights(run, Path(run.init_from))
+        state = begin_from(params, run.model, optimizer, mesh)
     else:
         state = init_state(run.model, optimizer, mesh, run.seed)
     if start >= steps:
@@ -114,18 +121,25 @@ def load_weights(run: SFTRun, folder: Path) -> Params:
     return state.params
 
 
+def has_checkpoints(run: SFTRun) -> bool:
+    return (Path(run.run) / "checkpoints").is_dir()
+
+
 def abstract_state(run: SFTRun, mesh: Mesh) -> TrainState:
     """Shapes and shardings of a cold start's state."""
     shapes = jax.eval_shape(lambda: init_state(run.model, run.sft.optimizer, mesh, run.seed))
     return abstract_like(shapes, state_shardings(run.model, run.sft.optimizer, mesh))
 
 
-def check_vocabulary(run: SFTRun, tokenizer: Tokenizer) -> None:
-    if run.model.vocab_size < len(tokenizer):
+def model_for(run: SFTRun, tokenizer: Tokenizer) -> ModelConfig:
+    """The run's model with the number of ids that stand for text, so that an embedding's padding is never drawn."""
+    tokens, rows = len(tokenizer), run.model.vocab_size
+    if rows < tokens:
         raise UserError(
-            f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens;"
-            f" set model.vocab_size={len(tokenizer)} or choose another tokenizer"
+            f"model.vocab_size={rows} is smaller than the tokenizer's {tokens} tokens;"
+            f" set model.vocab_size={tokens} or choose another tokenizer"
         )
+    return run.model if rows == tokens else dataclasses.replace(run.model, real_vocab=run.model.real_vocab or tokens)
 
 
 def optimizer_of(sft: SFTConfig, steps: int) -> OptimizerConfig:

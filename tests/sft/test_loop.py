@@ -15,7 +15,9 @@ from retool_jax.config import load
 from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics
-from retool_jax.sft.loop import Demonstrations, optimizer_of, train
+from retool_jax.models.huggingface import save_params
+from retool_jax.models.transformer import init_params
+from retool_jax.sft.loop import Demonstrations, model_for, optimizer_of, train
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import learning_rate
 
@@ -267,3 +269,18 @@ def test_the_miniature_is_as_it_was():
     assert batches.steps == 1400 and batches.digest == "" and batches.at(0).tokens.shape == (4, 4, 192)
     batch = batches.at(7)
     assert 0.7 * 2048 < (batch.segments > 0).sum() < 1.3 * 2048
+
+
+def test_training_begins_from_a_hugging_face_folder(data, tmp_path):
+    """With a rate of 0 the weights after training are those of the folder, and padding ids are known as such."""
+    words = ["sft.optimizer.learning_rate=0.0", "sft.epochs=1", "model.vocab_size=400"]
+    run = run_of(data, *words, f"run={tmp_path / 'run'}", f"init_from={tmp_path / 'hf'}")
+    params = init_params(run.model, jax.random.key(5))
+    with pytest.raises(UserError, match="no checkpoint"):
+        train(run)
+    assert not (tmp_path / "run").exists()
+    save_params(run.model, params, tmp_path / "hf")
+    state = train(run)
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert model_for(run, load_tokenizer("miniature")).real_vocab == len(load_tokenizer("miniature"))
