@@ -15,8 +15,8 @@ from retool_jax.metrics import read_metrics
 # Long enough a cold start that some samples of a group are right and some wrong; small enough for a test.
 WORDS = [
     "config=grpo",
-    "sft.steps=220",
-    "sft.optimizer.decay_steps=200",
+    "sft.steps=400",
+    "sft.optimizer.decay_steps=380",
     "rl.steps=6",
     "rl.prompts_per_step=8",
     "rl.group_size=4",
