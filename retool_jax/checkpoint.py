@@ -172,8 +172,6 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
             reason = _reason(error)
         if reason is not None:
             gc.collect()
-            # Futures that nobody read speak again when the process ends, long after this.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     finally:
         for logger, level in loggers.items():
             logger.setLevel(level)

@@ -1,8 +1,10 @@
 """The one exception that a user's own input can raise, and how an entry point shows it."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -27,14 +29,19 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(error))
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         where = error.filename or "a file of this run"
-        print(f"error: cannot write {where} ({error.strerror}); {_DISK_ERRORS[error.errno]}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"cannot write {where} ({error.strerror}); {_DISK_ERRORS[error.errno]}")
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave(message: str) -> NoReturn:
+    """Say it as the last line on stderr: libraries' threads and unread futures may speak again while Python ends."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(2)
