@@ -42,7 +42,7 @@ def main(words: list[str]) -> None:
         while drawn_tokens < slots * length:
             control.budget[:] = length - drawn_tokens // slots + 1  # one more, so that no row ends
             drawn = jax.device_get(engine.decode(control))
-            control.length += drawn.counts
+            control.length[:] += drawn.counts
             drawn_tokens += int(drawn.counts.sum())
         return drawn_tokens
 
