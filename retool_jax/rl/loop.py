@@ -20,6 +20,7 @@ from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
+from retool_jax.errors import UserError
 from retool_jax.mesh import check_rows
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.attention import resolve_kernel
@@ -75,6 +76,11 @@ async def train(run: RLRun) -> None:
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
         start = checkpoints.latest()
+        if start is not None and start > run.rl.steps:
+            raise UserError(
+                f"{folder} is at step {start} already, beyond rl.steps={run.rl.steps}; set rl.steps={start} or more, or"
+                " choose another run=FOLDER"
+            )
         if start == run.rl.steps and (folder / "summary.json").is_file():
             print(f"{folder} is complete; nothing to do")
             print_summary(json.loads((folder / "summary.json").read_text()))
@@ -118,6 +124,8 @@ async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -
     if start is None:
         s.notes["before"] = (await look(s, 0))[run.evaluation.final_split]
         save(s, 0, state)
+    elif start == run.rl.steps and "after" not in s.notes:  # this step was not the last when it was taken
+        s.notes["after"] = (await look(s, start))[run.evaluation.final_split]
     for step in range((start or 0) + 1, run.rl.steps + 1):
         with s.clock.part("rollout"):
             samples = samples_of(run, s.problems["train"], step)
