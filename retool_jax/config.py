@@ -18,7 +18,8 @@ from retool_jax.data.problems import DataConfig
 from retool_jax.engine.engine import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, check_rows
-from retool_jax.models.config import ModelConfig
+from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
+from retool_jax.models.huggingface import find_folder
 from retool_jax.rl.loss import ClipConfig
 from retool_jax.rl.rollout import RolloutConfig
 from retool_jax.sandbox import SandboxConfig
@@ -80,9 +81,9 @@ class SFTRun:
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: int = 0
     tools: str = "python"  # python, or none for the text-only control
-    tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id
+    tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random, or a cold start
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)  # where no key of its shape is set: that of init_from
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -239,7 +240,33 @@ def load(words: list[str]) -> SFTRun | RLRun:
             raise UserError(f"cannot read {key}={value}: {_one_line(error)}") from error
     if not values.get("run"):
         values["run"] = str(Path("runs") / folder_name(names[-1], overrides))
-    return build(schema, values)
+    return build(schema, with_checkpoint(values))
+
+
+def with_checkpoint(values: dict) -> dict:
+    """A run's values with what they leave to the checkpoint of `init_from`: the tokenizer and the model's shape.
+
+    The shape is read there when no key of it is set; one that is set is compared when the weights are loaded.
+
+    Raises:
+        UserError: the checkpoint's `config.json` describes a model that is not supported, or cannot be fetched.
+    """
+    name, model = values.get("init_from"), values.get("model") or {}
+    if not name or not isinstance(model, dict):
+        return values
+    folder = Path(name)
+    its_run = read_yaml(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else None
+    if values.get("tokenizer") == "":
+        values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
+    if set(ARCHITECTURE) & model.keys():
+        return values
+    if its_run:
+        there = its_run["model"]
+    elif (find_folder(name, weights=False) / "config.json").is_file():
+        there = dataclasses.asdict(config_from_hf(find_folder(name, weights=False)))
+    else:
+        return values  # those who load the weights say that there is nothing
+    return values | {"model": {key: there[key] for key in (*ARCHITECTURE, "max_positions") if key in there} | model}
 
 
 def read_yaml(name: str, above: tuple[str, ...] = ()) -> dict:

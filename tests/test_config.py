@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import typing
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from retool_jax import config
 from retool_jax.config import RLRun, SFTRun, claim_folder, flatten, load
 from retool_jax.errors import UserError
 from retool_jax.mesh import AXES, MeshConfig, make_mesh
+from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.update import init_state, state_shardings
 
 
@@ -408,3 +410,37 @@ def test_a_saved_config_holds_every_key(tmp_path):
     run = load(["config=grpo", f"run={tmp_path / 'r'}"])
     saved = OmegaConf.to_container(OmegaConf.load(claim_folder(run) / "config.yaml"))
     assert set(config._flatten_dict(saved)) == {"task", *flatten(run)}
+
+
+# --- what a config leaves to the checkpoint ---------------------------------------------------------------------------
+
+
+def test_the_shape_and_the_tokenizer_that_no_config_sets_are_the_checkpoints(tmp_path):
+    there = ModelConfig(vocab_size=500, hidden_size=24, num_heads=6, head_dim=10, rope_theta=5e6, max_positions=4096)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config_to_hf(there)))
+    run = load(["config=sft_retool", f"init_from={tmp_path / 'hf'}", "model.head_chunk=77"])
+    assert run.tokenizer == str(tmp_path / "hf") and run.model.compute_dtype == "bfloat16"
+    expected = dataclasses.asdict(there) | {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "remat": "full"}
+    assert dataclasses.asdict(run.model) == expected | {"head_chunk": 77}
+
+    claim_folder(dataclasses.replace(run, run=str(tmp_path / "run"), tokenizer="elsewhere"))
+    again = load(["config=sft_retool", f"init_from={tmp_path / 'run'}", "model.head_chunk=77"])
+    assert (again.model, again.tokenizer) == (run.model, "elsewhere")
+    named = load(["config=sft_retool", f"init_from={tmp_path / 'run'}", "tokenizer=mine"])
+    assert named.tokenizer == "mine" and named.model.head_chunk == ModelConfig.head_chunk
+
+
+def test_a_shape_that_a_config_sets_stays_and_needs_no_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ModelConfig(num_layers=9))))
+    assert load(["config=sft", f"init_from={tmp_path}"]).model == load(["config=sft"]).model
+    large = load(["config=sft_qwen2.5_32b"])
+    assert large.tokenizer == large.init_from == "Qwen/Qwen2.5-32B-Instruct" and large.model.num_layers == 64
+    assert load(["config=sft_retool", f"init_from={tmp_path / 'nowhere'}"]).model.num_layers == ModelConfig.num_layers
+
+
+def test_a_checkpoint_of_another_kind_is_refused_when_its_shape_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert "model_type='mamba'; only qwen2 and qwen3 are supported" in error_of(
+        "config=sft_retool", f"init_from={tmp_path}"
+    )

@@ -68,19 +68,17 @@ class Problems:
 
 
 def load_problems(source: str) -> list[Problem]:
-    """All rows of a source (see `sources.read_rows`), checked."""
+    """The rows of a source (see `sources.read_rows`), checked; one that is repeated (DAPO-Math-17k's are) once."""
     problems: dict[str, Problem] = {}
-    ordered = []
     for number, row in enumerate(read_rows(source, ", or arithmetic"), start=1):
         problem = to_problem(row, f"{source} row {number}")
         if problems.setdefault(problem.id, problem) != problem:
             raise UserError(
                 f"{source} row {number} has the extra_info.index {problem.id!r} of another problem; make them unique"
             )
-        ordered.append(problem)
-    if not ordered:
+    if not problems:
         raise UserError(f"data {source} has no rows; give at least one problem")
-    return ordered
+    return list(problems.values())
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------

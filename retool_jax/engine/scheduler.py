@@ -31,6 +31,9 @@ class Conversation(Protocol):
     def turn_budget(self) -> int:
         """Tokens that the next turn may draw, at least 1."""
 
+    def stop_at(self, ids: list[int], seen: int) -> int | None:
+        """How many of a turn's ids, of which `seen` were shown before, stand before an end that is no stop id."""
+
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         """Take a finished turn. None ends the conversation; a coroutine returns what to append, or None to end it."""
 
@@ -40,6 +43,7 @@ class Statistics:
     """Counters of one `converse` call; seconds are wall clock."""
 
     decoded_tokens: int = 0
+    returned_tokens: int = 0  # of these, drawn after a stop string and given back
     prefilled_tokens: int = 0
     appended_tokens: int = 0
     row_steps: int = 0  # rows x decode steps: decoded / row_steps is the fill
@@ -180,16 +184,19 @@ def _finish_turns(engine: Engine, rows: dict[int, _Row], drawn: Drawn, stats: St
     for index, row in list(rows.items()):
         if not row.budget:
             continue
-        count = int(drawn.counts[index])
-        ids = drawn.tokens[index, :count].tolist()
-        row.turn += ids
+        count, seen = int(drawn.counts[index]), len(row.turn)
+        row.turn += drawn.tokens[index, :count].tolist()
         row.logprobs += drawn.logprobs[index, :count].tolist()
         row.budget -= count
-        if row.budget and ids[-1] not in engine.stop_ids:
+        stop = row.conversation.stop_at(row.turn, seen)
+        if stop is None and row.budget and row.turn[-1] not in engine.stop_ids:
             row.length += count
             continue
-        row.length += count - 1
-        row.budget, row.unwritten = 0, ids[-1:]
+        if stop is not None:  # what was drawn after it stays in the cache beyond the row's length, where nothing looks
+            stats.returned_tokens += len(row.turn) - stop
+            del row.turn[stop:], row.logprobs[stop:]
+        row.length += len(row.turn) - seen - 1
+        row.budget, row.unwritten = 0, row.turn[-1:]
         call = row.conversation.end_turn(row.turn, row.logprobs)
         if call is None:
             del rows[index]

@@ -85,8 +85,10 @@ class Part:
         return tuple(merged)
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or that of a hub id (`Qwen/Qwen3-8B`), downloaded if need be.
+
+    Without `weights` no more than its `config.json` is fetched.
 
     Raises:
         UserError: it has to be fetched and cannot be.
@@ -96,8 +98,9 @@ def find_folder(name: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"] if weights else ["config.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of the hub, of HTTP or of the network
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -329,7 +332,7 @@ def _check_config(config: ModelConfig, folder: Path) -> None:
         if getattr(there, key) != getattr(config, key):
             raise UserError(
                 f"{folder} holds another model: model.{key} is {getattr(there, key)} there and"
-                f" {getattr(config, key)} here; make them equal"
+                f" {getattr(config, key)} here; make them equal, or leave the shape out of the config, to be read there"
             )
 
 

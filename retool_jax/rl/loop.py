@@ -62,7 +62,6 @@ async def train(run: RLRun) -> None:
     began = time.perf_counter()
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
-    stop_ids(run, tokenizer)  # a grammar that this vocabulary cannot serve is told before anything is written
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     check_prompts(run, tokenizer, problems)
     mesh = mesh_of(run)

@@ -65,9 +65,12 @@ class Dialogue:
             self.trajectory.started_s = time.perf_counter()
         return self._room - len(self.trajectory.ids)
 
+    def stop_at(self, ids: list[int], seen: int) -> int | None:
+        return self._grammar.stop_at(self._tokenizer, ids, seen) if self._box else None
+
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         self.trajectory.add("policy", ids, logprobs)
-        if ids[-1] not in self._stops:
+        if ids[-1] not in self._stops and self.stop_at(ids, len(ids) - 1) is None:
             return self._end(End.TOKEN_LIMIT)
         calls = self._grammar.calls(self._tokenizer, ids) if self._box else []
         if not calls:
@@ -112,13 +115,8 @@ async def rollout(
     """Draw one trajectory per sample, in the samples' order. Without a sandbox every trajectory is one turn.
 
     Raises:
-        UserError: a prompt is longer than `max_prompt_tokens`, or turns cannot end where the grammar needs it.
+        UserError: a prompt is longer than `max_prompt_tokens`.
     """
-    if box is not None and not engine.stop_ids.issuperset(GRAMMARS[limits.grammar].stop_ids(tokenizer)):
-        raise UserError(
-            f"rollout.grammar={limits.grammar} needs turns to end at each call, and the engine was built with other"
-            " stop tokens; give it those of this grammar, or use rollout.grammar=hermes"
-        )
     room = engine.config.max_length
     encoded: dict[str, list[int]] = {}
     dialogues = []

@@ -19,6 +19,7 @@ from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
+from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.transformer import Params
@@ -71,6 +72,7 @@ def train(run: SFTRun) -> TrainState:
         checkpoints.close()
         return state
     update = make_update(run.model, optimizer, imitation_loss, mesh)
+    print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
     with MetricsLog(folder, start or None) as log, Progress("cold start", steps, start) as bar:
         if batches.description:
             bar.say(batches.description)

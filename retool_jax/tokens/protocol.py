@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from retool_jax.errors import UserError
 from retool_jax.tokens.chat import environment_ids, prompt_ids, tool_segment
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -57,14 +56,16 @@ class Grammar:
 
     `prompt(tokenizer, messages)` gives the ids up to the policy's first token, the tool explained in them;
     `calls(tokenizer, turn_ids)` the calls of one sampled turn in order; `segment(tokenizer, turn_ids, outputs)` the ids
-    that answer them, one output per call; `stop_ids(tokenizer)` the ids at which a turn ends, and raises a `UserError`
-    where the vocabulary cannot end a turn at a call.
+    that answer them, one output per call; `stop_ids(tokenizer)` the ids at which a turn ends, which the engine watches
+    for; `stop_at(tokenizer, turn_ids, seen)` how many of a turn's ids stand before the end that a string in them makes,
+    None without one, when the first `seen` are known to hold none.
     """
 
     prompt: Callable[[Tokenizer, list[dict]], list[int]]
     calls: Callable[[Tokenizer, list[int]], list[ToolCall]]
     segment: Callable[[Tokenizer, list[int], list[str]], list[int]]
     stop_ids: Callable[[Tokenizer], tuple[int, ...]]
+    stop_at: Callable[[Tokenizer, list[int], int], int | None]
 
 
 # --- hermes -----------------------------------------------------------------------------------------------------------
@@ -112,6 +113,7 @@ def _parse_call(text: str) -> ToolCall:
 # The errors below name no tag as it is written: shown to the policy, a mark is broken up (`chat.defuse`).
 _CODE = re.compile(r"<code>(.*?)(</code>|\Z)|</code>", re.DOTALL)
 _FENCED = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_CODE_END = "</code>"
 _FENCE_LINE = re.compile(r"^[ \t]*```", re.MULTILINE)
 
 
@@ -152,11 +154,13 @@ def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
     """Ids that answer a turn in place, so that the policy goes on in the same turn.
 
     A policy that ended its turn inside a call is answered by the user, in a turn of its own: nothing may follow an end
-    of turn but the header of the next.
+    of turn but the header of the next. The last token before an answer in place may have brought the line's end along.
     """
     family = tokenizer.family
-    closed = turn_ids[-1] in tokenizer.stop_ids
-    opening, closing = (family.user_open, family.user_close + tokenizer.turn_header) if closed else ("\n", "\n")
+    if turn_ids[-1] in tokenizer.stop_ids:
+        opening, closing = family.user_open, family.user_close + tokenizer.turn_header
+    else:
+        opening, closing = "" if tokenizer.decode(turn_ids[-1:]).endswith("\n") else "\n", "\n"
 
     def write(outputs: list[str]) -> str:
         return opening + "\n".join(f"<interpreter>\n{output}\n</interpreter>" for output in outputs) + closing
@@ -165,13 +169,21 @@ def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
 
 
 def retool_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ends of a turn, and `</code>`."""
-    if "</code>" not in tokenizer.control_tokens:
-        raise UserError(
-            "rollout.grammar=retool needs a vocabulary in which </code> is one token, for a turn to stop there, and"
-            " this tokenizer has none; use rollout.grammar=hermes, or add </code> to the tokenizer and the model"
-        )
-    return (*tokenizer.stop_ids, tokenizer.id_of("</code>"))
+    """The ends of a turn, and `</code>` where the vocabulary has it as one token."""
+    code_end = [tokenizer.id_of(_CODE_END)] if _CODE_END in tokenizer.control_tokens else []
+    return (*tokenizer.stop_ids, *code_end)
+
+
+def retool_stop_at(tokenizer: Tokenizer, turn_ids: list[int], seen: int) -> int | None:
+    """The number of ids up to the one that completes the first `</code>`, which is several tokens in Qwen.
+
+    That id is kept whole, as it was sampled, with what it may hold behind the mark (a line's end, mostly).
+    """
+    first = max(seen - len(_CODE_END), 0)  # an id stands for a byte or more, so the mark begins no further back
+    if _CODE_END not in tokenizer.decode(turn_ids[first:]):
+        return None
+    counts = range(max(seen, 1), len(turn_ids) + 1)
+    return next(count for count in counts if _CODE_END in tokenizer.decode(turn_ids[first:count]))
 
 
 GRAMMARS = {
@@ -180,6 +192,7 @@ GRAMMARS = {
         calls=tool_calls,
         segment=lambda tokenizer, turn_ids, outputs: tool_segment(tokenizer, outputs),
         stop_ids=lambda tokenizer: tokenizer.stop_ids,
+        stop_at=lambda tokenizer, turn_ids, seen: None,
     ),
-    "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_stop_ids),
+    "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_stop_ids, retool_stop_at),
 }

@@ -1,4 +1,4 @@
-"""Load a checkpoint's tokenizer with its chat template, and build the miniature's.
+"""Load a checkpoint's tokenizer with its chat template.
 
 Three forms of a tokenizer are read: `tokenizer.json`; `vocab.json` with `merges.txt`; and the ranks file
 `qwen.tiktoken` that Qwen publishes with its own packages, from which the merges follow. Files are read as they are,
@@ -8,54 +8,21 @@ distilled Qwen names Llama's), and ids must not hang on what a library makes of 
 
 # ruff: noqa: RUF001  (DeepSeek writes its marks with full-width bars)
 
-import base64
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retool_jax.errors import UserError
+from retool_jax.tokens.qwen import QWEN_ADDED, added_after, byte_bpe, read_ranks, tokenizer_of_ranks
 
 MINIATURE = Path(__file__).parent.parent / "data" / "miniature"
-
-# The pre-tokenization of Qwen2: single digits, words with their leading space, runs of punctuation.
-_QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Control tokens in Qwen's order; the flag is `special`, as in the published files.
-_CONTROL_TOKENS = {
-    "<|endoftext|>": True,
-    "<|im_start|>": True,
-    "<|im_end|>": True,
-    "<tool_call>": False,
-    "</tool_call>": False,
-    "<tool_response>": False,
-    "</tool_response>": False,
-    "<think>": False,
-    "</think>": False,
-}
-_VISION = ("object_ref", "box", "quad")
-# The added tokens of the published vocabularies, from id 151643 on, in order.
-_QWEN25_ADDED = {
-    "<|endoftext|>": True,
-    "<|im_start|>": True,
-    "<|im_end|>": True,
-    **{f"<|{name}_{edge}|>": True for name in _VISION for edge in ("start", "end")},
-    **{f"<|{name}|>": True for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")},
-    "<tool_call>": False,
-    "</tool_call>": False,
-    **{f"<|{name}|>": False for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")},
-}
-_QWEN3_ADDED = _QWEN25_ADDED | dict.fromkeys(("<tool_response>", "</tool_response>", "<think>", "</think>"), False)
-QWEN_ADDED = {"qwen2": _QWEN25_ADDED, "qwen3": _QWEN3_ADDED}  # by `model_type` of the checkpoint's config.json
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
 _HUB_FILES = (*_FILES, "added_tokens.json", "config.json", "qwen.tiktoken")
@@ -206,7 +173,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         fast = _from_merges_file(folder, config)
     elif (folder / "qwen.tiktoken").is_file():
         ranks = read_ranks(folder / "qwen.tiktoken")
-        added = _declared_tokens(folder, config) or _added_after(len(ranks), _tokens_by_model_type(folder))
+        added = _declared_tokens(folder, config) or added_after(len(ranks), _tokens_by_model_type(folder))
         fast = tokenizer_of_ranks(ranks, added)
     else:
         raise UserError(f"no tokenizer at {folder}: expected {_EXPECTED} there; set tokenizer=FOLDER or miniature")
@@ -214,103 +181,6 @@ def load_tokenizer(path: str) -> Tokenizer:
     tokenizer = Tokenizer(_with_template(fast, folder, config))
     _ = tokenizer.family  # a vocabulary without an end of turn is refused here, before a run begins
     return tokenizer
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """A tiktoken file, lines of `base64 rank`, as the rank of each token."""
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not `base64 rank`; fetch the file again") from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} has gaps: ranks must count from 0 and all 256 bytes must be there; fetch it again")
-    return ranks
-
-
-def merges_of_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of byte-level BPE, in order, from the ranks of its tokens.
-
-    A token's merge is the pair that is left when its own bytes are merged with the merges of lower rank.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            scores = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-            at = min(range(len(scores)), key=scores.__getitem__)
-            if scores[at] >= ranks[token]:
-                raise UserError(f"token {ranks[token]} of the ranks file follows from no merge; fetch the file again")
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        merges.append((parts[0], parts[1]))
-    return merges
-
-
-def tokenizer_of_ranks(ranks: dict[bytes, int], added: dict[int, AddedToken]) -> FastTokenizer:
-    """Qwen's tokenizer from its ranks and added tokens, the same as the published `tokenizer.json`."""
-    alphabet = str.maketrans(_byte_alphabet())
-
-    def spell(token: bytes) -> str:
-        return token.decode("latin-1").translate(alphabet)
-
-    vocab = {spell(token): rank for token, rank in ranks.items()}
-    return _byte_bpe(vocab, [[spell(left), spell(right)] for left, right in merges_of_ranks(ranks)], added)
-
-
-def qwen_tokenizer(ranks: dict[bytes, int], model_type: str) -> FastTokenizer:
-    """The published vocabulary of `model_type` qwen2 (Qwen2, Qwen2.5) or qwen3."""
-    return tokenizer_of_ranks(ranks, _added_after(len(ranks), QWEN_ADDED[model_type]))
-
-
-def _added_after(first: int, tokens: dict[str, bool]) -> dict[int, AddedToken]:
-    return {
-        index: AddedToken(text, special=special, normalized=False)
-        for index, (text, special) in enumerate(tokens.items(), start=first)
-    }
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the rest are moved up."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    moved = iter(range(256, 512))
-    return {byte: chr(byte if byte in printable else next(moved)) for byte in range(256)}
-
-
-def _byte_bpe(vocab: dict[str, int], merges: list[list[str]], added: dict[int, AddedToken]) -> FastTokenizer:
-    """Qwen's pipeline around a vocabulary, by way of the file format: the constructors cannot set the decoder."""
-    bytes_as_they_are = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in flags}}
-            for index, token in sorted(added.items())
-        ],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_as_they_are]},
-        "post_processor": bytes_as_they_are,
-        "decoder": bytes_as_they_are,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-    return FastTokenizer.from_str(json.dumps(content))
 
 
 def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
@@ -324,9 +194,9 @@ def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
     vocab = _read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    added = _declared_tokens(folder, config) or _added_after(len(vocab), _tokens_by_model_type(folder))
+    added = _declared_tokens(folder, config) or added_after(len(vocab), _tokens_by_model_type(folder))
     try:
-        return _byte_bpe(vocab, merges, added)
+        return byte_bpe(vocab, merges, added)
     except Exception as error:  # as above
         raise UserError(
             f"cannot join vocab.json and merges.txt of {folder} ({_one_line(error)}); fetch them again"
@@ -423,42 +293,3 @@ def _read_json(path: Path) -> dict:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> FastTokenizer:
-    """A byte-level BPE with Qwen's pre-tokenization and control tokens; `vocab_size` counts neither of the latter."""
-    tokenizer = FastTokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens(
-        [AddedToken(text, special=special, normalized=False) for text, special in _CONTROL_TOKENS.items()]
-    )
-    return tokenizer
-
-
-def build_miniature(texts: Iterable[str], folder: Path = MINIATURE) -> None:
-    """Write the miniature's tokenizer files beside its chat template, as a checkpoint folder has them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    train_byte_bpe(texts, vocab_size=448).save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    from retool_jax.data.arithmetic import corpus
-
-    build_miniature(corpus(4000))

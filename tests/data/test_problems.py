@@ -129,9 +129,9 @@ def test_answers_and_ids_that_are_not_text():
 
 
 def test_two_problems_of_one_id_are_refused(tmp_path):
-    """Ids tell prompts apart; the published file repeats whole rows, which is fine."""
+    """Ids tell prompts apart; the published file repeats whole rows, which count once."""
     first, second = rows_of(2)
-    assert len(load_problems(write(tmp_path / "same.jsonl", [first, second, first]))) == 3
+    assert len(load_problems(write(tmp_path / "same.jsonl", [first, second, first]))) == 2
     source = write(tmp_path / "p.jsonl", [first, second | {"extra_info": first["extra_info"]}])
     with pytest.raises(UserError, match=r"row 2 has the extra_info.index 'train-000000' of another problem"):
         load_problems(source)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ class Chat:
     turns: int = 4
     delay: float = 0.0  # seconds: the longest that a tool takes
     turn_limit: int = ROOM  # tokens of a turn
+    halves: bool = False  # a turn also ends where an odd id follows an id that is a multiple of three
 
     ids: list[int] = field(init=False)
     sampled: list[bool] = field(init=False)
@@ -40,6 +42,10 @@ class Chat:
 
     def turn_budget(self) -> int:
         return min(ROOM - len(self.ids), self.turn_limit)
+
+    def stop_at(self, ids: list[int], seen: int) -> int | None:
+        pairs = enumerate(pairwise(ids[max(seen - 1, 0) :]), max(seen - 1, 0) + 2)
+        return next((end for end, (a, b) in pairs if a % 3 == 0 and b % 2), None) if self.halves else None
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         self._add(ids, logprobs)
@@ -122,6 +128,30 @@ def test_these_conversations_have_many_turns_of_one_dispatch_and_of_several(refe
     assert min(lengths) < 8 < max(lengths)
 
 
+def test_an_end_of_several_tokens_ends_a_turn_wherever_dispatches_end(engines):
+    """What was drawn behind it is given back: nothing of it is recorded, and nothing later depends on it."""
+    runs = []
+    for slots, decode_steps, tool_lag in ((4, 8, 1), (2, 8, -1), (16, 1, 0)):
+        conversations = chats(halves=True)
+        stats = run(engines(slots, decode_steps, tool_lag), conversations)
+        recorded = sum(sum(chat.sampled) for chat in conversations)
+        assert stats.decoded_tokens - stats.returned_tokens == recorded
+        assert (stats.returned_tokens > 0) == (decode_steps > 1)
+        runs.append(conversations)
+    for ours, expected in zip(runs[0] * 2, runs[1] + runs[2], strict=True):
+        assert ours.ids == expected.ids
+        np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
+    ends = 0
+    for chat in runs[0]:
+        spoken = list(zip(chat.ids, chat.sampled, strict=True))
+        for at in range(1, len(spoken)):
+            (a, drawn_a), (b, drawn_b) = spoken[at - 1 : at + 1]
+            if drawn_a and drawn_b and a % 3 == 0 and b % 2:
+                ends += 1
+                assert at + 1 == len(spoken) or not spoken[at + 1][1], "nothing was drawn behind the end"
+    assert ends > len(runs[0])
+
+
 def test_requests_and_seeds_differ(engines, reference):
     by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
     for chat in reference:
@@ -133,10 +163,10 @@ def test_requests_and_seeds_differ(engines, reference):
     assert all(ours.ids != expected.ids for ours, expected in zip(others, reference, strict=True))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temperature):
-    """Through tool appends, against one packed forward with the trainer's function."""
-    conversations = chats(temperature=temperature)
+@pytest.mark.parametrize(("temperature", "halves"), [(1.0, False), (0.7, False), (1.0, True)])
+def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temperature, halves):
+    """Through tool appends and ends of several tokens, against one packed forward with the trainer's function."""
+    conversations = chats(temperature=temperature, halves=halves)
     run(engines(), conversations)
     batch = pack([Example(chat.ids, chat.sampled, chat.logprobs) for chat in conversations], 2 * ROOM, 6, 1)
     rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})

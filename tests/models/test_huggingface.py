@@ -42,6 +42,12 @@ MODELS = [
     small(4, 2, 22, **QWEN3, tie_embeddings=False, rope_theta=5e6),
     small(10, 2, 6, **QWEN3),
     small(7, 1, 26, **QWEN3, tie_embeddings=False, rms_norm_eps=1e-5, max_positions=4096),
+    small(1, 1, 128, tie_embeddings=False, rope_theta=1e4),
+    small(7, 1, 80, rope_theta=5e6),
+    small(5, 5, 14, **QWEN3, rope_theta=1e6),
+    small(2, 1, 128, **QWEN3, tie_embeddings=False),
+    small(4, 2, 10, tie_embeddings=False, rope_theta=1e6, yarn_factor=4.0, yarn_original_length=8192),
+    small(5, 1, 6, **QWEN3, yarn_factor=2.0, yarn_original_length=64, yarn_beta_fast=24.0, yarn_attention_factor=1.05),
 ]
 
 
@@ -73,7 +79,9 @@ def their_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
         return model.eval()(input_ids=torch.tensor(ids)).logits.numpy()
 
 
-@pytest.mark.parametrize("config", MODELS, ids=lambda c: f"{c.num_heads}/{c.num_kv_heads}x{c.head_dim}")
+@pytest.mark.parametrize(
+    "config", MODELS, ids=lambda c: f"{c.num_heads}/{c.num_kv_heads}x{c.head_dim}{'-yarn' * (c.yarn_factor > 0)}"
+)
 def test_written_and_read_back_to_the_bit_and_transformers_agrees(config, mesh, tmp_path):
     params = random_params(config)
     save_params(config, params, tmp_path / "out", max_shard_bytes=20_000)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer, qwen_tokenizer, read_ranks
+from retool_jax.tokens.qwen import qwen_tokenizer, read_ranks
+from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"

@@ -153,13 +153,17 @@ def test_a_retool_turn_that_ended_inside_a_call_is_answered_by_the_user(with_cod
     assert told == f"\n<|im_start|>user\n{answer}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_retool_needs_a_vocabulary_in_which_a_turn_can_end_at_a_call(tokenizer, with_code):
+def test_a_retool_turn_ends_at_code_in_one_token_or_in_many(tokenizer, with_code):
     assert RETOOL.stop_ids(with_code) == (*tokenizer.stop_ids, len(tokenizer))
-    assert with_code.stop_ids == GRAMMARS["hermes"].stop_ids(with_code) == tokenizer.stop_ids
-    with pytest.raises(UserError, match=r"grammar=retool needs a vocabulary in which </code> is one token"):
-        RETOOL.stop_ids(tokenizer)
+    assert RETOOL.stop_ids(tokenizer) == GRAMMARS["hermes"].stop_ids(with_code) == tokenizer.stop_ids
     with pytest.raises(UserError, match=r"rollout\.grammar=xml is not one of: hermes, retool"):
         RolloutConfig(grammar="xml")
+    for vocabulary in (tokenizer, with_code):
+        turn = vocabulary.encode(f"Let me see.\n{fenced(CODE)}")
+        more = vocabulary.encode(f"\nand\n{fenced(CODE)}")
+        assert [RETOOL.stop_at(vocabulary, turn + more, seen) for seen in (0, 5, len(turn) - 1)] == [len(turn)] * 3
+        assert RETOOL.stop_at(vocabulary, turn[:-1], 0) is None and RETOOL.stop_at(vocabulary, [], 0) is None
+        assert GRAMMARS["hermes"].stop_at(vocabulary, turn + more, 0) is None
 
 
 # --- whole rollouts in the paper's grammar ----------------------------------------------------------------------------
@@ -181,18 +185,19 @@ class OneTurnADispatch:
 
     def decode(self, control) -> Drawn:
         turn = self._turns.pop(0)
-        assert len(self.row) == control.length[0]
-        assert turn[-1] in self.stop_ids and not self.stop_ids & set(turn[:-1])
-        self.row += turn[:-1]
+        assert len(self.row) >= control.length[0]  # a row may hold more than counts
+        assert not self.stop_ids & set(turn[:-1])
+        self.row[control.length[0] :] = turn[:-1]
         tokens = np.zeros((1, 800), np.int32)
         tokens[0, : len(turn)] = turn
         return Drawn(tokens, np.full((1, 800), -0.5, np.float32), np.array([len(turn)]), np.int32(len(turn)))
 
 
-def play(tokenizer: Tokenizer, turns: list[str], stop_ids: tuple[int, ...] | None = None, box: bool = True):
-    """One trajectory of a scripted policy through the real scheduler and sandbox."""
+def play(tokenizer: Tokenizer, turns: list[str], behind: str = "", box: bool = True):
+    """One trajectory of a scripted policy, which talks on with `behind` after its first turn; all else is real."""
     limits = RolloutConfig(max_prompt_tokens=600, max_turns=4, grammar="retool")
-    engine = OneTurnADispatch(stop_ids or RETOOL.stop_ids(tokenizer), [tokenizer.encode(turn) for turn in turns])
+    said = [tokenizer.encode(turn) for turn in (turns[0] + behind, *turns[1:])]
+    engine = OneTurnADispatch(RETOOL.stop_ids(tokenizer), said)
 
     async def main():
         samples = [Sample(Problem("p", (USER,), "6"), 0)]
@@ -232,12 +237,19 @@ def test_a_retool_policy_is_told_of_each_call_that_could_not_run(with_code):
     assert trajectory.end == End.NO_ANSWER and not trajectory.verdict.correct, "a box in the output does not score"
 
 
-def test_retool_is_refused_before_anything_is_drawn_where_turns_cannot_end_at_a_call(tokenizer, with_code):
-    with pytest.raises(UserError, match="</code> is one token") as caught:
-        play(tokenizer, [], stop_ids=tokenizer.stop_ids)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="the engine was built with other stop tokens"):
-        play(with_code, [], stop_ids=with_code.stop_ids)
-    # Without a sandbox there is nothing to stop for: any vocabulary will do, and the prompt promises no tool.
-    alone = play(tokenizer, ["\\boxed{6}<|im_end|>"], stop_ids=tokenizer.stop_ids, box=False)
-    assert alone.end == End.ANSWERED and "<code>" not in tokenizer.decode(alone.ids)
+@pytest.mark.parametrize("behind", ["", "\n", "\n\nThen I", " é<|im_end|>"])
+def test_a_retool_turn_in_a_vocabulary_without_the_mark_ends_there_all_the_same(tokenizer, behind):
+    """The policy talks on behind `</code>` before the host sees it; what it said is given back."""
+    turns = [f"Let me see.\n{fenced(CODE)}", "So it is.\n<answer>\n\\boxed{6}\n</answer><|im_end|>"]
+    trajectory = play(tokenizer, turns, behind=behind)
+    text = tokenizer.decode(trajectory.ids)
+    assert text.endswith(f"{turns[0]}\n<interpreter>\n6\n</interpreter>\n{turns[1]}")
+    spoken = [i for i, sampled in zip(trajectory.ids, trajectory.sampled, strict=True) if sampled]
+    assert tokenizer.decode(spoken) == "".join(turns)
+    assert trajectory.end == End.ANSWERED and trajectory.reward == 1.0
+
+
+def test_without_a_sandbox_there_is_nothing_to_stop_for(tokenizer):
+    alone = play(tokenizer, ["<code>1</code>\\boxed{6}<|im_end|>"], box=False)
+    assert alone.end == End.ANSWERED and not alone.tool_uses
+    assert "<interpreter>" not in tokenizer.decode(alone.ids), "the prompt promises no tool"

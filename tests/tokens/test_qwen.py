@@ -209,3 +209,16 @@ def test_no_output_becomes_a_control_token_or_a_mark(qwen, model_type):
         segment = GRAMMARS["retool"].segment(tokenizer, [9707], [text])
         told = tokenizer.decode(segment)
         assert max(segment) < 151643 and told.count("<interpreter>") == told.count("</interpreter>") == 1, text
+
+
+def test_a_retool_turn_ends_at_the_token_that_completes_the_mark(qwen):
+    """`</code>` is three tokens or more, whose last may hold a line's end, which the answer then does not repeat."""
+    grammar, tokenizer = GRAMMARS["retool"], qwen["qwen2"]
+    for tail, opening in (("</code>", "\n"), ("</code>\n", ""), ("</code>\n\n", "")):
+        turn = tokenizer.encode(f"<code>\n```python\nprint(1)\n```\n{tail}")
+        assert tokenizer.decode(turn[-1:]) == f">{tail[len('</code>') :]}"
+        more = tokenizer.encode("<interpreter>\n1")
+        assert [grammar.stop_at(tokenizer, turn + more, seen) for seen in range(len(turn))] == [len(turn)] * len(turn)
+        assert [call.code for call in grammar.calls(tokenizer, turn)] == ["print(1)"]
+        answer = tokenizer.decode(grammar.segment(tokenizer, turn, ["1"]))
+        assert answer == f"{opening}<interpreter>\n1\n</interpreter>\n"

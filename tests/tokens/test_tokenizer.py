@@ -14,17 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from retool_jax.errors import UserError
 from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
 from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
-from retool_jax.tokens.tokenizer import (
-    MINIATURE,
-    QWEN_ADDED,
-    R1,
-    Tokenizer,
-    load_tokenizer,
-    merges_of_ranks,
-    qwen_tokenizer,
-    read_ranks,
-    tokenizer_of_ranks,
-)
+from retool_jax.tokens.qwen import QWEN_ADDED, merges_of_ranks, qwen_tokenizer, read_ranks, tokenizer_of_ranks
+from retool_jax.tokens.tokenizer import MINIATURE, R1, Tokenizer, load_tokenizer
 
 # Tokens in the order of their merges; the last two can be reached by one way only, through lower ranks.
 MERGED = ["in", "pr", "prin", "print", " (", "\n\n", "\t\t", "é", "答", "inpr", "printin", "  ", "    ", "12"]

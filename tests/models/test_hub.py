@@ -1,0 +1,111 @@
+"""Checkpoints by hub id: against a server on this machine that speaks the part of the hub's protocol that is needed."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import jax
+import pytest
+
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.huggingface import save_params
+from retool_jax.models.transformer import init_params
+from retool_jax.tokens.tokenizer import MINIATURE
+
+REVISION = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One repository, acme/tiny, with the files of a folder."""
+
+    def __init__(self, folder: Path, asked: list[str], *arguments) -> None:
+        self.folder, self.asked = folder, asked
+        super().__init__(*arguments)
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def answer(self, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        name = path.rpartition("/")[2]
+        files = {file.name: file for file in self.folder.iterdir()}
+        if path.startswith("/api/models/acme/tiny/tree/"):
+            listed = [{"type": "file", "path": f, "size": p.stat().st_size, "oid": "b" * 40} for f, p in files.items()]
+            self.answer(json.dumps(listed).encode(), {"Content-Type": "application/json"})
+        elif path.startswith("/api/models/acme/tiny"):
+            told = {"id": "acme/tiny", "sha": REVISION, "siblings": [{"rfilename": f} for f in files]}
+            self.answer(json.dumps(told).encode(), {"Content-Type": "application/json"})
+        elif path == f"/acme/tiny/resolve/{REVISION}/{name}" and name in files:
+            if self.command == "GET":
+                self.asked.append(name)
+            self.answer(files[name].read_bytes(), {"ETag": f'"{name}"', "X-Repo-Commit": REVISION})
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[tuple[dict[str, str], list[str], Path]]:
+    """The environment of a command that uses this hub, the files that it fetched so far, the repository's folder."""
+    folder, asked = tmp_path / "repository", []
+    config = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    save_params(config, init_params(config, jax.random.key(0)), folder, tokenizer_from=MINIATURE)
+    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    yield (
+        os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"},
+        asked,
+        folder,
+    )
+    server.shutdown()
+
+
+def python(code: str, environment: dict[str, str], folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_words(hub, tmp_path):
+    environment, asked, _ = hub
+    shape = "from retool_jax.config import load; run = load(['config=sft_retool', 'init_from=acme/tiny'])"
+    assert python(f"{shape}; print(run.model.vocab_size, run.tokenizer)", environment, tmp_path) == "400 acme/tiny"
+    assert asked == ["config.json"]
+    rest = (
+        "from retool_jax.sft.loop import load_weights; from retool_jax.tokens.tokenizer import load_tokenizer;"
+        " from pathlib import Path; weights = load_weights(run, Path(run.init_from));"
+        " print(weights['embedding'][...].shape, len(load_tokenizer(run.tokenizer)))"
+    )
+    assert python(f"{shape}; {rest}", environment, tmp_path) == "(400, 16) 398"
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(asked)
+    assert "pytorch_model.bin" not in asked and asked.count("config.json") == 1
+
+
+def test_an_unknown_hub_id_is_named_with_the_way_out(hub, tmp_path):
+    code = (
+        "from retool_jax.config import load; from retool_jax.errors import UserError\n"
+        "try: load(['config=sft_retool', 'init_from=acme/none'])\n"
+        "except UserError as error: print(error)"
+    )
+    told = python(code, hub[0], tmp_path)
+    assert told.startswith("no folder acme/none here, and not to be had from the Hugging Face hub")
+    assert told.endswith("give a folder with config.json and *.safetensors")
