@@ -65,6 +65,7 @@ class EvaluationConfig:
 
     every: int = 10  # RL steps between looks at the dev split; 0 never looks
     problems: int = 256
+    answer_tokens: int = 256  # as rollout.answer_tokens, which is training's
     final_split: str = "test"  # for the table before and after RL; use dev while tuning
 
 
@@ -145,6 +146,13 @@ class RLRun(SFTRun):
                 f"rollout.max_prompt_tokens={self.rollout.max_prompt_tokens} leaves no room in"
                 f" engine.max_length={self.engine.max_length}"
             )
+        for name, section in (("rollout", self.rollout), ("evaluation", self.evaluation)):
+            room = self.engine.max_length - self.rollout.max_prompt_tokens
+            if not 0 <= section.answer_tokens < room:
+                raise UserError(
+                    f"{name}.answer_tokens={section.answer_tokens} must lie between 0 (none) and {room - 1}, what"
+                    f" engine.max_length={self.engine.max_length} leaves beside rollout.max_prompt_tokens; lower it"
+                )
         if self.evaluation.final_split not in ("dev", "test"):
             raise UserError(f"evaluation.final_split={self.evaluation.final_split} is not one of: dev, test")
 

@@ -38,6 +38,7 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
         "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
         "tool_success": float(np.mean([use.status == "success" for use in uses])) if uses else None,
         "calls_per_sample": len(uses) / len(kept),
+        "forced_answers": sum(t.forced for t in kept),
         "response_tokens": float(np.mean([t.response_tokens for t in kept])),
         **{f"end/{end}": ends[end] for end in End},
     }

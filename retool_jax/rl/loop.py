@@ -160,7 +160,7 @@ async def look(s: Session, step: int) -> dict[str, dict]:
                 s.problems[split],
                 step,
                 s.run.evaluation.problems,
-                s.run.rollout,
+                replace(s.run.rollout, answer_tokens=s.run.evaluation.answer_tokens),
                 s.folder,
             )
         s.log.write("eval", step, numbers)

@@ -11,23 +11,28 @@ from retool_jax.errors import UserError
 from retool_jax.rl.reward import check, extract_boxed, reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import Sandbox, tool_text
-from retool_jax.tokens.chat import defuse, prompt_ids
+from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
 from retool_jax.tokens.protocol import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
+
+FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Limits of a trajectory; its total length is the engine's row."""
+    """Limits of a trajectory; its total length is the engine's `max_length`."""
 
     max_prompt_tokens: int = 40
     max_turns: int = 4  # policy turns, the last of which must be the answer
     tool_output_chars: int = 200  # of one tool output, cut in the middle
+    answer_tokens: int = 0  # kept for a last turn, asked for where turns or tokens run out; 0: it ends there
     grammar: str = "hermes"  # how calls are written: hermes (<tool_call> JSON), or retool (the paper's <code>)
 
     def __post_init__(self) -> None:
         if self.grammar not in GRAMMARS:
             raise UserError(f"rollout.grammar={self.grammar} is not one of: {', '.join(GRAMMARS)}")
+        if self.answer_tokens < 0:
+            raise UserError(f"rollout.answer_tokens={self.answer_tokens} must be at least 0, which asks for no answer")
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,17 @@ class Dialogue:
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._box, self._room, self._limits = tokenizer, box, room, limits
         self._grammar = GRAMMARS[limits.grammar]
+        self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
+        if limits.answer_tokens:
+            longest = max(len(user_segment(tokenizer, FINAL_REQUEST, ended)) for ended in (True, False))
+            reserve = limits.answer_tokens + longest
+            self._reserve = reserve if len(prompt) + reserve < room else 0
         self._stops = self._grammar.stop_ids(tokenizer) if box else tokenizer.stop_ids
 
     def turn_budget(self) -> int:
         if not self.trajectory.started_s:
             self.trajectory.started_s = time.perf_counter()
-        return self._room - len(self.trajectory.ids)
+        return self._room - len(self.trajectory.ids) - self._reserve
 
     def stop_at(self, ids: list[int], seen: int) -> int | None:
         return self._grammar.stop_at(self._tokenizer, ids, seen) if self._box else None
@@ -71,14 +81,24 @@ class Dialogue:
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         self.trajectory.add("policy", ids, logprobs)
         if ids[-1] not in self._stops and self.stop_at(ids, len(ids) - 1) is None:
-            return self._end(End.TOKEN_LIMIT)
+            return self._run_out(End.TOKEN_LIMIT)
         calls = self._grammar.calls(self._tokenizer, ids) if self._box else []
         if not calls:
             boxed, _ = extract_boxed(self._tokenizer.decode(ids))
             return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
-        if self.trajectory.turns >= self._limits.max_turns:
-            return self._end(End.TURN_LIMIT)
+        if self.trajectory.forced or self.trajectory.turns >= self._limits.max_turns:
+            return self._run_out(End.TURN_LIMIT)
         return self._answer(ids, calls)
+
+    def _run_out(self, reason: End) -> Coroutine[None, None, list[int]] | None:
+        """No more turns, or no more room: ask for the answer in what was kept for it, once, or end."""
+        return self._end(reason) if self.trajectory.forced or not self._reserve else self._ask()
+
+    async def _ask(self) -> list[int]:
+        segment = user_segment(self._tokenizer, FINAL_REQUEST, self.trajectory.ids[-1] in self._tokenizer.stop_ids)
+        self._reserve, self.trajectory.forced = 0, True
+        self.trajectory.add("tool", segment)
+        return segment
 
     async def _answer(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
         """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
@@ -99,8 +119,8 @@ class Dialogue:
             outputs.append(use.output)
         segment = self._grammar.segment(self._tokenizer, turn_ids, outputs)
         # Half a segment, or one without room for an answer, teaches nothing.
-        if len(self.trajectory.ids) + len(segment) >= self._room:
-            return self._end(End.TOKEN_LIMIT)
+        if len(self.trajectory.ids) + len(segment) + self._reserve >= self._room:
+            return await self._ask() if self._reserve else self._end(End.TOKEN_LIMIT)
         self.trajectory.add("tool", segment)
         return segment
 

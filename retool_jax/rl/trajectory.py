@@ -51,6 +51,7 @@ class Trajectory:
     logprobs: list[float] = field(default_factory=list)  # 0 where not sampled
     segments: list[Segment] = field(default_factory=list)
     tool_uses: list[ToolUse] = field(default_factory=list)
+    forced: bool = False  # the last turn was asked for, as turns or tokens had run out
     end: End | None = None
     verdict: Verdict | None = None
     reward: float = 0.0
@@ -92,6 +93,7 @@ class Trajectory:
             "verdict": self.verdict.reason if self.verdict else None,
             "reward": self.reward,
             "end": str(self.end),
+            "forced": self.forced,
             "turns": self.turns,
             "prompt_tokens": self.segments[0].stop,
             "response_tokens": self.response_tokens,

@@ -76,6 +76,15 @@ def tool_segment(tokenizer: Tokenizer, outputs: list[str]) -> list[int]:
     return environment_ids(tokenizer, write, outputs)
 
 
+def user_segment(tokenizer: Tokenizer, text: str, turn_ended: bool) -> list[int]:
+    """Ids of the user's words after a policy's turn, which they close if it is open, up to the next turn's header."""
+    family = tokenizer.family
+    opening = family.user_open if turn_ended else family.turn_end + family.user_open
+    return environment_ids(
+        tokenizer, lambda said: opening + said[0] + family.user_close + tokenizer.turn_header, [text]
+    )
+
+
 def environment_ids(tokenizer: Tokenizer, write: Callable[[list[str]], str], outputs: list[str]) -> list[int]:
     """Ids of `write(outputs)`, encoded as one string, where the outputs are data.
 

@@ -1,6 +1,7 @@
 """Contracts 1, 2, 7, 8 and 11 through a whole rollout: a scripted policy, and a sampled one, in a real sandbox."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from retool_jax.engine.engine import Drawn, EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.rl.evaluation import summarise
 from retool_jax.rl.loop import learnable_groups
-from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
+from retool_jax.rl.rollout import RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, ToolResult, open_sandbox
 from retool_jax.tokens.chat import policy_turn_text, tool_segment
@@ -234,3 +235,51 @@ def test_uniform_groups_and_lone_survivors_teach_nothing(tokenizer):
     trajectories = play(tokenizer, right, right, wrong, wrong, right, wrong)
     groups = learnable_groups(trajectories, group_size=2)
     assert len(groups) == 1 and [e.advantage > 0 for e in groups[0]] == [True, False]
+
+
+# --- the answer that is asked for -------------------------------------------------------------------------------------
+
+ASKED = r"Stop here and give the final answer now, in \boxed{}."
+FORCED = replace(LIMITS, answer_tokens=20)
+
+
+def told(tokenizer, trajectory: Trajectory) -> list[str]:
+    """The environment's segments after the prompt, as text."""
+    spans = [(s.start, s.stop) for s in trajectory.segments if s.role == "tool"]
+    return [tokenizer.decode(trajectory.ids[start:stop]) for start, stop in spans]
+
+
+def test_where_turns_run_out_the_answer_is_asked_for_and_scores(tokenizer):
+    script = [call("print(5)"), call("print(6)"), "\\boxed{6}<|im_end|>"]
+    one_turn = replace(FORCED, max_turns=1)
+    (trajectory,) = play(tokenizer, [script[1], script[2]], limits=one_turn)
+    assert told(tokenizer, trajectory) == [f"\n<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"]
+    assert trajectory.forced and trajectory.end == End.ANSWERED and trajectory.reward == 1.0
+    assert trajectory.record(tokenizer)["forced"] and not trajectory.tool_uses
+    (again,) = play(tokenizer, script, limits=one_turn)  # a call in the last turn of all is not run
+    assert again.end == End.TURN_LIMIT and again.forced and not again.tool_uses
+    (plain,) = play(tokenizer, script[:2], limits=replace(LIMITS, max_turns=1))
+    assert plain.end == End.TURN_LIMIT and not plain.forced
+
+
+def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tokenizer):
+    prompt = encode_prompt(tokenizer, problem(), True, 999)
+    closing = f"<|im_end|>\n<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
+    segment = tokenizer.encode(closing)
+    word = tokenizer.encode("a")
+    long = word * (256 - len(prompt) - FORCED.answer_tokens - len(segment))  # what the first turn may draw
+    (trajectory,) = play(tokenizer, [long, "\\boxed{6}<|im_end|>"], limits=FORCED)
+    assert told(tokenizer, trajectory) == [closing] and trajectory.ids[len(prompt) :][: len(long)] == long
+    assert trajectory.forced and trajectory.end == End.ANSWERED and trajectory.reward == 1.0
+    assert not any(trajectory.sampled[s.start] for s in trajectory.segments if s.role == "tool")
+    (endless,) = play(tokenizer, [long, word * FORCED.answer_tokens], limits=FORCED)
+    assert endless.end == End.TOKEN_LIMIT and endless.forced and len(endless.ids) == 256
+    (plain,) = play(tokenizer, [word * (256 - len(prompt))], limits=LIMITS)
+    assert plain.end == End.TOKEN_LIMIT and not plain.forced
+
+
+def test_an_output_that_would_take_the_answers_room_is_not_shown(tokenizer):
+    wide = replace(FORCED, tool_output_chars=4000)
+    (trajectory,) = play(tokenizer, [call("print('1 2 ' * 200)"), "\\boxed{6}<|im_end|>"], limits=wide)
+    assert [ASKED in text for text in told(tokenizer, trajectory)] == [True]
+    assert trajectory.end == End.ANSWERED and len(trajectory.tool_uses) == 1
