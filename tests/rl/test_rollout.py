@@ -280,6 +280,12 @@ def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tok
 
 def test_an_output_that_would_take_the_answers_room_is_not_shown(tokenizer):
     wide = replace(FORCED, tool_output_chars=4000)
-    (trajectory,) = play(tokenizer, [call("print('1 2 ' * 200)"), "\\boxed{6}<|im_end|>"], limits=wide)
-    assert [ASKED in text for text in told(tokenizer, trajectory)] == [True]
-    assert trajectory.end == End.ANSWERED and len(trajectory.tool_uses) == 1
+    before = len(encode_prompt(tokenizer, problem(), True, 999)) + len(tokenizer.encode(call("print('x' * 99)")))
+    room = 256 - before - len(tool_segment(tokenizer, [""])) - len(tokenizer.encode("x" * 8))
+    asking = call(f"print('x' * {room})")  # would fit, and leave no room for an answer
+    for last, end in (("\\boxed{6}<|im_end|>", End.ANSWERED), (call("1"), End.TURN_LIMIT)):
+        (trajectory,) = play(tokenizer, [asking, last], limits=wide)
+        assert [ASKED in text for text in told(tokenizer, trajectory)] == [True]
+        assert trajectory.end == end and len(trajectory.tool_uses) == 1
+    (plain,) = play(tokenizer, [asking, "\\boxed{6}<|im_end|>"], limits=replace(wide, answer_tokens=0))
+    assert "xxxx" in told(tokenizer, plain)[0] and not plain.forced
