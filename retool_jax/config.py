@@ -125,7 +125,7 @@ class RLRun(SFTRun):
         in_range("rl.clip.low", rl.clip.low, 0, 1)
         in_range("rl.clip.high", rl.clip.high, 0)
         in_range("rl.clip.dual", rl.clip.dual, 1)
-        positive(self.rollout, "rollout", "max_prompt_tokens", "max_turns", "tool_output_chars")
+        positive(self.rollout, "rollout", "max_prompt_tokens", "max_turns", "tool_output_tokens")
         check_rows(dataclasses.asdict(self.mesh), "rl.rows_per_micro", rl.rows_per_micro)
         if rl.group_size < 2:
             raise UserError(f"rl.group_size={rl.group_size}: a group needs at least 2 samples to compare")
@@ -163,8 +163,13 @@ class RLRun(SFTRun):
             )
 
     def sandbox_for_slots(self) -> SandboxConfig:
-        """The sandbox with a queue that holds a call of every engine slot, so that none is refused."""
-        return dataclasses.replace(self.sandbox, queue_limit=self.sandbox.queue_limit or self.engine.slots)
+        """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain,
+        even if each of them runs to its time limit."""
+        box, slots = self.sandbox, self.engine.slots
+        longest_s = (slots / box.places + 1) * (box.limits.wall_s + 1)
+        return dataclasses.replace(
+            box, queue_limit=box.queue_limit or slots, queue_s=min(max(box.queue_s, longest_s), 86400)
+        )
 
     def cold_start(self) -> SFTRun:
         """The part of this run that makes its first weights, in a folder named by what decides them."""

@@ -20,6 +20,7 @@ from retool_jax.data.traces import BadTrace, boxed_answer, check_answer, convers
 from retool_jax.errors import UserError, run_command
 from retool_jax.metrics import Progress
 from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
+from retool_jax.sandbox.pool import candidates
 
 USAGE = """\
 Convert, check and clean published rows, and write those that can be used as JSONL.
@@ -34,6 +35,8 @@ kind=problems        problems for data.train: DAPO-Math-17k, AIME, GSM8K, MATH-5
                      default: traces where the first row has messages, problems otherwise
 verify=true          traces only: run every program again in the sandbox and compare what it prints; drop rows whose
                      final answer is wrong, where the true one is known
+sandbox=NAME[,NAME]  with verify=true: back-ends in order of preference (gvisor, bubblewrap, process, remote);
+                     default: auto, which is gvisor, else bubblewrap; process is for code that you trust
 answers=FILE[,FILE]  with verify=true: problems whose answers are the truth for traces that bring none
 overlap=FILE[,FILE]  report questions that also stand in these problems, for example AIME 2024 and 2025
 limit=N              read the first N rows only
@@ -55,6 +58,7 @@ class Job:
     out: Path
     kind: str = ""  # traces or problems; empty: by the first row
     verify: bool = False
+    sandbox: tuple[str, ...] = ("auto",)
     answers: tuple[str, ...] = ()
     overlap: tuple[str, ...] = ()
     limit: int = 0  # 0: all rows
@@ -99,7 +103,7 @@ def parse_words(words: Sequence[str]) -> Job:
     Raises:
         UserError: an unknown key (naming the nearest), or a value that is none.
     """
-    keys = ("source", "out", "kind", "verify", "answers", "overlap", "limit")
+    keys = ("source", "out", "kind", "verify", "sandbox", "answers", "overlap", "limit")
     values: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -123,11 +127,15 @@ def parse_words(words: Sequence[str]) -> Job:
         Path(values["out"]),
         values.get("kind", ""),
         values.get("verify") == "true",
+        tuple(filter(None, values.get("sandbox", "auto").split(","))),
         *(tuple(filter(None, values.get(key, "").split(","))) for key in ("answers", "overlap")),
         int(values.get("limit", 0)),
     )
     if job.answers and not job.verify:
         raise UserError(f"answers={values['answers']} is read with verify=true only; add it, or leave answers out")
+    if "sandbox" in values and not job.verify:
+        raise UserError(f"sandbox={values['sandbox']} is used with verify=true only; add it, or leave sandbox out")
+    candidates(job.sandbox)
     check_out(job)
     return job
 
@@ -162,7 +170,7 @@ def prepare(job: Job) -> Report:
     if kind == "traces":
         traces = convert(watched(rows), report)
         if job.verify:
-            traces = asyncio.run(verify(traces, truths, report))
+            traces = asyncio.run(verify(traces, truths, report, job.sandbox))
         questions = [trace.question for trace in traces]
         lines = [
             {"messages": trace.messages} | ({"ground_truth": trace.truth} if trace.truth else {}) for trace in traces
@@ -218,10 +226,12 @@ def convert(rows: Iterable[tuple[int, dict]], report: Report) -> list[Trace]:
     return traces
 
 
-async def verify(traces: Sequence[Trace], truths: dict[str, str], report: Report) -> list[Trace]:
+async def verify(
+    traces: Sequence[Trace], truths: dict[str, str], report: Report, backend: tuple[str, ...]
+) -> list[Trace]:
     """Run every program again and check every final answer whose truth is known; wrong answers are dropped."""
     kept = []
-    async with open_sandbox(SandboxConfig(slots=os.cpu_count() or 1)) as box:
+    async with open_sandbox(SandboxConfig(backend=backend, slots=os.cpu_count() or 1)) as box:
         with Progress("verifying", max(len(traces), 1)) as bar:
             for start in range(0, len(traces), AT_ONCE):
                 part = traces[start : start + AT_ONCE]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.sandbox import SandboxConfig
+from retool_jax.sandbox.pool import LAUNCHERS
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -16,10 +19,46 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
     [("decode", ["slots=8", "length=16", "repeats=1"]), ("update", ["trajectories=8", "repeats=1"])],
 )
 def test_a_benchmark_prints_its_rates_as_json(name, words):
+    numbers = run_benchmark(name, *words)
+    assert numbers["tokens_per_s"] > 0 and numbers["tokens_per_cpu_s"] > 0
+
+
+def run_benchmark(name: str, *words: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, BENCHMARKS / f"{name}.py", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + done.stdout
     numbers = json.loads(done.stdout)
     assert numbers["benchmark"] == name
-    assert numbers["tokens_per_s"] > 0 and numbers["tokens_per_cpu_s"] > 0
+    return numbers
+
+
+@pytest.fixture(params=["gvisor", "bubblewrap", "process"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each back-end of the sandbox that can work here."""
+    if why := LAUNCHERS[request.param].missing(SandboxConfig()):
+        pytest.skip(f"{request.param}: {why}")
+    return request.param
+
+
+@pytest.mark.parametrize("through", ["http", "pool"])
+def test_the_sandbox_is_measured(backend, through):
+    if through == "http":
+        pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'retool_jax[sandbox]'")
+    words = [f"backends={backend}", "calls=6", "clients=2", "slots=1", "restarts=1", f"direct={int(through == 'pool')}"]
+    numbers = run_benchmark("sandbox", *words)
+    assert numbers["through"] == through
+    for name in ("print", "numpy", "sympy"):
+        row = numbers["backends"][backend][name]
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["cpu_ms"] > 0 and row["calls_per_s"] > 0
+    replacement = numbers["backends"][backend]["replacement"]
+    assert 0 < replacement["ready_s"] < replacement["warm_s"]
+
+
+def test_nothing_goes_wrong_in_a_short_soak(backend):
+    numbers = run_benchmark("sandbox_soak", f"backend={backend}", "calls=300", "kill=0.02")
+    assert numbers["held"] and (numbers["wrong"], numbers["processes_left"]) == (0, 0)
+    assert numbers["returned"] == sum(numbers["statuses"].values()) == 300
+    assert numbers["kills"] > 0
+    assert {"success", "user_error", "timeout", "oom", "output_limit"} <= numbers["statuses"].keys()

@@ -72,7 +72,7 @@ def test_traces_are_converted_and_the_others_counted(tmp_path, capsys):
 def test_verification_runs_programs_and_checks_answers(tmp_path, capsys):
     source, out = write(tmp_path / "raw.jsonl", TRACES), tmp_path / "out.jsonl"
     truths = write(tmp_path / "truths.jsonl", [{"problem": "What is  3 * 4?", "answer": 12}])
-    main([f"source={source}", f"out={out}", "verify=true", f"answers={truths}"])
+    main([f"source={source}", f"out={out}", "verify=true", "sandbox=process", f"answers={truths}"])
     report = report_of(out)
     assert report["outputs"] == {"same": 4, "differs": 1}
     assert [(item["row"], item["recorded"], item["real"]) for item in report["differences"]] == [(3, "7", "8")]
@@ -128,12 +128,13 @@ def test_words_that_are_not_understood(tmp_path):
     for word, message in [
         ("sorce=x", "cannot read 'sorce=x'; did you mean source=...?"),
         ("verify", "cannot read 'verify'; did you mean verify=...?"),
-        ("xyzzy=1", "it takes source, out, kind, verify, answers, overlap, limit (see --help)"),
+        ("xyzzy=1", "it takes source, out, kind, verify, sandbox, answers, overlap, limit (see --help)"),
         ("kind=rows", "kind=rows is not one of: traces, problems"),
         ("verify=yes", "verify=yes is not one of: true, false"),
         ("limit=0", "limit=0 must be a whole number of rows, at least 1"),
         ("limit=1e3", "limit=1e3 must be a whole number"),
         ("answers=x", "answers=x is read with verify=true only"),
+        ("sandbox=process", "sandbox=process is used with verify=true only"),
         ("out=x.parquet", "out=x.parquet must be a file named *.jsonl"),
         (f"out={source}", "is also read; choose another file"),
         (f"out={source}/x.jsonl", "is no folder that can be written"),
@@ -160,7 +161,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_help_names_every_key(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
-    for key in ("source=", "out=", "kind=traces", "kind=problems", "verify=", "answers=", "overlap=", "limit="):
+    for key in (
+        "source=",
+        "out=",
+        "kind=traces",
+        "kind=problems",
+        "verify=",
+        "sandbox=",
+        "answers=",
+        "overlap=",
+        "limit=",
+    ):
         assert key in shown
     assert max(map(len, shown.splitlines())) <= 120
 

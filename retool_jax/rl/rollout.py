@@ -24,7 +24,7 @@ class RolloutConfig:
 
     max_prompt_tokens: int = 40
     max_turns: int = 4  # policy turns, the last of which must be the answer
-    tool_output_chars: int = 200  # of one tool output, cut in the middle
+    tool_output_tokens: int = 200  # of one tool output, cut in the middle
     answer_tokens: int = 0  # kept for a last turn, asked for where turns or tokens run out; 0: it ends there
     grammar: str = "hermes"  # how calls are written: hermes (<tool_call> JSON), or retool (the paper's <code>)
 
@@ -112,7 +112,7 @@ class Dialogue:
                 if result.status in ("infra_error", "cancelled"):
                     self.trajectory.tool_uses.append(ToolUse(turn, call.code, result.status, result.message))
                     return self._end(End.SANDBOX_LOST)
-                told = tool_text(result, self._limits.tool_output_chars)
+                told = tool_text(result, self._limits.tool_output_tokens, self._count)
                 use = ToolUse(turn, call.code, result.status, told, result.wall_s, result.queue_s)
             use.output = defuse(self._tokenizer, use.output)
             self.trajectory.tool_uses.append(use)
@@ -123,6 +123,10 @@ class Dialogue:
             return await self._ask() if self._reserve else self._end(End.TOKEN_LIMIT)
         self.trajectory.add("tool", segment)
         return segment
+
+    def _count(self, text: str) -> int:
+        """Tokens of a tool's output in the context, where no mark of it stays whole."""
+        return len(self._tokenizer.encode(defuse(self._tokenizer, text)))
 
     def _end(self, reason: End) -> None:
         self.trajectory.end = reason

@@ -1,12 +1,13 @@
 """Runs Python that a model wrote, apart from everything else, and says whose fault it was when it fails.
 
-async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as box:
+async with open_sandbox(SandboxConfig(backend=("gvisor",), slots=2)) as box:
     result = await box.run("print(2 + 2)", limits=Limits(wall_s=5))
-    print(tool_text(result, max_chars=2000))
+    print(tool_text(result, 2000))
 """
 
 from retool_jax.sandbox.pool import Sandbox, open_sandbox
+from retool_jax.sandbox.session import Session
 from retool_jax.sandbox.text import tool_text
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
-__all__ = ["Limits", "Sandbox", "SandboxConfig", "ToolResult", "open_sandbox", "tool_text"]
+__all__ = ["Limits", "Sandbox", "SandboxConfig", "Session", "ToolResult", "open_sandbox", "tool_text"]

@@ -1,255 +1,252 @@
-"""The asyncio side: single-slot workers, a fair queue in front of them, retries of what was not the program's fault."""
+"""`open_sandbox` and `Sandbox`: a fair queue in front of workers, and retries of what was not the program's fault."""
 
 import asyncio
-import base64
-import json
-import struct
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import process
-from retool_jax.sandbox.types import MAX_CODE_BYTES, MAX_STDIN_BYTES, Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox import bubblewrap, gvisor, process
+from retool_jax.sandbox.crew import Crew, Member, WorkerFault, pause_s
+from retool_jax.sandbox.metrics import Metrics
+from retool_jax.sandbox.places import Closed, Overloaded, Places
+from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.selftest import prove
+from retool_jax.sandbox.session import Session
+from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
-# A back-end is a module: `launch() -> Worker` (reader, writer, last_words(), stop()), `describe(isolation) -> str` and
-# the ENVIRONMENT its programs see.
-BACKENDS = {"process": process}
+if TYPE_CHECKING:
+    from retool_jax.sandbox.remote import RemoteSandbox
 
-START_S = 30.0
-OVERTIME_S = 3.0  # what a worker gets beyond a program's own time limit before it counts as hung
-MAX_FRAME_BYTES = 64 << 20
+# A back-end is a module: `launch(config, memory_mb)` starts a worker, `missing(config)` says why it cannot, PROMISES
+# what it keeps programs from, ENVIRONMENT the variables that they see, `sweep_stale()` removes what dead owners left.
+LAUNCHERS = {"gvisor": gvisor, "bubblewrap": bubblewrap, "process": process}
+AUTO = ("gvisor", "bubblewrap")
+NAMES = ("auto", *LAUNCHERS, "remote")
 
-
-class WorkerFault(Exception):
-    """A worker did not start, died, hung, or answered nonsense."""
-
-
-class Overloaded(Exception):
-    """The queue is full."""
-
-
-class Closed(Exception):
-    """The sandbox was closed while a call waited for a slot."""
+RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
+QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
 
 
-async def read_frame(reader: asyncio.StreamReader) -> dict:
-    (size,) = struct.unpack(">I", await reader.readexactly(4))
-    if size > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {size} bytes")
-    return json.loads(await reader.readexactly(size))
+class Source(Protocol):
+    """Where a call gets its worker from: the crew, or the session that it belongs to."""
 
-
-async def exchange(worker: process.Worker, request: dict | None, timeout_s: float) -> dict:
-    """Send a request (None: just listen) and wait for the worker's next frame. Raises WorkerFault."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            if request is not None:
-                payload = json.dumps(request).encode()
-                worker.writer.write(struct.pack(">I", len(payload)) + payload)
-                await worker.writer.drain()
-            return await read_frame(worker.reader)
-    except TimeoutError:
-        raise WorkerFault(f"the worker did not answer within {timeout_s:g} s") from None
-    except (asyncio.IncompleteReadError, ConnectionError):
-        raise WorkerFault(f"the worker died: {await worker.last_words() or 'no last words'}") from None
-    except ValueError as error:
-        raise WorkerFault(f"the worker answered nonsense: {error}") from None
-
-
-def to_result(response: dict) -> ToolResult:
-    """A worker's response as a result. Raises WorkerFault if it is not one."""
-    try:
-        streams = {}
-        for name, stream in zip(("stdout", "stderr"), response["streams"], strict=True):
-            streams[name] = base64.b64decode(stream["data"]).decode("utf-8", "replace")
-            streams[f"{name}_bytes"] = stream["bytes"]
-            streams[f"{name}_truncated"] = stream["truncated"]
-        return ToolResult(**response["result"], **streams)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WorkerFault(f"the worker answered nonsense: {error!r}") from None
-
-
-def refusal(code: str, stdin: str) -> str:
-    """Why a request is not run at all; empty if it is."""
-    if "\0" in code:
-        return "the code contains a NUL character"
-    for name, text, limit in (("code", code, MAX_CODE_BYTES), ("stdin", stdin, MAX_STDIN_BYTES)):
-        if (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
-            return f"the {name} has {size} bytes, the limit is {limit}"
-    return ""
-
-
-@dataclass
-class Slot:
-    """A place for one worker; empty after a fault, until the next call that gets it starts another."""
-
-    worker: process.Worker | None = None
+    async def take(self, memory_mb: int) -> Member: ...
+    def give(self, member: Member, response: dict) -> None: ...
+    def drop(self, member: Member, reason: str) -> None: ...
 
 
 class Sandbox:
-    """A pool of workers of one back-end. Made by `open_sandbox`."""
+    """Runs programs in workers of one back-end. Made by `open_sandbox`."""
 
-    def __init__(self, backend: str, config: SandboxConfig):
+    def __init__(self, backend: str, config: SandboxConfig) -> None:
         self.backend = backend
-        self.description = ""
         self.config = config
-        self._module = BACKENDS[backend]
-        self._slots = [Slot() for _ in range(config.slots)]
-        self._idle = deque(self._slots)
-        self._waiting: deque[asyncio.Future[Slot]] = deque()
-        self._stopping: set[asyncio.Task[None]] = set()
+        self.metrics = Metrics()
+        self.crew = Crew(LAUNCHERS[backend], config, self.metrics)
+        self.seats = Places(config.sessions, 1 << 20, config.queue_s)
+        self._places = Places(config.places, config.max_waiting, config.queue_s)
+        self._innocent_loss = -QUIET_S
         self._closed = False
 
-    async def run(self, code: str, stdin: str = "", limits: Limits | None = None) -> ToolResult:
+    @property
+    def description(self) -> str:
+        """One line for people: the back-end and what it isolates."""
+        return self.crew.description
+
+    async def run(
+        self,
+        code: str,
+        stdin: str = "",
+        files: Mapping[str, bytes] | None = None,
+        fetch: Sequence[str] = (),
+        limits: Limits | None = None,
+        *,
+        show_last_expression: bool | None = None,
+        allowed_modules: Sequence[str] | None = None,
+    ) -> ToolResult:
         """Run a program. Every fault is a status of the result; cancelling the caller kills the program.
 
-        Raises RuntimeError if the sandbox is already closed.
+        Args:
+            code: the program.
+            stdin: what it can read; its input ends there.
+            files: put into its working directory first, by relative path.
+            fetch: relative paths that are returned in `ToolResult.files` if they are regular files afterwards.
+            limits: instead of the configuration's.
+            show_last_expression: instead of the configuration's.
+            allowed_modules: instead of the configuration's.
+
+        Raises:
+            RuntimeError: the sandbox is closed.
         """
+        config = self.config
+        request = Request(
+            code,
+            stdin,
+            files or {},
+            fetch,
+            limits or config.limits,
+            config.show_last_expression if show_last_expression is None else show_last_expression,
+            config.allowed_modules if allowed_modules is None else tuple(allowed_modules),
+        )
+        return await self.serve(request, self.crew, config.retries)
+
+    def session(self) -> Session:
+        """An interpreter that stays: `async with box.session() as session: await session.run(...)`."""
+        return Session(self, self.config)
+
+    async def serve(self, request: Request, source: Source, retries: int) -> ToolResult:
+        """Queue for a place, then run the request in a worker from `source`."""
         if self._closed:
             raise RuntimeError("the sandbox is closed")
         asked = time.monotonic()
-        if reason := refusal(code, stdin):
-            return ToolResult("rejected", backend=self.backend, message=reason)
-        limits = limits or self.config.limits
-        request = {
-            "code": code,
-            "stdin": base64.b64encode(stdin.encode("utf-8", "surrogatepass")).decode(),
-            "limits": asdict(limits),
-            "show_last_expression": self.config.show_last_expression,
-        }
-        try:
-            slot = await self._acquire()
-        except Overloaded:
-            message = f"overloaded: {self.config.max_waiting} calls already wait for {self.config.slots} slots"
-            return ToolResult("infra_error", backend=self.backend, message=message)
-        except Closed:
-            return ToolResult("cancelled", backend=self.backend, message="the sandbox was closed")
-        try:
-            return await self._run_in(slot, request, limits, asked)
-        finally:
-            self._release(slot)
-
-    async def _run_in(self, slot: Slot, request: dict, limits: Limits, asked: float) -> ToolResult:
-        attempts, message = 0, ""
-        while attempts <= self.config.retries and not self._closed:
-            attempts += 1
+        if reason := request.fault():
+            result = ToolResult("rejected", message=reason)
+        else:
             try:
-                if slot.worker is None:
-                    await self._start(slot)
-                queue_s = time.monotonic() - asked
-                response = await exchange(slot.worker, request, limits.wall_s + OVERTIME_S)
-                result = to_result(response)
+                await self._places.acquire()
+            except Overloaded as refusal:
+                self.metrics.faults["overloaded"] += 1
+                result = ToolResult("infra_error", queue_s=time.monotonic() - asked, message=str(refusal))
+            except Closed:
+                result = self._cancelled()
+            else:
+                try:
+                    result = await self._attempts(request, source, retries, asked)
+                finally:
+                    self._places.release()
+        result = replace(result, backend=self.backend)
+        self.metrics.record(result)
+        return result
+
+    async def _attempts(self, request: Request, source: Source, retries: int, asked: float) -> ToolResult:
+        limits = request.limits
+        losses = attempts = 0
+        last_start = time.monotonic() + RETRY_BUDGET_S
+        while not self._closed:
+            attempts += 1
+            member: Member | None = None
+            started = time.monotonic()
+            try:
+                member = await source.take(limits.memory_mb)
+                started = time.monotonic()
+                result, response = await member.perform(request)
             except WorkerFault as fault:
-                message = str(fault)
-                self._discard(slot)
-                continue
+                wall_s, message = time.monotonic() - started, str(fault)
+                if self._closed:
+                    break
+                if member is not None:
+                    out_of_memory = member.launched.ran_out_of_memory()
+                    source.drop(member, "memory limit" if out_of_memory else fault.kind)
+                    losses += fault.kind != "crashed"
+                    verdict = self._verdict(out_of_memory, losses, limits)
+                    if verdict is not None:
+                        return replace(verdict, attempts=attempts, queue_s=started - asked, wall_s=wall_s)
+                self.metrics.faults[fault.kind] += 1
             except BaseException:  # cancelled: the program must not live on
-                self._discard(slot)
+                if member is not None:
+                    source.drop(member, "cancelled")
                 raise
-            if not response["clean"]:  # something of the program could not be killed
-                self._discard(slot)
-            if result.status == "infra_error":
+            else:
+                if result.status != "infra_error":
+                    source.give(member, response)
+                    if losses:
+                        self._innocent_loss = time.monotonic()
+                    return replace(result, attempts=attempts, queue_s=started - asked)
+                source.drop(member, "confinement")
+                self.metrics.faults["confinement"] += 1
                 message = f"{result.message}: {result.stderr[-500:].strip()}"
-                continue
-            return replace(result, backend=self.backend, attempts=attempts, queue_s=queue_s)
-        status = "cancelled" if self._closed else "infra_error"
-        message = "the sandbox was closed" if self._closed else message
-        return ToolResult(
-            status, backend=self.backend, attempts=attempts, queue_s=time.monotonic() - asked, message=message
-        )
+            if attempts > retries or time.monotonic() > last_start or (member is None and self.crew.broken):
+                queue_s = time.monotonic() - asked
+                return ToolResult("infra_error", attempts=attempts, queue_s=queue_s, message=message)
+            await asyncio.sleep(pause_s(attempts))
+        return replace(self._cancelled(), attempts=attempts)
 
-    async def _acquire(self) -> Slot:
-        """The next free slot, first come first served. A slot is handed over directly, so nobody can overtake."""
-        if self._idle:
-            return self._idle.popleft()
-        if len(self._waiting) >= self.config.max_waiting:
-            raise Overloaded
-        turn: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            return await turn
-        except asyncio.CancelledError:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            elif turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._release(turn.result())  # cancelled between being handed the slot and waking up
-            raise
+    def _verdict(self, out_of_memory: bool, losses: int, limits: Limits) -> ToolResult | None:
+        """What a call that has lost so many workers has done itself; None while that is open.
 
-    def _release(self, slot: Slot) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(slot)
-                return
-        self._idle.append(slot)
+        The memory limit of the worker is evidence at once. Without it a second loss is taken as the program's doing,
+        unless a program that then ended well has lost a worker in the last `QUIET_S` seconds too: where workers die by
+        themselves, the third one decides.
+        """
+        if out_of_memory:
+            message = f"memory limit of {limits.memory_mb} MB exceeded"
+            return ToolResult("oom", return_code=-9, signal=9, message=message)
+        quiet = time.monotonic() - self._innocent_loss >= QUIET_S
+        if losses < (2 if quiet else 3):
+            return None
+        message = f"the program killed the sandbox, {losses} times out of {losses}"
+        return ToolResult("user_error", return_code=-9, signal=9, message=message)
 
-    async def _start(self, slot: Slot) -> None:
-        """Put a new worker into the slot. Raises WorkerFault."""
-        try:
-            slot.worker = await self._module.launch()
-        except OSError as error:
-            raise WorkerFault(f"the worker did not start: {error}") from None
-        hello = await exchange(slot.worker, None, START_S)
-        self.description = self._module.describe(hello["isolation"])
-        if self._closed:
-            raise WorkerFault("the sandbox was closed")
+    def _cancelled(self) -> ToolResult:
+        return ToolResult("cancelled", message="the sandbox was closed")
 
-    def _discard(self, slot: Slot) -> None:
-        """Empty the slot at once; its worker is stopped in the background."""
-        if slot.worker is not None:
-            task = asyncio.create_task(slot.worker.stop())
-            self._stopping.add(task)
-            task.add_done_callback(self._stopping.discard)
-            slot.worker = None
-
-    async def _self_test(self) -> None:
-        """Raises WorkerFault if the back-end does not do what it promises."""
-        result = await self.run("import os\nprint(2 + 2, *sorted(os.environ))", limits=Limits())
-        expected = " ".join(["4", *sorted(self._module.ENVIRONMENT)]) + "\n"
-        if result.status != "success" or result.stdout != expected:
-            raise WorkerFault(
-                f"self-test: {result.status} {result.message} {(result.stderr or result.stdout)[-300:].strip()!r}"
-            )
+    def gauges(self) -> dict[str, float]:
+        """Present values, by name, for `metrics.prometheus`."""
+        return {
+            "slots": self._places.count,
+            "slots_busy": self._places.busy,
+            "queue_length": self._places.waiting,
+            "sessions_open": self.seats.busy,
+            "workers_ready": self.crew.ready,
+            "accepting": float(not self._closed and not self.crew.broken),
+        }
 
     async def open(self) -> None:
-        """Start all workers and try one. Raises WorkerFault."""
-        starts = await asyncio.gather(*map(self._start, self._slots), return_exceptions=True)
-        for fault in filter(None, starts):
-            raise fault
-        await self._self_test()
+        """Remove what dead owners left, start the workers and prove the back-end's promises.
+
+        Raises WorkerFault or UserError, also if a promise does not hold.
+        """
+        module = LAUNCHERS[self.backend]
+        await module.sweep_stale()
+        await self.crew.open()
+        await prove(self, module)
+        started = self.metrics.start_s
+        self.metrics.__init__()  # the self-test's calls are nobody's
+        self.metrics.start_s = started
 
     async def aclose(self) -> None:
         """Kill what runs, answer what waits with `cancelled`, and wait until no process is left."""
         self._closed = True
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_exception(Closed())
-        for slot in self._slots:
-            self._discard(slot)
-        for slot in [await self._acquire() for _ in self._slots]:  # once every call has let go of its slot
-            self._discard(slot)
-        while self._stopping:
-            await asyncio.gather(*self._stopping, return_exceptions=True)
+        self._places.close()
+        self.seats.close()
+        await self.crew.close()
+
+
+def candidates(backend: Sequence[str]) -> list[str]:
+    """Back-ends to try, in order, with `auto` spelled out. Raises UserError for a name that is none."""
+    for name in backend:
+        if name not in NAMES:
+            raise UserError(f"sandbox.backend: there is no {name!r}; there is {', '.join(NAMES)}")
+    expanded = [each for name in backend for each in (AUTO if name == "auto" else (name,))]
+    return list(dict.fromkeys(expanded))
 
 
 @asynccontextmanager
-async def open_sandbox(config: SandboxConfig | None = None) -> AsyncIterator[Sandbox]:
-    """The first back-end of the list that passes its self-test. Raises UserError if none does."""
+async def open_sandbox(config: SandboxConfig | None = None) -> "AsyncIterator[Sandbox | RemoteSandbox]":
+    """The first back-end of the list that works here and passes its self-test.
+
+    Raises UserError if none does: it gives each one's reason, and the ways out.
+    """
     config = config or SandboxConfig()
-    for name in config.backend:
-        if name not in BACKENDS:
-            raise UserError(f"sandbox.backend: there is no {name!r}; there is {', '.join(BACKENDS)}")
-    faults = []
-    for name in config.backend:
-        box = Sandbox(name, config)
+    names = candidates(config.backend)
+    reasons = []
+    for name in names:
+        if name == "remote":
+            from retool_jax.sandbox.remote import RemoteSandbox  # its HTTP library is an extra
+
+            box: Sandbox | RemoteSandbox = RemoteSandbox(config)
+        elif reason := LAUNCHERS[name].missing(config):
+            reasons.append(f"{name}: {reason}")
+            continue
+        else:
+            box = Sandbox(name, config)
         try:
             await box.open()
         except (WorkerFault, UserError) as fault:
-            faults.append(f"{name}: {fault}")
+            reasons.append(f"{name}: {fault}")
             await box.aclose()
             continue
         except BaseException:
@@ -260,4 +257,5 @@ async def open_sandbox(config: SandboxConfig | None = None) -> AsyncIterator[San
         finally:
             await box.aclose()
         return
-    raise UserError(f"no sandbox back-end of {list(config.backend)} works here. {'; '.join(faults)}")
+    risk = "" if "process" in names else "; or accept the risk of plain processes: sandbox.backend=[process]"
+    raise UserError(f"no sandbox back-end of {names} works here. {'; '.join(reasons)}{risk}")

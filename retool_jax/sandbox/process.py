@@ -5,93 +5,63 @@ its own, and network, process and mount namespaces. The host's files stay readab
 read them, so this back-end is for one's own machine and is never chosen unless the configuration names it.
 """
 
-import asyncio
+import os
 import sys
 import sysconfig
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from retool_jax.errors import UserError
+from retool_jax.sandbox.types import SandboxConfig
+from retool_jax.sandbox.worker import (
+    ENVIRONMENT,
+    INSIDE,
+    TIERS,
+    Worker,
+    finish,
+    gone,
+    kill_stale_workers,
+    owner_is_gone,
+    owner_tag,
+    stale_workers,
+    start,
+    supervisor_command,
+)
 
-SUPERVISOR = Path(__file__).with_name("supervisor.py")
-STOP_GRACE_S = 1.0
-STREAM_BUFFER_BYTES = 1 << 20
+__all__ = ["ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
-# Built from nothing, so that no token or key of the host's environment can be read by a program. One thread per maths
-# library: a slot stands for one core.
-ENVIRONMENT = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/tmp",
-    "TMPDIR": "/tmp",
-    "LANG": "C.UTF-8",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
+PROMISES = frozenset({"memory", "environment"})
+SCRATCH_PREFIX = "sandbox-"
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A running supervisor: frames go in at `writer` and come out at `reader`."""
+def missing(config: SandboxConfig) -> str:
+    """Why this back-end cannot work here; empty if it can."""
+    return "" if sys.platform == "linux" else f"it needs Linux, this is {sys.platform}; run in a Linux container"
 
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    process: asyncio.subprocess.Process
-    scratch: Path
 
-    async def last_words(self) -> str:
-        """The end of what a dead worker wrote to stderr, on one line."""
-        assert self.process.stderr is not None
+async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
+    """Start a worker for programs of up to `memory_mb`. Raises OSError if the process cannot be started."""
+    if reason := missing(config):
+        raise UserError(f"the process sandbox: {reason}")
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{owner_tag()}-"))
+
+    async def tidy() -> None:
         try:
-            text = await asyncio.wait_for(self.process.stderr.read(65536), STOP_GRACE_S)
-        except TimeoutError:
-            return ""
-        return " | ".join(text.decode(errors="replace").split("\n")[-4:]).strip(" |")
+            scratch.rmdir()
+        except OSError:  # not empty: a killed worker could not tidy up; what programs nested is too deep for shutil
+            await finish("rm", "-rf", str(scratch))
 
-    async def stop(self) -> None:
-        """End the worker and everything that runs in it; safe to call on a dead one."""
-        self.writer.close()  # end of file tells the supervisor to kill its programs and leave
-        try:
-            await asyncio.wait_for(self.process.wait(), STOP_GRACE_S)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                self.process.kill()
-            await self.process.wait()
-        try:
-            self.scratch.rmdir()
-        except (
-            OSError
-        ):  # not empty: a killed worker could not tidy up; what programs nested there is too deep for shutil
-            await (await asyncio.create_subprocess_exec("rm", "-rf", str(self.scratch))).wait()
-
-
-async def launch() -> Worker:
-    """Start a worker. Raises OSError if the process cannot be started."""
-    if sys.platform != "linux":
-        raise UserError(f"the process sandbox needs Linux, this is {sys.platform}; run in a Linux container")
-    scratch = Path(tempfile.mkdtemp(prefix="retool-sandbox-"))
-    # -S keeps `site` and its .pth files (some run code, 20 ms and more) out of the start; the packages' own folders
-    # are handed over instead.
     packages = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(SUPERVISOR), str(scratch), *packages),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=ENVIRONMENT,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which closes the sandbox in order
-            limit=STREAM_BUFFER_BYTES,
-        )
-    except BaseException:
-        scratch.rmdir()
-        raise
-    assert process.stdin is not None and process.stdout is not None
-    return Worker(process.stdout, process.stdin, process, scratch)
+    command = supervisor_command(
+        sys.executable,
+        str(INSIDE),
+        packages=list(packages),
+        tiers=TIERS,
+        unshare=True,
+        scratch=str(scratch),
+        memory_mb=memory_mb,
+    )
+    return await start(command, tidy=tidy)
 
 
 def describe(isolation: dict[str, bool]) -> str:
@@ -106,3 +76,16 @@ def describe(isolation: dict[str, bool]) -> str:
     lack = [words for key, words in granted.items() if not isolation[key]]
     missing = f"; not granted here: {', '.join(lack)}" if lack else ""
     return f"process: {', '.join(['rlimits', *have])} (unsafe: host files are readable{missing})"
+
+
+async def sweep_stale() -> int:
+    """Kill the workers of dead owners and remove their folders; returns how many of both."""
+    stale = stale_workers()
+    found = kill_stale_workers()
+    await gone(stale)
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}retool-*"):
+        tag = folder.name.removeprefix(SCRATCH_PREFIX).rpartition("-")[0]
+        if owner_is_gone(tag) and folder.lstat().st_uid == os.geteuid():
+            await finish("rm", "-rf", str(folder))
+            found += 1
+    return found

@@ -1,28 +1,65 @@
 """What the model is told about a run."""
 
+from collections.abc import Callable
+
 from retool_jax.sandbox.types import ToolResult
 
 NO_OUTPUT = "[no output: use print()]"
 MAX_FRAMES = 3
 MAX_ERROR_LINES = 10
-SNIPPET_FRAME = '  File "<snippet>"'
+SNIPPET_FRAME = '  File "<snippet'  # a session's later cells are <snippet 2> and so on
+# No more of a text than this is measured per unit of room: a token longer than that is a run of white space.
+CHARS_PER_UNIT = 16
+SEARCH_STEPS = 8
+
+Count = Callable[[str], int]
 
 
-def cut(text: str, max_chars: int, removed_before: int = 0) -> str:
-    """`text` without its middle if it is longer than `max_chars`; the result is never longer than that.
+def longest(text: str, room: int, count: Count, tail: bool = False) -> str:
+    """About as much of the head (or tail) of `text` as fits: `count` of it is at most `room`, exactly.
 
-    The number in the marker includes `removed_before`, what someone else took out of `text` earlier.
+    A count of tokens is not quite monotone in the length, so the search stops when 95 % of the room is used.
     """
-    if len(text) <= max_chars:
+    if room <= 0 or not text:
+        return ""
+    fits, over = 0, min(len(text), CHARS_PER_UNIT * room) + 1
+    guess = over - 1
+    for _ in range(SEARCH_STEPS):
+        used = count(text[len(text) - guess :] if tail else text[:guess])
+        if used <= room:
+            fits = guess
+            if used >= 0.95 * room:
+                break
+        else:
+            over = guess
+        if over - fits <= 1:
+            break
+        likely = guess * room // max(used, 1)  # exact where one unit is as long as the next
+        guess = likely if fits < likely < over else (fits + over) // 2
+    return text[len(text) - fits :] if tail else text[:fits]
+
+
+def cut(text: str, room: int, removed_before: int = 0, count: Count = len) -> str:
+    """`text` without its middle if `count` of it is more than `room`; the result is never larger than that.
+
+    The marker says how many characters are missing, `removed_before` of which someone else took out earlier.
+    """
+    if len(text) <= CHARS_PER_UNIT * room and count(text) <= room:
         return text
-    room = max_chars
-    for _ in range(3):  # the marker's length depends on the number in it
-        marker = f"\n[... {len(text) - room + removed_before} characters removed ...]\n"
-        room = max(max_chars - len(marker), 0)
-    if room == 0:
-        return text[:max_chars]
-    head = room - room // 2
-    return text[:head] + marker + text[len(text) - room // 2 :]
+    share = room - count(_marker(len(text) + removed_before))
+    while share > 0:
+        head = longest(text, share - share // 2, count)
+        tail = longest(text[len(head) :], share // 2, count, tail=True)
+        whole = head + _marker(len(text) - len(head) - len(tail) + removed_before) + tail
+        used = count(whole)
+        if used <= room:
+            return whole
+        share -= used - room  # tokens of the parts may join differently
+    return longest(text, room, count)
+
+
+def _marker(removed: int) -> str:
+    return f"\n[... {removed} characters removed ...]\n"
 
 
 def short_error(stderr: str) -> str:
@@ -54,13 +91,21 @@ def verdict(result: ToolResult) -> str:
         return f"[stopped: {result.message}]"
     if result.status == "rejected":
         return f"[not run: {result.message}]"
-    if result.status == "user_error" and (result.signal or not result.stderr.strip()):
+    if result.status == "success" and result.message:  # of a session: the interpreter ended
+        return f"[{result.message}]"
+    if result.status == "user_error" and (result.signal or not result.stderr.strip() or ";" in result.message):
         return f"[{result.message}]"
     return ""
 
 
-def tool_text(result: ToolResult, max_chars: int) -> str:
-    """Output, then a short error, then how the run ended; at most `max_chars` characters.
+def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
+    """Output, then a short error, then how the run ended; `count` of it is at most `room`.
+
+    Args:
+        result: how the program ended.
+        room: how much may be told, in the unit of `count`.
+        count: size of a text. Characters by default; for a budget of tokens, the number of ids that the text becomes
+            in the context (`tokens.chat.defuse` included).
 
     A long error gets at most half of the room, the output the rest. Raises ValueError for `infra_error` and
     `cancelled`: what the machinery did is never told to a model.
@@ -71,10 +116,10 @@ def tool_text(result: ToolResult, max_chars: int) -> str:
     missing = max(result.stdout_bytes - len(result.stdout.encode()), 0) if result.stdout_truncated else 0
     output = result.stdout.rstrip("\n")
     error = short_error(result.stderr) if result.status != "success" or not output.strip() else ""
-    ending = "\n".join(filter(None, (cut(error, max_chars // 2), verdict(result))))
+    ending = "\n".join(filter(None, (cut(error, room // 2, 0, count), verdict(result))))
     if not output.strip():
-        return cut(ending or NO_OUTPUT, max_chars)
+        return cut(ending or NO_OUTPUT, room, 0, count)
     if not ending:
-        return cut(output, max_chars, missing)
-    output = cut(output, max(max_chars - len(ending) - 1, 0), missing)
-    return cut("\n".join(filter(None, (output, ending))), max_chars)
+        return cut(output, room, missing, count)
+    output = cut(output, max(room - count(f"\n{ending}"), 0), missing, count)
+    return cut("\n".join(filter(None, (output, ending))), room, 0, count)

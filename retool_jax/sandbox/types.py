@@ -1,5 +1,6 @@
 """What goes into the sandbox and what comes out of it: limits, configuration, result."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,33 +56,72 @@ class Limits:
 class SandboxConfig:
     """Which isolation to use, and how many programs run at once."""
 
-    backend: tuple[str, ...] = ("process",)
-    """Back-ends in order of preference; the first that passes its self-test is used."""
-    slots: int = 2
-    """Programs that run at the same time; more than the machine's cores only makes time limits unfair."""
+    backend: tuple[str, ...] = ("auto",)
+    """Back-ends in order of preference, the first that passes its self-test is used: gvisor, bubblewrap, process
+    (unsafe), remote; auto is gvisor, else bubblewrap, and never anything weaker."""
+    slots: int = 0
+    """Programs that run at the same time; 0 means half of the machine's cores. More than the cores only makes time
+    limits unfair."""
     limits: Limits = field(default_factory=Limits)
     """Limits of a call that brings none of its own."""
     queue_limit: int = 0
     """Calls that may wait for a slot before further ones are refused; 0 means 64 per slot."""
+    queue_s: float = 600.0
+    """Seconds that a call may wait for a slot."""
     retries: int = 2
     """How often a call is repeated when the machinery, not the program, failed."""
     show_last_expression: bool = True
     """Print the value of a program's last expression, as a notebook does."""
+    allowed_modules: tuple[str, ...] = ()
+    """Top-level modules that a program's own imports may name; empty means all that are there."""
+    image: str = ""
+    """Folder of the runtime that programs see (`python -m retool_jax.sandbox.image` builds one); empty means the one
+    built last, or, where there is none, this Python and its packages, read-only."""
+    recycle_calls: int = 2000
+    """Calls after which a worker is replaced."""
+    recycle_s: float = 3600.0
+    """Age at which a worker is replaced."""
+    recycle_memory_mb: int = 600
+    """Memory of an idle worker, MiB, from which on it is replaced (looked at every 50 calls)."""
+    probe_s: float = 30.0
+    """Idle time after which a worker is tried with a small program; 0 never."""
+    sessions: int = 16
+    """Interpreters that `session()` may keep alive at once; each has a worker of its own."""
+    session_ttl_s: float = 900.0
+    """Idle time after which a session is closed."""
+    urls: tuple[str, ...] = ()
+    """Servers of the `remote` back-end, e.g. http://127.0.0.1:8080."""
+    token: str = ""
+    """Bearer token for those servers."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.backend, str):
-            raise UserError(f"sandbox.backend is the text {self.backend!r}; write a list, e.g. [{self.backend}]")
-        object.__setattr__(self, "backend", tuple(self.backend))  # YAML brings a list
+        for name in ("backend", "allowed_modules", "urls"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise UserError(f"sandbox.{name} is the text {value!r}; write a list, e.g. [{value}]")
+            object.__setattr__(self, name, tuple(value))  # YAML brings a list
         if not self.backend:
-            raise UserError("sandbox.backend is empty; name at least one, e.g. [process]")
-        _check_range("sandbox", "slots", self.slots, 1, 1024)
+            raise UserError("sandbox.backend is empty; name at least one, e.g. [auto]")
+        _check_range("sandbox", "slots", self.slots, 0, 1024)
         _check_range("sandbox", "queue_limit", self.queue_limit, 0, 1 << 20)
+        _check_range("sandbox", "queue_s", self.queue_s, 0.1, 86400)
         _check_range("sandbox", "retries", self.retries, 0, 10)
+        _check_range("sandbox", "recycle_calls", self.recycle_calls, 1, 1 << 30)
+        _check_range("sandbox", "recycle_s", self.recycle_s, 1, 1 << 30)
+        _check_range("sandbox", "recycle_memory_mb", self.recycle_memory_mb, 1, 1 << 30)
+        _check_range("sandbox", "probe_s", self.probe_s, 0, 86400)
+        _check_range("sandbox", "sessions", self.sessions, 0, 4096)
+        _check_range("sandbox", "session_ttl_s", self.session_ttl_s, 0.1, 1 << 30)
+
+    @property
+    def places(self) -> int:
+        """Programs that run at the same time, with the default filled in."""
+        return self.slots or max((os.cpu_count() or 1) // 2, 1)
 
     @property
     def max_waiting(self) -> int:
         """Calls that may wait at once."""
-        return self.queue_limit or 64 * self.slots
+        return self.queue_limit or 64 * self.places
 
 
 @dataclass(frozen=True)
@@ -112,5 +152,7 @@ class ToolResult:
     backend: str = ""
     attempts: int = 0
     """How often it was tried; above 1 only after faults of the machinery."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """What `fetch` asked for, by the path that it was asked with; a path that is not there has no entry."""
     message: str = ""
     """Why the status is what it is, in words; empty for `success`."""

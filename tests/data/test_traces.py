@@ -233,7 +233,7 @@ def test_programs_are_run_again_and_lies_are_seen():
     messages = conversation(raw(text))
 
     async def run():
-        async with open_sandbox(SandboxConfig(slots=1)) as box:
+        async with open_sandbox(SandboxConfig(backend=("process",), slots=1)) as box:
             return await run_again(messages, box)
 
     reruns = asyncio.run(run())

@@ -74,7 +74,7 @@ def play(tokenizer, *scripts, box="process", limits=LIMITS, truth="6", **sizes) 
         if box != "process":
             trajectories, _ = await rollout(engine, tokenizer, box, samples, limits)
         else:
-            async with open_sandbox(SandboxConfig()) as real:
+            async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as real:
                 trajectories, _ = await rollout(engine, tokenizer, real, samples, limits)
         score(tokenizer, trajectories)
         return trajectories
@@ -109,7 +109,7 @@ def test_the_cache_row_holds_the_trajectory_at_every_append(tokenizer):
     engine = ScriptedEngine(tokenizer, dict(enumerate(scripts)))
 
     async def main() -> list[Trajectory]:
-        async with open_sandbox(SandboxConfig()) as box:
+        async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as box:
             return (await rollout(engine, tokenizer, box, [Sample(problem(), r) for r in range(3)], LIMITS))[0]
 
     for row, trajectory in enumerate(asyncio.run(main())):
@@ -137,7 +137,7 @@ def test_every_end_has_its_reason(tokenizer):
         ["word " * 300],
         [call("print('9' * 3000)"), box],
         max_length=200,
-        limits=RolloutConfig(max_turns=3, tool_output_chars=4000),
+        limits=RolloutConfig(max_turns=3, tool_output_tokens=4000),
     )
     assert [t.end for t in ends] == [
         End.ANSWERED,
@@ -279,7 +279,7 @@ def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tok
 
 
 def test_an_output_that_would_take_the_answers_room_is_not_shown(tokenizer):
-    wide = replace(FORCED, tool_output_chars=4000)
+    wide = replace(FORCED, tool_output_tokens=2000)
     before = len(encode_prompt(tokenizer, problem(), True, 999)) + len(tokenizer.encode(call("print('x' * 99)")))
     room = 256 - before - len(tool_segment(tokenizer, [""])) - len(tokenizer.encode("x" * 8))
     asking = call(f"print('x' * {room})")  # would fit, and leave no room for an answer

@@ -4,16 +4,7 @@ import asyncio
 
 import pytest
 
-from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
-
-
-def run_all(*programs: str, limits: Limits | None = None, stdin: str = "", **config) -> list[ToolResult]:
-    async def main() -> list[ToolResult]:
-        async with open_sandbox(SandboxConfig(slots=2, **config)) as box:
-            return list(await asyncio.gather(*(box.run(program, stdin, limits) for program in programs)))
-
-    return asyncio.run(main())
-
+from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 
 PROGRAMS = {
     "print": ("print(2 + 2)", "4\n"),
@@ -50,27 +41,45 @@ PROGRAMS = {
 }
 
 
-def test_programs_that_succeed():
-    results = run_all(*(code for code, _ in PROGRAMS.values()))
+def test_programs_that_succeed(box):
+    results = box.run(*(code for code, _ in PROGRAMS.values()))
     assert {name: (r.status, r.stdout, r.stderr) for name, r in zip(PROGRAMS, results, strict=True)} == {
         name: ("success", expected, "") for name, (_, expected) in PROGRAMS.items()
     }
 
 
-def test_last_expression_can_be_left_out():
-    (result,) = run_all("1 + 1", show_last_expression=False)
-    assert (result.status, result.stdout) == ("success", "")
+def test_options_of_the_configuration(backend):
+    programs = (
+        "1 + 1",
+        "import math\nprint(math.pi > 3)",
+        "import os",
+        "from json import loads",
+        "def f():\n import re\nf()",
+    )
+
+    async def main():
+        config = SandboxConfig((backend,), slots=1, show_last_expression=False, allowed_modules=("math", "decimal"))
+        async with open_sandbox(config) as box:
+            return [await box.run(program) for program in programs]
+
+    silent, allowed, *refused = asyncio.run(main())
+    assert (silent.status, silent.stdout) == ("success", "")
+    assert (allowed.status, allowed.stdout) == ("success", "True\n")
+    for result, name in zip(refused, ("os", "json", "re"), strict=True):
+        assert result.status == "user_error"
+        assert result.stderr.endswith(f"ImportError: module '{name}' is not allowed here; these are: math, decimal\n")
+        assert result.stderr.count("File ") == result.stderr.count('File "<snippet>"')
 
 
-def test_stdin():
-    (result,) = run_all("print(input(), input())\ninput()", stdin="a\nb\n")
+def test_stdin(box):
+    (result,) = box.run("print(input(), input())\ninput()", stdin="a\nb\n")
     assert result.stdout == "a b\n"
     assert result.stderr.endswith("EOFError: EOF when reading a line\n")
 
 
-def test_traceback_has_the_source_line_and_only_the_programs_frames():
+def test_traceback_has_the_source_line_and_only_the_programs_frames(box):
     code = "def f(x):\n    return 1 / x\nprint('before')\nf(0)"
-    result, syntax, nested, exits = run_all(code, "x = (1,\n2", "(" * 500 + ")" * 500, "import sys\nsys.exit('no')")
+    result, syntax, nested, exits = box.run(code, "x = (1,\n2", "(" * 500 + ")" * 500, "import sys\nsys.exit('no')")
     assert (result.status, result.return_code, result.stdout) == ("user_error", 1, "before\n")
     assert "    return 1 / x\n" in result.stderr
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
@@ -83,30 +92,30 @@ def test_traceback_has_the_source_line_and_only_the_programs_frames():
     assert (exits.status, exits.return_code, exits.stderr) == ("user_error", 1, "no\n")
 
 
-def test_a_last_expression_that_does_not_compile_stops_the_program_before_it_starts():
-    (result,) = run_all("print('ran')\n(yield)")
+def test_a_last_expression_that_does_not_compile_stops_the_program_before_it_starts(box):
+    (result,) = box.run("print('ran')\n(yield)")
     assert (result.status, result.stdout) == ("user_error", "")
 
 
-def test_fatal_signal_is_the_programs_fault():
-    (result,) = run_all("import ctypes\nctypes.string_at(0)")
+def test_fatal_signal_is_the_programs_fault(box):
+    (result,) = box.run("import ctypes\nctypes.string_at(0)")
     assert (result.status, result.signal, result.return_code) == ("user_error", 11, -11)
     assert "SIGSEGV" in result.message
 
 
-def test_timeout_keeps_partial_output_and_the_wall_limit_starts_with_the_program():
+def test_timeout_keeps_partial_output_and_the_wall_limit_starts_with_the_program(box):
     code = "import time\nprint('partial')\ntry:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)"
-    results = run_all(*[code] * 4, limits=Limits(wall_s=0.4))
+    results = box.run(*[code] * 4, limits=Limits(wall_s=0.4))
     assert [(r.status, r.stdout) for r in results] == [("timeout", "partial\n")] * 4
     assert all(0.4 <= r.wall_s < 1.5 for r in results)
     assert max(r.queue_s for r in results) >= 0.4
     assert "0.4 s" in results[0].message
 
 
-def test_endless_output_is_stopped_and_only_its_ends_are_kept():
+def test_endless_output_is_stopped_and_only_its_ends_are_kept(box):
     limits = Limits(output_bytes=1000, raw_output_bytes=1 << 20)
     code = "import sys\nsys.stdout.write('first\\n')\nwhile True:\n    sys.stdout.write('x' * 65536)"
-    (result,) = run_all(code, limits=limits)
+    (result,) = box.run(code, limits=limits)
     assert result.status == "output_limit"
     assert result.stdout_truncated and 1 << 20 < result.stdout_bytes < 2 << 20
     assert len(result.stdout) < 1100
@@ -114,69 +123,49 @@ def test_endless_output_is_stopped_and_only_its_ends_are_kept():
     assert f"[... {result.stdout_bytes - 1000} bytes removed ...]" in result.stdout
 
 
-def test_long_output_below_the_raw_limit_ends_normally():
-    (result,) = run_all("print('a' * 500_000)\nprint('end')", limits=Limits(output_bytes=2000))
+def test_long_output_below_the_raw_limit_ends_normally(box):
+    (result,) = box.run("print('a' * 500_000)\nprint('end')", limits=Limits(output_bytes=2000))
     assert (result.status, result.stdout_bytes, result.stderr_truncated) == ("success", 500_005, False)
     assert result.stdout.endswith("a\nend\n")
 
 
-def test_output_that_is_not_utf8():
-    (result,) = run_all("import os\nos.write(1, b'a\\xffb')\nNone")
+def test_output_that_is_not_utf8(box):
+    (result,) = box.run("import os\nos.write(1, b'a\\xffb')\nNone")
     assert (result.status, result.stdout, result.stdout_bytes) == ("success", "a\ufffdb", 3)
 
 
 @pytest.mark.parametrize("code", ["x = [0] * 10**10", "x = []\nwhile True:\n    x.append(bytearray(1 << 20))"])
-def test_memory_bomb(code: str):
-    (result,) = run_all(code, limits=Limits(memory_mb=64))
+def test_memory_bomb(box, code: str):
+    (result,) = box.run(code, limits=Limits(memory_mb=64))
     assert (result.status, result.peak_rss_mb < 150) == ("oom", True)
     assert result.stderr.endswith("MemoryError\n")
     assert "64 MB" in result.message
 
 
-def test_memory_limit_leaves_room_for_numpy():
-    (result,) = run_all("import numpy as np\nnp.ones(10).sum()", limits=Limits(memory_mb=256))
+def test_memory_limit_leaves_room_for_numpy(box):
+    (result,) = box.run("import numpy as np\nnp.ones(10).sum()", limits=Limits(memory_mb=256))
     assert result.status == "success"
 
 
-def test_programs_cannot_reach_each_others_state():
+def test_programs_cannot_reach_each_others_state(box):
     write = "import math\nmath.pi = 3\nopen('f', 'w').write('x')\nopen('/dev/shm/f', 'w').write('x')\nleak = 1\nNone"
     read = "import math, os\nprint(math.pi > 3, os.listdir('.'), os.path.exists('/dev/shm/f'), 'leak' in globals())"
     mounts = "len(open('/proc/self/mountinfo').readlines())"
 
-    async def main() -> list[ToolResult]:
-        async with open_sandbox(SandboxConfig(slots=1)) as box:
-            return [await box.run(code) for code in (write, read, "import random\nrandom.random()", mounts) * 2]
-
-    results = asyncio.run(main())
+    # Several rounds, because any of the workers may take a program.
+    programs = (write, read, "import random\nrandom.random()", mounts)
+    results = [result for program in programs * 2 for result in box.run(program)]
     assert [r.status for r in results] == ["success"] * 8
     assert results[1].stdout == results[5].stdout == "True [] False False\n"
     assert results[2].stdout != results[6].stdout
     assert results[3].stdout == results[7].stdout
 
 
-def test_many_mixed_programs_all_come_back_right():
-    async def one(box, gate: asyncio.Semaphore, i: int) -> bool:
-        kind = i % 5
-        code = (
-            f"print({i})",
-            f"{i} * 2",
-            f"raise ValueError({i})",
-            f"import sys\nprint({i}, file=sys.stderr)\nsys.exit(3)",
-            f"print('x' * {i * 50})",
-        )[kind]
-        async with gate:
-            r = await box.run(code)
-        return (
-            (r.status, r.stdout) == ("success", f"{i}\n"),
-            (r.status, r.stdout) == ("success", f"{i * 2}\n"),
-            r.status == "user_error" and r.stderr.endswith(f"ValueError: {i}\n"),
-            (r.status, r.stderr, r.return_code) == ("user_error", f"{i}\n", 3),
-            (r.status, r.stdout) == ("success", "x" * (i * 50) + "\n"),
-        )[kind]
-
-    async def main() -> list[bool]:
-        gate = asyncio.Semaphore(16)
-        async with open_sandbox(SandboxConfig(slots=2)) as box:
-            return list(await asyncio.gather(*(one(box, gate, i) for i in range(200))))
-
-    assert all(asyncio.run(main()))
+def test_many_mixed_programs_all_come_back_right(box):
+    programs, expected = [], []
+    for i in range(25):
+        programs += [f"print({i})", f"{i} * 2", f"raise ValueError({i})", f"import sys\nsys.exit({i + 1})"]
+        expected += [("success", f"{i}\n", 0), ("success", f"{i * 2}\n", 0), ("user_error", "", 1)]
+        expected += [("user_error", "", i + 1)]
+    results = [result for i in range(0, len(programs), 50) for result in box.run(*programs[i : i + 50])]
+    assert [(r.status, r.stdout, r.return_code) for r in results] == expected

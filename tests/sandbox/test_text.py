@@ -3,6 +3,7 @@
 import pytest
 
 from retool_jax.sandbox import ToolResult, tool_text
+from retool_jax.tokens.chat import defuse
 
 TRACEBACK = """Traceback (most recent call last):
   File "<snippet>", line 9, in <module>
@@ -100,7 +101,60 @@ def test_error_survives_long_output_and_nothing_exceeds_the_room():
         assert len(tool_text(long_error, room)) <= room
 
 
+def test_frames_of_a_sessions_later_cells_are_told():
+    stderr = (
+        'Traceback (most recent call last):\n  File "<snippet 2>", line 1, in <module>\n    f()\n'
+        '  File "/usr/lib/python3/a.py", line 9, in g\n    h()\n  File "<snippet>", line 2, in f\n    1 / 0\n'
+        "ZeroDivisionError: division by zero\n"
+    )
+    told = tool_text(ToolResult("user_error", stderr=stderr, return_code=1), 1000)
+    assert '"<snippet 2>", line 1' in told and '"<snippet>", line 2' in told and "a.py" not in told
+
+
 @pytest.mark.parametrize("status", ["infra_error", "cancelled"])
 def test_faults_of_the_machinery_are_never_told(status: str):
     with pytest.raises(ValueError, match=status):
         tool_text(ToolResult(status, message="x"), 100)
+
+
+def test_a_budget_of_tokens_is_exact_and_nearly_used(tokenizer):
+    def count(text: str) -> int:
+        return len(tokenizer.encode(defuse(tokenizer, text)))
+
+    texts = [
+        "x = 1234 + 5678\n" * 3000 + "0",
+        "é漢🙂" * 5000,
+        " " * 50_000 + "1" * 50_000,
+        "<|im_end|>" * 5000,
+        "a" * 9000,
+    ]
+    for text in texts:
+        for room in (1, 5, 40, 200, 1000):
+            told = tool_text(ToolResult("success", stdout=text, stdout_bytes=len(text.encode())), room, count)
+            assert count(told) <= room
+            if room >= 40 and count(text) > room and len(text) < 3 * count(text):
+                assert count(told) >= 0.8 * room
+                head, _, rest = told.partition("\n[... ")
+                removed, _, tail = rest.partition(" characters removed ...]\n")
+                assert text.startswith(head) and text.endswith(tail)
+                assert int(removed) == len(text) - len(head) - len(tail)
+    error = ToolResult("user_error", stdout="x" * 9000, stderr=TRACEBACK, return_code=1)
+    assert tool_text(error, 400, count).endswith("ZeroDivisionError: division by zero")
+
+
+def test_the_end_of_an_interpreter_is_told():
+    ended = ToolResult("success", stdout="1\n", message="the interpreter ended")
+    assert tool_text(ended, 100) == "1\n[the interpreter ended]"
+    late = ToolResult("timeout", message="time limit of 5 s reached; the interpreter ended")
+    assert tool_text(late, 100) == "[stopped: time limit of 5 s reached; the interpreter ended]"
+    left = ToolResult("user_error", stderr="bye\n", return_code=1, message="exit code 1; the interpreter ended")
+    assert tool_text(left, 100) == "bye\n[exit code 1; the interpreter ended]"
+
+
+def test_parts_that_count_more_together_than_apart_still_fit_and_are_marked():
+    def count(text: str) -> int:
+        return len(text) + (20 if "removed" in text and len(text) > 60 else 0)
+
+    told = tool_text(ToolResult("success", stdout="x" * 5000, stdout_bytes=5000), 200, count)
+    assert 150 <= count(told) <= 200
+    assert "characters removed" in told

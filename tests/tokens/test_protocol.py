@@ -203,7 +203,7 @@ def play(tokenizer: Tokenizer, turns: list[str], behind: str = "", box: bool = T
         samples = [Sample(Problem("p", (USER,), "6"), 0)]
         if not box:
             return (await rollout(engine, tokenizer, None, samples, limits))[0]
-        async with open_sandbox(SandboxConfig()) as real:
+        async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as real:
             return (await rollout(engine, tokenizer, real, samples, limits))[0]
 
     (trajectory,) = asyncio.run(main())

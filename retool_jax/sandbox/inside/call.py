@@ -1,0 +1,259 @@
+"""A program that runs: its pipes, what it and its fork server say, and the verdict at its end."""
+
+import base64
+import os
+import select
+import signal
+import socket
+import time
+
+from capture import Streams
+from tiers import Tier
+from wire import send_packet
+
+SIGNAL_NUMBERS = frozenset(signal.Signals)
+MOST = 1e7  # seconds or MiB; what a program says of itself beyond that is not believed
+STARTING_S = 0.05  # how often a program that has not started at its time limit is looked at again
+
+
+class CallerGone(Exception):
+    """Something came in, or the input ended, while a program was running."""
+
+
+class Program:
+    """A forked program, seen from the supervisor."""
+
+    def __init__(self, tier: Tier, uid: int | None, request: dict, stdin: int):
+        """Have `tier` fork it. `request` is what `child.run_child` reads."""
+        self.tier = tier
+        self.uid = uid
+        self.session = request["session"]
+        self.cells = 1
+        """The number of a session's present cell."""
+        self.streams: Streams | None = None
+        self.status: int | None = None
+        """The wait status, once it has ended."""
+        self.usage = (0.0, 0.0)
+        """CPU seconds, peak resident size in MiB."""
+        self.gone = False
+        """Whether its fork server has said that no process of the call is left."""
+        self.started: float | None = None
+        self.done: dict | None = None
+        """What a session's interpreter said at the end of a cell."""
+        self.oom = False
+        self.sent = time.monotonic()
+        (self.out, out_end), (self.err, err_end) = os.pipe(), os.pipe()
+        self.report, report_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.report.setblocking(False)
+        ends = (stdin, out_end, err_end, report_end.fileno())
+        tier.send(request, ends)
+        report_end.close()
+        os.close(out_end)
+        os.close(err_end)
+        os.set_blocking(self.out, False)
+        os.set_blocking(self.err, False)
+
+    def feed(self, request: dict, stdin: int) -> None:
+        """Give a session's interpreter its next cell."""
+        self.done, self.oom = None, False
+        self.cells += 1
+        self.sent = self.started = time.monotonic()
+        cell = {name: request[name] for name in ("code", "limits", "show_last_expression")}
+        self.report.setblocking(True)
+        try:
+            send_packet(self.report, cell, (stdin,))
+        except OSError:
+            pass  # it has ended since the last cell, which `watch` will find
+        finally:
+            self.report.setblocking(False)
+
+    def has_ended(self) -> bool:
+        """Whether a session's interpreter ended since its last cell."""
+        while self.status is None and not self.tier.dead and select.select([self.tier.channel], [], [], 0)[0]:
+            self.hear_tier()
+        return self.status is not None or self.tier.dead
+
+    def close(self) -> None:
+        os.close(self.out)
+        os.close(self.err)
+        self.report.close()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself, but not well."""
+        return self.status is None or self.status != 0
+
+    # -- listening ----------------------------------------------------------------------------------------------------
+
+    def hear_tier(self) -> None:
+        """Take one message of the fork server, waiting for it if need be."""
+        message = self.tier.receive()
+        if message is None:
+            return
+        if message[0] == "ready":
+            self.tier.subreaper = message[1]
+            self.sent = time.monotonic()
+        elif message[0] == "ended":
+            _, self.status, user_s, system_s, peak_kb, self.gone = message
+            self.usage = user_s + system_s, peak_kb / 1024
+        elif message[0] == "gone":
+            self.gone = True
+
+    def hear_child(self) -> bool:
+        """Take one message of the child if there is one; False if there is none.
+
+        It is the program's to write here, too, so what comes may be anything; it can only tell on itself.
+        """
+        try:
+            data = self.report.recv(4096)
+        except OSError:
+            return False
+        word, *numbers = data.split()[:5] or [b""]
+        try:
+            values = [float(number) for number in numbers]
+            if word == b"started" and self.started is None:
+                self.started = min(max(values[0], self.sent), time.monotonic())
+            elif word == b"oom":
+                self.oom = True
+            elif word == b"done" and self.session:
+                number, code, cpu_s, peak_mb = values
+                if number == self.cells and 0 <= cpu_s < MOST and 0 <= peak_mb < MOST:
+                    self.done = {"code": int(code) & 0xFF, "cpu_s": cpu_s, "peak_rss_mb": peak_mb}
+        except (ValueError, IndexError, OverflowError):
+            pass
+        return bool(data)
+
+    def hear_last(self) -> None:
+        """Take what is left in the streams and what the child said."""
+        self.streams.drain()
+        while self.hear_child():
+            pass
+
+    def watch(self, limits: dict, protocol_in: int, start_s: float, cell: bool) -> str:
+        """Wait for the end of the program (or, with `cell`, of its cell), its deadline or its output limit.
+
+        Returns "" if it ended by itself, "timeout", "output_limit", "unstarted" or "lost" (its fork server died).
+        """
+        self.streams = streams = Streams((self.out, self.err), limits)
+        poll = select.poll()
+        channel, report = self.tier.channel.fileno(), self.report.fileno()
+        for descriptor in (self.out, self.err, protocol_in, channel, *([report] if cell else [])):
+            poll.register(descriptor, select.POLLIN)
+        verdict, deadline = None, self.sent + limits["wall_s"]
+        while verdict is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                while self.started is None and self.hear_child():
+                    pass
+                # The clock starts with the program; until now it ran from the request.
+                if self.started is None:
+                    verdict = "unstarted" if time.monotonic() > self.sent + start_s + limits["wall_s"] else None
+                    deadline = time.monotonic() + STARTING_S
+                elif self.started + limits["wall_s"] > deadline:
+                    deadline = self.started + limits["wall_s"]
+                else:
+                    verdict = "timeout"
+                continue
+            for descriptor, _ in poll.poll(left * 1000):
+                if descriptor == protocol_in:
+                    raise CallerGone
+                if descriptor == channel:
+                    self.hear_tier()
+                    if self.tier.dead:
+                        verdict = "lost"
+                    elif self.status is not None:
+                        verdict = ""
+                elif descriptor == report:
+                    if not self.hear_child():
+                        poll.unregister(report)
+                    elif self.done is not None:
+                        verdict = verdict or ""
+                else:
+                    streams.read(descriptor)
+                    if descriptor not in streams.open:
+                        poll.unregister(descriptor)
+            if streams.over:
+                verdict = "output_limit"
+        self.ended_at = time.monotonic()
+        return verdict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def judge(verdict: str, program: Program, limits: dict, oom_killed) -> tuple[str, str]:
+    """The result's status and message. `oom_killed` (or None) tells whether the kernel killed for want of memory."""
+    if program.streams.over:
+        verdict = "output_limit"
+    if verdict == "output_limit":
+        return verdict, f"output limit of {limits['raw_output_bytes']} bytes exceeded"
+    starved = oom_killed is not None and oom_killed()
+    if program.oom:
+        return "oom", f"memory limit of {limits['memory_mb']} MB exceeded"
+    if starved:
+        return "oom", f"memory limit exceeded: a program's processes together may use {limits['memory_mb']} MB"
+    if verdict == "timeout":
+        return verdict, f"time limit of {limits['wall_s']:g} s reached"
+    if verdict == "lost":
+        return "infra_error", "the fork server died"
+    if program.started is None:
+        return "infra_error", "the program could not be confined"
+    code = program.done["code"] if program.done else os.waitstatus_to_exitcode(program.status)
+    if code < 0:
+        return "user_error", f"killed by signal {signal.Signals(-code).name if -code in SIGNAL_NUMBERS else -code}"
+    return ("user_error", f"exit code {code}") if code else ("success", "")
+
+
+def tell_of(program: Program) -> dict:
+    """How a program ended, for `answer`."""
+    if program.done and program.status is None:
+        return {
+            "return_code": program.done["code"],
+            "cpu_s": program.done["cpu_s"],
+            "peak_rss_mb": program.done["peak_rss_mb"],
+            "wall_s": program.ended_at - program.started,
+            "streams": program.streams,
+        }
+    return {
+        "return_code": os.waitstatus_to_exitcode(signal.SIGKILL if program.status is None else program.status),
+        "cpu_s": program.usage[0],
+        "peak_rss_mb": program.usage[1],
+        "wall_s": program.ended_at - (program.started or program.sent),
+        "streams": program.streams,
+    }
+
+
+def answer(
+    status: str,
+    message: str,
+    return_code: int | None = None,
+    wall_s: float = 0.0,
+    cpu_s: float = 0.0,
+    peak_rss_mb: float = 0.0,
+    streams: Streams | None = None,
+    files: dict[str, str] | None = None,
+    clean: bool = True,
+    ended: bool = False,
+) -> dict:
+    """The response."""
+    captures = streams.captures.values() if streams else ()
+    shown = [
+        {"data": base64.b64encode(c.kept()).decode(), "bytes": c.total, "truncated": c.truncated} for c in captures
+    ]
+    return {
+        "result": {
+            "status": status,
+            "message": message,
+            "return_code": return_code,
+            "signal": -return_code if return_code is not None and return_code < 0 else None,
+            "wall_s": wall_s,
+            "cpu_s": cpu_s,
+            "peak_rss_mb": peak_rss_mb,
+        },
+        "streams": shown or [{"data": "", "bytes": 0, "truncated": False}] * 2,
+        "files": files or {},
+        "clean": clean,
+        "ended": ended,
+    }

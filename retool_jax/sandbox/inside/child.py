@@ -1,0 +1,304 @@
+"""One program, from the fork to its end."""
+
+import ast
+import atexit
+import builtins
+import contextlib
+import ctypes
+import gc
+import io
+import linecache
+import marshal
+import os
+import resource
+import signal
+import site
+import socket
+import sys
+import time
+import traceback
+import types
+
+import seccomp
+from isolation import (
+    CLONE_NEWIPC,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    LIBC,
+    PR_SET_DUMPABLE,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+    Isolation,
+    drop_capabilities,
+    enter_user_namespace,
+    mount_proc,
+)
+from wire import receive_packet, unpack
+
+INSIDE = os.path.dirname(os.path.abspath(__file__))
+OWN_MODULES = tuple(name.removesuffix(".py") for name in os.listdir(INSIDE) if name.endswith(".py"))
+REPORT = 3  # the descriptor on which a child reports about itself
+MESSAGE_HEADROOM_BYTES = 32 << 20  # memory beyond the limit, for the traceback of a MemoryError
+OPEN_FILES = 128
+WARM_UP_RUNS = 40
+
+
+def report(text: str) -> None:
+    """Tell the supervisor something: a word, and numbers where there are some."""
+    with contextlib.suppress(OSError):  # the program may have closed it
+        os.write(REPORT, text.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confinement
+# ---------------------------------------------------------------------------------------------------------------------
+
+# After a fork each page that is written to is copied, and to run a function writes to where it lies. So all that can be
+# done before the fork is done in `prepare`, and what remains is written plainly.
+
+
+def prepare() -> dict:
+    """What every program finds, done once per fork server; returns the namespace of the `__main__` to be."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "cannot forbid new privileges")
+    # Whole lines go out at once, so that they survive a time-out. The streams are the interpreter's own, for programs
+    # that look at sys.__stdout__.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    site.setquit()  # -S left out exit(), quit() and help()
+    site.sethelper()
+    site.setcopyright()
+    sys.argv = [""]
+    sys.path.insert(0, "")  # the working directory, which belongs to one call alone
+    for name in OWN_MODULES:
+        sys.modules.pop(name, None)
+    for _ in range(WARM_UP_RUNS):  # the interpreter rewrites a function while it is new
+        execute("x = 1\nx + 1 and None", "<snippet>", True, {"__builtins__": builtins})
+        LIBC.prctl(PR_SET_DUMPABLE, 0)
+    linecache.cache.clear()
+    main = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main
+    return main.__dict__
+
+
+def confine(isolation: Isolation, request: dict, base_bytes: int) -> None:
+    """Turn the fresh fork into a process that may run a stranger's code. Raises OSError if that fails."""
+    os.setsid()
+    os.chdir(isolation.work)
+    limits, uid = request["limits"], request["uid"]
+    if request["oom_first"]:  # when the worker's memory runs out, this process goes, not the fork server
+        with contextlib.suppress(OSError):
+            score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+            os.write(score, b"500")
+            os.close(score)
+    if isolation.ipc:
+        LIBC.unshare(CLONE_NEWIPC)
+    ceiling = request["memory_mb"] if request["session"] else limits["memory_mb"]
+    memory = base_bytes + (limits["memory_mb"] << 20)
+    setrlimit = resource.setrlimit
+    setrlimit(resource.RLIMIT_AS, (memory, base_bytes + (ceiling << 20) + MESSAGE_HEADROOM_BYTES))
+    setrlimit(resource.RLIMIT_FSIZE, (limits["file_mb"] << 20, limits["file_mb"] << 20))
+    if isolation.nproc:
+        setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
+    if uid is None:
+        drop_capabilities()
+    else:  # to leave root behind is to leave its capabilities behind; the bounding set was emptied long ago
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    LIBC.prctl(PR_SET_DUMPABLE, 1)  # the change of user closed /proc/self to the program itself
+    if not isolation.processes:  # elsewhere the namespace ends with its first process
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def fork_nested(isolation: Isolation, outcome: int) -> int | None:
+    """Fork into user, process and mount namespaces of the program's own, below an init that waits for it.
+
+    Without user ids to give away, that is what keeps a program from the processes of the same user around it: it
+    cannot name them. It is not the init itself, for such a process ignores its own fatal signals. Returns None in the
+    program, the pid to wait for in the caller; the init writes the wait status and usage into `outcome`.
+    """
+    if outer := os.fork():
+        return outer
+    LIBC.prctl(PR_SET_DUMPABLE, 1)  # or else the maps of the new user namespace are not writable
+    if not enter_user_namespace(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC):
+        os._exit(1)
+    if init := os.fork():
+        os.closerange(0, 256)
+        os.waitpid(init, 0)
+        os._exit(0)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    mount_proc()  # refused where /proc is covered in part; other namespaces' processes then stay visible, but not more
+    if program := os.fork():
+        LIBC.prctl(PR_SET_DUMPABLE, 0)
+        os.dup2(outcome, 0)
+        os.closerange(1, 256)
+        ended = 0
+        while ended != program:
+            ended, status, usage = os.wait4(-1, 0)
+        os.write(0, marshal.dumps([status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss]))
+        os._exit(0)
+    return None
+
+
+def reseed() -> None:
+    """Give the program random numbers of its own; `random` itself does that at every fork."""
+    if "numpy.random" in sys.modules:  # with a number, because to let numpy find one takes ten times as long
+        sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
+    if "sympy.core.random" in sys.modules:
+        sys.modules["sympy.core.random"].rng.seed()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def restrict_imports(allowed: list[str], namespace: dict) -> None:
+    """Refuse what the program itself imports beyond `allowed`; what the allowed modules import is their business."""
+    original = builtins.__import__
+
+    def __import__(name, globals=None, locals=None, fromlist=(), level=0):  # the signature is the language's
+        if globals is namespace and name.partition(".")[0] not in allowed:
+            raise ImportError(f"module {name!r} is not allowed here; these are: {', '.join(allowed)}", name=name)
+        return original(name, globals, locals, fromlist, level)
+
+    builtins.__import__ = __import__
+
+
+def execute(code: str, name: str, show_last_expression: bool, namespace: dict) -> tuple[int, bool, bool]:
+    """Run `code`; returns the exit code, whether memory ran out, and whether it asked to exit."""
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    running = False
+    try:
+        tree = ast.parse(code.removeprefix("\ufeff"), name)
+        last = tree.body.pop() if show_last_expression and tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        parts = [compile(tree, name, "exec", dont_inherit=True)]
+        if last is not None:  # what the interactive prompt does with a statement: show its value unless it is None
+            parts.append(compile(ast.Interactive([last]), name, "single", dont_inherit=True))
+        running = True
+        for part in parts:
+            exec(part, namespace)
+        return 0, False, False
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return (stop.code or 0) & 0xFF, False, True
+        print(stop.code, file=sys.__stderr__)
+        return 1, False, True
+    except BaseException as error:
+        # The parser raises MemoryError, too, for code nested too deeply.
+        return 1, tell(error, running) and running and isinstance(error, MemoryError), False
+
+
+def without_own_frames(summary: traceback.TracebackException) -> None:
+    """Take the frames of this folder's files out of a traceback and of those that led to it."""
+    while summary is not None:
+        for index in reversed(range(len(summary.stack))):
+            if summary.stack[index].filename.startswith(INSIDE):
+                del summary.stack[index]
+        summary = summary.__cause__ or summary.__context__
+
+
+def tell(error: BaseException, running: bool) -> bool:
+    """Write the traceback of the program's own frames; returns True."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        frames = error.__traceback__ if running else None
+        summary = traceback.TracebackException(type(error), error, frames, compact=True)
+        without_own_frames(summary)
+        for line in summary.format():
+            print(line, file=sys.__stderr__, end="")
+    except BaseException:  # no memory even for that, or the program closed what is written to
+        with contextlib.suppress(OSError):
+            os.write(2, f"{type(error).__name__}\n".encode())
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return True
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(BaseException):  # the program may have closed or replaced it
+            stream.flush()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children it waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def serve_cells(request: dict, namespace: dict) -> int:
+    """Run cell after cell in one namespace until one asks to exit; returns the exit code."""
+    channel = socket.socket(fileno=REPORT)
+    number = 1
+    while True:
+        name = "<snippet>" if number == 1 else f"<snippet {number}>"
+        limits = request["limits"]
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = request["base_bytes"] + (limits["memory_mb"] << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (min(wanted, hard), hard))
+        cpu = cpu_seconds()
+        report(f"started {time.monotonic()}")
+        code, oom, leave = execute(request["code"], name, request["show_last_expression"], namespace)
+        flush()
+        if leave:
+            return code
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        os.set_blocking(REPORT, True)  # the cell may have played with it
+        if oom:
+            report("oom")
+        report(f"done {number} {code} {cpu_seconds() - cpu} {peak / 1024}")
+        payload, descriptors = receive_packet(channel)
+        base_bytes = request["base_bytes"]
+        request = unpack(payload, descriptors)
+        request["base_bytes"] = base_bytes
+        os.dup2(descriptors[0], 0)
+        os.close(descriptors[0])
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8", errors="surrogateescape")
+        number += 1
+
+
+def run_child(
+    payload: bytes,
+    descriptors: list[int],
+    isolation: Isolation,
+    filter_: seccomp.Program | None,
+    base_bytes: int,
+    namespace: dict,
+) -> None:
+    """All of a program's life; never returns. `descriptors`: stdin, stdout, stderr, report, [the packet's file]."""
+    exit_code, ready = 1, False
+    try:
+        request = unpack(payload, descriptors)
+        for target, source in enumerate(descriptors):
+            os.dup2(source, target, target != REPORT)
+        os.closerange(REPORT + 1, 256)
+        confine(isolation, request, base_bytes)
+        if filter_ is not None and isolation.nested:  # elsewhere the fork server already wears it
+            seccomp.install(LIBC, filter_)
+        reseed()
+        gc.enable()
+        if request["allowed_modules"]:
+            restrict_imports(request["allowed_modules"], namespace)
+        ready = True
+        if request["session"]:
+            request["base_bytes"] = base_bytes
+            exit_code = serve_cells(request, namespace)
+        else:
+            report(f"started {time.monotonic()}")
+            exit_code, oom, _ = execute(request["code"], "<snippet>", request["show_last_expression"], namespace)
+            if oom:
+                report("oom")
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+    except BaseException:
+        if not ready:  # for the caller's log; later on it could only be noise about streams the program broke
+            traceback.print_exc(file=sys.__stderr__)
+    finally:
+        flush()
+        os._exit(exit_code)

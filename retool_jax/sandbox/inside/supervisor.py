@@ -1,0 +1,309 @@
+"""The program inside a worker: has snippets forked, watches them, and answers over stdin and stdout.
+
+Started as `python -I -S supervisor.py SETUP` with nothing but the standard library, so that every back-end can run it
+inside whatever it isolates with. SETUP is JSON: `packages` (folders for sys.path), `tiers` (names of fork servers),
+`memory_mb` (the most that a program of this worker may have), `python` (the sys.version that must be found here, or
+absent), `seccomp` (filter system calls), `events` (a descriptor of the memory group's counters, or absent), and for
+`process` alone `unshare` (leave the host's namespaces oneself) and `scratch` (a folder of the worker's own).
+
+Each frame (see `wire`) gets one in return; the first one out says what was granted. Anything on stdin during a call,
+above all its end, means that the caller has given up: the supervisor kills what runs and leaves.
+"""
+
+import base64
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import seccomp
+from call import CallerGone, Program, answer, judge, tell_of
+from files import WorkFolder
+from isolation import Isolation, isolate
+from reaper import Reaper
+from scheduling import Scheduling
+from tiers import Tier, available
+from wire import memory_file, read_frame, write_frame
+
+START_S = 30.0  # what a fork server may take to import its packages
+SWEEP_S = 2.0
+
+
+class Supervisor:
+    """One worker: its fork servers, its working directory, and the one program that may be running."""
+
+    def __init__(self, setup: dict, isolation: Isolation, protocol_in: int):
+        self.setup = setup
+        self.isolation = isolation
+        self.protocol_in = protocol_in
+        self.filter = seccomp.build() if isolation.seccomp else None
+        self.folder = WorkFolder(isolation)
+        self.tiers: dict[str, Tier] = {}
+        self.names = available(setup["tiers"])
+        self.calls = 0
+        self.session: Program | None = None
+        # Where other users' processes are out of sight, so that a whole user can be killed without a look at each.
+        alone = isolation.first_uid is not None and isolation.processes
+        self.reaper = Reaper(isolation) if alone else None
+        # gVisor lets any program change the priority and the cores of any process.
+        self.scheduling = Scheduling() if os.getpid() == 1 and not isolation.immune else None
+        self.oom_kills = 0
+        """What `count_oom_kills` was when the call began."""
+
+    # -- fork servers -------------------------------------------------------------------------------------------------
+
+    def tier(self, name: str) -> Tier:
+        """The fork server of that name, the base one if there is none; started if it does not run."""
+        name = name if name in self.names else "base"
+        self.reap()
+        if name not in self.tiers or self.tiers[name].dead:
+            if name in self.tiers:
+                self.tiers.pop(name).channel.close()
+            self.tiers[name] = Tier(name, self.isolation, self.filter)
+        return self.tiers[name]
+
+    def reap(self) -> None:
+        """Collect ended children: orphans, and fork servers that died."""
+        with contextlib.suppress(ChildProcessError):
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                for tier in self.tiers.values():
+                    tier.dead |= tier.pid == pid
+
+    # -- killing ------------------------------------------------------------------------------------------------------
+
+    def victims(self) -> list[int]:
+        """Every process of the programs: all that are seen where only this worker is, else those below it."""
+        known = {os.getpid(), *(tier.pid for tier in self.tiers.values() if not tier.dead)}
+        if self.reaper is not None:
+            known.add(self.reaper.pid)
+        parents = {}
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            if int(name) in known:
+                continue
+            try:
+                with open(f"/proc/{name}/stat") as file:
+                    state, parent = file.read().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue  # it ended meanwhile
+            if state not in "ZX":
+                parents[int(name)] = int(parent)
+        if self.isolation.processes and os.getpid() == 1:
+            return list(parents)
+        below = set(known)
+        while more := {pid for pid, parent in parents.items() if parent in below} - below:
+            below |= more
+        return list(below - known)
+
+    def kill_all(self, uid: int | None) -> None:
+        """Kill every process of the call, once; more may be forked meanwhile."""
+        if self.reaper is not None:
+            self.reaper.kill(uid)
+            return
+        for pid in self.victims():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def settle(self, program: Program) -> bool:
+        """Kill what is left of a program and wait until it is gone; False if something would not go."""
+        deadline, pause = time.monotonic() + SWEEP_S, 0.0005
+        while not (program.gone and (program.tier.subreaper or not self.victims())):
+            if time.monotonic() > deadline:
+                return False
+            self.kill_all(program.uid)
+            if program.tier.dead:
+                self.reap()
+                program.gone = not self.victims()
+                if not program.gone:
+                    time.sleep(pause)
+            elif not program.gone:
+                if select.select([program.tier.channel], [], [], pause)[0]:
+                    program.hear_tier()
+            else:
+                self.reap()
+                time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        if self.scheduling is not None:
+            self.scheduling.restore([0, self.reaper.pid, *(tier.pid for tier in self.tiers.values())])
+        return True
+
+    def kill_everything(self) -> None:
+        """Before leaving: nothing of the programs or fork servers may stay, even where no namespace ends with us."""
+        for tier in self.tiers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(tier.pid, signal.SIGKILL)
+            tier.dead = True
+        if os.getpid() == 1 and self.isolation.processes:
+            return
+        deadline = time.monotonic() + SWEEP_S
+        while (victims := self.victims()) and time.monotonic() < deadline:
+            for pid in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.reap()
+            time.sleep(0.001)
+        if not self.isolation.files:
+            self.folder.close()
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def count_oom_kills(self) -> int:
+        """How many processes of this worker the kernel has killed for want of memory, as far as that is told."""
+        if "events" not in self.setup:
+            return 0
+        text = os.pread(self.setup["events"], 4096, 0).decode()
+        return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+
+    def oom_killed(self) -> bool:
+        """Whether that number has grown since the call began."""
+        return self.count_oom_kills() > self.oom_kills
+
+    def start(self, request: dict, session: bool) -> Program:
+        """Hand a program to its fork server. The working directory is open already."""
+        content = {
+            "code": request["code"],
+            "show_last_expression": request["show_last_expression"],
+            "allowed_modules": request["allowed_modules"],
+            "limits": request["limits"],
+            "uid": self.isolation.uid(self.calls),
+            "session": session,
+            "memory_mb": max(self.setup["memory_mb"], request["limits"]["memory_mb"]),
+            "oom_first": "events" in self.setup,
+        }
+        with opened_stdin(request["stdin"]) as stdin:
+            return Program(self.tier(request["tier"]), content["uid"], content, stdin)
+
+    def run(self, request: dict) -> dict:
+        """Run one program to its end, whatever end that is; returns the response."""
+        self.calls += 1
+        self.oom_kills = self.count_oom_kills()
+        uid, limits = self.isolation.uid(self.calls), request["limits"]
+        self.folder.open(limits, uid)
+        try:
+            if problem := self.folder.put(request["files"], uid):
+                return answer("rejected", problem)
+            program = self.start(request, session=False)
+            try:
+                verdict = program.watch(limits, self.protocol_in, START_S, cell=False)
+                clean = self.settle(program)
+                program.hear_last()
+                status, message = judge(verdict, program, limits, self.oom_killed if program.failed else None)
+                files = self.folder.take(request["fetch"], uid)
+                return answer(status, message, **tell_of(program), files=files, clean=clean)
+            finally:
+                program.close()
+        finally:
+            self.folder.close()
+
+    def cell(self, request: dict) -> dict:
+        """Run one cell of the session, in the interpreter that is there or in a new one; returns the response."""
+        limits, fresh = request["limits"], self.session is None
+        self.oom_kills = self.count_oom_kills()
+        if fresh:
+            self.calls += 1
+            self.folder.open(limits, self.isolation.uid(self.calls))
+        program, uid = self.session, self.isolation.uid(self.calls)
+        try:
+            if problem := self.folder.put(request["files"], uid):
+                if fresh:
+                    self.folder.close()
+                return answer("rejected", problem, ended=fresh)
+            if program is not None and program.has_ended():
+                clean = self.end_session()
+                message = "the session's interpreter had ended since the last cell; the next one starts afresh"
+                return answer("user_error", message, return_code=1, clean=clean, ended=True)
+            if program is None:
+                program = self.session = self.start(request, session=True)
+            else:
+                with opened_stdin(request["stdin"]) as stdin:
+                    program.feed(request, stdin)
+            verdict = program.watch(limits, self.protocol_in, START_S, cell=True)
+            ended = bool(verdict) or program.done is None
+            clean = self.settle(program) if ended else True
+            program.hear_last()
+            status, message = judge(verdict, program, limits, self.oom_killed if program.failed else None)
+            files = self.folder.take(request["fetch"], uid)
+            response = answer(status, message, **tell_of(program), files=files, clean=clean, ended=ended)
+        except BaseException:
+            self.end_session()
+            raise
+        if ended:
+            self.end_session()
+        return response
+
+    def end_session(self) -> bool:
+        """Kill the session's interpreter if there is one; False if something of it would not go."""
+        if self.session is None:
+            return True
+        program, self.session = self.session, None
+        clean = self.settle(program)
+        program.close()
+        self.folder.close()
+        return clean
+
+
+@contextlib.contextmanager
+def opened_stdin(content: str) -> Iterator[int]:
+    """A descriptor from which the base64 text's bytes can be read."""
+    data = base64.b64decode(content)
+    descriptor = memory_file("stdin", data) if data else os.open("/dev/null", os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    setup = json.loads(sys.argv[1])
+    if setup.get("python", sys.version) != sys.version:
+        sys.exit(f"the runtime should be Python {setup['python']!r}, but this is {sys.version!r}")
+    # The protocol moves off 0 and 1, where a stray print or a program's input() could touch it.
+    protocol_in, protocol_out = os.dup(0), os.dup(1)
+    if "events" in setup:  # brought down to the numbers that a fork server closes
+        given, setup["events"] = setup["events"], os.dup(setup["events"])
+        os.close(given)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    isolation = isolate(setup)
+    del sys.path[0]
+    sys.path += setup["packages"]
+    gc.disable()
+    supervisor = Supervisor(setup, isolation, protocol_in)
+    supervisor.tier("base").await_ready(START_S)
+    granted = {"own_uid": isolation.first_uid is not None}
+    granted.update((name, getattr(isolation, name)) for name in ("network", "processes", "files", "seccomp"))
+    granted["memory_group"] = "events" in setup
+    hello = {"isolation": granted, "python": sys.version.split()[0], "tiers": supervisor.names}
+    write_frame(protocol_out, hello)
+    try:
+        while True:
+            request = read_frame(protocol_in)
+            if request["op"] == "ping":
+                response = {"pong": True}
+            elif request["op"] == "warm":  # they load in the background, while the worker serves
+                response = {"warming": [supervisor.tier(name).name for name in request["tiers"]]}
+            elif request["op"] == "cell":
+                response = supervisor.cell(request)
+            else:
+                supervisor.end_session()
+                response = supervisor.run(request)
+            write_frame(protocol_out, response)
+            if not response.get("clean", True):
+                break
+            gc.collect(0)
+    except (EOFError, CallerGone, BrokenPipeError):
+        pass
+    finally:
+        supervisor.kill_everything()
+
+
+if __name__ == "__main__":
+    main()

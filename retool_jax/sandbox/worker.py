@@ -1,0 +1,260 @@
+"""What the launchers share: the environment of programs, the worker's handle, owners and what dead ones left behind."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retool_jax.sandbox.cgroup import MemoryGroup
+
+INSIDE = Path(__file__).with_name("inside")
+STOP_GRACE_S = 1.0
+STREAM_BUFFER_BYTES = 1 << 20
+LAST_WORDS_BYTES = 65536
+TIERS = ("base", "numpy", "sympy", "scipy")
+
+# Built from nothing, so that no token or key of the host's environment can be read by a program. One thread per maths
+# library: a slot stands for one core.
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/tmp",
+    "TMPDIR": "/tmp",
+    "LANG": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Owners
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def started_at(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is none. With the pid, its unique name."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def owner_tag() -> str:
+    """The name of this process in all that it leaves on the machine, so that a later one can tell it is dead."""
+    return f"retool-{os.getpid()}-{started_at(os.getpid())}"
+
+
+def owner_is_gone(tag: str) -> bool:
+    """Whether `tag` names a process that no longer exists; False for what is no tag at all."""
+    match = re.fullmatch(r"retool-(\d+)-(\d+)", tag)
+    return match is not None and started_at(int(match[1])) != int(match[2])
+
+
+def stale_workers() -> list[int]:
+    """Processes of workers whose owner is dead: a stopped one cannot notice that its input has ended."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.stat(f"/proc/{name}").st_uid != os.geteuid():
+                continue
+            command = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace")
+            owner = re.search(r'supervisor\.py\0.*"owner": "(retool-\d+-\d+)"', command)
+            if owner and owner_is_gone(owner[1]):
+                found.append(int(name))
+    return found
+
+
+def kill_stale_workers() -> int:
+    """Kill what `stale_workers` finds; returns how many."""
+    stale = stale_workers()
+    for pid in stale:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(stale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Worker:
+    """A running supervisor: frames go in at `writer` and come out at `reader`."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    process: asyncio.subprocess.Process
+    group: MemoryGroup | None
+    """The memory cgroup that holds all of the worker, if there is one."""
+    tidy: Callable[[], Awaitable[None]]
+    """Removes what the launcher made for this worker; runs once the outermost process is dead."""
+    memory_kills: Callable[[], int]
+    """How many of its processes the kernel has killed for want of memory, ever."""
+    _kills_before: int = 0
+    _words: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))
+    _listener: asyncio.Task[None] | None = None
+    _stopped: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The outermost process."""
+        return self.process.pid
+
+    def listen(self) -> None:
+        """Read stderr from now on, so that a full pipe never blocks the worker; its end is kept."""
+
+        async def read() -> None:
+            assert self.process.stderr is not None
+            while data := await self.process.stderr.read(LAST_WORDS_BYTES // 16):
+                self._words.append(data)
+
+        self._listener = asyncio.create_task(read())
+
+    async def last_words(self) -> str:
+        """The end of what the worker wrote to stderr, on one line; waits a moment for a dying one to finish."""
+        if self._listener is not None:
+            await asyncio.wait([self._listener], timeout=STOP_GRACE_S)
+        lines = b"".join(self._words).decode(errors="replace").strip().split("\n")
+        return " | ".join(line.strip() for line in lines[-4:])
+
+    def begin_call(self) -> None:
+        """Forget what earlier programs were killed for: from here on `ran_out_of_memory` is about the new call."""
+        self._kills_before = self.memory_kills()
+
+    def ran_out_of_memory(self) -> bool:
+        """Whether the kernel killed anything in the worker for want of memory since the call began.
+
+        Ask before `stop`, which removes the evidence.
+        """
+        return self._stopped is None and self.memory_kills() > self._kills_before
+
+    def memory_mb(self) -> float | None:
+        """Memory in use now, MiB: of the cgroup, else the proportional share of each process; None if unknown."""
+        if self.group is not None:
+            return self.group.usage_mb()
+        return proportional_mb(self.pid)
+
+    async def stop(self) -> None:
+        """End the worker and everything in it, and remove what was made for it. Safe to call twice or on a dead one."""
+        if self._stopped is None:
+            self._stopped = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopped)
+
+    async def _stop(self) -> None:
+        self.writer.close()  # end of file tells the supervisor to kill its programs and leave
+        try:
+            await asyncio.wait_for(self.process.wait(), STOP_GRACE_S)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                self.process.kill()
+            with suppress(TimeoutError):  # one that the kernel cannot end just now must not hold up its owner
+                await asyncio.wait_for(self.process.wait(), STOP_GRACE_S)
+        await self.tidy()
+        if self.group is not None:
+            await self.group.remove()
+        if self._listener is not None:
+            self._listener.cancel()
+
+
+def proportional_mb(pid: int) -> float | None:
+    """Memory of a process and its descendants, MiB, pages shared by n processes counted as 1/n."""
+    total, waiting = 0, [pid]
+    try:
+        while waiting:
+            pid = waiting.pop()
+            with open(f"/proc/{pid}/smaps_rollup") as file:
+                total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+            with open(f"/proc/{pid}/task/{pid}/children") as file:
+                waiting += map(int, file.read().split())
+    except (OSError, StopIteration):
+        return None
+    return total / 1024
+
+
+async def nothing() -> None:
+    """The `tidy` of a launcher that leaves nothing."""
+
+
+def supervisor_command(interpreter: str, inside: str, /, **setup: object) -> list[str]:
+    """The command line of the program inside; `setup` is what `inside/supervisor.py` describes."""
+    # -S keeps `site` and its .pth files (some run code, 20 ms and more) out of the start.
+    return [interpreter, "-I", "-S", f"{inside}/supervisor.py", json.dumps({"owner": owner_tag(), **setup})]
+
+
+async def start(
+    command: Sequence[str],
+    *,
+    group: MemoryGroup | None = None,
+    tidy: Callable[[], Awaitable[None]] = nothing,
+    memory_kills: Callable[[], int] | None = None,
+    keep: Sequence[int] = (),
+) -> Worker:
+    """Start a worker's outermost process, in `group` from its first instruction on.
+
+    keep: further descriptors that it inherits. If it does not start, `tidy` runs and the group is removed, then
+    OSError is raised.
+    """
+    if group is not None:  # `sh` moves itself, so that nothing can be forked before the move
+        enter = 'while [ "$1" != -- ]; do echo $$ > "$1" || exit 1; shift; done; shift; exec "$@"'
+        command = ["/bin/sh", "-c", enter, "sh", *map(str, group.entrances), "--", *command]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which closes the sandbox in order
+            limit=STREAM_BUFFER_BYTES,
+            pass_fds=keep,
+        )
+    except BaseException:
+        await tidy()
+        if group is not None:
+            await group.remove()
+        raise
+    assert process.stdin is not None and process.stdout is not None
+    if memory_kills is None:
+        memory_kills = group.oom_kills if group is not None else (lambda: 0)
+    worker = Worker(process.stdout, process.stdin, process, group, tidy, memory_kills)
+    worker.listen()
+    return worker
+
+
+async def finish(*command: str, timeout_s: float = 5.0) -> int | None:
+    """Run an external command without output; its exit code, or None if it had to be killed."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        return await asyncio.wait_for(process.wait(), timeout_s)
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await asyncio.wait_for(process.wait(), timeout_s)
+        return None
+
+
+async def gone(pids: Sequence[int], timeout_s: float = 2.0) -> bool:
+    """Wait until none of these processes is left."""
+    deadline = time.monotonic() + timeout_s
+    while any(started_at(pid) is not None for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True

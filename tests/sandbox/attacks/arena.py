@@ -1,0 +1,187 @@
+"""One back-end under attack: the sandbox, the host beside it, and what has been seen of its processes."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
+
+from .case import Case, fill, judge
+from .host import Host, descendants
+from .sessions import FRESH, Cell, Session
+
+MEMORY_MB = 512
+CROWD = 4
+"""Cases that run side by side, each in a worker of its own, if they are sociable."""
+BATCH = 12
+"""Sociable cases between two looks at what they left."""
+
+# What a program finds when nothing of an earlier one is left; printed by a call after each attack.
+CENSUS = """
+import glob, os, resource, signal, sys
+def listed(path):
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return None
+strangers = 0
+for path in glob.glob("/proc/[0-9]*"):
+    try:
+        owner = os.stat(path).st_uid
+        if open(path + "/stat").read().rpartition(")")[2].split()[0] in "ZX":
+            continue
+    except OSError:
+        continue
+    strangers += owner not in (0, 65534) and path != f"/proc/{os.getpid()}"
+segments = [len(open(p).readlines()) for p in glob.glob("/proc/sysvipc/*")]
+print(6 * 7, listed("."), listed("/dev/shm"), listed("/var/tmp"), listed("/tmp"), strangers, segments, sys.path[1:])
+print(sorted(os.environ.items()), os.umask(0o22), resource.getrlimit(resource.RLIMIT_NOFILE), len(sys.modules))
+for pid in (1, os.getppid() or 1):
+    print(os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid), len(os.sched_getaffinity(pid)))
+print(len(os.listdir("/proc/self/fd")), signal.getsignal(signal.SIGINT), sys.getrecursionlimit(), os.nice(0))
+"""
+
+# What must hold before a program that could harm the machine is let loose.
+GUARD = """
+import os
+status = dict(line.split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
+wrong = []
+if os.getuid() == 0 or int(status.get("CapEff", "0"), 16):
+    wrong.append(f"programs run with rights: uid {os.getuid()}, capabilities {status.get('CapEff')}")
+try:
+    if b"python" in open("/proc/@PID@/cmdline", "rb").read() and os.getpid() > 1000:
+        wrong.append("programs see the host's processes")
+except OSError:
+    pass
+try:
+    open("@CANARY@")
+    wrong.append("programs read the host's files")
+except OSError:
+    pass
+print(wrong)
+"""
+
+
+class Arena:
+    """An open sandbox of one back-end in an event loop of its own, with `slots` workers. Close it in the end."""
+
+    def __init__(self, backend: str, host: Host, slots: int = 1) -> None:
+        self.backend, self.host = backend, host
+        self.words = host.words | {"BACKEND": backend}
+        self.runner = asyncio.Runner()
+        self.played: dict[tuple[str, str], list[str]] = {}
+        self.seen: dict[int, str] = {}
+        """Every process of the sandbox that was ever looked at."""
+        self._stack = AsyncExitStack()
+        config = SandboxConfig(backend=(backend,), slots=slots, limits=Limits(memory_mb=MEMORY_MB), probe_s=0)
+        self.box: Sandbox = self.runner.run(self._stack.enter_async_context(open_sandbox(config)))
+        self.census = ""
+        wrong = self.runner.run(self.take_census())
+        guard_code = fill(Case("", "", GUARD), self.words).code
+        guard = self.runner.run(self.box.run(guard_code))
+        self.unfit = "" if guard.stdout == "[]\n" and not wrong else f"{guard.stdout}{guard.stderr}{wrong}"
+        """Why no harmful program may run here; "" if they may."""
+
+    def close(self) -> None:
+        self.runner.run(self._stack.aclose())
+        self.runner.close()
+
+    async def take_census(self) -> list[str]:
+        """Run a harmless program; complain if it finds other than the first one did."""
+        result = await self.box.run(CENSUS, limits=Limits(wall_s=10, memory_mb=MEMORY_MB))
+        self.seen |= descendants()
+        if result.status != "success":
+            return [f"the next call: {result.status} {result.message} {result.stderr[-300:]!r}"]
+        self.census = self.census or result.stdout
+        if result.stdout != self.census:
+            for member in self.box.crew._ready:  # the next case begins with a new worker
+                os.kill(member.launched.pid, signal.SIGKILL)
+            await self.box.run("None")
+            pairs = zip(result.stdout.splitlines(), self.census.splitlines(), strict=False)
+            return [f"the next call found {now!r}, not {first!r}" for now, first in pairs if now != first]
+        return []
+
+    def shows_secret(self, result: ToolResult) -> list[str]:
+        text = result.stdout + result.stderr + result.message
+        data = text.encode("utf-8", "surrogatepass") + b"".join(result.files.values())
+        return ["the host's secret came out"] if self.host.secret.encode() in data else []
+
+    async def attack(self, case: Case) -> list[str]:
+        """Run a case and the calls after it; returns what did not hold."""
+        return await self.play(case) + await self.take_census() + self.host.complaints()
+
+    async def beside(self, *attacks: Coroutine[Any, Any, list[str]]) -> list[list[str]]:
+        """Run attacks side by side, then look at every worker; what is found there counts against each of them."""
+        found = await asyncio.gather(*attacks)
+        censuses = await asyncio.gather(*(self.take_census() for _ in range(self.box.config.slots)))
+        shared = [*(text for census in censuses for text in census), *self.host.complaints()]
+        return [wrong + shared for wrong in found]
+
+    async def play(self, case: Case) -> list[str]:
+        """Run a case and what is to follow it; returns what did not hold, as far as that shows in results."""
+        case = fill(case, self.words)
+        limits = Limits(wall_s=case.wall_s, memory_mb=case.memory_mb, **case.limits)
+        begun = time.monotonic()
+        call = asyncio.create_task(
+            self.box.run(case.code, stdin=case.stdin, files=dict(case.files), fetch=case.fetch, limits=limits)
+        )
+        watch = None
+        if case.during is not None:
+            watch = asyncio.create_task(asyncio.to_thread(case.during, self.host, lambda: not call.done()))
+        result = await call
+        wrong = judge(case, result, time.monotonic() - begun - result.queue_s) + self.shows_secret(result)
+        if watch is not None and (complaint := await watch):
+            wrong.append(complaint)
+        if result.attempts > 1:
+            wrong.append(f"it took {result.attempts} attempts: the program broke the machinery")
+        for code, expected in case.then:
+            after = await self.box.run(code, limits=Limits(wall_s=20, memory_mb=MEMORY_MB))
+            if after.stdout != expected:
+                wrong.append(
+                    f"afterwards {after.status} {after.stdout[:200]!r}, not {expected!r}: {after.stderr[-200:]!r}"
+                )
+            wrong += self.shows_secret(after)
+        return wrong
+
+    def attack_in_company(self, case: Case, cases: list[Case]) -> list[str]:
+        """What did not hold of a sociable case: it is run together with those around it among the sociable `cases`."""
+        key = case.category, case.name
+        if key not in self.played:
+            company = [other for other in cases if other.sociable]
+            at = company.index(case) // BATCH * BATCH
+            batch = company[at : at + BATCH]
+            found = self.runner.run(self.beside(*map(self.play, batch)))
+            self.played |= {(other.category, other.name): wrong for other, wrong in zip(batch, found, strict=True)}
+        return self.played[key]
+
+    def converse_in_company(self, session: Session, sessions: list[Session]) -> list[str]:
+        """What did not hold of a session, which is played together with those around it."""
+        key = "sessions", session.name
+        if key not in self.played:
+            at = sessions.index(session) // CROWD * CROWD
+            batch = sessions[at : at + CROWD]
+            found = self.runner.run(self.beside(*map(self.converse, batch)))
+            self.played |= {("sessions", other.name): wrong for other, wrong in zip(batch, found, strict=True)}
+        return self.played[key]
+
+    async def converse(self, session: Session) -> list[str]:
+        """Run the cells of a session, then a new session; returns what did not hold."""
+        wrong: list[str] = []
+
+        async def ask(talk, cell: Cell) -> None:
+            begun = time.monotonic()
+            result = await talk.run(cell.code, limits=Limits(wall_s=cell.wall_s, memory_mb=MEMORY_MB))
+            case = Case("sessions", session.name, cell.code, cell.status, cell.stdout, wall_s=cell.wall_s)
+            told = judge(case, result, time.monotonic() - begun - result.queue_s) + self.shows_secret(result)
+            wrong.extend(f"cell {cell.code[:60]!r}: {text}" for text in told)
+
+        async with self.box.session() as talk:
+            for cell in session.cells:
+                await ask(talk, cell)
+        async with self.box.session() as talk:
+            await ask(talk, FRESH)
+        return wrong

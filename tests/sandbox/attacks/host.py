@@ -1,0 +1,279 @@
+"""The host as the attacks' referee: what they must not reach, and what the machine looks like before and after."""
+
+import ctypes
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.shmat.restype = ctypes.c_void_p
+IPC_RMID, PR_SET_CHILD_SUBREAPER = 0, 36
+OPEN_FOLDERS = ("/srv", "/var/lib", "/var/tmp")  # for the canary: where any user can read
+
+
+class Host:
+    """Canary, secrets and listeners of the host. Use as a context; `words` goes into the programs."""
+
+    def __init__(self) -> None:
+        self._exit = ExitStack()
+        self.visits: list[str] = []
+        """What got in touch with a listener."""
+
+    def __enter__(self) -> "Host":
+        head, tail = secrets.token_hex(8), secrets.token_hex(8)
+        self.secret = f"{head}-{tail}"  # in one piece only on the host
+        parent = next((path for path in OPEN_FOLDERS if os.access(path, os.W_OK)), tempfile.gettempdir())
+        self.folder = Path(tempfile.mkdtemp(prefix="canary-", dir=parent))
+        self._exit.callback(shutil.rmtree, self.folder)
+        self.folder.chmod(0o755)
+        self.canary = self.folder / f"canary-{secrets.token_hex(4)}.txt"
+        self.canary.write_text(self.secret)
+        self.canary.chmod(0o644)
+        self.environment = {"ATTACK_SECRET": self.secret, "OPENAI_API_KEY": self.secret, "HF_TOKEN": self.secret}
+        os.environ.update(self.environment)
+        self._exit.callback(lambda: [os.environ.pop(name, None) for name in self.environment])
+        self._shared = Path("/dev/shm") / f"attack-{secrets.token_hex(4)}"
+        self._shared.write_text(self.secret)
+        self._exit.callback(self._shared.unlink)
+        key = secrets.randbelow(1 << 30) + 1
+        segment = LIBC.shmget(key, 4096, 0o1666)  # IPC_CREAT
+        self._exit.callback(LIBC.shmctl, segment, IPC_RMID, None)
+        ctypes.memmove(LIBC.shmat(segment, None, 0), self.secret.encode(), len(self.secret))
+        abstract = f"attack-{secrets.token_hex(4)}"
+        ports = [self._listen(*words) for words in self._sockets(abstract)]
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # whoever outlives its parent becomes ours, and is seen
+        self._exit.callback(LIBC.prctl, PR_SET_CHILD_SUBREAPER, 0)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.free_port = free.getsockname()[1]
+        self.words = {
+            "CANARY_NAME": self.canary.name,
+            "CANARY": str(self.canary),
+            "FOLDER": str(self.folder),
+            "SECRET_HEAD": head,
+            "SECRET_TAIL": tail,
+            "SHM_NAME": self._shared.name,
+            "SHM_KEY": str(key),
+            "ABSTRACT": abstract,
+            "UNIX": str(self.folder / "socket"),
+            "TCP": str(ports[0]),
+            "UDP": str(ports[1]),
+            "FREE": str(self.free_port),
+            "ADDRESSES": repr(addresses()),
+            "PID": str(os.getpid()),
+            "MARKER": abstract,
+        }
+        self.before = self.state()
+        self._idle_available_mb = 0.0
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._exit.close()
+
+    def _sockets(self, abstract: str):
+        yield socket.AF_INET, socket.SOCK_STREAM, ("0.0.0.0", 0)
+        yield socket.AF_INET, socket.SOCK_DGRAM, ("0.0.0.0", 0)
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+            yield socket.AF_UNIX, kind, f"\0{abstract}" + ("" if kind == socket.SOCK_STREAM else str(int(kind)))
+        yield socket.AF_UNIX, socket.SOCK_STREAM, str(self.folder / "socket")
+
+    def _listen(self, family: int, kind: int, name: str | tuple[str, int]) -> int:
+        """Listen and note every visit; returns the port, 0 if there is none."""
+        server = self._exit.enter_context(socket.socket(family, kind))
+        server.bind(name)
+        if family == socket.AF_UNIX and not str(name).startswith("\0"):
+            os.chmod(name, 0o777)
+        server.settimeout(0.2)
+        stopped = threading.Event()
+
+        def serve() -> None:
+            while not stopped.is_set():
+                with suppress(TimeoutError):
+                    if kind == socket.SOCK_DGRAM:
+                        server.recv(100)
+                    else:
+                        with server.accept()[0] as visitor:
+                            visitor.send(self.secret.encode())
+                    self.visits.append(f"{socket.AddressFamily(family).name} {socket.SocketKind(kind).name}")
+
+        if kind != socket.SOCK_DGRAM:
+            server.listen()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        self._exit.callback(thread.join)
+        self._exit.callback(stopped.set)
+        return server.getsockname()[1] if family == socket.AF_INET else 0
+
+    def state(self) -> dict[str, object]:
+        """What no program may change."""
+        core = Path("/proc/sys/kernel/core_pattern")
+        return {
+            "canary": (self.canary.read_text(), oct(self.canary.stat().st_mode), self.canary.stat().st_uid),
+            "canary's folder": sorted(path.name for path in self.folder.iterdir()),
+            "host's name": os.uname().nodename,
+            "clock": round((time.time() - time.monotonic()) / 5),
+            "core pattern": core.read_text() if core.exists() else "",
+            "mounts": [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()],
+        }
+
+    def complaints(self) -> list[str]:
+        """What has changed or been touched since the last look."""
+        now, wrong = self.state(), []
+        for name, value in self.before.items():
+            if name == "clock" and abs(now[name] - value) <= 1:
+                continue
+            if now[name] != value:
+                wrong.append(f"the host's {name} went from {value} to {now[name]}")
+        self.before = now
+        wrong += [f"a listener of the host was reached: {visit}" for visit in self.visits]
+        self.visits.clear()
+        return wrong
+
+    # While a program runs
+
+    def most_processes(self, running: Callable[[], bool]) -> int:
+        """The largest number of processes below this one, above that at the beginning."""
+        first = most = len(descendants())
+        while running():
+            most = max(most, len(descendants()))
+            time.sleep(0.05)
+        return most - first
+
+    def most_memory_mb(self, running: Callable[[], bool]) -> float:
+        """The largest loss of the machine's available memory, MiB."""
+        first = least = available_mb()
+        while running():
+            least = min(least, available_mb())
+            time.sleep(0.02)
+        return first - least
+
+    def reaches_port_of_program(self, running: Callable[[], bool]) -> str:
+        """Try to connect to the port that the program listens on."""
+        while running():
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.free_port), 0.2):
+                return "the program's port is open on the host"
+            time.sleep(0.1)
+        return ""
+
+
+def available_mb() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) / 1024
+    raise OSError("no MemAvailable in /proc/meminfo")
+
+
+def addresses() -> list[str]:
+    """This machine's own addresses, loopback left out."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    except OSError:
+        found = set()
+    return sorted(address for address in found if not address.startswith("127."))
+
+
+# Processes, as the host sees them
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third, the state, on; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def descendants(root: int | None = None) -> dict[int, str]:
+    """Live processes below `root` (default: this one): start time by pid. Zombies are not among them."""
+    stats = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
+    below, found = {root or os.getpid()}, set()
+    while below:
+        below = {pid for pid, words in stats.items() if words and int(words[1]) in below} - found
+        found |= below
+    return {pid: stats[pid][19] for pid in found if stats[pid][0] != "Z"}
+
+
+def command(pid: int) -> str:
+    """The command line, "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def alive(processes: dict[int, str], patience_s: float = 5.0) -> dict[int, str]:
+    """Those of `processes` (start time by pid) that still live after a while, with their command lines."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        left = {
+            pid for pid, start in processes.items() if (words := _stat(pid)) and words[19] == start and words[0] != "Z"
+        }
+        if not left or time.monotonic() > deadline:
+            return {pid: command(pid) for pid in left}
+        time.sleep(0.02)
+
+
+def remains(tag: str) -> list[str]:
+    """Mounts, control groups, files and sockets whose name contains `tag`."""
+    found = [
+        f"mount {line.split()[4]}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if tag in line.split()[4] or tag in line.split()[3]
+    ]
+    for top, depth in (
+        ("/sys/fs/cgroup", 6),
+        ("/tmp", 2),
+        ("/run", 3),
+        ("/var/run", 3),
+        ("/dev/shm", 1),
+        ("/var/tmp", 2),
+    ):
+        if Path(top).is_symlink():
+            continue
+        done = subprocess.run(
+            ["find", top, "-maxdepth", str(depth), "-name", f"*{tag}*"], capture_output=True, text=True, check=False
+        )
+        found += done.stdout.split()
+    return found
+
+
+# An owner apart, which can be killed
+
+OWNER = """
+import asyncio, signal, sys
+from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+
+async def main():
+    async with open_sandbox(SandboxConfig(backend=(sys.argv[1],), slots=1)) as box:
+        await box.run("print(1)")
+        print("ready", flush=True)
+        print((await box.run(sys.argv[2], limits=Limits(wall_s=float(sys.argv[3])))).status, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def start_owner(backend: str, code: str, wall_s: float = 60.0) -> subprocess.Popen:
+    """Another process with a sandbox of its own that runs `code`; returns once the program runs."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, backend, code, str(wall_s)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert owner.stdout is not None
+    if owner.stdout.readline() != "ready\n":
+        owner.kill()
+        raise OSError(f"the owner did not start: {owner.wait()}")
+    time.sleep(0.5)
+    return owner

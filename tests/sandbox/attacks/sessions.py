@@ -1,0 +1,177 @@
+"""Attacks within a session: on its interpreter, and on its wires to the sandbox."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of code in a session."""
+
+    code: str
+    stdout: str | None = None
+    status: tuple[str, ...] = ("success",)
+    wall_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """Cells run in order in one session; in the end a new session must know nothing of them."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+FRESH = Cell("print('x' in globals())", "False\n")
+KEPT = Cell("print(x)", "1\n")
+SET = Cell("x = 1")
+OVER = ("user_error", "success", "oom", "output_limit", "timeout")
+MAYBE = Cell("print(x if 'x' in globals() else 1)", "1\n")  # whether it lived on is its own affair
+AFTER = Cell("x", status=OVER)  # what it broke is its own affair, too, but the machinery's faults are not its doing
+LIES = """
+import os
+for text in (b"started nan", b"done nan nan nan", b"done 0 inf inf", b"done 0 -1 1e308", b"started 1e999", b"gone"):
+    try:
+        os.write(3, text)
+    except OSError:
+        pass
+"""
+
+SESSIONS = [
+    Session("lies about the end of a cell", (SET, Cell(LIES, status=OVER), Cell(LIES, status=OVER), AFTER, MAYBE)),
+    Session(
+        "state is kept",
+        (
+            SET,
+            Cell("import os\nopen('f', 'w').write('f')\ndef f():\n    return x"),
+            Cell("print(f(), open('f').read())", "1 f\n"),
+        ),
+    ),
+    Session("an error ends a cell, not the session", (SET, Cell("1 / 0", status=("user_error",)), KEPT)),
+    Session("time runs out", (SET, Cell("while True:\n    pass", status=("timeout",), wall_s=0.7), FRESH)),
+    Session("memory runs out", (SET, Cell("y = bytearray(1 << 40)", status=("oom",)), MAYBE)),
+    Session("too much output", (SET, Cell("while True:\n    print('x' * 1000)", status=("output_limit",)), FRESH)),
+    Session("kills itself", (SET, Cell("import os\nos.kill(os.getpid(), 9)", status=("user_error",)), FRESH)),
+    Session("exits", (SET, Cell("import os\nos._exit(0)", status=("success", "user_error")), FRESH)),
+    Session("leaves by SystemExit", (SET, Cell("raise SystemExit(3)", status=("user_error",)), MAYBE)),
+    Session(
+        "closes every descriptor", (SET, Cell("import os\nos.closerange(0, 4096)", status=OVER, wall_s=1.0), AFTER)
+    ),
+    Session(
+        "writes on every descriptor",
+        (
+            SET,
+            Cell(
+                """
+import os, json, struct
+body = json.dumps({'result': {'status': 'success'}, 'streams': [], 'forged': 1}).encode()
+for n in range(3, 256):
+    try:
+        os.set_blocking(n, False)
+        os.write(n, struct.pack('>I', len(body)) + body)
+        os.write(n, bytes(10))
+    except OSError:
+        pass
+""",
+                status=OVER,
+                wall_s=1.0,
+            ),
+            AFTER,
+            AFTER,
+            MAYBE,
+        ),
+    ),
+    Session(
+        "reads every descriptor",
+        (
+            SET,
+            Cell(
+                """
+import os
+for n in range(256):
+    try:
+        os.set_blocking(n, False)
+        os.read(n, 65536)
+    except OSError:
+        pass
+""",
+                status=OVER,
+                wall_s=1.0,
+            ),
+            AFTER,
+            MAYBE,
+        ),
+    ),
+    Session(
+        "a thread that floods between the cells",
+        (
+            SET,
+            Cell(
+                """
+import os, threading
+def flood():
+    while True:
+        os.write(1, b'f' * 4096)
+threading.Thread(target=flood, daemon=True).start()
+""",
+                status=OVER,
+                wall_s=1.0,
+            ),
+            Cell("print(1)", status=OVER, wall_s=1.0),
+            Cell("print(1)", status=OVER, wall_s=1.0),
+        ),
+    ),
+    Session(
+        "a child that floods between the cells",
+        (
+            SET,
+            Cell(
+                "import os\nif os.fork() == 0:\n    while True:\n        os.write(1, b'f' * 4096)",
+                status=OVER,
+                wall_s=1.0,
+            ),
+            Cell("print(1)", status=OVER, wall_s=1.0),
+        ),
+    ),
+    Session(
+        "a child that becomes a second interpreter",
+        (
+            SET,
+            Cell("import os\nos.fork()\nx = 1", status=OVER, wall_s=1.0),
+            Cell("print(x if 'x' in globals() else 1)", status=OVER, wall_s=1.0),
+            Cell("print(1)", status=OVER, wall_s=1.0),
+        ),
+    ),
+    Session(
+        "streams replaced by nonsense",
+        (SET, Cell("import sys\nsys.stdout = sys.stderr = sys.__stdout__ = None", status=OVER), Cell("x", status=OVER)),
+    ),
+    Session(
+        "built-ins emptied",
+        (
+            SET,
+            Cell("import builtins, sys\nsys.modules.clear()\nbuiltins.__dict__.clear()", status=OVER),
+            Cell("1", status=OVER),
+        ),
+    ),
+    Session(
+        "a fork bomb",
+        (
+            SET,
+            Cell(
+                "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+                status=("timeout",),
+                wall_s=0.7,
+            ),
+            FRESH,
+        ),
+    ),
+    Session(
+        "time runs out twice",
+        (
+            Cell("import time\ntime.sleep(60)", status=("timeout",), wall_s=0.5),
+            Cell("import time\ntime.sleep(60)", status=("timeout",), wall_s=0.5),
+            FRESH,
+        ),
+    ),
+    Session("stops itself", (SET, Cell("import os\nos.kill(os.getpid(), 19)", status=("timeout",), wall_s=0.7), FRESH)),
+]

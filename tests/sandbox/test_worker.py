@@ -1,0 +1,112 @@
+"""What the launchers share: a dead owner's workers are found and removed, a live one's are left alone."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from retool_jax.sandbox import Limits, SandboxConfig, bubblewrap, cgroup, open_sandbox, process
+from retool_jax.sandbox.worker import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
+
+# Starts a worker, stops all of it with SIGSTOP, so that the end of its input goes unnoticed, and waits to be killed.
+OWNER = """
+import asyncio, json, os, signal, sys, time
+from retool_jax.sandbox import SandboxConfig, bubblewrap, process
+
+def below(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    return children + [other for child in children for other in below(child)]
+
+async def main():
+    worker = await {"process": process, "bubblewrap": bubblewrap}[sys.argv[1]].launch(SandboxConfig(), 64)
+    await worker.reader.readexactly(100)
+    pids = [worker.pid, *below(worker.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    print(json.dumps(pids), flush=True)
+    time.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("launcher", [process, bubblewrap], ids=["process", "bubblewrap"])
+def test_workers_of_a_dead_owner_are_swept_and_those_of_a_live_one_are_not(launcher):
+    if reason := launcher.missing(SandboxConfig()):
+        pytest.skip(reason)
+    name = launcher.__name__.rpartition(".")[2]
+    with subprocess.Popen([sys.executable, "-c", OWNER, name], stdout=subprocess.PIPE) as owner:
+        pids = json.loads(owner.stdout.readline())
+        tag = f"retool-{owner.pid}-{started_at(owner.pid)}"
+        assert not owner_is_gone(tag)
+        assert not set(stale_workers()) & set(pids)
+        owner.kill()
+    deadline = time.monotonic() + 5
+    while not owner_is_gone(tag) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asyncio.run(launcher.sweep_stale()) > 0
+    assert [pid for pid in pids if started_at(pid) is not None] == []
+    assert tag not in cgroup.owners()
+    assert not list(Path("/tmp").glob(f"sandbox-{tag}*"))
+
+
+def test_an_owner_is_known_by_more_than_its_number():
+    pid, start = os.getpid(), started_at(os.getpid())
+    assert owner_tag() == f"retool-{pid}-{start}"
+    assert not owner_is_gone(f"retool-{pid}-{start}")
+    assert owner_is_gone(f"retool-{pid}-{start + 1}")
+    assert not owner_is_gone("something else")
+
+
+@pytest.mark.skipif(cgroup.place() is None, reason="no memory control group can be made here")
+def test_a_memory_group_holds_its_limit_and_says_so():
+    async def main() -> tuple[int, int, float | None]:
+        group = cgroup.MemoryGroup(owner_tag(), 32)
+        try:
+            assert group.oom_kills() == 0
+            code = "import sys; open(sys.argv[1], 'w').write('0'); x = bytearray(64 << 20); print(len(x))"
+            (entrance,) = map(str, group.entrances)
+            done = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", "-c", code, entrance)
+            return await done.wait(), group.oom_kills(), group.usage_mb()
+        finally:
+            await group.remove()
+            assert not group.path.exists()
+
+    code, kills, usage = asyncio.run(main())
+    assert (code, kills) == (-signal.SIGKILL, 1)
+    assert usage is None or usage < 32
+
+
+@pytest.mark.skipif(cgroup.cpu_folder() is None, reason="no version 1 group for processor time can be made here")
+def test_a_group_weighs_less_than_its_owner_and_goes_with_it():
+    async def main() -> Path:
+        group = cgroup.MemoryGroup(owner_tag(), 32, cpu_shares=256)
+        memory, cpu = (entrance.parent for entrance in group.entrances)
+        assert memory != cpu and (cpu / "cpu.shares").read_text() == "256\n"
+        await group.remove()
+        return cpu.parent
+
+    assert not asyncio.run(main()).exists()
+
+
+def test_memory_of_a_worker_is_known(worker_pids):
+    async def main() -> tuple[float, float]:
+        async with open_sandbox(SandboxConfig(("process",), slots=1)) as box:
+            before = sum(map(proportional_mb, worker_pids(box)))
+            code = "x = b'x' * (50 << 20)\nimport time\ntime.sleep(2)"
+            call = asyncio.create_task(box.run(code, limits=Limits(wall_s=1)))
+            await asyncio.sleep(0.5)
+            during = sum(map(proportional_mb, worker_pids(box)))
+            await call
+            return before, during
+
+    before, during = asyncio.run(main())
+    assert 5 < before < 60
+    assert 45 < during - before < 80
