@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from retool_jax.config import load
-from retool_jax.engine.engine import Control, Engine
+from retool_jax.engine.engine import Engine, Turn
 from retool_jax.mesh import make_mesh
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.update import init_state
@@ -30,23 +30,25 @@ def main(words: list[str]) -> None:
     # No stop ids: every row decodes to the end, so the work is the same for any weights.
     engine = Engine(run.model, run.engine, params, mesh, [], seed=0)
     prompt = tokenizer.encode("What is 123 times 456?")
-    control = Control.parked(slots)
-    control.request[:] = np.arange(slots)
-    control.temperature[:] = 1.0
+    engine.warm_up()
 
     def decode_all() -> int:
-        engine.append([0], [0], [prompt])
+        engine.init_decode_state()
+        engine.append([0], [prompt])
         engine.fork([0] * (slots - 1), list(range(1, slots)))
-        control.length[:] = len(prompt)
+        for row in range(slots):
+            engine.start(row, Turn(row, length))
+        dispatches = -(-length // engine.config.decode_steps)
+        under_way = [engine.decode()]
         drawn_tokens = 0
-        while drawn_tokens < slots * length:
-            control.budget[:] = length - drawn_tokens // slots + 1  # one more, so that no row ends
-            drawn = jax.device_get(engine.decode(control))
-            control.length[:] += drawn.counts
-            drawn_tokens += int(drawn.counts.sum())
+        while under_way:
+            if dispatches > 1:  # the next one is dispatched before the last one is read
+                under_way.append(engine.decode())
+                dispatches -= 1
+            drawn_tokens += int(engine.read(under_way.pop(0)).counts.sum())
         return drawn_tokens
 
-    decode_all()  # compiles
+    decode_all()
     wall, cpu = [], []
     for _ in range(options["repeats"]):
         began, cpu_began = time.perf_counter(), time.process_time()

@@ -97,6 +97,11 @@ def weight_sharding(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]
     return result
 
 
+def without_first(stacked: NamedSharding) -> NamedSharding:
+    """The sharding of one entry of an array that is not split along its first dimension."""
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

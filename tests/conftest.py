@@ -1,23 +1,41 @@
 """Fixtures that many tests share: a tiny model on one device, the miniature's tokenizer, a compiled engine."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Eight virtual devices for the tests of meshes; everything else asks for the first one. Before jax is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# One program is compiled once, by whichever worker or command of a test comes first.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="retool-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.engine.engine import Engine, EngineConfig
+from retool_jax.engine.engine import Engine, EngineConfig, Parked, Turn, Turns
+from retool_jax.engine.pages import Pages
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import forward, init_params, logits
 from retool_jax.tokens.tokenizer import load_tokenizer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker gets whole files, which share fixtures; one gets all of the sandbox, which is watched from outside."""
+    for item in items:
+        folder = item.path.parent.relative_to(item.config.rootpath)
+        of_sandbox = folder.parts[:2] == ("tests", "sandbox") or item.path.name == "test_benchmarks.py"
+        item.add_marker(pytest.mark.xdist_group("sandbox" if of_sandbox else item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +122,89 @@ def compiles() -> list[str]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return seen
+
+
+class ScriptedEngine:
+    """An engine without a model: a request's turns are the ids that a test wrote, one after another.
+
+    It keeps what rows hold as lists. Where a turn's script has no stop id at its end, the policy talks on.
+
+    Attributes:
+        left: what each row held when it was let go, in that order.
+    """
+
+    def __init__(self, stop_ids: Sequence[int], script: dict[int, list[list[int]]], **sizes) -> None:
+        self.config = EngineConfig(**{"slots": 8, "max_length": 256, "decode_steps": 8} | sizes)
+        self.stop_ids = frozenset(stop_ids)
+        self.version = 0
+        self.pages = Pages(10_000, 16)
+        self.left: list[list[int]] = []
+        self._script = {request: list(turns) for request, turns in script.items()}
+        self._held: dict[object, list[int]] = {}
+        self._turns: dict[int, tuple[Turn, list[int]]] = {}  # of the rows that draw: what is left of budget and script
+        self._unread: list[SimpleNamespace] = []
+
+    def append(self, rows: Sequence[int], tokens: Sequence[list[int]]) -> None:
+        for row, ids in zip(rows, tokens, strict=True):
+            self._held.setdefault(row, []).extend(ids)
+            assert row not in self._turns and len(self._held[row]) <= self.config.max_length
+
+    def fork(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self._held[target] = list(self._held[source])
+
+    def start(self, row: int, turn: Turn) -> None:
+        assert 1 <= turn.budget <= self.config.max_length - len(self._held[row])
+        self._turns[row] = turn, self._script[turn.request].pop(0)
+
+    def decode(self) -> SimpleNamespace:
+        shape = self.config.slots, self.config.decode_steps
+        tokens, logprobs = np.zeros(shape, np.int32), np.full(shape, -0.5, np.float32)
+        counts, ended = np.zeros(shape[0], np.int32), np.zeros(shape[0], bool)
+        for row, (turn, script) in list(self._turns.items()):
+            drawn = (script + [1] * shape[1])[: min(shape[1], turn.budget)]
+            stop = next((i + 1 for i, token in enumerate(drawn) if token in self.stop_ids), None)
+            drawn = drawn[:stop]
+            tokens[row, : len(drawn)], counts[row] = drawn, len(drawn)
+            ended[row] = stop is not None or len(drawn) == turn.budget
+            self._held[row] += drawn[:-1] if ended[row] else drawn
+            self._turns[row] = turn._replace(budget=turn.budget - len(drawn)), script[len(drawn) :]
+            if ended[row]:
+                del self._turns[row]
+        result = SimpleNamespace(ints=tokens, floats=logprobs, turns=Turns(tokens, logprobs, logprobs, counts, ended))
+        self._unread.append(result)
+        return result
+
+    def read(self, drawn: SimpleNamespace) -> Turns:
+        assert self._unread.pop(0) is drawn
+        return drawn.turns
+
+    def truncate(self, row: int, length: int) -> None:
+        self._turns.pop(row, None)
+        for drawn in self._unread:
+            drawn.turns.counts[row] = 0
+        del self._held[row][length:]
+
+    def free(self, row: int) -> None:
+        self.left.append(self._held.pop(row))
+
+    def park(self, row: int) -> Parked:
+        parked = Parked(len(self._held[row]))
+        self._held[parked.name] = self._held.pop(row)
+        return parked
+
+    def resume(self, parked: Parked, row: int) -> None:
+        self._held[row] = self._held.pop(parked.name)
+
+    def share(self, source: int | Parked, length: int) -> Parked:
+        parked = Parked(length)
+        self._held[parked.name] = self._held[source.name if isinstance(source, Parked) else source][:length]
+        return parked
+
+    def drop(self, parked: Parked) -> None:
+        self.left.append(self._held.pop(parked.name))
+
+
+@pytest.fixture(scope="session")
+def scripted_engine() -> type[ScriptedEngine]:
+    return ScriptedEngine

@@ -23,6 +23,13 @@ def test_a_benchmark_prints_its_rates_as_json(name, words):
     assert numbers["tokens_per_s"] > 0 and numbers["tokens_per_cpu_s"] > 0
 
 
+def test_the_engine_is_measured_against_its_own_ideal():
+    numbers = run_benchmark("engine_turns", "scale=0.02", "repeats=1")
+    assert (numbers["live_cache"]["tokens_live"], numbers["live_cache"]["tokens_anew"]) == (68, 992)
+    assert numbers["fork"]["ratio"] > 0 and numbers["fused"]["ratio"] > 0
+    assert [line["tool_s"] for line in numbers["tools"]] == [0.0, 0.002, 0.02, 0.1]
+
+
 def run_benchmark(name: str, *words: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, BENCHMARKS / f"{name}.py", *words]

@@ -1,7 +1,33 @@
-"""Draw the next token, with the log-probability of the draw."""
+"""Draw the next token, with the log-probabilities of the draw.
+
+A token is drawn by two inversions of a cumulative sum: first its block of the vocabulary, then its place in it. That
+takes two random words per row, where Gumbel noise takes one and two logarithms for each of 152k tokens, and no pass
+over the vocabulary beyond the one that the log-probability needs. Blocks never straddle the shards of a vocabulary that
+is split over devices, so nothing larger than the blocks' masses ever leaves one.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+TOP = jnp.uint32(1 << 31)
+
+
+class Sampling(NamedTuple):
+    """How each row draws, arrays [B]."""
+
+    temperature: jax.Array  # float32; 0 is greedy
+    top_k: jax.Array  # int32: only the k most likely tokens; 0 is off
+    top_p: jax.Array  # float32: only the most likely tokens that together reach p of what top_k left; 1 is off
+
+
+class Draw(NamedTuple):
+    """Arrays [B]."""
+
+    tokens: jax.Array  # int32
+    logprobs: jax.Array  # float32: of the distribution that was drawn from, after temperature, top_k and top_p
+    plain_logprobs: jax.Array  # float32: of softmax(logits / temperature), which the trainer computes
 
 
 def row_keys(run_key: jax.Array, requests_B: jax.Array, positions_B: jax.Array) -> jax.Array:
@@ -14,15 +40,89 @@ def row_keys(run_key: jax.Array, requests_B: jax.Array, positions_B: jax.Array) 
     )
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B] and their log-probabilities [B] (fp32) under softmax(logits / temperature).
+def sample(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling, shards: int = 1) -> Draw:
+    """One token per row. Temperature 0 is greedy (the first of equals); its log-probabilities are of temperature 1.
 
-    Drawn as argmax(logits + Gumbel noise), which needs no normalisation and reduces over a sharded vocabulary.
-    Temperature 0 is greedy; its log-probability is that of temperature 1.
+    `shards` is the number of devices that the vocabulary is split over.
     """
-    greedy_B = temperature_B <= 0.0
-    scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-    tokens_B = jnp.argmax(scaled_BV + jnp.where(greedy_B[:, None], 0.0, noise_BV), axis=-1).astype(jnp.int32)
-    chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return tokens_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
+    greedy_B = how.temperature <= 0.0
+    scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, how.temperature)[:, None]
+    truncated = ~greedy_B & ((how.top_k > 0) | (how.top_p < 1.0))
+    lowest_B = jax.lax.cond(
+        jnp.any(truncated),
+        lambda: jnp.where(truncated, threshold(scaled_BV, how.top_k, how.top_p), -jnp.inf),
+        lambda: jnp.full(greedy_B.shape, -jnp.inf),
+    )
+    top_B = jnp.max(scaled_BV, axis=-1)
+    # A greedy row draws from its likeliest tokens alone. The first of them is taken by drawing 0.
+    floor_B = jnp.where(greedy_B, top_B, lowest_B)
+    B, V = scaled_BV.shape
+    width = block_width(V, shards)
+    blocks_BCW = scaled_BV.reshape(B, V // width, width)
+    mass_BCW = jnp.exp(blocks_BCW - top_B[:, None, None])
+    kept_BC = jnp.sum(jnp.where(blocks_BCW >= floor_B[:, None, None], mass_BCW, 0.0), -1)
+    all_B = jnp.sum(mass_BCW, (1, 2))
+    bits_B2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(keys_B) >> 8
+    uniform_B2 = jnp.where(greedy_B[:, None], 0.0, bits_B2.astype(jnp.float32) * 2.0**-24)
+    block_B = invert(kept_BC, uniform_B2[:, 0])
+    block_BW = jnp.take_along_axis(blocks_BCW, block_B[:, None, None], axis=1)[:, 0]
+    inside_BW = jnp.where(block_BW >= floor_B[:, None], jnp.exp(block_BW - top_B[:, None]), 0.0)
+    place_B = invert(inside_BW, uniform_B2[:, 1])
+    chosen_B = jnp.take_along_axis(block_BW, place_B[:, None], axis=1)[:, 0] - top_B
+    plain_B = chosen_B - jnp.log(all_B)
+    drawn_B = jnp.where(greedy_B, plain_B, chosen_B - jnp.log(jnp.sum(kept_BC, -1)))
+    return Draw(block_B * width + place_B, drawn_B, plain_B)
+
+
+def block_width(vocabulary: int, shards: int) -> int:
+    """The divisor of a shard's part of the vocabulary for which blocks and places are fewest together."""
+    part = vocabulary // shards
+    return min((w for w in range(1, part + 1) if part % w == 0), key=lambda w: vocabulary // w + w)
+
+
+def invert(mass_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """The first index whose cumulative mass exceeds uniform x total, int32 [B]; never one without mass."""
+    below = jnp.tril(jnp.ones((mass_BN.shape[1],) * 2, jnp.float32))
+    sums_BN = jnp.einsum("BN,MN->BM", mass_BN, below, precision=jax.lax.Precision.HIGHEST)
+    found_BN = (sums_BN > uniform_B[:, None] * sums_BN[:, -1:]) & (mass_BN > 0)
+    # Sums are rounded: where none exceeds the target, the last index with mass is meant.
+    places = jnp.arange(mass_BN.shape[1], dtype=jnp.int32)
+    last_B = jnp.max(jnp.where(mass_BN > 0, places, 0), axis=1)
+    return jnp.minimum(jnp.min(jnp.where(found_BN, places, mass_BN.shape[1]), axis=1), last_B)
+
+
+def threshold(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The smallest logit [B] that stays under top_k and then top_p; tokens equal to it stay too.
+
+    Both are found by bisection over the 2^32 ordered bit patterns of fp32, so exactly, in 32 passes over the
+    vocabulary each and without sorting it. As in `transformers`, top_p counts the mass of what top_k left.
+    """
+    ordered_BV = _ordered(scaled_BV)
+    masses_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, -1, keepdims=True))
+
+    def largest(enough) -> jax.Array:
+        """The largest pattern [B] above or at which there is enough."""
+
+        def narrow(bit: jax.Array, found_B: jax.Array) -> jax.Array:
+            candidate_B = found_B | (TOP >> bit.astype(jnp.uint32))
+            return jnp.where(enough(ordered_BV >= candidate_B[:, None]), candidate_B, found_B)
+
+        return jax.lax.fori_loop(0, 32, narrow, jnp.zeros(scaled_BV.shape[0], jnp.uint32))
+
+    k_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, scaled_BV.shape[1]), scaled_BV.shape[1])
+    by_k_B = largest(lambda above_BV: jnp.sum(above_BV, -1) >= k_B)
+    masses_BV = jnp.where(ordered_BV >= by_k_B[:, None], masses_BV, 0.0)
+    goal_B = jnp.minimum(top_p_B, 1.0) * jnp.sum(masses_BV, -1)
+    by_p_B = largest(lambda above_BV: jnp.sum(jnp.where(above_BV, masses_BV, 0.0), -1) >= goal_B)
+    # Not by_p where it is off: a sum in another order may reach the total early.
+    return _unordered(jnp.where(top_p_B < 1.0, jnp.maximum(by_k_B, by_p_B), by_k_B))
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """fp32 as uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >= TOP, ~bits, bits | TOP)
+
+
+def _unordered(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.where(bits >= TOP, bits & ~TOP, ~bits), jnp.float32)

@@ -1,7 +1,8 @@
 """Grouped-query attention and rotary positions, as pure functions.
 
 `attend` is the plain form, which every other kernel is tested against. Packed rows go through `packed_attention`,
-which runs the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, the plain form elsewhere.
+which runs the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, the plain form elsewhere. Tokens behind
+a cache go through `paged_attention` (ragged on TPU) or, one at a time, through `row_attention`.
 """
 
 import math
@@ -12,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
+from retool_jax.models.cache import Rows, read_pages, write_pages, write_row
 from retool_jax.models.config import ModelConfig
 
 SPLASH_BLOCKS = (1024, 512, 256, 128)  # 2048 overflows the scratch memory of v5 chips; lanes are 128
+RAGGED_BLOCK, RAGGED_QUERIES = 2048, 32  # tokens of a row and queries that the ragged kernel takes at once
+RAGGED_BUFFER = 1 << 21  # bytes of scratch memory for a block; there are two
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -141,6 +146,94 @@ def _pad_length(
     more = -q.shape[1] % multiple
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
     return q, k, v, jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
+
+
+def resolve_cache_kernel(config: ModelConfig, backend: str) -> str:
+    """The attention of tokens behind a paged cache on a backend: ragged (TPU) or xla.
+
+    Ragged reads pages where they lie; it takes heads of whole lanes (multiples of 128) in bf16 or fp32.
+    `attention_kernel=xla` asks for the plain form everywhere.
+    """
+    exact = config.head_dim % 128 == 0 and "float16" not in (config.compute_dtype, config.cache_dtype)
+    return "ragged" if backend == "tpu" and exact and config.attention_kernel != "xla" else "xla"
+
+
+def paged_attention(
+    kernel: str, layers: int, table_BP: jax.Array, start_B: jax.Array, count_B: jax.Array
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Write a layer's new entries behind each row's first `start` and let their queries see all of the row.
+
+    Returns a function of (pool, layer, q [B,T,N,H], k and v [B,T,K,H]) to (attention [B,T,N,H], pool). `table` names
+    the pages that hold each row, at least start + count tokens of them; tokens beyond `count` are padding, they are
+    not written and what comes out for them means nothing.
+    """
+
+    def apply(pages: jax.Array, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array):
+        T, first_page = q.shape[1], layer * (pages.shape[0] // layers)
+        offsets = jnp.arange(T)
+        positions_BT = start_B[:, None] + offsets
+        pages = write_pages(pages, first_page, table_BP, positions_BT, offsets < count_B[:, None], k, v)
+        if kernel == "ragged":
+            return _ragged(q, pages, table_BP + first_page, start_B, count_B), pages
+        keys, values = (x.astype(q.dtype) for x in read_pages(pages, first_page, table_BP))
+        return attend(q, keys, values, jnp.arange(keys.shape[1]) <= positions_BT[..., None]), pages
+
+    return apply
+
+
+def _ragged(
+    q_BTNH: jax.Array,
+    pages: jax.Array,
+    table_BP: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+    kernel: Callable = ragged_paged_attention,
+) -> jax.Array:
+    """The TPU kernel for rows of any length, on each device's own heads. It takes every row's T queries as real."""
+    B, T, N, H = q_BTNH.shape
+    page_size = pages.shape[1]
+    # Rows without tokens read no more than they must. Padding queries stand behind the last real one, and may point
+    # behind the table, where any page will do.
+    lengths_B = jnp.where(count_B > 0, start_B, 0) + T
+    if T > 1:
+        table_BP = jnp.pad(table_BP, ((0, 0), (0, -(-T // page_size))))
+    ends = jnp.arange(B + 1, dtype=jnp.int32) * T
+
+    def local(q: jax.Array, pages: jax.Array, lengths: jax.Array, table: jax.Array, ends: jax.Array) -> jax.Array:
+        # Fixed block sizes, as in the kernel's own table for such shapes: that asks which TPU the process has, and a
+        # program may be compiled for another.
+        token_bytes = pages[0, 0].size * pages.dtype.itemsize
+        block = min(RAGGED_BLOCK, RAGGED_BUFFER // token_bytes)
+        sizes = {
+            "num_kv_pages_per_block": min(max(block // page_size, 1), table.shape[1]),
+            "num_queries_per_block": min(RAGGED_QUERIES, B * T),
+        }
+        return kernel(q, pages, lengths, table, ends, jnp.array([B], jnp.int32), sm_scale=H**-0.5, **sizes)
+
+    arguments = q_BTNH.reshape(B * T, N, H), pages, lengths_B.astype(jnp.int32), table_BP.astype(jnp.int32), ends
+    if not jax.sharding.get_abstract_mesh().empty:
+        queries = meshes.spec(None, "heads", "head_dim")
+        specs = queries, meshes.spec(None, None, "kv_heads", "head_dim"), *[meshes.spec()] * 3
+        local = jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)
+    return local(*arguments).reshape(B, T, N, H)
+
+
+def row_attention(
+    start_B: jax.Array, count_B: jax.Array
+) -> Callable[[Rows, int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Rows]]:
+    """What `paged_attention` computes, for one token a row (count 0 or 1) and the dense copy of the rows."""
+
+    def apply(rows: Rows, layer: int, q: jax.Array, k: jax.Array, v: jax.Array):
+        rows = write_row(rows, layer, start_B, count_B > 0, k[:, 0], v[:, 0])
+        keys, values = rows.k[layer].astype(q.dtype), rows.v[layer].astype(q.dtype)
+        B, _, N, H = q.shape
+        K, S = keys.shape[1], keys.shape[3]
+        scores = jnp.einsum("BKGH,BKHS->BKGS", q.reshape(B, K, N // K, H), keys, preferred_element_type=jnp.float32)
+        seen = (jnp.arange(S) <= start_B[:, None])[:, None, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores * H**-0.5, jnp.finfo(jnp.float32).min), axis=-1)
+        return jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values).reshape(B, 1, N, H), rows
+
+    return apply
 
 
 class Rotation(NamedTuple):

@@ -14,17 +14,20 @@ from flax import nnx
 
 from retool_jax.models.attention import (
     Rotation,
-    attend,
     current_backend,
     packed_attention,
+    paged_attention,
+    resolve_cache_kernel,
     resolve_kernel,
     rotate,
     rotation,
+    row_attention,
 )
-from retool_jax.models.cache import KVCache, write_layer
+from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 
 Params = nnx.State
+Cache = jax.Array | Rows
 
 NEVER = -1e30  # a logit without probability; finite under any temperature, so that 0 * log 0 is 0
 
@@ -82,7 +85,7 @@ class Layers(nnx.Module):
         self.up = make((L, D, F), ("layers", "embed", "mlp"), D**-0.5)
         self.down = make((L, F, D), ("layers", "mlp", "embed"), F**-0.5)
 
-    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, KVCache | None]:
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
         """One layer; `mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
         c = self.config
 
@@ -123,6 +126,11 @@ def abstract_params(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
 
+@lru_cache
+def _layer_graph(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.merge(*abstract_params(config)).layers)[0]
+
+
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random weights. Jit this with `out_shardings` to create a large model in shards."""
     return nnx.split(Decoder(config, nnx.Rngs(params=key)))[1]
@@ -144,40 +152,30 @@ def forward(
 def extend(
     config: ModelConfig,
     params: Params,
-    cache: KVCache,
+    cache: Cache,
     tokens_BT: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
-    rows_B: jax.Array | None = None,
-) -> tuple[KVCache, jax.Array]:
-    """Put `count` tokens behind the first `start` entries of cache rows; the model call of all decoding.
+    table_BP: jax.Array | None = None,
+) -> tuple[Cache, jax.Array]:
+    """Put `count` tokens behind the first `start` entries of rows; the model call of all decoding.
 
-    Prefill, append and decode differ only in T. `rows` names the cache row of each batch row and defaults to
-    all rows in order, which needs no gather; a row outside the cache is padding. Tokens beyond `count` are padding.
+    Prefill, append and decode differ only in T. The cache is a pool of pages with the table that says which are each
+    row's, or, with unstacked weights, the dense copy of rows for one token each (see `cache.py`). Tokens beyond `count`
+    are padding.
 
     Returns the cache and the hidden state [B,D] after each row's last token, from which the next is sampled.
     """
-    B, T = tokens_BT.shape
-    S = cache.k.shape[2]
-    offsets = jnp.arange(T)
-    positions_BT = start_B[:, None] + offsets
-    write_BT = jnp.where(offsets < count_B[:, None], positions_BT, S)
-    target_B1 = (jnp.arange(B) if rows_B is None else rows_B)[:, None]
-    mask_BTS = jnp.arange(S) <= positions_BT[..., None]
-    turn = rotation(config, positions_BT)
+    turn = rotation(config, start_B[:, None] + jnp.arange(tokens_BT.shape[1]))
+    if isinstance(cache, Rows):
+        attention = row_attention(start_B, count_B)
+    else:
+        kernel = resolve_cache_kernel(config, current_backend())
+        attention = paged_attention(kernel, config.num_layers, table_BP, start_B, count_B)
 
-    def layer(carry: tuple[jax.Array, KVCache], layers: Layers, index: jax.Array) -> tuple[jax.Array, KVCache]:
+    def layer(carry: tuple[jax.Array, Cache], layers: Layers, index: jax.Array | int) -> tuple[jax.Array, Cache]:
         x_BTD, cache = carry
-
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
-            written = write_layer(cache, index, target_B1, write_BT, k, v)
-            if rows_B is None:
-                keys, values = written.k[index], written.v[index]
-            else:
-                keys, values = written.k[index, rows_B], written.v[index, rows_B]
-            return attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask_BTS), written
-
-        return layers(x_BTD, turn, mix)
+        return layers(x_BTD, turn, lambda q, k, v: attention(cache, index, q, k, v))
 
     hidden_BTD, cache = _scan_layers(config, params, tokens_BT, layer, cache)
     last_B = jnp.maximum(count_B - 1, 0)
@@ -206,20 +204,35 @@ def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> j
     return result
 
 
+def unstack(params: Params) -> dict:
+    """The same weights with a tuple of layers in place of the stack: those are visited one by one instead of scanned.
+
+    A program that repeats a small model many times spares the slice of each weight at each visit, which XLA's CPU
+    backend makes a copy; the price is a program that grows with the layers.
+    """
+    stack = params["layers"]
+    layers = len(jax.tree.leaves(stack)[0])
+    split = tuple(jax.tree.map(lambda x: x[index], stack) for index in range(layers))  # noqa: B023
+    return {name: params[name] for name in params if name != "layers"} | {"layers": split}
+
+
 def _scan_layers(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, layer: Callable, cache: KVCache | None = None
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, layer: Callable, cache: Cache | None = None
 ):
-    graph, _ = abstract_params(config)
-    decoder = nnx.merge(graph, params)
-    x_BTD = decoder.embedding[...][tokens_BT].astype(config.compute_dtype)
-    layer_graph, stack = nnx.split(decoder.layers)
+    x_BTD = params["embedding"][...][tokens_BT].astype(config.compute_dtype)
+    layer_graph = _layer_graph(config)
 
     def body(carry, scanned):
         weights, index = scanned
         return layer(carry, nnx.merge(layer_graph, weights), index), None
 
     carry = x_BTD if cache is None else (x_BTD, cache)
-    carry, _ = jax.lax.scan(REMAT[config.remat](body), carry, (stack, jnp.arange(config.num_layers)))
+    if isinstance(params["layers"], tuple):
+        for index, weights in enumerate(params["layers"]):
+            carry, _ = body(carry, (weights, index))
+    else:
+        indices = jnp.arange(config.num_layers)
+        carry, _ = jax.lax.scan(REMAT[config.remat](body), carry, (params["layers"], indices))
     x_BTD, cache = (carry, None) if cache is None else carry
-    hidden = rms_norm(x_BTD, decoder.final_norm[...], config.rms_norm_eps)
+    hidden = rms_norm(x_BTD, params["final_norm"][...], config.rms_norm_eps)
     return hidden if cache is None else (hidden, cache)

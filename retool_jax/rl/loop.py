@@ -110,6 +110,7 @@ async def train(run: RLRun) -> None:
             notes=notes,
             began=began,
         )
+        session.engine.warm_up()
         await learn_from_rewards(session, state, start)
         summary = summarise_run(session)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -280,7 +281,13 @@ def performance(statistics: Statistics) -> dict[str, float]:
         "perf/tokens_per_s": statistics.decoded_tokens / statistics.total_s,
         "perf/rollout_s": statistics.total_s,
         "perf/tool_wait_s": statistics.tool_wait_s,
-        "perf/fill": statistics.decoded_tokens / max(statistics.row_steps, 1),
+        "perf/tool_hidden": statistics.tool_hidden,
+        "perf/fill": statistics.fill,
+        "perf/turn_p50_s": float(np.percentile(statistics.turn_s, 50)),
+        "perf/turn_p95_s": float(np.percentile(statistics.turn_s, 95)),
+        "perf/prefilled_tokens": statistics.prefilled_tokens,
+        "perf/appended_tokens": statistics.appended_tokens,
+        "perf/rewritten_tokens": statistics.rewritten_tokens,
     }
 
 

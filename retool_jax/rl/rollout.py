@@ -58,6 +58,7 @@ class Dialogue:
     ) -> None:
         self.prompt = prompt
         self.request = sample.request
+        self.cancelled = False
         self.temperature = sample.temperature
         self.trajectory = Trajectory(f"{sample.problem.id}/{sample.request}", sample.problem)
         self.trajectory.add("prompt", prompt)
@@ -152,7 +153,8 @@ async def rollout(
             )
         dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, box, room, limits))
     origin = time.perf_counter()
-    statistics = await converse(engine, dialogues)
+    # The sandbox refuses what does not fit its queue; calls beyond it wait here.
+    statistics = await converse(engine, dialogues, box.config.max_waiting if box else 0)
     trajectories = [dialogue.trajectory for dialogue in dialogues]
     for trajectory in trajectories:
         trajectory.started_s -= origin

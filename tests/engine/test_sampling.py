@@ -1,11 +1,18 @@
 """Draws follow the distribution whose log-probability they report, and depend on (seed, request, position) alone."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from retool_jax.engine.sampling import row_keys, sample
+from retool_jax import mesh as meshes
+from retool_jax.engine.sampling import Sampling, block_width, invert, row_keys, sample, threshold
+from retool_jax.mesh import MeshConfig, make_mesh
 
 V = 8
 LOGITS = np.random.default_rng(0).normal(0.0, 1.5, V).astype(np.float32)
@@ -16,17 +23,25 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
-def draw(requests: np.ndarray, positions: np.ndarray, temperature: float | np.ndarray, seed: int = 0) -> tuple:
-    tokens, logprobs = _draw(
-        jax.random.key(seed), np.uint32(requests), np.int32(positions), np.full(len(requests), temperature, np.float32)
-    )
-    return np.asarray(tokens), np.asarray(logprobs)
+def draw(
+    requests: np.ndarray,
+    positions: np.ndarray,
+    temperature: float | np.ndarray,
+    seed: int = 0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    logits: np.ndarray = LOGITS,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n = len(requests)
+    how = Sampling(np.full(n, temperature, np.float32), np.full(n, top_k, np.int32), np.full(n, top_p, np.float32))
+    result = _draw(jax.random.key(seed), np.uint32(requests), np.int32(positions), how, logits)
+    return tuple(np.asarray(x) for x in result)
 
 
 @jax.jit
-def _draw(key: jax.Array, requests: jax.Array, positions: jax.Array, temperatures: jax.Array) -> tuple:
-    rows = jnp.broadcast_to(LOGITS, (len(requests), V))
-    return sample(rows, row_keys(key, requests, positions), temperatures)
+def _draw(key: jax.Array, requests: jax.Array, positions: jax.Array, how: Sampling, logits: jax.Array) -> tuple:
+    rows = jnp.broadcast_to(logits, (len(requests), len(logits)))
+    return sample(rows, row_keys(key, requests, positions), how)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -34,7 +49,7 @@ def _draw(key: jax.Array, requests: jax.Array, positions: jax.Array, temperature
 def test_frequencies_are_those_of_softmax(temperature, along):
     n = 20_000
     many, one = np.arange(n), np.zeros(n)
-    tokens, _ = draw(*((many, one) if along == "requests" else (one, many)), temperature)
+    tokens, *_ = draw(*((many, one) if along == "requests" else (one, many)), temperature)
     expected = n * np.exp(log_softmax(LOGITS / temperature))
     chi_square = ((np.bincount(tokens, minlength=V) - expected) ** 2 / expected).sum()
     assert chi_square < 24.3  # 0.1% of honest samplers exceed it at 7 degrees of freedom; the keys are fixed
@@ -42,13 +57,14 @@ def test_frequencies_are_those_of_softmax(temperature, along):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 def test_log_probability_is_of_the_distribution_drawn_from(temperature):
-    tokens, logprobs = draw(np.arange(200), np.arange(200), temperature)
+    tokens, logprobs, plain = draw(np.arange(200), np.arange(200), temperature)
     assert len(set(tokens)) > 3
     np.testing.assert_allclose(logprobs, log_softmax(LOGITS / temperature)[tokens], atol=1e-5)
+    np.testing.assert_array_equal(logprobs, plain)
 
 
 def test_zero_temperature_is_greedy_and_reports_temperature_one():
-    tokens, logprobs = draw(np.arange(50), np.arange(50), 0.0)
+    tokens, logprobs, _ = draw(np.arange(50), np.arange(50), 0.0)
     assert set(tokens) == {LOGITS.argmax()}
     np.testing.assert_allclose(logprobs, log_softmax(LOGITS).max(), atol=1e-5)
 
@@ -74,3 +90,95 @@ def test_a_key_is_its_own_for_each_seed_request_and_position():
     # And the same alone as among others.
     one = row_keys(jax.random.key(0), jnp.array([2], jnp.uint32), jnp.array([100]))
     assert jax.random.key_data(one)[0].tolist() == np.asarray(keys[0])[14].tolist()
+
+
+def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """By sorting: the tokens that may be drawn, as `transformers` filters them."""
+    scaled = (logits / np.float32(temperature)).astype(np.float32)
+    keep = scaled >= (np.sort(scaled)[-top_k] if 0 < top_k < len(scaled) else -np.inf)
+    if top_p < 1.0:
+        order = np.argsort(-scaled, kind="stable")
+        mass = np.where(keep, np.exp(scaled.astype(np.float64) - scaled.max()), 0.0)[order]
+        before = np.cumsum(mass) - mass
+        keep[order[before >= top_p * mass.sum()]] = False
+    return keep
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.5, 1.0, 1.7]),
+    st.sampled_from([0, 1, 2, 7, 50, 96, 200]),
+    st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-6]),
+)
+def test_truncation_keeps_what_sorting_keeps(seed, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).normal(0.0, 3.0, 96).astype(np.float32)
+    expected = kept(logits, temperature, top_k, top_p)
+    scaled = jnp.asarray(logits / np.float32(temperature))[None]
+    lowest = jax.jit(threshold)(scaled, jnp.array([top_k]), jnp.array([top_p], jnp.float32))
+    np.testing.assert_array_equal(np.asarray(scaled >= lowest)[0], expected)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.8), (4, 0.9), (1, 1.0), (50, 1.0)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_truncated_draws_follow_what_is_left_and_report_both_log_probabilities(temperature, top_k, top_p):
+    n = 5_000
+    tokens, logprobs, plain = draw(np.arange(n), np.zeros(n), temperature, top_k=top_k, top_p=top_p)
+    keep = kept(LOGITS, temperature, top_k, top_p)
+    left = log_softmax(np.where(keep, LOGITS / temperature, -1e30))
+    np.testing.assert_allclose(logprobs, left[tokens], atol=1e-5)
+    np.testing.assert_allclose(plain, log_softmax(LOGITS / temperature)[tokens], atol=1e-5)
+    expected = n * np.exp(left[keep])
+    counts = np.bincount(tokens, minlength=V)
+    assert not counts[~keep].any()
+    assert ((counts[keep] - expected) ** 2 / expected).sum() < 24.3
+
+
+def test_a_row_that_truncates_leaves_the_others_draws_alone():
+    n = 100
+    how = Sampling(np.ones(n, np.float32), np.resize([0, 2], n).astype(np.int32), np.ones(n, np.float32))
+    mixed = _draw(jax.random.key(0), np.arange(n, dtype=np.uint32), np.zeros(n, np.int32), how, LOGITS)
+    alone = draw(np.arange(n), np.zeros(n), 1.0)
+    for together, expected in zip(mixed, alone, strict=True):
+        np.testing.assert_array_equal(np.asarray(together)[::2], expected[::2])
+
+
+def test_ties_at_the_threshold_are_all_kept_and_greedy_takes_the_first():
+    logits = np.array([1.0, 3.0, 3.0, 0.0, 3.0, -2.0], np.float32)
+    tokens, *_ = draw(np.arange(300), np.zeros(300), 1.0, top_k=2, logits=logits)
+    assert set(tokens) == {1, 2, 4}
+    assert set(draw(np.arange(9), np.zeros(9), 0.0, logits=logits)[0]) == {1}
+
+
+def test_inversion_never_lands_where_there_is_no_mass():
+    mass = np.zeros((3, 40), np.float32)
+    mass[0, 7], mass[1, [0, 39]], mass[2, 3:6] = 1e-30, 1.0, 1.0
+    for uniform in (0.0, 0.4999, 0.5, 1 - 2**-24):
+        found = np.asarray(invert(jnp.asarray(mass), jnp.full(3, uniform)))
+        assert found[0] == 7 and found[1] == (0 if uniform < 0.5 else 39)
+        assert found[2] == 3 + int(3 * uniform)
+
+
+@pytest.mark.parametrize(("vocabulary", "shards"), [(152_064, 8), (151_936, 8), (398, 1), (2048, 2), (7, 1)])
+def test_blocks_tile_a_shard_and_are_few(vocabulary, shards):
+    width = block_width(vocabulary, shards)
+    assert vocabulary // shards % width == 0
+    assert width + vocabulary // width < {152_064: 900, 151_936: 9600, 398: 202, 2048: 97, 7: 9}[vocabulary]
+
+
+def test_a_split_vocabulary_stays_split():
+    """By the compiled program for two devices: no array as large as the logits is gathered, and draws are the same."""
+    mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+    B, V = 4, 2048
+    logits = np.random.default_rng(0).normal(0.0, 3.0, (B, V)).astype(np.float32)
+    how = Sampling(np.float32([1.0, 0.7, 0.0, 1.0]), np.int32([0, 50, 0, 0]), np.float32([1.0, 1.0, 1.0, 0.9]))
+    arguments = row_keys(jax.random.key(0), jnp.arange(B, dtype=jnp.uint32), jnp.zeros(B, jnp.int32)), how
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, meshes.sharding(mesh, None, "vocab"))
+        compiled = jax.jit(partial(sample, shards=2)).lower(split, *arguments).compile()
+        results = compiled(split, *arguments)
+    gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather\(", compiled.as_text())
+    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in gathered]
+    assert max(sizes, default=0) <= B * (V // block_width(V, 2))
+    for ours, expected in zip(results, jax.jit(sample)(logits, *arguments), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -6,19 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.attention import (
+    _ragged,
     attend,
     current_backend,
     packed_attention,
     packed_mask,
+    paged_attention,
+    resolve_cache_kernel,
     resolve_kernel,
     rotary_frequencies,
     rotate,
     rotation,
+    row_attention,
 )
+from retool_jax.models.cache import Rows, init_cache, read_pages, refresh_rows, scatter_rows
 from retool_jax.models.config import ModelConfig
 
 
@@ -167,6 +173,95 @@ def test_the_backend_is_that_of_the_mesh_in_use():
     assert current_backend() == "cpu"
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         assert jax.jit(lambda x: (x, current_backend() == "cpu"))(1)[1]
+
+
+# --- tokens behind a cache --------------------------------------------------------------------------------------------
+
+CACHED = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+TABLE = np.array([[3, 0, 6], [1, 7, 2], [5, 4, 8]])  # of pages with 4 tokens
+START, COUNT = np.array([5, 0, 11]), np.array([3, 4, 1])
+
+
+def full_pool(rng: np.random.Generator) -> jax.Array:
+    return jnp.asarray(rng.normal(size=init_cache(CACHED, 9, 4).shape), jnp.float32)
+
+
+def queries(rng: np.random.Generator, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tuple(jnp.asarray(rng.normal(size=(3, T, n, 8)), jnp.float32) for n in (4, 2, 2))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_paged_attention_writes_its_rows_and_attends_to_all_of_them(layer):
+    rng = np.random.default_rng(0)
+    pool, (q, k, v) = full_pool(rng), queries(rng, 4)
+    mixed, after = paged_attention("xla", 2, TABLE, START, COUNT)(pool, layer, q, k, v)
+    expected = np.asarray(pool).copy()
+    for row in range(3):
+        for t in range(COUNT[row]):
+            page, at = divmod(int(START[row]) + t, 4)
+            expected[layer * 9 + TABLE[row, page], at, 0::2], expected[layer * 9 + TABLE[row, page], at, 1::2] = (
+                k[row, t],
+                v[row, t],
+            )
+    np.testing.assert_array_equal(after, expected)
+    keys, values = read_pages(after, layer * 9, TABLE)
+    mask = np.arange(12) <= (START[:, None] + np.arange(4))[..., None]
+    ours = reference(*(np.asarray(x) for x in (q, keys, values)), mask)
+    for row in range(3):
+        np.testing.assert_allclose(mixed[row, : COUNT[row]], ours[row, : COUNT[row]], atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_the_ragged_kernels_arguments_mean_what_the_plain_form_computes(T):
+    """By the kernel's own reference: it does not run in interpret mode. Rows at their end, and rows without tokens."""
+    rng = np.random.default_rng(0)
+    pool, (q, k, v) = full_pool(rng), queries(rng, T)
+    count = np.minimum(COUNT, T) * [1, 0, 1]
+    expected, pool = paged_attention("xla", 2, TABLE, START, count)(pool, 1, q, k, v)
+    seen = []
+
+    def kernel(*arguments, num_kv_pages_per_block: int, num_queries_per_block: int, **options) -> jax.Array:
+        seen.append((num_kv_pages_per_block, num_queries_per_block))
+        return ref_ragged_paged_attention(*arguments, **options)
+
+    ours = _ragged(q, pool, jnp.asarray(TABLE + 9, jnp.int32), jnp.asarray(START), jnp.asarray(count), kernel)
+    for row in range(3):
+        np.testing.assert_allclose(ours[row, : count[row]], expected[row, : count[row]], atol=1e-5)
+    assert seen == [(3 if T == 1 else 4, 3 * T)]
+
+
+def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
+    """Single tokens through both forms, and what was written goes back to the pages."""
+    rng = np.random.default_rng(0)
+    first = pool = full_pool(rng)
+    rows = Rows(*(tuple(jnp.zeros(shape) for _ in range(2)) for shape in ((3, 2, 8, 12), (3, 2, 12, 8))))
+    rows = refresh_rows(pool, rows, jnp.asarray(TABLE), jnp.array([2, 0, 1]), 3)
+    length = START.copy()
+    for go in ([1, 1, 1], [1, 0, 0], [1, 1, 0]):
+        q, k, v = queries(rng, 1)
+        for layer in (0, 1):
+            expected, pool = paged_attention("xla", 2, TABLE, length, np.array(go))(pool, layer, q, k, v)
+            ours, rows = row_attention(length, np.array(go))(rows, layer, q, k, v)
+            live = np.flatnonzero(go)
+            np.testing.assert_allclose(ours[live], expected[live], atol=1e-5)
+        length = length + go
+    np.testing.assert_array_equal(scatter_rows(first, rows, TABLE, START, length - START, 5), pool)
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "kernel"),
+    [
+        ("cpu", {"head_dim": 128}, "xla"),
+        ("gpu", {"head_dim": 128}, "xla"),
+        ("tpu", {"head_dim": 128}, "ragged"),
+        ("tpu", {"head_dim": 128, "compute_dtype": "bfloat16", "cache_dtype": "bfloat16"}, "ragged"),
+        ("tpu", {"head_dim": 64}, "xla"),
+        ("tpu", {"head_dim": 128, "cache_dtype": "float16"}, "xla"),
+        ("tpu", {"head_dim": 128, "attention_kernel": "xla"}, "xla"),
+    ],
+)
+def test_the_cache_is_read_in_place_where_the_kernel_can(backend, config, kernel):
+    assert resolve_cache_kernel(ModelConfig(**config), backend) == kernel
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 5_000_000.0])

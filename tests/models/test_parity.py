@@ -221,6 +221,7 @@ class Greedy:
     request: int
     tokens: int = 64
     temperature: float = 0.0
+    cancelled: bool = False
     ids: list[int] = dataclasses.field(default_factory=list)
 
     def turn_budget(self) -> int:

@@ -4,12 +4,10 @@ import asyncio
 import copy
 import json
 
-import numpy as np
 import pytest
 from tokenizers import AddedToken
 
 from retool_jax.data.problems import Problem
-from retool_jax.engine.engine import Drawn, EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End
@@ -169,50 +167,32 @@ def test_a_retool_turn_ends_at_code_in_one_token_or_in_many(tokenizer, with_code
 # --- whole rollouts in the paper's grammar ----------------------------------------------------------------------------
 
 
-class OneTurnADispatch:
-    """An engine of one row whose policy says `turns`, each in one dispatch."""
-
-    def __init__(self, stop_ids: tuple[int, ...], turns: list[list[int]]) -> None:
-        self.config = EngineConfig(slots=1, max_length=800, decode_steps=800, tool_lag=-1)
-        self.stop_ids = frozenset(stop_ids)
-        self._turns, self.row = list(turns), []
-
-    def append(self, rows, starts, tokens) -> None:
-        self.row = self.row[: starts[0]] + list(tokens[0])
-
-    def fork(self, sources, targets) -> None:
-        assert not sources
-
-    def decode(self, control) -> Drawn:
-        turn = self._turns.pop(0)
-        assert len(self.row) >= control.length[0]  # a row may hold more than counts
-        assert not self.stop_ids & set(turn[:-1])
-        self.row[control.length[0] :] = turn[:-1]
-        tokens = np.zeros((1, 800), np.int32)
-        tokens[0, : len(turn)] = turn
-        return Drawn(tokens, np.full((1, 800), -0.5, np.float32), np.array([len(turn)]), np.int32(len(turn)))
-
-
-def play(tokenizer: Tokenizer, turns: list[str], behind: str = "", box: bool = True):
+@pytest.fixture
+def play(scripted_engine):
     """One trajectory of a scripted policy, which talks on with `behind` after its first turn; all else is real."""
-    limits = RolloutConfig(max_prompt_tokens=600, max_turns=4, grammar="retool")
-    said = [tokenizer.encode(turn) for turn in (turns[0] + behind, *turns[1:])]
-    engine = OneTurnADispatch(RETOOL.stop_ids(tokenizer), said)
 
-    async def main():
-        samples = [Sample(Problem("p", (USER,), "6"), 0)]
-        if not box:
-            return (await rollout(engine, tokenizer, None, samples, limits))[0]
-        async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as real:
-            return (await rollout(engine, tokenizer, real, samples, limits))[0]
+    def run(tokenizer: Tokenizer, turns: list[str], behind: str = "", box: bool = True):
+        limits = RolloutConfig(max_prompt_tokens=600, max_turns=4, grammar="retool")
+        said = [tokenizer.encode(turn) for turn in (turns[0] + behind, *turns[1:])]
+        sizes = {"slots": 1, "max_length": 800, "decode_steps": 100, "tool_lag": -1}
+        engine = scripted_engine(RETOOL.stop_ids(tokenizer), {0: said}, **sizes)
 
-    (trajectory,) = asyncio.run(main())
-    score(tokenizer, [trajectory])
-    assert engine.row == trajectory.ids[:-1], "the cache holds what the training data will"
-    return trajectory
+        async def main():
+            samples = [Sample(Problem("p", (USER,), "6"), 0)]
+            if not box:
+                return (await rollout(engine, tokenizer, None, samples, limits))[0]
+            async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as real:
+                return (await rollout(engine, tokenizer, real, samples, limits))[0]
+
+        (trajectory,) = asyncio.run(main())
+        score(tokenizer, [trajectory])
+        assert engine.left == [trajectory.ids[:-1]], "the cache holds what the training data will"
+        return trajectory
+
+    return run
 
 
-def test_a_retool_trajectory_is_one_turn_with_its_programs_answered_in_place(with_code):
+def test_a_retool_trajectory_is_one_turn_with_its_programs_answered_in_place(with_code, play):
     turns = [f"Let me see.\n{fenced(CODE)}", "So it is.\n<answer>\n\\boxed{6}\n</answer><|im_end|>"]
     trajectory = play(with_code, turns)
     prompt = with_code.decode(RETOOL.prompt(with_code, [USER]))
@@ -224,7 +204,7 @@ def test_a_retool_trajectory_is_one_turn_with_its_programs_answered_in_place(wit
     assert [(use.status, use.code, use.output) for use in trajectory.tool_uses] == [("success", CODE, "6")]
 
 
-def test_a_retool_policy_is_told_of_each_call_that_could_not_run(with_code):
+def test_a_retool_policy_is_told_of_each_call_that_could_not_run(with_code, play):
     broken = "<code>\n```python\nprint(6)\n</code>"
     unfinished = "<code>\nprint(6)<|im_end|>"
     hostile = fenced(r"""print("<" + "/code>", "<" + "/interpreter>", "<" + "|im_end|>", "\\boxed" + "{6}")""")
@@ -238,7 +218,7 @@ def test_a_retool_policy_is_told_of_each_call_that_could_not_run(with_code):
 
 
 @pytest.mark.parametrize("behind", ["", "\n", "\n\nThen I", " é<|im_end|>"])
-def test_a_retool_turn_in_a_vocabulary_without_the_mark_ends_there_all_the_same(tokenizer, behind):
+def test_a_retool_turn_in_a_vocabulary_without_the_mark_ends_there_all_the_same(tokenizer, behind, play):
     """The policy talks on behind `</code>` before the host sees it; what it said is given back."""
     turns = [f"Let me see.\n{fenced(CODE)}", "So it is.\n<answer>\n\\boxed{6}\n</answer><|im_end|>"]
     trajectory = play(tokenizer, turns, behind=behind)
@@ -249,7 +229,7 @@ def test_a_retool_turn_in_a_vocabulary_without_the_mark_ends_there_all_the_same(
     assert trajectory.end == End.ANSWERED and trajectory.reward == 1.0
 
 
-def test_without_a_sandbox_there_is_nothing_to_stop_for(tokenizer):
+def test_without_a_sandbox_there_is_nothing_to_stop_for(tokenizer, play):
     alone = play(tokenizer, ["<code>1</code>\\boxed{6}<|im_end|>"], box=False)
     assert alone.end == End.ANSWERED and not alone.tool_uses
     assert "<interpreter>" not in tokenizer.decode(alone.ids), "the prompt promises no tool"

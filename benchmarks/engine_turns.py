@@ -1,0 +1,208 @@
+"""What a cache that lives through tool calls is worth: ratios measured in one sitting, as JSON.
+
+    python benchmarks/engine_turns.py [scale=1.0] [repeats=3]
+
+- `live_cache`: the context work of a trajectory of 8 turns (2,000 tokens of prompt, 1,000 sampled and 200 of tool
+  output a turn), appended to the live cache, against writing the whole context anew each turn. The token counts are
+  3,400 and 49,600; `of_ideal` compares the two ratios.
+- `fork`: one prompt for a group of 16, forked, against 16 prefills.
+- `fused`: decode of 32 steps a dispatch against one step a dispatch.
+- `tools`: tokens per second and fill with tools that take 0, 0.1, 1 and 5 s, with twice as many trajectories as slots.
+
+`scale` shrinks lengths for a quick look. Pin it to one core (`taskset -c 0`): ratios hold, rates are of that core.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from retool_jax.engine.engine import Engine, Turn
+from retool_jax.engine.layouts import EngineConfig
+from retool_jax.engine.scheduler import converse
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.transformer import init_params
+
+MODEL = ModelConfig(
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+)
+PROMPT, SAMPLED, TOOL, TURNS = 2000, 1000, 200, 8
+
+
+def make_engine(**sizes) -> Engine:
+    mesh = make_mesh(MeshConfig())
+    engine = Engine(MODEL, EngineConfig(**sizes), init_params(MODEL, jax.random.key(0)), mesh, [], seed=0)
+    engine.warm_up()
+    return engine
+
+
+def tokens(count: int) -> list[int]:
+    return np.random.default_rng(count).integers(1, MODEL.vocab_size, count).tolist()
+
+
+def seconds(engine: Engine, work: Callable[[], None]) -> float:
+    """Wall clock of some dispatches, from an idle device to an idle device."""
+    engine.wait()
+    began = time.perf_counter()
+    work()
+    engine.wait()
+    return time.perf_counter() - began
+
+
+def live_cache(scale: float, repeats: int) -> dict:
+    prompt, sampled, tool = (round(n * scale) for n in (PROMPT, SAMPLED, TOOL))
+    length = prompt + TURNS * (sampled + tool)
+    engine = make_engine(slots=1, max_length=length, chunk_rows=1, decode_steps=1)
+
+    def live() -> float:
+        engine.free(0)
+        spent = seconds(engine, lambda: engine.append([0], [tokens(prompt)]))
+        for _ in range(TURNS - 1):
+            engine.append([0], [tokens(sampled)])  # what the policy draws: not context work
+            spent += seconds(engine, lambda: engine.append([0], [tokens(tool)]))
+        return spent
+
+    def anew() -> float:
+        spent = 0.0
+        for turn in range(TURNS):
+            engine.free(0)
+            context = tokens(prompt + turn * (sampled + tool))
+            spent += seconds(engine, lambda context=context: engine.append([0], [context]))
+        return spent
+
+    live_s, anew_s = (float(np.median([work() for _ in range(repeats)])) for work in (live, anew))
+    counts = prompt + (TURNS - 1) * tool, sum(prompt + turn * (sampled + tool) for turn in range(TURNS))
+    ideal = counts[1] / counts[0]
+    return {
+        "tokens_live": counts[0],
+        "tokens_anew": counts[1],
+        "live_s": round(live_s, 3),
+        "anew_s": round(anew_s, 3),
+        "ratio": round(anew_s / live_s, 2),
+        "ideal_ratio": round(ideal, 2),
+        "of_ideal": round(anew_s / live_s / ideal, 2),
+    }
+
+
+def fork(scale: float, repeats: int) -> dict:
+    prompt, group = tokens(round(1000 * scale)), 16
+    engine = make_engine(slots=group, max_length=len(prompt) + 16, chunk_rows=group, decode_steps=1)
+    rows = list(range(group))
+
+    def clear() -> None:
+        for row in rows:
+            engine.free(row)
+
+    def forked() -> float:
+        clear()
+
+        def work() -> None:
+            engine.append([0], [prompt])
+            engine.fork([0] * (group - 1), rows[1:])
+
+        return seconds(engine, work)
+
+    def prefilled() -> float:
+        clear()
+        return seconds(engine, lambda: engine.append(rows, [prompt] * group))
+
+    fork_s, prefill_s = (float(np.median([work() for _ in range(repeats)])) for work in (forked, prefilled))
+    numbers = {"group": group, "prompt_tokens": len(prompt), "fork_s": round(fork_s, 4)}
+    return numbers | {"prefill_s": round(prefill_s, 4), "ratio": round(prefill_s / fork_s, 2)}
+
+
+def fused(scale: float, repeats: int) -> dict:
+    prompt, drawn = tokens(64), max(round(192 * scale) // 32 * 32, 32)
+    engine = make_engine(slots=32, max_length=len(prompt) + drawn + 1, chunk_rows=32, decode_steps=32)
+    rows = list(range(32))
+
+    def rate(steps: int) -> float:
+        for row in rows:
+            engine.free(row)
+        engine.append(rows, [prompt] * 32)
+        for row in rows:
+            engine.start(row, Turn(row, drawn + 1))
+
+        def work() -> None:
+            for _ in range(drawn // steps):
+                engine.read(engine.decode(steps))
+
+        return 32 * drawn / seconds(engine, work)
+
+    rates = {n: float(np.median([rate(n) for _ in range(repeats)])) for n in (1, 32)}
+    return {f"tokens_per_s_n{n}": round(r) for n, r in rates.items()} | {"ratio": round(rates[32] / rates[1], 2)}
+
+
+@dataclass
+class Trajectory:
+    """Turns of a fixed length with a tool of a fixed latency between them."""
+
+    request: int
+    latency_s: float
+    turn: int
+    turns: int = 3
+    prompt: list[int] = field(default_factory=lambda: tokens(64))
+    temperature: float = 1.0
+    cancelled: bool = False
+
+    def turn_budget(self) -> int:
+        return self.turn
+
+    def stop_at(self, ids: list[int], seen: int) -> None:
+        return None
+
+    def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int]] | None:
+        self.turns -= 1
+        return self._tool() if self.turns else None
+
+    async def _tool(self) -> list[int]:
+        await asyncio.sleep(self.latency_s)
+        return tokens(20)
+
+
+def tools(scale: float) -> list[dict]:
+    slots, turn = 16, max(round(256 * scale), 8)
+    length = 64 + 3 * (turn + 20)
+    pages = 2 * slots * -(-length // 16)  # those that wait for a tool keep theirs
+    engine = make_engine(slots=slots, max_length=length, chunk_rows=16, page_size=16, pages=pages, tool_lag=-1)
+    found = []
+    for latency in (0.0, 0.1, 1.0, 5.0):
+        chats = [Trajectory(request, latency * scale, turn) for request in range(2 * slots)]
+        stats = asyncio.run(converse(engine, chats))
+        rate = stats.decoded_tokens / stats.total_s
+        line = {"tool_s": latency * scale, "tokens_per_s": round(rate), "fill": round(stats.fill, 3)}
+        line["of_no_latency"] = round(rate / found[0]["tokens_per_s"], 3) if found else 1.0
+        found.append(line | {"tool_time_hidden": round(stats.tool_hidden, 3)})
+    return found
+
+
+def main(words: list[str]) -> None:
+    options = {"scale": 1.0, "repeats": 3.0} | {k: float(v) for k, v in (w.split("=") for w in words)}
+    scale, repeats = options["scale"], int(options["repeats"])
+    numbers = {
+        "benchmark": "engine_turns",
+        "scale": scale,
+        "live_cache": live_cache(scale, repeats),
+        "fork": fork(scale, repeats),
+        "fused": fused(scale, repeats),
+        "tools": tools(scale),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+    print(json.dumps(numbers, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

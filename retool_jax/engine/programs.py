@@ -1,0 +1,172 @@
+"""What the engine runs on the device: its state, and the pure functions that take it from one dispatch to the next."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from retool_jax.engine.sampling import Sampling, row_keys, sample
+from retool_jax.models import transformer
+from retool_jax.models.cache import Rows, copy_pages, init_cache, refresh_rows, scatter_rows
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.transformer import Params
+
+
+class EngineState(NamedTuple):
+    """Device buffers, donated to every call."""
+
+    cache: jax.Array  # the pool of pages, see `models/cache.py`
+    hidden: jax.Array  # [B,D] behind the last written token of each row
+    length: jax.Array  # int32 [B]: tokens written
+    budget: jax.Array  # int32 [B]: tokens that the row may still draw; 0 is parked
+    request: jax.Array  # uint32 [B]: the stream of its random draws
+    sampling: Sampling
+
+
+def init_engine_state(model: ModelConfig, slots: int, pages: int, page_size: int) -> EngineState:
+    """Empty rows."""
+    ints, floats = jnp.zeros(slots, jnp.int32), jnp.zeros(slots)
+    return EngineState(
+        cache=init_cache(model, pages, page_size),
+        hidden=jnp.zeros((slots, model.hidden_size), model.compute_dtype),
+        length=ints,
+        budget=ints,
+        request=ints.astype(jnp.uint32),
+        sampling=Sampling(floats, ints, floats),
+    )
+
+
+def apply_turns(state: EngineState, changes_B6: jax.Array) -> EngineState:
+    """Begin the turns of rows whose first column is set; the others are `Turn`'s fields, as bits."""
+    changed_B, values = changes_B6[:, 0] > 0, changes_B6[:, 1:].T
+
+    def pick(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(changed_B, jax.lax.bitcast_convert_type(new, old.dtype), old)
+
+    request, budget, *sampling = map(pick, values, (state.request, state.budget, *state.sampling))
+    return state._replace(request=request, budget=budget, sampling=Sampling(*sampling))
+
+
+def decode_steps(
+    model: ModelConfig,
+    most: int,
+    stop_ids: tuple[int, ...],
+    shards: int,
+    state: EngineState,
+    dense: Rows | None,
+    params: Params,
+    run_key: jax.Array,
+    steps: jax.Array,
+    changes_B6: jax.Array,
+    table_BP: jax.Array,
+    stale_B: jax.Array,
+    stale_count: jax.Array,
+) -> tuple[EngineState, Rows | None, jax.Array, jax.Array]:
+    """Draw up to `steps` <= `most` tokens for every row with budget, until each has stopped or spent it.
+
+    `table` must reach as far as any live row may come. Without a kernel that reads pages where they lie, `dense` is
+    what live rows hold, but for those named in `stale`; what is drawn is written to both. Returns the state, the dense
+    rows and the two arrays of `Drawn`.
+    """
+    state = apply_turns(state, changes_B6)
+    rows = state.length.shape[0]
+    stops = jnp.asarray(stop_ids, jnp.int32)
+    cache = state.cache if dense is None else refresh_rows(state.cache, dense, table_BP, stale_B, stale_count)
+
+    class Loop(NamedTuple):
+        cache: transformer.Cache
+        hidden: jax.Array
+        length: jax.Array
+        budget: jax.Array
+        step: jax.Array
+        tokens: jax.Array
+        real: jax.Array
+        logprobs: jax.Array
+
+    def body(loop: Loop) -> Loop:
+        live = loop.budget > 0
+        logits = transformer.logits(model, params, loop.hidden)
+        draw = sample(logits, row_keys(run_key, state.request, loop.length), state.sampling, shards)
+        budget = jnp.where(jnp.isin(draw.tokens, stops), 0, loop.budget - live)
+        go = budget > 0
+        cache, hidden = transformer.extend(
+            model,
+            params,
+            loop.cache,
+            draw.tokens[:, None],
+            loop.length,
+            go.astype(jnp.int32),
+            table_BP,
+        )
+        both = jnp.stack([draw.logprobs, draw.plain_logprobs], 1)
+        return Loop(
+            cache,
+            jnp.where(go[:, None], hidden, loop.hidden),
+            loop.length + go,
+            jnp.where(live, budget, 0),
+            loop.step + 1,
+            loop.tokens.at[:, loop.step].set(jnp.where(live, draw.tokens, 0)),
+            loop.real.at[:, loop.step].set(live.astype(jnp.int32)),
+            loop.logprobs.at[:, :, loop.step].set(jnp.where(live[:, None], both, 0.0)),
+        )
+
+    none = jnp.zeros((rows, most), jnp.int32)
+    start = Loop(cache, state.hidden, state.length, state.budget, jnp.int32(0), none, none, jnp.zeros((rows, 2, most)))
+    end = jax.lax.while_loop(lambda loop: (loop.step < steps) & jnp.any(loop.budget > 0), body, start)
+    if dense is None:
+        cache = end.cache
+    else:
+        dense, written = end.cache, end.length - state.length
+        cache = scatter_rows(state.cache, dense, table_BP, state.length, written, most)
+    ints = jnp.concatenate([end.tokens, end.real, end.length[:, None]], 1)
+    state = state._replace(cache=cache, hidden=end.hidden, length=end.length, budget=end.budget)
+    return state, dense, ints, end.logprobs.reshape(rows, 2 * most)
+
+
+def extend_rows(
+    model: ModelConfig,
+    state: EngineState,
+    params: Params,
+    tokens_bT: jax.Array,
+    where_b3: jax.Array,
+    table_bP: jax.Array,
+) -> tuple[EngineState, jax.Array]:
+    """Write known tokens behind the first `start` of some rows and park them: a prompt, or what the environment said.
+
+    `where` has start, count and slot of each row; a slot that does not exist is a prefix outside the slots, or
+    padding with a count of 0. Returns the state and the rows' last hidden states [b,D].
+    """
+    start_b, count_b, slot_b = where_b3.T
+    cache, hidden_bD = transformer.extend(model, params, state.cache, tokens_bT, start_b, count_b, table_bP)
+    state = state._replace(
+        cache=cache,
+        hidden=state.hidden.at[slot_b].set(hidden_bD, mode="drop"),
+        length=state.length.at[slot_b].set(start_b + count_b, mode="drop"),
+        budget=state.budget.at[slot_b].set(0, mode="drop"),
+    )
+    return state, hidden_bD
+
+
+def copy_rows(state: EngineState, rows_2M: jax.Array) -> EngineState:
+    """Make each target slot (second) the same parked trajectory as its source (first); the pages are the host's."""
+    source_M, target_M = rows_2M
+    return state._replace(
+        hidden=state.hidden.at[target_M].set(state.hidden[source_M], mode="drop"),
+        length=state.length.at[target_M].set(state.length[source_M], mode="drop"),
+        budget=state.budget.at[target_M].set(0, mode="drop"),
+    )
+
+
+def place_row(state: EngineState, hidden_bD: jax.Array, place_3: jax.Array) -> EngineState:
+    """Put row `place[0]` of a chunk into slot `place[1]` with length `place[2]`, parked."""
+    at, slot, length = place_3
+    return state._replace(
+        hidden=state.hidden.at[slot].set(hidden_bD[at]),
+        length=state.length.at[slot].set(length),
+        budget=state.budget.at[slot].set(0),
+    )
+
+
+def copy_state_pages(layers: int, state: EngineState, pages_2M: jax.Array, count: jax.Array) -> EngineState:
+    """Copy pages source (first) to target (second), before rows that shared them part."""
+    return state._replace(cache=copy_pages(state.cache, layers, *pages_2M, count))
