@@ -64,7 +64,8 @@ def seconds(engine: Engine, work: Callable[[], None]) -> float:
 def live_cache(scale: float, repeats: int) -> dict:
     prompt, sampled, tool = (round(n * scale) for n in (PROMPT, SAMPLED, TOOL))
     length = prompt + TURNS * (sampled + tool)
-    engine = make_engine(slots=1, max_length=length, chunk_rows=1, decode_steps=1)
+    reads = [round(scale * n) for n in (2048, 4096, 6144, 8192, 10240)]
+    engine = make_engine(slots=1, max_length=length, chunk_rows=1, decode_steps=1, read_buckets=tuple(reads))
 
     def live() -> float:
         engine.free(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from retool_jax.errors import UserError
 
 INSIDE_TARGET = "/inside"
+OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")
 """Where the programs of `inside/` are mounted."""
 MANIFEST = "manifest.json"
 ROOT = "root"
@@ -83,7 +84,10 @@ def find_runtime(image: str) -> Runtime:
 
 
 def this_python() -> Runtime:
-    """The interpreter that runs this, with its packages and the system's libraries."""
+    """The interpreter that runs this, with its packages and the system's libraries.
+
+    Raises UserError if they lie where programs have folders of their own.
+    """
     executable = Path(sys.executable)
     folders = {Path(sys.base_prefix), Path(os.path.realpath(sys.base_prefix)), Path(sys.prefix)}
     folders |= {executable.parent, executable.resolve().parent}
@@ -95,6 +99,12 @@ def this_python() -> Runtime:
             links.append((os.readlink(name), name))
         elif os.path.isdir(name):
             binds.add(name)
+    for path in sorted(binds):
+        if path.startswith(OWN_FOLDERS):
+            raise UserError(
+                f"{path} cannot be shown to programs, which have {', '.join(OWN_FOLDERS)} to themselves; install this"
+                " Python and its packages elsewhere, or build an image: `python -m retool_jax.sandbox.image`"
+            )
     outermost = [path for path in binds if not any(path.startswith(f"{other}/") for other in binds)]
     return Runtime(
         python=sys.executable,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import SandboxConfig, image, open_sandbox
+from retool_jax.sandbox import SandboxConfig, bubblewrap, gvisor, image, open_sandbox
 from retool_jax.sandbox.runtime import find_runtime, newest_image
 
 
@@ -62,8 +62,6 @@ def test_programs_see_the_image_and_nothing_else(backend: str, small: Path):
 
 
 def test_another_python_than_the_manifests_is_refused(small: Path, tmp_path: Path):
-    from retool_jax.sandbox import bubblewrap
-
     if reason := bubblewrap.missing(SandboxConfig()):
         pytest.skip(f"bubblewrap: {reason}")
     (tmp_path / "root").symlink_to(small / "root")
@@ -104,3 +102,12 @@ def test_errors_name_the_folder_and_the_way_out(small: Path, tmp_path: Path):
         image.main([f"to={small}", "packages="])
     with pytest.raises(UserError, match="'size' is not understood"):
         image.main(["size=3"])
+
+
+def test_packages_where_programs_have_folders_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """They would be hidden, and every import of them would fail as if it were the program's fault."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.prefix", "/tmp/some-venv")
+    for launcher in (gvisor, bubblewrap):
+        reason = launcher.missing(SandboxConfig())
+        assert reason.startswith("/tmp/some-venv cannot be shown") and "python -m retool_jax.sandbox.image" in reason
