@@ -18,7 +18,7 @@ def record(backend: str, category: str, held: bool) -> None:
     HELD.setdefault(backend, Counter())[category] += held
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: as referee this process adopts orphans, which other tests would see
 def host() -> Iterator[Host]:
     with Host() as host:
         yield host
