@@ -17,20 +17,15 @@ from .host import Host, alive, descendants, remains
 from .sessions import SESSIONS, Session
 
 
-def opened(backend: str, host: Host, slots: int = 1) -> Iterator[Arena]:
-    """An arena, after which nothing of it may be left."""
-    arena = Arena(backend, host, slots)
-    yield arena
-    arena.close()
-    assert not alive(arena.seen)
-
-
 @pytest.fixture(scope="module", params=["gvisor", "bubblewrap"])
 def arena(request: pytest.FixtureRequest, host: Host) -> Iterator[Arena]:
     """A back-end, open for all tests of this file; nothing of it may be left afterwards."""
     if why := LAUNCHERS[request.param].missing(SandboxConfig()):
         pytest.skip(f"{request.param}: {why}")
-    yield from opened(request.param, host)
+    arena = Arena(request.param, host, 1)
+    yield arena
+    arena.close()
+    assert not alive(arena.seen)
     assert not descendants()
     assert remains(f"retool-{os.getpid()}-") == []
 
@@ -49,7 +44,10 @@ def demand_isolation(arena: Arena) -> None:
 @pytest.fixture(scope="module")
 def crowd(request: pytest.FixtureRequest, arena: Arena, host: Host) -> Iterator[Arena]:
     """The same back-end with several workers, for cases that can run beside others."""
-    yield from opened(arena.backend, host, CROWD)
+    crowd = Arena(arena.backend, host, CROWD)
+    yield crowd
+    crowd.close()
+    arena.seen.update(crowd.seen)  # it saw the other's workers too, which are to be gone when that one is closed
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.sociable], ids=named)
