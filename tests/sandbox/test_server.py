@@ -43,6 +43,13 @@ def with_client(serve, talk, *args, **kwargs):
     return asyncio.run(main())
 
 
+def test_an_answer_is_not_held_back_until_its_head_is_acknowledged():
+    with server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_run_code_answers_as_sandbox_fusion_does(serve):
     async def talk(client, box):
         everything = {
