@@ -121,7 +121,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     runtime = find_runtime(config.image)
     if not cgroup.place():
         return await start(make_command(runtime, root, memory_mb))
-    group = cgroup.MemoryGroup(owner_tag(), memory_mb + OVERHEAD_MB + TIERS_MB, cgroup.CPU_SHARES)
+    group = cgroup.WorkerGroup(owner_tag(), memory_mb + OVERHEAD_MB + TIERS_MB)
     # Through this descriptor the supervisor learns that the kernel killed a program for want of memory.
     events = os.open(group.events, os.O_RDONLY)
     try:

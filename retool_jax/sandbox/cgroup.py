@@ -1,4 +1,4 @@
-"""Control groups: a limit on the memory of a worker and a share of the processors, in either version of the interface.
+"""Control groups: limits on the memory and the processor time of a worker, in either version of the interface.
 
 The groups of one process lie in a folder of its own, `retool-PID-START`, below the group that it runs in (below an
 ancestor where version 2's rules want that), so that what a dead owner left can be told and removed.
@@ -15,8 +15,7 @@ from itertools import count
 from pathlib import Path
 
 REMOVE_S = 2.0
-CPU_SHARES = 256
-"""Weight of a worker against the 1024 of its owner, whose event loop serves all workers and must not wait for them."""
+PERIOD_US = 100_000
 _numbers = count(1)
 
 
@@ -89,27 +88,37 @@ def cpu_folder() -> Path | None:
     return None
 
 
-class MemoryGroup:
-    """A group with a limit on its memory, swap included. Raises OSError if it cannot be made."""
+def has_processor_quota() -> bool:
+    """Whether this process, or a group around it, may use only so much processor time of the cores that it sees."""
+    with suppress(OSError, ValueError):
+        for mount, own, unified in _hierarchies("cpu"):
+            for folder in [own, *own.parents][: len(own.relative_to(mount).parts) + 1]:
+                with suppress(OSError):  # the root group has no such file in version 2
+                    quota = (folder / ("cpu.max" if unified else "cpu.cfs_quota_us")).read_text().split()[0]
+                    if quota not in ("max", "-1"):
+                        return True
+    return False
 
-    def __init__(self, owner: str, limit_mb: int, cpu_shares: int | None = None):
-        """owner: the tag of the process that it belongs to, which names the folder around it.
 
-        cpu_shares: weight against the 1024 of others, where that can be set; None leaves processor time alone.
-        """
+class WorkerGroup:
+    """A group with a limit on its memory, swap included, and with the time of one core where that can be set.
+
+    Raises OSError if it cannot be made.
+    """
+
+    def __init__(self, owner: str, limit_mb: int):
+        """owner: the tag of the process that it belongs to, which names the folder around it."""
         where = place()
         if where is None:
             raise OSError("no memory control group can be made here")
         self.unified = where.unified
         self.parent = where.folder / owner
-        self.parent.mkdir(exist_ok=True)
-        if self.unified and not _offers("memory", self.parent):
-            raise OSError(f"{self.parent} does not offer memory limits")
-        self.path = self.parent / str(next(_numbers))
-        self.path.mkdir()
+        self.path = _make(self.parent)
         self.cpu_path: Path | None = None
         self.limit_bytes = limit_mb << 20
         try:
+            if self.unified and not _offers("memory", self.parent):
+                raise OSError(f"{self.parent} does not offer memory limits")
             for name in ("memory.max",) if self.unified else ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
                 if (self.path / name).exists():  # the one for swap is an option of the kernel
                     (self.path / name).write_text(str(self.limit_bytes))
@@ -119,36 +128,39 @@ class MemoryGroup:
         except BaseException:
             self.path.rmdir()
             raise
-        if cpu_shares is not None:
-            with suppress(OSError):  # a matter of comfort
-                self._weigh(cpu_shares)
-        self.name = "/" + str(self.path.relative_to(where.mount))
-        """The path below the hierarchy's mount point."""
+        with suppress(OSError):  # a matter of comfort
+            if not self.unified and (folder := cpu_folder()):
+                self.cpu_path = _make(folder / owner)
+                (self.cpu_path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+                (self.cpu_path / "cpu.cfs_quota_us").write_text(str(PERIOD_US))
+            elif self.unified and _offers("cpu", self.path.parent.parent) and _offers("cpu", self.parent):
+                (self.path / "cpu.max").write_text(f"{PERIOD_US} {PERIOD_US}")
 
-    def _weigh(self, cpu_shares: int) -> None:
-        if self.unified:
-            if _offers("cpu", self.path.parent.parent) and _offers("cpu", self.parent):
-                (self.path / "cpu.weight").write_text(str(max(cpu_shares * 100 // 1024, 1)))
-        elif folder := cpu_folder():
-            (folder / self.parent.name).mkdir(exist_ok=True)
-            path = folder / self.parent.name / self.path.name
-            path.mkdir()
-            self.cpu_path = path
-            (path / "cpu.shares").write_text(str(cpu_shares))
+    def give_way(self, idle: bool) -> None:
+        """Have it run only while nothing else wants to, or no longer so, where that can be set."""
+        folder = self.path if self.unified else self.cpu_path
+        if folder is not None:
+            with suppress(OSError):  # Linux before 5.15 has no such file
+                (folder / "cpu.idle").write_text(str(int(idle)))
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders that were made for it, innermost first."""
+        return [folder for path in (self.path, self.cpu_path) if path is not None for folder in (path, path.parent)]
 
     @property
     def entrances(self) -> list[Path]:
-        """Writing a pid into these files moves the process into the group."""
-        return [folder / "cgroup.procs" for folder in (self.path, self.cpu_path) if folder is not None]
+        """A process with one thread that writes 0 into these files enters the group.
+
+        In version 1 by the file for threads, for which the kernel does not stop all forks of the machine meanwhile.
+        """
+        name = "cgroup.procs" if self.unified else "tasks"
+        return [path / name for path in (self.path, self.cpu_path) if path is not None]
 
     @property
     def events(self) -> Path:
         """The file with the line `oom_kill N`."""
-        return self.path / self._events
-
-    @property
-    def _events(self) -> str:
-        return "memory.events" if self.unified else "memory.oom_control"
+        return self.path / ("memory.events" if self.unified else "memory.oom_control")
 
     def _number(self, name: str) -> int:
         try:
@@ -166,10 +178,10 @@ class MemoryGroup:
                     used -= int(value)
         return used / (1 << 20) if used else None
 
-    def oom_kills(self, below: str = "") -> int:
-        """Processes of this very group, or of the one of that name in it, that the kernel killed for want of memory."""
+    def oom_kills(self) -> int:
+        """Processes of this group that the kernel killed for want of memory."""
         with suppress(OSError):
-            for line in (self.path / below / self._events).read_text().splitlines():
+            for line in self.events.read_text().splitlines():
                 if line.startswith("oom_kill "):
                     return int(line.split()[1])
         return 0
@@ -182,9 +194,19 @@ class MemoryGroup:
         """Kill what is left in the group and remove it, and the owner's folder if it was the last; never raises."""
         for path in (self.path, self.cpu_path):
             if path is not None:
-                await _remove(path)
+                await asyncio.to_thread(_remove, path)
                 with suppress(OSError):
                     path.parent.rmdir()
+
+
+def _make(parent: Path) -> Path:
+    """A new group in `parent`, which goes with the last one in it."""
+    path = parent / str(next(_numbers))
+    while True:
+        parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # the last one has just gone
+            path.mkdir()
+            return path
 
 
 def _processes(folder: Path) -> list[int]:
@@ -195,7 +217,8 @@ def _processes(folder: Path) -> list[int]:
     return found
 
 
-async def _remove(folder: Path) -> None:
+def _remove(folder: Path) -> None:
+    """Kill and remove, within a time; the kernel may take 10 ms for it, which is much to an event loop."""
     deadline = time.monotonic() + REMOVE_S
     while folder.is_dir() and time.monotonic() < deadline:
         for pid in _processes(folder):
@@ -205,7 +228,7 @@ async def _remove(folder: Path) -> None:
             with suppress(OSError):
                 os.rmdir(where)
         if folder.is_dir():
-            await asyncio.sleep(0.01)
+            time.sleep(0.01)
 
 
 def _folders() -> list[Path]:
@@ -221,4 +244,4 @@ def owners() -> list[str]:
 async def remove_owner(tag: str) -> None:
     """Kill and remove all groups of one owner."""
     for folder in _folders():
-        await _remove(folder / tag)
+        await asyncio.to_thread(_remove, folder / tag)

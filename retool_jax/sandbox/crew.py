@@ -3,40 +3,31 @@
 import asyncio
 import json
 import random
-import re
-import struct
 import time
-from collections import deque
-from collections.abc import Coroutine
+from collections import Counter, deque
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from retool_jax.errors import UserError
+from retool_jax.sandbox.cores import Cores
+from retool_jax.sandbox.member import Member, WorkerFault
 from retool_jax.sandbox.metrics import Metrics
-from retool_jax.sandbox.request import Nonsense, Request, to_result
-from retool_jax.sandbox.types import SandboxConfig, ToolResult
+from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.types import SandboxConfig
 
 START_S = 60.0  # a cold start of the heavy fork servers on a loaded machine
 PROBE_WALL_S = 5.0
-OVERTIME_S = 3.0  # what a worker gets beyond a program's own time limit before it counts as hung
-MAX_FRAME_BYTES = 96 << 20
 BREAKER = 5  # starts that fail in a row before callers are told at once instead of waiting for the next one
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 10.0
 MEMORY_CALLS = 50  # calls between two looks at a worker's memory
 MEMORY_S = 1.0  # for how long it must hold too much: some kernels take their time to free what a program had
 TEND_S = 1.0
 WARM_S = 1.0  # idle time after which a worker starts fork servers ahead of need: a second of processor time, or two
-CRASH = re.compile(r'File ".*", line \d+')  # a traceback among a worker's last words
-
-
-class WorkerFault(Exception):
-    """The machinery failed, and `kind` says how: a worker did not start ("start"), died, hung, answered nonsense, or
-    "crashed", which is a fault of the program inside and not of what it ran."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+GIVE_WAY_S = 10.0  # for how long at most a worker that nobody waits for lets others go first
+ASKED_S = 600.0  # for how long a fork server counts as needed after a program has asked for it
 
 
 def pause_s(failures: int) -> float:
@@ -44,61 +35,11 @@ def pause_s(failures: int) -> float:
     return min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
 
 
-class Member:
-    """A launched worker, with what the crew knows of it. `launched` is the back-end's own object."""
-
-    def __init__(self, launched: Any, memory_mb: int) -> None:
-        self.launched = launched
-        self.memory_mb = memory_mb
-        self.born = self.idle_since = time.monotonic()
-        self.calls = 0
-        self.tiers: set[str] = set()
-        """Fork servers that have been asked for in it."""
-        self.heavy_since: float | None = None
-
-    @property
-    def dead(self) -> bool:
-        """Whether its output has ended (noticed without asking it anything)."""
-        return self.launched.reader.at_eof()
-
-    async def exchange(self, payload: bytes, timeout_s: float) -> dict:
-        """Send a request (none if empty) and wait for the next frame. Raises WorkerFault."""
-        reader, writer = self.launched.reader, self.launched.writer
-        try:
-            async with asyncio.timeout(timeout_s):
-                if payload:
-                    writer.write(struct.pack(">I", len(payload)) + payload)
-                    await writer.drain()
-                (size,) = struct.unpack(">I", await reader.readexactly(4))
-                if size > MAX_FRAME_BYTES:
-                    raise ValueError(f"a frame of {size} bytes")
-                message = json.loads(await reader.readexactly(size))
-                if not isinstance(message, dict):
-                    raise ValueError(f"a frame that is a {type(message).__name__}")
-                return message
-        except TimeoutError:
-            raise WorkerFault("hung", f"the worker did not answer within {timeout_s:g} s") from None
-        except (asyncio.IncompleteReadError, ConnectionError):
-            words = await self.launched.last_words()
-            kind = "crashed" if CRASH.search(words) else "died"
-            raise WorkerFault(kind, f"the worker died: {words or 'no last words'}") from None
-        except ValueError as error:
-            raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
-
-    async def perform(self, request: Request) -> tuple[ToolResult, dict]:
-        """Run a program. Returns the result and the response that it was read from. Raises WorkerFault."""
-        self.calls += 1
-        self.tiers.add(request.tier)
-        self.launched.begin_call()
-        response = await self.exchange(request.frame, request.limits.wall_s + OVERTIME_S)
-        try:
-            return to_result(response), response
-        except Nonsense as error:
-            raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
-
-
 class Crew:
     """`config.places` workers and a spare, each replaced in the background when it is spent, sick or dead.
+
+    A replacement serves once it runs the fork servers that programs have asked for of late, so that none of them finds
+    a slower worker than others did. Until then calls wait, unless the spare is there.
 
     A start that fails is tried again with growing pauses for as long as the crew is open. After `BREAKER` failures in
     a row `take` raises at once; the next start that succeeds ends that.
@@ -116,7 +57,9 @@ class Crew:
         self._starting = self._probing = 0
         self._failures = 0
         self._last_fault = ""
-        self._tiers: set[str] = set()  # fork servers that programs have asked for
+        self._arriving: list[Member] = []  # not ready yet, and giving way
+        self._cores = Cores(config.places)
+        self._asked: dict[str, float] = {}  # when a program last asked for a fork server
         self._closed = False
 
     @property
@@ -135,26 +78,31 @@ class Crew:
         self._refill()
         self._spawn(self._tend(), self._work)
 
-    async def recruit(self, memory_mb: int) -> Member:
-        """Start a worker for programs of up to `memory_mb`. Raises WorkerFault."""
-        begun = time.monotonic()
+    async def recruit(self, memory_mb: int, ahead: bool = False) -> Member:
+        """Start a worker for programs of up to `memory_mb`. Raises WorkerFault.
+
+        ahead: nobody asks for it yet, so it gives way to those that serve, and starts its fork servers first.
+        """
+        begun, core = time.monotonic(), self._cores.place()
+        launched = member = None
         try:
             launched = await self._module.launch(self._config, memory_mb)
-        except (OSError, UserError) as error:
-            raise WorkerFault("start", f"no worker started: {error}") from None
-        try:
-            member = Member(launched, memory_mb)
-            hello = await member.exchange(b"", START_S)
-            self.description = self._module.describe(hello["isolation"])
-        except (WorkerFault, KeyError) as fault:
-            await launched.stop()
-            raise WorkerFault("start", f"no worker started: {fault}") from None
-        except BaseException:
-            await launched.stop()
+            member = Member(launched, memory_mb, core)
+            with self._giving_way(member) if ahead else nullcontext():
+                hello = await member.exchange(b"", START_S)
+                launched.move(self._cores.among(member.core))
+                self.description = self._module.describe(hello["isolation"])
+                if ahead:
+                    await self._warm(member)
+            if self._closed:
+                raise WorkerFault("closed", "the sandbox was closed")
+        except BaseException as fault:
+            self._cores.leave(member.core if member else core)
+            if launched is not None:
+                await launched.stop()
+            if isinstance(fault, (OSError, UserError, WorkerFault, KeyError)) and not self._closed:
+                raise WorkerFault("start", f"no worker started: {fault}") from None
             raise
-        if self._closed:
-            await launched.stop()
-            raise WorkerFault("closed", "the sandbox was closed")
         self._metrics.start_s.add(time.monotonic() - begun)
         return member
 
@@ -165,16 +113,20 @@ class Crew:
         """
         if memory_mb > self._config.limits.memory_mb:
             return await self.claim(memory_mb)
-        while self._ready:  # the one used last is the warmest
-            member = self._ready.pop()
+        while self._ready:
+            busy = self._busy()
+            # Of those whose core has the least to do, the one used last, for it is the warmest.
+            member = min(reversed(self._ready), key=lambda member: busy[member.core])
+            self._ready.remove(member)
             if not member.dead:
-                self._lent.add(member)
+                self._lend(member)
                 return member
             self._retire(member, "died idle")
         if self.broken:
             raise WorkerFault("start", f"{self._failures} starts in a row failed, the last one: {self._last_fault}")
         turn: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
+        self._hurry()
         self._refill()
         try:
             return await turn
@@ -203,7 +155,7 @@ class Crew:
     def give(self, member: Member, response: dict) -> None:
         """Take a worker back after a call that it answered."""
         age = time.monotonic() - member.born
-        self._tiers |= member.tiers
+        self._asked[member.tier] = time.monotonic()
         if not response.get("clean"):  # something of the program could not be killed
             self.drop(member, "unclean")
         elif member in self._own:
@@ -245,13 +197,32 @@ class Crew:
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
-                self._lent.add(member)
+                self._lend(member)
                 return turn.set_result(member)
         self._ready.append(member)
+
+    def settle(self, member: Member) -> None:
+        """Put a worker that is about to run something on the core that has the least to do."""
+        hurried = (other for other in self._arriving if other.hurried)
+        core = self._cores.best(member.core, self._busy(*hurried))
+        if core != member.core:
+            member.launched.move(self._cores.among(core))
+            self._cores.leave(member.core)
+            self._cores.enter(core)
+            member.core = core
+
+    def _busy(self, *others: Member) -> Counter[int | None]:
+        """How many workers that run something each core has."""
+        return Counter(member.core for member in (*self._lent, *others))
+
+    def _lend(self, member: Member) -> None:
+        self.settle(member)
+        self._lent.add(member)
 
     def _retire(self, member: Member, reason: str) -> None:
         if not self._closed:
             self._metrics.restarts[reason] += 1
+        self._cores.leave(member.core)
         self._spawn(member.launched.stop(), self._stops)
         self._refill()
 
@@ -276,7 +247,7 @@ class Crew:
         try:
             if self._failures:
                 await asyncio.sleep(pause_s(self._failures))
-            member = await self.recruit(self._config.limits.memory_mb)
+            member = await self.recruit(self._config.limits.memory_mb, ahead=True)
         except WorkerFault as fault:
             self._metrics.faults[fault.kind] += 1
             self._failures += 1
@@ -304,7 +275,7 @@ class Crew:
             now = time.monotonic()
             for member in tuple(self._ready):
                 old, idle = now - member.born, now - member.idle_since
-                cold = not self._tiers <= member.tiers and not self._waiting
+                cold = self._cold(member) and not self._waiting
                 due = 0 < self._config.probe_s <= idle or (cold and idle >= WARM_S)
                 if not member.dead and old < self._config.recycle_s and not due:
                     continue
@@ -316,19 +287,51 @@ class Crew:
                 else:
                     await self._probe(member)
 
+    @contextmanager
+    def _giving_way(self, member: Member) -> Iterator[None]:
+        """While a worker is not ready, have it hardly disturb those that serve, until somebody waits for it."""
+        self._arriving.append(member)
+        member.launched.give_way(True)
+        timer = asyncio.get_running_loop().call_later(GIVE_WAY_S, self._insist, member)
+        self._hurry()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._insist(member)
+            self._arriving.remove(member)
+            member.hurried = False
+
+    def _hurry(self) -> None:
+        """Let as many of those no longer give way as there are calls that wait."""
+        for member in self._arriving[: len(self._waiting)]:
+            self._insist(member)
+
+    def _insist(self, member: Member) -> None:
+        if not member.hurried:
+            self.settle(member)
+            member.hurried = True
+            member.launched.give_way(False)
+
+    def _cold(self, member: Member) -> list[str]:
+        """The fork servers that programs have asked for of late and that do not run in this worker."""
+        since = time.monotonic() - ASKED_S
+        return sorted(name for name, asked in self._asked.items() if asked > since and name not in member.tiers)
+
     async def _warm(self, member: Member) -> None:
-        """Have a worker start the fork servers that programs ask for; they load while it serves. Raises WorkerFault."""
-        if cold := sorted(self._tiers - member.tiers):
-            await member.exchange(json.dumps({"op": "warm", "tiers": cold}).encode(), PROBE_WALL_S)
+        """Have a worker start the fork servers that it lacks. Raises WorkerFault."""
+        if cold := self._cold(member):
+            await member.exchange(json.dumps({"op": "warm", "tiers": cold}).encode(), START_S)
             member.tiers.update(cold)
 
     async def _probe(self, member: Member) -> None:
         self._probing += 1
-        cold = not self._tiers <= member.tiers
         limits = replace(self._config.limits, wall_s=PROBE_WALL_S)
         try:
-            await self._warm(member)
-            if not cold:
+            if self._cold(member):
+                with self._giving_way(member):
+                    await self._warm(member)
+            else:
                 result, response = await member.perform(Request("print(2 + 2)", limits=limits))
                 if result.stdout != "4\n" or not response.get("clean"):
                     raise WorkerFault("probe", f"print(2 + 2) ended as {result.status}: {result.stdout[:80]!r}")
@@ -355,3 +358,4 @@ class Crew:
         self._ready.clear()
         while tasks := self._work | self._stops:
             await asyncio.wait(tasks)
+        self._cores.close()

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import stat
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import keeper
-from retool_jax.sandbox.cgroup import CPU_SHARES, MemoryGroup, owners, place, remove_owner
+from retool_jax.sandbox.cgroup import WorkerGroup, owners, place, remove_owner
 from retool_jax.sandbox.runtime import INSIDE_TARGET, Runtime, find_runtime
 from retool_jax.sandbox.types import SandboxConfig
 from retool_jax.sandbox.worker import (
@@ -46,13 +47,11 @@ PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
 INSTALL = "install gVisor: apt-get install runsc (elsewhere: https://gvisor.dev/docs/user_guide/install)"
 PLATFORMS = ("systrap", "ptrace")  # by preference; never kvm, which needs a device and hangs on some machines
 OPTIONAL_FLAGS = {
-    "-cpu-num-from-quota": "--cpu-num-from-quota",  # else as many threads as the machine has cores
     "-overlay2": "--overlay2=none",  # newer builds would put a writable layer over the root
 }
 PROBE_S = 5.0
 REMOVE_S = 12.0
 OVERHEAD_MB = 384  # what gVisor's kernel and the fork servers take on top of a program
-CPU_PERIOD_US = 100_000
 
 # The supervisor's alone: programs run as other users, without any.
 CAPABILITIES = [
@@ -136,7 +135,7 @@ def make_folder(name: str) -> Path:
             raise UserError(f"cannot make {base} ({error.strerror}); the sandbox keeps its state there") from None
 
 
-def make_spec(runtime: Runtime, root: str, memory_mb: int, cgroup: str) -> dict:
+def make_spec(runtime: Runtime, root: str, memory_mb: int) -> dict:
     """The OCI configuration of a worker on the root folder `root`, for programs of up to `memory_mb`."""
     binds = {path: path for path in runtime.binds} | {INSIDE_TARGET: str(INSIDE)}
     command = supervisor_command(
@@ -169,11 +168,6 @@ def make_spec(runtime: Runtime, root: str, memory_mb: int, cgroup: str) -> dict:
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
-            "cgroupsPath": cgroup,
-            "resources": {
-                "memory": {"limit": (memory_mb + OVERHEAD_MB) << 20},
-                "cpu": {"quota": CPU_PERIOD_US, "period": CPU_PERIOD_US, "shares": CPU_SHARES},
-            },
         },
     }
 
@@ -188,35 +182,6 @@ def make_root(runtime: Runtime, folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(target)
     return root
-
-
-def _enter(name: str, group: MemoryGroup | None) -> str:
-    """The control group for the configuration of a worker, whose first process is in `group` already.
-
-    Version 1: a relative name, below that process's own group in every hierarchy; in the memory hierarchy it is made
-    here, because gVisor leaves alone what it finds, and the count of kills in it has to outlive the sandbox. Version 2
-    wants processes in the leaves only, so it has to be the very same group.
-    """
-    if group is None:
-        return f"/{name}"
-    if group.unified:
-        return group.name
-    (group.path / name).mkdir()
-    return name
-
-
-def _cgroup_folders(name: str, group: MemoryGroup | None) -> list[Path]:
-    """All control groups that the worker could ever have, innermost first."""
-    if group is None:
-        return []
-    folders = [group.path / name, group.path, group.parent]
-    if not group.unified:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            for controller in filter(None, controllers.split(",")):
-                root = Path("/sys/fs/cgroup", controller.removeprefix("name="))
-                folders += [root / path.lstrip("/") / name, root / name]  # the latter within a container
-    return list(dict.fromkeys(folders))
 
 
 async def _start_keeper(folder: Path, stdin: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
@@ -247,6 +212,19 @@ async def _remove(folder: Path, first: asyncio.subprocess.Process | None = None)
                 process.kill()
 
 
+def two_cores() -> list[str]:
+    """What to put before a command to have it begin on two cores.
+
+    gVisor's kernel sets itself up for the cores that it sees, and keeps to that when it is moved to a single one. Set
+    up for one, its threads often wait for a timer before they let each other go on: half of the calls took 5 to 20 ms
+    longer. Set up for many, it has threads for each.
+    """
+    cores = os.sched_getaffinity(0)
+    if len(cores) <= 2 or shutil.which("taskset") is None:
+        return []
+    return ["taskset", "--cpu-list", ",".join(map(str, random.SystemRandom().sample(sorted(cores), 2)))]
+
+
 async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     """Start a worker for programs of up to `memory_mb`. Raises UserError or OSError."""
     build, runtime = await asyncio.to_thread(lambda: (probe(), find_runtime(config.image)))
@@ -257,26 +235,25 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
         (folder / "state").mkdir()
         root = make_root(runtime, folder)
         if place():  # its parent is its own, so that nobody removes that while another worker is being made
-            group = MemoryGroup(name, memory_mb + OVERHEAD_MB)
-        (folder / "cgroups").write_text("\n".join(map(str, _cgroup_folders(name, group))))
-        (folder / "config.json").write_text(json.dumps(make_spec(runtime, str(root), memory_mb, _enter(name, group))))
+            group = WorkerGroup(name, memory_mb + OVERHEAD_MB)
+            (folder / "cgroups").write_text("\n".join(map(str, group.folders)))
+        (folder / "config.json").write_text(json.dumps(make_spec(runtime, str(root), memory_mb)))
     except BaseException:
         await _remove(folder, guard)
         if group is not None:
             await group.remove()
         raise
-    mighty = os.geteuid() == 0
     return await start(
         [
+            *two_cores(),
             *(build.path, f"--root={folder}/state", "--network=none", "--file-access-mounts=exclusive", *build.flags),
-            *(() if mighty else ("--rootless",)),
-            *(() if mighty and group else ("--ignore-cgroups",)),
+            # Its groups would be one more level in each hierarchy, and to enter them stops all forks of the machine.
+            "--ignore-cgroups",
+            *(() if os.geteuid() == 0 else ("--rootless",)),
             *("run", f"--bundle={folder}", name),
         ],
         group=group,
         tidy=lambda: _remove(folder, guard),
-        # In version 1 its processes are one level further down.
-        memory_kills=lambda: group.oom_kills() + group.oom_kills(name) if group is not None else 0,
     )
 
 

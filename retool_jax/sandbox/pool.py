@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import bubblewrap, gvisor, process
-from retool_jax.sandbox.crew import Crew, Member, WorkerFault, pause_s
+from retool_jax.sandbox.crew import Crew, pause_s
+from retool_jax.sandbox.member import Member, WorkerFault
 from retool_jax.sandbox.metrics import Metrics
 from retool_jax.sandbox.places import Closed, Overloaded, Places
 from retool_jax.sandbox.request import Request
@@ -140,7 +141,7 @@ class Sandbox:
                 if member is not None:
                     out_of_memory = member.launched.ran_out_of_memory()
                     source.drop(member, "memory limit" if out_of_memory else fault.kind)
-                    losses += fault.kind != "crashed"
+                    losses += fault.kind not in ("crashed", "killed")
                     verdict = self._verdict(out_of_memory, losses, limits)
                     if verdict is not None:
                         return replace(verdict, attempts=attempts, queue_s=started - asked, wall_s=wall_s)

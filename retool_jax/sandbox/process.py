@@ -40,7 +40,7 @@ def missing(config: SandboxConfig) -> str:
 
 
 async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
-    """Start a worker for programs of up to `memory_mb`. Raises OSError if the process cannot be started."""
+    """Start a worker for programs of up to `memory_mb`. Raises UserError or OSError."""
     if reason := missing(config):
         raise UserError(f"the process sandbox: {reason}")
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{owner_tag()}-"))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox.crew import OVERTIME_S, pause_s
+from retool_jax.sandbox.crew import pause_s
 from retool_jax.sandbox.fusion import read_result, write_request
+from retool_jax.sandbox.member import OVERTIME_S
 from retool_jax.sandbox.metrics import Metrics
 from retool_jax.sandbox.request import Request
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from retool_jax.sandbox.crew import Member, WorkerFault
+from retool_jax.sandbox.member import Member, WorkerFault
 from retool_jax.sandbox.places import Closed, Overloaded
 from retool_jax.sandbox.request import Request
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
@@ -98,6 +98,7 @@ class Session:
             raise WorkerFault("closed", self._over)
         if self._member is None:
             self._member = await self._box.crew.claim(memory_mb)
+        self._box.crew.settle(self._member)
         return self._member
 
     def give(self, member: Member, response: dict) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retool_jax.sandbox.cgroup import MemoryGroup
+from retool_jax.sandbox.cgroup import WorkerGroup
 
 INSIDE = Path(__file__).with_name("inside")
 STOP_GRACE_S = 1.0
@@ -95,12 +95,10 @@ class Worker:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     process: asyncio.subprocess.Process
-    group: MemoryGroup | None
+    group: WorkerGroup | None
     """The memory cgroup that holds all of the worker, if there is one."""
     tidy: Callable[[], Awaitable[None]]
     """Removes what the launcher made for this worker; runs once the outermost process is dead."""
-    memory_kills: Callable[[], int]
-    """How many of its processes the kernel has killed for want of memory, ever."""
     _kills_before: int = 0
     _words: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))
     _listener: asyncio.Task[None] | None = None
@@ -128,16 +126,41 @@ class Worker:
         lines = b"".join(self._words).decode(errors="replace").strip().split("\n")
         return " | ".join(line.strip() for line in lines[-4:])
 
+    def _memory_kills(self) -> int:
+        """How many of its processes the kernel has killed for want of memory, as far as that is known."""
+        return self.group.oom_kills() if self.group is not None else 0
+
     def begin_call(self) -> None:
         """Forget what earlier programs were killed for: from here on `ran_out_of_memory` is about the new call."""
-        self._kills_before = self.memory_kills()
+        self._kills_before = self._memory_kills()
 
     def ran_out_of_memory(self) -> bool:
         """Whether the kernel killed anything in the worker for want of memory since the call began.
 
         Ask before `stop`, which removes the evidence.
         """
-        return self._stopped is None and self.memory_kills() > self._kills_before
+        return self._stopped is None and self._memory_kills() > self._kills_before
+
+    async def was_killed(self) -> bool:
+        """Whether a dead worker was ended by a SIGKILL that no program in it can have sent: there is a memory group,
+        so that the kernel's own kills can be told (see `ran_out_of_memory`), and its processes are out of reach."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self.process.wait()), STOP_GRACE_S)
+        return self.group is not None and self.process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+    def give_way(self, idle: bool) -> None:
+        """Have it run only while nothing else wants to, or no longer so, where there are control groups."""
+        if self.group is not None:
+            self.group.give_way(idle)
+
+    def move(self, cores: set[int]) -> None:
+        """Have all its threads run on these cores from now on."""
+        for _ in range(2):  # what starts meanwhile inherits the cores of the thread that starts it
+            with suppress(OSError):  # some of it ended meanwhile
+                for pid in self.group.processes() if self.group is not None else family(self.pid):
+                    for thread in os.listdir(f"/proc/{pid}/task"):
+                        with suppress(OSError):
+                            os.sched_setaffinity(int(thread), cores)
 
     def memory_mb(self) -> float | None:
         """Memory in use now, MiB: of the cgroup, else the proportional share of each process; None if unknown."""
@@ -167,16 +190,22 @@ class Worker:
             self._listener.cancel()
 
 
+def family(pid: int) -> list[int]:
+    """A process and its descendants. Raises OSError if one ends meanwhile."""
+    found = [pid]
+    for member in found:
+        with open(f"/proc/{member}/task/{member}/children") as file:
+            found += map(int, file.read().split())
+    return found
+
+
 def proportional_mb(pid: int) -> float | None:
     """Memory of a process and its descendants, MiB, pages shared by n processes counted as 1/n."""
-    total, waiting = 0, [pid]
+    total = 0
     try:
-        while waiting:
-            pid = waiting.pop()
-            with open(f"/proc/{pid}/smaps_rollup") as file:
+        for member in family(pid):
+            with open(f"/proc/{member}/smaps_rollup") as file:
                 total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
-            with open(f"/proc/{pid}/task/{pid}/children") as file:
-                waiting += map(int, file.read().split())
     except (OSError, StopIteration):
         return None
     return total / 1024
@@ -195,9 +224,8 @@ def supervisor_command(interpreter: str, inside: str, /, **setup: object) -> lis
 async def start(
     command: Sequence[str],
     *,
-    group: MemoryGroup | None = None,
+    group: WorkerGroup | None = None,
     tidy: Callable[[], Awaitable[None]] = nothing,
-    memory_kills: Callable[[], int] | None = None,
     keep: Sequence[int] = (),
 ) -> Worker:
     """Start a worker's outermost process, in `group` from its first instruction on.
@@ -206,7 +234,7 @@ async def start(
     OSError is raised.
     """
     if group is not None:  # `sh` moves itself, so that nothing can be forked before the move
-        enter = 'while [ "$1" != -- ]; do echo $$ > "$1" || exit 1; shift; done; shift; exec "$@"'
+        enter = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 1; shift; done; shift; exec "$@"'
         command = ["/bin/sh", "-c", enter, "sh", *map(str, group.entrances), "--", *command]
     try:
         process = await asyncio.create_subprocess_exec(
@@ -226,9 +254,7 @@ async def start(
             await group.remove()
         raise
     assert process.stdin is not None and process.stdout is not None
-    if memory_kills is None:
-        memory_kills = group.oom_kills if group is not None else (lambda: 0)
-    worker = Worker(process.stdout, process.stdin, process, group, tidy, memory_kills)
+    worker = Worker(process.stdout, process.stdin, process, group, tidy)
     worker.listen()
     return worker
 

@@ -20,7 +20,7 @@ import pytest
 
 import retool_jax
 from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, cgroup, gvisor, keeper
-from retool_jax.sandbox.crew import Member
+from retool_jax.sandbox.member import Member
 from retool_jax.sandbox.request import Request
 from retool_jax.sandbox.worker import owner_tag, started_at
 
@@ -255,7 +255,7 @@ OWNER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from retool_jax.sandbox import SandboxConfig, gvisor, keeper
-from retool_jax.sandbox.crew import Member
+from retool_jax.sandbox.member import Member
 from retool_jax.sandbox.request import Request
 from retool_jax.sandbox.worker import owner_tag
 
@@ -320,7 +320,7 @@ os.setgroups([])
 os.setgid(64123)
 os.setuid(64123)
 from retool_jax.sandbox import SandboxConfig, gvisor
-from retool_jax.sandbox.crew import Member
+from retool_jax.sandbox.member import Member
 from retool_jax.sandbox.request import Request
 
 async def main():
@@ -378,10 +378,10 @@ def test_a_machine_without_runsc_is_told_the_one_line(path_of_its_own: Path):
 
 
 def test_systrap_is_preferred_and_kvm_never_used(path_of_its_own: Path):
-    fake_runsc(path_of_its_own, r"kvm\nptrace\nsystrap\n", r"  -cpu-num-from-quota\n\tset\n  -root string\n")
+    fake_runsc(path_of_its_own, r"kvm\nptrace\nsystrap\n", r"  -overlay2 string\n\tset\n  -root string\n")
     build = gvisor.probe()
     assert (build.version, build.platform) == ("x-1", "systrap")
-    assert build.flags == ("--platform=systrap", "--cpu-num-from-quota")
+    assert build.flags == ("--platform=systrap", "--overlay2=none")
     gvisor.probe.cache_clear()
     fake_runsc(path_of_its_own, r"kvm\nptrace\n", "")
     assert gvisor.probe().flags == ("--platform=ptrace",)

@@ -20,7 +20,7 @@ from retool_jax.sandbox import (
     open_sandbox,
     process,
 )
-from retool_jax.sandbox.pool import candidates
+from retool_jax.sandbox.pool import LAUNCHERS, candidates
 from retool_jax.sandbox.request import Request
 
 SLEEP = "import time\ntime.sleep(30)"
@@ -122,6 +122,31 @@ def test_where_workers_die_by_themselves_two_losses_prove_nothing(worker_pids):
     assert (blamed.status, blamed.attempts) == ("user_error", 3)
 
 
+@pytest.mark.skipif(cgroup.place() is None, reason="no memory control group can be made here")
+@pytest.mark.parametrize("role", ["outermost", "all"])
+@pytest.mark.parametrize("name", ["bubblewrap", "gvisor"])
+def test_what_no_program_can_have_done_is_not_blamed_on_one(name: str, role: str, worker_pids, descendants):
+    if reason := LAUNCHERS[name].missing(SandboxConfig()):
+        pytest.skip(f"{name}: {reason}")
+
+    async def main() -> tuple[ToolResult, dict[str, int]]:
+        async with open_sandbox(SandboxConfig(backend=(name,), slots=1, probe_s=0)) as box:
+            call = asyncio.create_task(box.run("import time\ntime.sleep(1)\nprint('ok')"))
+            for _ in range(2):
+                await until(lambda: box.crew._lent)
+                await asyncio.sleep(0.3)
+                (member,) = box.crew._lent
+                inner = descendants(member.launched.pid) if role == "all" else set()
+                for pid in (*inner, member.launched.pid):
+                    os.kill(pid, signal.SIGKILL)
+                await until(lambda member=member: member not in box.crew._lent)
+            return await call, box.metrics.faults
+
+    result, faults = asyncio.run(main())
+    assert (result.status, result.stdout, result.attempts) == ("success", "ok\n", 3)
+    assert faults["killed"] == 2
+
+
 def test_without_retries_a_lost_worker_is_an_infra_error(worker_pids):
     async def main() -> ToolResult:
         async with open_sandbox(replace(PROCESS, retries=0)) as box:
@@ -182,7 +207,7 @@ def test_what_an_earlier_program_was_killed_for_is_not_held_against_the_next(wor
 
 
 def test_hung_worker_is_noticed_from_outside(backend: str, worker_pids, descendants, alive, monkeypatch):
-    monkeypatch.setattr("retool_jax.sandbox.crew.OVERTIME_S", 0.3)
+    monkeypatch.setattr("retool_jax.sandbox.member.OVERTIME_S", 0.3)
 
     async def main() -> tuple[ToolResult, set[int]]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
@@ -324,10 +349,61 @@ def test_idle_workers_start_the_fork_servers_that_programs_ask_for(descendants, 
     assert (after - before, result.stdout) == (1, "2.0\n")
 
 
+def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids):
+    async def main() -> tuple[set[str], ToolResult, ToolResult]:
+        async with open_sandbox(PROCESS) as box:
+            await until(lambda: box.crew.ready == 2)
+            await box.run("import numpy")
+            old = set(box.crew._ready)
+            for pid in worker_pids(box):
+                os.kill(pid, signal.SIGKILL)
+            light = await box.run("print(1)")
+            (new,) = set(box.crew._ready) - old
+            return set(new.tiers), light, await box.run("import numpy\nprint(2)")
+
+    tiers, light, heavy = asyncio.run(main())
+    assert tiers == {"base", "numpy"}
+    assert (light.stdout, heavy.stdout) == ("1\n", "2\n")
+
+
+def test_a_worker_gives_way_until_it_is_ready_or_somebody_waits(worker_pids, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr("retool_jax.sandbox.worker.Worker.give_way", lambda self, idle: seen.append((self.pid, idle)))
+    resume = asyncio.Event()
+
+    async def main() -> tuple[list[tuple[int, bool]], list[tuple[int, bool]]]:
+        async with open_sandbox(PROCESS) as box:
+            first = worker_pids(box)[0]
+            await until(lambda: box.crew.ready == 2)
+            (spare,) = set(worker_pids(box)) - {first}
+            assert seen == [(spare, True), (spare, False)]  # the first one was waited for
+            seen.clear()
+
+            async def slow(member: object) -> None:
+                await resume.wait()
+
+            monkeypatch.setattr(box.crew, "_warm", slow)
+            for pid in worker_pids(box):
+                os.kill(pid, signal.SIGKILL)
+            call = asyncio.create_task(box.run("print(1)"))
+            await until(lambda: len(seen) >= 3)
+            await asyncio.sleep(0.2)
+            waiting = list(seen)
+            resume.set()
+            await call
+            await until(lambda: box.crew.ready == 2)
+            return waiting, seen
+
+    waiting, after = asyncio.run(main())
+    assert [idle for _, idle in waiting] == [True, False, True]  # one is waited for, its spare is not
+    assert len({pid for pid, _ in waiting}) == 2
+    assert [idle for _, idle in after].count(False) == 2
+
+
 def test_idle_workers_are_tried_and_dead_ones_replaced(worker_pids, descendants, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
     monkeypatch.setattr("retool_jax.sandbox.crew.PROBE_WALL_S", 0.2)
-    monkeypatch.setattr("retool_jax.sandbox.crew.OVERTIME_S", 0.2)
+    monkeypatch.setattr("retool_jax.sandbox.member.OVERTIME_S", 0.2)
 
     async def main() -> tuple[dict, ToolResult]:
         async with open_sandbox(replace(PROCESS, probe_s=0.2)) as box:

@@ -68,11 +68,11 @@ def test_an_owner_is_known_by_more_than_its_number():
 @pytest.mark.skipif(cgroup.place() is None, reason="no memory control group can be made here")
 def test_a_memory_group_holds_its_limit_and_says_so():
     async def main() -> tuple[int, int, float | None]:
-        group = cgroup.MemoryGroup(owner_tag(), 32)
+        group = cgroup.WorkerGroup(owner_tag(), 32)
         try:
             assert group.oom_kills() == 0
             code = "import sys; open(sys.argv[1], 'w').write('0'); x = bytearray(64 << 20); print(len(x))"
-            (entrance,) = map(str, group.entrances)
+            entrance = str(group.entrances[0])
             done = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", "-c", code, entrance)
             return await done.wait(), group.oom_kills(), group.usage_mb()
         finally:
@@ -85,15 +85,34 @@ def test_a_memory_group_holds_its_limit_and_says_so():
 
 
 @pytest.mark.skipif(cgroup.cpu_folder() is None, reason="no version 1 group for processor time can be made here")
-def test_a_group_weighs_less_than_its_owner_and_goes_with_it():
-    async def main() -> Path:
-        group = cgroup.MemoryGroup(owner_tag(), 32, cpu_shares=256)
+def test_a_group_has_the_time_of_one_core_and_gives_way_when_told_to():
+    async def main() -> list[Path]:
+        group = cgroup.WorkerGroup(owner_tag(), 32)
         memory, cpu = (entrance.parent for entrance in group.entrances)
-        assert memory != cpu and (cpu / "cpu.shares").read_text() == "256\n"
+        assert group.folders == [memory, memory.parent, cpu, cpu.parent]
+        assert (cpu / "cpu.cfs_quota_us").read_text() == (cpu / "cpu.cfs_period_us").read_text()
+        if (cpu / "cpu.idle").exists():
+            for idle in (True, False):
+                group.give_way(idle)
+                assert (cpu / "cpu.idle").read_text() == f"{idle:d}\n"
         await group.remove()
-        return cpu.parent
+        return group.folders
 
-    assert not asyncio.run(main()).exists()
+    assert not any(folder.exists() for folder in asyncio.run(main()))
+
+
+@pytest.mark.parametrize(
+    ("unified", "name", "none", "some"),
+    [(True, "cpu.max", "max 100000", "150000 100000"), (False, "cpu.cfs_quota_us", "-1", "150000")],
+)
+def test_a_quota_of_processor_time_is_seen(unified, name, none, some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = tmp_path / "pod" / "container"
+    own.mkdir(parents=True)
+    monkeypatch.setattr(cgroup, "_hierarchies", lambda _: [(tmp_path, own, unified)])
+    (own / name).write_text(f"{none}\n")
+    assert not cgroup.has_processor_quota()
+    (own.parent / name).write_text(f"{some}\n")
+    assert cgroup.has_processor_quota()
 
 
 def test_memory_of_a_worker_is_known(worker_pids):

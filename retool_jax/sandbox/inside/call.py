@@ -91,7 +91,6 @@ class Program:
         if message is None:
             return
         if message[0] == "ready":
-            self.tier.subreaper = message[1]
             self.sent = time.monotonic()
         elif message[0] == "ended":
             _, self.status, user_s, system_s, peak_kb, self.gone = message

@@ -69,6 +69,14 @@ class Supervisor:
             self.tiers[name] = Tier(name, self.isolation, self.filter)
         return self.tiers[name]
 
+    def warm(self, names: list[str]) -> list[str]:
+        """Have these fork servers run; returns those that do now."""
+        tiers = [self.tier(name) for name in names]
+        deadline = time.monotonic() + START_S
+        for tier in tiers:
+            tier.await_ready(deadline - time.monotonic())
+        return [tier.name for tier in tiers if tier.ready]
+
     def reap(self) -> None:
         """Collect ended children: orphans, and fork servers that died."""
         with contextlib.suppress(ChildProcessError):
@@ -277,7 +285,8 @@ def main() -> None:
     sys.path += setup["packages"]
     gc.disable()
     supervisor = Supervisor(setup, isolation, protocol_in)
-    supervisor.tier("base").await_ready(START_S)
+    if not supervisor.warm(["base"]):
+        sys.exit("the fork server 'base' did not start")
     granted = {"own_uid": isolation.first_uid is not None}
     granted.update((name, getattr(isolation, name)) for name in ("network", "processes", "files", "seccomp"))
     granted["memory_group"] = "events" in setup
@@ -288,8 +297,8 @@ def main() -> None:
             request = read_frame(protocol_in)
             if request["op"] == "ping":
                 response = {"pong": True}
-            elif request["op"] == "warm":  # they load in the background, while the worker serves
-                response = {"warming": [supervisor.tier(name).name for name in request["tiers"]]}
+            elif request["op"] == "warm":
+                response = {"warm": supervisor.warm(request["tiers"])}
             elif request["op"] == "cell":
                 response = supervisor.cell(request)
             else:

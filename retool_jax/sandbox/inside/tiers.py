@@ -50,6 +50,8 @@ class Tier:
         self.name = name
         self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dead = False
+        self.ready = False
+        """Whether it has imported its packages."""
         self.subreaper = True
         """Whether orphans of its programs come to it rather than to the supervisor."""
         self.pid = os.fork()
@@ -60,19 +62,20 @@ class Tier:
     def receive(self) -> list | None:
         """Its next message; None once it is dead."""
         try:
-            return unpack(*receive_packet(self.channel))
+            message = unpack(*receive_packet(self.channel))
         except (EOFError, OSError):
             self.dead = True
             return None
+        if message[0] == "ready":
+            self.ready, self.subreaper = True, message[1]
+        return message
 
     def await_ready(self, timeout_s: float) -> None:
-        """Wait until it serves. Exits with a message if it does not."""
-        self.channel.settimeout(timeout_s)
-        message = self.receive()
-        self.channel.settimeout(None)
-        if message is None:
-            sys.exit(f"the fork server {self.name!r} did not start")
-        self.subreaper = message[1]
+        """Wait until it serves; one that takes longer than that counts as dead."""
+        if not self.ready:
+            self.channel.settimeout(max(timeout_s, 0.001))
+            self.receive()
+            self.channel.settimeout(None)
 
     def send(self, request: dict, descriptors: tuple[int, ...]) -> None:
         try:

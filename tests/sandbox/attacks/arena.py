@@ -139,6 +139,7 @@ class Arena:
         if result.attempts > 1:
             wrong.append(f"it took {result.attempts} attempts: the program broke the machinery")
         for code, expected in case.then:
+            expected = expected.replace("@STDOUT@", result.stdout)
             after = await self.box.run(code, limits=Limits(wall_s=20, memory_mb=MEMORY_MB))
             if after.stdout != expected:
                 wrong.append(

@@ -72,7 +72,7 @@ class Case:
     files: Mapping[str, bytes] = field(default_factory=dict)
     fetch: tuple[str, ...] = ()
     then: tuple[tuple[str, str], ...] = ()
-    """Programs of the following calls, each with all that it must print."""
+    """Programs of the following calls, each with all that it must print; @STDOUT@ is what the attack printed."""
     during: Callable[["Host", Callable[[], bool]], str] | None = None
     """Runs in a thread of the host while the program does, given a function that says whether it still does; returns
     a complaint or nothing."""

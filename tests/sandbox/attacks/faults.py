@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
-from retool_jax.sandbox import Limits, ToolResult, crew
+from retool_jax.sandbox import Limits, ToolResult
 
 from .arena import Arena
 from .host import alive, command, descendants, remains, start_owner
@@ -120,7 +120,7 @@ async def kill_each_kind(arena: Arena) -> Outcomes:
 
 
 async def stop_each_kind(arena: Arena) -> Outcomes:
-    with patch.object(crew, "OVERTIME_S", 0.5):
+    with patch("retool_jax.sandbox.member.OVERTIME_S", 0.5):
         return await hurt_each_kind(arena, signal.SIGSTOP, "stop")
 
 

@@ -118,18 +118,17 @@ print('LEFT' in os.environ, 'left' in os.environ['PATH'], oct(old), time.timezon
         "priority and cores of everybody",
         """
 import os
+print(os.nice(0), sorted(os.sched_getaffinity(0)))
+others = set(range(os.cpu_count())) - os.sched_getaffinity(0) or {0}
 for pid in (0, 1, os.getppid() or 1, *[int(name) for name in os.listdir("/proc") if name.isdecimal()]):
-    for call in (lambda: os.setpriority(os.PRIO_PROCESS, pid, 19), lambda: os.sched_setaffinity(pid, {0})):
+    for call in (lambda: os.setpriority(os.PRIO_PROCESS, pid, 19), lambda: os.sched_setaffinity(pid, others)):
         try:
             call()
         except OSError:
             pass
 """,
         then=tuple(
-            (
-                f"{first}import os\nprint(os.nice(0), len(os.sched_getaffinity(0)) == os.cpu_count())",
-                "0 True\n",
-            )
+            (f"{first}import os\nprint(os.nice(0), sorted(os.sched_getaffinity(0)))", "@STDOUT@")
             for first in ("", "import numpy\n")
         ),
     ),

@@ -1,0 +1,83 @@
+"""A worker as its crew sees it: talking to it, and what became of it if it does not answer."""
+
+import asyncio
+import json
+import re
+import struct
+import time
+from typing import Any
+
+from retool_jax.sandbox.request import Nonsense, Request, to_result
+from retool_jax.sandbox.types import ToolResult
+
+OVERTIME_S = 3.0  # what a worker gets beyond a program's own time limit before it counts as hung
+MAX_FRAME_BYTES = 96 << 20
+CRASH = re.compile(r'File ".*", line \d+')  # a traceback among a worker's last words
+
+
+class WorkerFault(Exception):
+    """The machinery failed, and `kind` says how: a worker did not start ("start"), died, hung, answered nonsense,
+    "crashed", which is a fault of the program inside and not of what it ran, or was "killed" from outside."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Member:
+    """A launched worker, with what the crew knows of it. `launched` is the back-end's own object."""
+
+    def __init__(self, launched: Any, memory_mb: int, core: int | None = None) -> None:
+        self.launched = launched
+        self.memory_mb = memory_mb
+        self.core = core
+        self.born = self.idle_since = time.monotonic()
+        self.calls = 0
+        self.tier = "base"
+        """The fork server of its last program."""
+        self.tiers: set[str] = {"base"}
+        """Fork servers that run in it."""
+        self.heavy_since: float | None = None
+        self.hurried = False
+        """Whether it no longer gives way although it is not ready yet."""
+
+    @property
+    def dead(self) -> bool:
+        """Whether its output has ended (noticed without asking it anything)."""
+        return self.launched.reader.at_eof()
+
+    async def exchange(self, payload: bytes, timeout_s: float) -> dict:
+        """Send a request (none if empty) and wait for the next frame. Raises WorkerFault."""
+        reader, writer = self.launched.reader, self.launched.writer
+        try:
+            async with asyncio.timeout(timeout_s):
+                if payload:
+                    writer.write(struct.pack(">I", len(payload)) + payload)
+                    await writer.drain()
+                (size,) = struct.unpack(">I", await reader.readexactly(4))
+                if size > MAX_FRAME_BYTES:
+                    raise ValueError(f"a frame of {size} bytes")
+                message = json.loads(await reader.readexactly(size))
+                if not isinstance(message, dict):
+                    raise ValueError(f"a frame that is a {type(message).__name__}")
+                return message
+        except TimeoutError:
+            raise WorkerFault("hung", f"the worker did not answer within {timeout_s:g} s") from None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            words = await self.launched.last_words()
+            kind = "crashed" if CRASH.search(words) else "killed" if await self.launched.was_killed() else "died"
+            raise WorkerFault(kind, f"the worker died: {words or 'no last words'}") from None
+        except ValueError as error:
+            raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
+
+    async def perform(self, request: Request) -> tuple[ToolResult, dict]:
+        """Run a program. Returns the result and the response that it was read from. Raises WorkerFault."""
+        self.calls += 1
+        self.tier = request.tier
+        self.tiers.add(request.tier)
+        self.launched.begin_call()
+        response = await self.exchange(request.frame, request.limits.wall_s + OVERTIME_S)
+        try:
+            return to_result(response), response
+        except Nonsense as error:
+            raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
