@@ -30,9 +30,10 @@ from retool_jax.sandbox.worker import (
     supervisor_command,
 )
 
-__all__ = ["ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
+__all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
+COUNTS_CORES = False
 INSTALL = "install bubblewrap: apt-get install bubblewrap (Fedora: dnf install bubblewrap)"
 MACHINES = ("x86_64", "aarch64")
 PROBE_S = 10.0

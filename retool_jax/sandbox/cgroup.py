@@ -136,13 +136,6 @@ class WorkerGroup:
             elif self.unified and _offers("cpu", self.path.parent.parent) and _offers("cpu", self.parent):
                 (self.path / "cpu.max").write_text(f"{PERIOD_US} {PERIOD_US}")
 
-    def give_way(self, idle: bool) -> None:
-        """Have it run only while nothing else wants to, or no longer so, where that can be set."""
-        folder = self.path if self.unified else self.cpu_path
-        if folder is not None:
-            with suppress(OSError):  # Linux before 5.15 has no such file
-                (folder / "cpu.idle").write_text(str(int(idle)))
-
     @property
     def folders(self) -> list[Path]:
         """All folders that were made for it, innermost first."""

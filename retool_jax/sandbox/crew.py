@@ -5,8 +5,7 @@ import json
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Coroutine
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,7 @@ from retool_jax.errors import UserError
 from retool_jax.sandbox.cores import Cores
 from retool_jax.sandbox.member import Member, WorkerFault
 from retool_jax.sandbox.metrics import Metrics
+from retool_jax.sandbox.places import Places
 from retool_jax.sandbox.request import Request
 from retool_jax.sandbox.types import SandboxConfig
 
@@ -26,7 +26,6 @@ MEMORY_CALLS = 50  # calls between two looks at a worker's memory
 MEMORY_S = 1.0  # for how long it must hold too much: some kernels take their time to free what a program had
 TEND_S = 1.0
 WARM_S = 1.0  # idle time after which a worker starts fork servers ahead of need: a second of processor time, or two
-GIVE_WAY_S = 10.0  # for how long at most a worker that nobody waits for lets others go first
 ASKED_S = 600.0  # for how long a fork server counts as needed after a program has asked for it
 
 
@@ -36,18 +35,20 @@ def pause_s(failures: int) -> float:
 
 
 class Crew:
-    """`config.places` workers and a spare, each replaced in the background when it is spent, sick or dead.
+    """A worker for each of the `places` and a spare, each replaced in the background when it is spent, sick or dead.
 
     A replacement serves once it runs the fork servers that programs have asked for of late, so that none of them finds
-    a slower worker than others did. Until then calls wait, unless the spare is there.
+    a slower worker than others did. Until then calls wait, unless the spare is there. Where there is a core for each
+    place and no more, a spare that was used up is replaced when a place has nothing to do: to start one beside a
+    program would make that twice as slow.
 
     A start that fails is tried again with growing pauses for as long as the crew is open. After `BREAKER` failures in
     a row `take` raises at once; the next start that succeeds ends that.
     """
 
-    def __init__(self, module: ModuleType, config: SandboxConfig, metrics: Metrics) -> None:
+    def __init__(self, module: ModuleType, config: SandboxConfig, metrics: Metrics, places: Places) -> None:
         self.description = ""
-        self._module, self._config, self._metrics = module, config, metrics
+        self._module, self._config, self._metrics, self._places = module, config, metrics, places
         self._ready: list[Member] = []
         self._lent: set[Member] = set()  # to calls that give them back
         self._own: set[Member] = set()  # to sessions and large calls, which do not
@@ -57,8 +58,7 @@ class Crew:
         self._starting = self._probing = 0
         self._failures = 0
         self._last_fault = ""
-        self._arriving: list[Member] = []  # not ready yet, and giving way
-        self._cores = Cores(config.places)
+        self._cores = Cores(places.count + 1)
         self._asked: dict[str, float] = {}  # when a program last asked for a fork server
         self._closed = False
 
@@ -78,26 +78,27 @@ class Crew:
         self._refill()
         self._spawn(self._tend(), self._work)
 
-    async def recruit(self, memory_mb: int, ahead: bool = False) -> Member:
-        """Start a worker for programs of up to `memory_mb`. Raises WorkerFault.
+    async def recruit(self, memory_mb: int, warm: bool = False) -> Member:
+        """Start a worker for programs of up to `memory_mb`, if `warm` with the fork servers that they ask for.
 
-        ahead: nobody asks for it yet, so it gives way to those that serve, and starts its fork servers first.
+        Raises WorkerFault.
         """
         begun, core = time.monotonic(), self._cores.place()
-        launched = member = None
+        launched = None
         try:
             launched = await self._module.launch(self._config, memory_mb)
             member = Member(launched, memory_mb, core)
-            with self._giving_way(member) if ahead else nullcontext():
-                hello = await member.exchange(b"", START_S)
-                launched.move(self._cores.among(member.core))
-                self.description = self._module.describe(hello["isolation"])
-                if ahead:
-                    await self._warm(member)
+            if not self._module.COUNTS_CORES:
+                launched.move(self._cores.among(core))
+            hello = await member.exchange(b"", START_S)
+            launched.move(self._cores.among(core))
+            self.description = self._module.describe(hello["isolation"])
+            if warm:
+                await self._warm(member)
             if self._closed:
                 raise WorkerFault("closed", "the sandbox was closed")
         except BaseException as fault:
-            self._cores.leave(member.core if member else core)
+            self._cores.leave(core)
             if launched is not None:
                 await launched.stop()
             if isinstance(fault, (OSError, UserError, WorkerFault, KeyError)) and not self._closed:
@@ -126,7 +127,6 @@ class Crew:
             raise WorkerFault("start", f"{self._failures} starts in a row failed, the last one: {self._last_fault}")
         turn: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
-        self._hurry()
         self._refill()
         try:
             return await turn
@@ -143,7 +143,7 @@ class Crew:
         default = self._config.limits.memory_mb
         idle = [member for member in self._ready if not member.calls and not member.dead]
         # The spare may go, a worker that calls will ask for may not.
-        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._config.places:
+        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._places.count:
             member = idle[0]
             self._ready.remove(member)
             self._refill()
@@ -203,17 +203,16 @@ class Crew:
 
     def settle(self, member: Member) -> None:
         """Put a worker that is about to run something on the core that has the least to do."""
-        hurried = (other for other in self._arriving if other.hurried)
-        core = self._cores.best(member.core, self._busy(*hurried))
+        core = self._cores.best(member.core, self._busy())
         if core != member.core:
             member.launched.move(self._cores.among(core))
             self._cores.leave(member.core)
             self._cores.enter(core)
             member.core = core
 
-    def _busy(self, *others: Member) -> Counter[int | None]:
-        """How many workers that run something each core has."""
-        return Counter(member.core for member in (*self._lent, *others))
+    def _busy(self) -> Counter[int | None]:
+        """How many workers that run a program each core has."""
+        return Counter(member.core for member in self._lent)
 
     def _lend(self, member: Member) -> None:
         self.settle(member)
@@ -232,11 +231,12 @@ class Crew:
         task.add_done_callback(tasks.discard)
 
     def _refill(self) -> None:
-        """Start what is missing; one at a time while starts fail."""
+        """Start what is missing; one at a time while starts fail. The spare waits for a core that has nothing to do."""
         if self._closed:
             return
         have = len(self._ready) + len(self._lent) + self._probing + self._starting
-        missing = self._config.places + 1 - have
+        spare = self._cores.spare or self._places.busy < self._places.count
+        missing = self._places.count + spare - have
         if self._failures:
             missing = min(missing, 1 - self._starting)
         for _ in range(missing):
@@ -247,7 +247,7 @@ class Crew:
         try:
             if self._failures:
                 await asyncio.sleep(pause_s(self._failures))
-            member = await self.recruit(self._config.limits.memory_mb, ahead=True)
+            member = await self.recruit(self._config.limits.memory_mb, warm=True)
         except WorkerFault as fault:
             self._metrics.faults[fault.kind] += 1
             self._failures += 1
@@ -272,6 +272,7 @@ class Crew:
         and programs ask for, and try those that were idle for long."""
         while True:
             await asyncio.sleep(TEND_S)
+            self._refill()
             now = time.monotonic()
             for member in tuple(self._ready):
                 old, idle = now - member.born, now - member.idle_since
@@ -286,32 +287,6 @@ class Crew:
                     self._retire(member, "died idle" if member.dead else "age")
                 else:
                     await self._probe(member)
-
-    @contextmanager
-    def _giving_way(self, member: Member) -> Iterator[None]:
-        """While a worker is not ready, have it hardly disturb those that serve, until somebody waits for it."""
-        self._arriving.append(member)
-        member.launched.give_way(True)
-        timer = asyncio.get_running_loop().call_later(GIVE_WAY_S, self._insist, member)
-        self._hurry()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            self._insist(member)
-            self._arriving.remove(member)
-            member.hurried = False
-
-    def _hurry(self) -> None:
-        """Let as many of those no longer give way as there are calls that wait."""
-        for member in self._arriving[: len(self._waiting)]:
-            self._insist(member)
-
-    def _insist(self, member: Member) -> None:
-        if not member.hurried:
-            self.settle(member)
-            member.hurried = True
-            member.launched.give_way(False)
 
     def _cold(self, member: Member) -> list[str]:
         """The fork servers that programs have asked for of late and that do not run in this worker."""
@@ -329,8 +304,7 @@ class Crew:
         limits = replace(self._config.limits, wall_s=PROBE_WALL_S)
         try:
             if self._cold(member):
-                with self._giving_way(member):
-                    await self._warm(member)
+                await self._warm(member)
             else:
                 result, response = await member.perform(Request("print(2 + 2)", limits=limits))
                 if result.stdout != "4\n" or not response.get("clean"):

@@ -41,9 +41,10 @@ from retool_jax.sandbox.worker import (
     supervisor_command,
 )
 
-__all__ = ["ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
+__all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
+COUNTS_CORES = True  # so it is put on a single core only when it is up: see `two_cores`
 INSTALL = "install gVisor: apt-get install runsc (elsewhere: https://gvisor.dev/docs/user_guide/install)"
 PLATFORMS = ("systrap", "ptrace")  # by preference; never kvm, which needs a device and hangs on some machines
 OPTIONAL_FLAGS = {
@@ -213,7 +214,7 @@ async def _remove(folder: Path, first: asyncio.subprocess.Process | None = None)
 
 
 def two_cores() -> list[str]:
-    """What to put before a command to have it begin on two cores.
+    """What to put before a command to have it begin on two cores, on a machine that has more.
 
     gVisor's kernel sets itself up for the cores that it sees, and keeps to that when it is moved to a single one. Set
     up for one, its threads often wait for a timer before they let each other go on: half of the calls took 5 to 20 ms

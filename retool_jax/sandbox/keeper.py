@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,15 +55,24 @@ def kill_all(folder: Path, deadline: float) -> bool:
     a moment more, to put their own affairs in order.
     """
     grace = time.monotonic() + RUNNER_GRACE_S
-    while time.monotonic() < deadline:
+    for pause in pauses():
+        if time.monotonic() > deadline:
+            return False
         sandbox, watchers = processes(folder)
         if not sandbox and not watchers:
             return True
         for pid in sandbox + (watchers if time.monotonic() > grace else []):
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    return False
+        time.sleep(pause)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between two looks, more and more: each look is at every process of the machine."""
+    pause = 0.005
+    while True:
+        yield pause
+        pause = min(2 * pause, 0.08)
 
 
 def remove_cgroups(folder: Path, deadline: float) -> bool:

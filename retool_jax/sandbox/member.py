@@ -38,8 +38,6 @@ class Member:
         self.tiers: set[str] = {"base"}
         """Fork servers that run in it."""
         self.heavy_since: float | None = None
-        self.hurried = False
-        """Whether it no longer gives way although it is not ready yet."""
 
     @property
     def dead(self) -> bool:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from retool_jax.sandbox.remote import RemoteSandbox
 
 # A back-end is a module: `launch(config, memory_mb)` starts a worker, `missing(config)` says why it cannot, PROMISES
-# what it keeps programs from, ENVIRONMENT the variables that they see, `sweep_stale()` removes what dead owners left.
+# what it keeps programs from, ENVIRONMENT the variables that they see, COUNTS_CORES whether a worker sets itself up for
+# the cores that it finds, `sweep_stale()` removes what dead owners left.
 LAUNCHERS = {"gvisor": gvisor, "bubblewrap": bubblewrap, "process": process}
 AUTO = ("gvisor", "bubblewrap")
 NAMES = ("auto", *LAUNCHERS, "remote")
@@ -46,9 +47,9 @@ class Sandbox:
         self.backend = backend
         self.config = config
         self.metrics = Metrics()
-        self.crew = Crew(LAUNCHERS[backend], config, self.metrics)
         self.seats = Places(config.sessions, 1 << 20, config.queue_s)
         self._places = Places(config.places, config.max_waiting, config.queue_s)
+        self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._places)
         self._innocent_loss = -QUIET_S
         self._closed = False
 

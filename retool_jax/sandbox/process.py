@@ -28,9 +28,10 @@ from retool_jax.sandbox.worker import (
     supervisor_command,
 )
 
-__all__ = ["ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
+__all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
 PROMISES = frozenset({"memory", "environment"})
+COUNTS_CORES = False
 SCRATCH_PREFIX = "sandbox-"
 
 

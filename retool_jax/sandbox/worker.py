@@ -148,11 +148,6 @@ class Worker:
             await asyncio.wait_for(asyncio.shield(self.process.wait()), STOP_GRACE_S)
         return self.group is not None and self.process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
-    def give_way(self, idle: bool) -> None:
-        """Have it run only while nothing else wants to, or no longer so, where there are control groups."""
-        if self.group is not None:
-            self.group.give_way(idle)
-
     def move(self, cores: set[int]) -> None:
         """Have all its threads run on these cores from now on."""
         for _ in range(2):  # what starts meanwhile inherits the cores of the thread that starts it

@@ -366,40 +366,6 @@ def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids):
     assert (light.stdout, heavy.stdout) == ("1\n", "2\n")
 
 
-def test_a_worker_gives_way_until_it_is_ready_or_somebody_waits(worker_pids, monkeypatch: pytest.MonkeyPatch):
-    seen: list[tuple[int, bool]] = []
-    monkeypatch.setattr("retool_jax.sandbox.worker.Worker.give_way", lambda self, idle: seen.append((self.pid, idle)))
-    resume = asyncio.Event()
-
-    async def main() -> tuple[list[tuple[int, bool]], list[tuple[int, bool]]]:
-        async with open_sandbox(PROCESS) as box:
-            first = worker_pids(box)[0]
-            await until(lambda: box.crew.ready == 2)
-            (spare,) = set(worker_pids(box)) - {first}
-            assert seen == [(spare, True), (spare, False)]  # the first one was waited for
-            seen.clear()
-
-            async def slow(member: object) -> None:
-                await resume.wait()
-
-            monkeypatch.setattr(box.crew, "_warm", slow)
-            for pid in worker_pids(box):
-                os.kill(pid, signal.SIGKILL)
-            call = asyncio.create_task(box.run("print(1)"))
-            await until(lambda: len(seen) >= 3)
-            await asyncio.sleep(0.2)
-            waiting = list(seen)
-            resume.set()
-            await call
-            await until(lambda: box.crew.ready == 2)
-            return waiting, seen
-
-    waiting, after = asyncio.run(main())
-    assert [idle for _, idle in waiting] == [True, False, True]  # one is waited for, its spare is not
-    assert len({pid for pid, _ in waiting}) == 2
-    assert [idle for _, idle in after].count(False) == 2
-
-
 def test_idle_workers_are_tried_and_dead_ones_replaced(worker_pids, descendants, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
     monkeypatch.setattr("retool_jax.sandbox.crew.PROBE_WALL_S", 0.2)
