@@ -9,8 +9,8 @@ machinery, and no process is left. `kill` is the chance per call that the outerm
 `service` compares like calls: those of one kind, from the moment they get a worker to their answer (of the attempt
 that counted). `latency` is what callers of a kind see, with the wait for a slot. Its spread says more about the mix
 than about the sandbox: the queue is first come, first served, and a print that has fifteen calls before it for its
-slot waits a third of a second longer for each time-out of 0.3 s that happens to be among them. What waiting does to
-calls that are all alike is measured by `sandbox.py`. Linux only.
+slot waits a third of a second longer for each time-out of 0.3 s that happens to be among them, and until a killed
+worker is replaced. What waiting does to calls that are all alike is measured by `sandbox.py`. Linux only.
 """
 
 import asyncio

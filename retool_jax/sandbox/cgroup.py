@@ -89,13 +89,14 @@ def cpu_folder() -> Path | None:
 
 
 def has_processor_quota() -> bool:
-    """Whether this process, or a group around it, may use only so much processor time of the cores that it sees."""
+    """Whether this process, or a group around it, may use less processor time than the cores have that it sees."""
     with suppress(OSError, ValueError):
         for mount, own, unified in _hierarchies("cpu"):
             for folder in [own, *own.parents][: len(own.relative_to(mount).parts) + 1]:
                 with suppress(OSError):  # the root group has no such file in version 2
-                    quota = (folder / ("cpu.max" if unified else "cpu.cfs_quota_us")).read_text().split()[0]
-                    if quota not in ("max", "-1"):
+                    names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                    quota, period = " ".join((folder / name).read_text() for name in names).split()
+                    if quota not in ("max", "-1") and int(quota) < int(period) * len(os.sched_getaffinity(0)):
                         return True
     return False
 

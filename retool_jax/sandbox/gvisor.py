@@ -4,10 +4,9 @@ Programs see a root file system that cannot be written, with the runtime and not
 network without devices. As root, control groups bound the memory and the processor time of the whole sandbox; an
 ordinary user has to do with the limits per process. `keeper` is the program that removes a worker.
 
-Workers are not restored from checkpoints, though this works: a worker answers as soon as its lean fork server is up and
-starts the heavy ones when they are asked for, so with numpy and sympy in the image the first answer after `runsc
-restore` takes longer and costs more than a cold start (0.8 s and 0.8 CPU seconds against 0.5 s and 0.3, same machine
-and load). It would save half of the 1.7 CPU seconds that all of it costs from cold, and workers are rarely replaced.
+Workers are not restored from checkpoints, though `runsc restore` works: with numpy and sympy in the image it took 0.8 s
+and 0.8 CPU seconds until the first answer, a cold start with both takes 1.5 s. Workers are rarely replaced, and an
+image is good for one build, one set of flags and one memory limit only.
 """
 
 import asyncio

@@ -151,11 +151,10 @@ class Worker:
     def move(self, cores: set[int]) -> None:
         """Have all its threads run on these cores from now on."""
         for _ in range(2):  # what starts meanwhile inherits the cores of the thread that starts it
-            with suppress(OSError):  # some of it ended meanwhile
-                for pid in self.group.processes() if self.group is not None else family(self.pid):
+            for pid in self.group.processes() if self.group is not None else family(self.pid):
+                with suppress(OSError):  # it ended meanwhile
                     for thread in os.listdir(f"/proc/{pid}/task"):
-                        with suppress(OSError):
-                            os.sched_setaffinity(int(thread), cores)
+                        os.sched_setaffinity(int(thread), cores)
 
     def memory_mb(self) -> float | None:
         """Memory in use now, MiB: of the cgroup, else the proportional share of each process; None if unknown."""
@@ -186,11 +185,11 @@ class Worker:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants. Raises OSError if one ends meanwhile."""
+    """A process and its descendants."""
     found = [pid]
     for member in found:
-        with open(f"/proc/{member}/task/{member}/children") as file:
-            found += map(int, file.read().split())
+        with suppress(OSError):  # it ended meanwhile
+            found += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
     return found
 
 

@@ -366,6 +366,31 @@ def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids):
     assert (light.stdout, heavy.stdout) == ("1\n", "2\n")
 
 
+@pytest.mark.parametrize("core_to_spare", [False, True])
+def test_the_spare_is_not_started_beside_a_program_where_every_core_has_one(
+    core_to_spare: bool, worker_pids, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
+
+    async def main() -> None:
+        async with open_sandbox(PROCESS) as box:
+            await until(lambda: box.crew.ready == 2)
+            box.crew._cores.spare = core_to_spare
+            call = asyncio.create_task(box.run(SLEEP))
+            await until(lambda: box.crew._lent)
+            os.kill(box.crew._ready[0].launched.pid, signal.SIGKILL)
+            await until(lambda: box.metrics.restarts["died idle"])
+            if core_to_spare:
+                await until(lambda: box.crew.ready == 1)
+            else:
+                await asyncio.sleep(0.5)
+                assert box.crew.ready == 0 and not box.crew._starting
+            call.cancel()
+            await until(lambda: box.crew.ready == 2)
+
+    asyncio.run(main())
+
+
 def test_idle_workers_are_tried_and_dead_ones_replaced(worker_pids, descendants, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
     monkeypatch.setattr("retool_jax.sandbox.crew.PROBE_WALL_S", 0.2)

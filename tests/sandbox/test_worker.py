@@ -97,18 +97,22 @@ def test_a_group_has_the_time_of_one_core_and_leaves_nothing():
     assert not any(folder.exists() for folder in asyncio.run(main()))
 
 
-@pytest.mark.parametrize(
-    ("unified", "name", "none", "some"),
-    [(True, "cpu.max", "max 100000", "150000 100000"), (False, "cpu.cfs_quota_us", "-1", "150000")],
-)
-def test_a_quota_of_processor_time_is_seen(unified, name, none, some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_quota_below_what_the_cores_have_is_seen(unified: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def allow(folder: Path, quota: str) -> None:
+        if unified:
+            (folder / "cpu.max").write_text(f"{quota} 1000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("1000\n")
+
     own = tmp_path / "pod" / "container"
     own.mkdir(parents=True)
     monkeypatch.setattr(cgroup, "_hierarchies", lambda _: [(tmp_path, own, unified)])
-    (own / name).write_text(f"{none}\n")
-    assert not cgroup.has_processor_quota()
-    (own.parent / name).write_text(f"{some}\n")
-    assert cgroup.has_processor_quota()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    for quota, seen in (("max" if unified else "-1", False), ("3000", False), ("2999", True)):
+        allow(own.parent, quota)
+        assert cgroup.has_processor_quota() is seen
 
 
 def test_memory_of_a_worker_is_known(worker_pids):
