@@ -219,10 +219,10 @@ def two_cores() -> list[str]:
     up for one, its threads often wait for a timer before they let each other go on: half of the calls took 5 to 20 ms
     longer. Set up for many, it has threads for each.
     """
-    cores = os.sched_getaffinity(0)
-    if len(cores) <= 2 or shutil.which("taskset") is None:
+    cores, taskset = sorted(os.sched_getaffinity(0)), shutil.which("taskset")
+    if len(cores) <= 2 or taskset is None:
         return []
-    return ["taskset", "--cpu-list", ",".join(map(str, random.SystemRandom().sample(sorted(cores), 2)))]
+    return [taskset, "--cpu-list", ",".join(map(str, random.SystemRandom().sample(cores, 2)))]
 
 
 async def launch(config: SandboxConfig, memory_mb: int) -> Worker:

@@ -197,6 +197,23 @@ def test_memory_of_all_processes_together_is_bounded_and_told_from_other_deaths(
     with_worker(use)
 
 
+@needs_runsc
+def test_a_worker_begins_on_two_cores_of_many(monkeypatch: pytest.MonkeyPatch):
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores | {8000, 8001, 8002})
+    command = gvisor.two_cores()
+    assert command[:-1] == [shutil.which("taskset"), "--cpu-list"]
+    assert len(set(map(int, command[-1].split(","))) & (cores | {8000, 8001, 8002})) == 2
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert gvisor.two_cores() == []
+    monkeypatch.setattr(gvisor, "two_cores", lambda: [*command[:-1], ",".join(map(str, sorted(cores)[:2]))])
+
+    async def use(member: Member) -> None:
+        assert (await run(member, "print(2 + 2)")).stdout == "4\n"
+
+    with_worker(use)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults
 # ---------------------------------------------------------------------------------------------------------------------
