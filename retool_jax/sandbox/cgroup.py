@@ -146,7 +146,7 @@ class WorkerGroup:
     def entrances(self) -> list[Path]:
         """A process with one thread that writes 0 into these files enters the group.
 
-        In version 1 by the file for threads, for which the kernel does not stop all forks of the machine meanwhile.
+        In version 1 by the file for threads: with the one for processes the kernel stops all forks for 12 ms.
         """
         name = "cgroup.procs" if self.unified else "tasks"
         return [path / name for path in (self.path, self.cpu_path) if path is not None]
