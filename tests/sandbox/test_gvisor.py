@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -363,10 +364,12 @@ def test_an_ordinary_user_can_have_it_too():
     found = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False) if python else None
     if found is None or found.stdout != "True\n":
         pytest.skip("no Python 3.11 that other users can run")
-    package = str(Path(retool_jax.__file__).parents[1])
-    environment = {"PYTHONPATH": package, "PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    command = [python, "-c", AS_NOBODY]
-    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # this checkout may lie where other users cannot look
+        os.chmod(folder, 0o755)
+        shutil.copytree(Path(retool_jax.__file__).parent, Path(folder, "retool_jax"))
+        environment = {"PYTHONPATH": folder, "PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+        command = [python, "-c", AS_NOBODY]
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
     description, answer, *_, left = done.stdout.splitlines() or [done.stderr] * 3
     assert "memory bounded per process only" in description
     assert (answer, left) == ("success True []", "False")
