@@ -1,7 +1,7 @@
 """A core for each worker, instead of any.
 
 Programs of a worker run one at a time, and under gVisor each of their system calls passes from one thread to another
-and back. On one core that is a quarter faster than over two. It also keeps the kernel fair: a control group whose
+and back. On one core that is about a fifth faster than over two. It also keeps the kernel fair: a control group whose
 threads wander is weighed anew at each step, and with that loses count of what it has used; the owner's event loop was
 seen to wait for its turn for 50 ms.
 """
