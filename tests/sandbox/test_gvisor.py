@@ -286,7 +286,10 @@ async def main(mode):
             os.kill(pid, signal.SIGSTOP)
     if mode in ("orphaned", "all stopped"):
         for name in filter(str.isdecimal, os.listdir("/proc")):
-            command = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace")
+            try:
+                command = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace")
+            except OSError:  # it ended meanwhile
+                continue
             if "keeper" in command and str(folder) in command:
                 os.kill(int(name), signal.SIGKILL if mode == "orphaned" else signal.SIGSTOP)
     print("ready", flush=True)
