@@ -382,6 +382,7 @@ def test_the_spare_is_not_started_beside_a_program_where_every_core_has_one(
             await until(lambda: box.metrics.restarts["died idle"])
             if core_to_spare:
                 await until(lambda: box.crew.ready == 1)
+                assert not call.done()
             else:
                 await asyncio.sleep(0.5)
                 assert box.crew.ready == 0 and not box.crew._starting
