@@ -25,7 +25,7 @@ from retool_jax.rl.rollout import RolloutConfig
 from retool_jax.sandbox import SandboxConfig
 from retool_jax.update import OptimizerConfig
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
