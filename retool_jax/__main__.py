@@ -1,0 +1,46 @@
+"""`retool COMMAND ...`, or `python -m retool_jax COMMAND ...`: every command of the package under one name."""
+
+import difflib
+import importlib
+
+from retool_jax.errors import UserError, run_command
+
+# Name -> (module below retool_jax, what it does). `python -m` and the module's full name run the same command.
+COMMANDS = {
+    "train": ("train", "train a model, or resume the run: retool train config=grpo"),
+    "report": ("report", "write one HTML page with a run's curves and trajectories"),
+    "prepare": ("prepare", "convert and check published demonstrations and problems"),
+    "convert": ("convert", "write a Hugging Face checkpoint, or compare two"),
+    "sandbox-server": ("sandbox.server", "serve the sandbox over HTTP"),
+    "sandbox-image": ("sandbox.image", "build the Python and the packages that programs in the sandbox see"),
+}
+
+
+def help_text() -> str:
+    """What `--help` prints: how to call, and a line for each command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"    {name:<{width}}    {does}" for name, (_, does) in COMMANDS.items()]
+    usage = "usage: retool COMMAND [word ...]; retool COMMAND --help says which words a command takes"
+    return "\n".join([usage, "", *lines])
+
+
+def main(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown command {name!r}; {hint}there are: {', '.join(COMMANDS)}")
+    # Imported here: some of them need seconds for that, and neither this help nor a misspelt word should wait.
+    importlib.import_module(f"retool_jax.{COMMANDS[name][0]}").main(rest)
+
+
+def run() -> None:
+    """The console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    run()
