@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,19 +20,20 @@ USER = {"role": "user", "content": "What is gcd(12, 18)?"}
 THINKING = "<think>\nI should compute it.\n</think>\n\nLet me see."
 
 
-def published(qwen: dict[str, Tokenizer], model_type: str, template: str) -> Tokenizer:
-    """A vocabulary under a published template, which is not ours to carry."""
-    path = DATA / "chat_templates" / f"{template}.jinja"
-    if not path.is_file():
-        pytest.skip(f"the published template {path.name} is not on this machine")
-    fast = qwen[model_type].hf.backend_tokenizer
-    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", chat_template=path.read_text())
-    return Tokenizer(hf)
+@pytest.fixture(scope="session")
+def published(qwen, published_template) -> Callable[[str, str], Tokenizer]:
+    """A vocabulary under a published template: `published("qwen2", "qwen2_5")`."""
+
+    def build(model_type: str, template: str) -> Tokenizer:
+        fast, text = qwen[model_type].hf.backend_tokenizer, published_template(template)
+        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", chat_template=text))
+
+    return build
 
 
 @pytest.fixture(params=["miniature", *PUBLISHED], ids=lambda p: p if isinstance(p, str) else "-".join(p))
-def family(request, qwen):
-    return qwen["qwen3"] if request.param == "miniature" else published(qwen, *request.param)
+def family(request, qwen, published):
+    return qwen["qwen3"] if request.param == "miniature" else published(*request.param)
 
 
 def assistant(content: str, *codes: str) -> dict:
@@ -140,9 +142,9 @@ def test_prompt_turns_and_segments_equal_the_full_render(family, content):
         assert ids == family.encode(family.render(messages, [TOOL_SCHEMA], True)), repr(output)
 
 
-def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(qwen):
+def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(published):
     """Why history is never rendered again: with the published template, what was written changes afterwards."""
-    qwen3 = published(qwen, "qwen3", "qwen3")
+    qwen3 = published("qwen3", "qwen3")
     render = qwen3.render
     # 1. A new question takes the thinking out of every earlier turn.
     thought = [USER, assistant(THINKING)]
@@ -168,16 +170,16 @@ def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(qwen):
     assert odd in qwen3.decode(lists[-1]) and THINKING in qwen3.decode(lists[-1])
 
 
-def test_segments_are_what_a_template_that_keeps_its_prefix_writes(qwen):
-    """The repaired Qwen3 templates of two training libraries agree with the segments."""
-    for name, kept in (("qwen3_training", {}), ("qwen3_fixed_miles", {"clear_thinking": False})):
-        qwen3 = published(qwen, "qwen3", name)
-        turn, last = assistant(THINKING, "print(6)"), assistant("<think>\nSo six.\n</think>\n\n\\boxed{6}")
-        ids = prompt_ids(qwen3, [USER], [TOOL_SCHEMA]) + qwen3.encode(policy_turn_text(turn))
-        ids += tool_segment(qwen3, ["6"]) + qwen3.encode(policy_turn_text(last))
-        messages = [USER, turn, tool("6"), last]
-        rendered = qwen3.hf.apply_chat_template(messages, tools=[TOOL_SCHEMA], tokenize=False, **kept)
-        assert ids + qwen3.encode("\n") == qwen3.encode(rendered), name
+@pytest.mark.parametrize(("model_type", "name"), [(model_type, f"{name}_training") for model_type, name in PUBLISHED])
+def test_segments_are_what_a_template_that_keeps_its_prefix_writes(published, model_type, name):
+    """The templates that a training library repaired agree with the segments."""
+    tokenizer = published(model_type, name)
+    turn, last = assistant(THINKING, "print(6)"), assistant("<think>\nSo six.\n</think>\n\n\\boxed{6}")
+    ids = prompt_ids(tokenizer, [USER], [TOOL_SCHEMA]) + tokenizer.encode(policy_turn_text(turn))
+    ids += tool_segment(tokenizer, ["6"]) + tokenizer.encode(policy_turn_text(last))
+    messages = [USER, turn, tool("6"), last]
+    rendered = tokenizer.hf.apply_chat_template(messages, tools=[TOOL_SCHEMA], tokenize=False)
+    assert ids + tokenizer.encode("\n") == tokenizer.encode(rendered)
 
 
 def test_a_template_whose_turns_open_with_thinking_is_followed(qwen):
