@@ -13,7 +13,8 @@ from retool_jax.tokens.chat import defuse, policy_turn_text, prompt_ids, tool_se
 from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+# Strings with what the published tokenizers encode them to, by model_type.
+GOLDEN = json.loads(Path(__file__).with_name("golden_ids.json").read_text())
 PUBLISHED = [("qwen2", "qwen2_5"), ("qwen3", "qwen3"), ("qwen3", "qwen3_instruct_2507")]
 OUTPUTS = ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 2000, "答案是四。", "\n\n\n", "Traceback:\n\tx = 1\r\n"]
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}
@@ -62,23 +63,10 @@ def test_the_rebuilt_file_is_the_published_one(qwen_folders, qwen):
         assert (tokenizer.id_of("<tool_call>"), tokenizer.id_of("</tool_call>")) == (151657, 151658)
 
 
-@pytest.mark.parametrize(
-    ("text", "older", "newer"),
-    [
-        ("Hello, world!", [9707, 11, 1879, 0], None),
-        ("don't I'LL you'RE 12345", [15007, 944, 358, 6, 4086, 498, 94153, 220, 16, 17, 18, 19, 20], None),
-        ("  two  spaces\t\ttab\r\n\r\n\n", [220, 1378, 220, 12621, 197, 58149, 319, 80823], None),
-        ("e\u0301 and \u00e9", [963, 323, 3958], None),
-        (
-            "<think>\nok\n</think>\n\nx",
-            [13708, 766, 397, 562, 198, 522, 26865, 1339, 87],
-            [151667, 198, 562, 198, 151668, 271, 87],
-        ),
-    ],
-)
-def test_golden_ids(qwen, text, older, newer):
-    assert qwen["qwen2"].encode(text) == older
-    assert qwen["qwen3"].encode(text) == (newer or older)
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: ascii(golden["text"]))
+def test_golden_ids(qwen, golden):
+    for model_type, tokenizer in qwen.items():
+        assert tokenizer.encode(golden["text"]) == golden[model_type], model_type
 
 
 def test_a_segment_in_golden_ids(qwen):
@@ -108,16 +96,6 @@ def test_a_segment_in_golden_ids(qwen):
     assert tool_segment(qwen["qwen3"], ["4"]) == newer
     # The mark and the newlines after it are one token, so head, output and tail cannot be encoded apart.
     assert [tool_segment(qwen["qwen2"], [output])[7] for output in ("4", "", "\n5")] == [397, 1339, 1339]
-
-
-def test_every_golden_string_of_the_data_folder(qwen):
-    path = DATA / "tokenizer" / "qwen_tokenizer_meta.json"
-    if not path.is_file():
-        pytest.skip("the recorded golden ids are not on this machine")
-    golden = json.loads(path.read_text())["golden_ids"]
-    assert len(golden) == 14
-    for text, ids in golden.items():
-        assert qwen["qwen2"].encode(text) == ids["qwen2.5"] and qwen["qwen3"].encode(text) == ids["qwen3"]
 
 
 def test_texts_survive_and_ids_without_a_token_decode_to_nothing(qwen):
