@@ -65,6 +65,23 @@ def published_template(wheel_file) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
+def local_data() -> Callable[[str], Path]:
+    """A whole public data set, which no package brings: `local_data("math500/math500.jsonl")`.
+
+    It lies in the folder `shared/data` beside the checkout. Only a test of the whole set asks for it: one of a set's
+    form makes rows of its own.
+    """
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+    def locate(name: str) -> Path:
+        if not (folder / name).is_file():
+            pytest.skip(f"a test of whole public data sets: no {name} in ../shared/data")
+        return folder / name
+
+    return locate
+
+
+@pytest.fixture(scope="session")
 def model(tokenizer):
     """A decoder small enough to run token by token; N / K = 2, so that grouping errors show."""
     return ModelConfig(
