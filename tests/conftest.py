@@ -1,6 +1,7 @@
 """Fixtures that many tests share: a tiny model on one device, the miniature's tokenizer, a compiled engine."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -14,7 +15,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -41,6 +43,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer("miniature")
+
+
+@pytest.fixture(scope="session")
+def wheel_file() -> Callable[[str, str], Path]:
+    """A file from the wheel of a package that is installed and not imported: `wheel_file("dashscope", NAME)`."""
+
+    def locate(package: str, name: str) -> Path:
+        try:
+            return Path(importlib.metadata.distribution(package).locate_file(name))
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"no {name}: install the test extra, which brings {package}")
+
+    return locate
+
+
+@pytest.fixture(scope="session")
+def published_template(wheel_file) -> Callable[[str], str]:
+    """A chat template that a model is published with, or one repaired for training: `published_template("qwen3")`."""
+    return lambda name: wheel_file("trl", f"trl/chat_templates/{name}.jinja").read_text()
+
+
+@pytest.fixture(scope="session")
+def local_data() -> Callable[[str], Path]:
+    """A whole public data set, which no package brings: `local_data("math500/math500.jsonl")`.
+
+    It lies in the folder `shared/data` beside the checkout. Only a test of the whole set asks for it: one of a set's
+    form makes rows of its own.
+    """
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+    def locate(name: str) -> Path:
+        if not (folder / name).is_file():
+            pytest.skip(f"a test of whole public data sets: no {name} in ../shared/data")
+        return folder / name
+
+    return locate
 
 
 @pytest.fixture(scope="session")

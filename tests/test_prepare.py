@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.data.problems import INSTRUCTION, load_problems
-from retool_jax.data.traces import messages_of
+from retool_jax.data.problems import INSTRUCTION, Problem, load_problems
+from retool_jax.data.traces import boxed_answer, messages_of
 from retool_jax.errors import UserError
 from retool_jax.prepare import main, parse_words
-
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -176,25 +174,149 @@ def test_help_names_every_key(capsys):
     assert max(map(len, shown.splitlines())) <= 120
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="no sample data beside this checkout")
-def test_the_published_samples(tmp_path):
-    for path in sorted((DATA / "retool_sft").glob("*.jsonl")):
-        out = tmp_path / path.name
-        main([f"source={path}", f"out={out}"])
-        assert report_of(out)["kept"] == report_of(out)["rows"] == len(read(path))
-    out, aime = tmp_path / "dapo.jsonl", DATA / "aime"
-    main(
+# ------------------------------------------------------------------------------------------------------ published sets
+
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n%s\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+RETOOL_QUESTION = (
+    "Answer the following Math Problem and put the answer in the format of \\boxed{answer}\n\nWhat is 3 + 4?\n\n\n"
+    "Remember to place the final answer in the last part using the format: \n"
+)
+
+
+def dapo(index: str, question: str, answer: str) -> dict:
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": DAPO_PROMPT % question, "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": index},
+    }
+
+
+# Rows in the columns and the ways of public sets, with the answers that they have.
+PUBLISHED = {
+    "DAPO-Math-17k": (
         [
-            f"source={DATA / 'dapo' / 'dapo_math_17k_sample.jsonl'}",
-            f"out={out}",
-            f"overlap={aime / 'AIME24.jsonl'},{aime / 'AIME25.jsonl'}",
-        ]
-    )
-    assert report_of(out)["kept"] == 28 and list(report_of(out)["overlaps"].values()) == [[], []]
-    for year in ("24", "25"):
-        main([f"source={aime / f'AIME{year}.jsonl'}", f"out={tmp_path / 'aime.jsonl'}"])
-        assert report_of(tmp_path / "aime.jsonl")["kept"] == 30
-    for name, rows in (("gsm8k/test", 1319), ("math500/math500", 500)):
-        main([f"source={DATA / f'{name}.jsonl'}", f"out={tmp_path / 'more.jsonl'}"])
-        assert report_of(tmp_path / "more.jsonl")["kept"] == rows == len(load_problems(str(tmp_path / "more.jsonl")))
-    assert all(problem.ground_truth for problem in load_problems(str(tmp_path / "more.jsonl")))
+            dapo("2f1c6a5e-6b0c-4c7e-9a53-0d7b1a1f3c21", r"Find the least $k > 0$ with $2^k \equiv 1 \pmod{31}$.", "5"),
+            dapo("d0b8f7aa-0f58-4f2e-8f0b-5f2a3f6f9e02", "已知 $x+3=0$。求 $x$ 的值。", "-3"),
+            dapo("77b2f0c4-9a0e-4f55-b7f6-1c8f2b9d4e03", "Find\n\n\\[\n\\sum_{k=1}^{9} k^3.\n\\]\n", "2025"),
+        ],
+        ["5", "-3", "2025"],
+    ),
+    "AIME of ReTool": (
+        [
+            {"input": r"Find the area of a triangle with sides \(13\), \(14\) and \(15\).", "output": "84"},
+            {
+                "input": "How many proper divisors of $2^{10}$ end in the digit $2$?\n\\[\\text{Count } 2.\\]",
+                "output": "3",
+            },
+        ],
+        ["84", "3"],
+    ),
+    "AIME_2024": (
+        [{"ID": "A-1", "Problem": "Find $12^2 + 16^2$.", "Solution": "It is $20^2$.", "Answer": 400}],
+        ["400"],
+    ),
+    "aime_2025": (
+        [{"id": "0", "problem": "Find the sum of the angles of a hexagon in degrees.", "answer": r"720^\circ"}],
+        ["720"],
+    ),
+    "GSM8K": (
+        [
+            {
+                "question": "A baker\u2019s oven holds 24 rolls. He fills it 3 times and burns 2. How many are good?",
+                "answer": "He bakes 24 * 3 = <<24*3=72>>72 rolls.\nOf them 72 - 2 = <<72-2=70>>70 are good.\n#### 70",
+            },
+            {
+                "question": "A car costs $1,250 a year and a bicycle $50. How much more does the car cost?",
+                "answer": "The car costs 1250 - 50 = $<<1250-50=1200>>1,200 more.\n#### 1,200",
+            },
+        ],
+        ["70", "1200"],
+    ),
+    "MATH-500": (
+        [
+            {
+                "problem": r"Write the point $(0, -2)$ in polar coordinates.",
+                "answer": r"\left( 2, \frac{3 \pi}{2} \right)",
+            },
+            {"problem": "What are the roots of $x^2 = 7$?", "answer": r"\pm \sqrt{7}"},
+            {
+                "problem": "Is $x \\mapsto x^2$ odd or even?\n\n[asy]\ndraw((0,0)--(1,1));\n[/asy]",
+                "answer": r"\text{even}",
+            },
+            {"problem": "How many cents are $10,\\!240$ dollars?", "answer": r"1,\!024,\!000"},
+        ],
+        [r"\left( 2, \frac{3 \pi}{2} \right)", r"\pm \sqrt{7}", r"\text{even}", r"1,\!024,\!000"],
+    ),
+}
+
+
+def test_rows_as_they_are_published_are_all_kept(tmp_path):
+    sources = {name: write(tmp_path / f"{name}.jsonl", rows) for name, (rows, _) in PUBLISHED.items()}
+    for name, (rows, answers) in PUBLISHED.items():
+        out = tmp_path / "out.jsonl"
+        main([f"source={sources[name]}", f"out={out}"])
+        assert report_of(out)["kept"] == report_of(out)["rows"] == len(rows), name
+        assert [problem.ground_truth for problem in load_problems(str(out))] == answers, name
+    others = f"{sources['AIME of ReTool']},{sources['MATH-500']}"
+    main([f"source={sources['DAPO-Math-17k']}", f"out={out}", f"overlap={others}"])
+    assert report_of(out)["kept"] == 3 and list(report_of(out)["overlaps"].values()) == [[], []]
+
+
+def test_both_published_forms_of_a_trace_are_kept_and_become_one(tmp_path):
+    text = "I run it.\n<code>\n```python\nprint(3 + 4)\n```\n</code>\n<interpreter>\n7\n</interpreter>\n\nSo it is.\n\n"
+    answer = "\\boxed{'The final answer goes here.'}"
+    raw = [
+        {"role": "user", "content": f"*user question:*\n{RETOOL_QUESTION}<answer>\n{answer}\n</answer>"},
+        {"role": "assistant", "content": f"{text}<answer>\n\\boxed{{7}}\n</answer>"},
+    ]
+    call = {"type": "function", "function": {"name": "code_interpreter", "arguments": {"code": "print(3 + 4)"}}}
+    turns = [
+        {"role": "user", "content": f"{RETOOL_QUESTION}\n{answer}"},
+        {"role": "assistant", "content": "I run it.", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "So it is.\n\n\n\\boxed{7}"},
+    ]
+    tools = [{"type": "function", "function": {"name": "code_interpreter", "description": "A tool."}}]
+    source = write(tmp_path / "raw.jsonl", [{"messages": raw}, {"messages": turns, "tools": tools}])
+    out = tmp_path / "out.jsonl"
+    main([f"source={source}", f"out={out}"])
+    first, second = read(out)
+    assert report_of(out)["kept"] == 2 and first == second
+    assert first["messages"][0]["content"] == f"What is 3 + 4?\n\n{INSTRUCTION}"
+
+
+def test_whole_public_sets_are_kept(tmp_path, local_data):
+    out = tmp_path / "out.jsonl"
+
+    def prepare(name: str, rows: int, *words: str) -> list[Problem]:
+        main([f"source={local_data(name)}", f"out={out}", *words])
+        problems = load_problems(str(out))
+        assert report_of(out)["kept"] == report_of(out)["rows"] == rows == len(problems), name
+        return problems
+
+    answers = []
+    for name in ("multiturn_sample", "sft_sample", "sft_synthetic"):
+        source = local_data(f"retool_sft/retool_{name}.jsonl")
+        main([f"source={source}", f"out={out}"])
+        assert report_of(out)["kept"] == report_of(out)["rows"] == len(read(source))
+        answers += [boxed_answer(row["messages"]) for row in read(out)]
+    assert answers == ["3", "3", "40", "807", "80", "45", "12", "60"]
+    years = [local_data(f"aime/AIME{year}.jsonl") for year in (24, 25)]
+    for year, ends in zip(years, (("45", "699"), ("70", "240")), strict=True):
+        problems = prepare(f"aime/{year.name}", 30, f"overlap={years[0]},{years[1]}")
+        assert (problems[0].ground_truth, problems[-1].ground_truth) == ends
+        found = [len(overlaps) for overlaps in report_of(out)["overlaps"].values()]
+        assert found == [30 * (year == other) for other in years]
+    problems = prepare("dapo/dapo_math_17k_sample.jsonl", 28, f"overlap={years[0]},{years[1]}")
+    assert list(report_of(out)["overlaps"].values()) == [[], []] and problems[0].ground_truth == "34"
+    for problem in problems:
+        assert problem.question.endswith(f"\n\n{INSTRUCTION}") and problem.question.count("boxed") == 1
+        assert "Answer:" not in problem.question and "step by step. The last line" not in problem.question
+    prepare("gsm8k/test.jsonl", 1319)
+    assert all(problem.ground_truth for problem in prepare("math500/math500.jsonl", 500))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import uuid
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,38 @@ from retool_jax.data.problems import (
 )
 from retool_jax.errors import UserError
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-DAPO = DATA / "dapo"
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "%s (without quotes) where $Answer is the answer to the problem.\n\n%s\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+# In the ways of DAPO-Math-17k: every delimiter of TeX, several lines, a list, Chinese, one question in two wordings.
+QUESTIONS = [
+    (r"Triangle $ABC$ has $AB = AC = 10$ and $\cos \angle A = \frac{3}{5}$. Find $BC^2$.", "80"),
+    (r"For which positive integer $n$ is $n^2 + 15$ equal to $(n + 1)^2$?", "7"),
+    (r"Find the sum \[ \sum_{a + b = 9} (a - b) \] over all pairs $(a, b)$ of positive integers.", "0"),
+    ("Determine the sum\n\\[\n\\sum_{a+b=9} (a-b)\n\\]\nover the pairs $(a,b)$ of positive integers.", "0"),
+    ("Find all integers $k$ for which the following has a double positive root:\n\n$$x^2 + kx + 16.$$", "-8"),
+    ("A move is one of these:  \n1. Double the number.\n2. Take $3$ away.\n\nHow few lead from $5$ to $4$?", "2"),
+    ("求满足 $x^2+y^2=25$ 的正整数对 $(x,y)$ 的个数。", "2"),
+    ("已知 $a+b=7$ 且 $ab=10$。求 $a^2+b^2$ 的值。\n", "29"),
+    (r"Evaluate \(2^{10} - 10^{2}\).", "924"),
+    ("A ticket costs an adult $3$ coins and a child $2$ coins. What do three of each cost together? ", "15"),
+    *[
+        (f"Find the remainder when ${n}^{{2025}}$ is divided by ${n + 4}$.", f"{pow(n, 2025, n + 4)}")
+        for n in range(2, 20)
+    ],
+]
+
+
+def dapo_row(number: int, question: str, answer: str) -> dict:
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": DAPO_PROMPT % ("$Answer", question), "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": str(uuid.UUID(int=number, version=4))},
+    }
 
 
 def rows_of(count: int) -> list[dict]:
@@ -74,13 +105,13 @@ def test_the_miniature_is_endless():
     assert len(stream.head(7)) == 7 and stream.finite is None
 
 
-def test_the_published_columns_are_understood():
-    if not DAPO.is_dir():
-        pytest.skip("no sample of DAPO-Math-17k beside this checkout")
-    problems = load_problems(str(next(DAPO.glob("*.jsonl"))))
-    assert len(problems) == len({problem.id for problem in problems}) > 20
-    assert problems[0].ground_truth == "34"
-    assert problems[0].question.startswith("Solve the following math problem step by step.")
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_the_published_columns_are_understood(tmp_path, name):
+    rows = [dapo_row(number, *pair) for number, pair in enumerate(QUESTIONS)]
+    problems = load_problems(write(tmp_path / name, rows))
+    assert len(problems) == len({problem.id for problem in problems}) == len(rows) > 20
+    assert [problem.ground_truth for problem in problems] == [answer for _, answer in QUESTIONS]
+    assert [problem.question for problem in problems] == [DAPO_PROMPT % ("$Answer", asked) for asked, _ in QUESTIONS]
 
 
 GOOD = problem_row("train", 0)
@@ -236,12 +267,6 @@ def test_integers_have_one_spelling(given, plain):
 
 # -------------------------------------------------------------------------------------------- prompts and repeats
 
-DAPO_PROMPT = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    "%s (without quotes) where $Answer is the answer to the problem.\n\n%s\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
-)
-
 
 @pytest.mark.parametrize(
     "prompt",
@@ -340,27 +365,47 @@ def test_overlap_goes_by_words_and_finds_parts():
     )
 
 
-def test_the_published_prompt_is_repaired():
-    if not DAPO.is_dir():
-        pytest.skip("no sample of DAPO-Math-17k beside this checkout")
-    problems = load_problems(str(next(DAPO.glob("*.jsonl"))))
+def test_the_published_prompt_is_repaired(tmp_path):
+    source = write(tmp_path / "p.jsonl", [dapo_row(number, *pair) for number, pair in enumerate(QUESTIONS)])
+    problems = load_problems(source)
     kept, dropped = clean(problems * 2)
     assert len(kept) == len(problems) == 28 and dropped == {"repeats a row": 28}
+    assert [problem.question for problem in kept] == [f"{asked.strip()}\n\n{INSTRUCTION}" for asked, _ in QUESTIONS]
     for problem in kept:
-        assert problem.question.endswith(f"\n\n{INSTRUCTION}") and problem.question.count("boxed") == 1
+        assert problem.question.count("boxed") == 1
         assert "Answer:" not in problem.question and "step by step. The last line" not in problem.question
 
 
-@pytest.mark.parametrize(("name", "first", "last"), [("AIME24", "45", "699"), ("AIME25", "70", "240")])
-def test_the_competition_files_are_read(name, first, last):
-    path = DATA / "aime" / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} beside this checkout")
-    problems = load_problems(str(path))
-    assert len(problems) == 30 == len(overlaps([p.question for p in problems], [p.question for p in problems]))
-    assert problems[0].ground_truth == first and problems[-1].ground_truth == last
-    assert not overlaps([p.question for p in problems], [p.question for p in load_problems(str(other_year(path)))])
+# Two competitions as the AIME files have them; problems of both end in the same words.
+FRACTION = r"can be written as $\frac{m}{n}$, where $m$ and $n$ are relatively prime positive integers. Find $m+n$."
+COMPETITIONS = [
+    [
+        ("A ferry goes $18$ kilometers at $9$ kilometers per hour. How many minutes does that take?", "120"),
+        (f"Two of the cards $1$ to $10$ are drawn. The probability that both are even {FRACTION}", "11"),
+        (r"Let $x, y > 1$ satisfy \[\log_2 x + \log_2 y = 7, \qquad \log_2 x - \log_2 y = 1.\] Find $x + y$.", "24"),
+        (f"A die is rolled until a six appears. The probability of an odd number of rolls {FRACTION}", "17"),
+        ("How many three-digit integers have digits that increase strictly from left to right?", "84"),
+        (r"Find the greatest three-digit multiple of \(7\).", "994"),
+    ],
+    [
+        (r"Find the sum of all positive divisors of \(48\).", "124"),
+        (f"A square has a random point. The probability that no vertex is nearer than the center {FRACTION}", "3"),
+        (r"Points \(D, E\) cut \(\overline{A B}\) in equal thirds. Find \([A B C]\) if \([C D E]=14\).", "42"),
+        ("Five friends each order tea, coffee or water. In how many ways does every drink have an order?", "150"),
+        (f"Two of the integers $1$ to $6$ are chosen. The probability that their sum is prime {FRACTION}", "22"),
+        ("Find the number of rectangles, whatever their size, in a $3$ by $3$ grid of unit squares.", "36"),
+    ],
+]
 
 
-def other_year(path: Path) -> Path:
-    return path.with_name({"AIME24": "AIME25", "AIME25": "AIME24"}[path.stem] + path.suffix)
+def test_competition_files_are_read_and_told_apart(tmp_path):
+    asked = []
+    for year, pairs in enumerate(COMPETITIONS):
+        rows = [{"input": question, "output": answer} for question, answer in pairs]
+        problems = load_problems(write(tmp_path / f"year{year}.jsonl", rows))
+        assert [problem.ground_truth for problem in problems] == [answer for _, answer in pairs]
+        asked.append([problem.question for problem in problems])
+        found = [(overlap.index, overlap.reference, overlap.share) for overlap in overlaps(asked[-1], asked[-1])]
+        assert found == [(index, index, 1.0) for index in range(len(pairs))]
+    assert not overlaps(*asked)
+    assert overlaps(*asked, least=0.3), "the words that they share are not far from counting as an overlap"

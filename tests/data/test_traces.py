@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 
@@ -21,13 +20,20 @@ from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
 
-SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "retool_sft"
+# How ReTool-SFT asks: what stands in every row, and what the raw rows have around it.
+QUESTION = (
+    "Answer the following Math Problem and put the answer in the format of \\boxed{answer}\n\n%s\n\n\n"
+    "Remember to place the final answer in the last part using the format: \n"
+)
 PROMPT = (
-    "Solve the following problem step by step. You may write code. Each snippet is wrapped with"
-    " `<code>\n```python\ncode snippet\n```\n</code>`.\nThe last part should be\n<answer>\n\\boxed{'The final answer"
-    " goes here.'}\n</answer>\n\n*user question:*\nAnswer the following Math Problem and put the answer in the format"
-    " of \\boxed{answer}\n\n%s\n\n\nRemember to place the final answer in the last part using the format: \n<answer>\n"
-    "\\boxed{'The final answer goes here.'}\n</answer>"
+    "Solve the following problem step by step. You now have the ability to selectively write executable Python code to "
+    "enhance your reasoning process. The Python code will be executed by an external sandbox, and the output (wrapped "
+    "in `<interpreter>output_str</interpreter>`) can be returned to aid your reasoning and help you arrive at the "
+    "final answer. The Python code should be complete scripts, including necessary imports. \n"
+    "Each code snippet is wrapped with `<code>\n```python\ncode snippet\n```\n</code>`.\n"
+    "The last part of your response should be in the following format:\n"
+    "<answer>\n\\boxed{'The final answer goes here.'}\n</answer>\n\n"
+    f"*user question:*\n{QUESTION}<answer>\n\\boxed{{'The final answer goes here.'}}\n</answer>"
 )
 
 
@@ -133,7 +139,7 @@ def test_an_output_may_hold_any_tag():
 
 
 def assistant(content: str | None, *codes: object, name: str = "code_interpreter") -> dict:
-    calls = [{"function": {"name": name, "arguments": code}} for code in codes]
+    calls = [{"type": "function", "function": {"name": name, "arguments": code}} for code in codes]
     return {"role": "assistant", "content": content, "tool_calls": calls or None}
 
 
@@ -204,14 +210,72 @@ def test_the_raw_form_is_refused_where_messages_are_expected():
         messages_of(raw(step("print(7)", "7") + end()))
 
 
-def test_the_published_samples_all_convert(tokenizer):
-    if not SAMPLES.is_dir():
-        pytest.skip("no samples of ReTool-SFT beside this checkout")
-    rows = [json.loads(line) for path in sorted(SAMPLES.glob("*.jsonl")) for line in path.read_text().splitlines()]
+# Trajectories as long as those of the published rows: question, words and code in turn, and the answer.
+COUNT = "How many integers from $1$ to $1000$ are divisible\n- by $3$, or\n- by $7$,\n\nbut not by both?"
+COUNTING = [
+    "Okay, so this is about inclusion and exclusion. Let A be the multiples of 3, and B those of 7.\n\nI need"
+    " |A| + |B| - 2|A ∩ B|, where\n\n|A| = 333\n\nand the others follow by division. Let me compute them using code.",
+    "n = 1000\nthrees, sevens, both = n // 3, n // 7, n // 21\n\nprint(threes + sevens - 2 * both)",
+    "The code returns 381. To verify, I count them one by one:\n\n- by 3 only: 333 - 47 = 286\n- by 7 only: 95",
+    "total = 0\nfor k in range(1, 1001):\n    if (k % 3 == 0) != (k % 7 == 0):\n        total += 1\nprint(total)",
+    "Both ways give 381.",
+]
+TRAJECTORIES = [
+    (COUNT, COUNTING[0] + step(COUNTING[1], "381") + COUNTING[2] + step(COUNTING[3], "381") + COUNTING[4], "381"),
+    (
+        "Find the last two digits of $3^{2026}$.",
+        "Since $3^{20} \\equiv 1 \\pmod{100}$, I need $3^6$." + step("print(pow(3, 2026, 100))", "29") + "It is $29$.",
+        "29",
+    ),
+    (
+        "The roots of $x^2-7x+4=0$ are $p$ and $q$. Find $p^2+q^2$.",
+        "First with sympy:"
+        + step("print(solve('x**2 - 7*x + 4'))", "NameError: name 'solve' is not defined")
+        + "It was not imported. By Vieta:"
+        + step("s, p = 7, 4\nprint(s**2 - 2*p)", "41")
+        + "Thus $p^2+q^2=41$.",
+        "41",
+    ),
+    ("What is $2+4+\\cdots+20$?", "It is twice $\\frac{10\\cdot 11}{2}=55$.", "110"),
+    (
+        "求 $1001$ 和 $1547$ 的最大公约数。",
+        "用程序计算。"
+        + step("# 欧几里得算法\nimport math\nprint(math.gcd(1001, 1547))", "91")
+        + step("print('检查: é, ≤, ∑')", "检查: é, ≤, ∑")
+        + "答案是 $91$。",
+        "91",
+    ),
+    (
+        "Find the smallest prime above $200$.",
+        "Search:"
+        + step("def prime(n):\n    return all(n % k for k in range(2, n))\n\nn = 201\nwhile not prime(n): n += 1", "")
+        + "Nothing was printed."
+        + step("print(next(n for n in range(201, 300) if all(n % k for k in range(2, n))))", "211")
+        + "It is $211$.",
+        "211",
+    ),
+]
+
+
+def test_whole_trajectories_convert_from_both_published_forms(tokenizer):
+    rows = [raw(f"{text}\n\n<answer>\n\\boxed{{{answer}}}\n</answer>", asked) for asked, text, answer in TRAJECTORIES]
+    # The first one again, as a published recipe rewrites it in turns.
+    first, code, second, check, last = COUNTING
+    turns = [
+        {"role": "user", "content": f"{QUESTION % COUNT}\n\\boxed{{'The final answer goes here.'}}"},
+        assistant(first, {"code": code}),
+        {"role": "tool", "content": "381"},
+        assistant(second, {"code": check}),
+        {"role": "tool", "content": "381"},
+        {"role": "assistant", "content": f"{last}\n\n\n\\boxed{{381}}"},
+    ]
+    rows.append({"messages": turns, "tools": [{"type": "function", "function": {"name": "code_interpreter"}}]})
     converted = [conversation(row) for row in rows]
-    assert len(converted) == 8, "seven in the raw form, and one of them also in the multi-turn form"
-    assert [boxed_answer(messages) for messages in converted] == ["3", "3", "40", "807", "80", "45", "12", "60"]
-    assert converted[0] == converted[1], "both forms of one row give the same messages"
+    assert [boxed_answer(messages) for messages in converted] == ["381", "29", "41", "110", "91", "211", "381"]
+    assert [len(messages) for messages in converted] == [6, 4, 6, 2, 6, 6, 6]
+    assert converted[0] == converted[-1], "both forms of one row give the same messages"
+    questions = [*[question for question, *_ in TRAJECTORIES], COUNT]
+    assert [messages[0]["content"] for messages in converted] == [f"{asked}\n\n{INSTRUCTION}" for asked in questions]
     for messages in converted:
         tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA])
         assert 0 < sum(tokens.sampled) < len(tokens.ids) == len(tokens.sampled)

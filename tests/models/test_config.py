@@ -179,11 +179,8 @@ def test_fields_that_are_off_or_say_nothing_of_the_model_are_no_hindrance(tmp_pa
     assert config_from_hf(write(tmp_path, **harmless, **stored)) == config_from_hf(write(tmp_path))
 
 
-def test_every_published_model_goes_out_and_comes_back(tmp_path):
-    path = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "model_configs.json"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} beside this repository")
-    for name, model in json.loads(path.read_text())["models"].items():
+def test_every_published_model_goes_out_and_comes_back(tmp_path, published_configs):
+    for name, model in published_configs.items():
         fields = {key: value for key, value in model.items() if key in HF or key in ("head_dim", "model_type")}
         (tmp_path / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 40_960}))
         config = config_from_hf(tmp_path)

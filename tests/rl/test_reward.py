@@ -17,7 +17,6 @@ from retool_jax.rl.answers import SymbolicWorker
 from retool_jax.rl.reward import Verdict, check, extract_boxed, normalise, reward_of
 
 PACKAGE_PARENT = Path(reward.__file__).resolve().parents[2]
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 INTEGER, RATIONAL, TEXT, SYMBOLIC = "integer", "rational", "text", "symbolic"
 MISMATCH, REFUSED = "mismatch", "refused"
 
@@ -437,38 +436,178 @@ def test_sympy_stays_out_of_the_trainer_and_exit_is_clean():
         os.kill(int(done.stdout), 0)
 
 
-# --- real data --------------------------------------------------------------------------------------------------------
+# --- truths of data sets ----------------------------------------------------------------------------------------------
+
+# Truths in the forms of those of MATH-500 and DeepMath. What stands on one line means the same, and no two lines do.
+TRUTHS = [
+    # Numbers: plain, with separators, units, degrees, currencies, per cent signs; decimals, fractions, mixed numbers.
+    ("7", "07", "x=7", r"7\%"),
+    ("-7", "\u22127"),
+    ("17",),
+    ("70", r"70^\circ", r"70^{\circ}", r"\$70"),
+    ("71", r"71\mbox{ cm}^2", r"71 \mbox{ inches}^2"),
+    ("720",),
+    (r"\$45,\!678", "45,678", r"45,\!678", "45678"),
+    ("45,679",),
+    (r"22,\! 333,\! 444,\! 500", "22333444500"),
+    ("2025", "2{,}025"),
+    (".0000543",),
+    (".000543",),
+    (r"\$27.60", "27.6"),
+    (r"2.3 \text{ cents}", "2.3"),
+    ("23",),
+    (r"\frac{3}{4}", r"\frac 34", r"\frac34", r"\dfrac{6}{8}", ".75", "0.750"),
+    (r"\frac{4}{3}", r"\frac43"),
+    (r"-\frac{3}{4}",),
+    (r"\frac7{19}", r"\frac{7}{19}", "7/19"),
+    (r"\frac{719}{20}",),
+    (r"\frac{290}7\text{ degrees}",),
+    (r"1\frac{2}{5}",),
+    (r"241 \frac{1}{2}",),
+    ("34_5", "34_{5}"),
+    ("34_6",),
+    ("2716_8",),
+    ("1777^{1777}",),
+    # Constants, roots and powers.
+    (r"\pi",),
+    (r"2\pi", r"2 \pi"),
+    (r"-\frac{\pi}{8}",),
+    (r"\frac{10000}{\pi}",),
+    (r"14+3\pi", r"14 + 3 \pi"),
+    ("e",),
+    ("e^3",),
+    ("e^{-3}",),
+    (r"\dfrac{1}{e}", r"\frac{1}{e}"),
+    (r"-25e^2",),
+    (r"\ln 5",),
+    (r"-\infty",),
+    (r"\infty",),
+    (r"\sqrt{7}",),
+    (r"-\sqrt{7}",),
+    (r"\sqrt{77}",),
+    (r"7\sqrt2",),
+    (r"2 \sqrt{7}", r"2\sqrt{7}"),
+    (r"\frac{5\sqrt{5}}{8}",),
+    (r"1 \pm \sqrt{7}", r"1\pm\sqrt{7}"),
+    (r"4 \pm 3 \sqrt{2}",),
+    (r"\pm 2",),
+    ("3 + 4i", "3+4i"),
+    ("3 - 4i",),
+    (r"5\pi i",),
+    (r"\dbinom{77}{33}",),
+    (r"\zeta_{10}",),
+    # Expressions, functions, equations, inequalities.
+    ("a",),
+    ("A",),
+    ("2k",),
+    ("2k+3", "2k + 3"),
+    ("3x^2-5x-28",),
+    ("x^7 + x^5 + x^3 + x + 1",),
+    ("(a+3)(b+4)",),
+    ("4R^2",),
+    (r"\frac{13+7a}{30}",),
+    (r"\dfrac{kr}{m}", r"\frac{kr}{m}"),
+    (r"\tan x",),
+    ("p + q",),
+    ("y = 3x + 4", "3x + 4"),
+    ("y = -3x",),
+    ("y = e^{C x}",),
+    ("2x - 9y + 4z + 8 = 0", "2x-9y+4z+8=0"),
+    ("AB = CD",),
+    ("AB = DC",),
+    (r"\alpha > 2",),
+    (r"\alpha < 2",),
+    (r"n \geq m",),
+    (r"m \neq 3",),
+    ("(30 - x)e^{-x}",),
+    ("e^{-y^2/2}",),
+    (r"O(n^4 \log k)",),
+    ("aE(X) + cE(X^2)",),
+    (r"\tan x^{\cot x} > \cot x^{\cot x} > \tan x^{\tan x}",),
+    # Points, lists, sets, intervals, matrices.
+    ("(3,5)", r"\left( 3, 5 \right)"),
+    ("(5,3)",),
+    ("(3,5]",),
+    ("[3,5)",),
+    ("[3,5]", r"x \in [3,5]"),
+    (r"\{3,5\}",),
+    ("3,5", "3, 5", r"3 \text{ and } 5"),
+    ("(3,-5)",),
+    ("(2,-18,-5,37)",),
+    ("3, 5, 9",),
+    (r"\{2\pm\sqrt{7},-3\}",),
+    (r"\left( 5, \frac{\pi}{4} \right)", r"(5, \frac{\pi}{4})"),
+    (r"\left( \frac{5}{2}, -11 \right)",),
+    (r"(-\infty, 3]", r"\left(-\infty,3\right]"),
+    (r"(-\infty, 3)",),
+    (r"(3, \infty)",),
+    (r"(-\infty, 3) \cup (5, \infty)", r"(-\infty,3)\cup(5,\infty)"),
+    (r"(0,8) \cup (8,24)",),
+    (r"(0,8) \cap (8,24)",),
+    (r"\left[ \frac{\pi^2}{7}, \frac{4 \pi^2}{3} \right]",),
+    (r"\begin{pmatrix} -2 \\ 7 \\ 1/3 \end{pmatrix}", "\\begin{pmatrix}-2\\\\\n7\\\\\n1/3\\end{pmatrix}"),
+    (r"\begin{pmatrix} -2 & 7 & 1/3 \end{pmatrix}",),
+    (r"\begin{pmatrix} 0 & -1 \\ 1 & 0 \end{pmatrix}",),
+    (r"\begin{pmatrix} 0 & 1 \\ -1 & 0 \end{pmatrix}",),
+    # Words and names.
+    (r"\text{(D)}", "D", "(D)"),
+    (r"\text{(F)}",),
+    (r"\text{Marta}", "Marta"),
+    (r"\text{Martha}",),
+    (r"\text{west}", "west"),
+    (r"\text{odd}",),
+    ("Yes", "yes"),
+    ("No",),
+    ("True",),
+    ("False",),
+    ("MN",),
+    ("U(0,2)",),
+    (r"\mathbb{Z}",),
+    (r"\mathbb{Z}_9",),
+    (r"\mathbf{1}", "1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "column", "rows"),
-    [
+def boxed_correctly(truth: str, answer: str) -> bool:
+    return check(rf"$$\boxed{{{answer}}}.$$", truth).correct
+
+
+def test_truths_of_every_form_equal_their_other_spellings_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    spellings = [(line, text) for line, group in enumerate(TRUTHS) for text in group]
+    wrong = [
+        (truth, answer)
+        for line, truth in spellings
+        for other, answer in spellings
+        if boxed_correctly(truth, answer) != (line == other)
+    ]
+    assert wrong == []
+    integers = [truth for _, truth in spellings if truth.isdigit()]
+    assert len(integers) > 5
+    assert [truth for truth in integers if boxed_correctly(truth, str(int(truth) + 1))] == []
+
+
+def test_every_ground_truth_of_public_sets_equals_itself_and_not_its_successor(local_data, monkeypatch):
+    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    for name, column, rows in [
         ("aime/AIME24.jsonl", "output", 30),
         ("aime/AIME25.jsonl", "output", 30),
         ("math500/math500.jsonl", "answer", 500),
         ("deepmath/deepmath_first600.jsonl", "answer", 600),
         ("dapo/dapo_math_17k_sample.jsonl", "reward_model", 28),
-    ],
-)
-def test_every_ground_truth_equals_itself_and_not_its_successor(file, column, rows, monkeypatch):
-    if not (DATA / file).exists():
-        pytest.skip(f"no {file} in the data folder beside the checkout")
-    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
-    values = [json.loads(line)[column] for line in (DATA / file).read_text().splitlines()]
-    truths = [value["ground_truth"] if isinstance(value, dict) else value for value in values]
-    assert len(truths) == rows
-    assert [truth for truth in truths if not check(rf"$$\boxed{{{truth}}}.$$", truth).correct] == []
-    integers = [truth for truth in truths if truth.isdigit()]
-    assert [truth for truth in integers if check(rf"\boxed{{{int(truth) + 1}}}", truth).correct] == []
+    ]:
+        values = [json.loads(line)[column] for line in local_data(name).read_text().splitlines()]
+        truths = [value["ground_truth"] if isinstance(value, dict) else value for value in values]
+        assert len(truths) == rows
+        assert [truth for truth in truths if not boxed_correctly(truth, truth)] == []
+        integers = [truth for truth in truths if truth.isdigit()]
+        assert [truth for truth in integers if boxed_correctly(truth, str(int(truth) + 1))] == []
 
 
-def test_different_truths_of_math500_are_different():
+def test_different_truths_of_math500_are_different(local_data):
     """A normalisation that removes too much makes answers of different problems equal."""
-    file = DATA / "math500" / "math500.jsonl"
-    if not file.exists():
-        pytest.skip("no math500/math500.jsonl in the data folder beside the checkout")
     spellings = {}
-    for line in file.read_text().splitlines():
+    for line in local_data("math500/math500.jsonl").read_text().splitlines():
         truth = json.loads(line)["answer"]
         spellings.setdefault(normalise(truth), set()).add(truth)
     assert {value: len(group) for value, group in spellings.items() if len(group) > 1} == {

@@ -21,7 +21,6 @@ from retool_jax.sft.loop import Demonstrations, model_for, optimizer_of, train
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import learning_rate
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chat_templates"
 TINY = ["mesh.data=1", "mesh.fsdp=8", "sft.rows_per_micro=8", "model.hidden_size=32", "model.intermediate_size=48"]
 
 
@@ -129,12 +128,9 @@ def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507"])
-def test_a_template_with_tools_shows_the_schema_of_rl(data, tokenizer, name):
-    path = SHARED / f"{name}.jinja"
-    if not path.is_file():
-        pytest.skip(f"the published template {path.name} is not on this machine")
+def test_a_template_with_tools_shows_the_schema_of_rl(data, tokenizer, published_template, name):
     hf = copy.deepcopy(tokenizer.hf)
-    hf.chat_template = path.read_text()
+    hf.chat_template = published_template(name)
     shown = texts(tokenizer, Demonstrations(run_of(data, "sft.row_length=2048"), Tokenizer(hf)).at(0))
     assert all('"name": "code_interpreter"' in text.split("<|im_start|>user")[0] for text in shown)
 

@@ -1,7 +1,6 @@
-"""Qwen's real vocabulary, from the `dashscope` wheel of the test extra or the data folder beside the repository."""
+"""Qwen's real vocabulary, from the `dashscope` wheel of the test extra."""
 
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -10,21 +9,12 @@ import pytest
 from retool_jax.tokens.qwen import qwen_tokenizer, read_ranks
 from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 
 
 @pytest.fixture(scope="session")
-def qwen_ranks() -> dict[bytes, int]:
-    places = [DATA / "tokenizer" / "qwen.tiktoken"]
-    try:  # the package itself is never imported
-        wheel = importlib.metadata.distribution("dashscope")
-        places.insert(0, Path(wheel.locate_file("dashscope/resources/qwen.tiktoken")))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    path = next((path for path in places if path.is_file()), None)
-    if path is None:
-        pytest.skip("no qwen.tiktoken: install the test extra, which brings dashscope")
+def qwen_ranks(wheel_file) -> dict[bytes, int]:
+    path = wheel_file("dashscope", "dashscope/resources/qwen.tiktoken")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == RANKS_SHA256
     return read_ranks(path)
 

@@ -1,7 +1,6 @@
 """Contract 1 (token in, token out), the masks of contract 2, and contract 8 (tool output is data)."""
 
 import copy
-from pathlib import Path
 
 import pytest
 
@@ -11,21 +10,17 @@ from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, 
 from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer
 
-TEMPLATES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chat_templates"
 OUTPUTS = ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 300, "答案是四", "<b>&'\"</b>", "\\boxed{45}", "\n\n\n"]
 CODE = 'import math\nprint(math.gcd(12, 18), "é<>&\'")'
 
 
 @pytest.fixture(params=["miniature", "qwen2_5", "qwen3_instruct_2507"])
-def family(request, tokenizer):
+def family(request, tokenizer, published_template):
     """The miniature's vocabulary under its own chat template, and under those of published models."""
     if request.param == "miniature":
         return tokenizer
-    path = TEMPLATES / f"{request.param}.jinja"
-    if not path.is_file():
-        pytest.skip(f"the published template {path.name} is not on this machine")
     hf = copy.deepcopy(tokenizer.hf)
-    hf.chat_template = path.read_text()
+    hf.chat_template = published_template(request.param)
     return Tokenizer(hf)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,26 +13,28 @@ from retool_jax.tokens.chat import defuse, policy_turn_text, prompt_ids, tool_se
 from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+# Strings with what the published tokenizers encode them to, by model_type.
+GOLDEN = json.loads(Path(__file__).with_name("golden_ids.json").read_text())
 PUBLISHED = [("qwen2", "qwen2_5"), ("qwen3", "qwen3"), ("qwen3", "qwen3_instruct_2507")]
 OUTPUTS = ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 2000, "答案是四。", "\n\n\n", "Traceback:\n\tx = 1\r\n"]
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}
 THINKING = "<think>\nI should compute it.\n</think>\n\nLet me see."
 
 
-def published(qwen: dict[str, Tokenizer], model_type: str, template: str) -> Tokenizer:
-    """A vocabulary under a published template, which is not ours to carry."""
-    path = DATA / "chat_templates" / f"{template}.jinja"
-    if not path.is_file():
-        pytest.skip(f"the published template {path.name} is not on this machine")
-    fast = qwen[model_type].hf.backend_tokenizer
-    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", chat_template=path.read_text())
-    return Tokenizer(hf)
+@pytest.fixture(scope="session")
+def published(qwen, published_template) -> Callable[[str, str], Tokenizer]:
+    """A vocabulary under a published template: `published("qwen2", "qwen2_5")`."""
+
+    def build(model_type: str, template: str) -> Tokenizer:
+        fast, text = qwen[model_type].hf.backend_tokenizer, published_template(template)
+        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", chat_template=text))
+
+    return build
 
 
 @pytest.fixture(params=["miniature", *PUBLISHED], ids=lambda p: p if isinstance(p, str) else "-".join(p))
-def family(request, qwen):
-    return qwen["qwen3"] if request.param == "miniature" else published(qwen, *request.param)
+def family(request, qwen, published):
+    return qwen["qwen3"] if request.param == "miniature" else published(*request.param)
 
 
 def assistant(content: str, *codes: str) -> dict:
@@ -60,23 +63,10 @@ def test_the_rebuilt_file_is_the_published_one(qwen_folders, qwen):
         assert (tokenizer.id_of("<tool_call>"), tokenizer.id_of("</tool_call>")) == (151657, 151658)
 
 
-@pytest.mark.parametrize(
-    ("text", "older", "newer"),
-    [
-        ("Hello, world!", [9707, 11, 1879, 0], None),
-        ("don't I'LL you'RE 12345", [15007, 944, 358, 6, 4086, 498, 94153, 220, 16, 17, 18, 19, 20], None),
-        ("  two  spaces\t\ttab\r\n\r\n\n", [220, 1378, 220, 12621, 197, 58149, 319, 80823], None),
-        ("e\u0301 and \u00e9", [963, 323, 3958], None),
-        (
-            "<think>\nok\n</think>\n\nx",
-            [13708, 766, 397, 562, 198, 522, 26865, 1339, 87],
-            [151667, 198, 562, 198, 151668, 271, 87],
-        ),
-    ],
-)
-def test_golden_ids(qwen, text, older, newer):
-    assert qwen["qwen2"].encode(text) == older
-    assert qwen["qwen3"].encode(text) == (newer or older)
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: ascii(golden["text"]))
+def test_golden_ids(qwen, golden):
+    for model_type, tokenizer in qwen.items():
+        assert tokenizer.encode(golden["text"]) == golden[model_type], model_type
 
 
 def test_a_segment_in_golden_ids(qwen):
@@ -108,16 +98,6 @@ def test_a_segment_in_golden_ids(qwen):
     assert [tool_segment(qwen["qwen2"], [output])[7] for output in ("4", "", "\n5")] == [397, 1339, 1339]
 
 
-def test_every_golden_string_of_the_data_folder(qwen):
-    path = DATA / "tokenizer" / "qwen_tokenizer_meta.json"
-    if not path.is_file():
-        pytest.skip("the recorded golden ids are not on this machine")
-    golden = json.loads(path.read_text())["golden_ids"]
-    assert len(golden) == 14
-    for text, ids in golden.items():
-        assert qwen["qwen2"].encode(text) == ids["qwen2.5"] and qwen["qwen3"].encode(text) == ids["qwen3"]
-
-
 def test_texts_survive_and_ids_without_a_token_decode_to_nothing(qwen):
     for tokenizer in qwen.values():
         for text in ("👩‍👧 ≤ ½ العربية 한국어", "\x00\x7f\t\r\n", "".join(map(chr, range(0x20, 0x180))), "x" * 5000):
@@ -140,9 +120,9 @@ def test_prompt_turns_and_segments_equal_the_full_render(family, content):
         assert ids == family.encode(family.render(messages, [TOOL_SCHEMA], True)), repr(output)
 
 
-def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(qwen):
+def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(published):
     """Why history is never rendered again: with the published template, what was written changes afterwards."""
-    qwen3 = published(qwen, "qwen3", "qwen3")
+    qwen3 = published("qwen3", "qwen3")
     render = qwen3.render
     # 1. A new question takes the thinking out of every earlier turn.
     thought = [USER, assistant(THINKING)]
@@ -168,16 +148,16 @@ def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(qwen):
     assert odd in qwen3.decode(lists[-1]) and THINKING in qwen3.decode(lists[-1])
 
 
-def test_segments_are_what_a_template_that_keeps_its_prefix_writes(qwen):
-    """The repaired Qwen3 templates of two training libraries agree with the segments."""
-    for name, kept in (("qwen3_training", {}), ("qwen3_fixed_miles", {"clear_thinking": False})):
-        qwen3 = published(qwen, "qwen3", name)
-        turn, last = assistant(THINKING, "print(6)"), assistant("<think>\nSo six.\n</think>\n\n\\boxed{6}")
-        ids = prompt_ids(qwen3, [USER], [TOOL_SCHEMA]) + qwen3.encode(policy_turn_text(turn))
-        ids += tool_segment(qwen3, ["6"]) + qwen3.encode(policy_turn_text(last))
-        messages = [USER, turn, tool("6"), last]
-        rendered = qwen3.hf.apply_chat_template(messages, tools=[TOOL_SCHEMA], tokenize=False, **kept)
-        assert ids + qwen3.encode("\n") == qwen3.encode(rendered), name
+@pytest.mark.parametrize(("model_type", "name"), [(model_type, f"{name}_training") for model_type, name in PUBLISHED])
+def test_segments_are_what_a_template_that_keeps_its_prefix_writes(published, model_type, name):
+    """The templates that a training library repaired agree with the segments."""
+    tokenizer = published(model_type, name)
+    turn, last = assistant(THINKING, "print(6)"), assistant("<think>\nSo six.\n</think>\n\n\\boxed{6}")
+    ids = prompt_ids(tokenizer, [USER], [TOOL_SCHEMA]) + tokenizer.encode(policy_turn_text(turn))
+    ids += tool_segment(tokenizer, ["6"]) + tokenizer.encode(policy_turn_text(last))
+    messages = [USER, turn, tool("6"), last]
+    rendered = tokenizer.hf.apply_chat_template(messages, tools=[TOOL_SCHEMA], tokenize=False)
+    assert ids + tokenizer.encode("\n") == tokenizer.encode(rendered)
 
 
 def test_a_template_whose_turns_open_with_thinking_is_followed(qwen):
