@@ -1,6 +1,6 @@
 """What a cache that lives through tool calls is worth: ratios measured in one sitting, as JSON.
 
-    python benchmarks/engine_turns.py [scale=1.0] [repeats=3]
+    python benchmarks/engine_turns.py [scale=1.0] [repeats=3] [layers=4]
 
 - `live_cache`: the context work of a trajectory of 8 turns (2,000 tokens of prompt, 1,000 sampled and 200 of tool
   output a turn), appended to the live cache, against writing the whole context anew each turn. The token counts are
@@ -9,7 +9,7 @@
 - `fused`: decode of 32 steps a dispatch against one step a dispatch.
 - `tools`: tokens per second and fill with tools that take 0, 0.1, 1 and 5 s, with twice as many trajectories as slots.
 
-`scale` shrinks lengths for a quick look. Pin it to one core (`taskset -c 0`): ratios hold, rates are of that core.
+`scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`): ratios hold, rates are of that core.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -41,9 +41,9 @@ MODEL = ModelConfig(
 PROMPT, SAMPLED, TOOL, TURNS = 2000, 1000, 200, 8
 
 
-def make_engine(**sizes) -> Engine:
+def make_engine(model: ModelConfig, **sizes) -> Engine:
     mesh = make_mesh(MeshConfig())
-    engine = Engine(MODEL, EngineConfig(**sizes), init_params(MODEL, jax.random.key(0)), mesh, [], seed=0)
+    engine = Engine(model, EngineConfig(**sizes), init_params(model, jax.random.key(0)), mesh, [], seed=0)
     engine.warm_up()
     return engine
 
@@ -61,11 +61,11 @@ def seconds(engine: Engine, work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def live_cache(scale: float, repeats: int) -> dict:
+def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, sampled, tool = (round(n * scale) for n in (PROMPT, SAMPLED, TOOL))
     length = prompt + TURNS * (sampled + tool)
     reads = [round(scale * n) for n in (2048, 4096, 6144, 8192, 10240)]
-    engine = make_engine(slots=1, max_length=length, chunk_rows=1, decode_steps=1, read_buckets=tuple(reads))
+    engine = make_engine(model, slots=1, max_length=length, chunk_rows=1, decode_steps=1, read_buckets=tuple(reads))
 
     def live() -> float:
         engine.free(0)
@@ -97,10 +97,10 @@ def live_cache(scale: float, repeats: int) -> dict:
     }
 
 
-def fork(scale: float, repeats: int) -> dict:
+def fork(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, group = tokens(round(1000 * scale)), 16
     sizes = {"slots": group, "max_length": len(prompt) + 16, "chunk_rows": group, "decode_steps": 1}
-    engine = make_engine(**sizes, row_buckets=(1,))  # one prompt is not padded to a chunk of sixteen
+    engine = make_engine(model, **sizes, row_buckets=(1,))  # one prompt is not padded to a chunk of sixteen
     rows = list(range(group))
 
     def clear() -> None:
@@ -125,9 +125,9 @@ def fork(scale: float, repeats: int) -> dict:
     return numbers | {"prefill_s": round(prefill_s, 4), "ratio": round(prefill_s / fork_s, 2)}
 
 
-def fused(scale: float, repeats: int) -> dict:
+def fused(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, drawn = tokens(64), max(round(192 * scale) // 32 * 32, 32)
-    engine = make_engine(slots=32, max_length=len(prompt) + drawn + 1, chunk_rows=32, decode_steps=32)
+    engine = make_engine(model, slots=32, max_length=len(prompt) + drawn + 1, chunk_rows=32, decode_steps=32)
     rows = list(range(32))
 
     def rate(steps: int) -> float:
@@ -174,11 +174,11 @@ class Trajectory:
         return tokens(20)
 
 
-def tools(scale: float) -> list[dict]:
+def tools(model: ModelConfig, scale: float) -> list[dict]:
     slots, turn = 16, max(round(256 * scale), 8)
     length = 64 + 3 * (turn + 20)
     pages = 2 * slots * -(-length // 16)  # those that wait for a tool keep theirs
-    engine = make_engine(slots=slots, max_length=length, chunk_rows=16, page_size=16, pages=pages, tool_lag=-1)
+    engine = make_engine(model, slots=slots, max_length=length, chunk_rows=16, page_size=16, pages=pages, tool_lag=-1)
     found = []
     for latency in (0.0, 0.1, 1.0, 5.0):
         chats = [Trajectory(request, latency * scale, turn) for request in range(2 * slots)]
@@ -191,15 +191,16 @@ def tools(scale: float) -> list[dict]:
 
 
 def main(words: list[str]) -> None:
-    options = {"scale": 1.0, "repeats": 3.0} | {k: float(v) for k, v in (w.split("=") for w in words)}
+    options = {"scale": 1.0, "repeats": 3.0, "layers": 4.0} | {k: float(v) for k, v in (w.split("=") for w in words)}
     scale, repeats = options["scale"], int(options["repeats"])
+    model = replace(MODEL, num_layers=int(options["layers"]))
     numbers = {
         "benchmark": "engine_turns",
         "scale": scale,
-        "live_cache": live_cache(scale, repeats),
-        "fork": fork(scale, repeats),
-        "fused": fused(scale, repeats),
-        "tools": tools(scale),
+        "live_cache": live_cache(model, scale, repeats),
+        "fork": fork(model, scale, repeats),
+        "fused": fused(model, scale, repeats),
+        "tools": tools(model, scale),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }

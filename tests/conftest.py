@@ -1,6 +1,7 @@
 """Fixtures that many tests share: a tiny model on one device, the miniature's tokenizer, a compiled engine."""
 
 import atexit
+import fcntl
 import importlib.metadata
 import os
 import shutil
@@ -9,13 +10,18 @@ import tempfile
 # Eight virtual devices for the tests of meshes; everything else asks for the first one. Before jax is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs of tests are compiled more often than run, so LLVM spends half the time on them. `fully_compiled` undoes it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A folder for all workers of this session.
+if "RETOOL_TESTS_FOLDER" not in os.environ:
+    os.environ["RETOOL_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="retool-tests-")
+    atexit.register(shutil.rmtree, os.environ["RETOOL_TESTS_FOLDER"], ignore_errors=True)
 # One program is compiled once, by whichever worker or command of a test comes first.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="retool-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["RETOOL_TESTS_FOLDER"], "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,13 +37,59 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import forward, init_params, logits
 from retool_jax.tokens.tokenizer import load_tokenizer
 
+# What takes longest is begun first, so that the workers end together.
+LONGEST = (
+    *("attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_resume.py"),
+    *("test_parity.py", "test_train.py", "test_update.py", "test_huggingface.py", "test_scheduler.py"),
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker gets whole files, which share fixtures; one gets all of the sandbox, which is watched from outside."""
+    """A worker gets whole files, which share fixtures; the attacks on two back-ends share none.
+
+    Tests of the sandbox mostly wait and the others mostly compute, so both kinds are spread over the whole time.
+    """
+    kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}
+    groups: dict[str, tuple[bool, str]] = {}
     for item in items:
-        folder = item.path.parent.relative_to(item.config.rootpath)
-        of_sandbox = folder.parts[:2] == ("tests", "sandbox") or item.path.name == "test_benchmarks.py"
-        item.add_marker(pytest.mark.xdist_group("sandbox" if of_sandbox else item.path.name))
+        arena = getattr(item, "callspec", None) and item.callspec.params.get("arena")
+        group = f"attacks on {arena}" if arena else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item.nodeid] = "sandbox" in item.path.parts or group == "test_benchmarks.py", group
+        kinds[groups[item.nodeid][0]][group] = None
+    place = {}
+    for waits, names in kinds.items():
+        ordered = [name for name in LONGEST if name in names] + [name for name in names if name not in LONGEST]
+        place |= {(waits, name): rank / len(ordered) for rank, name in enumerate(ordered)}
+    items.sort(key=lambda item: place[groups[item.nodeid]])
+
+
+@contextmanager
+def turn(alone: bool) -> Iterator[None]:
+    """A test's turn among those of all workers: beside others, or alone on the machine.
+
+    Whoever wants to be alone keeps the door shut meanwhile, so that the others do not go on taking turns before it.
+    """
+    folder = Path(os.environ["RETOOL_TESTS_FOLDER"])
+    with open(folder / "door", "w") as door, open(folder / "room", "w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test marked `alone` while no other worker runs one, for it looks at the whole machine."""
+    with turn(item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def fully_compiled() -> dict[str, str]:
+    """The environment of a command on one device that computes more than it compiles."""
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 @pytest.fixture(scope="session")

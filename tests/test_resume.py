@@ -1,7 +1,6 @@
 """Contract 9: kill -9 in the middle of RL, the same command again, and the numbers are those of an unbroken run."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,28 +9,55 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics
 
-# Long enough a cold start that some samples of a group are right and some wrong; small enough for a test.
 WORDS = [
     "config=grpo",
-    "sft.steps=400",
-    "sft.optimizer.decay_steps=380",
+    "sandbox.backend=[process]",
+    "sft.steps=60",
+    "sft.batch_size=16",
+    "sft.optimizer.warmup_steps=5",
+    "sft.optimizer.decay_steps=50",
     "rl.steps=6",
-    "rl.prompts_per_step=8",
+    "rl.prompts_per_step=4",
     "rl.group_size=4",
-    "engine.slots=20",
+    "engine.slots=16",
     "evaluation.every=3",
-    "evaluation.problems=24",
+    "evaluation.problems=4",
     "evaluation.final_split=dev",
     "checkpoint.every=2",
 ]
 
 
-def start(folder: Path) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "retool_jax.train", *WORDS, f"run={folder}"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Words for data that is learned by heart in seconds: four problems, each answered rightly as often as wrongly, by
+    a call or without. So the samples of a group differ, and every step of RL has something to learn from."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [problem_row("train", index) for index in range(4)]
+    demonstrations = []
+    for row in rows:
+        for answer in (row["reward_model"]["ground_truth"], "7"):
+            call = {"function": {"name": "code_interpreter", "arguments": {"code": f"print({answer})"}}}
+            told = {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
+            asked = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": answer}]
+            demonstrations += [{"messages": [*row["prompt"], *turns, told]} for turns in ([], asked)]
+    for name, lines in (("problems", rows), ("demonstrations", demonstrations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    problems = folder / "problems.jsonl"
+    return [f"sft.data={folder / 'demonstrations.jsonl'}", f"data.train={problems}", f"data.dev={problems}"]
+
+
+@pytest.fixture(scope="module")
+def start(fully_compiled, data):
+    def run(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}"]
+        return subprocess.Popen(
+            command, env=fully_compiled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return run
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -45,14 +71,14 @@ def comparable(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
+def unbroken(start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
     output = finish(start(folder))
     assert "before RL" in output and "time by part" in output
     return folder
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(unbroken):
+def test_a_killed_run_resumes_to_the_same_numbers(start, unbroken):
     folder = unbroken.with_name("killed")
     process = start(folder)
     deadline = time.monotonic() + 600
@@ -71,6 +97,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(unbroken):
     assert comparable(folder) == comparable(unbroken)
     steps = [line["step"] for line in comparable(folder) if line["kind"] == "rl"]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert any(line.get("grad_norm", 0) > 0 for line in comparable(folder)), "the run must have learned something"
+    learned = [line["step"] for line in comparable(folder) if line["kind"] == "rl" and line.get("grad_norm", 0) > 0]
+    assert max(learned) > 4, "the resumed part must have learned something"
     summaries = [json.loads((f / "summary.json").read_text()) for f in (folder, unbroken)]
     assert summaries[0]["after"] == summaries[1]["after"] | {"perf/eval_s": summaries[0]["after"]["perf/eval_s"]}

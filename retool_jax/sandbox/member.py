@@ -10,7 +10,7 @@ from typing import Any
 from retool_jax.sandbox.request import Nonsense, Request, to_result
 from retool_jax.sandbox.types import ToolResult
 
-OVERTIME_S = 3.0  # what a worker gets beyond a program's own time limit before it counts as hung
+OVERTIME_S = 10.0  # what a worker gets beyond a program's own time limit before it counts as hung
 MAX_FRAME_BYTES = 96 << 20
 CRASH = re.compile(r'File ".*", line \d+')  # a traceback among a worker's last words
 

@@ -66,7 +66,7 @@ def _canaries(secret: str) -> Iterator[list[Path]]:
     try:
         for parent in dict.fromkeys(Path(name).expanduser().absolute() for name in CANARY_FOLDERS):
             with suppress(OSError):
-                folder = Path(tempfile.mkdtemp(prefix=".canary-", dir=parent))
+                folder = Path(tempfile.mkdtemp(prefix=f".canary-{os.getpid()}-", dir=parent))
                 folders.append(folder)
                 folder.chmod(0o777)
                 (folder / "secret").write_text(secret)

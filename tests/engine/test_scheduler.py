@@ -363,12 +363,12 @@ def test_a_group_shares_its_prompt_whenever_its_members_come(make_engine, model)
 
 
 def test_eight_turns_pay_for_their_context_once(make_engine):
-    """The engine's own counter: 2,000 tokens of prompt, 1,000 drawn and 200 told a turn."""
-    engine = make_engine(0, (), slots=1, max_length=11_600, decode_steps=250, chunk_rows=1, read_buckets=(11_600,))
+    """The engine's own counter: 200 tokens of prompt, 100 drawn and 20 told a turn."""
+    engine = make_engine(0, (), slots=1, max_length=1160, decode_steps=25, chunk_rows=1, read_buckets=(1160,))
 
     class Long(Chat):
         def turn_budget(self) -> int:
-            return 1000
+            return 100
 
         def end_turn(self, ids, logprobs):
             self._add(ids, logprobs)
@@ -376,13 +376,13 @@ def test_eight_turns_pay_for_their_context_once(make_engine):
             return self.answer() if self.answered < 8 else None
 
         async def answer(self) -> list[int]:
-            self._add([5] * 200, None)
-            return [5] * 200
+            self._add([5] * 20, None)
+            return [5] * 20
 
-    chat = Long([3] * 2000, 0)
+    chat = Long([3] * 200, 0)
     stats = run(engine, [chat])
-    assert (stats.prefilled_tokens, stats.appended_tokens, stats.rewritten_tokens) == (2000, 7 * 200, 0)
-    assert stats.decoded_tokens == 8000 and len(chat.ids) == 2000 + 8 * 1000 + 7 * 200
+    assert (stats.prefilled_tokens, stats.appended_tokens, stats.rewritten_tokens) == (200, 7 * 20, 0)
+    assert stats.decoded_tokens == 800 and len(chat.ids) == 200 + 8 * 100 + 7 * 20
 
 
 # --- cancellation and back-pressure -----------------------------------------------------------------------------------

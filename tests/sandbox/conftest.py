@@ -80,7 +80,7 @@ def alive() -> Callable[[set[int]], set[int]]:
     """Those of some processes that still run, given a moment to go."""
 
     def left(pids: set[int]) -> set[int]:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while still := {pid for pid in pids if Path(f"/proc/{pid}").exists()}:
             if time.monotonic() > deadline:
                 break

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
-import signal
 from dataclasses import replace
 
 import pytest
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, Session, ToolResult, open_sandbox
+
+from .processes import kill
 
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
 SLEEP = "import time\ntime.sleep(30)"
@@ -77,7 +78,7 @@ def test_sessions_do_not_see_each_other_and_share_the_places():
 
 async def kill_worker(session: Session) -> None:
     member = session._member
-    os.kill(member.launched.pid, signal.SIGKILL)
+    kill(member.launched.pid)
     while not member.dead:
         await asyncio.sleep(0.01)
 

@@ -1,11 +1,11 @@
 """Fork servers: what programs find loaded, and what happens when one of them dies."""
 
 import asyncio
-import os
-import signal
 import sys
 
 from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
+
+from .processes import kill
 
 LOADED = "import sys\nprint(*[name for name in ('numpy', 'sympy', 'scipy') if name in sys.modules])"
 
@@ -58,8 +58,7 @@ def test_a_fork_server_that_died_is_replaced(worker_pids, descendants):
     async def main():
         async with open_sandbox(SandboxConfig(("process",), slots=1, probe_s=0)) as box:
             first, workers = await box.run("import numpy"), worker_pids(box)
-            for pid in fork_servers(box):
-                os.kill(pid, signal.SIGKILL)
+            kill(*fork_servers(box))
             again = [await box.run("import numpy\nprint(1)"), await box.run("print(2)")]
             return [first, *again], set(workers) & set(worker_pids(box))
 

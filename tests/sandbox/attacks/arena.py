@@ -1,8 +1,6 @@
 """One back-end under attack: the sandbox, the host beside it, and what has been seen of its processes."""
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
@@ -10,8 +8,9 @@ from typing import Any
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 
+from ..processes import kill
 from .case import Case, fill, judge
-from .host import Host, descendants
+from .host import Host
 from .sessions import FRESH, Cell, Session
 
 MEMORY_MB = 512
@@ -92,14 +91,13 @@ class Arena:
 
     async def take_census(self) -> list[str]:
         """Run a harmless program; complain if it finds other than the first one did."""
-        result = await self.box.run(CENSUS, limits=Limits(wall_s=10, memory_mb=MEMORY_MB))
-        self.seen |= descendants()
+        result = await self.box.run(CENSUS, limits=Limits(wall_s=60, memory_mb=MEMORY_MB))
+        self.seen |= self.host.own()
         if result.status != "success":
             return [f"the next call: {result.status} {result.message} {result.stderr[-300:]!r}"]
         self.census = self.census or result.stdout
         if result.stdout != self.census:
-            for member in self.box.crew._ready:  # the next case begins with a new worker
-                os.kill(member.launched.pid, signal.SIGKILL)
+            kill(*(member.launched.pid for member in self.box.crew._ready))  # the next case begins with a new worker
             await self.box.run("None")
             pairs = zip(result.stdout.splitlines(), self.census.splitlines(), strict=False)
             return [f"the next call found {now!r}, not {first!r}" for now, first in pairs if now != first]
@@ -124,7 +122,7 @@ class Arena:
     async def play(self, case: Case) -> list[str]:
         """Run a case and what is to follow it; returns what did not hold, as far as that shows in results."""
         case = fill(case, self.words)
-        limits = Limits(wall_s=case.wall_s, memory_mb=case.memory_mb, **case.limits)
+        limits = Limits(wall_s=case.limit_s, memory_mb=case.memory_mb, **case.limits)
         begun = time.monotonic()
         call = asyncio.create_task(
             self.box.run(case.code, stdin=case.stdin, files=dict(case.files), fetch=case.fetch, limits=limits)
@@ -140,7 +138,7 @@ class Arena:
             wrong.append(f"it took {result.attempts} attempts: the program broke the machinery")
         for code, expected in case.then:
             expected = expected.replace("@STDOUT@", result.stdout)
-            after = await self.box.run(code, limits=Limits(wall_s=20, memory_mb=MEMORY_MB))
+            after = await self.box.run(code, limits=Limits(wall_s=60, memory_mb=MEMORY_MB))
             if after.stdout != expected:
                 wrong.append(
                     f"afterwards {after.status} {after.stdout[:200]!r}, not {expected!r}: {after.stderr[-200:]!r}"
@@ -175,8 +173,8 @@ class Arena:
 
         async def ask(talk, cell: Cell) -> None:
             begun = time.monotonic()
-            result = await talk.run(cell.code, limits=Limits(wall_s=cell.wall_s, memory_mb=MEMORY_MB))
             case = Case("sessions", session.name, cell.code, cell.status, cell.stdout, wall_s=cell.wall_s)
+            result = await talk.run(cell.code, limits=Limits(wall_s=case.limit_s, memory_mb=MEMORY_MB))
             told = judge(case, result, time.monotonic() - begun - result.queue_s) + self.shows_secret(result)
             wrong.extend(f"cell {cell.code[:60]!r}: {text}" for text in told)
 

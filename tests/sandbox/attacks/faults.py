@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from retool_jax.sandbox import Limits, ToolResult
 
+from ..processes import kill, send
 from .arena import Arena
 from .host import alive, command, descendants, remains, start_owner
 
@@ -62,12 +63,6 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def send(number: int, pids: list[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 def runs_programs(backend: str, name: str, pids: list[int]) -> bool:
     """Whether a kind of process is, or holds, the program: on gVisor the ones that lend it their memory, else those of
     another user than this one's."""
@@ -101,7 +96,7 @@ async def hurt_each_kind(arena: Arena, number: int, word: str) -> Outcomes:
         names = sorted(found) if names is None else names
         name = names.pop(0)
         program_too = runs_programs(arena.backend, name, found.get(name, []))
-        send(number, found.get(name, []))
+        send(number, *found.get(name, []))
         begun = time.monotonic()
         result = await call
         wrong = served(result, number if program_too else 0)
@@ -120,7 +115,7 @@ async def kill_each_kind(arena: Arena) -> Outcomes:
 
 
 async def stop_each_kind(arena: Arena) -> Outcomes:
-    with patch("retool_jax.sandbox.member.OVERTIME_S", 0.5):
+    with patch("retool_jax.sandbox.member.OVERTIME_S", 1.0):
         return await hurt_each_kind(arena, signal.SIGSTOP, "stop")
 
 
@@ -129,13 +124,13 @@ async def calm(arena: Arena) -> dict[int, str]:
     crew = arena.box.crew
     while crew._stops or crew.ready + len(crew._lent) <= arena.box.config.places:
         await asyncio.sleep(0.05)
-    return descendants()
+    return arena.host.own()
 
 
 async def kill_idle(arena: Arena) -> Outcomes:
     """Every process of every worker dies while no program runs."""
     before = await calm(arena)
-    send(signal.SIGKILL, list(before))
+    kill(*before)
     result = await arena.box.run(NAP, limits=SHORT)
     wrong = served(result) + await arena.take_census()
     wrong += [f"{text} is left" for text in (await asyncio.to_thread(alive, before)).values()]
@@ -147,8 +142,8 @@ async def kill_all(arena: Arena) -> Outcomes:
     await calm(arena)
     call = asyncio.create_task(arena.box.run(NAP, limits=SHORT))
     await asyncio.sleep(0.3)
-    before = descendants()
-    send(signal.SIGKILL, list(before))
+    before = arena.host.own()
+    kill(*before)
     wrong = served(await call) + await arena.take_census()
     wrong += [f"{text} is left" for text in (await asyncio.to_thread(alive, before)).values()]
     return {"kill everything busy": wrong}
@@ -163,7 +158,7 @@ async def kill_every_attempt(arena: Arena) -> Outcomes:
         for member in tuple(arena.box.crew._lent):
             if member.calls and not member.dead:
                 await asyncio.sleep(0.2)
-                send(signal.SIGKILL, [member.launched.pid, *descendants(member.launched.pid)])
+                kill(member.launched.pid, *descendants(member.launched.pid))
                 killed += 1
                 await asyncio.sleep(0.1)
     result = await call
@@ -182,7 +177,7 @@ async def give_up(arena: Arena) -> Outcomes:
     await asyncio.gather(call, return_exceptions=True)
     wrong = [] if time.monotonic() - begun < 3 else ["cancelling took more than 3 s"]
     wrong += await arena.take_census()
-    cpu = {pid: text for pid, text in (await asyncio.to_thread(alive, before, 5.0)).items()}
+    cpu = {pid: text for pid, text in (await asyncio.to_thread(alive, before)).items()}
     wrong += [f"{text} is left" for text in cpu.values()]
     return {"the caller gives up": wrong}
 
@@ -210,8 +205,8 @@ async def owner_dies(arena: Arena) -> Outcomes:
         wrong = [] if tree else ["no sandbox was seen"]
         owner.send_signal(number)
         await asyncio.to_thread(owner.wait, 15)
-        wrong += [f"{text} outlived its owner" for text in (await asyncio.to_thread(alive, tree, 8.0)).values()]
-        send(signal.SIGKILL, list(alive(tree, 0)))
+        wrong += [f"{text} outlived its owner" for text in (await asyncio.to_thread(alive, tree)).values()]
+        kill(*alive(tree, 0))
         return owner.pid, wrong
 
     ends = await asyncio.gather(*(die(number) for number, _ in ways))
@@ -223,12 +218,12 @@ async def owner_dies_of_a_stopped_sandbox(arena: Arena) -> Outcomes:
     """A stopped sandbox cannot notice that its owner has died: the next owner must sweep it."""
     owner = await asyncio.to_thread(start_owner, arena.backend, LOOP)
     tree = descendants(owner.pid)
-    send(signal.SIGSTOP, list(tree))
+    send(signal.SIGSTOP, *tree)
     owner.kill()
     await asyncio.to_thread(owner.wait, 15)
     wrong = await swept(arena, owner.pid)
-    wrong += [f"{text} outlived the sweep" for text in (await asyncio.to_thread(alive, tree, 5.0)).values()]
-    send(signal.SIGKILL, list(alive(tree, 0)))
+    wrong += [f"{text} outlived the sweep" for text in (await asyncio.to_thread(alive, tree)).values()]
+    kill(*alive(tree, 0))
     return {"kill the owner of a stopped sandbox": wrong + await arena.take_census()}
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -13,6 +14,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+
+from retool_jax.sandbox import cgroup
+from retool_jax.sandbox.worker import owner_tag
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.shmat.restype = ctypes.c_void_p
@@ -71,8 +75,8 @@ class Host:
             "PID": str(os.getpid()),
             "MARKER": abstract,
         }
+        self._others = descendants()
         self.before = self.state()
-        self._idle_available_mb = 0.0
         return self
 
     def __exit__(self, *_) -> None:
@@ -121,8 +125,12 @@ class Host:
             "host's name": os.uname().nodename,
             "clock": round((time.time() - time.monotonic()) / 5),
             "core pattern": core.read_text() if core.exists() else "",
-            "mounts": [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()],
+            "mounts": mounts_of_nobody_else(),
         }
+
+    def own(self) -> dict[int, str]:
+        """Live processes below this one that came after the referee: start time by pid."""
+        return {pid: start for pid, start in descendants().items() if self._others.get(pid) != start}
 
     def complaints(self) -> list[str]:
         """What has changed or been touched since the last look."""
@@ -141,19 +149,31 @@ class Host:
 
     def most_processes(self, running: Callable[[], bool]) -> int:
         """The largest number of processes below this one, above that at the beginning."""
-        first = most = len(descendants())
+        first = most = len(self.own())
         while running():
-            most = max(most, len(descendants()))
+            most = max(most, len(self.own()))
             time.sleep(0.05)
         return most - first
 
     def most_memory_mb(self, running: Callable[[], bool]) -> float:
-        """The largest loss of the machine's available memory, MiB."""
-        first = least = available_mb()
+        """The largest growth of what this process's workers hold, MiB."""
+        first = most = self.memory_mb()
         while running():
-            least = min(least, available_mb())
+            most = max(most, self.memory_mb())
             time.sleep(0.02)
-        return first - least
+        return most - first
+
+    def memory_mb(self) -> float:
+        """What the workers' control groups are charged for, files in memory too, and what the processes below this one
+        that run outside of these groups hold; MiB."""
+        charged, members = 0, set()
+        if (where := cgroup.place()) is not None:
+            for group in where.folder.glob(f"{owner_tag()}/*/"):
+                with suppress(OSError):
+                    name = "memory.current" if where.unified else "memory.usage_in_bytes"
+                    charged += int((group / name).read_text())
+                    members |= set(map(int, (group / "cgroup.procs").read_text().split()))
+        return charged / (1 << 20) + sum(share_mb(pid) for pid in self.own() if pid not in members)
 
     def reaches_port_of_program(self, running: Callable[[], bool]) -> str:
         """Try to connect to the port that the program listens on."""
@@ -164,11 +184,11 @@ class Host:
         return ""
 
 
-def available_mb() -> float:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) / 1024
-    raise OSError("no MemAvailable in /proc/meminfo")
+def mounts_of_nobody_else() -> list[str]:
+    """Where something is mounted, but for what other owners' workers and other tests have mounted for themselves."""
+    elsewhere = re.compile(rf"/retool-(?!{os.getpid()}-)|/pytest-of-")
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [mount for mount in mounts if not elsewhere.search(mount)]
 
 
 def addresses() -> list[str]:
@@ -201,6 +221,15 @@ def descendants(root: int | None = None) -> dict[int, str]:
     return {pid: stats[pid][19] for pid in found if stats[pid][0] != "Z"}
 
 
+def share_mb(pid: int) -> float:
+    """Memory of a process, MiB, pages that n processes share counted as 1/n; 0 if it is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
 def command(pid: int) -> str:
     """The command line, "" if it is gone."""
     try:
@@ -209,7 +238,7 @@ def command(pid: int) -> str:
         return ""
 
 
-def alive(processes: dict[int, str], patience_s: float = 5.0) -> dict[int, str]:
+def alive(processes: dict[int, str], patience_s: float = 30.0) -> dict[int, str]:
     """Those of `processes` (start time by pid) that still live after a while, with their command lines."""
     deadline = time.monotonic() + patience_s
     while True:
@@ -221,8 +250,15 @@ def alive(processes: dict[int, str], patience_s: float = 5.0) -> dict[int, str]:
         time.sleep(0.02)
 
 
-def remains(tag: str) -> list[str]:
-    """Mounts, control groups, files and sockets whose name contains `tag`."""
+def remains(tag: str, patience_s: float = 10.0) -> list[str]:
+    """Mounts, control groups, files and sockets whose name contains `tag`, and that stay for a while."""
+    deadline = time.monotonic() + patience_s  # another sandbox of this machine may be sweeping them
+    while (found := _named(tag)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _named(tag: str) -> list[str]:
     found = [
         f"mount {line.split()[4]}"
         for line in Path("/proc/self/mountinfo").read_text().splitlines()

@@ -13,7 +13,7 @@ from .case import CATEGORIES, Case
 from .cases import CASES, named
 from .conftest import record
 from .faults import SCRIPTS
-from .host import Host, alive, descendants, remains
+from .host import Host, alive, remains
 from .sessions import SESSIONS, Session
 
 
@@ -26,7 +26,7 @@ def arena(request: pytest.FixtureRequest, host: Host) -> Iterator[Arena]:
     yield arena
     arena.close()
     assert not alive(arena.seen)
-    assert not descendants()
+    assert not host.own()
     assert remains(f"retool-{os.getpid()}-") == []
 
 

@@ -9,7 +9,7 @@ from .arena import CROWD, Arena
 from .case import Case
 from .cases import CASES, named
 from .conftest import record
-from .host import Host, alive, descendants
+from .host import Host, alive
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "sandbox.md"
 NOT_HELD = {
@@ -28,7 +28,7 @@ def arena(host: Host) -> Iterator[Arena]:
     yield arena
     arena.close()
     assert not alive(arena.seen)
-    assert not descendants()
+    assert not host.own()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.harmless], ids=named)
