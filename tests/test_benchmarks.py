@@ -1,7 +1,6 @@
 """The benchmarks of the miniature run and print numbers; what the numbers are is not a test's business."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,26 +17,31 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
     ("name", "words"),
     [("decode", ["slots=8", "length=16", "repeats=1"]), ("update", ["trajectories=8", "repeats=1"])],
 )
-def test_a_benchmark_prints_its_rates_as_json(name, words):
+def test_a_benchmark_prints_its_rates_as_json(run_benchmark, name, words):
     numbers = run_benchmark(name, *words)
     assert numbers["tokens_per_s"] > 0 and numbers["tokens_per_cpu_s"] > 0
 
 
-def test_the_engine_is_measured_against_its_own_ideal():
+def test_the_engine_is_measured_against_its_own_ideal(run_benchmark):
     numbers = run_benchmark("engine_turns", "scale=0.02", "repeats=1", "layers=1")
     assert (numbers["live_cache"]["tokens_live"], numbers["live_cache"]["tokens_anew"]) == (68, 992)
     assert numbers["fork"]["ratio"] > 0 and numbers["fused"]["ratio"] > 0
     assert [line["tool_s"] for line in numbers["tools"]] == [0.0, 0.002, 0.02, 0.1]
 
 
-def run_benchmark(name: str, *words: str) -> dict:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, BENCHMARKS / f"{name}.py", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr + done.stdout
-    numbers = json.loads(done.stdout)
-    assert numbers["benchmark"] == name
-    return numbers
+@pytest.fixture
+def run_benchmark(one_device):
+    """Run a benchmark with some words; the numbers that it prints."""
+
+    def run(name: str, *words: str) -> dict:
+        command = [sys.executable, BENCHMARKS / f"{name}.py", *words]
+        done = subprocess.run(command, env=one_device, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr + done.stdout
+        numbers = json.loads(done.stdout)
+        assert numbers["benchmark"] == name
+        return numbers
+
+    return run
 
 
 @pytest.fixture(params=["gvisor", "bubblewrap", "process"])
@@ -51,7 +55,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize(
     ("backend", "through"), [("gvisor", "http"), ("bubblewrap", "pool"), ("process", "http")], indirect=["backend"]
 )
-def test_the_sandbox_is_measured(backend, through):
+def test_the_sandbox_is_measured(run_benchmark, backend, through):
     if through == "http":
         pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'retool_jax[sandbox]'")
     # As many calls as make it certain that the kernel's clock, which counts in 10 ms, sees some processor time.
@@ -73,7 +77,7 @@ def test_the_sandbox_is_measured(backend, through):
     assert 0 < replacement["ready_s"] < replacement["warm_s"]
 
 
-def test_nothing_goes_wrong_in_a_short_soak(backend):
+def test_nothing_goes_wrong_in_a_short_soak(run_benchmark, backend):
     numbers = run_benchmark("sandbox_soak", f"backend={backend}", "calls=120", "kill=0.05")
     assert numbers["held"] and (numbers["wrong"], numbers["processes_left"]) == (0, 0)
     assert numbers["returned"] == sum(numbers["statuses"].values()) == 120

@@ -116,11 +116,11 @@ def installed(built, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def command(installed, tmp_path):
+def command(installed, one_device, tmp_path):
     """Run the console script in an empty folder, on one device, with the wheel before all else that is installed."""
 
     def run(*words: str) -> subprocess.CompletedProcess:
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(installed)}
+        environment = one_device | {"PYTHONPATH": str(installed)}
         script = [installed / "bin" / "retool", *words]
         return subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 

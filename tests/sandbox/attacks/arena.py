@@ -5,6 +5,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
+from unittest.mock import patch
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 
@@ -76,6 +77,8 @@ class Arena:
         self.seen: dict[int, str] = {}
         """Every process of the sandbox that was ever looked at."""
         self._stack = AsyncExitStack()
+        # Workers are lost all the time here, and a new one should not import SymPy because an attack has asked for it.
+        self._stack.enter_context(patch("retool_jax.sandbox.crew.ASKED_S", 0.0))
         config = SandboxConfig(backend=(backend,), slots=slots, limits=Limits(memory_mb=MEMORY_MB), probe_s=0)
         self.box: Sandbox = self.runner.run(self._stack.enter_async_context(open_sandbox(config)))
         self.census = ""
