@@ -9,7 +9,8 @@
 - `fused`: decode of 32 steps a dispatch against one step a dispatch.
 - `tools`: tokens per second and fill with tools that take 0, 0.1, 1 and 5 s, with twice as many trajectories as slots.
 
-`scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`): ratios hold, rates are of that core.
+`scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`): ratios hold,
+rates are of that core.
 """
 
 import asyncio

@@ -10,12 +10,18 @@ import tempfile
 # Programs of tests are compiled more often than run, so the compiler is told to hurry: 21 instead of 78 s of processor
 # time for test_update.py. `fully_compiled` undoes it. Before jax is imported, as all of this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# This switch is gone from jaxlib 0.11, which ends at a flag that it does not know.
-HURRY = "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
-# Eight virtual devices for the tests of meshes; everything else asks for the first one.
-DEVICES = "--xla_force_host_platform_device_count=8"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker has them from the process that started it
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {HURRY}"
+if "RETOOL_TESTS_FLAGS" not in os.environ:  # a worker has all this from the process that started it
+    # This switch is gone from jaxlib 0.11, which ends at a flag that it does not know.
+    known = importlib.metadata.version("jaxlib").startswith("0.10.")
+    os.environ["RETOOL_TESTS_FLAGS"] = "--xla_cpu_use_fusion_emitters=false" if known else ""
+    # Eight virtual devices for the tests of meshes; everything else asks for the first one.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            os.environ["RETOOL_TESTS_FLAGS"],
+            "--xla_force_host_platform_device_count=8",
+        ]
+    )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A folder for all workers of this session.
 if "RETOOL_TESTS_FOLDER" not in os.environ:
@@ -49,6 +55,7 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker gets whole files, which share fixtures; the attacks on two back-ends share none.
 
@@ -93,7 +100,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def one_device() -> dict[str, str]:
     """The environment of a command on one device."""
-    return os.environ | {"XLA_FLAGS": HURRY}
+    return os.environ | {"XLA_FLAGS": os.environ["RETOOL_TESTS_FLAGS"]}
 
 
 @pytest.fixture(scope="session")

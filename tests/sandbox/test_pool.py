@@ -138,6 +138,7 @@ def test_what_no_program_can_have_done_is_not_blamed_on_one(name: str, role: str
                 await asyncio.sleep(0.3)
                 (member,) = box.crew._lent
                 inner = descendants(member.launched.pid) if role == "all" else set()
+                send(signal.SIGSTOP, *inner, member.launched.pid)  # so that none can act on the death of another
                 kill(*inner, member.launched.pid)
                 await until(lambda member=member: member not in box.crew._lent)
             return await call, box.metrics.faults

@@ -100,7 +100,7 @@ class Host:
 
         def serve() -> None:
             while not stopped.is_set():
-                with suppress(TimeoutError):
+                with suppress(OSError):  # nobody came, or went before the answer
                     if kind == socket.SOCK_DGRAM:
                         server.recv(100)
                     else:
