@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from retool_jax.engine.engine import Engine, EngineConfig, Parked, Turn, Turns
 from retool_jax.engine.pages import Pages
@@ -55,25 +56,38 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker gets whole files, which share fixtures; the attacks on two back-ends share none.
+def group_of(nodeid: str) -> str:
+    """Tests that one worker gets: a file's, which share fixtures. The attacks on two back-ends share none."""
+    path, _, test = nodeid.partition("::")
+    name = path.rpartition("/")[2]
+    backend = next((backend for backend in ("gvisor", "bubblewrap") if f"[{backend}" in test), None)
+    return f"attacks on {backend}" if name == "test_attacks.py" and backend else name
 
-    Tests of the sandbox mostly wait and the others mostly compute, so both kinds are spread over the whole time.
-    """
+
+class ByGroup(LoadScopeScheduling):
+    """Hands out groups in their order. xdist's own groups are no use: pytest 9.2 leaves their names out of its ids."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByGroup:
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the sandbox mostly wait and the others mostly compute: both kinds are spread over the whole time."""
     kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}
-    groups: dict[str, tuple[bool, str]] = {}
+    kind_of: dict[str, bool] = {}
     for item in items:
-        arena = getattr(item, "callspec", None) and item.callspec.params.get("arena")
-        group = f"attacks on {arena}" if arena else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-        groups[item.nodeid] = "sandbox" in item.path.parts or group == "test_benchmarks.py", group
-        kinds[groups[item.nodeid][0]][group] = None
-    place = {}
-    for waits, names in kinds.items():
+        group = group_of(item.nodeid)
+        kind_of[group] = "sandbox" in item.path.parts or group == "test_benchmarks.py"
+        kinds[kind_of[group]][group] = None
+    place: dict[str, float] = {}
+    for names in kinds.values():
         ordered = [name for name in LONGEST if name in names] + [name for name in names if name not in LONGEST]
-        place |= {(waits, name): rank / len(ordered) for rank, name in enumerate(ordered)}
-    items.sort(key=lambda item: place[groups[item.nodeid]])
+        place |= {name: rank / len(ordered) for rank, name in enumerate(ordered)}
+    items.sort(key=lambda item: place[group_of(item.nodeid)])
 
 
 @contextmanager

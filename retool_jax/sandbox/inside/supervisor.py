@@ -121,8 +121,8 @@ class Supervisor:
     def settle(self, program: Program) -> bool:
         """Kill what is left of a program and wait until it is gone; False if something would not go."""
         deadline, pause = time.monotonic() + SWEEP_S, 0.0005
-        # Where orphans go to the fork server, it knows when the last is gone. On gVisor's kernel it can miss one that is
-        # just being handed over.
+        # A fork server that gets the orphans knows when the last is gone. On gVisor it can miss one that is just
+        # being handed over.
         trusted = program.tier.subreaper and self.isolation.immune
         while not (program.gone and (trusted or not self.victims())):
             if time.monotonic() > deadline:

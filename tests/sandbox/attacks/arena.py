@@ -94,7 +94,7 @@ class Arena:
 
     async def take_census(self) -> list[str]:
         """Run a harmless program; complain if it finds other than the first one did."""
-        result = await self.box.run(CENSUS, limits=Limits(wall_s=60, memory_mb=MEMORY_MB))
+        result = await self.box.run(CENSUS, limits=Limits(wall_s=15, memory_mb=MEMORY_MB))
         self.seen |= self.host.own()
         if result.status != "success":
             return [f"the next call: {result.status} {result.message} {result.stderr[-300:]!r}"]

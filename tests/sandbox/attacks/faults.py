@@ -151,7 +151,7 @@ async def kill_all(arena: Arena) -> Outcomes:
 
 async def kill_every_attempt(arena: Arena) -> Outcomes:
     """The worker dies under each attempt: the caller learns it as what it is, and the next call is served."""
-    call = asyncio.create_task(arena.box.run(NAP, limits=SHORT))
+    call = asyncio.create_task(arena.box.run("import time\ntime.sleep(20)", limits=Limits(wall_s=60, memory_mb=512)))
     killed = 0
     while not call.done():
         await asyncio.sleep(0.05)

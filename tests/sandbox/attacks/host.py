@@ -100,13 +100,12 @@ class Host:
 
         def serve() -> None:
             while not stopped.is_set():
-                with suppress(OSError):  # nobody came, or went before the answer
-                    if kind == socket.SOCK_DGRAM:
-                        server.recv(100)
-                    else:
-                        with server.accept()[0] as visitor:
-                            visitor.send(self.secret.encode())
+                with suppress(TimeoutError):
+                    visitor = server.recv(100) if kind == socket.SOCK_DGRAM else server.accept()[0]
                     self.visits.append(f"{socket.AddressFamily(family).name} {socket.SocketKind(kind).name}")
+                    if isinstance(visitor, socket.socket):
+                        with visitor, suppress(OSError):  # it may be gone again
+                            visitor.send(self.secret.encode())
 
         if kind != socket.SOCK_DGRAM:
             server.listen()
