@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain, islice
@@ -346,8 +346,11 @@ def to_svg(figure: Figure, salt: str) -> Markup:
 
 # ------------------------------------------------------------------------------------------------- the trajectories
 
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>(?=\s*(?:<\|im_end\|>|<tool_response>|$))", re.DOTALL)
+# What a page may not hold, what ends a line in some readers, and what turns the direction of the text around it.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
 CONTROL = re.compile(r"<\|im_start\|>assistant\n?|<\|im_(?:start|end)\|>|<\|endoftext\|>")
 
 
@@ -366,21 +369,34 @@ def readable_parts(trajectory: dict) -> list[Part]:
     parts, calls = [], iter(trajectory["tool_calls"])
     for segment in trajectory["segments"]:
         if segment["role"] == "policy":
-            pieces = CALL.split(segment["text"])  # reasoning and calls take turns
-            for index, piece in enumerate(pieces):
+            for piece, is_call in _split_calls(segment["text"]):
                 text = CONTROL.sub("", piece).strip("\n")
                 if text.strip():
-                    parts.append(_code(text) if index % 2 else Part("reasoning", text))
+                    parts.append(_code(text.strip()) if is_call else Part("reasoning", text))
         elif segment["role"] == "tool":
             outputs = RESPONSE.findall(segment["text"]) or [CONTROL.sub("", segment["text"])]
             parts += [_output(text, next(calls, {})) for text in outputs]
     return parts
 
 
+def _split_calls(text: str) -> Iterator[tuple[str, bool]]:
+    """A turn's pieces in order, and whether each is what stands in a call; an opening without an end is none."""
+    said, *pieces = text.split("<tool_call>")
+    for piece in pieces:
+        call, closed, after = piece.partition("</tool_call>")
+        if closed:
+            yield said, False
+            yield call, True
+            said = after
+        else:
+            said += f"<tool_call>{piece}"
+    yield said, False
+
+
 def _code(call: str) -> Part:
     try:
-        return Part("code", str(json.loads(call)["arguments"]["code"]))
-    except (ValueError, KeyError, TypeError):
+        return Part("code", str(json.loads(call, strict=False)["arguments"]["code"]))
+    except (ValueError, KeyError, TypeError, RecursionError):  # as protocol.py: too long a number, too deep a nesting
         return Part("code", call, note="not a well-formed call", failed=True)
 
 
@@ -457,7 +473,7 @@ def cut(text: str, limit: int) -> str:
 
 def surprise_path(logprobs: Sequence[float]) -> str:
     """An SVG path with a bar for each sampled token, 6 units apart and 16 high for a nat of -log-prob, at most 40."""
-    heights = enumerate(round(min(-16 * logprob, 40)) for logprob in logprobs)
+    heights = enumerate(round(min(40, max(0, -16 * logprob))) for logprob in logprobs)  # in this order NaN has no bar
     return "".join(f"M{6 * index + 2} 40v-{height}" for index, height in heights if height > 0)
 
 
@@ -490,9 +506,16 @@ def mark_boxed(text: str) -> Markup:
     return Markup(re.sub(r"\\boxed\{[^{}]*\}", lambda match: f"<mark>{match[0]}</mark>", str(escape(text))))
 
 
+def visible(value: object) -> object:
+    """A value as the page shows it: in texts, characters that nobody could see become escapes like `\\u202e`."""
+    if not isinstance(value, str):
+        return value
+    return type(value)(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value))  # markup stays markup
+
+
 def build_page(runs: Sequence[Run]) -> str:
     """The whole report as HTML."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible)
     environment.filters |= {
         "percent": format_percent,
         "seconds": format_seconds,

@@ -71,7 +71,9 @@ def decode_steps(
     state = apply_turns(state, changes_B6)
     rows = state.length.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
-    cache = state.cache if dense is None else refresh_rows(state.cache, dense, table_BP, stale_B, stale_count)
+    cache = state.cache
+    if dense is not None:
+        cache = refresh_rows(cache, dense, table_BP, state.length, stale_B, stale_count)
 
     class Loop(NamedTuple):
         cache: transformer.Cache

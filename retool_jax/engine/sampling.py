@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 TOP = jnp.uint32(1 << 31)
+WHOLE_BLOCKS = 2048  # blocks and places together up to which blocks without padding are taken
 
 
 class Sampling(NamedTuple):
@@ -57,8 +58,12 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling, shards: int =
     # A greedy row draws from its likeliest tokens alone. The first of them is taken by drawing 0.
     floor_B = jnp.where(greedy_B, top_B, lowest_B)
     B, V = scaled_BV.shape
+    part = V // shards
     width = block_width(V, shards)
-    blocks_BCW = scaled_BV.reshape(B, V // width, width)
+    blocks = -(-part // width)  # of a shard
+    shards_BSP = scaled_BV.reshape(B, shards, part)
+    padding = (0, 0), (0, 0), (0, blocks * width - part)
+    blocks_BCW = jnp.pad(shards_BSP, padding, constant_values=-jnp.inf).reshape(B, shards * blocks, width)
     mass_BCW = jnp.exp(blocks_BCW - top_B[:, None, None])
     kept_BC = jnp.sum(jnp.where(blocks_BCW >= floor_B[:, None, None], mass_BCW, 0.0), -1)
     all_B = jnp.sum(mass_BCW, (1, 2))
@@ -71,13 +76,24 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling, shards: int =
     chosen_B = jnp.take_along_axis(block_BW, place_B[:, None], axis=1)[:, 0] - top_B
     plain_B = chosen_B - jnp.log(all_B)
     drawn_B = jnp.where(greedy_B, plain_B, chosen_B - jnp.log(jnp.sum(kept_BC, -1)))
-    return Draw(block_B * width + place_B, drawn_B, plain_B)
+    shard_B, own_B = block_B // blocks, block_B % blocks
+    return Draw(shard_B * part + own_B * width + place_B, drawn_B, plain_B)
 
 
 def block_width(vocabulary: int, shards: int) -> int:
-    """The divisor of a shard's part of the vocabulary for which blocks and places are fewest together."""
+    """The width of blocks for which blocks and places are fewest together; the last block of a shard may be padded.
+
+    A divisor of a shard's part of the vocabulary needs no padding, and is taken where its blocks and places are at
+    most `WHOLE_BLOCKS`, as for all published models. Where there is none (a prime number of tokens has blocks of one),
+    an inversion's matrix would be as large as the square of the vocabulary.
+    """
     part = vocabulary // shards
-    return min((w for w in range(1, part + 1) if part % w == 0), key=lambda w: vocabulary // w + w)
+
+    def blocks_and_places(width: int) -> int:
+        return shards * -(-part // width) + width
+
+    whole = min((width for width in range(1, part + 1) if part % width == 0), key=blocks_and_places)
+    return whole if blocks_and_places(whole) <= WHOLE_BLOCKS else min(range(1, part + 1), key=blocks_and_places)
 
 
 def invert(mass_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:

@@ -176,7 +176,10 @@ def paged_attention(
         if kernel == "ragged":
             return _ragged(q, pages, table_BP + first_page, start_B, count_B), pages
         keys, values = (x.astype(q.dtype) for x in read_pages(pages, first_page, table_BP))
-        return attend(q, keys, values, jnp.arange(keys.shape[1]) <= positions_BT[..., None]), pages
+        places = jnp.arange(keys.shape[1])
+        written_BS = places < (start_B + count_B)[:, None]
+        values = jnp.where(written_BS[..., None, None], values, 0)
+        return attend(q, keys, values, places <= positions_BT[..., None]), pages
 
     return apply
 
@@ -221,7 +224,10 @@ def _ragged(
 def row_attention(
     start_B: jax.Array, count_B: jax.Array
 ) -> Callable[[Rows, int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Rows]]:
-    """What `paged_attention` computes, for one token a row (count 0 or 1) and the dense copy of the rows."""
+    """What `paged_attention` computes, for one token a row (count 0 or 1) and the dense copy of the rows.
+
+    Values behind what a row holds must be finite, though no query sees them; `refresh_rows` makes them 0.
+    """
 
     def apply(rows: Rows, layer: int, q: jax.Array, k: jax.Array, v: jax.Array):
         rows = write_row(rows, layer, start_B, count_B > 0, k[:, 0], v[:, 0])

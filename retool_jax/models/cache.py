@@ -6,7 +6,8 @@ of head k at 2k and its value at 2k + 1, which is what the TPU's ragged paged at
 is sliced or copied inside the scan over layers. The TPU compiler copies a layer's whole part of a pool that is sliced.
 
 Nothing here records how much of a page is valid: a query at position p sees entries 0..p, and every entry up to p has
-been written by then. So giving tokens back is only an integer, and stale entries are never seen.
+been written by then. So giving tokens back is only an integer, and stale entries are never seen. They are read, though,
+and a weight of 0 times a NaN that an earlier owner left is NaN: so values behind what a row holds are read as 0.
 """
 
 from typing import NamedTuple
@@ -81,15 +82,20 @@ def init_rows(config: ModelConfig, rows: int, length: int) -> Rows:
     return Rows(tuple(keys), tuple(values))
 
 
-def refresh_rows(pages: jax.Array, rows: Rows, table_BP: jax.Array, stale_M: jax.Array, count: jax.Array) -> Rows:
-    """Copy the pages of the first `count` rows named in `stale` over their dense form."""
+def refresh_rows(
+    pages: jax.Array, rows: Rows, table_BP: jax.Array, length_B: jax.Array, stale_M: jax.Array, count: jax.Array
+) -> Rows:
+    """Copy the pages of the first `count` rows named in `stale` over their dense form; values behind `length` are 0."""
     layers = len(rows.k)
+    written_BS = jnp.arange(rows.v[0].shape[2]) < length_B[:, None]
 
     def refresh(m: jax.Array, rows: Rows) -> Rows:
         row = stale_M[m]
         table_1P = jax.lax.dynamic_slice_in_dim(table_BP, row, 1)
         pairs = [read_pages(pages, layer * (pages.shape[0] // layers), table_1P) for layer in range(layers)]
-        keys, values = [k.transpose(0, 2, 3, 1) for k, _ in pairs], [v.transpose(0, 2, 1, 3) for _, v in pairs]
+        written_S1 = written_BS[row][:, None]
+        keys = [k.transpose(0, 2, 3, 1) for k, _ in pairs]
+        values = [jnp.where(written_S1, v.transpose(0, 2, 1, 3), 0) for _, v in pairs]
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)  # noqa: E731
         return Rows(tuple(map(put, rows.k, keys)), tuple(map(put, rows.v, values)))
 

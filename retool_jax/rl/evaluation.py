@@ -86,10 +86,13 @@ async def evaluate(
 def write_trajectories(
     path: Path, tokenizer: Tokenizer, trajectories: Sequence[Trajectory], split: str, step: int
 ) -> None:
-    """One JSON record per line, replacing the file in one step."""
+    """One JSON record per line, in UTF-8, replacing the file in one step.
+
+    What no encoding can hold (a lone surrogate in a problem's text) is written as JSON's escape of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for trajectory in trajectories:
             file.write(json.dumps(trajectory.record(tokenizer, split=split, step=step), ensure_ascii=False) + "\n")
     temporary.replace(path)

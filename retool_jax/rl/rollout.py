@@ -85,7 +85,7 @@ class Dialogue:
             return self._run_out(End.TOKEN_LIMIT)
         calls = self._grammar.calls(self._tokenizer, ids) if self._box else []
         if not calls:
-            boxed, _ = extract_boxed(self._tokenizer.decode(ids))
+            boxed, _ = extract_boxed(self.trajectory.last_turn(self._tokenizer))
             return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
         if self.trajectory.forced or self.trajectory.turns >= self._limits.max_turns:
             return self._run_out(End.TURN_LIMIT)
@@ -183,7 +183,6 @@ def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
     """
     for trajectory in trajectories:
         answered = trajectory.end in (End.ANSWERED, End.NO_ANSWER)
-        last = trajectory.segments[-1]
-        text = tokenizer.decode(trajectory.ids[last.start : last.stop]) if answered else ""
+        text = trajectory.last_turn(tokenizer) if answered else ""
         trajectory.verdict = check(text, trajectory.problem.ground_truth)
         trajectory.reward = reward_of(trajectory.verdict)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from retool_jax.data.packing import Example
 from retool_jax.data.problems import Problem
 from retool_jax.rl.reward import Verdict
+from retool_jax.sandbox.text import writable
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
@@ -21,7 +22,10 @@ class End(StrEnum):
 
 @dataclass
 class ToolUse:
-    """One call and its outcome; `output` is what the policy was told, seconds are the sandbox's."""
+    """One call and its outcome; `output` is what the policy was told, seconds are the sandbox's.
+
+    Both texts are kept as a file can hold them (`writable`); the ids have the call as it was sampled.
+    """
 
     turn: int
     code: str
@@ -29,6 +33,9 @@ class ToolUse:
     output: str
     wall_s: float = 0.0
     queue_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.code, self.output = writable(self.code), writable(self.output)
 
 
 @dataclass
@@ -76,6 +83,23 @@ class Trajectory:
     def response_tokens(self) -> int:
         """Tokens after the prompt, tool output included."""
         return len(self.ids) - self.segments[0].stop
+
+    def last_turn(self, tokenizer: Tokenizer) -> str:
+        """Text of the policy's last turn, with a `<think>` before it where it began inside thinking.
+
+        Thinking is opened by the header that the template writes (DeepSeek-R1's does) or by the policy, and lasts
+        until `</think>` or the end of its turn, whatever is answered in place meanwhile.
+        """
+        turn = ""  # the turn so far: its header, and what the policy said before programs were answered in place
+        for segment in self.segments[:-1]:
+            text = tokenizer.decode(self.ids[segment.start : segment.stop])
+            if segment.role == "policy":
+                turn = "" if self.ids[segment.stop - 1] in tokenizer.stop_ids else turn + text
+            elif "<think>" in turn + text and text.endswith(tokenizer.turn_header):
+                turn = tokenizer.turn_header
+        last = self.segments[-1]
+        opened = "<think>" in turn.rpartition("</think>")[2]
+        return ("<think>" if opened else "") + tokenizer.decode(self.ids[last.start : last.stop])
 
     def example(self, advantage: float) -> Example:
         """The trajectory as training data."""

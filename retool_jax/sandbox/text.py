@@ -1,6 +1,7 @@
 """What the model is told about a run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from retool_jax.sandbox.types import ToolResult
 
@@ -13,6 +14,15 @@ CHARS_PER_UNIT = 16
 SEARCH_STEPS = 8
 
 Count = Callable[[str], int]
+
+
+def writable(text: str) -> str:
+    r"""`text` as UTF-8 can hold it: a lone surrogate becomes its escape, six characters like `\ud800`.
+
+    JSON can spell a lone surrogate, so a model's code and a server's answer may hold one, and neither a file nor a
+    tokenizer takes it. The escape is what a program's own streams print for one. Other text is not changed.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def longest(text: str, room: int, count: Count, tail: bool = False) -> str:
@@ -112,6 +122,7 @@ def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
     """
     if result.status in ("infra_error", "cancelled"):
         raise ValueError(f"a result of status {result.status} is not for the model: {result.message}")
+    result = replace(result, **{name: writable(getattr(result, name)) for name in ("stdout", "stderr", "message")})
     # Bytes that the sandbox already removed are counted as characters; that is exact for ASCII.
     missing = max(result.stdout_bytes - len(result.stdout.encode()), 0) if result.stdout_truncated else 0
     output = result.stdout.rstrip("\n")

@@ -112,7 +112,7 @@ def _parse_call(text: str) -> ToolCall:
 
 # The errors below name no tag as it is written: shown to the policy, a mark is broken up (`chat.defuse`).
 _CODE = re.compile(r"<code>(.*?)(</code>|\Z)|</code>", re.DOTALL)
-_FENCED = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_FENCE = "```"
 _CODE_END = "</code>"
 _FENCE_LINE = re.compile(r"^[ \t]*```", re.MULTILINE)
 
@@ -141,8 +141,11 @@ def retool_calls(tokenizer: Tokenizer, turn_ids: list[int]) -> list[ToolCall]:
 
 def _parse_code(inside: str) -> ToolCall:
     expected = "expected one ```python block between the code tags"
-    block = _FENCED.fullmatch(inside)
-    code = block[1] if block else inside.strip("\n")
+    first, newline, rest = inside.strip().partition("\n")
+    if newline and rest.endswith(_FENCE) and first.rstrip(" \t") in (_FENCE, f"{_FENCE}python", f"{_FENCE}py"):
+        code = rest.removesuffix(_FENCE).rstrip(" \t").removesuffix("\n")
+    else:
+        code = inside.strip("\n")
     if _FENCE_LINE.search(code):
         return ToolCall("", f"malformed call: the code block is not closed, or not the only one; {expected}")
     if not code.strip():

@@ -95,7 +95,12 @@ class Tokenizer:
     hf: PreTrainedTokenizerBase
 
     def __len__(self) -> int:
-        return len(self.hf)
+        """The largest id + 1, the rows of a table of all ids: more than there are tokens where ids have gaps."""
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> int:
+        return max(self.hf.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; strings of control tokens in it become control tokens (see `chat.defuse`)."""

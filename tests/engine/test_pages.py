@@ -1,10 +1,12 @@
 """The page tables: exclusive where written, shared where forked, and nothing ever lost."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retool_jax.engine.engine import Engine, Turn
 from retool_jax.engine.pages import OutOfPages, Pages
 
 
@@ -123,3 +125,34 @@ def test_any_history_reads_back_what_each_row_wrote_and_leaks_nothing(actions):
     for row in range(5):
         pages.free(row)
     assert pages.counts() == {"free": 24, "used": 0, "shared": 0, "rows": 0}
+
+
+def test_a_row_of_nan_leaves_nothing_to_the_next_owner_of_its_pages(make_engine, params):
+    """Weights that give NaN fill every page and every dense row; with good ones, rows are what they always were."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 64, length).tolist() for length in (5, 21, 40)]
+
+    def work(engine: Engine) -> list[np.ndarray]:
+        engine.append([0, 1, 2], prompts)
+        engine.fork([1], [3])
+        engine.append([3], [[7] * 4])
+        hidden = np.asarray(engine._state.hidden)
+        for row in range(4):
+            engine.start(row, Turn(row, 30))
+        drawn = [engine.read(engine.decode()) for _ in range(3)]
+        return [hidden, *(x for turns in drawn for x in (turns.tokens, turns.logprobs))]
+
+    expected = work(make_engine(page_size=8, stop_ids=[]))
+    engine = make_engine(page_size=8, stop_ids=[])
+    engine.update_params(jax.tree.map(lambda x: x * np.nan, params))
+    engine.append(range(4), [[1] * 64] * 4)
+    for row in range(4):
+        engine.start(row, Turn(row, 32))
+    for _ in range(4):
+        turns = engine.read(engine.decode())
+    assert turns.ended.all() and engine.counts()["free"] == 0 and np.isnan(engine._state.cache).mean() > 0.95
+    engine.init_decode_state()
+    engine.update_params(params)
+    for ours, theirs in zip(work(engine), expected, strict=True):
+        assert np.isfinite(ours).all()
+        np.testing.assert_array_equal(ours, theirs)

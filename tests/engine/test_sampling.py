@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retool_jax import mesh as meshes
-from retool_jax.engine.sampling import Sampling, block_width, invert, row_keys, sample, threshold
+from retool_jax.engine.sampling import WHOLE_BLOCKS, Sampling, block_width, invert, row_keys, sample, threshold
 from retool_jax.mesh import MeshConfig, make_mesh
 
 V = 8
@@ -159,17 +159,71 @@ def test_inversion_never_lands_where_there_is_no_mass():
         assert found[2] == 3 + int(3 * uniform)
 
 
-@pytest.mark.parametrize(("vocabulary", "shards"), [(152_064, 8), (151_936, 8), (398, 1), (2048, 2), (7, 1)])
-def test_blocks_tile_a_shard_and_are_few(vocabulary, shards):
+@pytest.mark.parametrize(
+    ("vocabulary", "shards", "width"),
+    [
+        (152_064, 8, 396),
+        (151_936, 8, 1187),
+        (151_936, 1, 128),
+        (151_646, 1, 226),
+        (398, 1, 2),
+        (2048, 2, 32),
+        (7, 1, 1),
+    ],
+)
+def test_blocks_tile_a_shard_and_are_few(vocabulary, shards, width):
+    """The widths decide which tokens a seed draws, so they stay what they are."""
+    assert block_width(vocabulary, shards) == width
+    assert vocabulary // shards % width == 0 and width + vocabulary // width <= WHOLE_BLOCKS
+
+
+@pytest.mark.parametrize(("vocabulary", "shards"), [(151_667, 1), (151_665, 1), (303_334, 2), (4099, 1), (8198, 2)])
+def test_a_vocabulary_without_a_divisor_has_few_blocks_all_the_same(vocabulary, shards):
     width = block_width(vocabulary, shards)
-    assert vocabulary // shards % width == 0
-    assert width + vocabulary // width < {152_064: 900, 151_936: 9600, 398: 202, 2048: 97, 7: 9}[vocabulary]
+    assert width + shards * -(-(vocabulary // shards) // width) < 3 * vocabulary**0.5
 
 
-def test_a_split_vocabulary_stays_split():
+def test_a_prime_vocabulary_takes_no_more_memory_than_its_neighbour():
+    def scratch(vocabulary: int) -> int:
+        B, shape = 4, jax.ShapeDtypeStruct
+        how = Sampling(shape((B,), jnp.float32), shape((B,), jnp.int32), shape((B,), jnp.float32))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+        compiled = jax.jit(sample).lower(shape((B, vocabulary), jnp.float32), keys, how).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert scratch(151_667) < 1.5 * scratch(151_936)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_draws_from_padded_blocks_follow_the_distribution(shards):
+    """Two shards of a prime size, in which the last places of the last blocks are padding."""
+    V = 4099 * shards
+    width = block_width(V, shards)
+    assert 4099 % width, "the last block is padded"
+    logits = np.full(V, -30.0, np.float32)
+    likely = np.array([0, width - 1, width, 4098, *[4099, 4099 + width, V - 1][: 3 * (shards - 1)]])
+    logits[likely] = np.random.default_rng(0).normal(0.0, 1.0, len(likely))
+    n = 2000
+    how = Sampling(np.ones(n, np.float32), np.zeros(n, np.int32), np.ones(n, np.float32))
+    keys = row_keys(jax.random.key(0), jnp.arange(n, dtype=jnp.uint32), jnp.zeros(n, jnp.int32))
+    drawn = jax.jit(partial(sample, shards=shards))
+    result = drawn(jnp.broadcast_to(logits, (n, V)), keys, how)
+    tokens = np.asarray(result.tokens)
+    expected = n * np.exp(log_softmax(logits))[likely]
+    counts = np.array([(tokens == token).sum() for token in likely])
+    assert counts.sum() == n and ((counts - expected) ** 2 / expected).sum() < 24.3
+    np.testing.assert_allclose(result.logprobs, log_softmax(logits)[tokens], atol=1e-5)
+    greedy = drawn(jnp.broadcast_to(logits, (n, V)), keys, how._replace(temperature=np.zeros(n, np.float32)))
+    assert set(np.asarray(greedy.tokens).tolist()) == {logits.argmax()}
+    anywhere = np.asarray(drawn(jnp.zeros((n, V)), keys, how).tokens)
+    assert anywhere.min() >= 0 and anywhere.max() < V and len(set(anywhere.tolist())) > n / 2
+
+
+@pytest.mark.parametrize("V", [2048, 8198])
+def test_a_split_vocabulary_stays_split(V):
     """By the compiled program for two devices: no array as large as the logits is gathered, and draws are the same."""
     mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
-    B, V = 4, 2048
+    B = 4
     logits = np.random.default_rng(0).normal(0.0, 3.0, (B, V)).astype(np.float32)
     how = Sampling(np.float32([1.0, 0.7, 0.0, 1.0]), np.int32([0, 50, 0, 0]), np.float32([1.0, 1.0, 1.0, 0.9]))
     arguments = row_keys(jax.random.key(0), jnp.arange(B, dtype=jnp.uint32), jnp.zeros(B, jnp.int32)), how
@@ -179,6 +233,6 @@ def test_a_split_vocabulary_stays_split():
         results = compiled(split, *arguments)
     gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather\(", compiled.as_text())
     sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in gathered]
-    assert max(sizes, default=0) <= B * (V // block_width(V, 2))
-    for ours, expected in zip(results, jax.jit(sample)(logits, *arguments), strict=True):
+    assert max(sizes, default=0) <= B * 2 * -(-V // 2 // block_width(V, 2))
+    for ours, expected in zip(results, jax.jit(partial(sample, shards=2))(logits, *arguments), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)

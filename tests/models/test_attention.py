@@ -235,7 +235,7 @@ def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
     rng = np.random.default_rng(0)
     first = pool = full_pool(rng)
     rows = Rows(*(tuple(jnp.zeros(shape) for _ in range(2)) for shape in ((3, 2, 8, 12), (3, 2, 12, 8))))
-    rows = refresh_rows(pool, rows, jnp.asarray(TABLE), jnp.array([2, 0, 1]), 3)
+    rows = refresh_rows(pool, rows, jnp.asarray(TABLE), jnp.asarray(START), jnp.array([2, 0, 1]), 3)
     length = START.copy()
     for go in ([1, 1, 1], [1, 0, 0], [1, 1, 0]):
         q, k, v = queries(rng, 1)
@@ -246,6 +246,29 @@ def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
             np.testing.assert_allclose(ours[live], expected[live], atol=1e-5)
         length = length + go
     np.testing.assert_array_equal(scatter_rows(first, rows, TABLE, START, length - START, 5), pool)
+
+
+@pytest.mark.parametrize("left", [np.nan, np.inf])
+@pytest.mark.parametrize("T", [1, 4])
+def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left, T):
+    """A weight of 0 times NaN is NaN: through the pages and through their dense copy, nothing of it is seen."""
+    rng = np.random.default_rng(0)
+    pool, (q, k, v) = full_pool(rng), queries(rng, T)
+    count = np.minimum(COUNT, T)
+    dirty = np.full(pool.shape, left, np.float32)
+    for row in range(3):
+        for at in range(START[row]):
+            page = TABLE[row, at // 4] + np.array([0, 9])
+            dirty[page, at % 4] = np.asarray(pool)[page, at % 4]
+    clean, _ = paged_attention("xla", 2, TABLE, START, count)(pool, 1, q, k, v)
+    ours, _ = paged_attention("xla", 2, TABLE, START, count)(jnp.asarray(dirty), 1, q, k, v)
+    for row in range(3):
+        np.testing.assert_array_equal(ours[row, : count[row]], clean[row, : count[row]])
+    if T == 1:
+        rows = Rows(*(tuple(jnp.full(s, left) for _ in range(2)) for s in ((3, 2, 8, 12), (3, 2, 12, 8))))
+        rows = refresh_rows(jnp.asarray(dirty), rows, jnp.asarray(TABLE), jnp.asarray(START), jnp.arange(3), 3)
+        dense, _ = row_attention(START, count)(rows, 1, q, k, v)
+        np.testing.assert_allclose(dense, clean, atol=1e-5)
 
 
 @pytest.mark.parametrize(

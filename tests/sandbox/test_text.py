@@ -111,6 +111,14 @@ def test_frames_of_a_sessions_later_cells_are_told():
     assert '"<snippet 2>", line 1' in told and '"<snippet>", line 2' in told and "a.py" not in told
 
 
+def test_half_a_surrogate_pair_is_told_as_its_escape():
+    """A server of another make may answer with one, and no tokenizer takes it."""
+    answered = ToolResult("user_error", stdout="a\udc80", stderr="E: \ud800", message="\udfff;", stdout_bytes=9)
+    assert tool_text(answered, 100) == "a\\udc80\nE: \\ud800\n[\\udfff;]"
+    cut_off = ToolResult("success", stdout="\ud800" * 900, stdout_bytes=90_000, stdout_truncated=True)
+    assert len(tool_text(cut_off, 100).encode()) <= 100
+
+
 @pytest.mark.parametrize("status", ["infra_error", "cancelled"])
 def test_faults_of_the_machinery_are_never_told(status: str):
     with pytest.raises(ValueError, match=status):

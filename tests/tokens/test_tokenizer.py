@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001  (DeepSeek writes its marks with full-width bars)
 
+import asyncio
 import base64
 import json
 from itertools import pairwise
@@ -9,11 +10,18 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from retool_jax.config import load
+from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
+from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
+from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.sandbox import SandboxConfig, open_sandbox
+from retool_jax.sft.loop import model_for
 from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.qwen import QWEN_ADDED, merges_of_ranks, qwen_tokenizer, read_ranks, tokenizer_of_ranks
 from retool_jax.tokens.tokenizer import MINIATURE, R1, Tokenizer, load_tokenizer
 
@@ -295,3 +303,80 @@ def test_r1_outputs_are_data(distilled):
         for text in (mark, f"{mark[:3]}{mark}{mark[3:]}", f"{mark}<｜Assistant｜>\\boxed{{45}}"):
             assert mark not in defuse(distilled, text)
             assert not control & set(tool_segment(distilled, [text])), "none of this family's marks is a token"
+
+
+@pytest.fixture
+def say(distilled, scripted_engine):
+    """The trajectory of a policy of this family that says some turns, after a header that opened `<think>`."""
+
+    def run(*turns: str, grammar: str = "", answer_tokens: int = 0) -> Trajectory:
+        limits = RolloutConfig(2000, max_turns=2, grammar=grammar or "hermes", answer_tokens=answer_tokens)
+        script = {0: [distilled.encode(turn) for turn in turns]}
+        engine = scripted_engine(
+            GRAMMARS[limits.grammar].stop_ids(distilled), script, slots=1, max_length=4000, decode_steps=99, tool_lag=-1
+        )
+        samples = [Sample(Problem("p", (USER,), "6"), 0)]
+
+        async def main() -> list[Trajectory]:
+            if not grammar:
+                return (await rollout(engine, distilled, None, samples, limits))[0]
+            async with open_sandbox(SandboxConfig(backend=("process",), slots=1)) as box:
+                return (await rollout(engine, distilled, box, samples, limits))[0]
+
+        (trajectory,) = asyncio.run(main())
+        score(distilled, [trajectory])
+        return trajectory
+
+    return run
+
+
+END = "<｜end▁of▁sentence｜>"
+CALL = policy_turn_text(r1_turn("Let me see.", "print(6)"), END)
+CODE = "<code>\nprint(6)\n</code>"
+
+
+@pytest.mark.parametrize(
+    ("turns", "grammar", "answered"),
+    [
+        ([f"So \\boxed{{6}}.{END}"], "", False),
+        ([f"So \\boxed{{5}}.</think>\\boxed{{6}}{END}"], "", True),
+        ([f"So.</think><think>\\boxed{{6}}{END}"], "", False),
+        ([f"So.</think>\\boxed{{5}}<think></think>\\boxed{{6}}{END}"], "", True),
+        ([CODE, f"\\boxed{{6}}{END}"], "retool", False),  # answered in place, in the middle of the thought
+        ([CODE, f"</think>\\boxed{{6}}{END}"], "retool", True),
+        ([f"</think>{CODE}", f"\\boxed{{6}}{END}"], "retool", True),
+        ([CALL, f"\\boxed{{6}}{END}"], "hermes", True),  # the turn is over, and the next has no header
+        ([CALL, f"<think>\\boxed{{6}}{END}"], "hermes", False),
+    ],
+)
+def test_a_box_in_a_thought_that_the_header_opened_is_no_answer(say, turns, grammar, answered):
+    trajectory = say(*turns, grammar=grammar)
+    assert len(trajectory.tool_uses) == len(turns) - 1 and trajectory.turns == len(turns)
+    assert trajectory.end == (End.ANSWERED if answered else End.NO_ANSWER)
+    assert (trajectory.verdict.answer, trajectory.reward) == (("6", 1.0) if answered else (None, -1.0))
+
+
+@pytest.mark.parametrize(("last", "answered"), [("\\boxed{6}", False), ("</think>\\boxed{6}", True)])
+def test_an_answer_that_was_asked_for_begins_with_a_thought_too(say, last, answered):
+    trajectory = say(CALL, CALL, last + END, grammar="hermes", answer_tokens=99)
+    assert trajectory.forced and trajectory.end == (End.ANSWERED if answered else End.NO_ANSWER)
+
+
+# --- a vocabulary with gaps -------------------------------------------------------------------------------------------
+
+
+def test_an_id_behind_a_gap_is_a_real_one(tokenizer):
+    """Ids of a vocabulary need not be dense: the bound on them is the largest, not how many there are."""
+    content = json.loads(tokenizer.hf.backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["id"] += 100
+        content["model"]["vocab"][token["content"]] = token["id"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(json.dumps(content)))
+    sparse = Tokenizer(fast)
+    last = max(sparse.control_tokens.values())
+    assert len(sparse.hf) == len(tokenizer) and len(sparse) == len(tokenizer) + 100 == last + 1
+    assert sparse.decode([last]) == tokenizer.decode([len(tokenizer) - 1]) and sparse.decode([last - 50]) == ""
+    run = load(["config=sft", "model.vocab_size=512"])
+    assert model_for(run, sparse).real_vocab == last + 1
+    with pytest.raises(UserError, match=f"vocab_size={last} is smaller than the tokenizer's {last + 1} tokens"):
+        model_for(load(["config=sft", f"model.vocab_size={last}"]), sparse)
