@@ -9,7 +9,8 @@
 - `fused`: decode of 32 steps a dispatch against one step a dispatch.
 - `tools`: tokens per second and fill with tools that take 0, 0.1, 1 and 5 s, with twice as many trajectories as slots.
 
-`scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`): ratios hold, rates are of that core.
+`scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`):
+ratios hold, rates are of that core.
 """
 
 import asyncio
@@ -168,6 +169,9 @@ class Trajectory:
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int]] | None:
         self.turns -= 1
         return self._tool() if self.turns else None
+
+    def drop(self, reason: str) -> None:
+        raise RuntimeError(f"request {self.request} was dropped: {reason}")
 
     async def _tool(self) -> list[int]:
         await asyncio.sleep(self.latency_s)
