@@ -170,6 +170,9 @@ class Trajectory:
         self.turns -= 1
         return self._tool() if self.turns else None
 
+    def drop(self, reason: str) -> None:
+        raise RuntimeError(f"request {self.request} was dropped: {reason}")
+
     async def _tool(self) -> list[int]:
         await asyncio.sleep(self.latency_s)
         return tokens(20)

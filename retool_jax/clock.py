@@ -14,23 +14,20 @@ _COMPILE_EVENTS = (
 
 
 class Clock:
-    """Seconds by part of the run. Compilation is a part of its own, wherever it happens."""
+    """Seconds by part of the run. Compilation is a part of its own, wherever it happens: in another part or in none."""
 
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = dict(seconds or {})
-        self._compiled = 0.0
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the block's time under `name`, less what it spent compiling. Parts do not nest."""
-        compiled, began = self._compiled, time.perf_counter()
+        compiled, began = self.seconds.get("compile", 0.0), time.perf_counter()
         try:
             yield
         finally:
-            compiling = self._compiled - compiled
-            self.add("compile", compiling)
-            self.add(name, time.perf_counter() - began - compiling)
+            self.add(name, time.perf_counter() - began - (self.seconds.get("compile", 0.0) - compiled))
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
@@ -40,4 +37,4 @@ class Clock:
 
     def _on_event(self, event: str, duration: float, **_: object) -> None:
         if event in _COMPILE_EVENTS:
-            self._compiled += duration
+            self.add("compile", duration)

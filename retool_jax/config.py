@@ -52,6 +52,7 @@ class RLConfig:
     prompts_per_step: int = 24
     group_size: int = 8  # samples per prompt
     minibatches: int = 2  # optimiser steps per rollout; divides prompts_per_step
+    max_dropped: float = 0.5  # share of a step's trajectories that the machinery may lose before the run stops
     temperature: float = 1.0
     row_length: int = 256  # T of a packed row; at least engine.max_length
     rows_per_micro: int = 4  # B of a micro-batch
@@ -122,6 +123,7 @@ class RLRun(SFTRun):
         positive(self.evaluation, "evaluation", "problems")
         in_range("evaluation.every", self.evaluation.every, 0)
         check_optimizer(rl.optimizer, "rl.optimizer")
+        in_range("rl.max_dropped", rl.max_dropped, 0, 0.99)
         in_range("rl.clip.low", rl.clip.low, 0, 1)
         in_range("rl.clip.high", rl.clip.high, 0)
         in_range("rl.clip.dual", rl.clip.dual, 1)
@@ -182,7 +184,7 @@ class RLRun(SFTRun):
 
 
 # Keys that another try of the same run may change: they do not touch what is computed, only how far or how often.
-MAY_CHANGE = ("run", "rl.steps", "checkpoint.every", "checkpoint.keep")
+MAY_CHANGE = ("run", "rl.steps", "rl.max_dropped", "checkpoint.every", "checkpoint.keep")
 
 
 def positive(section: object, name: str, *keys: str) -> None:

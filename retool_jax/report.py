@@ -186,32 +186,32 @@ def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Panel:
-    """A small figure of the numbers `keys` of metrics lines of one kind; keys after the first are drawn dashed."""
+    """A small figure of the number `key` of metrics lines of one kind."""
 
     title: str
     caption: str
     kind: str
-    keys: tuple[str, ...]
+    key: str
     percent: bool = False
     logarithmic: bool = False
 
 
 PANELS = (
-    Panel("Tool-call rate", "Share of trajectories with at least one call.", "rl", ("tool_rate",), percent=True),
-    Panel("Tool success", "Share of calls that ran without an error.", "rl", ("tool_success",), percent=True),
-    Panel("Accuracy in training", "Share of rollouts with the right answer.", "rl", ("accuracy",), percent=True),
-    Panel("Response tokens", "Mean length of a trajectory after its prompt.", "rl", ("response_tokens",)),
-    Panel("Entropy", "Nats per sampled token. Near zero, nothing is explored any more.", "rl", ("entropy",)),
-    Panel("Clip fraction", "Share of sampled tokens whose ratio the loss clipped.", "rl", ("clip_fraction",)),
+    Panel("Tool-call rate", "Share of trajectories with at least one call.", "rl", "tool_rate", percent=True),
+    Panel("Tool success", "Share of calls that ran without an error.", "rl", "tool_success", percent=True),
+    Panel("Accuracy in training", "Share of rollouts with the right answer.", "rl", "accuracy", percent=True),
+    Panel("Response tokens", "Mean length of a trajectory after its prompt.", "rl", "response_tokens"),
+    Panel("Entropy", "Nats per sampled token. Near zero, nothing is explored any more.", "rl", "entropy"),
+    Panel("Clip fraction", "Share of sampled tokens whose ratio the loss clipped.", "rl", "clip_fraction"),
     Panel(
         "Engine against trainer",
-        "Absolute log-prob difference per sampled token: mean, and dashed the largest.",
+        "Absolute log-prob difference per sampled token, mean.",
         "rl",
-        ("logprob_diff_mean", "logprob_diff_max"),
+        "logprob_diff_mean",
         logarithmic=True,
     ),
-    Panel("Speed", "Tokens per second at each step.", "rl", ("perf/tokens_per_s",)),
-    Panel("Cold-start loss", "Cross-entropy in nats per trained token, by cold-start step.", "sft", ("loss",)),
+    Panel("Speed", "Tokens per second at each step.", "rl", "perf/tokens_per_s"),
+    Panel("Cold-start loss", "Cross-entropy in nats per trained token, by cold-start step.", "sft", "loss"),
 )
 
 
@@ -271,18 +271,18 @@ def _end_label(runs: Sequence[Run], setting: str) -> tuple[str, str]:
 
 def draw_panel(panel: Panel, runs: Sequence[Run]) -> Figure | None:
     """One small figure; None when no run measured its numbers."""
-    lines = [(run, dashed, *run.series(panel.kind, key)) for run in runs for dashed, key in enumerate(panel.keys)]
-    lines = [line for line in lines if len(line[2])]
+    lines = [(run, *run.series(panel.kind, panel.key)) for run in runs]
+    lines = [line for line in lines if len(line[1])]
     if not lines:
         return None
     figure, axes = _new_figure(3.9, 2.1, left=0.13, right=0.97, top=0.95, bottom=0.14)
     colours = setting_colours(runs)
-    for run, dashed, steps, values in lines:
+    for run, steps, values in lines:
         # Above the axes, whose frame would hide a rate that is zero throughout.
-        style = {"color": colours[run.setting], "dashes": (4, 2.5) if dashed else (), "zorder": 3, "clip_on": False}
+        style = {"color": colours[run.setting], "zorder": 3, "clip_on": False}
         axes.plot(steps, values, linewidth=0.8, alpha=0.3, **style)
-        axes.plot(steps, running_mean(values, max(1, len(values) // 16)), linewidth=1.2 if dashed else 1.8, **style)
-    axes.set_xlim(0, max(max(steps) for _, _, steps, _ in lines))
+        axes.plot(steps, running_mean(values, max(1, len(values) // 16)), linewidth=1.8, **style)
+    axes.set_xlim(0, max(max(steps) for _, steps, _ in lines))
     if panel.percent:
         _percent_axis(axes)
     elif panel.logarithmic and all((values > 0).all() for *_, values in lines):

@@ -3,12 +3,17 @@
 import io
 import json
 import struct
+import time
+from contextlib import closing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from retool_jax.clock import Clock
 from retool_jax.errors import UserError
 from retool_jax.metrics import (
     METRICS_FILE,
@@ -141,3 +146,52 @@ def test_the_summary_shows_before_after_speeds_and_times():
         assert words in text
     assert time_rows(SUMMARY) == [("rollout", 120.0, 0.6), ("update", 60.0, 0.3), ("other", 20.0, 0.1)]
     print_summary({}, Console(file=out))  # a run that measured nothing still ends in peace
+
+
+# ---------------------------------------------------------------------------------------------------------- the clock
+
+
+def a_program(number: float):
+    """One that was never compiled, not even by an earlier session."""
+
+    def function(x: jax.Array) -> jax.Array:
+        for power in range(60):
+            x = jnp.sin(x * number) + jnp.cos(x + power)
+        return x
+
+    return jax.jit(function)
+
+
+def test_compilation_is_a_part_of_its_own_inside_of_other_parts_and_outside():
+    with closing(Clock()) as clock:
+        for inside in (False, True):
+            before, began = clock.seconds.get("compile", 0.0), time.perf_counter()
+            if inside:
+                with clock.part("update"):
+                    a_program(time.time())(1.0).block_until_ready()
+            else:
+                a_program(time.time()).lower(1.0).compile()  # as the engine's warm-up does
+            took, compiled = time.perf_counter() - began, clock.seconds["compile"] - before
+            assert 0.5 * took < compiled <= took
+        assert clock.seconds.keys() == {"compile", "update"} and 0 <= clock.seconds["update"] < 0.5 * took
+
+
+def test_a_program_in_a_program_is_not_counted_twice():
+    @jax.jit
+    def inner(x: jax.Array) -> jax.Array:
+        for power in range(200):
+            x = jnp.sin(x) + jnp.cos(x + power)
+        return x
+
+    with closing(Clock()) as clock:
+        began = time.perf_counter()
+        jax.jit(lambda x: jax.jit(lambda x: inner(x) + time.time())(x)).lower(1.0).compile()
+        assert clock.seconds["compile"] <= time.perf_counter() - began
+
+
+def test_the_engines_warm_up_counts_as_compilation(make_engine):
+    engine = make_engine(slots=3, max_length=80)
+    with closing(Clock()) as clock:
+        began = time.perf_counter()
+        engine.warm_up()
+        assert clock.seconds["compile"] > 0.5 * (time.perf_counter() - began)

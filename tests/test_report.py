@@ -63,7 +63,7 @@ def make_trajectory(rng: random.Random, index: int, step: int, tools: str, outpu
         "turns": 1 + called,
         "prompt_tokens": prompt_tokens,
         "response_tokens": len(sampled) - prompt_tokens,
-        "timings": {"admitted_s": 0.0, "finished_s": 0.4},
+        "timings": {"started_s": 0.0, "finished_s": 0.4},
     }
 
 
@@ -93,8 +93,8 @@ def make_run(folder: Path, tools: str, seed: int, steps: int = 20, count: int = 
                 "entropy": 0.02 + 0.25 * math.exp(-step / 15) + rng.random() / 50,
                 "clip_fraction": rng.random() / 40,
             }
-            record |= {"logprob_diff_mean": 1e-6 * (1 + rng.random()), "logprob_diff_max": 1e-4 * (1 + rng.random())}
-            record |= {"response_tokens": 34 + 30 * rate + rng.random(), "end/answered": 185, "end/no_answer": 7}
+            record |= {"logprob_diff_mean": 1e-6 * (1 + rng.random()), "response_tokens": 34 + 30 * rate + rng.random()}
+            record |= {"end/answered": 185, "end/no_answer": 7}
             records.append(record | {"perf/tokens_per_s": 21000.0})
         if step % 5 == 0:
             name = f"trajectories/dev-{step:06d}.jsonl"
@@ -112,7 +112,7 @@ def make_run(folder: Path, tools: str, seed: int, steps: int = 20, count: int = 
     ]
     seconds = {"cold start": 95.0, "rollout": 120.0, "update": 80.0, "evaluation": 30.0, "compile": 22.0, "other": 6.0}
     summary = {"before": columns[0], "after": columns[1], "split": "test", "problems": 256, "steps": steps}
-    summary |= {"tokens_per_s": {"decode": 31000.0, "update": 21500.0, "sft": 23000.0}}
+    summary |= {"tokens_per_s": {"rollout": 31000.0, "update": 21500.0}}
     summary |= {"seconds": seconds | {"total": sum(seconds.values())}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

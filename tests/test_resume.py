@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax import report
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics
 
@@ -76,6 +77,21 @@ def unbroken(start, tmp_path_factory) -> Path:
     output = finish(start(folder))
     assert "before RL" in output and "time by part" in output
     return folder
+
+
+def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken):
+    (cold_start,) = unbroken.parent.glob("cold-start-*")
+    runs = dict(zip(("rl", "sft"), report.load_runs([unbroken, cold_start]), strict=True))
+    missing = [panel.title for panel in report.PANELS if report.draw_panel(panel, [runs[panel.kind]]) is None]
+    assert missing == []
+    run = runs["rl"]
+    for key in ("accuracy", "accuracy_stderr", "greedy_accuracy"):
+        assert len(run.series("eval", key, run.curve_split)[0]) == 3, key
+    assert report.end_counts(run)["rows"] and report.trajectory_views([run])
+    assert not [row for row in report.summary_rows(run.summary) if "-" in row]
+    parts = {name for name, *_ in report.time_rows(run.summary)}
+    assert {"cold start", "compile", "rollout", "update", "evaluation"} <= parts
+    assert run.summary["tokens_per_s"].keys() == {"rollout", "update"}
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(start, unbroken):

@@ -45,7 +45,8 @@ class Problem:
 class Problems:
     """An endless, reproducible stream: position i holds the same problem in every run with this seed.
 
-    A finite data set is repeated, the train split in a new order each epoch; the miniature never repeats.
+    A finite data set is repeated, the train split in a new order each epoch; the miniature never repeats. The dev and
+    test splits do not depend on the seed.
     """
 
     def __init__(self, source: str, split: str, seed: int) -> None:

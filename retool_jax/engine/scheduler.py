@@ -33,7 +33,7 @@ class Conversation(Protocol):
     prompt: list[int]
     request: int  # names the stream of random draws: unique in a run
     temperature: float
-    cancelled: bool  # may be set at any time: nobody wants the rest
+    cancelled: bool  # may be set at any time: nobody wants the rest, and it is dropped
 
     def turn_budget(self) -> int:
         """Tokens that the next turn may draw, at least 1."""
@@ -43,6 +43,9 @@ class Conversation(Protocol):
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         """Take a finished turn. None ends the conversation; a coroutine returns what to append, or None to end it."""
+
+    def drop(self, reason: str) -> None:
+        """It is let go before its end, for a reason that is not its own. Nothing more is asked of it."""
 
 
 @dataclass
@@ -280,9 +283,9 @@ class _Run:
         self._version = self.engine.version
         while self._prompts:
             self.engine.drop(self._prompts.popitem()[1])
-        for talk in self._talks:
-            if talk.written and self.engine.config.stale_rows == "discard":
-                talk.conversation.cancelled = True
+        for talk in (*self.live.values(), *self.ready, *self.calls):
+            if self.engine.config.stale_rows == "discard":  # also where a row has given up its pages
+                self._drop(talk, "new weights came (engine.stale_rows=discard)")
             elif talk.written:
                 self._give_up(talk)
 
@@ -394,19 +397,24 @@ class _Run:
 
     def drop_cancelled(self) -> None:
         """Let go of conversations that nobody wants any more."""
-        for queue in (self.waiting, self.ready):
-            for talk in [talk for talk in queue if talk.conversation.cancelled]:
-                queue.remove(talk)
-                self._wanted[tuple(talk.conversation.prompt)] -= queue is self.waiting
-                self._drop(talk)
-        for talk in [talk for talk in (*self.live.values(), *self.calls) if talk.conversation.cancelled]:
-            if call := self.calls.pop(talk, None):
-                call.task.cancel()
-            self._drop(talk)
+        for talk in (*self.waiting, *self.ready, *self.live.values(), *self.calls):
+            if talk.conversation.cancelled:
+                self._drop(talk, "cancelled")
 
-    def _drop(self, talk: _Talk) -> None:
+    def _drop(self, talk: _Talk, reason: str) -> None:
+        """Let go of a conversation before its end, wherever it is, and tell it why."""
         self.stats.cancelled += 1
+        if call := self.calls.pop(talk, None):
+            call.task.cancel()
+            if not self.calls:
+                self.stats.tool_s += time.perf_counter() - self._tools_since
+        elif talk in self.ready:
+            self.ready.remove(talk)
+        elif talk in self.waiting:
+            self.waiting.remove(talk)
+            self._wanted[tuple(talk.conversation.prompt)] -= 1
         self._leave(talk)
+        talk.conversation.drop(reason)
 
     async def close(self) -> None:
         """Give everything back, whatever ended the run: tools are cancelled, results in flight are waited for."""

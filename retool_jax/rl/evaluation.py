@@ -1,8 +1,9 @@
 """Accuracy on held-out problems, and every trajectory to read."""
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +12,34 @@ from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
+from retool_jax.rl.reward import TIMEOUT
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
 from retool_jax.sandbox import Sandbox
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
-    """Rates over trajectories and over their calls (None without any); lost ones count under their end only.
+def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[str, float | None]:
+    """Rates over trajectories and over their calls (None without any); dropped ones count under their end only.
+
+    Args:
+        trajectories: scored ones.
+        max_dropped: the share of them that the machinery may have dropped, below 1.
 
     Raises:
-        UserError: every trajectory lost its sandbox, so there is nothing to measure or to learn from.
+        UserError: it dropped more.
     """
-    kept = [t for t in trajectories if t.end != End.SANDBOX_LOST]
-    if not kept:
-        reason = trajectories[0].tool_uses[-1].output
+    kept = [t for t in trajectories if not t.dropped]
+    ends = Counter(str(t.end) for t in trajectories)
+    dropped = 1 - len(kept) / len(trajectories)
+    if dropped > max_dropped:
+        faults = {t.end: f"{ends[t.end]} {t.end} ({t.fault})" for t in trajectories if t.dropped}
         raise UserError(
-            f"all {len(trajectories)} trajectories lost their sandbox ({reason}); see that python runs here, or choose"
-            " another sandbox.backend, and start the same command again"
+            f"{len(trajectories) - len(kept)} of {len(trajectories)} trajectories were dropped, a share above"
+            f" rl.max_dropped={max_dropped:g}: {', '.join(faults.values())}. That is no fault of the policy, and the"
+            " run's last checkpoint is good: mend the cause and start the same command again, or raise rl.max_dropped"
         )
     uses = [use for t in kept for use in t.tool_uses]
-    ends = Counter(str(t.end) for t in trajectories)
     return {
         "accuracy": float(np.mean([t.verdict.correct for t in kept])),
         "reward_mean": float(np.mean([t.reward for t in kept])),
@@ -40,8 +48,18 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
         "calls_per_sample": len(uses) / len(kept),
         "forced_answers": sum(t.forced for t in kept),
         "response_tokens": float(np.mean([t.response_tokens for t in kept])),
+        "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),
+        "dropped": dropped,
         **{f"end/{end}": ends[end] for end in End},
     }
+
+
+def faults(numbers: Mapping[str, float | None]) -> str:
+    """What the machinery did to the trajectories of a `summarise`, in words; empty where all went well."""
+    counts = {str(end): numbers[f"end/{end}"] for end in INFRASTRUCTURE}
+    words = [f"{count} trajectories {end.replace('_', ' ')}" for end, count in counts.items() if count]
+    late = numbers["checker_timeouts"]
+    return ", ".join(words + ([f"{late} answers not compared in time, which count as wrong"] if late else []))
 
 
 async def evaluate(
@@ -53,11 +71,15 @@ async def evaluate(
     count: int,
     limits: RolloutConfig,
     folder: Path,
+    max_dropped: float,
 ) -> dict:
     """Draw one trajectory at temperature 1 and one greedily for each of the first `count` problems.
 
     The random streams depend on the split and the problem but not on the step, so two evaluations differ by the
     weights alone. Writes all trajectories under `folder/trajectories`; returns the numbers for the metrics file.
+
+    Raises:
+        UserError: more than the share `max_dropped` of the trajectories was dropped.
     """
     # Requests of training count up from 0 and stay below the first of these.
     split = problems.split
@@ -66,18 +88,18 @@ async def evaluate(
     count = len(chosen)
     samples = [Sample(chosen[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(count)]
     trajectories, statistics = await rollout(engine, tokenizer, box, samples, limits)
-    score(tokenizer, trajectories)
+    await asyncio.to_thread(score, tokenizer, trajectories)
     sampled, greedy = trajectories[:count], trajectories[count:]
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"
     write_trajectories(path, tokenizer, sampled, split, step)
     write_trajectories(path.with_name(f"{path.stem}-greedy.jsonl"), tokenizer, greedy, split, step)
-    numbers = summarise(sampled)
-    accuracy = numbers["accuracy"]
+    numbers = summarise(sampled, max_dropped)
+    accuracy, kept = numbers["accuracy"], sum(not t.dropped for t in sampled)
     return {
         "split": split,
         **numbers,
-        "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / count)),
-        "greedy_accuracy": summarise(greedy)["accuracy"],
+        "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / kept)),
+        "greedy_accuracy": summarise(greedy, max_dropped)["accuracy"],
         "trajectories": str(path.relative_to(folder)),
         "perf/eval_s": statistics.total_s,
     }

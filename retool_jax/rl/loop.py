@@ -1,5 +1,6 @@
 """GRPO with a Python interpreter: the whole algorithm in `train`, and its parts below it."""
 
+import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -25,11 +26,12 @@ from retool_jax.mesh import check_rows
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.rl import answers
 from retool_jax.rl.advantage import group_relative
-from retool_jax.rl.evaluation import evaluate, summarise
+from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rl.trajectory import Trajectory
 from retool_jax.sandbox import Sandbox, open_sandbox
 from retool_jax.sft.loop import has_checkpoints, load_weights, mesh_of, model_for
 from retool_jax.sft.loop import train as train_cold_start
@@ -68,6 +70,7 @@ async def train(run: RLRun) -> None:
     check_rows(mesh.shape, "rl.rows_per_micro", run.rl.rows_per_micro)
     # Loaded early when they will be needed: a wrong path is told before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
+    answers.pool.start()
 
     async with AsyncExitStack() as stack:
         box = await stack.enter_async_context(open_sandbox(run.sandbox_for_slots())) if run.tools == "python" else None
@@ -130,7 +133,8 @@ async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -
         with s.clock.part("rollout"):
             samples = samples_of(run, s.problems["train"], step)
             trajectories, statistics = await rollout(s.engine, s.tokenizer, s.box, samples, run.rollout)
-            score(s.tokenizer, trajectories)
+            await asyncio.to_thread(score, s.tokenizer, trajectories)
+            numbers = summarise(trajectories, run.rl.max_dropped)
         with s.clock.part("update"):
             groups = learnable_groups(trajectories, run.rl.group_size)
             state, learned = learn(s.update, state, batches_of(run, groups))
@@ -138,10 +142,12 @@ async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -
 
         s.notes["tokens"]["decode"] += statistics.decoded_tokens
         s.notes["tokens"]["update"] += sum(len(example.ids) for group in groups for example in group)
-        numbers = summarise(trajectories) | learned | {"groups_used": len(groups)}
+        numbers |= learned | {"groups_used": len(groups)}
         s.log.write("rl", step, numbers | performance(statistics))
         speed = statistics.decoded_tokens / statistics.total_s
         s.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
+        if happened := faults(numbers):
+            s.bar.say(f"step {step}: {happened}")
         looks = await look(s, step)
         if step == run.rl.steps:
             s.notes["after"] = looks[run.evaluation.final_split]
@@ -163,14 +169,15 @@ async def look(s: Session, step: int) -> dict[str, dict]:
                 s.run.evaluation.problems,
                 replace(s.run.rollout, answer_tokens=s.run.evaluation.answer_tokens),
                 s.folder,
+                s.run.rl.max_dropped,
             )
         s.log.write("eval", step, numbers)
         s.bar.say(
             f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
             f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
         )
-        if lost := numbers["end/sandbox_lost"]:
-            s.bar.say(f"step {step}: {lost} trajectories lost their sandbox and are not in these numbers")
+        if happened := faults(numbers):
+            s.bar.say(f"step {step}: {split}: {happened}")
         results[split] = numbers
     return results
 
@@ -237,12 +244,12 @@ def samples_of(run: RLRun, problems: Problems, step: int) -> list[Sample]:
 def learnable_groups(trajectories: Sequence[Trajectory], group_size: int) -> list[list[Example]]:
     """Groups with their advantages, without what cannot teach.
 
-    A trajectory that lost its sandbox is no signal about the policy and is dropped. A group of equal rewards has
+    A trajectory that the machinery dropped is no signal about the policy. A group of equal rewards has
     zero advantage everywhere and is left out of the batch, so the token mean is over tokens that carry a gradient.
     """
     groups = []
     for first in range(0, len(trajectories), group_size):
-        kept = [t for t in trajectories[first : first + group_size] if t.end != End.SANDBOX_LOST]
+        kept = [t for t in trajectories[first : first + group_size] if not t.dropped]
         rewards = np.array([t.reward for t in kept])
         if len(kept) > 1 and rewards.std() > 0:
             pairs = zip(kept, group_relative(rewards), strict=True)

@@ -1,25 +1,35 @@
 r"""Is the answer right? From the text of the policy's last turn to a verdict and a reward.
 
-The answer is what stands in the last `\boxed{...}` of that turn. Two rules compare it with the ground truth:
-
-- `boxed`, the default: the box counts wherever it stands in the turn; both sides are normalised (`042`, `1,000`,
-  `\text{42}`, `42^\circ` and `'42'` are ways to write a number); numbers are compared exactly, without floats or
-  tolerance; other expressions by math-verify in a child process with a time limit (`retool_jax.rl.answers`).
-- `dapo_strict`: the rule of verl's ReTool recipe (`verl/utils/reward_score/math_dapo.py`, strict_box_verify=True), for
-  comparison with published runs: a box that begins in the last 100 characters and equals the truth character by
-  character.
+The answer is what stands in the last `\boxed{...}` of that turn, wherever it stands there. Both sides are normalised
+(`042`, `1,000`, `\text{42}`, `42^\circ` and `'42'` are ways to write a number); numbers are compared exactly, without
+floats or tolerance; other expressions by math-verify in processes with limits (`retool_jax.rl.answers`).
 """
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from retool_jax.errors import UserError
 from retool_jax.rl import answers
+from retool_jax.rl.symbolic import Outcome
 
 MAX_ANSWER = 1000  # characters in the box; below the 4300 digits at which int() raises
 MAX_SYMBOLIC = 300  # characters that SymPy is asked to read; the longest answer of MATH-500 has 159
+
+
+TIMEOUT, LOST = "timeout", "checker_lost"  # reasons of verdicts that others count
+_OPEN = "open"
+_REASONS = {
+    Outcome.EQUAL: "symbolic",
+    Outcome.DIFFERENT: "mismatch",
+    Outcome.UNDECIDED: "undecided",
+    Outcome.TIMEOUT: TIMEOUT,
+    Outcome.LATE: TIMEOUT,
+    Outcome.LOST: LOST,
+}
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,13 @@ class Verdict:
 
     Attributes:
         correct: the answer equals the ground truth.
-        answer: the normalised content of the box (as it was written in `dapo_strict`), None without a box. Equal
-            answers mostly have equal strings, so it can be counted for majority votes.
-        reason: why. When correct: `integer`, `rational`, `text` or `symbolic` (how the two are equal), `exact` in
-            `dapo_strict`. When not: `mismatch`; `no_box`, `unterminated_box`, `empty_box`; `too_long` (over
-            `MAX_ANSWER`); `refused` (not the same text, and too costly to compare: long, a power tower, a factorial,
-            a sum); `undecided` (the comparison failed or ran out of time).
+        answer: the normalised content of the box, None without a box. Equal answers mostly have equal strings, so it
+            can be counted for majority votes.
+        reason: why. When correct: `integer`, `rational`, `text` or `symbolic` (how the two are equal). When not:
+            `mismatch`; `no_box`, `unterminated_box`, `empty_box`; `too_long` (over `MAX_ANSWER`); `refused` (not the
+            same text, and too costly to compare: long, a power tower, a factorial, a sum); `undecided` (SymPy failed);
+            `timeout` (the comparison ran out of time or memory). Nothing is known about an answer after
+            `checker_lost`, a fault of the machinery.
     """
 
     correct: bool
@@ -46,19 +57,39 @@ def reward_of(verdict: Verdict) -> float:
     return 1.0 if verdict.correct else -1.0
 
 
-def check(final_text: str, ground_truth: str, mode: str = "boxed") -> Verdict:
+def check(final_text: str, ground_truth: str) -> Verdict:
     """Compare the answer in `final_text` with `ground_truth`; no text of the policy's makes it raise.
 
     Args:
         final_text: the last policy turn: only what the policy sampled after the last tool response.
         ground_truth: the answer alone, without a box.
-        mode: "boxed" or "dapo_strict"; another is a `ValueError`.
-    """
-    if mode == "dapo_strict":
-        return _check_dapo_strict(final_text, ground_truth)
-    if mode != "boxed":
-        raise ValueError(f"unknown reward mode {mode!r}; use 'boxed' or 'dapo_strict'")
 
+    Raises:
+        UserError: the machinery that compares expressions does not work here.
+    """
+    (verdict,) = check_all([(final_text, ground_truth)])
+    if verdict.reason == LOST:
+        raise UserError(f"the answer checker was lost ({answers.pool.fault}); start the same command again")
+    return verdict
+
+
+def check_all(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    """`check` of many (final text, ground truth) at once, some of which may be `checker_lost`.
+
+    Raises:
+        UserError: math-verify cannot be imported.
+    """
+    verdicts = [_check_plainly(text, truth) for text, truth in pairs]
+    asked = {i: (_normalised_truth(pairs[i][1]), v.answer) for i, v in enumerate(verdicts) if v.reason == _OPEN}
+    outcomes = answers.pool.compare(asked.values())
+    for index, pair in asked.items():
+        outcome = outcomes[pair]
+        verdicts[index] = Verdict(outcome is Outcome.EQUAL, verdicts[index].answer, _REASONS[outcome])
+    return verdicts
+
+
+def _check_plainly(final_text: str, ground_truth: str) -> Verdict:
+    """The verdict, without SymPy; its reason is `open` where only that can tell."""
     content, reason = extract_boxed(final_text)
     if content is None:
         return Verdict(False, None, reason)
@@ -83,10 +114,7 @@ def _compare(answer: str, truth: str) -> Verdict:
     if _is_text(answer) or _is_text(truth):
         same = answer.casefold() == truth.casefold() and len(truth) > 1 and not truth.isupper()
         return Verdict(same, answer, "text" if same else "mismatch")
-    if _is_costly(answer) or _is_costly(truth):
-        return Verdict(False, answer, "refused")
-    equal = answers.symbolically_equal(truth, answer)
-    return Verdict(bool(equal), answer, {True: "symbolic", False: "mismatch", None: "undecided"}[equal])
+    return Verdict(False, answer, "refused" if _is_costly(answer) or _is_costly(truth) else _OPEN)
 
 
 # --- finding the box --------------------------------------------------------------------------------------------------
@@ -113,22 +141,6 @@ def extract_boxed(text: str) -> tuple[str | None, str]:
         if depth == 0:
             return text[begins[-1] : brace.start()], "boxed"
     return None, "unterminated_box"
-
-
-def _check_dapo_strict(final_text: str, ground_truth: str) -> Verdict:
-    """verl's rule. It counts escaped braces as braces, and looks at nothing before the last 100 characters."""
-    window = final_text[-300:][-100:]
-    begin = window.rfind("\\boxed{")
-    if begin < 0:
-        return Verdict(False, None, "no_box")
-    content_begin, depth = begin + len("\\boxed{"), 1
-    for end in range(content_begin, len(window)):
-        depth += {"{": 1, "}": -1}.get(window[end], 0)
-        if depth == 0:
-            content = window[content_begin:end]
-            correct = content == ground_truth
-            return Verdict(correct, content, "exact" if correct else "mismatch")
-    return Verdict(False, None, "unterminated_box")
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from retool_jax.data.problems import Problem
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
-from retool_jax.rl.reward import check, extract_boxed, reward_of
+from retool_jax.rl import answers
+from retool_jax.rl.reward import LOST, check_all, extract_boxed, reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import Sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
@@ -112,7 +113,7 @@ class Dialogue:
                 result = await self._box.run(call.code)
                 if result.status in ("infra_error", "cancelled"):
                     self.trajectory.tool_uses.append(ToolUse(turn, call.code, result.status, result.message))
-                    return self._end(End.SANDBOX_LOST)
+                    return self._end(End.SANDBOX_LOST, result.message)
                 told = tool_text(result, self._limits.tool_output_tokens, self._count)
                 use = ToolUse(turn, call.code, result.status, told, result.wall_s, result.queue_s)
             use.output = defuse(self._tokenizer, use.output)
@@ -129,9 +130,15 @@ class Dialogue:
         """Tokens of a tool's output in the context, where no mark of it stays whole."""
         return len(self._tokenizer.encode(defuse(self._tokenizer, text)))
 
-    def _end(self, reason: End) -> None:
-        self.trajectory.end = reason
-        self.trajectory.finished_s = time.perf_counter()
+    def drop(self, reason: str) -> None:
+        self._end(End.DISCARDED, reason)
+
+    def _end(self, reason: End, fault: str = "") -> None:
+        """The first end counts: a conversation may be dropped while its last call is answered."""
+        if self.trajectory.end is None:
+            self.trajectory.end, self.trajectory.fault = reason, fault
+            self.trajectory.finished_s = time.perf_counter()
+            self.trajectory.started_s = self.trajectory.started_s or self.trajectory.finished_s
 
 
 async def rollout(
@@ -156,6 +163,8 @@ async def rollout(
     # The sandbox refuses what does not fit its queue; calls beyond it wait here.
     statistics = await converse(engine, dialogues, box.config.max_waiting if box else 0)
     trajectories = [dialogue.trajectory for dialogue in dialogues]
+    if endless := [trajectory.id for trajectory in trajectories if trajectory.end is None]:
+        raise RuntimeError(f"{len(endless)} trajectories came back without an end, the first of them {endless[0]}")
     for trajectory in trajectories:
         trajectory.started_s -= origin
         trajectory.finished_s -= origin
@@ -180,9 +189,17 @@ def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
     """Give each trajectory its verdict and reward, from the text of the policy's last turn alone.
 
     Only a turn that ended without a call is an answer; nothing that a tool printed, and no earlier turn, can score.
+    One that the machinery dropped gets none, and one whose answer could not be compared is dropped here. Comparisons
+    may take `answers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
     """
-    for trajectory in trajectories:
+    kept = [trajectory for trajectory in trajectories if not trajectory.dropped]
+    texts = []
+    for trajectory in kept:
         answered = trajectory.end in (End.ANSWERED, End.NO_ANSWER)
-        text = trajectory.last_turn(tokenizer) if answered else ""
-        trajectory.verdict = check(text, trajectory.problem.ground_truth)
-        trajectory.reward = reward_of(trajectory.verdict)
+        texts.append(trajectory.last_turn(tokenizer) if answered else "")
+    verdicts = check_all([(text, t.problem.ground_truth) for text, t in zip(texts, kept, strict=True)])
+    for trajectory, verdict in zip(kept, verdicts, strict=True):
+        if verdict.reason == LOST:
+            trajectory.end, trajectory.fault = End.CHECKER_LOST, answers.pool.fault
+        else:
+            trajectory.verdict, trajectory.reward = verdict, reward_of(verdict)

@@ -17,7 +17,14 @@ class End(StrEnum):
     NO_ANSWER = "no_answer"  # a turn without a call and without a box
     TURN_LIMIT = "turn_limit"  # a call in the last turn allowed
     TOKEN_LIMIT = "token_limit"  # no room for the rest of a turn, or for a tool's output
-    SANDBOX_LOST = "sandbox_lost"  # the machinery failed, not the policy: never part of a loss
+    SANDBOX_LOST = "sandbox_lost"  # a call could not be run
+    DISCARDED = "discarded"  # new weights came, or nobody wanted the rest
+    CHECKER_LOST = "checker_lost"  # the answer could not be compared
+
+
+# Ends by the machinery and not by the policy. Such a trajectory is counted and has no other part in anything: it gets
+# no reward, and no place in a loss, a group's mean, a metric or an accuracy.
+INFRASTRUCTURE = (End.SANDBOX_LOST, End.DISCARDED, End.CHECKER_LOST)
 
 
 @dataclass
@@ -59,9 +66,10 @@ class Trajectory:
     segments: list[Segment] = field(default_factory=list)
     tool_uses: list[ToolUse] = field(default_factory=list)
     forced: bool = False  # the last turn was asked for, as turns or tokens had run out
-    end: End | None = None
-    verdict: Verdict | None = None
-    reward: float = 0.0
+    end: End | None = None  # None while it goes on
+    fault: str = ""  # what the machinery did, where that ended it
+    verdict: Verdict | None = None  # None, as the reward, before it is scored and where it is dropped
+    reward: float | None = None
     started_s: float = 0.0
     finished_s: float = 0.0
 
@@ -74,6 +82,11 @@ class Trajectory:
         self.ids += ids
         self.sampled += [sampled] * len(ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+
+    @property
+    def dropped(self) -> bool:
+        """The machinery ended it, so that it says nothing about the policy."""
+        return self.end in INFRASTRUCTURE
 
     @property
     def turns(self) -> int:
@@ -117,6 +130,7 @@ class Trajectory:
             "verdict": self.verdict.reason if self.verdict else None,
             "reward": self.reward,
             "end": str(self.end),
+            "fault": self.fault,
             "forced": self.forced,
             "turns": self.turns,
             "prompt_tokens": self.segments[0].stop,

@@ -76,12 +76,14 @@ def train(run: SFTRun) -> TrainState:
     with MetricsLog(folder, start or None) as log, Progress("cold start", steps, start) as bar:
         if batches.description:
             bar.say(batches.description)
+        trained, before = 0, clock.seconds.get("update", 0.0)  # the rate is this process's
         for step in range(start + 1, steps + 1):
             with clock.part("update"):
                 batch = batches.at(step - 1)
                 state, metrics = update(state, batch)
                 metrics = jax.device_get(metrics)
-            rate = int((batch.segments > 0).sum()) * step / max(clock.seconds["update"], 1e-9)
+            trained += int((batch.segments > 0).sum())
+            rate = trained / max(clock.seconds["update"] - before, 1e-9)
             log.write("sft", step, metrics | {"perf/tokens_per_s": rate})
             bar.step(step, {"loss": float(metrics["loss"]), "tokens/s": rate})
             if step % run.checkpoint.every == 0 or step == steps:

@@ -105,6 +105,12 @@ def test_the_miniature_is_endless():
     assert len(stream.head(7)) == 7 and stream.finite is None
 
 
+def test_runs_of_different_seeds_are_measured_on_the_same_problems():
+    for split, same in (("train", False), ("dev", True), ("test", True)):
+        heads = [Problems("arithmetic", split, seed).head(40) for seed in (0, 1, 7)]
+        assert [head == heads[0] for head in heads] == [True, same, same], split
+
+
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
 def test_the_published_columns_are_understood(tmp_path, name):
     rows = [dapo_row(number, *pair) for number, pair in enumerate(QUESTIONS)]

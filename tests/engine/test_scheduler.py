@@ -36,6 +36,7 @@ class Chat:
     logprobs: list[float] = field(init=False)
     answered: int = 0  # tool answers given
     cancelled: bool = False
+    dropped: str = ""  # why
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +56,10 @@ class Chat:
             self.ended = True
             return None
         return self.answer()
+
+    def drop(self, reason: str) -> None:
+        assert not self.dropped and not self.ended
+        self.dropped = reason
 
     async def answer(self) -> list[int] | None:
         await asyncio.sleep(np.random.default_rng().uniform(0, self.delay))
@@ -404,6 +409,7 @@ def test_a_cancelled_conversation_lets_go_and_the_others_do_not_notice(engines, 
     assert stats.cancelled == 3 and quiet(engine)
     for i, (ours, expected) in enumerate(zip(conversations, reference, strict=True)):
         assert (ours.ids == expected.ids and ours.ended) != (i in (1, 4, 9))
+        assert ours.dropped == ("cancelled" if i in (1, 4, 9) else "")
 
 
 def test_no_more_tools_run_at_once_than_allowed(engines, reference):
@@ -505,5 +511,7 @@ def test_rows_of_old_weights_can_be_discarded(updating):
     stats = run(engine, conversations)
     assert stats.cancelled > 0 and stats.rewritten_tokens == 0 and quiet(engine)
     assert not conversations[0].ended and conversations[5].ended
+    for chat in conversations:
+        assert chat.ended != (chat.dropped == "new weights came (engine.stale_rows=discard)"), "each has one end"
     with pytest.raises(UserError, match="stale_rows=keep is not one of: rewrite, discard"):
         updating(stale_rows="keep")

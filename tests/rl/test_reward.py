@@ -1,22 +1,14 @@
 r"""The answer checker: which texts are right, which are not, why, and that nothing a policy writes can hang it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from retool_jax.rl import answers, reward
-from retool_jax.rl.answers import SymbolicWorker
+from retool_jax.rl import answers
 from retool_jax.rl.reward import Verdict, check, extract_boxed, normalise, reward_of
+from retool_jax.rl.symbolic import Outcome
 
-PACKAGE_PARENT = Path(reward.__file__).resolve().parents[2]
 INTEGER, RATIONAL, TEXT, SYMBOLIC = "integer", "rational", "text", "symbolic"
 MISMATCH, REFUSED = "mismatch", "refused"
 
@@ -166,16 +158,18 @@ EXPRESSIONS = [
 
 @pytest.mark.parametrize(("box", "truth", "reason"), NUMBERS + TEXTS)
 def test_comparison_without_the_worker(box, truth, reason, monkeypatch):
-    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    monkeypatch.setattr(answers.pool, "compare", lambda pairs: dict.fromkeys(pairs, Outcome.DIFFERENT))
     verdict = check(rf"So the answer is \boxed{{{box}}}.", truth)
     assert (verdict.reason, verdict.correct) == (reason, reason in (INTEGER, RATIONAL, TEXT))
 
 
-def test_plain_answers_never_start_the_worker(monkeypatch):
-    monkeypatch.setattr(answers, "symbolically_equal", None)  # calling it would raise
+def test_plain_answers_never_reach_a_worker(monkeypatch):
+    asked = []
+    monkeypatch.setattr(answers.pool, "compare", lambda pairs: asked.extend(pairs))
     for box, truth, reason in [*NUMBERS, *TEXTS]:
         if reason in (INTEGER, RATIONAL, TEXT, REFUSED, "empty_box", "too_long"):
             check(rf"\boxed{{{box}}}", truth)
+    assert asked == []
 
 
 @pytest.mark.parametrize(("answer", "truth", "equal"), EXPRESSIONS)
@@ -216,41 +210,6 @@ def test_which_box_counts(text, content, reason):
     assert extract_boxed(text) == (content, reason)
 
 
-@pytest.mark.parametrize(
-    ("text", "truth", "correct", "answer"),
-    [  # verl's rule as observed by running it
-        (r"\boxed{42}", "42", True, "42"),
-        (r"\boxed{42}<|im_end|>", "42", True, "42"),
-        (r"\boxed{1} \boxed{42}", "42", True, "42"),
-        (r"\boxed{-3}", "-3", True, "-3"),
-        (r"\boxed{42}" + "." * 90, "42", True, "42"),
-        (r"\boxed{42}" + "." * 91, "42", False, None),
-        (r"\boxed{'42'}", "42", False, "'42'"),
-        (r"\boxed{ 42 }", "42", False, " 42 "),
-        (r"\boxed{042}", "42", False, "042"),
-        (r"\boxed{33}", "033", False, "33"),
-        (r"\boxed{1,000}", "1000", False, "1,000"),
-        (r"\boxed{42.0}", "42", False, "42.0"),
-        (r"\boxed{\text{42}}", "42", False, r"\text{42}"),
-        (r"\boxed {42}", "42", False, None),
-        (r"\fbox{42}", "42", False, None),
-        ("Answer: 42", "42", False, None),
-        (r"\boxed{42", "42", False, None),
-        (r"\boxed{42} \boxed{", "42", False, None),
-        ("", "42", False, None),
-        (r'<tool_call>"\boxed{42}"</tool_call>', "42", True, "42"),
-    ],
-)
-def test_dapo_strict_is_verls_rule(text, truth, correct, answer):
-    verdict = check(text, truth, mode="dapo_strict")
-    assert (verdict.correct, verdict.answer) == (correct, answer)
-
-
-def test_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="'minerva'"):
-        check(r"\boxed{1}", "1", mode="minerva")
-
-
 def test_reward_is_plus_or_minus_one():
     assert reward_of(Verdict(True, "42", "integer")) == 1.0
     assert reward_of(Verdict(False, None, "no_box")) == -1.0
@@ -288,152 +247,10 @@ def test_integer_path_costs_microseconds():
     ],
 )
 def test_hostile_text_is_cheap_to_reject(text, monkeypatch):
-    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    monkeypatch.setattr(answers.pool, "compare", lambda pairs: dict.fromkeys(pairs, Outcome.DIFFERENT))
     begin = time.perf_counter()
     assert not check(text, "42").correct
     assert time.perf_counter() - begin < 0.5
-
-
-# --- the worker -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def worker():
-    worker = SymbolicWorker(time_limit=5.0)
-    yield worker
-    worker.close()
-
-
-def test_a_slow_comparison_is_killed_and_the_next_one_answered(worker):
-    assert worker.equal("45", "40+5") is True
-    first = worker.pid
-    worker.time_limit = 0.3
-    begin = time.perf_counter()
-    assert worker.equal("1", "9^{9^{9}}") is None
-    assert time.perf_counter() - begin < 3
-    worker.time_limit = 5.0
-    with pytest.raises(ProcessLookupError):
-        os.kill(first, 0)
-    assert worker.equal("45", "40+5") is True
-    assert worker.pid != first
-
-
-def test_a_dead_worker_is_replaced(worker):
-    assert worker.equal("45", "40+5") is True
-    os.kill(worker.pid, signal.SIGKILL)
-    assert worker.equal("45", "40+6") is False
-
-
-def test_a_worker_that_dies_twice_is_undecided_and_not_remembered(monkeypatch):
-    broken = SymbolicWorker()
-    monkeypatch.setattr(answers.sys, "executable", "/bin/false")
-    with pytest.raises(ConnectionError):
-        broken.equal("45", "40+5")
-
-    replies = iter([ConnectionError("died"), True])
-
-    def remembered(truth, answer):
-        reply = next(replies)
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    monkeypatch.setattr(answers, "_remembered", remembered)
-    assert check(r"\boxed{40+5}", "45") == Verdict(False, "40+5", "undecided")
-    assert check(r"\boxed{40+5}", "45") == Verdict(True, "40+5", "symbolic")
-
-
-def test_without_math_verify_answers_are_undecided(tmp_path, monkeypatch):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken install')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    lonely = SymbolicWorker()
-    assert lonely.equal("45", "40+5") is None
-    assert lonely.pid is None
-
-
-def test_threads_share_one_worker(worker):
-    worker.equal("1", "1")
-    results = {}
-    barrier = threading.Barrier(24)
-
-    def ask(number: int) -> None:
-        barrier.wait()
-        results[number] = worker.equal(str(number), f"{number - 3}+3" if number % 3 else f"{number}+1")
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(24)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == {number: number % 3 > 0 for number in range(24)}
-
-
-def test_an_idle_worker_lives_on():
-    idle = SymbolicWorker(time_limit=0.5)
-    idle.equal("1", "2")
-    pid = idle.pid
-    time.sleep(1.7)  # longer than the worker's own timer
-    idle.time_limit = 5.0
-    assert idle.equal("45", "40+5") is True
-    assert idle.pid == pid
-    idle.close()
-
-
-def test_closed_worker_is_gone_and_can_start_again(worker):
-    worker.equal("45", "40+5")
-    pid = worker.pid
-    worker.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-    worker.close()
-    assert worker.equal("45", "40+5") is True
-
-
-def _is_running(pid: int) -> bool:
-    """False for a zombie too: an orphan may find no parent that reaps it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look at another process")
-def test_a_killed_trainer_leaves_no_worker_even_a_busy_one():
-    program = """
-        import threading, time
-        from retool_jax.rl.answers import SymbolicWorker
-        worker = SymbolicWorker(time_limit=0.5)
-        worker.equal("1", "2")
-        print(worker.pid, flush=True)
-        worker.time_limit = 60
-        worker.equal("1", "9^{9^{9}}")
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    with subprocess.Popen(command, cwd=PACKAGE_PARENT, stdout=subprocess.PIPE) as trainer:
-        pid = int(trainer.stdout.readline())
-        time.sleep(0.3)  # so that the worker is in the middle of the second question
-        trainer.kill()
-    deadline = time.monotonic() + 30
-    while _is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _is_running(pid)
-
-
-def test_sympy_stays_out_of_the_trainer_and_exit_is_clean():
-    program = r"""
-        import sys
-        from retool_jax.rl import answers
-        from retool_jax.rl.reward import check
-        assert answers._worker.pid is None, "started before it was needed"
-        assert check(r"\boxed{40+5}", "45").correct
-        assert not {"sympy", "math_verify", "jax", "numpy"} & set(sys.modules)
-        print(answers._worker.pid)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, cwd=PACKAGE_PARENT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.stdout), 0)
 
 
 # --- truths of data sets ----------------------------------------------------------------------------------------------
@@ -573,7 +390,7 @@ def boxed_correctly(truth: str, answer: str) -> bool:
 
 
 def test_truths_of_every_form_equal_their_other_spellings_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    monkeypatch.setattr(answers.pool, "compare", lambda pairs: dict.fromkeys(pairs, Outcome.DIFFERENT))
     spellings = [(line, text) for line, group in enumerate(TRUTHS) for text in group]
     wrong = [
         (truth, answer)
@@ -588,7 +405,7 @@ def test_truths_of_every_form_equal_their_other_spellings_and_nothing_else(monke
 
 
 def test_every_ground_truth_of_public_sets_equals_itself_and_not_its_successor(local_data, monkeypatch):
-    monkeypatch.setattr(answers, "symbolically_equal", lambda *_: False)
+    monkeypatch.setattr(answers.pool, "compare", lambda pairs: dict.fromkeys(pairs, Outcome.DIFFERENT))
     for name, column, rows in [
         ("aime/AIME24.jsonl", "output", 30),
         ("aime/AIME25.jsonl", "output", 30),

@@ -10,7 +10,7 @@ from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.rl.evaluation import summarise
 from retool_jax.rl.loop import learnable_groups
-from retool_jax.rl.rollout import RolloutConfig, Sample, encode_prompt, rollout, score
+from retool_jax.rl.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, ToolResult, open_sandbox
 from retool_jax.tokens.chat import policy_turn_text, tool_segment
@@ -125,7 +125,7 @@ def test_every_end_has_its_reason(tokenizer, play):
     assert ends[4].segments[-1].role == "policy"
     assert len(ends[3].ids) == 200
     assert [t.verdict.correct for t in ends] == [True, False, False, False, False]
-    numbers = summarise(ends)
+    numbers = summarise(ends, 0.0)
     assert sum(numbers[f"end/{end}"] for end in End) == 5 and numbers["end/token_limit"] == 2
     assert numbers["tool_rate"] == pytest.approx(2 / 5)
 
@@ -177,10 +177,52 @@ def test_a_lost_sandbox_is_no_signal(play):
     assert [t.end for t in trajectories] == [End.SANDBOX_LOST, End.ANSWERED, End.ANSWERED]
     (group,) = learnable_groups(trajectories, group_size=3)
     assert [e.advantage for e in group] == pytest.approx([1.0, -1.0], abs=1e-5)
-    assert summarise(trajectories)["accuracy"] == 0.5
-    assert summarise(trajectories)["end/sandbox_lost"] == 1
-    with pytest.raises(UserError, match=r"all 1 trajectories lost their sandbox \(worker died\)"):
-        summarise(trajectories[:1])
+    numbers = summarise(trajectories, 0.5)
+    assert numbers["accuracy"] == 0.5 and numbers["end/sandbox_lost"] == 1
+    assert numbers["dropped"] == pytest.approx(1 / 3) and trajectories[0].reward is None
+    with pytest.raises(UserError, match=r"1 of 1 trajectories were dropped.*: 1 sandbox_lost \(worker died\)"):
+        summarise(trajectories[:1], 0.5)
+
+
+def test_a_conversation_that_new_weights_cut_short_is_no_signal(tokenizer, scripted):
+    """Its end says so, wherever it was: drawing, waiting for its tool, or with an answer that it has not read yet."""
+    answer = "\\boxed{6}<|im_end|>"
+    long = "word " * 20 + answer
+    engine = scripted(
+        [call("new weights"), answer], [call("late"), answer], [long], [answer], stale_rows="discard", slots=3
+    )
+
+    async def tool(code: str) -> ToolResult:
+        if code == "new weights":
+            engine.version += 1
+        else:
+            await asyncio.sleep(60)
+        return ToolResult("success", stdout="6", backend="process")
+
+    async def main() -> list[Trajectory]:
+        box = SimpleNamespace(run=tool, config=SandboxConfig())
+        return (await rollout(engine, tokenizer, box, [Sample(problem(), r) for r in range(4)], LIMITS))[0]
+
+    trajectories = asyncio.run(asyncio.wait_for(main(), 30))
+    score(tokenizer, trajectories)
+    assert [t.end for t in trajectories] == [End.DISCARDED] * 3 + [End.ANSWERED]
+    assert {t.fault for t in trajectories[:3]} == {"new weights came (engine.stale_rows=discard)"}
+    assert [t.reward for t in trajectories] == [None, None, None, 1.0]
+    assert trajectories[0].record(tokenizer)["end"] == "discarded"
+    assert all(t.finished_s >= t.started_s >= 0 for t in trajectories)
+
+
+def test_a_trajectory_without_an_end_is_an_error_and_no_score(tokenizer, scripted, monkeypatch):
+    engine = scripted([call("x"), "never"], stale_rows="discard")
+
+    async def tool(code: str) -> ToolResult:
+        engine.version += 1
+        return ToolResult("success", stdout="6", backend="process")
+
+    monkeypatch.setattr(Dialogue, "drop", lambda self, reason: None)
+    box = SimpleNamespace(run=tool, config=SandboxConfig())
+    with pytest.raises(RuntimeError, match="1 trajectories came back without an end, the first of them p/0"):
+        asyncio.run(rollout(engine, tokenizer, box, [Sample(problem(), 0)], LIMITS))
 
 
 def test_without_a_sandbox_a_call_is_only_text(play):

@@ -17,7 +17,7 @@ from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics
 from retool_jax.models.huggingface import save_params
 from retool_jax.models.transformer import init_params
-from retool_jax.sft.loop import Demonstrations, model_for, optimizer_of, train
+from retool_jax.sft.loop import Demonstrations, abstract_state, mesh_of, model_for, optimizer_of, train
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import learning_rate
 
@@ -228,7 +228,7 @@ def compiled_once(tmp_path):
         jax.config.update(name, value)
 
 
-def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, compiled_once):
+def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, tokenizer, compiled_once):
     def run(folder: str, *words: str):
         return run_of(data, f"run={tmp_path / folder}", "checkpoint.every=1", "sft.warmup_fraction=0.5", *SMALL, *words)
 
@@ -250,6 +250,20 @@ def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, 
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "killed")]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
     assert Checkpoints(folder, None).latest() == 4
+
+    # The rate that is shown is that of the tokens of all batches of this process, which hold different numbers.
+    tokens = [int((Demonstrations(run("whole"), tokenizer).at(i).segments > 0).sum()) for i in range(4)]
+    assert len(set(tokens)) > 1
+    notes = {
+        (name, step): Checkpoints(tmp_path / name / "checkpoints", None).restore(
+            step, abstract_state(run("whole"), mesh_of(run("whole")))
+        )[1]
+        for name, step in (("whole", 2), ("whole", 4), ("killed", 4))
+    }
+    seconds = {key: note["seconds"]["update"] for key, note in notes.items()}
+    rates = {key: note["tokens_per_s"] for key, note in notes.items()}
+    assert rates["whole", 4] * seconds["whole", 4] == pytest.approx(sum(tokens))
+    assert rates["killed", 4] * (seconds["killed", 4] - seconds["whole", 2]) == pytest.approx(sum(tokens[2:]))
 
 
 def test_nothing_is_written_when_the_data_is_bad(tmp_path):

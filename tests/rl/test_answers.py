@@ -1,0 +1,288 @@
+r"""Comparisons by math-verify: limits, whose fault it is when there is no outcome, and nothing that is left behind."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from retool_jax import train
+from retool_jax.errors import UserError
+from retool_jax.rl import answers, reward
+from retool_jax.rl.answers import SymbolicPool, SymbolicWorker
+from retool_jax.rl.reward import Verdict, check, check_all
+from retool_jax.rl.symbolic import Outcome
+
+PACKAGE_PARENT = Path(reward.__file__).resolve().parents[2]
+ENDLESS = "9^{9^{9}}"
+PAIRS = [
+    ("45", "40+5"),
+    ("45", "40+6"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+    ("x^2-1", "(x+1)(x-1)"),
+    ("(3,4)", "4,3"),
+    ("1", r"\frac{0}{0}"),
+    ("1", r"\sin(x)^2+\cos(x)^2"),
+    ("4x + 3y = 6", "8x + 6y = 12"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    ("45", "("),
+]
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[SymbolicWorker]:
+    worker = SymbolicWorker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def pool(monkeypatch) -> Iterator[SymbolicPool]:
+    """A pool in the place of the process's own, which remembers nothing and whose workers are not started yet."""
+    pool = SymbolicPool(workers=2)
+    monkeypatch.setattr(answers, "pool", pool)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def no_process(monkeypatch) -> Callable[[], None]:
+    """No worker can be started, until this is called."""
+    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.01, 0.01))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers.sys, "executable", "/bin/false")
+        yield patch.undo
+
+
+@pytest.fixture
+def no_math_verify(tmp_path, monkeypatch) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "math_verify.py").write_text("raise ImportError('broken install')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+
+
+def is_running(pid: int) -> bool:
+    """False for a zombie too: an orphan may find no parent that reaps it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def is_gone(*pids: int) -> bool:
+    """Within half a minute."""
+    deadline = time.monotonic() + 30
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(is_running, pids))
+
+
+def child_of(pid: int) -> int:
+    """The process that a worker has forked for its question."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            return int(children[0])
+        time.sleep(0.01)
+    raise AssertionError("no child")
+
+
+# --- the answer's fault -----------------------------------------------------------------------------------------------
+
+
+def test_a_slow_comparison_is_ended_and_the_next_one_answered(worker):
+    assert worker.compare("45", "40+5") is Outcome.EQUAL
+    first, worker.time_limit = worker.pid, 0.3
+    begin = time.perf_counter()
+    assert worker.compare("1", ENDLESS) is Outcome.TIMEOUT
+    assert time.perf_counter() - begin < 10
+    worker.time_limit = 5.0
+    assert worker.compare("45", "40+5") is Outcome.EQUAL
+    assert worker.pid == first
+
+
+def test_a_comparison_that_wants_all_memory_is_the_answers_fault(worker):
+    first = worker.pid
+    assert worker.compare("1", "2^{2^{40}}") in (Outcome.TIMEOUT, Outcome.UNDECIDED, Outcome.DIFFERENT)
+    assert worker.compare("45", "40+5") is Outcome.EQUAL and worker.pid == first
+
+
+def test_the_time_of_a_comparison_is_its_own_and_not_the_machines(worker):
+    """Stopped for longer than its limit, as on a machine that is too busy, it still gets its time."""
+    worker.compare("45", "40+5")
+    worker.time_limit = 0.4
+    found = []
+    asking = threading.Thread(target=lambda: found.append(worker.compare("1", ENDLESS)))
+    asking.start()
+    child = child_of(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(0.8)
+    assert not found and is_running(child)
+    os.kill(child, signal.SIGCONT)
+    asking.join()
+    worker.time_limit = 5.0
+    assert found == [Outcome.TIMEOUT]
+
+
+# --- the machinery's fault --------------------------------------------------------------------------------------------
+
+
+def test_a_dead_worker_is_replaced_and_the_question_asked_again(worker):
+    assert worker.compare("45", "40+5") is Outcome.EQUAL
+    os.kill(worker.pid, signal.SIGKILL)
+    assert worker.compare("45", "40+6") is Outcome.DIFFERENT
+
+
+def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_lost(worker):
+    """Kills less often than there are tries change nothing."""
+    worker.compare("45", "40+5")
+    for kills, outcome in ((2, Outcome.TIMEOUT), (3, Outcome.LOST)):
+        worker.time_limit = 1.5
+        found = []
+        asking = threading.Thread(target=lambda found=found: found.append(worker.compare("1", ENDLESS)))
+        asking.start()
+        for _ in range(kills):
+            os.kill(child_of(worker.pid), signal.SIGKILL)
+            time.sleep(0.1)
+        asking.join()
+        assert found == [outcome]
+    worker.time_limit = 5.0
+
+
+def test_without_a_worker_nothing_is_known_and_nothing_remembered(pool, no_process):
+    lost = Verdict(False, "40+5", "checker_lost")
+    assert check_all([(r"\boxed{40+5}", "45"), (r"\boxed{44}", "45")]) == [lost, Verdict(False, "44", "mismatch")]
+    assert "died with exit code 1" in pool.fault
+    with pytest.raises(UserError, match=r"the answer checker was lost \(.*exit code 1\); start the same command again"):
+        check(r"\boxed{40+5}", "45")
+    with pytest.raises(UserError, match=r"the answer checker cannot be started \(.*; see that python runs here"):
+        pool.start()
+    no_process()
+    assert check(r"\boxed{40+5}", "45") == Verdict(True, "40+5", "symbolic")
+
+
+def test_a_missing_math_verify_is_told_at_once_and_never_taken_for_a_wrong_answer(pool, no_math_verify):
+    said = r"answers cannot be compared: math-verify cannot be imported \(broken install\); pip install math-verify"
+    with pytest.raises(UserError, match=said):
+        pool.start()
+    with pytest.raises(UserError, match=said):
+        check(r"\boxed{40+5}", "45")
+
+
+def test_a_run_without_math_verify_does_not_begin(pool, no_math_verify, tmp_path):
+    sizes = ["mesh.data=8", "mesh.fsdp=1", "sft.rows_per_micro=8", "rl.rows_per_micro=8", "model.hidden_size=32"]
+    with pytest.raises(UserError, match="answers cannot be compared: math-verify cannot be imported"):
+        train.main(["config=grpo", *sizes, "tools=none", f"run={tmp_path / 'run'}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_depend_neither_on_order_nor_on_workers():
+    found = []
+    for workers, seed in ((1, 0), (3, 1), (2, 2)):
+        pairs = random.Random(seed).sample(PAIRS, len(PAIRS))
+        pool = SymbolicPool(workers)
+        outcomes = pool.compare(pairs)
+        pool.close()
+        found.append([outcomes[pair] for pair in PAIRS])
+    assert found[0] == found[1] == found[2]
+    assert {Outcome.EQUAL, Outcome.DIFFERENT} <= set(found[0]) and Outcome.LOST not in found[0]
+
+
+def test_comparisons_run_side_by_side_in_as_few_workers_as_are_needed(pool):
+    pool.compare([("45", "40+5")])
+    pool.compare([("45", "40+6")])
+    assert [worker.pid is None for worker in pool.workers] == [False, True]
+    pool.compare([("45", f"{n}+{n}") for n in range(8)])
+    assert None not in [worker.pid for worker in pool.workers]
+
+
+def test_equal_questions_are_asked_once(pool):
+    begin = time.perf_counter()
+    pool.workers[0].time_limit = pool.workers[1].time_limit = 0.5
+    assert set(pool.compare([("1", ENDLESS)] * 100).values()) == {Outcome.TIMEOUT}
+    assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT}
+    pool.close()
+    assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT} and pool.workers[0].pid is None
+    assert time.perf_counter() - begin < 30
+
+
+def test_a_step_has_a_time_after_which_what_is_left_counts_as_a_time_out(pool, caplog):
+    pool.start()
+    pool.workers[1].start()
+    pool.step_limit = 2.0
+    endless = [("1", f"{base}^{{9^{{9}}}}") for base in range(3, 9)]
+    begin = time.perf_counter()
+    outcomes = pool.compare([*endless, ("45", "40+5")])
+    assert time.perf_counter() - begin < 10
+    assert outcomes.pop(("45", "40+5")) is Outcome.EQUAL, "the shortest is asked first"
+    assert set(outcomes.values()) == {Outcome.LATE}
+    assert "6 answers were not compared within 2 s and count as time-outs" in caplog.text
+    pool.step_limit = 60.0
+    pool.workers[0].time_limit = pool.workers[1].time_limit = 0.3
+    assert set(pool.compare(endless).values()) == {Outcome.TIMEOUT}, "being late is not remembered"
+
+
+def test_what_the_machinery_made_late_is_lost(pool, no_process, monkeypatch):
+    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.2, 0.2))
+    pool.step_limit = 0.7
+    outcomes = pool.compare([("45", f"{n}+1") for n in range(20)])
+    assert set(outcomes.values()) == {Outcome.LOST}
+
+
+# --- nothing is left behind -------------------------------------------------------------------------------------------
+
+
+def test_a_closed_worker_is_gone_with_its_child_and_can_start_again(worker):
+    worker.compare("45", "40+5")
+    pid = worker.pid
+    worker.time_limit = 60.0
+    asking = threading.Thread(target=worker.compare, args=("1", ENDLESS, time.monotonic() + 1.0))
+    asking.start()
+    child = child_of(pid)
+    asking.join()
+    worker.close()
+    worker.time_limit = 5.0
+    assert is_gone(pid, child)
+    assert worker.compare("45", "40+5") is Outcome.EQUAL
+
+
+def test_a_killed_trainer_leaves_no_worker_even_a_busy_one():
+    program = f"""
+        from retool_jax.rl.answers import SymbolicWorker
+        worker = SymbolicWorker(time_limit=1.0)
+        worker.compare("1", "2")
+        print(worker.pid, flush=True)
+        worker.compare("1", "{ENDLESS}")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, cwd=PACKAGE_PARENT, stdout=subprocess.PIPE) as trainer:
+        pid = int(trainer.stdout.readline())
+        child = child_of(pid)
+        trainer.kill()
+    assert is_gone(pid, child)
+
+
+def test_sympy_stays_out_of_the_trainer_and_exit_is_clean():
+    program = r"""
+        import sys
+        from retool_jax.rl import answers
+        from retool_jax.rl.reward import check
+        assert answers.pool.workers[0].pid is None, "started before it was needed"
+        assert check(r"\boxed{40+5}", "45").correct
+        assert not {"sympy", "math_verify", "jax", "numpy"} & set(sys.modules)
+        print(answers.pool.workers[0].pid)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=PACKAGE_PARENT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert is_gone(int(done.stdout))

@@ -1,0 +1,228 @@
+"""Contract 7 in every number: what the machinery dropped is counted, limited, and has no part in anything else."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from retool_jax.clock import Clock
+from retool_jax.config import load
+from retool_jax.data.arithmetic import SPLITS
+from retool_jax.data.problems import Problem, Problems
+from retool_jax.errors import UserError
+from retool_jax.rl import answers
+from retool_jax.rl.answers import SymbolicPool
+from retool_jax.rl.evaluation import evaluate, faults, summarise
+from retool_jax.rl.loop import Session, learn_from_rewards, learnable_groups
+from retool_jax.rl.reward import Verdict, reward_of
+from retool_jax.rl.rollout import RolloutConfig, score
+from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
+from retool_jax.sandbox import SandboxConfig, ToolResult
+from retool_jax.tokens.chat import policy_turn_text
+
+RIGHT, WRONG = "\\boxed{40+5}<|im_end|>", "\\boxed{5}<|im_end|>"
+LIMITS = RolloutConfig(max_prompt_tokens=60)
+
+
+def called(code: str) -> str:
+    function = {"name": "code_interpreter", "arguments": {"code": code}}
+    return policy_turn_text({"content": "", "tool_calls": [{"function": function}]})
+
+
+CALL = called("print(6)")
+
+
+def scored(end: End, correct: bool = False, reason: str = "integer") -> Trajectory:
+    """A trajectory of five ids that has ended, and is scored unless it was dropped."""
+    trajectory = Trajectory("p/0", Problem("p", ({"role": "user", "content": "?"},), "6"), end=end)
+    trajectory.add("prompt", [1, 2])
+    trajectory.add("policy", [3, 4, 5], [-0.5] * 3)
+    if trajectory.dropped:
+        trajectory.fault = f"fault of {end}"
+    else:
+        trajectory.verdict = Verdict(correct, "6", reason)
+        trajectory.reward = reward_of(trajectory.verdict)
+    return trajectory
+
+
+@pytest.fixture
+def problems(tmp_path) -> Problems:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i}?"}], "reward_model": {"ground_truth": "45"}}
+        for i in range(5)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Problems(str(path), "dev", 0)
+
+
+@pytest.fixture
+def broken_box() -> SimpleNamespace:
+    """A sandbox that loses every call."""
+
+    async def lose(code: str) -> ToolResult:
+        return ToolResult("infra_error", backend="process", message="worker died")
+
+    return SimpleNamespace(run=lose, config=SandboxConfig())
+
+
+@pytest.fixture
+def look(scripted_engine, tokenizer, problems, broken_box, tmp_path):
+    """`look(turn of problem 0, ...)`: an evaluation in which each problem is answered twice with that turn."""
+
+    def run(*turns: str, max_dropped: float = 0.5) -> dict:
+        first = (1 << 31) + (SPLITS.index("dev") << 24)
+        script = {first + i: [tokenizer.encode(turn)] * 2 for i, turn in enumerate(turns)}
+
+        async def main() -> dict:
+            engine = scripted_engine(tokenizer.stop_ids, script)
+            return await evaluate(
+                engine, tokenizer, broken_box, problems, 3, len(turns), LIMITS, tmp_path / "run", max_dropped
+            )
+
+        return asyncio.run(main())
+
+    return run
+
+
+@pytest.mark.parametrize("end", INFRASTRUCTURE)
+def test_what_the_machinery_ended_is_counted_and_has_no_other_part(tokenizer, end):
+    trajectories = [scored(end), scored(End.ANSWERED, True), scored(End.NO_ANSWER), scored(End.ANSWERED, True)]
+    score(tokenizer, trajectories[:1])
+    assert trajectories[0].end == end and trajectories[0].verdict is None and trajectories[0].reward is None
+    numbers = summarise(trajectories, 0.5)
+    assert numbers["dropped"] == 0.25 and numbers[f"end/{end}"] == 1
+    assert numbers["accuracy"] == pytest.approx(2 / 3) and numbers["reward_mean"] == pytest.approx(1 / 3)
+    assert faults(numbers) == f"1 trajectories {end.replace('_', ' ')}"
+    (group,) = learnable_groups(trajectories, 4)
+    assert [example.advantage for example in group] == pytest.approx([0.7071, -1.4142, 0.7071], abs=1e-3)
+    assert trajectories[0].record(tokenizer)["fault"] == f"fault of {end}"
+
+
+def test_ends_of_the_policys_own_are_signal():
+    own = [scored(end) for end in End if end not in INFRASTRUCTURE]
+    assert summarise(own, 0.0)["dropped"] == 0.0 and faults(summarise(own, 0.0)) == ""
+    assert {str(end) for end in INFRASTRUCTURE} == {"sandbox_lost", "discarded", "checker_lost"}
+
+
+def test_more_dropped_than_allowed_stops_with_reasons_counts_and_the_way_out():
+    lost = [scored(End.SANDBOX_LOST)] * 2 + [scored(End.DISCARDED)]
+    trajectories = [*lost, scored(End.ANSWERED, True), scored(End.ANSWERED)]
+    assert summarise(trajectories, 0.6)["dropped"] == pytest.approx(0.6)
+    with pytest.raises(UserError) as caught:
+        summarise(trajectories, 0.5)
+    assert str(caught.value) == (
+        "3 of 5 trajectories were dropped, a share above rl.max_dropped=0.5: 2 sandbox_lost (fault of sandbox_lost), 1"
+        " discarded (fault of discarded). That is no fault of the policy, and the run's last checkpoint is good: mend"
+        " the cause and start the same command again, or raise rl.max_dropped"
+    )
+
+
+def test_the_limit_is_a_share_below_one():
+    assert load(["config=grpo"]).rl.max_dropped == 0.5
+    for value in ("1.0", "-0.1"):
+        with pytest.raises(UserError, match=rf"rl.max_dropped={value} must be between 0 and 0.99"):
+            load(["config=grpo", f"rl.max_dropped={value}"])
+
+
+def test_answers_that_cost_too_much_are_counted_and_wrong():
+    trajectories = [scored(End.ANSWERED, True), scored(End.ANSWERED, False, "timeout")]
+    numbers = summarise(trajectories, 0.0)
+    assert numbers["checker_timeouts"] == 1 and numbers["accuracy"] == 0.5
+    assert faults(numbers) == "1 answers not compared in time, which count as wrong"
+
+
+def test_the_error_of_an_accuracy_is_that_of_the_problems_that_were_kept(look, tmp_path):
+    numbers = look(RIGHT, RIGHT, CALL, RIGHT, WRONG)
+    assert numbers["accuracy"] == numbers["greedy_accuracy"] == 0.75 and numbers["dropped"] == pytest.approx(0.2)
+    assert numbers["accuracy_stderr"] == pytest.approx(np.sqrt(0.75 * 0.25 / 4))
+    records = [json.loads(line) for line in (tmp_path / "run" / numbers["trajectories"]).read_text().splitlines()]
+    assert [record["end"] for record in records].count("sandbox_lost") == 1 and len(records) == 5
+
+
+def test_an_evaluation_of_too_few_is_an_error(look):
+    with pytest.raises(UserError, match=r"3 of 5 trajectories were dropped, .*: 3 sandbox_lost \(worker died\)"):
+        look(RIGHT, CALL, CALL, CALL, WRONG)
+    assert look(RIGHT, CALL, CALL, CALL, WRONG, max_dropped=0.6)["accuracy"] == 0.5
+
+
+def test_an_answer_that_cannot_be_compared_is_no_signal(look, monkeypatch):
+    pool = SymbolicPool(workers=1)
+    monkeypatch.setattr(answers, "pool", pool)
+    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.01))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers.sys, "executable", "/bin/false")
+        numbers = look(RIGHT, "I do not know<|im_end|>", "I do not know<|im_end|>")
+    assert numbers["end/checker_lost"] == 1 and numbers["dropped"] == pytest.approx(1 / 3)
+    assert numbers["accuracy"] == 0.0 and numbers["end/answered"] == 0 and numbers["end/no_answer"] == 2
+    assert look(RIGHT)["accuracy"] == 1.0
+    pool.close()
+
+
+def test_the_event_loop_turns_while_answers_are_compared(
+    scripted_engine, tokenizer, problems, broken_box, tmp_path, monkeypatch
+):
+    """The comparison waits for a worker that has yet to import SymPy, which takes about a second."""
+    pool = SymbolicPool(workers=1)
+    monkeypatch.setattr(answers, "pool", pool)
+    first = (1 << 31) + (SPLITS.index("dev") << 24)
+    gaps = []
+
+    async def tick() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.01)
+            gaps.append(time.perf_counter() - before)
+
+    async def main() -> float:
+        ticking = asyncio.create_task(tick())
+        engine = scripted_engine(tokenizer.stop_ids, {first: [tokenizer.encode(RIGHT)] * 2})
+        began = time.perf_counter()
+        await evaluate(engine, tokenizer, broken_box, problems, 0, 1, LIMITS, tmp_path, 0.5)
+        ticking.cancel()
+        return time.perf_counter() - began
+
+    took = asyncio.run(main())
+    pool.close()
+    assert max(gaps) < took / 2 and len(gaps) > 10
+
+
+def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
+    scripted_engine, tokenizer, broken_box, tmp_path
+):
+    """At `rl.max_dropped` it goes on, to the weights that are not there."""
+    call = tokenizer.encode(CALL)
+
+    def step(calls: int) -> None:
+        run = load(["config=grpo", f"run={tmp_path}", "rl.prompts_per_step=2", "rl.group_size=4", "rl.minibatches=1"])
+        turns = [call] * calls + [tokenizer.encode(f"\\boxed{{{i}}}<|im_end|>") for i in range(8 - calls)]
+        engine = scripted_engine(tokenizer.stop_ids, {request: [turn] for request, turn in enumerate(turns)})
+        clock = Clock()
+        session = Session(
+            run=run,
+            folder=Path(tmp_path),
+            tokenizer=tokenizer,
+            problems={"train": Problems("arithmetic", "train", 0)},
+            box=broken_box,
+            engine=engine,
+            update=None,
+            checkpoints=None,
+            log=None,
+            bar=None,
+            clock=clock,
+            notes={},
+            began=time.perf_counter(),
+        )
+        try:
+            asyncio.run(learn_from_rewards(session, None, 0))
+        finally:
+            clock.close()
+
+    with pytest.raises(UserError, match="5 of 8 trajectories were dropped, a share above"):
+        step(calls=5)
+    with pytest.raises(AttributeError, match="params"):
+        step(calls=4)
