@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from retool_jax.errors import UserError
 absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every file it touches
 logging.getLogger("orbax").setLevel(logging.ERROR)
 
+# Items of a checkpoint, a folder each. Weights have one of their own, so that who wants them alone reads no moments.
+PARAMS, REST, NOTES = "params", "rest", "notes"
+WHOLE = "state"  # in the place of the first two in older checkpoints
 DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
 
 
@@ -48,12 +51,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, notes: dict) -> None:
-        """Write the train state (a pytree) and `notes` (JSON) as checkpoint `step`.
+        """Write the train state (a NamedTuple with `params`) and `notes` (JSON) as checkpoint `step`.
 
         Raises:
             UserError: the disk is full or refuses; the checkpoints before stay as they are.
         """
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonSave(notes)})
         needed, free = (x / 1e6 for x in (_bytes(state), shutil.disk_usage(self.folder).free))
         reason = f"it takes up to {needed:.1f} MB, the disk has {free:.1f} MB left" if free < needed else None
         if reason is None:
@@ -75,21 +79,44 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is corrupt, or that of another model.
         """
+        if (self.folder / str(step) / WHOLE).is_dir():
+            restored = self._read(step, {WHOLE: ocp.args.StandardRestore(like)})
+            return restored[WHOLE], restored[NOTES]
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(like).items()}
+        restored = self._read(step, items)
+        return type(like)(params=restored[PARAMS], **restored[REST]), restored[NOTES]
+
+    def restore_params(self, step: int, like: Any) -> tuple[Any, dict]:
+        """The weights and notes of checkpoint `step`, and no other bytes of it; `like` is as in `restore`.
+
+        Raises:
+            UserError: as `restore`.
+        """
+        if (self.folder / str(step) / WHOLE).is_dir():
+            tree = {PARAMS: like}
+            arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+            part = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
+            restored = self._read(step, {WHOLE: part})
+            return restored[WHOLE][PARAMS], restored[NOTES]
+        restored = self._read(step, {PARAMS: ocp.args.StandardRestore(like)})
+        return restored[PARAMS], restored[NOTES]
+
+    def _read(self, step: int, items: dict[str, Any]) -> Any:
         path = self.folder / str(step)
         others = [other for other in self._manager.all_steps() if other != step]
         way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
         # Asked before orbax is: it reads some damaged arrays as if nothing had happened, and on others its threads
         # print their tracebacks past every handler.
-        if damaged := damaged_file(path):
+        if damaged := damaged_file(path, [*items, NOTES]):
             raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore())
+        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()})
         restored, reason = _attempt(lambda: self._manager.restore(step, args=arguments))
         if reason is not None:
             raise UserError(
                 f"cannot read checkpoint {path} as the state of this config ({reason}):"
                 f" choose the folder of a run of this model, or remove that one{way_out}"
             )
-        return restored["state"], restored["notes"]
+        return restored
 
     def close(self) -> None:
         self._manager.close()
@@ -112,8 +139,11 @@ def write_digests(folder: Path) -> None:
             temporary.unlink()
 
 
-def damaged_file(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if each is as it was written (or that is not known)."""
+def damaged_file(folder: Path, items: Sequence[str]) -> str | None:
+    """What is wrong with the files of some items of a checkpoint, and with those beside all items, in words.
+
+    None if each is as it was written, or if that is not known.
+    """
     if not (folder / DIGESTS).is_file():
         return None
     try:
@@ -122,6 +152,8 @@ def damaged_file(folder: Path) -> str | None:
         return f"{DIGESTS} is not JSON"
     for name, expected in digests.items():
         path = folder / name
+        if "/" in name and name.split("/")[0] not in items:
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected[0]:
@@ -142,6 +174,12 @@ def _digest(path: Path) -> list[int]:
 def _sweep(folder: Path, step: str) -> None:
     for half in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """A train state as the items of a checkpoint."""
+    fields = state._asdict()
+    return {PARAMS: fields.pop(PARAMS), REST: fields}
 
 
 def _bytes(state: Any) -> int:
