@@ -388,7 +388,7 @@ def build(schema: type, values: dict, prefix: str = "", root: type | None = None
         if key not in known:
             unknown = next(iter(flatten_dict({key: value}, prefix)), f"{prefix}{key}")
             listed = ", ".join(prefix + name for name in known)
-            raise UserError(f"unknown key {unknown}; {_nearest(unknown, root) or f'known here: {listed}'}")
+            raise UserError(f"unknown key {_readable(unknown)}; {_nearest(unknown, root) or f'known here: {listed}'}")
     return schema(**{key: _convert(types[key], value, f"{prefix}{key}", root) for key, value in values.items()})
 
 

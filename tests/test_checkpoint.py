@@ -1,5 +1,6 @@
 """Checkpoints come back bit by bit, or say why not; a full disk costs none that was there."""
 
+import json
 import os
 import resource
 import shutil
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from retool_jax.checkpoint import Checkpoints, abstract_like, write_digests
+from retool_jax.checkpoint import Checkpoints, abstract_like, damaged_file, write_digests
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
@@ -163,6 +164,23 @@ def test_the_only_checkpoint_is_damaged(copied, mesh):
     checkpoints.close()
 
 
+def test_each_process_answers_for_the_files_that_it_wrote(copied):
+    """On a pod every host digests its own shards, not one host all of them."""
+    step = copied / "3"
+    for path in step.glob("*/ocdbt.process_0"):
+        shutil.copytree(path, path.with_name("ocdbt.process_1"))
+    assert any(step.glob("params/ocdbt.process_1/**/*"))
+    for process in (0, 1):
+        write_digests(step, process)
+    whose = {name: set(json.loads((step / name).read_text())) for name in ("digests.json", "digests.1.json")}
+    assert all("/ocdbt.process_1/" in name for name in whose["digests.1.json"])
+    everything = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    assert set.union(*whose.values()) == everything - {"digests.json", "digests.1.json"}
+    assert damaged_file(step, ["params"]) is None
+    damage(max((step / "params" / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size), "garble")
+    assert "params/ocdbt.process_1/" in damaged_file(step, ["params"])
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 3 MB; states here take one each."""
@@ -265,7 +283,7 @@ def arrays_read() -> int:
 @pytest.mark.parametrize("layout", ["saved", "whole"])
 def test_weights_alone_are_a_third_of_the_bytes(layout, mesh, request):
     checkpoints = Checkpoints(request.getfixturevalue(layout), keep=None)
-    size = sum(x.nbytes for x in jax.tree.leaves(like(mesh).params))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like(mesh).params))
     before, alive = arrays_read(), sum(x.nbytes for x in jax.live_arrays())
     params, _ = checkpoints.restore_params(3, like(mesh).params)
     assert sum(x.nbytes for x in jax.live_arrays()) - alive == size

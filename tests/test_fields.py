@@ -27,6 +27,7 @@ def test_a_secret_has_no_part_in_the_folders_name():
         f"sandbox={{token: [{SECRET}",
         f"sandbox={SECRET}",
         f"sandbox.token:{SECRET}",
+        f"sandbox.token:{SECRET[:-1]}",
         f"sandbox={{token: {{{SECRET}: 1}}}}",
         f"sandbox={{token: [{SECRET}]}}",
     ],
