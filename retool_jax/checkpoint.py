@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from retool_jax.errors import UserError
 absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every file it touches
 logging.getLogger("orbax").setLevel(logging.ERROR)
 
+# Items of a checkpoint, a folder each. Weights have one of their own, so that who wants them alone reads no moments.
+PARAMS, REST, NOTES = "params", "rest", "notes"
+WHOLE = "state"  # in the place of the first two in older checkpoints
 DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
 
 
@@ -48,12 +51,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, notes: dict) -> None:
-        """Write the train state (a pytree) and `notes` (JSON) as checkpoint `step`.
+        """Write the train state (a NamedTuple with `params`) and `notes` (JSON) as checkpoint `step`.
 
         Raises:
             UserError: the disk is full or refuses; the checkpoints before stay as they are.
         """
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonSave(notes)})
         needed, free = (x / 1e6 for x in (_bytes(state), shutil.disk_usage(self.folder).free))
         reason = f"it takes up to {needed:.1f} MB, the disk has {free:.1f} MB left" if free < needed else None
         if reason is None:
@@ -66,8 +70,7 @@ class Checkpoints:
                 f"cannot save checkpoint {step} in {self.folder} ({reason}); {kept};"
                 " make room and start the same command again"
             )
-        if jax.process_index() == 0:
-            write_digests(self.folder / str(step))
+        write_digests(self.folder / str(step), jax.process_index())
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict]:
         """The train state and notes of checkpoint `step`; `like` gives shapes and shardings.
@@ -75,21 +78,51 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is corrupt, or that of another model.
         """
+        if (self.folder / str(step) / WHOLE).is_dir():
+            restored = self._restore(step, {WHOLE: like})
+            return restored[WHOLE], restored[NOTES]
+        restored = self._restore(step, _items(like))
+        return type(like)(params=restored[PARAMS], **restored[REST]), restored[NOTES]
+
+    def restore_params(self, step: int, like: Any) -> tuple[Any, dict]:
+        """The weights and notes of checkpoint `step`, and no other bytes of it; `like` is as in `restore`.
+
+        Raises:
+            UserError: as `restore`.
+        """
+        whole = self.folder.absolute() / str(step) / WHOLE
+        if not whole.is_dir():
+            restored = self._restore(step, {PARAMS: like})
+            return restored[PARAMS], restored[NOTES]
+        tree = {PARAMS: like}
+        shardings = ocp.checkpoint_utils.construct_restore_args(tree)
+        part = ocp.args.PyTreeRestore(item=tree, restore_args=shardings, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            params = self._read(step, [WHOLE], lambda: reader.restore(whole, args=part))[PARAMS]
+        return params, self._restore(step, {})[NOTES]
+
+    def _restore(self, step: int, like: dict[str, Any]) -> Any:
+        """Items of a checkpoint by their names, and its notes."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()})
+        return self._read(step, [*items, NOTES], lambda: self._manager.restore(step, args=arguments))
+
+    def _read(self, step: int, items: Sequence[str], read: Callable[[], Any]) -> Any:
+        """What `read` returns of these items, after their files were found to be as they were written."""
         path = self.folder / str(step)
         others = [other for other in self._manager.all_steps() if other != step]
         way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
         # Asked before orbax is: it reads some damaged arrays as if nothing had happened, and on others its threads
         # print their tracebacks past every handler.
-        if damaged := damaged_file(path):
+        if damaged := damaged_file(path, items):
             raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore())
-        restored, reason = _attempt(lambda: self._manager.restore(step, args=arguments))
+        restored, reason = _attempt(read)
         if reason is not None:
             raise UserError(
                 f"cannot read checkpoint {path} as the state of this config ({reason}):"
                 f" choose the folder of a run of this model, or remove that one{way_out}"
             )
-        return restored["state"], restored["notes"]
+        return restored
 
     def close(self) -> None:
         self._manager.close()
@@ -100,28 +133,45 @@ def abstract_like(state: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def write_digests(folder: Path) -> None:
-    """Note the size and the CRC-32 of every file of a checkpoint, in it. A full disk leaves it without: unchecked."""
-    digests = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    temporary = folder / f"{DIGESTS}.tmp"
+def write_digests(folder: Path, process: int = 0) -> None:
+    """Note the size and the CRC-32 of each file of a checkpoint that this process wrote, in it.
+
+    A full disk leaves it without: unchecked.
+    """
+    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+    own = (name for name in names if _writer(name) == process and not name.startswith("digests."))
+    digests = {name: _digest(folder / name) for name in own}
+    target = folder / (DIGESTS if process == 0 else f"digests.{process}.json")
+    temporary = target.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(digests))
-        temporary.replace(folder / DIGESTS)
+        temporary.replace(target)
     except OSError:
         with suppress(OSError):
             temporary.unlink()
 
 
-def damaged_file(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if each is as it was written (or that is not known)."""
-    if not (folder / DIGESTS).is_file():
-        return None
-    try:
-        digests = json.loads((folder / DIGESTS).read_text())
-    except ValueError:
-        return f"{DIGESTS} is not JSON"
+def _writer(name: str) -> int:
+    """The process that wrote a file: each has a folder for its shards, and the first writes what is beside them."""
+    own = re.search(r"/ocdbt\.process_(\d+)/", name)
+    return int(own[1]) if own else 0
+
+
+def damaged_file(folder: Path, items: Sequence[str]) -> str | None:
+    """What is wrong with the files of some items of a checkpoint, and with those beside all items, in words.
+
+    None if each is as it was written, or if that is not known.
+    """
+    digests = {}
+    for path in sorted(folder.glob("digests.*json")):
+        try:
+            digests |= json.loads(path.read_text())
+        except ValueError:
+            return f"{path.name} is not JSON"
     for name, expected in digests.items():
         path = folder / name
+        if "/" in name and name.split("/")[0] not in items:
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected[0]:
@@ -142,6 +192,12 @@ def _digest(path: Path) -> list[int]:
 def _sweep(folder: Path, step: str) -> None:
     for half in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """A train state as the items of a checkpoint."""
+    fields = state._asdict()
+    return {PARAMS: fields.pop(PARAMS), REST: fields}
 
 
 def _bytes(state: Any) -> int:

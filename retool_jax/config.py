@@ -2,12 +2,10 @@
 
 import dataclasses
 import difflib
-import functools
+import fnmatch
 import hashlib
-import inspect
 import math
 import re
-import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from omegaconf import OmegaConf
 from retool_jax.data.problems import DataConfig
 from retool_jax.engine.engine import EngineConfig
 from retool_jax.errors import UserError
+from retool_jax.fields import HIDDEN, defaults_of, describe, flatten, flatten_dict, holds_secret, secret_keys, show
 from retool_jax.mesh import MeshConfig, check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.huggingface import find_folder
@@ -26,6 +25,7 @@ from retool_jax.sandbox import SandboxConfig
 from retool_jax.update import OptimizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
+DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ class RLRun(SFTRun):
                 f"sft.epochs={self.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
                 " as init_from, or use sft.steps"
             )
+        if self.rollout.grammar != DEMONSTRATED and self.tools == "python" and not self.init_from:
+            raise UserError(
+                f"rollout.grammar={self.rollout.grammar} has no cold start: demonstrations are written in the"
+                f" {DEMONSTRATED} grammar only; give weights that know it as init_from, or set"
+                f" rollout.grammar={DEMONSTRATED}"
+            )
         rl = self.rl
         positive(rl, "rl", "steps", "prompts_per_step", "group_size", "minibatches", "row_length", "rows_per_micro")
         positive(self.evaluation, "evaluation", "problems")
@@ -177,14 +183,44 @@ class RLRun(SFTRun):
         """The part of this run that makes its first weights, in a folder named by what decides them."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTRun)}
         shared["checkpoint"] = CheckpointConfig(every=max(self.sft.steps // 5, 1), keep=1)
-        decisive = repr([(key, shared[key]) for key in sorted(shared) if key not in ("run", "checkpoint")])
-        digest = hashlib.blake2b(decisive.encode(), digest_size=4).hexdigest()
+        made = SFTRun(**shared)
+        defaults = defaults_of(SFTRun)
+        decisive = {key: value for key, value in flatten(made).items() if not may_change(key)}
+        # Without those at their default, so that a key that is added later leaves the folder's name as it is.
+        decisive = {key: value for key, value in decisive.items() if value != defaults[key]}
+        decisive["rollout.grammar"] = self.rollout.grammar
+        digest = hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=4).hexdigest()
         folder = Path(self.run).parent / f"cold-start-{self.tools}-seed{self.seed}-{digest}"
-        return SFTRun(**shared | {"run": str(folder)})
+        return dataclasses.replace(made, run=str(folder))
 
 
-# Keys that another try of the same run may change: they do not touch what is computed, only how far or how often.
-MAY_CHANGE = ("run", "rl.steps", "rl.max_dropped", "checkpoint.every", "checkpoint.keep")
+# What another try of the same run may change; patterns of keys. Every other key decides the run's numbers, or what they
+# are compared with, and has to be as it was when the folder was made.
+MAY_CHANGE = (
+    # Where it lies, how far it goes, how often it looks and saves. A look changes no weights; what it measures stays.
+    *("run", "rl.steps", "rl.max_dropped", "evaluation.every", "checkpoint.*"),
+    # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
+    # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
+    *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
+    *("model.remat", "model.head_chunk", "model.attention_kernel"),
+    *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
+    *("engine.pages", "engine.*_buckets"),
+    "model.max_positions",  # nothing is computed with it
+    # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
+    # sees and may use (image, modules, limits) decides what it prints, and stays.
+    *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),
+    *("sandbox.recycle_*", "sandbox.probe_s", "sandbox.session*"),
+)
+# Keys that older folders lack, where they meant something else before they existed than their default says now.
+ABSENT = {"evaluation.answer_tokens": 0}  # no evaluation asked for an answer
+# Keys that older folders hold and this version has not, with the values at which they changed nothing.
+REMOVED: dict[str, tuple[object, ...]] = {
+    "rollout.tool_output_chars": (),  # outputs are cut by tokens now, and no number of characters does the same
+}
+
+
+def may_change(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
 def positive(section: object, name: str, *keys: str) -> None:
@@ -236,7 +272,7 @@ def load(words: list[str]) -> SFTRun | RLRun:
     """
     for word in words:
         if "=" not in word:
-            raise UserError(f"cannot read {word!r}: expected key=value, for example config=grpo; see --help")
+            raise UserError(f"cannot read {_readable(word)!r}: expected key=value, for example config=grpo; see --help")
     pairs = [tuple(word.split("=", 1)) for word in words]
     names = [value for key, value in pairs if key == "config"]
     if not names:
@@ -252,9 +288,11 @@ def load(words: list[str]) -> SFTRun | RLRun:
                 OmegaConf.update(word, key, value)  # a folder may be called 2024, and tools=no is not a truth value
             values = OmegaConf.to_container(OmegaConf.merge(values, word))
         except Exception as error:  # OmegaConf's kinds, and those of its YAML parser
+            if holds_secret(schema, key):
+                raise UserError(f"cannot read {key}={HIDDEN}: it is no YAML value; put it in quotes") from None
             raise UserError(f"cannot read {key}={value}: {_one_line(error)}") from error
     if not values.get("run"):
-        values["run"] = str(Path("runs") / folder_name(names[-1], overrides))
+        values["run"] = str(Path("runs") / folder_name(names[-1], overrides, schema))
     return build(schema, with_checkpoint(values))
 
 
@@ -270,7 +308,8 @@ def with_checkpoint(values: dict) -> dict:
     if not name or not isinstance(model, dict):
         return values
     folder = Path(name)
-    its_run = read_yaml(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else None
+    its_run = read_yaml(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
+    its_run = its_run if {"model", "tokenizer"} <= its_run.keys() else None
     if values.get("tokenizer") == "":
         values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
     if set(ARCHITECTURE) & model.keys():
@@ -318,9 +357,19 @@ def schema_of(values: dict, name: str) -> type[SFTRun]:
     return schemas[task]
 
 
-def folder_name(config: str, overrides: dict[str, str]) -> str:
-    """A run's folder from its command, so that the same command finds its run and another one does not."""
-    words = [config, *(f"{key}={value}" for key, value in sorted(overrides.items()) if key != "run")]
+def folder_name(config: str, overrides: dict[str, str], schema: type[SFTRun]) -> str:
+    """A run's folder from its command, so that the same command finds its run and another one does not.
+
+    Secrets have no part in it, not even in its digest.
+    """
+    shown = {}
+    for key, value in overrides.items():
+        if holds_secret(schema, key):  # a section's are its other keys
+            flat = flatten_dict(OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"])))
+            shown |= {name: show(part) for name, part in flat.items() if not holds_secret(schema, name)}
+        else:
+            shown[key] = value
+    words = [config, *(f"{key}={value}" for key, value in sorted(shown.items()) if key != "run")]
     clean = [re.sub(r"[^\w.=+-]+", "_", word) for word in [Path(config).stem, *words[1:]]]
     name = "-".join(clean)
     if clean != words or len(name) > 120:  # what was lost may be all that tells two commands apart
@@ -339,9 +388,9 @@ def build(schema: type, values: dict, prefix: str = "", root: type | None = None
     known = [f.name for f in dataclasses.fields(schema)]
     for key, value in values.items():
         if key not in known:
-            unknown = next(iter(_flatten_dict({key: value}, prefix)), f"{prefix}{key}")
+            unknown = next(iter(flatten_dict({key: value}, prefix)), f"{prefix}{key}")
             listed = ", ".join(prefix + name for name in known)
-            raise UserError(f"unknown key {unknown}; {_nearest(unknown, root) or f'known here: {listed}'}")
+            raise UserError(f"unknown key {_readable(unknown)}; {_nearest(unknown, root) or f'known here: {listed}'}")
     return schema(**{key: _convert(types[key], value, f"{prefix}{key}", root) for key, value in values.items()})
 
 
@@ -359,10 +408,11 @@ def _nearest(key: str, root: type) -> str | None:
 
 
 def _convert(wanted: typing.Any, value: object, key: str, root: type) -> object:
+    shown = HIDDEN if holds_secret(root, key) else show(value)
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             names = ", ".join(f"{key}.{name}" for name in typing.get_type_hints(wanted))
-            raise UserError(f"{key}={_show(value)} sets a whole section; set one of its keys: {names}")
+            raise UserError(f"{key}={shown} sets a whole section; set one of its keys: {names}")
         return build(wanted, value, f"{key}.", root)
     if typing.get_origin(wanted) is tuple:
         items = value if isinstance(value, list) else [] if value is None else [value]
@@ -370,140 +420,24 @@ def _convert(wanted: typing.Any, value: object, key: str, root: type) -> object:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={value} must be a finite number")
+        raise UserError(f"{key}={shown} must be a finite number")
     if wanted is str and value is None:
         return ""
     if type(value) is not wanted:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not holds_secret(root, key):
             raise UserError(f"{key} is a single {wanted.__name__} and has no key {next(iter(value), '')!r} below it")
         is_what = "is empty" if value is None else f"is of type {type(value).__name__}"
-        raise UserError(f"{key}={_show(value)} {is_what}; it must be {wanted.__name__}")
+        raise UserError(f"{key}={shown} {is_what}; it must be {wanted.__name__}")
     return value
 
 
-def describe(schema: type, prefix: str = "") -> list[tuple[str, str, object, str]]:
-    """Every leaf key as (key, type, default, comment from the source)."""
-    rows = []
-    types = typing.get_type_hints(schema)
-    comments = _comments(schema)
-    for item in dataclasses.fields(schema):
-        key, wanted = prefix + item.name, types[item.name]
-        if dataclasses.is_dataclass(wanted):
-            rows += describe(wanted, f"{key}.")
-        else:
-            name = getattr(wanted, "__name__", str(wanted)) if typing.get_origin(wanted) is None else "list"
-            rows.append((key, name, item.default, comments.get(item.name, "")))
-    return rows
-
-
-@functools.cache  # reading source is slow
-def _comments(schema: type) -> dict[str, str]:
-    """What the source says about each field: the comment on its line, or the string below it."""
-    found: dict[str, str] = {}
-    for cls in reversed(schema.__mro__[:-1]):
-        lines = inspect.getsource(cls).splitlines()
-        for line, below in zip(lines, [*lines[1:], ""], strict=True):
-            if match := re.match(r"    (\w+): [^#]*?(?:  # (.*))?$", line):
-                below = below.strip()
-                found[match[1]] = match[2] or (below.strip('"') if below.startswith('"""') else "")
-    return found
-
-
-def help_text(words: list[str]) -> str:
-    """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
-    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
-    schema = schema_of(values := read_yaml(name), name)
-    resolved = flatten(build(schema, values))
-    rows = [(f"{key}={_show(resolved[key])}", comment) for key, _, _, comment in describe(schema)]
-    lines = [
-        textwrap.fill(f"  {left:<44} {comment}".rstrip(), 110, subsequent_indent=" " * 47, break_on_hyphens=False)
-        for left, comment in rows
-    ]
-    return "\n".join(
-        [
-            "usage: python -m retool_jax.train config=NAME [key=value ...]",
-            "",
-            f"configs: {', '.join(config_names())}; or the path of a YAML file",
-            "",
-            "Later words win over earlier ones, and all of them over the config's file. An unknown key or a value of",
-            "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
-            "trajectories and checkpoints; the same command again resumes it.",
-            "",
-            f"keys of config={name} and their values there:",
-            *lines,
-        ]
-    )
-
-
-def flatten(run: object, prefix: str = "") -> dict[str, object]:
-    """Dotted keys and values of a dataclass tree."""
-    flat = {}
-    for item in dataclasses.fields(run):
-        value = getattr(run, item.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{item.name}.")
-        else:
-            flat[f"{prefix}{item.name}"] = value
-    return flat
-
-
-def _show(value: object) -> str:
-    """A value as one would write it on the command line."""
-    if isinstance(value, tuple | list):
-        return f"[{','.join(map(_show, value))}]"
-    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+def _readable(word: str) -> str:
+    """A word of the command line without what may be a secret in it."""
+    for key in secret_keys(RLRun):
+        before, name, after = word.partition(key)
+        word = before + name + (HIDDEN if after else "")
+    return word
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def claim_folder(run: SFTRun) -> Path:
-    """Make the run's folder and save the resolved config there, or check that it holds this very run.
-
-    Raises:
-        UserError: the folder holds a run of another config, or no run; nothing is changed.
-    """
-    folder = Path(run.run)
-    path = folder / "config.yaml"
-    temporary = path.with_suffix(".tmp")  # a start that was killed may have left one
-    if path.is_file():
-        if found := [difference for difference in differences(run, folder) if difference[0] not in MAY_CHANGE]:
-            key, there, here = found[0]
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(
-                f"{folder} holds another run: {key} is {_show(there)} there and {_show(here)} here{more};"
-                " choose another run=FOLDER, or remove that one"
-            )
-    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {temporary}):
-        raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(run))))
-    temporary.replace(path)
-    return folder
-
-
-def differences(run: SFTRun, folder: Path) -> list[tuple[str, object, object]]:
-    """(key, value there, value here) wherever the config of a run's folder differs from this one.
-
-    Raises:
-        UserError: that config cannot be read.
-    """
-    there, here = _flatten_dict(read_yaml(str(folder / "config.yaml"))), _flatten_dict(to_plain(run))
-    keys = sorted(there.keys() | here.keys())
-    return [(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
-
-
-def to_plain(run: object) -> dict:
-    """Nested dicts and lists of a dataclass tree, with its task."""
-    plain = dataclasses.asdict(
-        run, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
-    )
-    return {"task": "grpo" if isinstance(run, RLRun) else "sft", **plain}
-
-
-def _flatten_dict(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

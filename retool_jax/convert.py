@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +67,10 @@ def parse(words: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that are there: those of a run, or, where that is None, of a Hugging Face folder."""
+    """Weights that are there: those of a run, or, where that is None, of a Hugging Face folder.
+
+    Of the run's config only the model and the tokenizer are read; the devices are those that are here.
+    """
 
     run: "SFTRun | None"
     folder: Path
@@ -80,17 +83,15 @@ def find_source(name: str) -> Source:
     Raises:
         UserError: there is neither a run nor a checkpoint.
     """
-    from retool_jax import config as configs
-    from retool_jax.mesh import MeshConfig
+    from retool_jax.config import SFTRun
     from retool_jax.models.config import config_from_hf
     from retool_jax.models.huggingface import find_folder, read_headers
+    from retool_jax.run_folder import CONFIG, read_model
 
     folder = find_folder(name)
-    if (folder / "config.yaml").is_file():
-        values = configs.read_yaml(str(folder / "config.yaml"))
-        run = configs.build(configs.schema_of(values, name), values)
-        run = replace(run, mesh=MeshConfig())  # its own may be that of a pod
-        return Source(run, folder, run.model)
+    if (folder / CONFIG).is_file():
+        model, tokenizer = read_model(folder)
+        return Source(SFTRun(model=model, tokenizer=tokenizer), folder, model)
     if not (folder / "config.json").is_file():
         raise UserError(f"no checkpoint at {name}: expected config.yaml of a run, or config.json of a model, there")
     kinds = {tensor.dtype.name for tensor in read_headers(folder).values()}

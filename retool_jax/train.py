@@ -1,6 +1,7 @@
 """`python -m retool_jax.train config=NAME key=value ...`: train, or resume, the run that the words describe."""
 
 import asyncio
+import textwrap
 
 from retool_jax.errors import run_command
 
@@ -10,7 +11,7 @@ def main(words: list[str]) -> None:
     from retool_jax import config
 
     if not words or {"-h", "--help"} & set(words):
-        print(config.help_text(words))
+        print(help_text(words))
         return
     run = config.load(words)
     if isinstance(run, config.RLRun):
@@ -22,6 +23,36 @@ def main(words: list[str]) -> None:
 
         loop.train(run)
         print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={run.run} goes on from it")
+
+
+def help_text(words: list[str]) -> str:
+    """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
+    from retool_jax import config
+    from retool_jax.fields import HIDDEN, describe, flatten, secret_keys, show
+
+    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
+    schema = config.schema_of(values := config.read_yaml(name), name)
+    resolved = flatten(config.build(schema, values))
+    resolved |= {key: HIDDEN for key in secret_keys(schema) if resolved[key]}
+    rows = [(f"{key}={show(resolved[key])}", comment) for key, _, _, comment in describe(schema)]
+    lines = [
+        textwrap.fill(f"  {left:<44} {comment}".rstrip(), 110, subsequent_indent=" " * 47, break_on_hyphens=False)
+        for left, comment in rows
+    ]
+    return "\n".join(
+        [
+            "usage: python -m retool_jax.train config=NAME [key=value ...]",
+            "",
+            f"configs: {', '.join(config.config_names())}; or the path of a YAML file",
+            "",
+            "Later words win over earlier ones, and all of them over the config's file. An unknown key or a value of",
+            "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
+            "trajectories and checkpoints; the same command again resumes it.",
+            "",
+            f"keys of config={name} and their values there:",
+            *lines,
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -105,9 +105,9 @@ def fresh_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
 
 
 def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Step 0 of training weights that exist already, in their shards."""
+    """Step 0 of training weights that exist already, in their shards. They are consumed: the state has them now."""
     shardings = state_shardings(model, optimizer, mesh)
-    return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings)(params)
+    return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:

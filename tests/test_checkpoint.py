@@ -1,5 +1,6 @@
 """Checkpoints come back bit by bit, or say why not; a full disk costs none that was there."""
 
+import json
 import os
 import resource
 import shutil
@@ -8,10 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
-from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.checkpoint import Checkpoints, abstract_like, damaged_file, write_digests
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
@@ -124,7 +128,9 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncate", "garble", "remove"])
-@pytest.mark.parametrize("which", ["largest", "notes/metadata", "state/manifest.ocdbt", "digests.json"])
+@pytest.mark.parametrize(
+    "which", ["largest", "notes/metadata", "params/manifest.ocdbt", "rest/manifest.ocdbt", "digests.json"]
+)
 def test_a_damaged_file_is_named_and_the_one_before_is_used(copied, mesh, capfd, which, how):
     """The largest file holds the arrays: garbled there, orbax alone reads wrong weights and says nothing."""
     step = copied / "3"
@@ -151,11 +157,28 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(copied, mesh, capfd,
 
 def test_the_only_checkpoint_is_damaged(copied, mesh):
     shutil.rmtree(copied / "2")
-    damage(copied / "3" / "state" / "_METADATA", "truncate")
+    damage(copied / "3" / "params" / "_METADATA", "truncate")
     checkpoints = Checkpoints(copied, keep=2)
     with pytest.raises(UserError, match=r"checkpoint .*/3 is corrupt .*: remove that folder to start over$"):
         checkpoints.restore(3, like(mesh))
     checkpoints.close()
+
+
+def test_each_process_answers_for_the_files_that_it_wrote(copied):
+    """On a pod every host digests its own shards, not one host all of them."""
+    step = copied / "3"
+    for path in step.glob("*/ocdbt.process_0"):
+        shutil.copytree(path, path.with_name("ocdbt.process_1"))
+    assert any(step.glob("params/ocdbt.process_1/**/*"))
+    for process in (0, 1):
+        write_digests(step, process)
+    whose = {name: set(json.loads((step / name).read_text())) for name in ("digests.json", "digests.1.json")}
+    assert all("/ocdbt.process_1/" in name for name in whose["digests.1.json"])
+    everything = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    assert set.union(*whose.values()) == everything - {"digests.json", "digests.1.json"}
+    assert damaged_file(step, ["params"]) is None
+    damage(max((step / "params" / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size), "garble")
+    assert "params/ocdbt.process_1/" in damaged_file(step, ["params"])
 
 
 @pytest.fixture
@@ -222,5 +245,68 @@ def test_a_state_of_another_model_is_refused(copied, mesh):
     )
     checkpoints = Checkpoints(copied, keep=2)
     with pytest.raises(UserError, match=r"as the state of this config .*: choose the folder of a run of this model"):
-        checkpoints.restore(3, other)
+        checkpoints.restore(3, like(mesh)._replace(params=other))
     checkpoints.close()
+
+
+# ---------------------------------------------------------------------------------------------------- weights alone
+
+
+@pytest.fixture(scope="module")
+def whole(mesh, tmp_path_factory) -> Path:
+    """A checkpoint as it was written before weights had an item of their own."""
+    folder = tmp_path_factory.mktemp("whole") / "checkpoints"
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        state, notes = ocp.args.StandardSave(state_of(mesh, 3)), ocp.args.JsonSave({"seconds": {}})
+        manager.save(3, args=ocp.args.Composite(state=state, notes=notes))
+    write_digests(folder / "3")
+    return folder
+
+
+def test_an_older_checkpoint_comes_back_bit_by_bit(whole, mesh):
+    checkpoints = Checkpoints(whole, keep=None)
+    state, notes = checkpoints.restore(3, like(mesh))
+    assert_equal(state, state_of(mesh, 3))
+    params, also = checkpoints.restore_params(3, like(mesh).params)
+    assert notes == also == {"seconds": {}}
+    assert_equal(params, state.params)
+    checkpoints.close()
+
+
+def arrays_read() -> int:
+    """Bytes that tensorstore has read from files in this process."""
+    counted = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(metric["values"][0]["value"] for metric in counted)
+
+
+@pytest.mark.parametrize("layout", ["saved", "whole"])
+def test_weights_alone_are_a_third_of_the_bytes(layout, mesh, request):
+    checkpoints = Checkpoints(request.getfixturevalue(layout), keep=None)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like(mesh).params))
+    before, alive = arrays_read(), sum(x.nbytes for x in jax.live_arrays())
+    params, _ = checkpoints.restore_params(3, like(mesh).params)
+    assert sum(x.nbytes for x in jax.live_arrays()) - alive == size
+    assert 0.5 * size < arrays_read() - before < 1.3 * size
+    checkpoints.close()
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(state_of(mesh, 3).params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_damage_beside_the_weights_does_not_keep_them_from_being_read(copied, mesh):
+    damage(copied / "3" / "rest" / "_METADATA", "truncate")
+    checkpoints = Checkpoints(copied, keep=None)
+    checkpoints.restore_params(3, like(mesh).params)
+    damage(copied / "3" / "params" / "_METADATA", "truncate")
+    with pytest.raises(UserError, match=r"checkpoint .*/3 is corrupt \(params/_METADATA has"):
+        checkpoints.restore_params(3, like(mesh).params)
+    checkpoints.close()
+
+
+def test_weights_come_back_in_another_type(saved, mesh):
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), like(mesh).params)
+    checkpoints = Checkpoints(saved, keep=None)
+    params, _ = checkpoints.restore_params(3, half)
+    checkpoints.close()
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(state_of(mesh, 3).params), strict=True):
+        np.testing.assert_array_equal(x, y.astype(jnp.bfloat16))

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import jax
 import pytest
-from omegaconf import OmegaConf
 
 import retool_jax
-from retool_jax import config
-from retool_jax.config import RLRun, SFTRun, claim_folder, flatten, load
+from retool_jax import config, train
+from retool_jax.config import RLRun, SFTRun, load
 from retool_jax.errors import UserError
+from retool_jax.fields import flatten, show
 from retool_jax.mesh import AXES, MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig, config_to_hf
+from retool_jax.run_folder import claim_folder
 from retool_jax.update import init_state, state_shardings
 
 
@@ -178,15 +179,6 @@ def test_a_config_that_is_its_own_base(tmp_path):
     assert "is its own base" in error_of(f"config={path}")
 
 
-def test_the_resolved_config_gives_the_same_run_again(tmp_path):
-    words = ["rl.optimizer.learning_rate=3e-5", "sandbox.backend=[process]", "tools=none", "data.train=1e5"]
-    for name, run_name in [("grpo", "2024"), ("sft", "null"), ("grpo", "a b")]:
-        run = load([f"config={name}", f"run={tmp_path / name / run_name}", *(words if name == "grpo" else [])])
-        folder = claim_folder(run)
-        again = load([f"config={folder / 'config.yaml'}"])
-        assert again == run and type(again) is type(run)
-
-
 def test_the_folder_follows_from_the_command():
     def folder(*words: str) -> str:
         return load(["config=grpo", *words]).run
@@ -217,51 +209,51 @@ def test_configs_of_one_name_in_two_places_have_two_folders(tmp_path):
     assert len({load([f"config={name}"]).run for name in names}) == 3
 
 
-# ---------------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------------------- the cold start
 
 
-def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
-    folder = claim_folder(load(["config=grpo", f"run={tmp_path / 'r'}", "rl.clip.high=0.3", "checkpoint.every=5"]))
-    before = (folder / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"holds another run: rl.clip.high is 0.3 there and 0.28 here; choose another"):
-        claim_folder(load(["config=grpo", f"run={folder}"]))
-    with pytest.raises(UserError, match=r"seed is 0 there and 3 here and \d+ more|is .* there and .* and \d+ more"):
-        claim_folder(load(["config=grpo", f"run={folder}", "seed=3"]))
-    assert (folder / "config.yaml").read_bytes() == before and len(list(folder.iterdir())) == 1
-    # How far and how often may change.
-    claim_folder(load(["config=grpo", f"run={folder}", "rl.clip.high=0.3", "rl.steps=3", "checkpoint.every=1"]))
+def test_a_cold_start_has_a_folder_for_each_thing_that_decides_it():
+    def folder(*words: str) -> str:
+        return load(["config=grpo", *words]).cold_start().run
+
+    plain = folder()
+    decisive = ["sft.steps=7", "seed=1", "tools=none", "model.num_layers=3", "model.compute_dtype=bfloat16"]
+    assert len({plain, *(folder(word) for word in decisive)}) == len(decisive) + 1
+    # RL's own keys and the machine's are none of its business.
+    for word in ("rl.steps=3", "mesh.fsdp=2", "model.remat=full", "sft.rows_per_micro=8", "checkpoint.every=1"):
+        assert folder(word, "run=runs/x") == folder("run=runs/x"), word
 
 
-def test_a_folder_that_is_not_a_runs_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no run; choose another run=FOLDER"):
-        claim_folder(load(["config=sft", f"run={tmp_path}"]))
-    with pytest.raises(UserError, match="holds no run"):
-        claim_folder(load(["config=sft", f"run={tmp_path / 'notes.txt'}"]))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_a_key_that_is_new_leaves_a_cold_starts_folder_as_it_is(monkeypatch):
+    """Its default says what was done before it existed."""
+    before = load(["config=grpo"]).cold_start().run
+    defaults = config.defaults_of(SFTRun)
+    monkeypatch.setattr(config, "flatten", lambda run: flatten(run) | {"sft.new": 0})
+    monkeypatch.setattr(config, "defaults_of", lambda schema: defaults | {"sft.new": 0})
+    assert load(["config=grpo"]).cold_start().run == before
 
 
-def test_a_torn_config_in_the_run_folder(tmp_path):
-    run = load(["config=sft", f"run={tmp_path}"])
-    (tmp_path / "config.tmp").write_text("task: sf")  # a start that was killed, or met a full disk
-    claim_folder(run)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-    (tmp_path / "config.yaml").write_text("task: [")
-    with pytest.raises(UserError, match=r"cannot read .*config.yaml"):
-        claim_folder(run)
+def test_a_cold_start_in_a_grammar_without_demonstrations_is_refused():
+    message = error_of("config=grpo", "rollout.grammar=retool")
+    assert message.startswith(
+        "rollout.grammar=retool has no cold start: demonstrations are written in the hermes grammar"
+    )
+    assert "give weights that know it as init_from, or set rollout.grammar=hermes" in message
+    assert load(["config=grpo", "rollout.grammar=retool", "init_from=runs/mine"]).rollout.grammar == "retool"
+    assert load(["config=grpo", "rollout.grammar=retool", "tools=none"]).rollout.grammar == "retool"
 
 
 # ----------------------------------------------------------------------------------------------------------- help
 
 
 def test_help_names_every_config_and_every_key_in_readable_lines():
-    text = config.help_text(["--help"])
+    text = train.help_text(["--help"])
     assert text.startswith("usage: python -m retool_jax.train config=NAME [key=value ...]")
     assert all(name in text for name in config.config_names())
     for key, value in flatten(load(["config=grpo"])).items():
-        assert key == "run" or f"\n  {key}={config._show(value)}" in text, key
+        assert key == "run" or f"\n  {key}={show(value)}" in text, key
     assert max(map(len, text.splitlines())) <= 110
-    assert "rl.steps" not in config.help_text(["--help", "config=sft"])
+    assert "rl.steps" not in train.help_text(["--help", "config=sft"])
 
 
 # --------------------------------------------------------------------------------- contract 10: every key is read
@@ -406,12 +398,6 @@ def test_mesh_axes_are_those_of_the_config():
     assert tuple(typing.get_type_hints(MeshConfig)) == AXES
 
 
-def test_a_saved_config_holds_every_key(tmp_path):
-    run = load(["config=grpo", f"run={tmp_path / 'r'}"])
-    saved = OmegaConf.to_container(OmegaConf.load(claim_folder(run) / "config.yaml"))
-    assert set(config._flatten_dict(saved)) == {"task", *flatten(run)}
-
-
 # --- what a config leaves to the checkpoint ---------------------------------------------------------------------------
 
 
@@ -424,7 +410,8 @@ def test_the_shape_and_the_tokenizer_that_no_config_sets_are_the_checkpoints(tmp
     expected = dataclasses.asdict(there) | {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "remat": "full"}
     assert dataclasses.asdict(run.model) == expected | {"head_chunk": 77}
 
-    claim_folder(dataclasses.replace(run, run=str(tmp_path / "run"), tokenizer="elsewhere"))
+    with claim_folder(dataclasses.replace(run, run=str(tmp_path / "run"), tokenizer="elsewhere")):
+        pass
     again = load(["config=sft_retool", f"init_from={tmp_path / 'run'}", "model.head_chunk=77"])
     assert (again.model, again.tokenizer) == (run.model, "elsewhere")
     named = load(["config=sft_retool", f"init_from={tmp_path / 'run'}", "tokenizer=mine"])

@@ -17,6 +17,7 @@ from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
 from retool_jax.models.huggingface import load_params
 from retool_jax.models.transformer import Params
+from retool_jax.run_folder import claim_folder
 from retool_jax.sft.loop import load_weights
 from retool_jax.update import init_state
 
@@ -29,7 +30,8 @@ def made(mesh, tmp_path_factory) -> tuple[configs.SFTRun, Params]:
     folder = tmp_path_factory.mktemp("runs") / "cold"
     words = ["config=sft", f"run={folder}", *(f"model.{size}" for size in SIZES), "mesh.data=4", "mesh.fsdp=2"]
     run = configs.load([*words, "sft.rows_per_micro=8"])
-    configs.claim_folder(run)
+    with claim_folder(run):
+        pass
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     state = init_state(run.model, run.sft.optimizer, mesh, run.seed)
     checkpoints.save(1, jax.tree.map(lambda x: x * 0, state), {})
@@ -63,6 +65,16 @@ def test_a_runs_newest_weights_go_out_and_start_another_run(made, exported):
     assert (exported / "tokenizer.json").is_file() and (exported / "chat_template.jinja").is_file()
     with pytest.raises(UserError, match=r"holds another model: model.rope_theta is 100.0 there and 200.0 here"):
         load_weights(replace(run, model=replace(run.model, rope_theta=200.0)), exported)
+
+
+def test_a_run_of_an_older_version_is_converted_too(run, exported, tmp_path):
+    """Its config may hold keys that are gone and lack those that are new; of it only the model and words count."""
+    old = Path(shutil.copytree(run.run, tmp_path / "old"))
+    text = (old / "config.yaml").read_text()
+    assert "  overlong: error\n" in text and "  head_chunk: 1024\n" in text
+    text = text.replace("  overlong: error\n", "  gone: 1\n").replace("  head_chunk: 1024\n", "  dropout: 0.1\n")
+    (old / "config.yaml").write_text(text)
+    assert compare(str(old), str(exported)) == []
 
 
 def test_equal_checkpoints_compare_equal(run, exported, tmp_path, capsys):

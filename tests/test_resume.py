@@ -1,6 +1,7 @@
 """Contract 9: kill -9 in the middle of RL, the same command again, and the numbers are those of an unbroken run."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from retool_jax import report
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics
+from retool_jax.rl.loop import sandbox_lines
+from retool_jax.sandbox import Sandbox, SandboxConfig
 
 WORDS = [
     "config=grpo",
@@ -52,8 +55,8 @@ def data(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def start(fully_compiled, data):
-    def run(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}"]
+    def run(folder: Path, *words: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}", *words]
         return subprocess.Popen(
             command, env=fully_compiled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -117,3 +120,50 @@ def test_a_killed_run_resumes_to_the_same_numbers(start, unbroken):
     assert max(learned) > 4, "the resumed part must have learned something"
     summaries = [json.loads((f / "summary.json").read_text()) for f in (folder, unbroken)]
     assert summaries[0]["after"] == summaries[1]["after"] | {"perf/eval_s": summaries[0]["after"]["perf/eval_s"]}
+
+
+def cut_after(folder: Path, kind: str, step: int) -> None:
+    """Leave the metrics file as a kill behind one of its lines would."""
+    lines = read_metrics(folder)
+    last = max(i for i, line in enumerate(lines) if (line["kind"], line["step"]) == (kind, step))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[: last + 1]))
+
+
+def after(folder: Path) -> dict:
+    return {k: v for k, v in json.loads((folder / "summary.json").read_text())["after"].items() if k != "perf/eval_s"}
+
+
+def test_a_look_that_was_cut_off_is_taken_again_alone(start, unbroken):
+    """The checkpoint comes before the look, so a kill during a long one costs no step; also when it is the last."""
+    folder = Path(shutil.copytree(unbroken, unbroken.with_name("looking")))
+    (folder / "summary.json").unlink()
+    cut_after(folder, "rl", 6)
+    assert f"resuming {folder} from step 6 of 6" in finish(start(folder))
+    assert comparable(folder) == comparable(unbroken)
+    assert after(folder) == after(unbroken)
+
+
+def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(start, unbroken):
+    """Killed between its last checkpoint and its summary, it has that of fewer steps."""
+    folder = Path(shutil.copytree(unbroken, unbroken.with_name("longer")))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": 4, "after": {"accuracy": 0.123}}))
+    output = finish(start(folder))
+    assert "nothing to do" not in output and "12.3 %" not in output
+    assert comparable(folder) == comparable(unbroken)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6 and after(folder) == after(unbroken)
+    assert "is complete; nothing to do" in finish(start(folder))
+    # Further from there: what is new is told, and the summary of 6 steps does not survive the first one.
+    output = finish(start(folder, "rl.steps=7", "evaluation.every=0", "sandbox.slots=3"))
+    assert "rl.steps is 7 from here on; it was 6" in output and "sandbox.slots is 3 from here on" in output
+    lines = comparable(folder)
+    assert lines[: len(comparable(unbroken))] == comparable(unbroken)
+    assert [(line["kind"], line["step"]) for line in lines[-2:]] == [("rl", 7), ("eval", 7)]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 7
+
+
+def test_a_run_says_what_its_sandbox_costs():
+    lines = sandbox_lines(Sandbox("gvisor", SandboxConfig()))
+    assert "about 20 ms" in lines[1] and "sandbox.backend=[bubblewrap] about 3 ms" in lines[1]
+    assert "sandbox.backend=[process]" in lines[1]
+    assert len(sandbox_lines(Sandbox("bubblewrap", SandboxConfig()))) == len(sandbox_lines(None)) == 1

@@ -9,13 +9,21 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from retool_jax import train
 from retool_jax.checkpoint import Checkpoints
+from retool_jax.config import load
+from retool_jax.convert import find_source
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.errors import UserError, run_command
 from retool_jax.metrics import read_metrics
+from retool_jax.run_folder import claim_folder
+from retool_jax.sft.loop import load_weights
+from retool_jax.tokens.tokenizer import MINIATURE
+from retool_jax.update import TrainState
 
 # A model of a few thousand weights, on the eight virtual devices of the tests.
 TINY = [
@@ -132,7 +140,8 @@ def test_data_that_cannot_be_used_is_told_before_anything_is_written(data, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["init_from=/nope"], "no checkpoint of a cold start at /nope; run config=sft run=/nope first"),
+        (["init_from=/nope"], "no checkpoint at /nope: expected checkpoints of a run, or config.json of a model"),
+        (["init_from=/nope", "tokenizer="], "no checkpoint at /nope: "),
         (
             ["tokenizer=/nope"],
             "no tokenizer at /nope: ",
@@ -152,6 +161,13 @@ def test_a_config_that_cannot_run_is_told_before_anything_is_written(tmp_path, w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["sft_retool", "sft_qwen2.5_32b"])
+def test_a_config_that_takes_its_tokenizer_from_where_nothing_is(tmp_path, name):
+    message = error_of(f"config={name}", "init_from=/nope", f"run={tmp_path / 'run'}")
+    assert message.startswith("no checkpoint at /nope: ") and "tokenizer" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_devices_that_are_left_over_count(tmp_path):
     """`mesh.fsdp=-1` is known only when the devices are."""
     words = ["config=sft", "mesh.data=1", "mesh.fsdp=-1", "sft.rows_per_micro=4", f"run={tmp_path / 'run'}"]
@@ -161,7 +177,7 @@ def test_the_devices_that_are_left_over_count(tmp_path):
 
 def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
     done = command(*GRPO, "init_from=/nope", f"run={tmp_path / 'run'}")
-    assert_one_line(done, "no checkpoint of a cold start at /nope", "or leave init_from empty")
+    assert_one_line(done, "no checkpoint at /nope", "run config=sft run=/nope first", "or leave init_from empty")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,6 +202,35 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert f"{tmp_path} is not empty and holds no run; choose another run=FOLDER" in error_of(*SFT, f"run={tmp_path}")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_in_use(copied):
+    """The second command says who is there and changes nothing."""
+    with claim_folder(load([*SFT, f"run={copied}"])):
+        before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+        done = command(*SFT, f"run={copied}")
+        assert_one_line(done, f"{copied} is in use by process {os.getpid()} on ", "choose another run=FOLDER")
+        assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+        # Who reads it needs no claim.
+        weights = load_weights(load([*GRPO, f"init_from={copied}"]), copied)
+        assert len(jax.tree.leaves(weights)) > 5 and find_source(str(copied)).folder == copied
+
+
+def test_a_run_that_is_further_than_its_steps_is_refused_before_its_config_is_written(tmp_path):
+    words = [*GRPO, f"run={tmp_path / 'run'}"]
+    with claim_folder(load([*words, "rl.steps=5"])) as folder:
+        pass
+    state = TrainState(np.zeros((), np.int32), {"w": np.zeros(3)}, {"m": np.zeros(3)})
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints.save(5, state, {})
+    checkpoints.close()
+    before = (folder / "config.yaml").read_bytes()
+    message = error_of(*words, "rl.steps=3")
+    assert message.startswith(f"{folder} is at step 5 already, beyond rl.steps=3; set rl.steps=5 or more")
+    assert (folder / "config.yaml").read_bytes() == before
+    # So it is when the checkpoint cannot be read.
+    assert f"cannot read checkpoint {folder / 'checkpoints' / '5'}" in error_of(*words, "rl.steps=7")
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_the_saved_config_resumes_the_run(copied, cold_start):
@@ -222,10 +267,37 @@ def test_a_cold_start_of_another_model(cold_start, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cold_start_is_taken_however_its_model_is_computed(cold_start, tmp_path):
+    """What is compared is the shape and the vocabulary."""
+    how = ["remat=full", "head_chunk=16", "attention_kernel=xla", "cache_dtype=bfloat16", "compute_dtype=bfloat16"]
+    run = load([*GRPO, *(f"model.{word}" for word in how), "model.param_dtype=bfloat16", f"init_from={cold_start}"])
+    plain = load_weights(load([*GRPO, f"init_from={cold_start}"]), cold_start)
+    for x, y in zip(jax.tree.leaves(load_weights(run, cold_start)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(x, y.astype(jnp.bfloat16))
+
+
+def test_a_cold_start_of_another_vocabulary(cold_start, tmp_path, capsys):
+    words = Path(shutil.copytree(MINIATURE, tmp_path / "words"))
+    run = load([*GRPO, f"init_from={cold_start}", f"tokenizer={words}"])
+    load_weights(run, cold_start)  # the same one at another place
+    table = json.loads((words / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (words / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"another vocabulary: tokenizer is miniature there and .*words here"):
+        load_weights(run, cold_start)
+    moved = Path(shutil.copytree(cold_start, tmp_path / "moved"))
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace("tokenizer: miniature", "tokenizer: /gone"))
+    load_weights(load([*GRPO, f"init_from={moved}"]), moved)
+    assert "moved was trained with tokenizer=/gone, which cannot be compared" in capsys.readouterr().out
+
+
 def test_a_run_folder_without_a_checkpoint_is_no_cold_start(tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     message = error_of(*GRPO, f"init_from={tmp_path / 'empty'}", f"run={tmp_path / 'run'}")
-    assert f"no checkpoint of a cold start at {tmp_path / 'empty'}" in message
+    assert f"no checkpoint at {tmp_path / 'empty'}" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,7 @@ from retool_jax.update import (
     OptimizerConfig,
     TokenTerms,
     TrainState,
+    begin_from,
     fresh_state,
     learning_rate,
     loss_and_gradient,
@@ -265,6 +266,22 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(model, params, mesh, 
     assert len(compiles) == known
     assert int(state.step) == 2 and jax.tree.leaves(old.params)[0].is_deleted()
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
+
+
+def alive() -> int:
+    """Bytes of all arrays that anyone refers to."""
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_weights_that_training_begins_from_are_there_once(model, params):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
+    given = jax.device_put(params, state_shardings(model, OPTIMIZER, mesh).params)
+    size, before = sum(x.nbytes for x in jax.tree.leaves(given)), alive()
+    state = begin_from(given, model, OPTIMIZER, mesh)  # which the caller still has
+    assert 2 * size <= alive() - before < 2.01 * size, "two moments, and no second copy of the weights"
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
 
 
 def test_weight_decay_acts_on_matrices_and_on_nothing_else(params):

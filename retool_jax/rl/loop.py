@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
-from retool_jax.config import RLRun, claim_folder
+from retool_jax.config import RLRun
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.problems import Problems
@@ -23,7 +23,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.errors import UserError
 from retool_jax.mesh import check_rows
-from retool_jax.metrics import MetricsLog, Progress, print_summary
+from retool_jax.metrics import MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.rl import answers
@@ -32,12 +32,22 @@ from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import Trajectory
+from retool_jax.run_folder import claim_folder, write_config
 from retool_jax.sandbox import Sandbox, open_sandbox
-from retool_jax.sft.loop import has_checkpoints, load_weights, mesh_of, model_for
+from retool_jax.sft.loop import (
+    finished_weights,
+    has_checkpoints,
+    load_weights,
+    mesh_of,
+    model_for,
+    require_checkpoint,
+)
 from retool_jax.sft.loop import train as train_cold_start
 from retool_jax.tokens.protocol import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import TrainState, Update, begin_from, fresh_state, make_update, state_shardings
+
+SUMMARY = "summary.json"
 
 
 @dataclass
@@ -62,6 +72,7 @@ class Session:
 async def train(run: RLRun) -> None:
     """Train to the last step, resuming from the newest checkpoint; leaves the run folder and prints its table."""
     began = time.perf_counter()
+    require_checkpoint(run)
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
@@ -83,9 +94,9 @@ async def train(run: RLRun) -> None:
                 f"{folder} is at step {start} already, beyond rl.steps={run.rl.steps}; set rl.steps={start} or more, or"
                 " choose another run=FOLDER"
             )
-        if start == run.rl.steps and (folder / "summary.json").is_file():
+        if start == run.rl.steps and (summary := read_summary(run)):
             print(f"{folder} is complete; nothing to do")
-            print_summary(json.loads((folder / "summary.json").read_text()))
+            print_summary(summary)
             return
         if start is None:
             with clock.part("cold start"):
@@ -96,7 +107,9 @@ async def train(run: RLRun) -> None:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
             state, notes = restore(run, checkpoints, start, mesh)
             clock.seconds = notes["seconds"]
-        print(f"sandbox: {box.description}" if box else "sandbox: none, a text-only run")
+        write_config(run)
+        (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
+        print("\n".join(sandbox_lines(box)))
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         session = Session(
             run=run,
@@ -116,7 +129,7 @@ async def train(run: RLRun) -> None:
         session.engine.warm_up()
         await learn_from_rewards(session, state, start)
         summary = summarise_run(session)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_summary(run, summary)
     print_summary(summary)
     print(f"\nto look at it: python -m retool_jax.report run={folder}")
 
@@ -125,10 +138,8 @@ async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -
     """The algorithm: roll out, score, compare within groups, update, hand the weights to the engine; look and save."""
     run = s.run
     if start is None:
-        s.notes["before"] = (await look(s, 0))[run.evaluation.final_split]
         save(s, 0, state)
-    elif start == run.rl.steps and "after" not in s.notes:  # this step was not the last when it was taken
-        s.notes["after"] = (await look(s, start))[run.evaluation.final_split]
+    await look(s, start or 0)  # what of it is not in the log: a look that was cut off, or that became due since
     for step in range((start or 0) + 1, run.rl.steps + 1):
         with s.clock.part("rollout"):
             samples = samples_of(run, s.problems["train"], step)
@@ -148,17 +159,17 @@ async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -
         s.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
         if happened := faults(numbers):
             s.bar.say(f"step {step}: {happened}")
-        looks = await look(s, step)
-        if step == run.rl.steps:
-            s.notes["after"] = looks[run.evaluation.final_split]
+        # Before the look, which may take long: a start after a kill takes the look again, not the step.
         if step % run.checkpoint.every == 0 or step == run.rl.steps:
             save(s, step, state)
+        await look(s, step)
 
 
-async def look(s: Session, step: int) -> dict[str, dict]:
-    """Measure accuracy on the splits whose turn it is after this step; returns the numbers by split."""
-    results = {}
+async def look(s: Session, step: int) -> None:
+    """Measure accuracy on the splits whose turn it is after this step and whose numbers are not in the log."""
     for split in splits_at(s.run, step):
+        if looked(s.folder, step, split):
+            continue
         with s.clock.part("evaluation"):
             numbers = await evaluate(
                 s.engine,
@@ -178,8 +189,14 @@ async def look(s: Session, step: int) -> dict[str, dict]:
         )
         if happened := faults(numbers):
             s.bar.say(f"step {step}: {split}: {happened}")
-        results[split] = numbers
-    return results
+
+
+def looked(folder: Path, step: int, split: str) -> dict | None:
+    """The numbers of a look at a split after a step, from the log; None while there are none."""
+    for record in read_metrics(folder):
+        if (record["kind"], record["step"], record.get("split")) == ("eval", step, split):
+            return {key: value for key, value in record.items() if key not in ("kind", "step")}
+    return None
 
 
 def splits_at(run: RLRun, step: int) -> list[str]:
@@ -194,6 +211,19 @@ def save(s: Session, step: int, state: TrainState) -> None:
     with s.clock.part("checkpoint"):
         elapsed = s.notes["elapsed_s"] + time.perf_counter() - s.began
         s.checkpoints.save(step, state, s.notes | {"seconds": s.clock.seconds, "elapsed_s": elapsed})
+
+
+def sandbox_lines(box: Sandbox | None) -> list[str]:
+    """Which sandbox a run has, and what its calls cost where that is much (docs/sandbox.md has the measurements)."""
+    if box is None:
+        return ["sandbox: none, a text-only run"]
+    lines = [f"sandbox: {box.description}"]
+    if box.backend == "gvisor":
+        lines.append(
+            "  a call takes about 20 ms of processor time there, with sandbox.backend=[bubblewrap] about 3 ms, and with"
+            " sandbox.backend=[process] less, which isolates nothing"
+        )
+    return lines
 
 
 def check_prompts(run: RLRun, tokenizer: Tokenizer, problems: dict[str, Problems]) -> None:
@@ -216,12 +246,11 @@ def cold_start(run: RLRun) -> Params:
         print(f"starting from {run.init_from}")
         return load_weights(run, Path(run.init_from))
     supervised = run.cold_start()
-    done = Checkpoints(Path(supervised.run) / "checkpoints", 1).latest() if Path(supervised.run).is_dir() else None
-    if done is not None and done >= supervised.sft.steps:
+    if (params := finished_weights(supervised)) is not None:
         print(f"cold start: reusing {supervised.run}")
-    else:
-        print(f"cold start: none yet for this config, training it first in {supervised.run}")
-    return train_cold_start(supervised).params
+        return params
+    print(f"cold start: none yet for this config, training it first in {supervised.run}")
+    return train_cold_start(supervised, wait=True).params
 
 
 def restore(run: RLRun, checkpoints: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, dict]:
@@ -301,14 +330,32 @@ def performance(statistics: Statistics) -> dict[str, float]:
 def summarise_run(s: Session) -> dict:
     """What the closing table shows; time that no part claims is `other`."""
     seconds, tokens = s.clock.seconds, s.notes["tokens"]
+    split = s.run.evaluation.final_split
     total = s.notes["elapsed_s"] + time.perf_counter() - s.began
     rates = {part: tokens[name] / seconds[part] for part, name in (("rollout", "decode"), ("update", "update"))}
     return {
-        "split": s.run.evaluation.final_split,
+        "split": split,
         "problems": s.run.evaluation.problems,
         "steps": s.run.rl.steps,
-        "before": s.notes["before"],
-        "after": s.notes["after"],
+        "before": looked(s.folder, 0, split),
+        "after": looked(s.folder, s.run.rl.steps, split),
         "tokens_per_s": rates,
         "seconds": seconds | {"other": total - sum(seconds.values()), "total": total},
     }
+
+
+def write_summary(run: RLRun, summary: dict) -> None:
+    """Replace the run's summary in one step."""
+    path = Path(run.run) / SUMMARY
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_summary(run: RLRun) -> dict | None:
+    """The summary of the run's steps; None where there is none, or that of another number of steps."""
+    try:
+        summary = json.loads((Path(run.run) / SUMMARY).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return summary if summary.get("steps") == run.rl.steps else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from retool_jax.sandbox.fusion import read_result, write_request
 from retool_jax.sandbox.member import OVERTIME_S
 from retool_jax.sandbox.metrics import Metrics
 from retool_jax.sandbox.request import Request
-from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult
 
 BREAKER = 3  # faults in a row after which a server is left alone for a while
 FIRST_REST_S, LONGEST_REST_S = 1.0, 30.0
@@ -83,7 +84,8 @@ class RemoteSandbox:
             import aiohttp
         except ModuleNotFoundError:
             raise UserError("it needs aiohttp; pip install 'retool_jax[sandbox]'") from None
-        headers = {"Authorization": f"Bearer {self.config.token}"} if self.config.token else {}
+        token = self.config.token or os.environ.get(TOKEN_VARIABLE)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._session = aiohttp.ClientSession(
             headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )

@@ -24,7 +24,7 @@ from retool_jax.sandbox.fusion import Malformed, fault_response, number, read_re
 from retool_jax.sandbox.metrics import prometheus
 from retool_jax.sandbox.pool import Sandbox, open_sandbox
 from retool_jax.sandbox.request import MAX_FRAME_BYTES, Request
-from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult
 
 try:
     import uvicorn
@@ -36,7 +36,6 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the server needs {missing.name}; pip install 'retool_jax[sandbox]'")
 
-TOKEN_VARIABLE = "RETOOL_SANDBOX_TOKEN"
 RETRY_AFTER_S = 1
 CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 

@@ -17,6 +17,7 @@ Status = Literal[
     "cancelled",  # the sandbox was closed before the program ended
 ]
 
+TOKEN_VARIABLE = "RETOOL_SANDBOX_TOKEN"  # the server's bearer token, for it and for its clients
 MAX_CODE_BYTES = 2 << 20
 MAX_STDIN_BYTES = 8 << 20
 
@@ -91,8 +92,8 @@ class SandboxConfig:
     """Idle time after which a session is closed."""
     urls: tuple[str, ...] = ()
     """Servers of the `remote` back-end, e.g. http://127.0.0.1:8080."""
-    token: str = ""
-    """Bearer token for those servers."""
+    token: str = field(default="", repr=False, metadata={"secret": True})
+    """Bearer token for those servers; empty: the environment's RETOOL_SANDBOX_TOKEN, which stands in no command."""
 
     def __post_init__(self) -> None:
         for name in ("backend", "allowed_modules", "urls"):

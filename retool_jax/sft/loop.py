@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
@@ -11,18 +12,20 @@ from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
-from retool_jax.config import SFTConfig, SFTRun, claim_folder, differences
+from retool_jax.config import SFTConfig, SFTRun
 from retool_jax.data import arithmetic
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
+from retool_jax.fields import show
 from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
-from retool_jax.models.config import ModelConfig
+from retool_jax.models.config import ARCHITECTURE, ModelConfig
 from retool_jax.models.huggingface import find_folder, load_params
-from retool_jax.models.transformer import Params
+from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model, write_config
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -43,8 +46,12 @@ def imitation_loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) 
     return TokenTerms(-logprobs, {})
 
 
-def train(run: SFTRun) -> TrainState:
-    """Train to the last step, resuming from the newest checkpoint, and return the final state."""
+def train(run: SFTRun, wait: bool = False) -> TrainState:
+    """Train to the last step, resuming from the newest checkpoint, and return the final state.
+
+    With `wait` a folder that another process is training in is waited for; else it is refused.
+    """
+    require_checkpoint(run)
     tokenizer = load_tokenizer(run.tokenizer)
     run = dataclasses.replace(run, model=model_for(run, tokenizer))
     mesh = mesh_of(run)
@@ -52,28 +59,27 @@ def train(run: SFTRun) -> TrainState:
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
     batches = Demonstrations(run, tokenizer)
     steps, optimizer = batches.steps, optimizer_of(run.sft, batches.steps)
-    folder = claim_folder(run)
-    checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep)
-    clock = Clock()
-    start = checkpoints.latest() or 0
-    if start:
-        state, notes = checkpoints.restore(start, abstract_state(run, mesh))
-        if notes.get("data", batches.digest) != batches.digest:
-            raise UserError(
-                f"sft.data={run.sft.data} is not what {folder} began with; restore it, or choose another run="
-            )
-        clock.seconds = notes["seconds"]
-    elif run.init_from:
-        params = given if given is not None else load_weights(run, Path(run.init_from))
-        state = begin_from(params, run.model, optimizer, mesh)
-    else:
-        state = init_state(run.model, optimizer, mesh, run.seed)
-    if start >= steps:
-        checkpoints.close()
-        return state
-    update = make_update(run.model, optimizer, imitation_loss, mesh)
-    print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
-    with MetricsLog(folder, start or None) as log, Progress("cold start", steps, start) as bar:
+    with ExitStack() as stack:
+        folder = stack.enter_context(claim_folder(run, wait))
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
+        clock = stack.enter_context(closing(Clock()))
+        start = checkpoints.latest() or 0
+        if start:
+            state, notes = checkpoints.restore(start, abstract_state(run, mesh))
+            check_data(run, notes, batches)
+            clock.seconds = notes["seconds"]
+        elif run.init_from:
+            params = given if given is not None else load_weights(run, Path(run.init_from))
+            state = begin_from(params, run.model, optimizer, mesh)
+        else:
+            state = init_state(run.model, optimizer, mesh, run.seed)
+        write_config(run)
+        if start >= steps:
+            return state
+        update = make_update(run.model, optimizer, imitation_loss, mesh)
+        print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
+        log = stack.enter_context(MetricsLog(folder, start or None))
+        bar = stack.enter_context(Progress("cold start", steps, start))
         if batches.description:
             bar.say(batches.description)
         trained, before = 0, clock.seconds.get("update", 0.0)  # the rate is this process's
@@ -89,9 +95,37 @@ def train(run: SFTRun) -> TrainState:
             if step % run.checkpoint.every == 0 or step == steps:
                 notes = {"seconds": clock.seconds, "tokens_per_s": rate, "data": batches.digest}
                 checkpoints.save(step, state, notes)
-    clock.close()
-    checkpoints.close()
-    return state
+        return state
+
+
+def finished_weights(run: SFTRun) -> Params | None:
+    """The weights of a run that is complete, read without a claim to its folder; None where it is not.
+
+    Raises:
+        UserError: the folder holds another run, or its data has changed since.
+    """
+    path = Path(run.run) / "checkpoints"
+    check_folder(run)
+    if not path.is_dir():
+        return None
+    with closing(Checkpoints(path, keep=None)) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            return None
+        batches = Demonstrations(run, load_tokenizer(run.tokenizer))
+        if step < batches.steps:
+            return None
+        params, notes = checkpoints.restore_params(step, abstract_weights(run))
+    check_data(run, notes, batches)
+    return params
+
+
+def check_data(run: SFTRun, notes: dict, batches: "Demonstrations") -> None:
+    """Refuse to go on with other data than a checkpoint was made of."""
+    if notes.get("data", batches.digest) != batches.digest:
+        raise UserError(
+            f"sft.data={run.sft.data} is not what {run.run} began with; restore it, or choose another run=FOLDER"
+        )
 
 
 def mesh_of(run: SFTRun) -> Mesh:
@@ -106,27 +140,73 @@ def load_weights(run: SFTRun, folder: Path) -> Params:
     """The newest weights of a run folder, or those of a Hugging Face folder or hub id, in this run's shardings.
 
     Raises:
-        UserError: there is no checkpoint in that folder, or it is of another model.
+        UserError: there is no checkpoint in that folder, or it is of another model or another vocabulary.
     """
     folder = find_folder(str(folder))
     if (folder / "config.json").is_file():
         return load_params(run.model, folder, make_mesh(run.mesh))
     path = folder / "checkpoints"
-    latest = Checkpoints(path, keep=None) if path.is_dir() else None
-    if latest is None or latest.latest() is None:
+    if not path.is_dir():
+        raise no_checkpoint(folder)
+    with closing(Checkpoints(path, keep=None)) as checkpoints:
+        latest = checkpoints.latest()
+        if latest is None:
+            raise no_checkpoint(folder)
+        if (folder / CONFIG).is_file():
+            check_model(run, folder)
+        return checkpoints.restore_params(latest, abstract_weights(run))[0]
+
+
+def require_checkpoint(run: SFTRun) -> None:
+    """Refuse a run that takes its first weights, or its tokenizer, from where there is no checkpoint."""
+    if not run.init_from or (has_checkpoints(run) and run.tokenizer != run.init_from):
+        return
+    folder = find_folder(run.init_from, weights=False)
+    if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
+        raise no_checkpoint(folder)
+
+
+def no_checkpoint(folder: Path) -> UserError:
+    return UserError(
+        f"no checkpoint at {folder}: expected checkpoints of a run, or config.json of a model, there; run config=sft"
+        f" run={folder} first, choose another init_from, or leave init_from empty"
+    )
+
+
+def check_model(run: SFTRun, folder: Path) -> None:
+    """Refuse the weights of a run folder that are of another shape, or of another vocabulary.
+
+    How they are computed with (dtypes, kernels, what is computed again) is each run's own.
+    """
+    model, name = read_model(folder)
+    for key in ARCHITECTURE:
+        there, here = getattr(model, key), getattr(run.model, key)
+        if there != here:
+            raise UserError(
+                f"{folder} holds another model: model.{key} is {show(there)} there and {show(here)} here;"
+                " make them equal"
+            )
+    if name == run.tokenizer:
+        return
+    try:
+        theirs = load_tokenizer(name)
+    except UserError as error:
+        print(f"{folder} was trained with tokenizer={name}, which cannot be compared with this run's ({error})")
+        return
+    if theirs.hf.get_vocab() != load_tokenizer(run.tokenizer).hf.get_vocab():
         raise UserError(
-            f"no checkpoint of a cold start at {folder}; run config=sft run={folder} first, or leave init_from empty"
+            f"{folder} was trained with another vocabulary: tokenizer is {name} there and {run.tokenizer} here;"
+            " make them equal"
         )
-    for key, there, here in differences(run, folder) if (folder / "config.yaml").is_file() else ():
-        if key.startswith("model."):
-            raise UserError(f"{folder} holds another model: {key} is {there} there and {here} here; make them equal")
-    state, _ = latest.restore(latest.latest(), abstract_state(run, make_mesh(run.mesh)))
-    latest.close()
-    return state.params
 
 
 def has_checkpoints(run: SFTRun) -> bool:
     return (Path(run.run) / "checkpoints").is_dir()
+
+
+def abstract_weights(run: SFTRun) -> Params:
+    """Shapes and shardings of a run's weights."""
+    return abstract_like(abstract_params(run.model)[1], param_shardings(run.model, make_mesh(run.mesh)))
 
 
 def abstract_state(run: SFTRun, mesh: Mesh) -> TrainState:

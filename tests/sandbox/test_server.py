@@ -15,7 +15,8 @@ from dataclasses import replace
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import Limits, SandboxConfig
+from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
+from retool_jax.sandbox.types import TOKEN_VARIABLE
 
 aiohttp = pytest.importorskip("aiohttp", reason="these tests need aiohttp: pip install 'retool_jax[sandbox]'")
 server = pytest.importorskip("retool_jax.sandbox.server", reason="the server needs retool_jax[sandbox]")
@@ -177,6 +178,20 @@ def test_a_token_keeps_others_out(serve):
     refused, granted, ping = with_client(serve, talk, token="secret")
     assert [status for status, _, _ in refused] == [401] * 5
     assert (granted[0], ping[0]) == (200, 200)
+
+
+def test_a_trainer_may_have_the_token_from_its_environment(serve, monkeypatch):
+    async def main():
+        async with serve(token="secret") as (url, _):
+            config = SandboxConfig(backend=("remote",), urls=(url,), retries=0)
+            with pytest.raises(UserError, match="no sandbox back-end"):
+                async with open_sandbox(config):
+                    pass
+            monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+            async with open_sandbox(config) as box:
+                return await box.run("print(1)")
+
+    assert asyncio.run(main()).stdout == "1\n"
 
 
 def test_forbidden_modules_cannot_be_allowed_by_a_request(serve):

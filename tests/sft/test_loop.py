@@ -17,7 +17,16 @@ from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics
 from retool_jax.models.huggingface import save_params
 from retool_jax.models.transformer import init_params
-from retool_jax.sft.loop import Demonstrations, abstract_state, mesh_of, model_for, optimizer_of, train
+from retool_jax.run_folder import claim_folder
+from retool_jax.sft.loop import (
+    Demonstrations,
+    abstract_state,
+    finished_weights,
+    mesh_of,
+    model_for,
+    optimizer_of,
+    train,
+)
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import learning_rate
 
@@ -264,6 +273,26 @@ def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, 
     rates = {key: note["tokens_per_s"] for key, note in notes.items()}
     assert rates["whole", 4] * seconds["whole", 4] == pytest.approx(sum(tokens))
     assert rates["killed", 4] * (seconds["killed", 4] - seconds["whole", 2]) == pytest.approx(sum(tokens[2:]))
+
+
+def test_a_finished_run_gives_its_weights_and_nothing_else(data, tmp_path, compiled_once):
+    run = run_of(data, f"run={tmp_path / 'run'}", "checkpoint.every=1", "checkpoint.keep=9", *SMALL)
+    assert finished_weights(run) is None and not (tmp_path / "run").exists()
+    state = train(run)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with claim_folder(run):  # who only reads asks nobody
+        for left, right in zip(jax.tree.leaves(finished_weights(run)), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_array_equal(left, right)
+    lock = tmp_path / "run" / "lock"
+    changed = {path for path, time in before.items() if path != lock and path.stat().st_mtime_ns != time}
+    assert not changed
+    with pytest.raises(UserError, match="holds another run: seed is 0 there and 1 here"):
+        finished_weights(replace(run, seed=1))
+    write(data, [conversation(500 + i) for i in range(10)])
+    with pytest.raises(UserError, match=r"is not what .*run began with"):
+        finished_weights(run)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert finished_weights(run) is None
 
 
 def test_nothing_is_written_when_the_data_is_bad(tmp_path):

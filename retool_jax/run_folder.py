@@ -1,0 +1,175 @@
+"""A run's folder: whether it is this run's, which process holds it, and the resolved config that it keeps."""
+
+import dataclasses
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+from omegaconf import OmegaConf
+
+from retool_jax.config import ABSENT, REMOVED, RLRun, SFTRun, build, may_change, read_yaml
+from retool_jax.errors import UserError
+from retool_jax.fields import defaults_of, flatten_dict, secret_keys, show
+from retool_jax.models.config import ModelConfig
+
+CONFIG = "config.yaml"
+LOCK = "lock"  # held by the process that trains here, and gone with it; its text says who that is
+UNFINISHED = "config.tmp"  # of a start that was killed
+POLL_S = 0.5
+
+
+@contextmanager
+def claim_folder(run: SFTRun, wait: bool = False) -> Iterator[Path]:
+    """Hold the run's folder until the block or the process ends, in whatever way; make it where there is none.
+
+    A new folder gets its `config.yaml`. In one that holds this run nothing is changed: `write_config` does that, when
+    nothing can be refused any more. Of several processes of one run the first holds it for all. With `wait` a folder
+    that is in use is waited for.
+
+    Raises:
+        UserError: the folder holds a run of another config, or no run, or is in use.
+    """
+    folder = Path(run.run)
+    check_folder(run)  # before it gets a lock: in a folder of something else nothing is written
+    if jax.process_index():
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(descriptor, folder, wait)
+        check_folder(run)  # another process may have begun another run here meanwhile
+        if not (folder / CONFIG).is_file():
+            write_config(run)
+        yield folder
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, wait: bool) -> None:
+    told = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            if not wait:
+                raise UserError(
+                    f"{folder} is in use by {holder}; wait until it ends, or choose another run=FOLDER"
+                ) from None
+            if not told:
+                print(f"waiting for {folder}, which is in use by {holder}", flush=True)
+            told = True
+            time.sleep(POLL_S)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            print(f"{folder}: its file system has no locks ({error.strerror}); see that no other run uses it")
+            break
+    with suppress(OSError):  # a full disk: the lock holds without the name
+        os.ftruncate(descriptor, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+
+
+def check_folder(run: SFTRun) -> None:
+    """Compare a run with its folder and change nothing.
+
+    Raises:
+        UserError: the folder holds a run of another config, or no run.
+    """
+    folder = Path(run.run)
+    if (folder / CONFIG).is_file():
+        if found := [difference for difference in differences(run, folder) if not may_change(difference[0])]:
+            key, there, here = found[0]
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UserError(
+                f"{folder} holds another run: {key} is {show(there)} there and {show(here)} here{more};"
+                " choose another run=FOLDER, or remove that one"
+            )
+        if unknown := unknown_keys(run, folder):
+            key = min(unknown)
+            raise UserError(
+                f"{folder} was begun with {key}={show(unknown[key])}, which this version has not; go on with the one"
+                f" that began it, choose another run=FOLDER, or remove the key from {folder / CONFIG} to do without"
+            )
+    elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK, UNFINISHED}):
+        raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
+
+
+def differences(run: SFTRun, folder: Path) -> list[tuple[str, object, object]]:
+    """(key, value there, value here) wherever the config of a run's folder differs from this one.
+
+    A key that is not there, since the folder is older than it, has its default there. Secrets are not compared.
+
+    Raises:
+        UserError: that config cannot be read.
+    """
+    there, here = flatten_dict(read_yaml(str(folder / CONFIG))), flatten_dict(to_plain(run))
+    if there.get("task") != here["task"]:
+        return [("task", there.get("task"), here["task"])]
+    there = defaults_of(type(run)) | ABSENT | there
+    keys = sorted(here.keys() - secret_keys(type(run)))
+    return [(key, there[key], here[key]) for key in keys if there[key] != here[key]]
+
+
+def unknown_keys(run: SFTRun, folder: Path) -> dict[str, object]:
+    """What the config of a run's folder sets and this version has not, without what changed nothing."""
+    there = flatten_dict(read_yaml(str(folder / CONFIG)))
+    removed = there.keys() - flatten_dict(to_plain(run)).keys()
+    return {
+        key: there[key] for key in sorted(removed) if not may_change(key) and there[key] not in REMOVED.get(key, ())
+    }
+
+
+def write_config(run: SFTRun) -> None:
+    """Save the resolved config in the run's folder, without secrets; the file is replaced in one step."""
+    if jax.process_index():
+        return
+    folder = Path(run.run)
+    if (folder / CONFIG).is_file():
+        for key, there, here in differences(run, folder):
+            if key != "run":
+                print(f"{key} is {show(here)} from here on; it was {show(there)}")
+    temporary = folder / UNFINISHED
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(run))))
+    temporary.replace(folder / CONFIG)
+
+
+def to_plain(run: SFTRun) -> dict:
+    """Nested dicts and lists of a run, with its task; secrets are empty."""
+    plain = dataclasses.asdict(
+        run, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )
+    for key in secret_keys(type(run)):
+        *sections, name = key.split(".")
+        section = plain
+        for part in sections:
+            section = section[part]
+        section[name] = ""
+    return {"task": "grpo" if isinstance(run, RLRun) else "sft", **plain}
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, str]:
+    """The model of a run's folder and the name of its tokenizer, whatever version wrote it.
+
+    Raises:
+        UserError: its config cannot be read, or is not a run's.
+    """
+    values = read_yaml(str(folder / CONFIG))
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(values.get("tokenizer"), str):
+        raise UserError(f"{folder / CONFIG} is not the config of a run; choose the folder of one")
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    values = {"model": {key: value for key, value in model.items() if key in known}, "tokenizer": values["tokenizer"]}
+    found = build(SFTRun, values)
+    return found.model, found.tokenizer

@@ -1,0 +1,263 @@
+"""Run folders: the same run goes on in them, another one is refused, and one process at a time trains there."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from retool_jax import config
+from retool_jax.config import SFTRun, load
+from retool_jax.errors import UserError
+from retool_jax.fields import defaults_of, flatten, flatten_dict, show
+from retool_jax.run_folder import claim_folder, read_model, to_plain, write_config
+
+SECRET = "hunter2"
+
+
+def begin(run: SFTRun) -> Path:
+    """A folder of this run, in which nobody trains any more."""
+    with claim_folder(run) as folder:
+        return folder
+
+
+def rewrite(folder: Path, values: dict[str, object]) -> None:
+    """Give a run's folder a config of these dotted keys."""
+    nested = OmegaConf.create()
+    for key, value in values.items():
+        OmegaConf.update(nested, key, value)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(nested))
+
+
+def saved(folder: Path) -> dict[str, object]:
+    return flatten_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+
+
+def refusal(run: SFTRun) -> str:
+    with pytest.raises(UserError) as caught:
+        begin(run)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- what is saved
+
+
+def test_the_resolved_config_gives_the_same_run_again(tmp_path):
+    words = ["rl.optimizer.learning_rate=3e-5", "sandbox.backend=[process]", "tools=none", "data.train=1e5"]
+    for name, run_name in [("grpo", "2024"), ("sft", "null"), ("grpo", "a b")]:
+        run = load([f"config={name}", f"run={tmp_path / name / run_name}", *(words if name == "grpo" else [])])
+        again = load([f"config={begin(run) / 'config.yaml'}"])
+        assert again == run and type(again) is type(run)
+
+
+def test_a_saved_config_holds_every_key_and_no_secret(tmp_path):
+    run = load(["config=grpo", f"run={tmp_path / 'r'}", f"sandbox.token={SECRET}"])
+    folder = begin(run)
+    assert set(saved(folder)) == {"task", *flatten(run)}
+    assert not any(SECRET in path.read_text() for path in folder.iterdir())
+
+
+def test_a_config_is_written_again_once_nothing_is_refused(tmp_path, capsys):
+    run = load(["config=grpo", f"run={tmp_path / 'r'}"])
+    before = (begin(run) / "config.yaml").read_bytes()
+    longer = load(["config=grpo", f"run={tmp_path / 'r'}", "rl.steps=99", f"sandbox.token={SECRET}"])
+    with claim_folder(longer) as folder:
+        assert (folder / "config.yaml").read_bytes() == before, "what follows may still refuse"
+        write_config(longer)
+    assert saved(folder)["rl.steps"] == 99
+    assert capsys.readouterr().out == "rl.steps is 99 from here on; it was 80\n"
+
+
+# ------------------------------------------------------------------------------------------------- whose folder it is
+
+
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
+    folder = begin(load(["config=grpo", f"run={tmp_path / 'r'}", "rl.clip.high=0.3", "checkpoint.every=5"]))
+    (folder / "lock").unlink()
+    before = (folder / "config.yaml").read_bytes()
+    message = refusal(load(["config=grpo", f"run={folder}"]))
+    assert "holds another run: rl.clip.high is 0.3 there and 0.28 here; choose another" in message
+    assert re.search(r"rl.clip.high is .* and 1 more", refusal(load(["config=grpo", f"run={folder}", "seed=3"])))
+    assert "task is grpo there and sft here" in refusal(load(["config=sft", f"run={folder}"]))
+    assert (folder / "config.yaml").read_bytes() == before and len(list(folder.iterdir())) == 1
+
+
+def test_a_folder_that_is_not_a_runs_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    message = refusal(load(["config=sft", f"run={tmp_path}"]))
+    assert message.endswith("is not empty and holds no run; choose another run=FOLDER")
+    assert "holds no run" in refusal(load(["config=sft", f"run={tmp_path / 'notes.txt'}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_torn_config_in_the_run_folder(tmp_path):
+    run = load(["config=sft", f"run={tmp_path}"])
+    (tmp_path / "config.tmp").write_text("task: sf")  # a start that was killed, or met a full disk
+    (tmp_path / "lock").write_text("")
+    begin(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "lock"]
+    (tmp_path / "config.yaml").write_text("task: [")
+    assert re.search(r"cannot read .*config.yaml", refusal(run))
+
+
+# Of each section: what may change between two starts of a run. Everything else may not.
+CHANGEABLE = {
+    "": "run",
+    "model": "remat head_chunk attention_kernel max_positions",
+    "mesh": "data fsdp tp",
+    "sft": "rows_per_micro",
+    "checkpoint": "every keep",
+    "engine": "slots chunk_rows decode_steps read_late page_size pages row_buckets token_buckets read_buckets",
+    "sandbox": "backend slots urls token queue_limit queue_s retries recycle_calls recycle_s recycle_memory_mb probe_s"
+    " sessions session_ttl_s",
+    "rl": "steps rows_per_micro row_length",
+    "evaluation": "every",
+}
+CHANGEABLE = {f"{section}.{key}".lstrip(".") for section, keys in CHANGEABLE.items() for key in keys.split()}
+
+
+def another(value: object) -> object:
+    if isinstance(value, bool):
+        return not value
+    return value + {int: 1, float: 0.5, str: "x"}[type(value)] if not isinstance(value, list) else [*value, "x"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_every_key_may_change_or_is_refused(tmp_path, name):
+    run = load([f"config={name}", f"run={tmp_path / 'r'}"])
+    folder = begin(run)
+    values = flatten_dict(to_plain(run))
+    assert set(values) > CHANGEABLE if name == "grpo" else set(values) & CHANGEABLE
+    for key, value in values.items():
+        rewrite(folder, values | {key: "sft" if value == "grpo" else "grpo" if key == "task" else another(value)})
+        if key in CHANGEABLE:
+            begin(run)
+        else:
+            assert f"holds another run: {key} is " in refusal(run)
+
+
+# ---------------------------------------------------------------------------------------------- folders of old versions
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_a_key_that_is_newer_than_the_folder_has_its_default_there(tmp_path, name):
+    run = load([f"config={name}", f"run={tmp_path / 'r'}"])
+    folder = begin(run)
+    values = flatten_dict(to_plain(run))
+    defaults = defaults_of(type(run)) | {"evaluation.answer_tokens": 0}
+    refused = set()
+    for key in values.keys() - {"task"}:
+        rewrite(folder, {other: value for other, value in values.items() if other != key})
+        if key in CHANGEABLE or values[key] == defaults[key]:
+            begin(run)
+        else:
+            assert f"holds another run: {key} is {show(defaults[key])} there" in refusal(run)
+            refused.add(key)
+    assert refused, "some of the config's values are not the defaults"
+
+
+def test_an_evaluation_that_is_older_than_its_question_asked_none(tmp_path):
+    words = ["config=grpo", f"run={tmp_path / 'r'}", "engine.max_length=1024", "rl.row_length=1024"]
+    run = load([*words, "evaluation.answer_tokens=256"])
+    folder = begin(run)
+    rewrite(folder, {key: value for key, value in saved(folder).items() if key != "evaluation.answer_tokens"})
+    assert "evaluation.answer_tokens is 0 there and 256 here" in refusal(run)
+    begin(load([*words, "evaluation.answer_tokens=0"]))
+
+
+def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
+    run = load(["config=grpo", f"run={tmp_path / 'r'}"])
+    folder = begin(run)
+    values = saved(folder)
+    rewrite(folder, values | {"rl.kl": 0.1})
+    message = refusal(run)
+    assert f"{folder} was begun with rl.kl=0.1, which this version has not; go on with the one that began it" in message
+    assert f"or remove the key from {folder / 'config.yaml'}" in message
+    monkeypatch.setitem(config.REMOVED, "rl.kl", (0.0,))
+    assert "rl.kl=0.1" in refusal(run)
+    rewrite(folder, values | {"rl.kl": 0.0})
+    begin(run)
+    rewrite(folder, values | {"rollout.tool_output_chars": 200})
+    assert "rollout.tool_output_chars=200" in refusal(run)
+    rewrite(folder, values | {"checkpoint.asynchronous": True})  # of a section of which nothing matters
+    begin(run)
+
+
+def test_a_token_that_an_old_version_wrote_is_neither_compared_nor_kept(tmp_path):
+    run = load(["config=grpo", f"run={tmp_path / 'r'}"])
+    folder = begin(run)
+    rewrite(folder, saved(folder) | {"sandbox.token": SECRET, "rl.temperature": 0.5})
+    assert SECRET not in refusal(run)
+    rewrite(folder, saved(folder) | {"rl.temperature": 1.0})
+    with claim_folder(run):
+        write_config(run)
+    assert SECRET not in (folder / "config.yaml").read_text()
+
+
+def test_the_model_of_an_old_folder_can_be_read(tmp_path):
+    run = load(["config=grpo", f"run={tmp_path / 'r'}", "model.hidden_size=48"])
+    folder = begin(run)
+    values = saved(folder)
+    del values["evaluation.answer_tokens"], values["model.head_chunk"]
+    rewrite(folder, values | {"rl.kl": 0.1, "model.dropout": 0.0})
+    assert read_model(folder) == (run.model, "miniature")
+    (folder / "config.yaml").write_text("a: 1\n")
+    with pytest.raises(UserError, match="is not the config of a run"):
+        read_model(folder)
+
+
+# --------------------------------------------------------------------------------------------------- one at a time
+
+HOLD = """
+import sys
+from retool_jax.config import load
+from retool_jax.run_folder import claim_folder
+with claim_folder(load(sys.argv[1:])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process(*words: str) -> Iterator[subprocess.Popen]:
+    """A process that trains in a folder until its input ends, or until it is killed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, *words], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+
+
+def test_a_folder_in_use_is_refused_with_its_holder_and_free_when_that_is_killed(tmp_path):
+    words = ["config=sft", f"run={tmp_path / 'r'}"]
+    with another_process(*words) as process:
+        folder = tmp_path / "r"
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+        message = refusal(load([*words, "checkpoint.every=1"]))
+        holder = rf"process {process.pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+        assert re.search(rf"{re.escape(str(folder))} is in use by {holder} .*choose another run=FOLDER", message)
+        assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+        assert read_model(folder)[1] == "miniature", "who only reads asks nobody"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with claim_folder(load(words)):
+            assert f"process {os.getpid()} " in refusal(load(words)), "not the one that was killed"
+    assert (folder / "lock").read_text() == ""
+
+
+def test_a_folder_in_use_can_be_waited_for(tmp_path, capsys):
+    words = ["config=sft", f"run={tmp_path / 'r'}"]
+    with another_process(*words) as process:
+        ended = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+        with claim_folder(load(words), wait=True):
+            told = capsys.readouterr().out
+        ended.wait()
+    assert told.count("\n") == 1
+    assert told.startswith(f"waiting for {tmp_path / 'r'}, which is in use by process {process.pid} on ")
