@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.sandbox.fusion import Malformed, fault_response, number, read_request, write_result
+from retool_jax.sandbox.fusion import Malformed, fault_response, number, read_request, text, write_result
 from retool_jax.sandbox.metrics import prometheus
 from retool_jax.sandbox.pool import Sandbox, open_sandbox
 from retool_jax.sandbox.request import MAX_FRAME_BYTES, Request
@@ -133,25 +133,23 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
 
     async def run_code(http: HTTPRequest, body: dict) -> Response:
         request = read_request(body, default, ceiling)
-        language = body.get("language", "python")
-        if language != "python":
-            return JSONResponse(fault_response(f"language {str(language)[:40]!r} is not served, python is"))
         number(body, "compile_timeout", 0)  # nothing is compiled; still checked as the other fields are
+        language = text(body, "language", "python")
+        if language != "python":
+            return JSONResponse(fault_response(f"language {language[:40]!r} is not served, python is"))
         return await answer(http, request, lambda result: JSONResponse(write_result(result)))
 
     async def execute(http: HTTPRequest, body: dict) -> Response:
-        if body.get("language", "python") not in ("python", "ipython"):
-            return JSONResponse({"error": f"Unsupported language: {str(body['language'])[:40]}"}, 400)
         newer = "generated_code" in body  # the servers of this kind that say how a process ended
-        request = read_request(
-            {
-                "code": body.get("generated_code" if newer else "code"),
-                "stdin": body.get("std_input" if newer else "stdin"),
-                "run_timeout": body.get("timeout"),
-            },
-            default,
-            ceiling,
-        )
+        standard = {
+            "code": text(body, "generated_code" if newer else "code"),
+            "stdin": text(body, "std_input" if newer else "stdin", ""),
+            "run_timeout": number(body, "timeout", default.wall_s),
+        }
+        language = text(body, "language", "python")
+        if language not in ("python", "ipython"):
+            return JSONResponse({"error": f"Unsupported language: {language[:40]!r}"}, 400)
+        request = read_request(standard, default, ceiling)
 
         def write(result: ToolResult) -> Response:
             run = write_result(result)["run_result"] or {"stdout": "", "stderr": result.message, "return_code": None}
