@@ -144,9 +144,9 @@ async def through_http(backend: str, slots: int, clients: int):
         sys.executable,
         "-m",
         "retool_jax.sandbox.server",
-        f"--backend={backend}",
-        f"--slots={slots}",
-        "--port=0",
+        f"backend={backend}",
+        f"slots={slots}",
+        "port=0",
     ]
     server = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, start_new_session=True)
     assert server.stdout is not None

@@ -5,15 +5,14 @@ servers of others ignore.
 """
 
 import base64
-import binascii
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox.request import Request
-from retool_jax.sandbox.types import Limits, Status, ToolResult
+from retool_jax.sandbox.types import KINDS, Limits, Status, ToolResult, is_a, shown
 
 EXTRA = "retool"
 # Everything that the standard fields do not say, or say in another form.
@@ -24,7 +23,7 @@ _EXTRA_FIELDS = (
 
 
 class Malformed(Exception):
-    """A body that is no request; `field` is the one at fault."""
+    """A body that is no request; `field` is the one at fault, with dots between the names of those around it."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -32,7 +31,8 @@ class Malformed(Exception):
 
     def detail(self) -> dict:
         """The body of the answer, as FastAPI writes it."""
-        return {"detail": [{"loc": ["body", self.field], "msg": str(self), "type": "value_error"}]}
+        loc = ["body", *filter(None, self.field.split("."))]
+        return {"detail": [{"loc": loc, "msg": str(self), "type": "value_error"}]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,21 +61,54 @@ def write_request(request: Request) -> dict:
     }
 
 
-def _get(body: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], default: Any) -> Any:
+_NAMES = KINDS | {dict: "an object", list: "a list"}
+
+
+def _wrong(name: str, value: object, expected: str) -> Malformed:
+    return Malformed(name, f"{name} is {shown(value)}; it must be {expected}")
+
+
+def _get(body: Mapping[str, Any], name: str, kind: type, default: Any = None, within: str = "") -> Any:
+    """A field of that kind, the default if it is null or not there. Raises Malformed, also without a default."""
     value = body.get(name)
-    if value is None:
+    if value is None and default is not None:
         return default
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        raise Malformed(name, f"a {type(value).__name__} is no value for it")
+    if not is_a(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+        raise _wrong(within + name, value, _NAMES[kind])
     return value
+
+
+def text(body: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """A string of the body. Raises Malformed."""
+    return _get(body, name, str, default)
 
 
 def number(body: Mapping[str, Any], name: str, default: float) -> float:
     """A finite number of the body. Raises Malformed."""
-    value = float(_get(body, name, (int, float), default))
-    if not math.isfinite(value):
-        raise Malformed(name, f"{value} is no value for it")
-    return value
+    return _get(body, name, float, default)
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of numbers: 512.0 is the whole number 512."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _strings(body: Mapping[str, Any], name: str, within: str = "") -> list[str]:
+    values = _get(body, name, list, [], within)
+    for value in values:
+        if not isinstance(value, str):
+            raise Malformed(within + name, f"an entry of {within}{name} is {shown(value)}; it must be {KINDS[str]}")
+    return values
+
+
+def _files(body: Mapping[str, Any]) -> dict[str, bytes]:
+    files = {}
+    for path, data in _get(body, "files", dict, {}).items():
+        try:
+            files[path] = b"" if data is None else base64.b64decode(data, validate=True)
+        except (TypeError, ValueError):
+            raise Malformed("files", f"files[{shown(path)}] is {shown(data)}; it must be base64 text") from None
+    return files
 
 
 def _below(limits: Limits, ceiling: Limits) -> Limits:
@@ -87,35 +120,29 @@ def read_request(body: Mapping[str, Any], default: Limits, ceiling: Limits) -> R
 
     A script's last value is not printed unless the body's `retool` part asks for it. Raises Malformed.
     """
-    if not isinstance(body.get("code"), str):
-        raise Malformed("code", "it must be a string")
-    wall_s, memory_mb = number(body, "run_timeout", default.wall_s), number(body, "memory_limit_MB", -1)
-    files = {}
-    for path, data in _get(body, "files", dict, {}).items():
-        try:
-            files[path] = base64.b64decode(data or "", validate=True)
-        except (TypeError, ValueError, binascii.Error):
-            raise Malformed("files", f"the content of {path[:80]!r} is not base64") from None
-    fetch = _get(body, "fetch_files", list, [])
-    if not all(isinstance(path, str) for path in fetch):
-        raise Malformed("fetch_files", "it must be a list of strings")
-    extra = _get(body, EXTRA, dict, {})
-    asked = {"wall_s": min(max(wall_s, 0.05), ceiling.wall_s)}
+    wall_s, memory_mb = number(body, "run_timeout", default.wall_s), _whole(number(body, "memory_limit_MB", -1))
+    if not is_a(memory_mb, int):
+        raise _wrong("memory_limit_MB", memory_mb, KINDS[int])
+    asked: dict[str, Any] = {"wall_s": min(max(wall_s, 0.05), ceiling.wall_s)}
     if memory_mb > 0:  # -1 is the protocol's word for no limit
-        asked["memory_mb"] = min(max(int(memory_mb), 16), ceiling.memory_mb)
+        asked["memory_mb"] = min(max(memory_mb, 16), ceiling.memory_mb)
+    extra = _get(body, EXTRA, dict, {})
+    exact = _get(extra, "limits", dict, {}, f"{EXTRA}.")
+    names = [f.name for f in fields(Limits)]
+    if unknown := [name for name in exact if name not in names]:
+        raise Malformed(f"{EXTRA}.limits", f"limits.{unknown[0][:80]!r} is unknown; there is {', '.join(names)}")
     try:
-        limits = Limits(**asdict(default) | asked | _get(extra, "limits", dict, {}))
-    except (TypeError, UserError) as error:
-        raise Malformed("limits", str(error)) from None
-    allowed = _get(extra, "allowed_modules", list, [])
+        limits = Limits(**asdict(default) | asked | {name: _whole(value) for name, value in exact.items()})
+    except UserError as error:
+        raise Malformed(f"{EXTRA}.limits", str(error)) from None
     return Request(
-        body["code"],
-        _get(body, "stdin", str, ""),
-        files,
-        fetch,
+        text(body, "code"),
+        text(body, "stdin", ""),
+        _files(body),
+        _strings(body, "fetch_files"),
         _below(limits, ceiling),
-        _get(extra, "show_last_expression", bool, False),
-        tuple(map(str, allowed)),
+        _get(extra, "show_last_expression", bool, False, f"{EXTRA}."),
+        tuple(_strings(extra, "allowed_modules", f"{EXTRA}.")),
     )
 
 
@@ -181,6 +208,24 @@ def read_result(body: Mapping[str, Any], limits: Limits) -> ToolResult:
     A server of others says less: an end by SIGKILL after a MemoryError is `oom`, any other return code that is not
     zero a `user_error`, and `SandboxError` an `infra_error`. Raises ValueError if it is no answer.
     """
+    result = _read_result(body, limits)
+    for f in fields(result):
+        value = getattr(result, f.name)
+        if f.name == "status":
+            right = value in get_args(Status)
+        elif f.name == "files":
+            continue
+        elif f.type in KINDS:
+            right = is_a(value, f.type) and (f.type is not float or math.isfinite(value))
+        else:
+            right = value is None or is_a(value, int)
+        if not right:
+            raise ValueError(f"an answer whose {f.name} is {shown(value)}")
+    return result
+
+
+def _read_result(body: Mapping[str, Any], limits: Limits) -> ToolResult:
+    """The same, as the answer has it."""
     try:
         files = {path: base64.b64decode(data) for path, data in (body.get("files") or {}).items()}
         if isinstance(extra := body.get(EXTRA), dict):

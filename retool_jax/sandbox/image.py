@@ -1,10 +1,4 @@
-"""Builds the runtime that programs see: a root file system with a Python, its libraries and some packages, no more.
-
-python -m retool_jax.sandbox.image [to=FOLDER] [packages="numpy sympy"]
-
-    to        where it goes; else a new folder below ~/.cache/retool_jax/images, of which the sandbox takes the newest
-    packages  what pip is asked for; else numpy sympy scipy mpmath networkx pandas, in versions that are tried together
-"""
+"""`python -m retool_jax.sandbox.image`: builds the runtime that programs see, and nothing else is in it."""
 
 import compileall
 import importlib.metadata
@@ -17,10 +11,12 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from retool_jax.errors import UserError, run_command
 from retool_jax.sandbox.runtime import MANIFEST, ROOT, images_folder
+from retool_jax.sandbox.words import help_text, read_words, word
 
 PACKAGES = (
     "numpy==2.4.6",
@@ -30,12 +26,24 @@ PACKAGES = (
     "networkx==3.6.1",
     "pandas==3.1.1",
 )
+ABOUT = "Build the runtime that programs see: a root file system with a Python, its libraries and some packages."
 PREFIX = "runtime"
 # Parts of the standard library that a program without a terminal, a display or an installer has no use for.
 LEFT_OUT = (
     *("site-packages", "test", "idlelib", "lib2to3", "tkinter", "_tkinter*", "turtledemo", "ensurepip", "config-*"),
 )
 MOUNT_POINTS = ("proc", "dev", "tmp", "inside", "var")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    to: str = word(
+        "",
+        "where it goes; empty is a new folder below ~/.cache/retool_jax/images; the sandbox takes the newest there",
+    )
+    packages: str = word(" ".join(PACKAGES), "what pip is asked for, with spaces between; empty is nothing")
 
 
 def say(text: str) -> None:
@@ -160,16 +168,14 @@ def build(to: Path, packages: list[str]) -> dict:
 
 def main(words: list[str]) -> None:
     if {"-h", "--help"} & set(words):
-        print(__doc__)
+        print(help_text("python -m retool_jax.sandbox.image", ABOUT, Options))
         return
-    options = dict(word.partition("=")[::2] for word in words)
-    if unknown := set(options) - {"to", "packages"}:
-        raise UserError(f"{sorted(unknown)[0]!r} is not understood; there are to=FOLDER and packages='NAME NAME'")
+    options = read_words(words, Options)
     if sys.platform != "linux":
         raise UserError(f"a runtime image is for Linux, this is {sys.platform}; build it in a Linux container")
     name = f"python{sys.version.split()[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    to = Path(options["to"]).expanduser().absolute() if options.get("to") else images_folder() / name
-    build(to, options["packages"].split() if "packages" in options else list(PACKAGES))
+    to = Path(options.to).expanduser().absolute() if options.to else images_folder() / name
+    build(to, options.packages.split())
 
 
 if __name__ == "__main__":

@@ -87,11 +87,11 @@ class Sandbox:
         request = Request(
             code,
             stdin,
-            files or {},
+            {} if files is None else files,
             fetch,
-            limits or config.limits,
+            config.limits if limits is None else limits,
             config.show_last_expression if show_last_expression is None else show_last_expression,
-            config.allowed_modules if allowed_modules is None else tuple(allowed_modules),
+            config.allowed_modules if allowed_modules is None else allowed_modules,
         )
         return await self.serve(request, self.crew, config.retries)
 

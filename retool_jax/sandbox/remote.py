@@ -15,7 +15,7 @@ from retool_jax.sandbox.fusion import read_result, write_request
 from retool_jax.sandbox.member import OVERTIME_S
 from retool_jax.sandbox.metrics import Metrics
 from retool_jax.sandbox.request import Request
-from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult, shown
 
 BREAKER = 3  # faults in a row after which a server is left alone for a while
 FIRST_REST_S, LONGEST_REST_S = 1.0, 30.0
@@ -23,7 +23,7 @@ BUSY_S = 0.5  # how long a server that is full and does not say how long is left
 OPEN_S = 60.0  # for the first program
 PING_S = 5.0  # between two looks at the servers that hold calls of ours, and how long they may take to answer
 SILENT_PINGS = 2  # after so many without an answer, calls there are given up and go elsewhere
-RETRIED_STATUS = (502, 504)
+REFUSED_STATUS = (400, 413, 422)  # since it has run a program of ours, this is about what the request holds
 BUSY_STATUS = (429, 503)
 
 
@@ -121,11 +121,11 @@ class RemoteSandbox:
         request = Request(
             code,
             stdin,
-            files or {},
+            {} if files is None else files,
             fetch,
-            limits or config.limits,
+            config.limits if limits is None else limits,
             config.show_last_expression if show_last_expression is None else show_last_expression,
-            config.allowed_modules if allowed_modules is None else tuple(allowed_modules),
+            config.allowed_modules if allowed_modules is None else allowed_modules,
         )
         if reason := request.fault():
             result = ToolResult("rejected", message=reason)
@@ -220,12 +220,14 @@ class RemoteSandbox:
             raise _Busy
         if response.status != 200:
             text = body[:200].decode("utf-8", "replace")
-            if response.status in (401, 403, 422):  # no other try can end differently
+            if response.status in REFUSED_STATUS:
+                return ToolResult("rejected", message=f"the server answered HTTP {response.status}: {shown(text)}")
+            if response.status in (401, 403):  # no other try can end differently
                 return ToolResult("infra_error", attempts=1, message=f"{url}: HTTP {response.status}: {text}")
             raise _Fault(f"{url}: HTTP {response.status}: {text}")
         try:
             result = read_result(json.loads(body), limits)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Fault(f"{url}: {error}") from None
         if result.status in ("infra_error", "cancelled"):
             raise _Fault(f"{url}: {result.message}")

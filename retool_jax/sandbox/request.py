@@ -3,11 +3,11 @@
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from retool_jax.sandbox.types import MAX_CODE_BYTES, MAX_STDIN_BYTES, Limits, ToolResult
+from retool_jax.sandbox.types import KINDS, MAX_CODE_BYTES, MAX_STDIN_BYTES, Limits, ToolResult, is_a, shown
 
 MAX_FILE_BYTES = 16 << 20
 MAX_FILES_BYTES = 32 << 20
@@ -42,7 +42,7 @@ def tier_of(code: str) -> str:
 
 def _path_fault(path: str) -> str:
     """Why a path may not be written to or read from; empty if it may."""
-    if not isinstance(path, str) or "\0" in path:
+    if "\0" in path:
         return "it is no path"
     try:
         size = len(path.encode())
@@ -66,7 +66,7 @@ def _files_fault(files: Mapping[str, bytes], fetch: Sequence[str]) -> str:
     for kind, paths in (("upload", files), ("fetch", fetch)):
         for path in paths:
             if fault := _path_fault(path):
-                return f"cannot {kind} {str(path)[:80]!r}: {fault}; name a file beneath the working directory"
+                return f"cannot {kind} {path[:80]!r}: {fault}; name a file beneath the working directory"
     for path, data in files.items():
         if len(data) > MAX_FILE_BYTES:
             return f"the file {path[:80]!r} has {len(data)} bytes, the limit is {MAX_FILE_BYTES}"
@@ -88,11 +88,35 @@ class Request:
     fetch: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
     show_last_expression: bool = True
-    allowed_modules: tuple[str, ...] = ()
+    allowed_modules: Sequence[str] = ()
     op: str = "run"  # or "cell": in the interpreter that the worker keeps
+
+    def _mistyped(self) -> Iterator[tuple[str, object, str]]:
+        """Fields that no worker can take, each with its value and what it must be. (`Limits` looks at its own.)"""
+        for name, kind in (("code", str), ("stdin", str), ("show_last_expression", bool)):
+            if not is_a(getattr(self, name), kind):
+                yield name, getattr(self, name), KINDS[kind]
+        if not isinstance(self.limits, Limits):
+            yield "limits", self.limits, "a Limits"
+        for name in ("fetch", "allowed_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+                yield name, value, "a list of strings"
+            else:
+                yield from ((f"an entry of {name}", each, "a string") for each in value if not isinstance(each, str))
+        if not isinstance(self.files, Mapping):
+            yield "files", self.files, "bytes by path"
+            return
+        for path, data in self.files.items():
+            if not isinstance(path, str):
+                yield "a path of files", path, "a string"
+            if not isinstance(data, bytes | bytearray):
+                yield f"files[{shown(path)}]", data, "bytes"
 
     def fault(self) -> str:
         """Why it is not run at all; empty if it is."""
+        for name, value, expected in self._mistyped():
+            return f"{name} is {shown(value)}; it must be {expected}"
         if "\0" in self.code:
             return "the code contains a NUL character"
         for name, text, limit in (("code", self.code, MAX_CODE_BYTES), ("stdin", self.stdin, MAX_STDIN_BYTES)):

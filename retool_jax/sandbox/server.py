@@ -1,12 +1,5 @@
-"""`python -m retool_jax.sandbox.server`: the sandbox over HTTP, in Sandbox Fusion's protocol.
+"""`python -m retool_jax.sandbox.server`: the sandbox over HTTP, in Sandbox Fusion's protocol."""
 
-POST /run_code    Sandbox Fusion's request and answer (python only)
-POST /execute     the simple local servers' request and answer
-GET  /v1/ping     "pong"
-GET  /metrics     Prometheus
-"""
-
-import argparse
 import asyncio
 import hmac
 import json
@@ -16,15 +9,16 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.sandbox.fusion import Malformed, fault_response, number, read_request, write_result
+from retool_jax.sandbox.fusion import Malformed, fault_response, number, read_request, text, write_result
 from retool_jax.sandbox.metrics import prometheus
 from retool_jax.sandbox.pool import Sandbox, open_sandbox
 from retool_jax.sandbox.request import MAX_FRAME_BYTES, Request
-from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult, shown
+from retool_jax.sandbox.words import help_text, read_words, word
 
 try:
     import uvicorn
@@ -36,8 +30,14 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the server needs {missing.name}; pip install 'retool_jax[sandbox]'")
 
+ABOUT = """Serve the sandbox over HTTP:
+    POST /run_code    Sandbox Fusion's request and answer (python only)
+    POST /execute     the simple local servers' request and answer
+    GET  /v1/ping     "pong"
+    GET  /metrics     Prometheus"""
 RETRY_AFTER_S = 1
 CLOSED_REQUEST = 499  # nobody reads it: the client has gone
+_CONFIG, _LIMITS = SandboxConfig(), Limits()
 
 
 async def read_body(http: HTTPRequest) -> dict[str, Any]:
@@ -132,25 +132,23 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
 
     async def run_code(http: HTTPRequest, body: dict) -> Response:
         request = read_request(body, default, ceiling)
-        language = body.get("language", "python")
-        if language != "python":
-            return JSONResponse(fault_response(f"language {str(language)[:40]!r} is not served, python is"))
         number(body, "compile_timeout", 0)  # nothing is compiled; still checked as the other fields are
+        language = text(body, "language", "python")
+        if language != "python":
+            return JSONResponse(fault_response(f"language {language[:40]!r} is not served, python is"))
         return await answer(http, request, lambda result: JSONResponse(write_result(result)))
 
     async def execute(http: HTTPRequest, body: dict) -> Response:
-        if body.get("language", "python") not in ("python", "ipython"):
-            return JSONResponse({"error": f"Unsupported language: {str(body['language'])[:40]}"}, 400)
         newer = "generated_code" in body  # the servers of this kind that say how a process ended
-        request = read_request(
-            {
-                "code": body.get("generated_code" if newer else "code"),
-                "stdin": body.get("std_input" if newer else "stdin"),
-                "run_timeout": body.get("timeout"),
-            },
-            default,
-            ceiling,
-        )
+        standard = {
+            "code": text(body, "generated_code" if newer else "code"),
+            "stdin": text(body, "std_input" if newer else "stdin", ""),
+            "run_timeout": number(body, "timeout", default.wall_s),
+        }
+        language = text(body, "language", "python")
+        if language not in ("python", "ipython"):
+            return JSONResponse({"error": f"Unsupported language: {language[:40]!r}"}, 400)
+        request = read_request(standard, default, ceiling)
 
         def write(result: ToolResult) -> Response:
             run = write_result(result)["run_result"] or {"stdout": "", "stderr": result.message, "return_code": None}
@@ -183,54 +181,58 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Options:
     """The command line."""
-    config, limits = SandboxConfig(), Limits()
-    words = argparse.ArgumentParser(
-        prog="python -m retool_jax.sandbox.server",
-        description="Serve the sandbox over HTTP: POST /run_code (Sandbox Fusion), POST /execute, GET /v1/ping, "
-        "GET /metrics.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+
+    backend: str = word(
+        "auto", "auto, or names in order of preference, with commas: gvisor, bubblewrap, process (unsafe)"
     )
-    add = words.add_argument
-    add("--backend", default="auto", help="auto, or names in order of preference, with commas: gvisor, bubblewrap, "
-        "process (unsafe)")  # fmt: skip
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    add("--port", type=int, default=8080, help="0 takes a free one and prints it")
-    add("--token", default="", help=f"bearer token that requests must bring; better given as ${TOKEN_VARIABLE}, which "
-        "other users of the machine cannot see")  # fmt: skip
-    add("--slots", type=int, default=config.slots, help="programs at once; 0 is half of the cores")
-    add("--image", default=config.image, help="folder of the runtime (python -m retool_jax.sandbox.image); empty is "
-        "the one built last, or this Python")  # fmt: skip
-    add("--wall-s", type=float, default=limits.wall_s, help="time limit of a request that names none")
-    add("--max-wall-s", type=float, default=60.0, help="the largest one")
-    add("--memory-mb", type=int, default=limits.memory_mb, help="memory of a program, also the largest one")
-    add("--output-bytes", type=int, default=limits.output_bytes, help="kept of each output stream")
-    add("--processes", type=int, default=limits.processes, help="processes and threads of a program")
-    add("--file-mb", type=int, default=limits.file_mb, help="files of a program")
-    add("--queue-limit", type=int, default=config.queue_limit, help="requests that may wait; 0 is 64 a slot")
-    add("--queue-s", type=float, default=60.0, help="how long one may wait before it is answered 503")
-    add("--modules", default="", help="top-level modules that programs may import, with commas; empty is all")
-    add("--drain-s", type=int, default=65, help="after SIGTERM, how long running requests may take to end")
-    return words
+    host: str = word("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = word(8080, "0 takes a free one and prints it")
+    token: str = word(
+        "",
+        f"bearer token that requests must bring; better given as ${TOKEN_VARIABLE}, which other users of the machine "
+        "cannot see",
+    )
+    slots: int = word(_CONFIG.slots, "programs at once; 0 is half of the cores")
+    image: str = word(
+        _CONFIG.image,
+        "folder of the runtime (python -m retool_jax.sandbox.image); empty is the one built last, or this Python",
+    )
+    wall_s: float = word(_LIMITS.wall_s, "time limit of a request that names none")
+    max_wall_s: float = word(60.0, "the largest one")
+    memory_mb: int = word(_LIMITS.memory_mb, "memory of a program, also the largest one")
+    output_bytes: int = word(_LIMITS.output_bytes, "kept of each output stream")
+    processes: int = word(_LIMITS.processes, "processes and threads of a program")
+    file_mb: int = word(_LIMITS.file_mb, "files of a program")
+    queue_limit: int = word(_CONFIG.queue_limit, "requests that may wait; 0 is 64 a slot")
+    queue_s: float = word(60.0, "how long one may wait before it is answered 503")
+    modules: str = word("", "top-level modules that programs may import, with commas; empty is all")
+    drain_s: int = word(65, "after SIGTERM, how long running requests may take to end")
+
+    def __post_init__(self) -> None:
+        for name, high in (("port", 65535), ("drain_s", 86400)):
+            if not 0 <= getattr(self, name) <= high:
+                raise UserError(f"{name} is {shown(getattr(self, name))}; it must lie between 0 and {high}")
 
 
-def settings(args: argparse.Namespace) -> tuple[SandboxConfig, Limits]:
+def settings(options: Options) -> tuple[SandboxConfig, Limits]:
     """The sandbox and the ceiling that a command line asks for. Raises UserError."""
-    own = {f.name: getattr(args, f.name) for f in fields(Limits) if hasattr(args, f.name)}
-    limits = Limits(**own | {"raw_output_bytes": max(Limits().raw_output_bytes, args.output_bytes)})
-    if args.max_wall_s < limits.wall_s:
-        raise UserError(f"--max-wall-s={args.max_wall_s:g} is below --wall-s={limits.wall_s:g}")
+    own = {f.name: getattr(options, f.name) for f in fields(Limits) if hasattr(options, f.name)}
+    limits = Limits(**own | {"raw_output_bytes": max(Limits().raw_output_bytes, options.output_bytes)})
+    if options.max_wall_s < limits.wall_s:
+        raise UserError(f"max_wall_s={options.max_wall_s:g} is below wall_s={limits.wall_s:g}; raise it")
     config = SandboxConfig(
-        backend=tuple(filter(None, args.backend.split(","))),
-        slots=args.slots,
+        backend=tuple(filter(None, options.backend.split(","))),
+        slots=options.slots,
         limits=limits,
-        image=args.image,
-        queue_limit=args.queue_limit,
-        queue_s=args.queue_s,
-        allowed_modules=tuple(filter(None, args.modules.split(","))),
+        image=options.image,
+        queue_limit=options.queue_limit,
+        queue_s=options.queue_s,
+        allowed_modules=tuple(filter(None, options.modules.split(","))),
     )
-    return config, replace(limits, wall_s=args.max_wall_s)
+    return config, replace(limits, wall_s=options.max_wall_s)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -247,16 +249,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(args: argparse.Namespace) -> None:
+async def serve(options: Options) -> None:
     """Open the sandbox and serve until SIGTERM or SIGINT; then finish what runs and close it."""
-    config, ceiling = settings(args)
-    token = args.token or os.environ.pop(TOKEN_VARIABLE, "")
-    with listen(args.host, args.port) as listener:
+    config, ceiling = settings(options)
+    token = options.token or os.environ.pop(TOKEN_VARIABLE, "")
+    with listen(options.host, options.port) as listener:
         async with open_sandbox(config) as box:
             print(f"sandbox: {box.description}", flush=True)
-            if not token and args.host not in ("127.0.0.1", "::1", "localhost"):
-                print(f"whoever reaches {args.host} can run programs here; set ${TOKEN_VARIABLE}", flush=True)
-            host = f"[{args.host}]" if ":" in args.host else args.host
+            if not token and options.host not in ("127.0.0.1", "::1", "localhost"):
+                print(f"whoever reaches {options.host} can run programs here; set ${TOKEN_VARIABLE}", flush=True)
+            host = f"[{options.host}]" if ":" in options.host else options.host
             print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
             server = uvicorn.Server(
                 uvicorn.Config(
@@ -265,7 +267,7 @@ async def serve(args: argparse.Namespace) -> None:
                     access_log=False,
                     lifespan="off",
                     timeout_keep_alive=75,
-                    timeout_graceful_shutdown=args.drain_s,
+                    timeout_graceful_shutdown=options.drain_s,
                 )
             )
             for end in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it is done
@@ -275,8 +277,11 @@ async def serve(args: argparse.Namespace) -> None:
 
 
 def main(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(help_text("python -m retool_jax.sandbox.server", ABOUT, Options))
+        return
     with suppress(asyncio.CancelledError):
-        asyncio.run(serve(parser().parse_args(words)))
+        asyncio.run(serve(read_words(words, Options)))
 
 
 if __name__ == "__main__":

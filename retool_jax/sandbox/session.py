@@ -56,16 +56,27 @@ class Session:
             if self._expiry is not None:
                 self._expiry.cancel()
             try:
-                return await self._cell(code, stdin, files or {}, fetch, limits or self._config.limits)
+                return await self._cell(
+                    Request(
+                        code,
+                        stdin,
+                        {} if files is None else files,
+                        fetch,
+                        self._config.limits if limits is None else limits,
+                        self._config.show_last_expression,
+                        self._config.allowed_modules,
+                        op="cell",
+                    )
+                )
             finally:
                 if not self._over:
                     ended = f"the session was closed after {self._ttl_s:g} s without a call"
                     self._expiry = asyncio.get_running_loop().call_later(self._ttl_s, self._end, ended)
 
-    async def _cell(
-        self, code: str, stdin: str, files: Mapping[str, bytes], fetch: Sequence[str], limits: Limits
-    ) -> ToolResult:
-        config = self._config
+    async def _cell(self, request: Request) -> ToolResult:
+        config, limits = self._config, request.limits
+        if not self._over and (reason := request.fault()):
+            return self._answer("rejected", reason)
         if not self._over and self._member is not None and limits.memory_mb > self._member.memory_mb:
             most = self._member.memory_mb
             return self._answer("rejected", f"memory_mb={limits.memory_mb}: this session began with at most {most}")
@@ -79,9 +90,6 @@ class Session:
             self._seated = True
         if self._over:
             return self._answer(self._over_status, self._over)
-        request = Request(
-            code, stdin, files, fetch, limits, config.show_last_expression, config.allowed_modules, op="cell"
-        )
         result = await self._box.serve(request, self, config.retries if self._fresh else 0)
         if self._fresh and result.status not in ("rejected", "infra_error", "cancelled"):
             return replace(result, message="; ".join(filter(None, (result.message, ENDED))))

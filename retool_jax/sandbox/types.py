@@ -1,6 +1,7 @@
 """What goes into the sandbox and what comes out of it: limits, configuration, result."""
 
 import os
+import reprlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,9 +23,38 @@ MAX_CODE_BYTES = 2 << 20
 MAX_STDIN_BYTES = 8 << 20
 
 
-def _check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{owner}.{name} is {value}; it must lie between {low} and {high}")
+class _Shown(reprlib.Repr):
+    """A value of any kind and size on one short line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = 60
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python writes no number of more than 4300 digits
+            return f"a number of {value.bit_length()} bits"
+
+
+shown = _Shown().repr
+KINDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def is_a(value: object, kind: type) -> bool:
+    """Whether a value is of a kind as requests and configurations mean it: 1 is a number with a point too (a float),
+    and True is no number."""
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _check(section: str, owner: object, **ranges: tuple[float, float] | None) -> None:
+    """Raise UserError unless each named field has the type that its class says and lies in its range, if it has one."""
+    for name, bounds in ranges.items():
+        value, kind = getattr(owner, name), type(owner).__dataclass_fields__[name].type
+        if not is_a(value, kind):
+            raise UserError(f"{section}.{name} is {shown(value)}; it must be {KINDS[kind]}")
+        if bounds and not bounds[0] <= value <= bounds[1]:
+            raise UserError(f"{section}.{name} is {shown(value)}; it must lie between {bounds[0]} and {bounds[1]}")
 
 
 @dataclass(frozen=True)
@@ -45,12 +75,17 @@ class Limits:
     """MiB per file, and in all where the working directory is a file system of its own."""
 
     def __post_init__(self) -> None:
-        _check_range("limits", "wall_s", self.wall_s, 0.05, 600)
-        _check_range("limits", "memory_mb", self.memory_mb, 16, 1 << 20)
-        _check_range("limits", "output_bytes", self.output_bytes, 256, 8 << 20)
-        _check_range("limits", "raw_output_bytes", self.raw_output_bytes, self.output_bytes, 1 << 30)
-        _check_range("limits", "processes", self.processes, 1, 4096)
-        _check_range("limits", "file_mb", self.file_mb, 1, 1 << 20)
+        _check(
+            "limits",
+            self,
+            wall_s=(0.05, 600),
+            memory_mb=(16, 1 << 20),
+            output_bytes=(256, 8 << 20),
+            raw_output_bytes=(256, 1 << 30),
+            processes=(1, 4096),
+            file_mb=(1, 1 << 20),
+        )
+        _check("limits", self, raw_output_bytes=(self.output_bytes, 1 << 30))
 
 
 @dataclass(frozen=True)
@@ -100,19 +135,30 @@ class SandboxConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise UserError(f"sandbox.{name} is the text {value!r}; write a list, e.g. [{value}]")
+            if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+                raise UserError(f"sandbox.{name} is {shown(value)}; it must be a list of strings")
             object.__setattr__(self, name, tuple(value))  # YAML brings a list
         if not self.backend:
             raise UserError("sandbox.backend is empty; name at least one, e.g. [auto]")
-        _check_range("sandbox", "slots", self.slots, 0, 1024)
-        _check_range("sandbox", "queue_limit", self.queue_limit, 0, 1 << 20)
-        _check_range("sandbox", "queue_s", self.queue_s, 0.1, 86400)
-        _check_range("sandbox", "retries", self.retries, 0, 10)
-        _check_range("sandbox", "recycle_calls", self.recycle_calls, 1, 1 << 30)
-        _check_range("sandbox", "recycle_s", self.recycle_s, 1, 1 << 30)
-        _check_range("sandbox", "recycle_memory_mb", self.recycle_memory_mb, 1, 1 << 30)
-        _check_range("sandbox", "probe_s", self.probe_s, 0, 86400)
-        _check_range("sandbox", "sessions", self.sessions, 0, 4096)
-        _check_range("sandbox", "session_ttl_s", self.session_ttl_s, 0.1, 1 << 30)
+        if not isinstance(self.limits, Limits):
+            raise UserError(f"sandbox.limits is {shown(self.limits)}; it must be a Limits")
+        _check(
+            "sandbox",
+            self,
+            slots=(0, 1024),
+            queue_limit=(0, 1 << 20),
+            queue_s=(0.1, 86400),
+            retries=(0, 10),
+            show_last_expression=None,
+            image=None,
+            recycle_calls=(1, 1 << 30),
+            recycle_s=(1, 1 << 30),
+            recycle_memory_mb=(1, 1 << 30),
+            probe_s=(0, 86400),
+            sessions=(0, 4096),
+            session_ttl_s=(0.1, 1 << 30),
+            token=None,
+        )
 
     @property
     def places(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from retool_jax.sandbox import Limits, SandboxConfig
 from retool_jax.sandbox.gvisor import OVERHEAD_MB
+from retool_jax.sandbox.words import read_words
 
 yaml = pytest.importorskip("yaml", reason="reading the manifest needs pyyaml")
 server = pytest.importorskip("retool_jax.sandbox.server", reason="the server needs retool_jax[sandbox]")
@@ -39,7 +40,7 @@ def container() -> dict:
 
 def arguments(words: list[str]):
     """The command line that a container starts with; ends the test if the server does not know a word of it."""
-    return server.parser().parse_args(words)
+    return read_words(words, server.Options)
 
 
 def routes() -> set[str]:

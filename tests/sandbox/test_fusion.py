@@ -111,12 +111,12 @@ def test_requests_of_others_get_the_defaults_and_the_ceiling():
         ("fetch_files", {"fetch_files": "a"}),
         ("fetch_files", {"fetch_files": [1]}),
         ("retool", {"retool": 1}),
-        ("limits", {"retool": {"limits": {"wal_s": 1}}}),
-        ("limits", {"retool": {"limits": {"wall_s": "1"}}}),
+        ("retool.limits", {"retool": {"limits": {"wal_s": 1}}}),
+        ("retool.limits", {"retool": {"limits": {"wall_s": "1"}}}),
     ],
 )
 def test_malformed_requests_name_the_field(field: str, body: dict):
     with pytest.raises(Malformed) as caught:
         read_request({"code": "1"} | body if field != "code" else body, LIMITS, CEILING)
     assert caught.value.field == field
-    assert caught.value.detail()["detail"][0]["loc"] == ["body", field]
+    assert caught.value.detail()["detail"][0]["loc"] == ["body", *field.split(".")]

@@ -100,8 +100,10 @@ def test_errors_name_the_folder_and_the_way_out(small: Path, tmp_path: Path):
         find_runtime(str(tmp_path))
     with pytest.raises(UserError, match=f"{small} exists already; name another folder"):
         image.main([f"to={small}", "packages="])
-    with pytest.raises(UserError, match="'size' is not understood"):
+    with pytest.raises(UserError, match=r"cannot read 'size=3'; it takes to, packages \(see --help\)"):
         image.main(["size=3"])
+    with pytest.raises(UserError, match=r"cannot read 'package=numpy'; did you mean packages=\.\.\.\?"):
+        image.main(["package=numpy"])
 
 
 def test_packages_where_programs_have_folders_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -11,6 +11,7 @@ import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
+from retool_jax.sandbox.fusion import write_result
 
 pytest.importorskip("aiohttp", reason="the remote back-end needs aiohttp: pip install 'retool_jax[sandbox]'")
 
@@ -30,6 +31,9 @@ def answer(body: object, status: str = "200 OK", head: str = "") -> bytes:
 def foreign(stdout: str, status: str = "Success", code: int = 0) -> dict:
     run = {"status": "Finished", "execution_time": 0.1, "return_code": code, "stdout": stdout, "stderr": ""}
     return {"status": status, "message": "", "compile_result": None, "run_result": run, "files": {}}
+
+
+OURS = write_result(ToolResult("success", stdout="x"))
 
 
 @asynccontextmanager
@@ -148,6 +152,12 @@ def test_servers_of_others_are_asked_in_their_own_words():
         answer({"status": "SandboxError", "message": "docker"}),
         answer(b"not json"),
         answer({}),
+        answer(b"[" * 100_000),
+        answer(foreign("x", code="0")),
+        answer(foreign(["x"])),
+        answer(OURS | {"retool": OURS["retool"] | {"status": "fine"}}),
+        answer(OURS | {"retool": OURS["retool"] | {"wall_s": "1"}}),
+        answer(OURS | {"retool": OURS["retool"] | {"queue_s": float("nan")}}),
         b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nCUT",
     ],
 )
@@ -167,6 +177,14 @@ def test_a_refused_token_is_told_at_once():
     (result,), (requests,) = against(lambda *_: answer({"detail": "token"}, "401 Unauthorized"))
     assert (result.status, len(requests)) == ("infra_error", 1)
     assert "HTTP 401" in result.message
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "413 Content Too Large", "422 Unprocessable Content"])
+def test_what_a_server_refuses_for_what_it_holds_is_rejected(status: str):
+    """It has served this client before; a policy that could make it refuse would choose to be dropped."""
+    (result,), (requests,) = against(lambda *_: answer({"detail": "a lone\nsurrogate"}, status))
+    assert (result.status, result.backend, len(requests)) == ("rejected", "remote", 1)
+    assert f"HTTP {status[:3]}" in result.message and "\n" not in result.message
 
 
 def test_a_full_server_is_asked_again_until_the_queue_time_is_over():

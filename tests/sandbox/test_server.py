@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 from retool_jax.sandbox.types import TOKEN_VARIABLE
+from retool_jax.sandbox.words import read_words
 
 aiohttp = pytest.importorskip("aiohttp", reason="these tests need aiohttp: pip install 'retool_jax[sandbox]'")
 server = pytest.importorskip("retool_jax.sandbox.server", reason="the server needs retool_jax[sandbox]")
@@ -207,7 +208,7 @@ def test_forbidden_modules_cannot_be_allowed_by_a_request(serve):
 
 
 def start_server(*words: str, **environment: str) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-m", "retool_jax.sandbox.server", "--backend", "process", "--port", "0", *words]
+    command = [sys.executable, "-m", "retool_jax.sandbox.server", "backend=process", "port=0", *words]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     for line in child.stdout:
         if line.startswith("serving on "):
@@ -216,7 +217,7 @@ def start_server(*words: str, **environment: str) -> tuple[subprocess.Popen, str
 
 
 def test_the_command_serves_drains_on_sigterm_and_leaves_nothing(descendants, alive):
-    child, url = start_server("--slots", "1", RETOOL_SANDBOX_TOKEN="secret")
+    child, url = start_server("slots=1", RETOOL_SANDBOX_TOKEN="secret")
     try:
         assert url.startswith("http://127.0.0.1:")
         tree = descendants(child.pid)
@@ -245,32 +246,57 @@ def test_the_command_serves_drains_on_sigterm_and_leaves_nothing(descendants, al
 
 
 def settings_of(*words: str):
-    return server.settings(server.parser().parse_args(words))
+    return server.settings(read_words(words, server.Options))
 
 
 def test_the_command_line_becomes_the_configuration():
-    words = "--backend gvisor,bubblewrap --slots 3 --memory-mb 512 --wall-s 5 --modules math,re"
+    words = "backend=gvisor,bubblewrap slots=2 slots=3 memory_mb=512 wall_s=5 modules=math,re"
     config, ceiling = settings_of(*words.split())
     assert (config.backend, config.places, config.allowed_modules) == (("gvisor", "bubblewrap"), 3, ("math", "re"))
     assert (config.limits.memory_mb, config.limits.wall_s) == (512, 5)
     assert (ceiling.wall_s, ceiling.memory_mb) == (60, 512)
     assert settings_of()[0].limits == Limits()
-    with pytest.raises(UserError, match="--max-wall-s=1 is below --wall-s=10"):
-        settings_of("--max-wall-s", "1")
+    assert settings_of("host=", "token=a=b")[0].limits == Limits()
 
 
-def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        server.parser().parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for words in ("--backend", "(default: auto)", "(default: 127.0.0.1)", "(default: 8080)", "RETOOL_SANDBOX_TOKEN"):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["max_wall_s=1"], "max_wall_s=1 is below wall_s=10; raise it"),
+        (["max_wall_s=nan"], "limits.wall_s is nan; it must lie between"),
+        (["slot=2"], "cannot read 'slot=2'; did you mean slots=...?"),
+        (["--backend", "auto"], "cannot read '--backend'; did you mean backend=...?"),
+        (["--drain-s=3"], "cannot read '--drain-s=3'; did you mean drain_s=...?"),
+        (["zzz"], "cannot read 'zzz'; it takes backend, host, port, "),
+        (["port"], "cannot read 'port'; did you mean port=...?"),
+        (["port=http"], "port is 'http'; it must be a whole number"),
+        (["port=70000"], "port is 70000; it must lie between 0 and 65535"),
+        (["memory_mb=1.5"], "memory_mb is '1.5'; it must be a whole number"),
+        (["wall_s="], "wall_s is ''; it must be a number"),
+        (["drain_s=-1"], "drain_s is -1; it must lie between 0"),
+        (["slots=-1"], "sandbox.slots is -1; it must lie between 0"),
+    ],
+)
+def test_words_that_have_no_meaning_are_named(words: list[str], said: str):
+    with pytest.raises(UserError) as caught:
+        settings_of(*words)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_help_names_every_key_with_its_default(capsys: pytest.CaptureFixture[str]):
+    server.main(["--help"])
+    text = capsys.readouterr().out
+    for words in ("/run_code", "backend=auto ", "host=127.0.0.1 ", "port=8080 ", "token= ", "RETOOL_SANDBOX_TOKEN"):
         assert words in text
+    keys = [line.split("=")[0].strip() for line in text.splitlines() if line.startswith("    ") and "=" in line]
+    assert keys == [field.name for field in fields(server.Options)]
+    assert max(map(len, text.splitlines())) <= 110
 
 
 def test_a_taken_port_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "retool_jax.sandbox.server", "--backend", "process", "--port", port]
+        command = [sys.executable, "-m", "retool_jax.sandbox.server", "backend=process", f"port={port}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1 port {port} (Address already in use); ")
