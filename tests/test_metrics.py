@@ -176,19 +176,6 @@ def test_compilation_is_a_part_of_its_own_inside_of_other_parts_and_outside():
         assert clock.seconds.keys() == {"compile", "update"} and 0 <= clock.seconds["update"] < 0.5 * took
 
 
-def test_a_program_in_a_program_is_not_counted_twice():
-    @jax.jit
-    def inner(x: jax.Array) -> jax.Array:
-        for power in range(200):
-            x = jnp.sin(x) + jnp.cos(x + power)
-        return x
-
-    with closing(Clock()) as clock:
-        began = time.perf_counter()
-        jax.jit(lambda x: jax.jit(lambda x: inner(x) + time.time())(x)).lower(1.0).compile()
-        assert clock.seconds["compile"] <= time.perf_counter() - began
-
-
 def test_the_engines_warm_up_counts_as_compilation(make_engine):
     engine = make_engine(slots=3, max_length=80)
     with closing(Clock()) as clock:

@@ -515,3 +515,31 @@ def test_rows_of_old_weights_can_be_discarded(updating):
         assert chat.ended != (chat.dropped == "new weights came (engine.stale_rows=discard)"), "each has one end"
     with pytest.raises(UserError, match="stale_rows=keep is not one of: rewrite, discard"):
         updating(stale_rows="keep")
+
+
+def test_old_weights_are_discarded_also_where_a_row_has_given_up_its_pages(make_engine, model, params):
+    """Whoever has begun is dropped, and nobody else: the outcome does not depend on the size of the cache."""
+    engine = make_engine(0, range(0, model.vocab_size, 16), page_size=8, pages=24, stale_rows="discard")
+    newer = jax.tree.map(lambda x: x * 1.1, params)
+    begun: dict[int, Chat] = {}
+    under_way: list[int] = []
+    turns = 0
+
+    class Updating(Chat):
+        def turn_budget(self) -> int:
+            begun[self.request] = self
+            return super().turn_budget()
+
+        def end_turn(self, ids, logprobs):
+            nonlocal turns
+            call, turns = super().end_turn(ids, logprobs), turns + 1
+            if turns == 7:
+                under_way.extend(request for request, chat in begun.items() if not chat.ended)
+                engine.update_params(newer)
+            return call
+
+    conversations = [Updating(chat.prompt, chat.request, turns=chat.turns) for chat in chats()]
+    stats = run(engine, conversations)
+    assert stats.evictions > 0 and quiet(engine)
+    assert [chat.request for chat in conversations if chat.dropped] == sorted(under_way)
+    assert all(chat.ended for chat in conversations if not chat.dropped)

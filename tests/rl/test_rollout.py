@@ -188,9 +188,8 @@ def test_a_conversation_that_new_weights_cut_short_is_no_signal(tokenizer, scrip
     """Its end says so, wherever it was: drawing, waiting for its tool, or with an answer that it has not read yet."""
     answer = "\\boxed{6}<|im_end|>"
     long = "word " * 20 + answer
-    engine = scripted(
-        [call("new weights"), answer], [call("late"), answer], [long], [answer], stale_rows="discard", slots=3
-    )
+    scripts = [call("new weights"), answer], [call("late"), answer], [long], [answer]
+    engine = scripted(*scripts, stale_rows="discard", slots=3, tool_lag=-1)
 
     async def tool(code: str) -> ToolResult:
         if code == "new weights":
