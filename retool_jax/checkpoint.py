@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import sys
-import time
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,7 +25,7 @@ logging.getLogger("orbax").setLevel(logging.ERROR)
 # Items of a checkpoint, a folder each. Weights have one of their own, so that who wants them alone reads no moments.
 PARAMS, REST, NOTES = "params", "rest", "notes"
 WHOLE = "state"  # in the place of the first two in older checkpoints
-SETTLED_S = 0.3
+PATIENCE_S = 30.0  # with a thread of a save that failed
 DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
         if reason is None:
             _, reason = _attempt(lambda: self._manager.save(step, args=arguments, force=True))
         if reason is not None:
-            _sweep_failed(self.folder, str(step))  # what is there of it takes the room that is missing
+            _sweep(self.folder, str(step))  # what is there of it takes the room that is missing
             last = self.latest()
             kept = "no checkpoint exists yet" if last is None else f"checkpoint {last} is intact"
             raise UserError(
@@ -191,22 +191,9 @@ def _digest(path: Path) -> list[int]:
     return [path.stat().st_size, crc]
 
 
-def _sweep(folder: Path, step: str) -> bool:
-    """Remove what a save has left that did not come to its end; whether there was any."""
-    halves = list(folder.glob(f"{step}.orbax-checkpoint-tmp*"))
-    for half in halves:
+def _sweep(folder: Path, step: str) -> None:
+    for half in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(half, ignore_errors=True)
-    return bool(halves)
-
-
-def _sweep_failed(folder: Path, step: str) -> None:
-    """As `_sweep`, of a save that failed a moment ago: threads may go on with its other item, and nobody can wait for
-    them, so it is swept until nothing more has come for a while."""
-    last_seen = began = time.monotonic()
-    while (now := time.monotonic()) - last_seen < SETTLED_S and now - began < 20 * SETTLED_S:
-        if _sweep(folder, step):
-            last_seen = now
-        time.sleep(SETTLED_S / 10)
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -242,6 +229,7 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
         except Exception as error:
             reason = _reason(error)
         if reason is not None:
+            _join_threads()
             gc.collect()
     finally:
         for logger, level in loggers.items():
@@ -249,6 +237,13 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
         if reason is None:
             sys.unraisablehook = shown
     return result, reason
+
+
+def _join_threads() -> None:
+    """Wait for what a call that failed left going: the other items are written by threads that nobody asks any more."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            thread.join(PATIENCE_S)
 
 
 def _reason(error: Exception) -> str:
