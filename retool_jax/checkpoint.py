@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ logging.getLogger("orbax").setLevel(logging.ERROR)
 # Items of a checkpoint, a folder each. Weights have one of their own, so that who wants them alone reads no moments.
 PARAMS, REST, NOTES = "params", "rest", "notes"
 WHOLE = "state"  # in the place of the first two in older checkpoints
+PATIENCE_S = 30.0  # with a thread of a save that failed
 DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
 
 
@@ -227,6 +229,7 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
         except Exception as error:
             reason = _reason(error)
         if reason is not None:
+            _join_threads()
             gc.collect()
     finally:
         for logger, level in loggers.items():
@@ -234,6 +237,13 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
         if reason is None:
             sys.unraisablehook = shown
     return result, reason
+
+
+def _join_threads() -> None:
+    """Wait for what a call that failed left going: the other items are written by threads that nobody asks any more."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            thread.join(PATIENCE_S)
 
 
 def _reason(error: Exception) -> str:

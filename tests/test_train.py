@@ -93,9 +93,9 @@ def copied(cold_start, tmp_path) -> Path:
 
 
 def truncate_newest(folder: Path) -> Path:
-    """Cut the arrays' file of a run's newest checkpoint in half."""
+    """Cut the file of the weights of a run's newest checkpoint in half."""
     step = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    path = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path = max((path for path in (step / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return step
 

@@ -85,7 +85,7 @@ async def train(run: RLRun) -> None:
 
     async with AsyncExitStack() as stack:
         box = await stack.enter_async_context(open_sandbox(run.sandbox_for_slots())) if run.tools == "python" else None
-        folder = claim_folder(run)
+        folder = stack.enter_context(claim_folder(run))
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
         start = checkpoints.latest()
