@@ -243,7 +243,8 @@ def _join_threads() -> None:
     """Wait for what a call that failed left going: the other items are written by threads that nobody asks any more."""
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            thread.join(PATIENCE_S)
+            with suppress(Exception):  # orbax's threads raise what they met when they are joined
+                thread.join(PATIENCE_S)
 
 
 def _reason(error: Exception) -> str:

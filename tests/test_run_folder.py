@@ -118,7 +118,7 @@ CHANGEABLE = {
     "engine": "slots chunk_rows decode_steps read_late page_size pages row_buckets token_buckets read_buckets",
     "sandbox": "backend slots urls token queue_limit queue_s retries recycle_calls recycle_s recycle_memory_mb probe_s"
     " sessions session_ttl_s",
-    "rl": "steps rows_per_micro row_length",
+    "rl": "steps max_dropped rows_per_micro row_length",
     "evaluation": "every",
 }
 CHANGEABLE = {f"{section}.{key}".lstrip(".") for section, keys in CHANGEABLE.items() for key in keys.split()}

@@ -23,7 +23,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.errors import UserError
 from retool_jax.mesh import check_rows
-from retool_jax.metrics import MetricsLog, Progress, print_summary, read_metrics
+from retool_jax.metrics import METRICS_FILE, MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.rl import answers
@@ -193,7 +193,7 @@ async def look(s: Session, step: int) -> None:
 
 def looked(folder: Path, step: int, split: str) -> dict | None:
     """The numbers of a look at a split after a step, from the log; None while there are none."""
-    for record in read_metrics(folder):
+    for record in read_metrics(folder) if (folder / METRICS_FILE).is_file() else ():
         if (record["kind"], record["step"], record.get("split")) == ("eval", step, split):
             return {key: value for key, value in record.items() if key not in ("kind", "step")}
     return None

@@ -212,7 +212,7 @@ def test_hung_worker_is_noticed_from_outside(backend: str, worker_pids, descenda
 
     async def main() -> tuple[ToolResult, set[int]]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            call = asyncio.create_task(box.run("import time\ntime.sleep(0.4)\nprint('ok')", limits=Limits(wall_s=1)))
+            call = asyncio.create_task(box.run("import time\ntime.sleep(1)\nprint('ok')", limits=Limits(wall_s=2)))
             await until(lambda: box.crew._lent)
             pid = worker_pids(box)[0]
             tree = {pid} | descendants(pid)
