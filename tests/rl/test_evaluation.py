@@ -200,7 +200,7 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
     def step(calls: int) -> None:
         run = load(["config=grpo", f"run={tmp_path}", "rl.prompts_per_step=2", "rl.group_size=4", "rl.minibatches=1"])
         turns = [call] * calls + [tokenizer.encode(f"\\boxed{{{i}}}<|im_end|>") for i in range(8 - calls)]
-        engine = scripted_engine(tokenizer.stop_ids, {request: [turn] for request, turn in enumerate(turns)})
+        engine = scripted_engine(tokenizer.stop_ids, {request: [turn] for request, turn in enumerate(turns, 8)})
         clock = Clock()
         session = Session(
             run=run,
@@ -218,7 +218,7 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
             began=time.perf_counter(),
         )
         try:
-            asyncio.run(learn_from_rewards(session, None, 0))
+            asyncio.run(learn_from_rewards(session, None, 1))  # the second step, before which no look is due
         finally:
             clock.close()
 
