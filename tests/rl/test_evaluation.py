@@ -194,7 +194,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
 def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
     scripted_engine, tokenizer, broken_box, tmp_path
 ):
-    """At `rl.max_dropped` it goes on, to the weights that are not there."""
+    """At `rl.max_dropped` it goes on, to the update that is not there."""
     call = tokenizer.encode(CALL)
 
     def step(calls: int) -> None:
@@ -224,5 +224,5 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
 
     with pytest.raises(UserError, match="5 of 8 trajectories were dropped, a share above"):
         step(calls=5)
-    with pytest.raises(AttributeError, match="params"):
+    with pytest.raises(TypeError, match="not callable"):
         step(calls=4)
