@@ -185,11 +185,12 @@ class Worker:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """A process and its descendants, those too that another than its main thread has started, as gVisor does."""
     found = [pid]
     for member in found:
         with suppress(OSError):  # it ended meanwhile
-            found += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
+            for thread in os.listdir(f"/proc/{member}/task"):
+                found += map(int, Path(f"/proc/{member}/task/{thread}/children").read_text().split())
     return found
 
 

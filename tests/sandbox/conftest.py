@@ -11,6 +11,7 @@ import pytest
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 from retool_jax.sandbox.pool import LAUNCHERS
+from retool_jax.sandbox.worker import family
 
 
 @pytest.fixture(params=["process", "bubblewrap", "gvisor"])
@@ -62,11 +63,7 @@ def worker_pids() -> Callable[[Sandbox], list[int]]:
 
 
 def _descendants(pid: int) -> set[int]:
-    try:
-        children = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-    except OSError:
-        return set()
-    return children.union(*map(_descendants, children))
+    return set(family(pid)) - {pid}
 
 
 @pytest.fixture

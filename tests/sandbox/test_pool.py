@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -212,7 +213,9 @@ def test_hung_worker_is_noticed_from_outside(backend: str, worker_pids, descenda
 
     async def main() -> tuple[ToolResult, set[int]]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            call = asyncio.create_task(box.run("import time\ntime.sleep(1)\nprint('ok')", limits=Limits(wall_s=2)))
+            # Until a point in time, so that the second try, which comes after it, is short.
+            code = f"import time\ntime.sleep(max(0, {time.time() + 4} - time.time()))\nprint('ok')"
+            call = asyncio.create_task(box.run(code, limits=Limits(wall_s=5)))
             await until(lambda: box.crew._lent)
             pid = worker_pids(box)[0]
             tree = {pid} | descendants(pid)

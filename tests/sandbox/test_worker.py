@@ -12,22 +12,18 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import Limits, SandboxConfig, bubblewrap, cgroup, open_sandbox, process
-from retool_jax.sandbox.worker import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
+from retool_jax.sandbox.worker import family, owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
 
 # Starts a worker, stops all of it with SIGSTOP, so that the end of its input goes unnoticed, and waits to be killed.
 OWNER = """
 import asyncio, json, os, signal, sys, time
 from retool_jax.sandbox import SandboxConfig, bubblewrap, process
-
-def below(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        children = [int(child) for child in file.read().split()]
-    return children + [other for child in children for other in below(child)]
+from retool_jax.sandbox.worker import family
 
 async def main():
     worker = await {"process": process, "bubblewrap": bubblewrap}[sys.argv[1]].launch(SandboxConfig(), 64)
     await worker.reader.readexactly(100)
-    pids = [worker.pid, *below(worker.pid)]
+    pids = family(worker.pid)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     print(json.dumps(pids), flush=True)
@@ -114,6 +110,22 @@ def test_a_quota_below_what_the_cores_have_is_seen(unified: bool, tmp_path: Path
     for quota, seen in (("max" if unified else "-1", False), ("3000", False), ("2999", True)):
         allow(own.parent, quota)
         assert cgroup.has_processor_quota() is seen
+
+
+def test_children_of_every_thread_belong_to_the_family():
+    code = """if True:
+        import subprocess, threading
+        def start():
+            child = subprocess.Popen(["sleep", "60"])
+            print(child.pid, flush=True)
+            child.wait()
+        threading.Thread(target=start).start()
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        found = family(parent.pid)
+        os.kill(child, signal.SIGKILL)
+    assert found == [parent.pid, child]
 
 
 def test_memory_of_a_worker_is_known(worker_pids):
