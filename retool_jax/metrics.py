@@ -8,8 +8,10 @@ config can be compared line by line without those.
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -35,11 +37,12 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, resume_step: int | None):
-        # Imported here: tensorboardX imports torch where there is one, which readers of metrics need not wait for.
-        # Its SummaryWriter would write from a thread of its own; one that met a full disk is dead, and blocks writers.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        # Imported here, since readers of metrics need none of it. tensorboardX's SummaryWriter would write from a
+        # thread of its own; one that met a full disk is dead, and blocks writers.
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.summary_pb2 import Summary
 
         folder.mkdir(parents=True, exist_ok=True)
         last_kept = -1 if resume_step is None else resume_step
@@ -84,6 +87,20 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Let `import torch` fail meanwhile: tensorboardX imports it where it is installed, for tensors that it is not
+    given here, and a run would start four seconds later."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # how Python marks a module that must not be imported
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -19,10 +19,15 @@ from retool_jax.sandbox import Sandbox, SandboxConfig
 WORDS = [
     "config=grpo",
     "sandbox.backend=[process]",
-    "sft.steps=60",
+    "model.num_layers=1",
+    "model.hidden_size=64",
+    "model.intermediate_size=128",
+    "model.head_dim=16",
+    "sft.steps=50",
     "sft.batch_size=16",
+    "sft.optimizer.learning_rate=0.015",
     "sft.optimizer.warmup_steps=5",
-    "sft.optimizer.decay_steps=50",
+    "sft.optimizer.decay_steps=45",
     "rl.steps=6",
     "rl.prompts_per_step=4",
     "rl.group_size=4",
@@ -54,12 +59,10 @@ def data(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def start(fully_compiled, data):
+def start(one_device, data):
     def run(folder: Path, *words: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}", *words]
-        return subprocess.Popen(
-            command, env=fully_compiled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(command, env=one_device, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return run
 

@@ -214,8 +214,8 @@ def test_hung_worker_is_noticed_from_outside(backend: str, worker_pids, descenda
     async def main() -> tuple[ToolResult, set[int]]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
             # Until a point in time, so that the second try, which comes after it, is short.
-            code = f"import time\ntime.sleep(max(0, {time.time() + 4} - time.time()))\nprint('ok')"
-            call = asyncio.create_task(box.run(code, limits=Limits(wall_s=5)))
+            code = f"import time\ntime.sleep(max(0, {time.time() + 3} - time.time()))\nprint('ok')"
+            call = asyncio.create_task(box.run(code, limits=Limits(wall_s=4)))
             await until(lambda: box.crew._lent)
             pid = worker_pids(box)[0]
             tree = {pid} | descendants(pid)
