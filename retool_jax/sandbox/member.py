@@ -11,13 +11,19 @@ from retool_jax.sandbox.request import Nonsense, Request, to_result
 from retool_jax.sandbox.types import ToolResult
 
 OVERTIME_S = 10.0  # what a worker gets beyond a program's own time limit before it counts as hung
+COLD_S = 30.0  # and beyond that where it first has to start the fork server: `START_S` of inside/supervisor.py
+LATE_S = 1.0  # who notices a hang so much too late has stood still himself, and does not know what it means
 MAX_FRAME_BYTES = 96 << 20
 CRASH = re.compile(r'File ".*", line \d+')  # a traceback among a worker's last words
 
 
 class WorkerFault(Exception):
-    """The machinery failed, and `kind` says how: a worker did not start ("start"), died, hung, answered nonsense,
-    "crashed", which is a fault of the program inside and not of what it ran, or was "killed" from outside."""
+    """A worker is lost, and `kind` says how.
+
+    It did not start ("start"), "died", "hung", answered "nonsense", "crashed", which is a fault of the program inside
+    and not of what it ran, or was "killed" or "stopped" from outside. Two kinds are the doing of what it ran: "overrun"
+    and "broken" (see `Worker.why_hung` and `Worker.why_dead`).
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -63,7 +69,7 @@ class Member:
             raise WorkerFault("hung", f"the worker did not answer within {timeout_s:g} s") from None
         except (asyncio.IncompleteReadError, ConnectionError):
             words = await self.launched.last_words()
-            kind = "crashed" if CRASH.search(words) else "killed" if await self.launched.was_killed() else "died"
+            kind = "crashed" if CRASH.search(words) else await self.launched.why_dead()
             raise WorkerFault(kind, f"the worker died: {words or 'no last words'}") from None
         except ValueError as error:
             raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
@@ -72,10 +78,17 @@ class Member:
         """Run a program. Returns the result and the response that it was read from. Raises WorkerFault."""
         self.calls += 1
         self.tier = request.tier
+        if request.op == "run" or self.calls == 1:  # all that ever ran in a session's worker is that session's doing
+            self.launched.begin_call()
+        timeout_s = request.limits.wall_s + OVERTIME_S + (0.0 if request.tier in self.tiers else COLD_S)
         self.tiers.add(request.tier)
-        self.launched.begin_call()
-        response = await self.exchange(request.frame, request.limits.wall_s + OVERTIME_S)
+        begun = time.monotonic()
         try:
+            response = await self.exchange(request.frame, timeout_s)
             return to_result(response), response
+        except WorkerFault as fault:
+            if fault.kind != "hung" or time.monotonic() - begun > timeout_s + LATE_S:
+                raise
+            raise WorkerFault(await self.launched.why_hung(), str(fault)) from None
         except Nonsense as error:
             raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None

@@ -30,6 +30,7 @@ NAMES = ("auto", *LAUNCHERS, "remote")
 
 RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
 QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
+NOT_BY_PROGRAMS = frozenset({"crashed", "killed", "stopped"})  # ways to lose a worker that say nothing of a program
 
 
 class Source(Protocol):
@@ -140,10 +141,11 @@ class Sandbox:
                 if self._closed:
                     break
                 if member is not None:
-                    out_of_memory = member.launched.ran_out_of_memory()
-                    source.drop(member, "memory limit" if out_of_memory else fault.kind)
-                    losses += fault.kind not in ("crashed", "killed")
-                    verdict = self._verdict(out_of_memory, losses, limits)
+                    kind = "memory limit" if member.launched.ran_out_of_memory() else fault.kind
+                    source.drop(member, kind)
+                    losses += kind not in NOT_BY_PROGRAMS
+                    last = attempts > retries or time.monotonic() > last_start
+                    verdict = self._verdict(kind, losses, last, limits)
                     if verdict is not None:
                         return replace(verdict, attempts=attempts, queue_s=started - asked, wall_s=wall_s)
                 self.metrics.faults[fault.kind] += 1
@@ -166,20 +168,24 @@ class Sandbox:
             await asyncio.sleep(pause_s(attempts))
         return replace(self._cancelled(), attempts=attempts)
 
-    def _verdict(self, out_of_memory: bool, losses: int, limits: Limits) -> ToolResult | None:
-        """What a call that has lost so many workers has done itself; None while that is open.
+    def _verdict(self, kind: str, losses: int, last: bool, limits: Limits) -> ToolResult | None:
+        """What a call that has lost so many workers, the latest in the way `kind`, has done itself; None while open.
 
-        The memory limit of the worker is evidence at once. Without it a second loss is taken as the program's doing,
+        A worker at its memory limit is evidence at once, and one that is too busy with the program to answer. So is
+        one that broke, if this was the call's last attempt. Otherwise a second loss is taken as the program's doing,
         unless a program that then ended well has lost a worker in the last `QUIET_S` seconds too: where workers die by
         themselves, the third one decides.
         """
-        if out_of_memory:
+        if kind == "memory limit":
             message = f"memory limit of {limits.memory_mb} MB exceeded"
             return ToolResult("oom", return_code=-9, signal=9, message=message)
+        if kind == "overrun":
+            message = f"time limit of {limits.wall_s:g} s reached (what it had printed is lost)"
+            return ToolResult("timeout", return_code=-9, signal=9, message=message)
         quiet = time.monotonic() - self._innocent_loss >= QUIET_S
-        if losses < (2 if quiet else 3):
+        if losses < (2 if quiet else 3) and not (kind == "broken" and last):
             return None
-        message = f"the program killed the sandbox, {losses} times out of {losses}"
+        message = f"the program killed the sandbox{f', {losses} times in a row' if losses > 1 else ''}"
         return ToolResult("user_error", return_code=-9, signal=9, message=message)
 
     def _cancelled(self) -> ToolResult:

@@ -13,6 +13,7 @@ from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 if TYPE_CHECKING:
     from retool_jax.sandbox.pool import Sandbox
 
+BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that are a cell's own doing
 ENDED = "the interpreter ended, and with it all that earlier code defined"
 
 
@@ -119,7 +120,7 @@ class Session:
         """Give the worker up."""
         self._member = None
         self._box.crew.drop(member, reason)
-        if not self._fresh and reason not in ("memory limit", "unclean"):
+        if not self._fresh and reason not in BY_PROGRAMS:
             self._end(f"the session's interpreter was lost ({reason}), and with it all that earlier code defined")
             self._over_status = "infra_error"
         self._fresh = True

@@ -11,11 +11,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from retool_jax.sandbox.cgroup import WorkerGroup
 
 INSIDE = Path(__file__).with_name("inside")
 STOP_GRACE_S = 1.0
+LOOK_S = 0.5  # between two looks at what a worker that does not answer is doing
+BUSY_SHARE = 0.05  # of a core: more than that, and it is busy
+CROWD = 16  # threads of programs from which on they explain by themselves that nothing else gets on
+TICKS = os.sysconf("SC_CLK_TCK")
+# How a process ends that made a mistake. Of any other signal somebody is the sender, and it is no program: none can
+# reach what holds it.
+CRASH_SIGNALS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS})
 STREAM_BUFFER_BYTES = 1 << 20
 LAST_WORDS_BYTES = 65536
 TIERS = ("base", "numpy", "sympy", "scipy")
@@ -88,6 +96,25 @@ def kill_stale_workers() -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Seen(NamedTuple):
+    """A process, looked at from the host."""
+
+    state: str
+    """T where somebody has stopped it."""
+    cpu_s: float
+    """Processor time of it and of the children it waited for."""
+    threads: int
+
+
+def look_at(pid: int) -> Seen | None:
+    """What a process is doing; None if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return Seen(fields[0], sum(map(int, fields[11:15])) / TICKS, int(fields[17]))
+
+
 @dataclass(eq=False)
 class Worker:
     """A running supervisor: frames go in at `writer` and come out at `reader`."""
@@ -100,6 +127,7 @@ class Worker:
     tidy: Callable[[], Awaitable[None]]
     """Removes what the launcher made for this worker; runs once the outermost process is dead."""
     _kills_before: int = 0
+    _machinery: frozenset[int] = frozenset()
     _words: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))
     _listener: asyncio.Task[None] | None = None
     _stopped: asyncio.Task[None] | None = None
@@ -141,17 +169,49 @@ class Worker:
         """
         return self._stopped is None and self._memory_kills() > self._kills_before
 
-    async def was_killed(self) -> bool:
-        """Whether a dead worker was ended by a SIGKILL that no program in it can have sent: there is a memory group,
-        so that the kernel's own kills can be told (see `ran_out_of_memory`), and its processes are out of reach."""
+    async def why_dead(self) -> str:
+        """What ended a dead worker: "killed" if it was a signal that somebody outside has sent, "broken" if it went by
+        itself, "died" where that cannot be told.
+
+        No program can signal what holds it, and where there is a memory group the kernel's own kills are counted (see
+        `ran_out_of_memory`).
+        """
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self.process.wait()), STOP_GRACE_S)
-        return self.group is not None and self.process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        code = self.process.returncode
+        if self.group is None or code in (None, 0):  # 0: the supervisor left in order, because its input was at an end
+            return "died"
+        number = -code if code < 0 else code - 128  # the launchers tell of a signal to what they started like a shell
+        return "killed" if 0 < number < signal.NSIG and number not in CRASH_SIGNALS else "broken"
+
+    def know_machinery(self) -> None:
+        """Remember the processes that are there before a program is: none of them is ever stopped by one."""
+        self._machinery = frozenset(self.processes())
+
+    async def why_hung(self) -> str:
+        """Why there is no answer long after a program's time: "stopped" if somebody outside has stopped a process of
+        the machinery, "overrun" if what the program has set going keeps the processor busy or is a crowd, else "hung".
+        """
+        before = await asyncio.to_thread(self._look)
+        await asyncio.sleep(LOOK_S)
+        after = await asyncio.to_thread(self._look)
+        if any(after[pid].state == "T" for pid in self._machinery & after.keys()):
+            return "stopped"
+        used_s = sum(seen.cpu_s - (before[pid].cpu_s if pid in before else 0.0) for pid, seen in after.items())
+        crowd = sum(seen.threads for pid, seen in after.items() if pid not in self._machinery)
+        return "overrun" if used_s >= BUSY_SHARE * LOOK_S or crowd >= CROWD else "hung"
+
+    def _look(self) -> dict[int, Seen]:
+        return {pid: seen for pid in self.processes() if (seen := look_at(pid)) is not None}
+
+    def processes(self) -> list[int]:
+        """All that run in it, as the host counts them."""
+        return self.group.processes() if self.group is not None else family(self.pid)
 
     def move(self, cores: set[int]) -> None:
         """Have all its threads run on these cores from now on."""
         for _ in range(2):  # what starts meanwhile inherits the cores of the thread that starts it
-            for pid in self.group.processes() if self.group is not None else family(self.pid):
+            for pid in self.processes():
                 with suppress(OSError):  # it ended meanwhile
                     for thread in os.listdir(f"/proc/{pid}/task"):
                         os.sched_setaffinity(int(thread), cores)
@@ -189,7 +249,8 @@ def family(pid: int) -> list[int]:
     found = [pid]
     for member in found:
         with suppress(OSError):  # it ended meanwhile
-            found += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
+            for thread in os.listdir(f"/proc/{member}/task"):
+                found += map(int, Path(f"/proc/{member}/task/{thread}/children").read_text().split())
     return found
 
 
