@@ -185,8 +185,8 @@ class Worker:
         return "killed" if 0 < number < signal.NSIG and number not in CRASH_SIGNALS else "broken"
 
     def know_machinery(self) -> None:
-        """Remember the processes that are there before a program is: none of them is ever stopped by one."""
-        self._machinery = frozenset(self.processes())
+        """Remember the processes that run before a program does: no program can stop them."""
+        self._machinery = frozenset(pid for pid, seen in self._look().items() if seen.state != "T")
 
     async def why_hung(self) -> str:
         """Why there is no answer long after a program's time: "stopped" if somebody outside has stopped a process of
