@@ -47,13 +47,20 @@ ENVIRONMENT = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def stat_fields(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on. The name before it, its own choice, need not be text.
+
+    Raises OSError if there is none.
+    """
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
+
+
 def started_at(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None if there is none. With the pid, its unique name."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = stat_fields(pid)
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
 
 
@@ -109,7 +116,7 @@ class Seen(NamedTuple):
 def look_at(pid: int) -> Seen | None:
     """What a process is doing; None if there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = stat_fields(pid)
     except OSError:
         return None
     return Seen(fields[0], sum(map(int, fields[11:15])) / TICKS, int(fields[17]))

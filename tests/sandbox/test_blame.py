@@ -21,7 +21,15 @@ ONCE = SandboxConfig(slots=1, retries=0, probe_s=0, limits=LIMITS)
 NAP = "import time\ntime.sleep(0.6)\nprint('ok')"
 SPIN = "while True: pass"
 BOMBS = {
-    "forks": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "forks": r"""
+import ctypes, os
+ctypes.CDLL(None).prctl(15, b"\xff) T", 0, 0, 0)  # a name that is no text, for those who look
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+""",
     "threads": """
 import threading
 threading.stack_size(65536)

@@ -61,6 +61,8 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
     async def main():
         async with open_sandbox(SandboxConfig(("bubblewrap",), slots=1, probe_s=0)) as box:
             results = {name: await box.run(code) for name, code in programs.items()}
+            odd = "import ctypes\nctypes.CDLL(None).prctl(15, b'\\xff) Z', 0, 0, 0)\nwhile True: pass"
+            results["odd name"] = await box.run(odd, limits=Limits(wall_s=0.5))
             bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
             results["bomb"] = await box.run(bomb, limits=Limits(wall_s=0.5))
             async with box.session() as session:
@@ -76,6 +78,6 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
     assert results["daemon"].stdout == "done\n" and results["daemon"].wall_s < 5
     assert results["exit"].return_code == 7
     assert results["pool"].stdout == "[1, 2]\n"
-    assert results["bomb"].status == "timeout"
+    assert results["bomb"].status == results["odd name"].status == "timeout"
     assert results["cells"].stdout == "2\n"
     assert all(result.attempts == 1 for result in results.values())
