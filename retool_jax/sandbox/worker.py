@@ -111,6 +111,8 @@ class Seen(NamedTuple):
     cpu_s: float
     """Processor time of it and of the children it waited for."""
     threads: int
+    started: int
+    """As `started_at`, for a number is given again once its process has ended."""
 
 
 def look_at(pid: int) -> Seen | None:
@@ -119,7 +121,7 @@ def look_at(pid: int) -> Seen | None:
         fields = stat_fields(pid)
     except OSError:
         return None
-    return Seen(fields[0], sum(map(int, fields[11:15])) / TICKS, int(fields[17]))
+    return Seen(fields[0], sum(map(int, fields[11:15])) / TICKS, int(fields[17]), int(fields[19]))
 
 
 @dataclass(eq=False)
@@ -133,8 +135,9 @@ class Worker:
     """The memory cgroup that holds all of the worker, if there is one."""
     tidy: Callable[[], Awaitable[None]]
     """Removes what the launcher made for this worker; runs once the outermost process is dead."""
+    machinery: dict[int, int] = field(default_factory=dict)
+    """Its processes that ran before a program did, and when each started."""
     _kills_before: int = 0
-    _machinery: frozenset[int] = frozenset()
     _words: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))
     _listener: asyncio.Task[None] | None = None
     _stopped: asyncio.Task[None] | None = None
@@ -192,8 +195,8 @@ class Worker:
         return "killed" if 0 < number < signal.NSIG and number not in CRASH_SIGNALS else "broken"
 
     def know_machinery(self) -> None:
-        """Remember the processes that run before a program does: no program can stop them."""
-        self._machinery = frozenset(pid for pid, seen in self._look().items() if seen.state != "T")
+        """Look at the processes that run before a program does: no program can stop them."""
+        self.machinery = {pid: seen.started for pid, seen in self._look().items() if seen.state != "T"}
 
     async def why_hung(self) -> str:
         """Why there is no answer long after a program's time: "stopped" if somebody outside has stopped a process of
@@ -202,10 +205,11 @@ class Worker:
         before = await asyncio.to_thread(self._look)
         await asyncio.sleep(LOOK_S)
         after = await asyncio.to_thread(self._look)
-        if any(after[pid].state == "T" for pid in self._machinery & after.keys()):
+        ours = {pid for pid, seen in after.items() if self.machinery.get(pid) == seen.started}
+        if any(after[pid].state == "T" for pid in ours):
             return "stopped"
         used_s = sum(seen.cpu_s - (before[pid].cpu_s if pid in before else 0.0) for pid, seen in after.items())
-        crowd = sum(seen.threads for pid, seen in after.items() if pid not in self._machinery)
+        crowd = sum(seen.threads for pid, seen in after.items() if pid not in ours)
         return "overrun" if used_s >= BUSY_SHARE * LOOK_S or crowd >= CROWD else "hung"
 
     def _look(self) -> dict[int, Seen]:

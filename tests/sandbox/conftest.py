@@ -12,6 +12,8 @@ import pytest
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 from retool_jax.sandbox.pool import LAUNCHERS
 
+from .processes import below
+
 
 @pytest.fixture(params=["process", "bubblewrap", "gvisor"])
 def backend(request: pytest.FixtureRequest) -> str:
@@ -61,18 +63,10 @@ def worker_pids() -> Callable[[Sandbox], list[int]]:
     return pids
 
 
-def _descendants(pid: int) -> set[int]:
-    try:
-        children = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-    except OSError:
-        return set()
-    return children.union(*map(_descendants, children))
-
-
 @pytest.fixture
 def descendants() -> Callable[[int], set[int]]:
     """Live processes below one, as the host sees them."""
-    return _descendants
+    return below
 
 
 @pytest.fixture
