@@ -15,12 +15,11 @@ from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, bubbl
 from retool_jax.sandbox.member import Member
 
 from .processes import below, kill, send
+from .programs import SLEEP
 
 OVERTIME = "retool_jax.sandbox.member.OVERTIME_S"
 LIMITS = Limits(wall_s=1.5, memory_mb=256)
 PATIENT = replace(LIMITS, wall_s=30)
-SLEEP = "import time\ntime.sleep(30)"
-NAP = "import time\ntime.sleep(2)\nprint('ok')"
 # Busy enough to keep others from their work where there is little, and no burden for the machine of a test.
 BUSY = """
 import time
@@ -195,7 +194,8 @@ def test_a_worker_that_broke_without_a_signal_from_outside_is_its_programs_doing
     async def crash(pids: list[int]) -> None:
         send(signal.SIGSEGV, pids[0])
 
-    plays = ("session", SLEEP, PATIENT, crash), ("call", NAP, PATIENT, crash)
+    short = "import time\ntime.sleep(2)\nprint('ok')"
+    plays = ("session", SLEEP, PATIENT, crash), ("call", short, PATIENT, crash)
     cell, call = outcomes(once(backend, retries=1), *plays)
     assert (cell.result.status, cell.restarts.get("broken"), cell.faults) == ("user_error", 1, {}), cell
     assert "killed the sandbox" in cell.result.message

@@ -24,8 +24,8 @@ from retool_jax.sandbox.pool import LAUNCHERS, candidates
 from retool_jax.sandbox.request import Request
 
 from .processes import kill, send
+from .programs import SLEEP, nap
 
-SLEEP = "import time\ntime.sleep(30)"
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
 
 
@@ -83,7 +83,7 @@ def test_files_go_in_and_come_out(backend: str):
 def test_killed_worker_is_replaced_and_the_call_repeated(backend: str, worker_pids):
     async def main() -> tuple[ToolResult, ToolResult]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            call = asyncio.create_task(box.run("import time\ntime.sleep(1)\nprint('ok')"))
+            call = asyncio.create_task(box.run(nap(2.5)))
             await until(lambda: box.crew._lent)
             await asyncio.sleep(0.15)
             kill(worker_pids(box)[0])
@@ -110,7 +110,7 @@ def test_a_program_that_takes_its_worker_down_twice_is_blamed(worker_pids):
 def test_where_workers_die_by_themselves_two_losses_prove_nothing(worker_pids):
     async def main() -> tuple[ToolResult, ToolResult]:
         async with open_sandbox(PROCESS) as box:
-            innocent = asyncio.create_task(box.run("import time\ntime.sleep(1)"))
+            innocent = asyncio.create_task(box.run(nap(2)))
             await until(lambda: box.crew._lent)
             kill(worker_pids(box)[0])
             call = asyncio.create_task(box.run(SLEEP))
@@ -132,10 +132,10 @@ def test_what_no_program_can_have_done_is_not_blamed_on_one(name: str, role: str
 
     async def main() -> tuple[ToolResult, dict[str, int]]:
         async with open_sandbox(SandboxConfig(backend=(name,), slots=1, probe_s=0)) as box:
-            call = asyncio.create_task(box.run("import time\ntime.sleep(1)\nprint('ok')"))
+            call = asyncio.create_task(box.run("import time\ntime.sleep(1.5)\nprint('ok')"))
             for _ in range(2):
                 await until(lambda: box.crew._lent)
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.1)
                 (member,) = box.crew._lent
                 inner = descendants(member.launched.pid) if role == "all" else set()
                 send(signal.SIGSTOP, *inner, member.launched.pid)  # so that none can act on the death of another
@@ -193,7 +193,7 @@ def test_what_an_earlier_program_was_killed_for_is_not_held_against_the_next(wor
             greedy = await box.run(crowd)
             await box.run(crowd)
             wrong = await box.run("1 / 0")
-            call = asyncio.create_task(box.run("import time\ntime.sleep(1)\nprint('ok')"))
+            call = asyncio.create_task(box.run(nap(2.5)))
             await until(lambda: box.crew._lent)
             same = box.crew._lent == {worker}
             await asyncio.sleep(0.15)
@@ -420,13 +420,13 @@ def test_a_spare_takes_over_without_a_start(worker_pids, monkeypatch: pytest.Mon
         async with open_sandbox(PROCESS) as box:
             await until(lambda: box.crew.ready == 2)
             monkeypatch.setattr(process, "launch", never)
-            call = asyncio.create_task(box.run("import time\ntime.sleep(0.3)\nprint(1)"))
+            call = asyncio.create_task(box.run(nap(1.5)))
             await until(lambda: box.crew._lent)
             kill(worker_pids(box)[0])
             return await asyncio.wait_for(call, 60)
 
     result = asyncio.run(main())
-    assert (result.stdout, result.attempts) == ("1\n", 2)
+    assert (result.stdout, result.attempts) == ("ok\n", 2)
 
 
 def test_starts_that_fail_open_the_breaker_and_one_that_works_closes_it(worker_pids, monkeypatch):

@@ -13,10 +13,11 @@ from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
 from retool_jax.sandbox.fusion import write_result
 
+from .programs import SLEEP
+
 pytest.importorskip("aiohttp", reason="the remote back-end needs aiohttp: pip install 'retool_jax[sandbox]'")
 
 PROCESS = SandboxConfig(backend=("process",), slots=2, probe_s=0)
-SLEEP = "import time\ntime.sleep(30)"
 
 
 def remote(*urls: str, **config) -> SandboxConfig:

@@ -19,11 +19,12 @@ from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 from retool_jax.sandbox.types import TOKEN_VARIABLE
 from retool_jax.sandbox.words import read_words
 
+from .programs import SLEEP, nap
+
 aiohttp = pytest.importorskip("aiohttp", reason="these tests need aiohttp: pip install 'retool_jax[sandbox]'")
 server = pytest.importorskip("retool_jax.sandbox.server", reason="the server needs retool_jax[sandbox]")
 
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
-SLEEP = "import time\ntime.sleep(30)"
 
 
 def with_client(serve, talk, *args, **kwargs):
@@ -127,7 +128,7 @@ def test_execute_answers_both_kinds_of_simple_servers(serve):
 
 def test_full_queue_is_503_with_retry_after_and_ping_and_metrics_still_answer(serve):
     async def talk(client, box):
-        sleep = {"code": "import time\ntime.sleep(0.5)"}
+        sleep = {"code": nap(1.5)}
         first, second = (asyncio.create_task(client("/run_code", sleep)) for _ in range(2))
         while box.gauges()["queue_length"] < 1:
             await asyncio.sleep(0.01)

@@ -9,9 +9,9 @@ import pytest
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, Session, ToolResult, open_sandbox
 
 from .processes import kill
+from .programs import SLEEP, nap
 
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
-SLEEP = "import time\ntime.sleep(30)"
 
 
 def cells(config: SandboxConfig, *codes: str, limits: Limits | None = None) -> list[ToolResult]:
@@ -99,7 +99,7 @@ def test_a_lost_interpreter_is_an_infra_error_for_good():
 def test_the_first_cell_is_repeated_like_any_call():
     async def main() -> ToolResult:
         async with open_sandbox(PROCESS) as box, box.session() as session:
-            call = asyncio.create_task(session.run("import time\ntime.sleep(0.4)\nprint('ok')"))
+            call = asyncio.create_task(session.run(nap(1.5)))
             while session._member is None or not session._member.calls:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
@@ -129,18 +129,20 @@ def test_a_cancelled_cell_is_killed_and_ends_the_session(descendants, alive):
 
 def test_idle_sessions_are_closed_and_say_so(descendants, alive):
     async def main() -> tuple[ToolResult, set[int]]:
-        async with open_sandbox(replace(PROCESS, session_ttl_s=0.3)) as box, box.session() as session:
+        async with open_sandbox(replace(PROCESS, session_ttl_s=0.7)) as box, box.session() as session:
             for _ in range(3):  # each cell begins the wait anew
                 await session.run("x = 1")
-                await asyncio.sleep(0.15)
+                await asyncio.sleep(0.3)
             pid = session._member.launched.pid
             tree = {pid} | descendants(pid)
-            await asyncio.sleep(0.6)
+            async with asyncio.timeout(60):
+                while box.gauges()["sessions_open"]:
+                    await asyncio.sleep(0.01)
             return await session.run("x"), await asyncio.to_thread(alive, tree)
 
     late, left = asyncio.run(main())
     assert (late.status, late.attempts) == ("rejected", 0)
-    assert "after 0.3 s without a call" in late.message
+    assert "after 0.7 s without a call" in late.message
     assert not left
 
 
