@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.sandbox.runtime import MANIFEST, ROOT, images_folder
+from retool_jax.sandbox.launch.runtime import MANIFEST, ROOT, images_folder
 from retool_jax.sandbox.words import help_text, read_words, word
 
 PACKAGES = (

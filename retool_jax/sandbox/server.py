@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.sandbox.fusion import Malformed, fault_response, number, read_request, text, write_result
-from retool_jax.sandbox.metrics import prometheus
-from retool_jax.sandbox.pool import Sandbox, open_sandbox
-from retool_jax.sandbox.request import MAX_FRAME_BYTES, Request
+from retool_jax.sandbox.host.metrics import prometheus
+from retool_jax.sandbox.host.pool import Sandbox, open_sandbox
+from retool_jax.sandbox.host.request import MAX_FRAME_BYTES, Request
+from retool_jax.sandbox.remote.fusion import Malformed, fault_response, number, read_request, text, write_result
 from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult, shown
 from retool_jax.sandbox.words import help_text, read_words, word
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.pool import LAUNCHERS
+from retool_jax.sandbox.host.pool import LAUNCHERS
 
 from .processes import below
 

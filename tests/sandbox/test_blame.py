@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import pytest
 
-from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, bubblewrap, cgroup, open_sandbox
-from retool_jax.sandbox.member import Member
+from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
+from retool_jax.sandbox.host.member import Member
+from retool_jax.sandbox.launch import bubblewrap, cgroup
 
 from .processes import below, kill, send
 from .programs import SLEEP
 
-OVERTIME = "retool_jax.sandbox.member.OVERTIME_S"
+OVERTIME = "retool_jax.sandbox.host.member.OVERTIME_S"
 LIMITS = Limits(wall_s=1.5, memory_mb=256)
 PATIENT = replace(LIMITS, wall_s=30)
 # Busy enough to keep others from their work where there is little, and no burden for the machine of a test.

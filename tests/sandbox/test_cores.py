@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.sandbox.cores import Cores
+from retool_jax.sandbox.host.cores import Cores
 
 MACHINE = {90002, 90003, 90005, 90007}  # no machine has them, so no other sandbox holds them
 
@@ -17,7 +17,7 @@ MACHINE = {90002, 90003, 90005, 90007}  # no machine has them, so no other sandb
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cores and no quota, whatever this machine has."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(MACHINE))
-    monkeypatch.setattr("retool_jax.sandbox.cores.has_processor_quota", lambda: False)
+    monkeypatch.setattr("retool_jax.sandbox.host.cores.has_processor_quota", lambda: False)
 
 
 def test_workers_are_spread_over_as_many_cores_as_asked_for(machine: None):
@@ -51,7 +51,7 @@ def test_no_two_sandboxes_have_the_same_core(machine: None):
 
 
 def test_a_share_of_all_cores_is_no_core(machine: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.cores.has_processor_quota", lambda: True)
+    monkeypatch.setattr("retool_jax.sandbox.host.cores.has_processor_quota", lambda: True)
     cores = Cores(2)
     assert cores.place() is None
     cores.leave(None)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from retool_jax.sandbox.fusion import Malformed, read_request, read_result, write_request, write_result
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.remote.fusion import Malformed, read_request, read_result, write_request, write_result
 from retool_jax.sandbox.types import Limits, ToolResult
 
 LIMITS = Limits(wall_s=5, memory_mb=512)

@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 
 import retool_jax
-from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, cgroup, gvisor, keeper
-from retool_jax.sandbox.member import Member
-from retool_jax.sandbox.request import Request
-from retool_jax.sandbox.worker import owner_tag, started_at
+from retool_jax.sandbox import Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.host.member import Member
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.launch import cgroup, gvisor, keeper
+from retool_jax.sandbox.launch.worker import owner_tag, started_at
 
 CONFIG = SandboxConfig()
 GONE_S = 30.0
@@ -272,10 +273,11 @@ def test_a_worker_that_does_not_start_leaves_nothing(monkeypatch: pytest.MonkeyP
 OWNER = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from retool_jax.sandbox import SandboxConfig, gvisor, keeper
-from retool_jax.sandbox.member import Member
-from retool_jax.sandbox.request import Request
-from retool_jax.sandbox.worker import owner_tag
+from retool_jax.sandbox import SandboxConfig
+from retool_jax.sandbox.launch import gvisor, keeper
+from retool_jax.sandbox.host.member import Member
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.launch.worker import owner_tag
 
 async def main(mode):
     member = Member(await gvisor.launch(SandboxConfig(), 256), 256)
@@ -341,9 +343,10 @@ import asyncio, os
 os.setgroups([])
 os.setgid(64123)
 os.setuid(64123)
-from retool_jax.sandbox import SandboxConfig, gvisor
-from retool_jax.sandbox.member import Member
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox import SandboxConfig
+from retool_jax.sandbox.launch import gvisor
+from retool_jax.sandbox.host.member import Member
+from retool_jax.sandbox.host.request import Request
 
 async def main():
     member = Member(await gvisor.launch(SandboxConfig(), 256), 256)

@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import SandboxConfig, bubblewrap, gvisor, image, open_sandbox
-from retool_jax.sandbox.runtime import find_runtime, newest_image
+from retool_jax.sandbox import SandboxConfig, image, open_sandbox
+from retool_jax.sandbox.launch import bubblewrap, gvisor
+from retool_jax.sandbox.launch.runtime import find_runtime, newest_image
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_the_manifest_says_what_is_in_it(small: Path):
 
 @pytest.mark.parametrize("backend", ["bubblewrap", "gvisor"])
 def test_programs_see_the_image_and_nothing_else(backend: str, small: Path):
-    from retool_jax.sandbox.pool import LAUNCHERS
+    from retool_jax.sandbox.host.pool import LAUNCHERS
 
     config = SandboxConfig((backend,), slots=1, image=str(small))
     if reason := LAUNCHERS[backend].missing(config):

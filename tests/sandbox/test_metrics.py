@@ -2,7 +2,7 @@
 
 import re
 
-from retool_jax.sandbox.metrics import Metrics, prometheus
+from retool_jax.sandbox.host.metrics import Metrics, prometheus
 from retool_jax.sandbox.types import ToolResult
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from retool_jax.sandbox.places import Closed, Overloaded, Places
+from retool_jax.sandbox.host.places import Closed, Overloaded, Places
 
 
 async def settle() -> None:

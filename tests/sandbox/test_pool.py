@@ -10,18 +10,10 @@ from dataclasses import replace
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import (
-    Limits,
-    Sandbox,
-    SandboxConfig,
-    ToolResult,
-    bubblewrap,
-    cgroup,
-    open_sandbox,
-    process,
-)
-from retool_jax.sandbox.pool import LAUNCHERS, candidates
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
+from retool_jax.sandbox.host.pool import LAUNCHERS, candidates
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.launch import bubblewrap, cgroup, gvisor, process
 
 from .processes import kill, send
 from .programs import SLEEP, nap
@@ -161,7 +153,7 @@ def test_without_retries_a_lost_worker_is_an_infra_error(worker_pids):
 
 
 def test_worker_death_at_the_memory_limit_is_oom_at_once(worker_pids, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.worker.Worker.ran_out_of_memory", lambda _: True)
+    monkeypatch.setattr("retool_jax.sandbox.launch.worker.Worker.ran_out_of_memory", lambda _: True)
 
     async def main() -> ToolResult:
         async with open_sandbox(PROCESS) as box:
@@ -208,7 +200,7 @@ def test_what_an_earlier_program_was_killed_for_is_not_held_against_the_next(wor
 
 
 def test_hung_worker_is_noticed_from_outside(backend: str, worker_pids, descendants, alive, monkeypatch):
-    monkeypatch.setattr("retool_jax.sandbox.member.OVERTIME_S", 1.0)
+    monkeypatch.setattr("retool_jax.sandbox.host.member.OVERTIME_S", 1.0)
 
     async def main() -> tuple[ToolResult, set[int]]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
@@ -299,9 +291,9 @@ def test_closing_answers_open_calls_and_leaves_nothing(backend: str, worker_pids
 
 
 def test_workers_are_replaced_by_calls_age_and_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
-    monkeypatch.setattr("retool_jax.sandbox.crew.MEMORY_CALLS", 1)
-    monkeypatch.setattr("retool_jax.sandbox.crew.MEMORY_S", 0)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.TEND_S", 0.05)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.MEMORY_CALLS", 1)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.MEMORY_S", 0)
 
     async def reasons(condition, calls: int, **config) -> dict[str, int]:
         async with open_sandbox(replace(PROCESS, **config)) as box:
@@ -317,13 +309,13 @@ def test_workers_are_replaced_by_calls_age_and_memory(monkeypatch: pytest.Monkey
 
 
 def test_memory_that_is_freed_late_costs_no_worker(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.crew.MEMORY_CALLS", 1)
-    monkeypatch.setattr("retool_jax.sandbox.crew.MEMORY_S", 0)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.MEMORY_CALLS", 1)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.MEMORY_S", 0)
     held = iter([900.0, 100.0, 900.0, 100.0])
 
     async def main() -> dict[str, int]:
         async with open_sandbox(PROCESS) as box:
-            monkeypatch.setattr("retool_jax.sandbox.worker.Worker.memory_mb", lambda _: next(held))
+            monkeypatch.setattr("retool_jax.sandbox.launch.worker.Worker.memory_mb", lambda _: next(held))
             for _ in range(4):
                 await box.run("print(1)")
             return dict(box.metrics.restarts)
@@ -332,8 +324,8 @@ def test_memory_that_is_freed_late_costs_no_worker(monkeypatch: pytest.MonkeyPat
 
 
 def test_idle_workers_start_the_fork_servers_that_programs_ask_for(descendants, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
-    monkeypatch.setattr("retool_jax.sandbox.crew.WARM_S", 0)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.TEND_S", 0.05)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.WARM_S", 0)
 
     async def main() -> tuple[int, int, ToolResult]:
         async with open_sandbox(PROCESS) as box:
@@ -370,7 +362,7 @@ def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids):
 def test_the_spare_is_not_started_beside_a_program_where_every_core_has_one(
     core_to_spare: bool, worker_pids, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.TEND_S", 0.05)
 
     async def main() -> None:
         async with open_sandbox(PROCESS) as box:
@@ -393,9 +385,9 @@ def test_the_spare_is_not_started_beside_a_program_where_every_core_has_one(
 
 
 def test_idle_workers_are_tried_and_dead_ones_replaced(worker_pids, descendants, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.crew.TEND_S", 0.05)
-    monkeypatch.setattr("retool_jax.sandbox.crew.PROBE_WALL_S", 0.2)
-    monkeypatch.setattr("retool_jax.sandbox.member.OVERTIME_S", 0.2)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.TEND_S", 0.05)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.PROBE_WALL_S", 0.2)
+    monkeypatch.setattr("retool_jax.sandbox.host.member.OVERTIME_S", 0.2)
 
     async def main() -> tuple[dict, ToolResult]:
         async with open_sandbox(replace(PROCESS, probe_s=0.2)) as box:
@@ -528,8 +520,8 @@ def open_and_close(config: SandboxConfig) -> str:
 
 
 def test_where_nothing_works_every_reason_and_the_way_out_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.gvisor.missing", lambda _: "there is no runsc; apt-get install runsc")
-    monkeypatch.setattr("retool_jax.sandbox.bubblewrap.missing", lambda _: "there is no bwrap")
+    monkeypatch.setattr(gvisor, "missing", lambda _: "there is no runsc; apt-get install runsc")
+    monkeypatch.setattr(bubblewrap, "missing", lambda _: "there is no bwrap")
     with pytest.raises(UserError) as caught:
         open_and_close(SandboxConfig())
     words = ("gvisor: there is no runsc; apt-get install runsc", "bubblewrap: there is no bwrap", "[process]")

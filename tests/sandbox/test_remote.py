@@ -11,7 +11,7 @@ import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.fusion import write_result
+from retool_jax.sandbox.remote.fusion import write_result
 
 from .programs import SLEEP
 
@@ -204,7 +204,7 @@ def test_a_broken_server_is_left_alone():
 
 
 def test_calls_at_a_server_that_fell_silent_go_elsewhere(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.remote.PING_S", 0.1)
+    monkeypatch.setattr("retool_jax.sandbox.remote.client.PING_S", 0.1)
     silent = False
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

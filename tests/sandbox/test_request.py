@@ -2,7 +2,7 @@
 
 import pytest
 
-from retool_jax.sandbox.request import MAX_FILE_BYTES, MAX_FILES, Nonsense, Request, tier_of, to_result
+from retool_jax.sandbox.host.request import MAX_FILE_BYTES, MAX_FILES, Nonsense, Request, tier_of, to_result
 
 STREAM = {"data": "", "bytes": 0, "truncated": False}
 RESULT = {"status": "success", "message": "", "return_code": 0, "signal": None}

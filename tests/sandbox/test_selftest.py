@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox, process
-from retool_jax.sandbox.selftest import CANARY_FOLDERS, prove
+from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
+from retool_jax.sandbox.host.selftest import CANARY_FOLDERS, prove
+from retool_jax.sandbox.launch import process
 
 
 class Bare:
@@ -55,7 +56,7 @@ def test_each_promise_is_tried(promise: str, word: str):
 
 
 def test_writing_to_the_host_breaks_the_promise_too(monkeypatch: pytest.MonkeyPatch):
-    from retool_jax.sandbox import selftest
+    from retool_jax.sandbox.host import selftest
 
     monkeypatch.setattr(selftest, "_PROGRAM", selftest._PROGRAM.replace('found["files"].append', "len"))
     with pytest.raises(UserError, match="it wrote to a folder of the host"):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.sandbox import Limits, SandboxConfig, bubblewrap, image, open_sandbox
-from retool_jax.sandbox.runtime import find_runtime
-from retool_jax.sandbox.worker import INSIDE, Worker, start
+from retool_jax.sandbox import Limits, SandboxConfig, image, open_sandbox
+from retool_jax.sandbox.launch import bubblewrap
+from retool_jax.sandbox.launch.runtime import find_runtime
+from retool_jax.sandbox.launch.worker import INSIDE, Worker, start
 
 NOBODY = "65534"
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.sandbox import Limits, SandboxConfig, bubblewrap, cgroup, open_sandbox, process
-from retool_jax.sandbox.worker import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
+from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
+from retool_jax.sandbox.launch import bubblewrap, cgroup, process
+from retool_jax.sandbox.launch.worker import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
 
 from .programs import SLEEP
 
 # Starts a worker, stops all of it with SIGSTOP, so that the end of its input goes unnoticed, and waits to be killed.
 OWNER = """
 import asyncio, json, os, signal, sys, time
-from retool_jax.sandbox import SandboxConfig, bubblewrap, process
+from retool_jax.sandbox import SandboxConfig
+from retool_jax.sandbox.launch import bubblewrap, process
 
 def below(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as file:

@@ -120,7 +120,7 @@ async def kill_each_kind(arena: Arena) -> Outcomes:
 
 
 async def stop_each_kind(arena: Arena) -> Outcomes:
-    with patch("retool_jax.sandbox.member.OVERTIME_S", 1.0):
+    with patch("retool_jax.sandbox.host.member.OVERTIME_S", 1.0):
         return await hurt_each_kind(arena, signal.SIGSTOP, "stop")
 
 

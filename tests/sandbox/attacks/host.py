@@ -15,8 +15,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from retool_jax.sandbox import cgroup
-from retool_jax.sandbox.worker import owner_tag
+from retool_jax.sandbox.launch import cgroup
+from retool_jax.sandbox.launch.worker import owner_tag
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.shmat.restype = ctypes.c_void_p

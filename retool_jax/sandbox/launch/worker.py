@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from retool_jax.sandbox.cgroup import WorkerGroup
+from retool_jax.sandbox.launch.cgroup import WorkerGroup
 
-INSIDE = Path(__file__).with_name("inside")
+INSIDE = Path(__file__).parents[1] / "inside"
 STOP_GRACE_S = 1.0
 LOOK_S = 0.5  # between two looks at what a worker that does not answer is doing
 BUSY_SHARE = 0.05  # of a core: more than that, and it is busy

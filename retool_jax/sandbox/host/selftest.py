@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from retool_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from retool_jax.sandbox.pool import Sandbox
+    from retool_jax.sandbox.host.pool import Sandbox
 
 WALL_S = 20.0
 MEMORY_MB = 64

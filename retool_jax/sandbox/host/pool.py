@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import bubblewrap, gvisor, process
-from retool_jax.sandbox.crew import Crew, pause_s
-from retool_jax.sandbox.member import Member, WorkerFault
-from retool_jax.sandbox.metrics import Metrics
-from retool_jax.sandbox.places import Closed, Overloaded, Places
-from retool_jax.sandbox.request import Request
-from retool_jax.sandbox.selftest import prove
-from retool_jax.sandbox.session import Session
+from retool_jax.sandbox.host.crew import Crew, pause_s
+from retool_jax.sandbox.host.member import Member, WorkerFault
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.places import Closed, Overloaded, Places
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.host.selftest import prove
+from retool_jax.sandbox.host.session import Session
+from retool_jax.sandbox.launch import bubblewrap, gvisor, process
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
 if TYPE_CHECKING:
-    from retool_jax.sandbox.remote import RemoteSandbox
+    from retool_jax.sandbox.remote.client import RemoteSandbox
 
 # A back-end is a module: `launch(config, memory_mb)` starts a worker, `missing(config)` says why it cannot, PROMISES
 # what it keeps programs from, ENVIRONMENT the variables that they see, COUNTS_CORES whether a worker sets itself up for
@@ -243,7 +243,7 @@ async def open_sandbox(config: SandboxConfig | None = None) -> "AsyncIterator[Sa
     reasons = []
     for name in names:
         if name == "remote":
-            from retool_jax.sandbox.remote import RemoteSandbox  # its HTTP library is an extra
+            from retool_jax.sandbox.remote.client import RemoteSandbox  # its HTTP library is an extra
 
             box: Sandbox | RemoteSandbox = RemoteSandbox(config)
         elif reason := LAUNCHERS[name].missing(config):

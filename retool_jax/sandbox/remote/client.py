@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox.crew import pause_s
-from retool_jax.sandbox.fusion import read_result, write_request
-from retool_jax.sandbox.member import OVERTIME_S
-from retool_jax.sandbox.metrics import Metrics
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.host.crew import pause_s
+from retool_jax.sandbox.host.member import OVERTIME_S
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.remote.fusion import read_result, write_request
 from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult, shown
 
 BREAKER = 3  # faults in a row after which a server is left alone for a while

@@ -11,7 +11,7 @@ import random
 import socket
 from collections import Counter
 
-from retool_jax.sandbox.cgroup import has_processor_quota
+from retool_jax.sandbox.launch.cgroup import has_processor_quota
 
 
 class Cores:

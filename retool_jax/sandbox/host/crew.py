@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox.cores import Cores
-from retool_jax.sandbox.member import Member, WorkerFault
-from retool_jax.sandbox.metrics import Metrics
-from retool_jax.sandbox.places import Places
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.host.cores import Cores
+from retool_jax.sandbox.host.member import Member, WorkerFault
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.places import Places
+from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import SandboxConfig
 
 START_S = 60.0  # a cold start of the heavy fork servers on a loaded machine

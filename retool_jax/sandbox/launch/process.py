@@ -12,8 +12,7 @@ import tempfile
 from pathlib import Path
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox.types import SandboxConfig
-from retool_jax.sandbox.worker import (
+from retool_jax.sandbox.launch.worker import (
     ENVIRONMENT,
     INSIDE,
     TIERS,
@@ -27,6 +26,7 @@ from retool_jax.sandbox.worker import (
     start,
     supervisor_command,
 )
+from retool_jax.sandbox.types import SandboxConfig
 
 __all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 

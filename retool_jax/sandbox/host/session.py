@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from retool_jax.sandbox.member import Member, WorkerFault
-from retool_jax.sandbox.places import Closed, Overloaded
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.host.member import Member, WorkerFault
+from retool_jax.sandbox.host.places import Closed, Overloaded
+from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
 if TYPE_CHECKING:
-    from retool_jax.sandbox.pool import Sandbox
+    from retool_jax.sandbox.host.pool import Sandbox
 
 BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that are a cell's own doing
 ENDED = "the interpreter ended, and with it all that earlier code defined"

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import keeper
-from retool_jax.sandbox.cgroup import WorkerGroup, owners, place, remove_owner
-from retool_jax.sandbox.runtime import INSIDE_TARGET, Runtime, find_runtime
-from retool_jax.sandbox.types import SandboxConfig
-from retool_jax.sandbox.worker import (
+from retool_jax.sandbox.launch import keeper
+from retool_jax.sandbox.launch.cgroup import WorkerGroup, owners, place, remove_owner
+from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
+from retool_jax.sandbox.launch.worker import (
     ENVIRONMENT,
     INSIDE,
     TIERS,
@@ -39,6 +38,7 @@ from retool_jax.sandbox.worker import (
     start,
     supervisor_command,
 )
+from retool_jax.sandbox.types import SandboxConfig
 
 __all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 

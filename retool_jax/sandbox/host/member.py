@@ -7,7 +7,7 @@ import struct
 import time
 from typing import Any
 
-from retool_jax.sandbox.request import Nonsense, Request, to_result
+from retool_jax.sandbox.host.request import Nonsense, Request, to_result
 from retool_jax.sandbox.types import ToolResult
 
 OVERTIME_S = 10.0  # what a worker gets beyond a program's own time limit before it counts as hung

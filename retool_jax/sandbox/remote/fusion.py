@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, get_args
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import KINDS, Limits, Status, ToolResult, is_a, shown
 
 EXTRA = "retool"

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox import cgroup
-from retool_jax.sandbox.runtime import INSIDE_TARGET, Runtime, find_runtime
-from retool_jax.sandbox.types import SandboxConfig
-from retool_jax.sandbox.worker import (
+from retool_jax.sandbox.launch import cgroup
+from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
+from retool_jax.sandbox.launch.worker import (
     ENVIRONMENT,
     INSIDE,
     TIERS,
@@ -29,6 +28,7 @@ from retool_jax.sandbox.worker import (
     start,
     supervisor_command,
 )
+from retool_jax.sandbox.types import SandboxConfig
 
 __all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
