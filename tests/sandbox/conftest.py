@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.host.pool import LAUNCHERS
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
 
 from .processes import below
 
@@ -88,7 +88,7 @@ def alive() -> Callable[[set[int]], set[int]]:
 async def _serve(config: SandboxConfig, ceiling: Limits, token: str) -> AsyncIterator[tuple[str, Sandbox]]:
     import uvicorn
 
-    from retool_jax.sandbox.server import build_app
+    from retool_jax.sandbox.remote.app import build_app
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with open_sandbox(config) as box:

@@ -23,12 +23,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_are_spread_over_as_many_cores_as_asked_for(machine: None):
     cores = Cores(2)
     try:
-        placed = [cores.place() for _ in range(5)]
+        placed = [cores.assign() for _ in range(5)]
         assert sorted(Counter(placed).values()) == [2, 3]
         assert set(placed) < MACHINE
         cores.leave(placed[0])
         cores.leave(placed[0])
-        assert cores.place() == placed[0]
+        assert cores.assign() == placed[0]
         assert cores.among(placed[0]) == {placed[0]} and cores.among(None) == MACHINE
     finally:
         cores.close()
@@ -37,13 +37,13 @@ def test_workers_are_spread_over_as_many_cores_as_asked_for(machine: None):
 def test_no_two_sandboxes_have_the_same_core(machine: None):
     first, second, third = Cores(3), Cores(3), Cores(1)
     try:
-        ours, theirs = {first.place() for _ in range(3)}, {second.place() for _ in range(3)}
+        ours, theirs = {first.assign() for _ in range(3)}, {second.assign() for _ in range(3)}
         assert len(ours) == 3 and len(theirs) == 1 and not ours & theirs
-        assert third.place() is None
+        assert third.assign() is None
         assert third.best(None, Counter()) is None
         first.close()
         late = Cores(4)
-        assert {late.place() for _ in range(4)} == ours
+        assert {late.assign() for _ in range(4)} == ours
         late.close()
     finally:
         for cores in (first, second, third):
@@ -53,7 +53,7 @@ def test_no_two_sandboxes_have_the_same_core(machine: None):
 def test_a_share_of_all_cores_is_no_core(machine: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("retool_jax.sandbox.host.cores.has_processor_quota", lambda: True)
     cores = Cores(2)
-    assert cores.place() is None
+    assert cores.assign() is None
     cores.leave(None)
     cores.close()
 
@@ -61,7 +61,7 @@ def test_a_share_of_all_cores_is_no_core(machine: None, monkeypatch: pytest.Monk
 def test_a_worker_goes_where_least_is_done_and_stays_where_it_is_as_good(machine: None):
     cores = Cores(2)
     try:
-        here, there = cores.place(), cores.place()
+        here, there = cores.assign(), cores.assign()
         assert cores.best(here, Counter()) == here
         assert cores.best(here, Counter({here: 1, there: 1})) == here
         assert cores.best(here, Counter({here: 1})) == there

@@ -24,7 +24,7 @@ from retool_jax.sandbox import Limits, SandboxConfig, ToolResult
 from retool_jax.sandbox.host.member import Member
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.launch import cgroup, gvisor, keeper
-from retool_jax.sandbox.launch.worker import owner_tag, started_at
+from retool_jax.sandbox.launch.procfs import owner_tag, started_at
 
 CONFIG = SandboxConfig()
 GONE_S = 30.0
@@ -32,7 +32,7 @@ REASON = gvisor.missing(CONFIG)
 
 needs_runsc = pytest.mark.skipif(bool(REASON), reason=REASON)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-needs_cgroup = pytest.mark.skipif(cgroup.place() is None, reason="no memory control group can be made here")
+needs_cgroup = pytest.mark.skipif(cgroup.memory_folder() is None, reason="no memory control group can be made here")
 
 
 def commands() -> dict[int, str]:
@@ -277,7 +277,7 @@ from retool_jax.sandbox import SandboxConfig
 from retool_jax.sandbox.launch import gvisor, keeper
 from retool_jax.sandbox.host.member import Member
 from retool_jax.sandbox.host.request import Request
-from retool_jax.sandbox.launch.worker import owner_tag
+from retool_jax.sandbox.launch.procfs import owner_tag
 
 async def main(mode):
     member = Member(await gvisor.launch(SandboxConfig(), 256), 256)

@@ -36,7 +36,7 @@ def test_the_manifest_says_what_is_in_it(small: Path):
 
 @pytest.mark.parametrize("backend", ["bubblewrap", "gvisor"])
 def test_programs_see_the_image_and_nothing_else(backend: str, small: Path):
-    from retool_jax.sandbox.host.pool import LAUNCHERS
+    from retool_jax.sandbox.launch.launchers import LAUNCHERS
 
     config = SandboxConfig((backend,), slots=1, image=str(small))
     if reason := LAUNCHERS[backend].missing(config):

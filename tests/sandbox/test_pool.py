@@ -11,9 +11,10 @@ import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.host.pool import LAUNCHERS, candidates
+from retool_jax.sandbox.backends import candidates
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.launch import bubblewrap, cgroup, gvisor, process
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
 
 from .processes import kill, send
 from .programs import SLEEP, nap
@@ -115,7 +116,7 @@ def test_where_workers_die_by_themselves_two_losses_prove_nothing(worker_pids):
     assert (blamed.status, blamed.attempts) == ("user_error", 3)
 
 
-@pytest.mark.skipif(cgroup.place() is None, reason="no memory control group can be made here")
+@pytest.mark.skipif(cgroup.memory_folder() is None, reason="no memory control group can be made here")
 @pytest.mark.parametrize("role", ["outermost", "all"])
 @pytest.mark.parametrize("name", ["bubblewrap", "gvisor"])
 def test_what_no_program_can_have_done_is_not_blamed_on_one(name: str, role: str, worker_pids, descendants):
@@ -170,7 +171,7 @@ def test_what_an_earlier_program_was_killed_for_is_not_held_against_the_next(wor
     """An earlier program's child is killed for memory; later its worker dies under an innocent one."""
     if reason := bubblewrap.missing(SandboxConfig()):
         pytest.skip(reason)
-    if cgroup.place() is None:
+    if cgroup.memory_folder() is None:
         pytest.skip("no memory control group can be made here")
     crowd = (
         "import os, time\nfor _ in range(12):\n"

@@ -4,7 +4,6 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -27,12 +26,6 @@ class Bare:
         return ToolResult("success" if child.returncode == 0 else "user_error", stdout=output.decode())
 
 
-def promising(*promises: str) -> ModuleType:
-    module = ModuleType("bare")
-    module.PROMISES, module.ENVIRONMENT = frozenset(promises), {"PATH": "/bin"}
-    return module
-
-
 def canaries() -> list[Path]:
     """What a self-test of this process has laid out; other sandboxes of the machine have theirs."""
     return [path for name in CANARY_FOLDERS for path in Path(name).expanduser().glob(f".canary-{os.getpid()}-*")]
@@ -49,9 +42,9 @@ def canaries() -> list[Path]:
     ],
 )
 def test_each_promise_is_tried(promise: str, word: str):
-    asyncio.run(prove(Bare(), promising()))
+    asyncio.run(prove(Bare(), set()))
     with pytest.raises(UserError, match=f"promises '{promise}' and does not hold it here: {word}"):
-        asyncio.run(prove(Bare(), promising(promise)))
+        asyncio.run(prove(Bare(), {promise}))
     assert not canaries()
 
 
@@ -60,7 +53,7 @@ def test_writing_to_the_host_breaks_the_promise_too(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(selftest, "_PROGRAM", selftest._PROGRAM.replace('found["files"].append', "len"))
     with pytest.raises(UserError, match="it wrote to a folder of the host"):
-        asyncio.run(prove(Bare(), promising("files")))
+        asyncio.run(prove(Bare(), {"files"}))
 
 
 def test_a_sandbox_in_which_nothing_runs_is_refused():
@@ -69,7 +62,7 @@ def test_a_sandbox_in_which_nothing_runs_is_refused():
             return ToolResult("infra_error", message="no worker started")
 
     with pytest.raises(UserError, match="ended as infra_error: no worker started"):
-        asyncio.run(prove(Broken(), promising()))
+        asyncio.run(prove(Broken(), set()))
 
 
 def test_plain_processes_could_not_promise_the_host_s_files(monkeypatch: pytest.MonkeyPatch):

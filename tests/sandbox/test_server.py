@@ -90,7 +90,7 @@ def test_run_code_answers_as_sandbox_fusion_does(serve):
 
 
 def test_malformed_bodies_are_422_and_too_large_ones_413(serve, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr("retool_jax.sandbox.remote.app.MAX_FRAME_BYTES", 1000)
 
     async def talk(client, box):
         bodies = [b"", b"{", b"\xff\xfe", b"[1]", b"[" * 900, {"code": 1}, {"code": "1", "files": {"a": "*"}}]
@@ -253,7 +253,7 @@ def settings_of(*words: str):
 def test_the_command_line_becomes_the_configuration():
     words = "backend=gvisor,bubblewrap slots=2 slots=3 memory_mb=512 wall_s=5 modules=math,re"
     config, ceiling = settings_of(*words.split())
-    assert (config.backend, config.places, config.allowed_modules) == (("gvisor", "bubblewrap"), 3, ("math", "re"))
+    assert (config.backend, config.slot_count, config.allowed_modules) == (("gvisor", "bubblewrap"), 3, ("math", "re"))
     assert (config.limits.memory_mb, config.limits.wall_s) == (512, 5)
     assert (ceiling.wall_s, ceiling.memory_mb) == (60, 512)
     assert settings_of()[0].limits == Limits()

@@ -55,7 +55,7 @@ def test_what_ends_the_interpreter_is_told_and_the_next_cell_is_fresh(code: str,
     assert (fresh.stdout, fresh.message, after.stdout) == ("False\n", "", "4\n")
 
 
-def test_sessions_do_not_see_each_other_and_share_the_places():
+def test_sessions_do_not_see_each_other_and_share_the_slots():
     async def main() -> tuple[list[ToolResult], list[int], int]:
         busiest, values = 0, []
         async with open_sandbox(replace(PROCESS, sessions=3)) as box:

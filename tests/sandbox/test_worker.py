@@ -13,7 +13,7 @@ import pytest
 
 from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 from retool_jax.sandbox.launch import bubblewrap, cgroup, process
-from retool_jax.sandbox.launch.worker import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
+from retool_jax.sandbox.launch.procfs import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
 
 from .programs import SLEEP
 
@@ -70,7 +70,7 @@ def test_an_owner_is_known_by_more_than_its_number():
     assert not owner_is_gone("something else")
 
 
-@pytest.mark.skipif(cgroup.place() is None, reason="no memory control group can be made here")
+@pytest.mark.skipif(cgroup.memory_folder() is None, reason="no memory control group can be made here")
 def test_a_memory_group_holds_its_limit_and_says_so():
     async def main() -> tuple[int, int, float | None]:
         group = cgroup.WorkerGroup(owner_tag(), 32)

@@ -32,7 +32,7 @@ class Cores:
         self._free = [] if has_processor_quota() else list(self._all)
         random.SystemRandom().shuffle(self._free)  # so that sandboxes that cannot see each other rarely meet
 
-    def place(self) -> int | None:
+    def assign(self) -> int | None:
         """The core for a new worker: one with as few as possible; None if it may run on any."""
         while self._free and len(self._taken) < self._count and all(self._workers[core] for core in self._taken):
             core = self._free.pop()

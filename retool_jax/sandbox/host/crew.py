@@ -7,15 +7,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox.host.cores import Cores
 from retool_jax.sandbox.host.member import Member, WorkerFault
 from retool_jax.sandbox.host.metrics import Metrics
-from retool_jax.sandbox.host.places import Places
+from retool_jax.sandbox.host.queue import Queue
 from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.launch.launchers import Launcher
 from retool_jax.sandbox.types import SandboxConfig
 
 START_S = 60.0  # a cold start of the heavy fork servers on a loaded machine
@@ -35,20 +35,20 @@ def pause_s(failures: int) -> float:
 
 
 class Crew:
-    """A worker for each of the `places` and a spare, each replaced in the background when it is spent, sick or dead.
+    """A worker for each slot of `calls` and a spare, each replaced in the background when it is spent, sick or dead.
 
     A replacement serves once it runs the fork servers that programs have asked for of late, so that none of them finds
     a slower worker than others did. Until then calls wait, unless the spare is there. Where there is a core for each
-    place and no more, a spare that was used up is replaced when a place has nothing to do: to start one beside a
+    slot and no more, a spare that was used up is replaced when a slot has nothing to do: to start one beside a
     program would make that twice as slow.
 
     A start that fails is tried again with growing pauses for as long as the crew is open. After `BREAKER` failures in
     a row `take` raises at once; the next start that succeeds ends that.
     """
 
-    def __init__(self, module: ModuleType, config: SandboxConfig, metrics: Metrics, places: Places) -> None:
+    def __init__(self, launcher: Launcher, config: SandboxConfig, metrics: Metrics, calls: Queue) -> None:
         self.description = ""
-        self._module, self._config, self._metrics, self._places = module, config, metrics, places
+        self._launcher, self._config, self._metrics, self._calls = launcher, config, metrics, calls
         self._ready: list[Member] = []
         self._lent: set[Member] = set()  # to calls that give them back
         self._own: set[Member] = set()  # to sessions and large calls, which do not
@@ -58,7 +58,7 @@ class Crew:
         self._starting = self._probing = 0
         self._failures = 0
         self._last_fault = ""
-        self._cores = Cores(places.count + 1)
+        self._cores = Cores(calls.slots + 1)
         self._asked: dict[str, float] = {}  # when a program last asked for a fork server
         self._closed = False
 
@@ -83,16 +83,16 @@ class Crew:
 
         Raises WorkerFault.
         """
-        begun, core = time.monotonic(), self._cores.place()
+        begun, core = time.monotonic(), self._cores.assign()
         launched = None
         try:
-            launched = await self._module.launch(self._config, memory_mb)
+            launched = await self._launcher.launch(self._config, memory_mb)
             member = Member(launched, memory_mb, core)
-            if not self._module.COUNTS_CORES:
+            if not self._launcher.COUNTS_CORES:
                 launched.move(self._cores.among(core))
             hello = await member.exchange(b"", START_S)
             launched.move(self._cores.among(core))
-            self.description = self._module.describe(hello["isolation"])
+            self.description = self._launcher.describe(hello["isolation"])
             if warm:
                 await self._warm(member)
             launched.know_machinery()
@@ -144,7 +144,7 @@ class Crew:
         default = self._config.limits.memory_mb
         idle = [member for member in self._ready if not member.calls and not member.dead]
         # The spare may go, a worker that calls will ask for may not.
-        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._places.count:
+        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._calls.slots:
             member = idle[0]
             self._ready.remove(member)
             self._refill()
@@ -236,8 +236,8 @@ class Crew:
         if self._closed:
             return
         have = len(self._ready) + len(self._lent) + self._probing + self._starting
-        spare = self._cores.spare or self._places.busy < self._places.count
-        missing = self._places.count + spare - have
+        spare = self._cores.spare or self._calls.busy < self._calls.slots
+        missing = self._calls.slots + spare - have
         if self._failures:
             missing = min(missing, 1 - self._starting)
         for _ in range(missing):

@@ -5,9 +5,9 @@ import json
 import re
 import struct
 import time
-from typing import Any
 
 from retool_jax.sandbox.host.request import Nonsense, Request, to_result
+from retool_jax.sandbox.launch.worker import Worker
 from retool_jax.sandbox.types import ToolResult
 
 OVERTIME_S = 10.0  # what a worker gets beyond a program's own time limit before it counts as hung
@@ -31,9 +31,9 @@ class WorkerFault(Exception):
 
 
 class Member:
-    """A launched worker, with what the crew knows of it. `launched` is the back-end's own object."""
+    """A launched worker, with what the crew knows of it."""
 
-    def __init__(self, launched: Any, memory_mb: int, core: int | None = None) -> None:
+    def __init__(self, launched: Worker, memory_mb: int, core: int | None = None) -> None:
         self.launched = launched
         self.memory_mb = memory_mb
         self.core = core

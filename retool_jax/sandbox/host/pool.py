@@ -1,32 +1,20 @@
-"""`open_sandbox` and `Sandbox`: a fair queue in front of workers, and retries of what was not the program's fault."""
+"""`Sandbox`: a fair queue in front of workers, and retries of what was not the program's fault."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from retool_jax.errors import UserError
 from retool_jax.sandbox.host.crew import Crew, pause_s
 from retool_jax.sandbox.host.member import Member, WorkerFault
 from retool_jax.sandbox.host.metrics import Metrics
-from retool_jax.sandbox.host.places import Closed, Overloaded, Places
+from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.host.selftest import prove
 from retool_jax.sandbox.host.session import Session
-from retool_jax.sandbox.launch import bubblewrap, gvisor, process
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
-
-if TYPE_CHECKING:
-    from retool_jax.sandbox.remote.client import RemoteSandbox
-
-# A back-end is a module: `launch(config, memory_mb)` starts a worker, `missing(config)` says why it cannot, PROMISES
-# what it keeps programs from, ENVIRONMENT the variables that they see, COUNTS_CORES whether a worker sets itself up for
-# the cores that it finds, `sweep_stale()` removes what dead owners left.
-LAUNCHERS = {"gvisor": gvisor, "bubblewrap": bubblewrap, "process": process}
-AUTO = ("gvisor", "bubblewrap")
-NAMES = ("auto", *LAUNCHERS, "remote")
 
 RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
 QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
@@ -48,9 +36,10 @@ class Sandbox:
         self.backend = backend
         self.config = config
         self.metrics = Metrics()
-        self.seats = Places(config.sessions, 1 << 20, config.queue_s)
-        self._places = Places(config.places, config.max_waiting, config.queue_s)
-        self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._places)
+        self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)
+        """For sessions that are open."""
+        self._calls = Queue(config.slot_count, config.max_waiting, config.queue_s)
+        self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._calls)
         self._innocent_loss = -QUIET_S
         self._closed = False
 
@@ -101,7 +90,7 @@ class Sandbox:
         return Session(self, self.config)
 
     async def serve(self, request: Request, source: Source, retries: int) -> ToolResult:
-        """Queue for a place, then run the request in a worker from `source`."""
+        """Queue for a slot, then run the request in a worker from `source`."""
         if self._closed:
             raise RuntimeError("the sandbox is closed")
         asked = time.monotonic()
@@ -109,7 +98,7 @@ class Sandbox:
             result = ToolResult("rejected", message=reason)
         else:
             try:
-                await self._places.acquire()
+                await self._calls.acquire()
             except Overloaded as refusal:
                 self.metrics.faults["overloaded"] += 1
                 result = ToolResult("infra_error", queue_s=time.monotonic() - asked, message=str(refusal))
@@ -119,7 +108,7 @@ class Sandbox:
                 try:
                     result = await self._attempts(request, source, retries, asked)
                 finally:
-                    self._places.release()
+                    self._calls.release()
         result = replace(result, backend=self.backend)
         self.metrics.record(result)
         return result
@@ -194,10 +183,10 @@ class Sandbox:
     def gauges(self) -> dict[str, float]:
         """Present values, by name, for `metrics.prometheus`."""
         return {
-            "slots": self._places.count,
-            "slots_busy": self._places.busy,
-            "queue_length": self._places.waiting,
-            "sessions_open": self.seats.busy,
+            "slots": self._calls.slots,
+            "slots_busy": self._calls.busy,
+            "queue_length": self._calls.waiting,
+            "sessions_open": self.sessions.busy,
             "workers_ready": self.crew.ready,
             "accepting": float(not self._closed and not self.crew.broken),
         }
@@ -207,10 +196,10 @@ class Sandbox:
 
         Raises WorkerFault or UserError, also if a promise does not hold.
         """
-        module = LAUNCHERS[self.backend]
-        await module.sweep_stale()
+        launcher = LAUNCHERS[self.backend]
+        await launcher.sweep_stale()
         await self.crew.open()
-        await prove(self, module)
+        await prove(self, launcher.PROMISES)
         started = self.metrics.start_s
         self.metrics.__init__()  # the self-test's calls are nobody's
         self.metrics.start_s = started
@@ -218,52 +207,6 @@ class Sandbox:
     async def aclose(self) -> None:
         """Kill what runs, answer what waits with `cancelled`, and wait until no process is left."""
         self._closed = True
-        self._places.close()
-        self.seats.close()
+        self._calls.close()
+        self.sessions.close()
         await self.crew.close()
-
-
-def candidates(backend: Sequence[str]) -> list[str]:
-    """Back-ends to try, in order, with `auto` spelled out. Raises UserError for a name that is none."""
-    for name in backend:
-        if name not in NAMES:
-            raise UserError(f"sandbox.backend: there is no {name!r}; there is {', '.join(NAMES)}")
-    expanded = [each for name in backend for each in (AUTO if name == "auto" else (name,))]
-    return list(dict.fromkeys(expanded))
-
-
-@asynccontextmanager
-async def open_sandbox(config: SandboxConfig | None = None) -> "AsyncIterator[Sandbox | RemoteSandbox]":
-    """The first back-end of the list that works here and passes its self-test.
-
-    Raises UserError if none does: it gives each one's reason, and the ways out.
-    """
-    config = config or SandboxConfig()
-    names = candidates(config.backend)
-    reasons = []
-    for name in names:
-        if name == "remote":
-            from retool_jax.sandbox.remote.client import RemoteSandbox  # its HTTP library is an extra
-
-            box: Sandbox | RemoteSandbox = RemoteSandbox(config)
-        elif reason := LAUNCHERS[name].missing(config):
-            reasons.append(f"{name}: {reason}")
-            continue
-        else:
-            box = Sandbox(name, config)
-        try:
-            await box.open()
-        except (WorkerFault, UserError) as fault:
-            reasons.append(f"{name}: {fault}")
-            await box.aclose()
-            continue
-        except BaseException:
-            await box.aclose()
-            raise
-        try:
-            yield box
-        finally:
-            await box.aclose()
-        return
-    risk = "" if "process" in names else "; or accept the risk of plain processes: sandbox.backend=[process]"
-    raise UserError(f"no sandbox back-end of {names} works here. {'; '.join(reasons)}{risk}")

@@ -7,17 +7,15 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from retool_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from retool_jax.sandbox.host.pool import Sandbox
+from retool_jax.sandbox.launch.worker import ENVIRONMENT
+from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
 WALL_S = 20.0
 MEMORY_MB = 64
@@ -93,8 +91,18 @@ def _was_reached(server: socket.socket) -> bool:
     return True
 
 
-async def prove(box: "Sandbox", module: ModuleType) -> None:
-    """Try each of the back-end's PROMISES from inside and judge by what the host sees.
+class Subject(Protocol):
+    """What the self-test needs of a sandbox."""
+
+    config: SandboxConfig
+
+    async def run(self, code: str, *, limits: Limits, allowed_modules: Sequence[str]) -> ToolResult:
+        """Run a program."""
+        ...
+
+
+async def prove(box: Subject, promises: Set[str]) -> None:
+    """Try each of the back-end's promises from inside and judge by what the host sees.
 
     Raises UserError for the first one that does not hold, and for a sandbox in which nothing runs.
     """
@@ -121,17 +129,17 @@ async def prove(box: "Sandbox", module: ModuleType) -> None:
             raise UserError(f"self-test: a program ended as {result.status}: {details}")
         found = json.loads(result.stdout)
         broken = {
-            "environment": found["environment"] != sorted(module.ENVIRONMENT) and f"it sees {found['environment']}",
+            "environment": found["environment"] != sorted(ENVIRONMENT) and f"it sees {found['environment']}",
             "files": any(secret in text for text in found["files"]) and "it read a file of the host",
             "network": (_was_reached(listener) or _was_reached(abstract)) and "it reached a socket of the host",
             "processes": any(secret in line for line in found["processes"]) and "it sees processes of the host",
         }
         touched = any((path.parent / "written").exists() or path.read_text() != secret for path in canaries)
         broken["files"] = broken["files"] or (touched and "it wrote to a folder of the host")
-    bomb = await box.run(_BOMB, limits=replace(limits, memory_mb=MEMORY_MB))
+    bomb = await box.run(_BOMB, limits=replace(limits, memory_mb=MEMORY_MB), allowed_modules=())
     broken["memory"] = bomb.status != "oom" and f"with {MEMORY_MB} MB it took twice that and ended as {bomb.status}"
     if found["sum"] != 4:
         raise UserError(f"self-test: 2 + 2 is {found['sum']}")
-    for promise in sorted(module.PROMISES):
+    for promise in sorted(promises):
         if reason := broken[promise]:
             raise UserError(f"self-test: this back-end promises {promise!r} and does not hold it here: {reason}")

@@ -3,37 +3,49 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
+from retool_jax.sandbox.host.crew import Crew
 from retool_jax.sandbox.host.member import Member, WorkerFault
-from retool_jax.sandbox.host.places import Closed, Overloaded
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
-
-if TYPE_CHECKING:
-    from retool_jax.sandbox.host.pool import Sandbox
 
 BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that are a cell's own doing
 ENDED = "the interpreter ended, and with it all that earlier code defined"
 
 
+class Parent(Protocol):
+    """What a session needs of the sandbox that it belongs to."""
+
+    backend: str
+    crew: Crew
+    metrics: Metrics
+    sessions: Queue
+
+    async def serve(self, request: Request, source: "Session", retries: int) -> ToolResult:
+        """Run a request in the worker that `source` has."""
+        ...
+
+
 class Session:
     """Variables, imports and files stay from one `run` to the next. Made by `Sandbox.session`.
 
-    It has a worker of its own from its first cell on; a cell that runs takes one of the sandbox's places, like any
+    It has a worker of its own from its first cell on; a cell that runs takes one of the sandbox's slots, like any
     call. A cell that is killed at a limit, or that exits, ends the interpreter: the result says so in `message`, and
     the next cell finds a fresh one. If the machinery loses the interpreter, that cell and all later ones are
     `infra_error`, for a program that misses its variables would be blamed for it.
     """
 
-    def __init__(self, box: "Sandbox", config: SandboxConfig) -> None:
+    def __init__(self, box: Parent, config: SandboxConfig) -> None:
         self._box = box
         self._config = config
         self._ttl_s = config.session_ttl_s
         self._member: Member | None = None
         self._turn = asyncio.Lock()
         self._fresh = True  # nothing ran in the interpreter yet, so that a cell can be repeated
-        self._seated = False
+        self._counted = False
         self._over = ""  # why no further cell is run
         self._over_status = "rejected"
         self._expiry: asyncio.TimerHandle | None = None
@@ -81,14 +93,14 @@ class Session:
         if not self._over and self._member is not None and limits.memory_mb > self._member.memory_mb:
             most = self._member.memory_mb
             return self._answer("rejected", f"memory_mb={limits.memory_mb}: this session began with at most {most}")
-        if not self._over and not self._seated:
+        if not self._over and not self._counted:
             try:
-                await self._box.seats.acquire()
+                await self._box.sessions.acquire()
             except Overloaded:
                 return self._answer("infra_error", f"overloaded: {config.sessions} sessions are open")
             except Closed:
                 return self._answer("cancelled", "the sandbox was closed")
-            self._seated = True
+            self._counted = True
         if self._over:
             return self._answer(self._over_status, self._over)
         result = await self._box.serve(request, self, config.retries if self._fresh else 0)
@@ -133,6 +145,6 @@ class Session:
         if self._member is not None:
             member, self._member = self._member, None
             self._box.crew.drop(member, "session end")
-        if self._seated:
-            self._seated = False
-            self._box.seats.release()
+        if self._counted:
+            self._counted = False
+            self._box.sessions.release()

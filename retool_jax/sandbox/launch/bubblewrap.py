@@ -14,23 +14,10 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox.launch import cgroup
+from retool_jax.sandbox.launch.procfs import kill_stale_workers, owner_is_gone, owner_tag
 from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
-from retool_jax.sandbox.launch.worker import (
-    ENVIRONMENT,
-    INSIDE,
-    TIERS,
-    Worker,
-    gone,
-    kill_stale_workers,
-    owner_is_gone,
-    owner_tag,
-    stale_workers,
-    start,
-    supervisor_command,
-)
+from retool_jax.sandbox.launch.worker import INSIDE, TIERS, Worker, start, supervisor_command
 from retool_jax.sandbox.types import SandboxConfig
-
-__all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
 COUNTS_CORES = False
@@ -97,8 +84,8 @@ def make_command(runtime: Runtime, root: bool, memory_mb: int, **setup: object) 
     command += [word for folder in above for word in ("--dir", folder)]
     for path in runtime.binds:
         command += ["--ro-bind", path, path]
-    for target, place in runtime.links:
-        command += ["--symlink", target, place]
+    for target, link in runtime.links:
+        command += ["--symlink", target, link]
     command += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(INSIDE), INSIDE_TARGET]
     if runtime.root is None:
         command += ["--dir", "/tmp", "--dir", "/var", "--symlink", "/tmp", "/var/tmp", "--remount-ro", "/"]
@@ -120,7 +107,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     if fault := _fault(root):
         raise UserError(f"the bubblewrap sandbox: {fault}")
     runtime = find_runtime(config.image)
-    if not cgroup.place():
+    if cgroup.memory_folder() is None:
         return await start(make_command(runtime, root, memory_mb))
     group = cgroup.WorkerGroup(owner_tag(), memory_mb + OVERHEAD_MB + TIERS_MB)
     # Through this descriptor the supervisor learns that the kernel killed a program for want of memory.
@@ -140,9 +127,7 @@ def describe(isolation: dict[str, bool]) -> str:
 
 async def sweep_stale() -> int:
     """Kill the workers of dead owners and remove their memory groups; returns how many of both."""
-    stale = stale_workers()
-    found = kill_stale_workers()
-    await gone(stale)
+    found = await kill_stale_workers()
     for tag in cgroup.owners():
         if owner_is_gone(tag):
             await cgroup.remove_owner(tag)

@@ -9,23 +9,20 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 REMOVE_S = 2.0
 PERIOD_US = 100_000
 _numbers = count(1)
 
 
-@dataclass(frozen=True)
-class Place:
+class MemoryFolder(NamedTuple):
     """Where memory groups can be made."""
 
-    mount: Path
-    """Mount point of the hierarchy."""
-    folder: Path
+    path: Path
     """The group under which ours are made."""
     unified: bool
     """Version 2 of the interface."""
@@ -64,7 +61,7 @@ def _offers(controller: str, folder: Path) -> bool:
 
 
 @cache
-def place() -> Place | None:
+def memory_folder() -> MemoryFolder | None:
     """Where this process can make memory groups; None if nowhere."""
     try:
         hierarchies = _hierarchies("memory")
@@ -74,7 +71,7 @@ def place() -> Place | None:
         candidates = [own, *own.parents][: len(own.relative_to(mount).parts) + 1] if unified else [own]
         for folder in candidates:
             if os.access(folder, os.W_OK) and (not unified or _offers("memory", folder)):
-                return Place(mount, folder, unified)
+                return MemoryFolder(folder, unified)
     return None
 
 
@@ -109,11 +106,11 @@ class WorkerGroup:
 
     def __init__(self, owner: str, limit_mb: int):
         """owner: the tag of the process that it belongs to, which names the folder around it."""
-        where = place()
-        if where is None:
+        folder = memory_folder()
+        if folder is None:
             raise OSError("no memory control group can be made here")
-        self.unified = where.unified
-        self.parent = where.folder / owner
+        self.unified = folder.unified
+        self.parent = folder.path / owner
         self.path = _make(self.parent)
         self.cpu_path: Path | None = None
         self.limit_bytes = limit_mb << 20
@@ -130,8 +127,8 @@ class WorkerGroup:
             self.path.rmdir()
             raise
         with suppress(OSError):  # a matter of comfort
-            if not self.unified and (folder := cpu_folder()):
-                self.cpu_path = _make(folder / owner)
+            if not self.unified and (cpu := cpu_folder()):
+                self.cpu_path = _make(cpu / owner)
                 (self.cpu_path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
                 (self.cpu_path / "cpu.cfs_quota_us").write_text(str(PERIOD_US))
             elif self.unified and _offers("cpu", self.path.parent.parent) and _offers("cpu", self.parent):
@@ -226,8 +223,8 @@ def _remove(folder: Path) -> None:
 
 
 def _folders() -> list[Path]:
-    where = place()
-    return [folder for folder in (where and where.folder, cpu_folder()) if folder is not None]
+    memory = memory_folder()
+    return [folder for folder in (memory and memory.path, cpu_folder()) if folder is not None]
 
 
 def owners() -> list[str]:

@@ -26,21 +26,11 @@ from typing import NamedTuple
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox.launch import keeper
-from retool_jax.sandbox.launch.cgroup import WorkerGroup, owners, place, remove_owner
+from retool_jax.sandbox.launch.cgroup import WorkerGroup, memory_folder, owners, remove_owner
+from retool_jax.sandbox.launch.procfs import owner_is_gone, owner_tag
 from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
-from retool_jax.sandbox.launch.worker import (
-    ENVIRONMENT,
-    INSIDE,
-    TIERS,
-    Worker,
-    owner_is_gone,
-    owner_tag,
-    start,
-    supervisor_command,
-)
+from retool_jax.sandbox.launch.worker import ENVIRONMENT, INSIDE, TIERS, Worker, start, supervisor_command
 from retool_jax.sandbox.types import SandboxConfig
-
-__all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
 COUNTS_CORES = True  # so it is put on a single core only when it is up: see `two_cores`
@@ -234,7 +224,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     try:
         (folder / "state").mkdir()
         root = make_root(runtime, folder)
-        if place():  # its parent is its own, so that nobody removes that while another worker is being made
+        if memory_folder():  # its parent is its own, so that nobody removes that while another worker is being made
             group = WorkerGroup(name, memory_mb + OVERHEAD_MB)
             (folder / "cgroups").write_text("\n".join(map(str, group.folders)))
         (folder / "config.json").write_text(json.dumps(make_spec(runtime, str(root), memory_mb)))
@@ -271,5 +261,5 @@ async def sweep_stale() -> int:
 def describe(isolation: dict[str, bool]) -> str:
     """One line for people."""
     build = probe()
-    bounds = "memory bounded as a whole" if place() else "memory bounded per process only"
+    bounds = "memory bounded as a whole" if memory_folder() else "memory bounded per process only"
     return f"gvisor: runsc {build.version} on {build.platform}, own kernel, no network, host files hidden, {bounds}"

@@ -5,30 +5,18 @@ its own, and network, process and mount namespaces. The host's files stay readab
 read them, so this back-end is for one's own machine and is never chosen unless the configuration names it.
 """
 
+import asyncio
 import os
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from retool_jax.errors import UserError
-from retool_jax.sandbox.launch.worker import (
-    ENVIRONMENT,
-    INSIDE,
-    TIERS,
-    Worker,
-    finish,
-    gone,
-    kill_stale_workers,
-    owner_is_gone,
-    owner_tag,
-    stale_workers,
-    start,
-    supervisor_command,
-)
+from retool_jax.sandbox.launch.procfs import kill_stale_workers, owner_is_gone, owner_tag
+from retool_jax.sandbox.launch.worker import INSIDE, TIERS, Worker, start, supervisor_command
 from retool_jax.sandbox.types import SandboxConfig
-
-__all__ = ["COUNTS_CORES", "ENVIRONMENT", "PROMISES", "describe", "launch", "missing", "sweep_stale"]
 
 PROMISES = frozenset({"memory", "environment"})
 COUNTS_CORES = False
@@ -38,6 +26,23 @@ SCRATCH_PREFIX = "sandbox-"
 def missing(config: SandboxConfig) -> str:
     """Why this back-end cannot work here; empty if it can."""
     return "" if sys.platform == "linux" else f"it needs Linux, this is {sys.platform}; run in a Linux container"
+
+
+async def finish(*command: str, timeout_s: float = 5.0) -> int | None:
+    """Run an external command without output; its exit code, or None if it had to be killed."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        return await asyncio.wait_for(process.wait(), timeout_s)
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await asyncio.wait_for(process.wait(), timeout_s)
+        return None
 
 
 async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
@@ -81,9 +86,7 @@ def describe(isolation: dict[str, bool]) -> str:
 
 async def sweep_stale() -> int:
     """Kill the workers of dead owners and remove their folders; returns how many of both."""
-    stale = stale_workers()
-    found = kill_stale_workers()
-    await gone(stale)
+    found = await kill_stale_workers()
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}retool-*"):
         tag = folder.name.removeprefix(SCRATCH_PREFIX).rpartition("-")[0]
         if owner_is_gone(tag) and folder.lstat().st_uid == os.geteuid():

@@ -1,26 +1,23 @@
-"""What the launchers share: the environment of programs, the worker's handle, owners and what dead ones left behind."""
+"""What the launchers share: the environment of programs, the start of a worker, and its handle."""
 
 import asyncio
 import json
 import os
-import re
 import signal
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from retool_jax.sandbox.launch.cgroup import WorkerGroup
+from retool_jax.sandbox.launch.procfs import Seen, family, look_at, owner_tag, proportional_mb
 
 INSIDE = Path(__file__).parents[1] / "inside"
 STOP_GRACE_S = 1.0
 LOOK_S = 0.5  # between two looks at what a worker that does not answer is doing
 BUSY_SHARE = 0.05  # of a core: more than that, and it is busy
 CROWD = 16  # threads of programs from which on they explain by themselves that nothing else gets on
-TICKS = os.sysconf("SC_CLK_TCK")
 # How a process ends that made a mistake. Of any other signal somebody is the sender, and it is no program: none can
 # reach what holds it.
 CRASH_SIGNALS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS})
@@ -40,88 +37,6 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Owners
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def stat_fields(pid: int) -> list[str]:
-    """What the kernel says of a process, from its state on. The name before it, its own choice, need not be text.
-
-    Raises OSError if there is none.
-    """
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
-
-
-def started_at(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is none. With the pid, its unique name."""
-    try:
-        fields = stat_fields(pid)
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def owner_tag() -> str:
-    """The name of this process in all that it leaves on the machine, so that a later one can tell it is dead."""
-    return f"retool-{os.getpid()}-{started_at(os.getpid())}"
-
-
-def owner_is_gone(tag: str) -> bool:
-    """Whether `tag` names a process that no longer exists; False for what is no tag at all."""
-    match = re.fullmatch(r"retool-(\d+)-(\d+)", tag)
-    return match is not None and started_at(int(match[1])) != int(match[2])
-
-
-def stale_workers() -> list[int]:
-    """Processes of workers whose owner is dead: a stopped one cannot notice that its input has ended."""
-    found = []
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with suppress(OSError):
-            if os.stat(f"/proc/{name}").st_uid != os.geteuid():
-                continue
-            command = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace")
-            owner = re.search(r'supervisor\.py\0.*"owner": "(retool-\d+-\d+)"', command)
-            if owner and owner_is_gone(owner[1]):
-                found.append(int(name))
-    return found
-
-
-def kill_stale_workers() -> int:
-    """Kill what `stale_workers` finds; returns how many."""
-    stale = stale_workers()
-    for pid in stale:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return len(stale)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Seen(NamedTuple):
-    """A process, looked at from the host."""
-
-    state: str
-    """T where somebody has stopped it."""
-    cpu_s: float
-    """Processor time of it and of the children it waited for."""
-    threads: int
-    started: int
-    """As `started_at`, for a number is given again once its process has ended."""
-
-
-def look_at(pid: int) -> Seen | None:
-    """What a process is doing; None if there is none."""
-    try:
-        fields = stat_fields(pid)
-    except OSError:
-        return None
-    return Seen(fields[0], sum(map(int, fields[11:15])) / TICKS, int(fields[17]), int(fields[19]))
 
 
 @dataclass(eq=False)
@@ -255,28 +170,6 @@ class Worker:
             self._listener.cancel()
 
 
-def family(pid: int) -> list[int]:
-    """A process and its descendants."""
-    found = [pid]
-    for member in found:
-        with suppress(OSError):  # it ended meanwhile
-            for thread in os.listdir(f"/proc/{member}/task"):
-                found += map(int, Path(f"/proc/{member}/task/{thread}/children").read_text().split())
-    return found
-
-
-def proportional_mb(pid: int) -> float | None:
-    """Memory of a process and its descendants, MiB, pages shared by n processes counted as 1/n."""
-    total = 0
-    try:
-        for member in family(pid):
-            with open(f"/proc/{member}/smaps_rollup") as file:
-                total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return None
-    return total / 1024
-
-
 async def nothing() -> None:
     """The `tidy` of a launcher that leaves nothing."""
 
@@ -323,30 +216,3 @@ async def start(
     worker = Worker(process.stdout, process.stdin, process, group, tidy)
     worker.listen()
     return worker
-
-
-async def finish(*command: str, timeout_s: float = 5.0) -> int | None:
-    """Run an external command without output; its exit code, or None if it had to be killed."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        return await asyncio.wait_for(process.wait(), timeout_s)
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await asyncio.wait_for(process.wait(), timeout_s)
-        return None
-
-
-async def gone(pids: Sequence[int], timeout_s: float = 2.0) -> bool:
-    """Wait until none of these processes is left."""
-    deadline = time.monotonic() + timeout_s
-    while any(started_at(pid) is not None for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(0.01)
-    return True

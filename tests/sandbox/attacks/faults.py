@@ -127,7 +127,7 @@ async def stop_each_kind(arena: Arena) -> Outcomes:
 async def calm(arena: Arena) -> dict[int, str]:
     """Wait until no worker is being started or removed (its removers do not rise for ever); what lives."""
     crew = arena.box.crew
-    while crew._stops or crew.ready + len(crew._lent) <= arena.box.config.places:
+    while crew._stops or crew.ready + len(crew._lent) <= arena.box.config.slot_count:
         await asyncio.sleep(0.05)
     return arena.host.own()
 

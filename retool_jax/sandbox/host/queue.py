@@ -1,4 +1,4 @@
-"""A fair queue: a number of places, first come first served, with bounds on how many wait and for how long."""
+"""A fair queue for slots: first come first served, with bounds on how many wait and for how long."""
 
 import asyncio
 from collections import deque
@@ -12,15 +12,16 @@ class Closed(Exception):
     """The sandbox was closed while a call waited."""
 
 
-class Places:
-    """`count` places for which at most `max_waiting` callers wait, each at most `wait_s` seconds.
+class Queue:
+    """`slots` slots for which at most `max_waiting` callers wait, each at most `wait_s` seconds.
 
-    A place that becomes free is handed to the one who waits longest, so nobody can overtake.
+    A slot that becomes free is handed to the one who waits longest, so nobody can overtake.
     """
 
-    def __init__(self, count: int, max_waiting: int, wait_s: float) -> None:
-        self.count = count
+    def __init__(self, slots: int, max_waiting: int, wait_s: float) -> None:
+        self.slots = slots
         self.busy = 0
+        """Slots that are taken."""
         self._max_waiting, self._wait_s = max_waiting, wait_s
         self._turns: deque[asyncio.Future[None]] = deque()
 
@@ -30,12 +31,12 @@ class Places:
         return len(self._turns)
 
     async def acquire(self) -> None:
-        """Take a place. Raises Overloaded or Closed."""
-        if self.busy < self.count:
+        """Take a slot. Raises Overloaded or Closed."""
+        if self.busy < self.slots:
             self.busy += 1
             return
         if self.waiting >= self._max_waiting:
-            raise Overloaded(f"overloaded: {self.waiting} calls already wait for {self.count} places")
+            raise Overloaded(f"overloaded: {self.waiting} calls already wait for {self.slots} slots")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._turns.append(turn)
         try:
@@ -43,7 +44,7 @@ class Places:
                 await turn
         except TimeoutError:
             self._leave(turn)
-            raise Overloaded(f"overloaded: no place of {self.count} became free in {self._wait_s:g} s") from None
+            raise Overloaded(f"overloaded: no slot of {self.slots} became free in {self._wait_s:g} s") from None
         except asyncio.CancelledError:
             self._leave(turn)
             raise
@@ -52,10 +53,10 @@ class Places:
         if turn in self._turns:
             self._turns.remove(turn)
         elif turn.done() and not turn.cancelled() and turn.exception() is None:
-            self.release()  # given up between being handed the place and waking up
+            self.release()  # given up between being handed the slot and waking up
 
     def release(self) -> None:
-        """Give a place back."""
+        """Give a slot back."""
         while self._turns:
             turn = self._turns.popleft()
             if not turn.done():
