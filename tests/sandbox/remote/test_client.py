@@ -13,7 +13,7 @@ from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
 from retool_jax.sandbox.remote.fusion import write_result
 
-from .programs import SLEEP
+from ..programs import SLEEP
 
 pytest.importorskip("aiohttp", reason="the remote back-end needs aiohttp: pip install 'retool_jax[sandbox]'")
 

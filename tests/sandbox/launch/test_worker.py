@@ -15,7 +15,7 @@ from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 from retool_jax.sandbox.launch import bubblewrap, cgroup, process
 from retool_jax.sandbox.launch.procfs import owner_is_gone, owner_tag, proportional_mb, stale_workers, started_at
 
-from .programs import SLEEP
+from ..programs import SLEEP
 
 # Starts a worker, stops all of it with SIGSTOP, so that the end of its input goes unnoticed, and waits to be killed.
 OWNER = """

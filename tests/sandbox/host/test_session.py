@@ -8,8 +8,8 @@ import pytest
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, Session, ToolResult, open_sandbox
 
-from .processes import kill
-from .programs import SLEEP, nap
+from ..processes import kill
+from ..programs import SLEEP, nap, until
 
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
 
@@ -135,9 +135,7 @@ def test_idle_sessions_are_closed_and_say_so(descendants, alive):
                 await asyncio.sleep(0.3)
             pid = session._member.launched.pid
             tree = {pid} | descendants(pid)
-            async with asyncio.timeout(60):
-                while box.gauges()["sessions_open"]:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not box.gauges()["sessions_open"])
             return await session.run("x"), await asyncio.to_thread(alive, tree)
 
     late, left = asyncio.run(main())

@@ -5,7 +5,7 @@ import sys
 
 from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 
-from .processes import kill
+from ..processes import kill
 
 LOADED = "import sys\nprint(*[name for name in ('numpy', 'sympy', 'scipy') if name in sys.modules])"
 

@@ -15,8 +15,8 @@ from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_
 from retool_jax.sandbox.host.member import Member
 from retool_jax.sandbox.launch import bubblewrap, cgroup
 
-from .processes import below, kill, send
-from .programs import SLEEP
+from ..processes import below, kill, send
+from ..programs import SLEEP, until
 
 OVERTIME = "retool_jax.sandbox.host.member.OVERTIME_S"
 LIMITS = Limits(wall_s=1.5, memory_mb=256)
@@ -74,9 +74,7 @@ async def busy_worker(box: Sandbox) -> Member:
     def busy() -> list[Member]:
         return [*box.crew._lent, *(member for member in box.crew._own if member.calls > 1)]
 
-    async with asyncio.timeout(60):
-        while not busy():
-            await asyncio.sleep(0.01)
+    await until(busy)
     await asyncio.sleep(0.2)  # so that the program has begun
     return busy()[0]
 
