@@ -10,8 +10,9 @@ from pathlib import Path
 from retool_jax.errors import UserError
 
 INSIDE_TARGET = "/inside"
-OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")
 """Where the programs of `inside/` are mounted."""
+OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")
+"""Where programs have folders of their own."""
 MANIFEST = "manifest.json"
 ROOT = "root"
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
@@ -33,8 +34,6 @@ class Runtime:
     """Without one: paths of the host to be mounted read-only at the same place."""
     links: tuple[tuple[str, str], ...]
     """And links to be made: (what it points to, where it lies)."""
-    words: str
-    """What it is, for people."""
 
 
 def images_folder() -> Path:
@@ -71,7 +70,6 @@ def find_runtime(image: str) -> Runtime:
     manifest = read_manifest(folder)
     if manifest["machine"] != os.uname().machine:
         raise UserError(f"sandbox.image: {folder} is for {manifest['machine']}, this machine is {os.uname().machine}")
-    packages = " ".join(f"{name} {version}" for name, version in manifest["packages"].items())
     return Runtime(
         python=manifest["executable"],
         version=manifest["python"],
@@ -79,7 +77,6 @@ def find_runtime(image: str) -> Runtime:
         root=folder / ROOT,
         binds=(),
         links=(),
-        words=f"image {folder.name}: Python {manifest['python'].split()[0]}, {packages or 'no packages'}",
     )
 
 
@@ -113,5 +110,4 @@ def this_python() -> Runtime:
         root=None,
         binds=tuple(sorted(outermost)),
         links=tuple(links),
-        words=f"this Python {sys.version.split()[0]} and its packages, for want of an image",
     )
