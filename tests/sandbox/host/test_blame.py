@@ -115,10 +115,15 @@ def outcomes(config: SandboxConfig, *plays: tuple) -> list[Outcome]:
     return asyncio.run(main())
 
 
-def demand_group(backend: str) -> None:
-    """Skip where the host cannot tell how a worker died."""
-    if backend == "process" or cgroup.memory_folder() is None:
-        pytest.skip(f"{backend} has no control group here")
+@pytest.fixture
+def grouped(backend: str) -> str:
+    """A back-end with a control group, from which the host can tell how a worker died."""
+    if cgroup.memory_folder() is None:
+        pytest.skip("no memory control group can be made here")
+    return backend
+
+
+with_group = pytest.mark.parametrize("backend", ["bubblewrap", "gvisor"], indirect=True)
 
 
 def test_a_program_that_keeps_its_worker_from_answering_is_to_blame(backend: str, monkeypatch: pytest.MonkeyPatch):
@@ -130,9 +135,9 @@ def test_a_program_that_keeps_its_worker_from_answering_is_to_blame(backend: str
         assert outcome.restarts.get("overrun") == 1, outcome
 
 
-def test_a_session_whose_worker_goes_down_at_its_memory_limit_ran_out_of_memory(backend: str):
-    demand_group(backend)
-    (outcome,) = outcomes(once(backend), ("session", GREEDY))
+@with_group
+def test_a_session_whose_worker_goes_down_at_its_memory_limit_ran_out_of_memory(grouped: str):
+    (outcome,) = outcomes(once(grouped), ("session", GREEDY))
     assert (outcome.result.status, outcome.result.attempts, outcome.faults) == ("oom", 1, {}), outcome
 
 
@@ -188,15 +193,14 @@ def test_a_worker_that_was_killed_from_outside_is_nobodys_fault(backend: str):
     assert {outcome.result.status for _, outcome in found} == {"infra_error"}, "\n".join(map(str, found))
 
 
-def test_a_worker_that_broke_without_a_signal_from_outside_is_its_programs_doing_at_the_last_try(backend: str):
-    demand_group(backend)
-
+@with_group
+def test_a_worker_that_broke_without_a_signal_from_outside_is_its_programs_doing_at_the_last_try(grouped: str):
     async def crash(pids: list[int]) -> None:
         send(signal.SIGSEGV, pids[0])
 
     short = "import time\ntime.sleep(2)\nprint('ok')"
     plays = ("session", SLEEP, PATIENT, crash), ("call", short, PATIENT, crash)
-    cell, call = outcomes(once(backend, retries=1), *plays)
+    cell, call = outcomes(once(grouped, retries=1), *plays)
     assert (cell.result.status, cell.restarts.get("broken"), cell.faults) == ("user_error", 1, {}), cell
     assert "killed the sandbox" in cell.result.message
     assert (call.result.status, call.result.stdout, call.result.attempts) == ("success", "ok\n", 2), call
