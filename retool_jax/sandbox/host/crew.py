@@ -35,7 +35,7 @@ def pause_s(failures: int) -> float:
 
 
 class Crew:
-    """A worker for each slot of `calls` and a spare, each replaced in the background when it is spent, sick or dead.
+    """A worker for each slot of the queue and a spare, each replaced in the background when it is spent, sick or dead.
 
     A replacement serves once it runs the fork servers that programs have asked for of late, so that none of them finds
     a slower worker than others did. Until then calls wait, unless the spare is there. Where there is a core for each
@@ -46,9 +46,9 @@ class Crew:
     a row `take` raises at once; the next start that succeeds ends that.
     """
 
-    def __init__(self, launcher: Launcher, config: SandboxConfig, metrics: Metrics, calls: Queue) -> None:
+    def __init__(self, launcher: Launcher, config: SandboxConfig, metrics: Metrics, queue: Queue) -> None:
         self.description = ""
-        self._launcher, self._config, self._metrics, self._calls = launcher, config, metrics, calls
+        self._launcher, self._config, self._metrics, self._queue = launcher, config, metrics, queue
         self._ready: list[Member] = []
         self._lent: set[Member] = set()  # to calls that give them back
         self._own: set[Member] = set()  # to sessions and large calls, which do not
@@ -58,7 +58,7 @@ class Crew:
         self._starting = self._probing = 0
         self._failures = 0
         self._last_fault = ""
-        self._cores = Cores(calls.slots + 1)
+        self._cores = Cores(queue.slots + 1)
         self._asked: dict[str, float] = {}  # when a program last asked for a fork server
         self._closed = False
 
@@ -144,7 +144,7 @@ class Crew:
         default = self._config.limits.memory_mb
         idle = [member for member in self._ready if not member.calls and not member.dead]
         # The spare may go, a worker that calls will ask for may not.
-        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._calls.slots:
+        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._queue.slots:
             member = idle[0]
             self._ready.remove(member)
             self._refill()
@@ -236,8 +236,8 @@ class Crew:
         if self._closed:
             return
         have = len(self._ready) + len(self._lent) + self._probing + self._starting
-        spare = self._cores.spare or self._calls.busy < self._calls.slots
-        missing = self._calls.slots + spare - have
+        spare = self._cores.enough or self._queue.busy < self._queue.slots
+        missing = self._queue.slots + spare - have
         if self._failures:
             missing = min(missing, 1 - self._starting)
         for _ in range(missing):

@@ -38,8 +38,8 @@ class Sandbox:
         self.metrics = Metrics()
         self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)
         """For sessions that are open."""
-        self._calls = Queue(config.slot_count, config.max_waiting, config.queue_s)
-        self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._calls)
+        self._queue = Queue(config.slot_count, config.max_waiting, config.queue_s)
+        self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._queue)
         self._innocent_loss = -QUIET_S
         self._closed = False
 
@@ -98,7 +98,7 @@ class Sandbox:
             result = ToolResult("rejected", message=reason)
         else:
             try:
-                await self._calls.acquire()
+                await self._queue.acquire()
             except Overloaded as refusal:
                 self.metrics.faults["overloaded"] += 1
                 result = ToolResult("infra_error", queue_s=time.monotonic() - asked, message=str(refusal))
@@ -108,7 +108,7 @@ class Sandbox:
                 try:
                     result = await self._attempts(request, source, retries, asked)
                 finally:
-                    self._calls.release()
+                    self._queue.release()
         result = replace(result, backend=self.backend)
         self.metrics.record(result)
         return result
@@ -183,9 +183,9 @@ class Sandbox:
     def gauges(self) -> dict[str, float]:
         """Present values, by name, for `metrics.prometheus`."""
         return {
-            "slots": self._calls.slots,
-            "slots_busy": self._calls.busy,
-            "queue_length": self._calls.waiting,
+            "slots": self._queue.slots,
+            "slots_busy": self._queue.busy,
+            "queue_length": self._queue.waiting,
             "sessions_open": self.sessions.busy,
             "workers_ready": self.crew.ready,
             "accepting": float(not self._closed and not self.crew.broken),
@@ -207,6 +207,6 @@ class Sandbox:
     async def aclose(self) -> None:
         """Kill what runs, answer what waits with `cancelled`, and wait until no process is left."""
         self._closed = True
-        self._calls.close()
+        self._queue.close()
         self.sessions.close()
         await self.crew.close()

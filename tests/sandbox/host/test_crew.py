@@ -93,7 +93,7 @@ def test_the_spare_is_not_started_beside_a_program_where_every_core_has_one(
     async def main() -> None:
         async with open_sandbox(PROCESS) as box:
             await until(lambda: box.crew.ready == 2)
-            box.crew._cores.spare = core_to_spare
+            box.crew._cores.enough = core_to_spare
             call = asyncio.create_task(box.run(SLEEP))
             await until(lambda: box.crew._lent)
             kill(box.crew._ready[0].launched.pid)
