@@ -23,8 +23,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.sandbox.pool import LAUNCHERS
-from retool_jax.sandbox.request import Request
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
 
 DEFAULTS = {"backends": "gvisor,bubblewrap", "calls": 300, "clients": 8, "slots": 2, "restarts": 3, "direct": 0}
 PROGRAMS = {

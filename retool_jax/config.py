@@ -174,7 +174,7 @@ class RLRun(SFTRun):
         """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain,
         even if each of them runs to its time limit."""
         box, slots = self.sandbox, self.engine.slots
-        longest_s = (slots / box.places + 1) * (box.limits.wall_s + 1)
+        longest_s = (slots / box.slot_count + 1) * (box.limits.wall_s + 1)
         return dataclasses.replace(
             box, queue_limit=box.queue_limit or slots, queue_s=min(max(box.queue_s, longest_s), 86400)
         )

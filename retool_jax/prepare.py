@@ -20,7 +20,7 @@ from retool_jax.data.traces import BadTrace, boxed_answer, check_answer, convers
 from retool_jax.errors import UserError, run_command
 from retool_jax.metrics import Progress
 from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
-from retool_jax.sandbox.pool import candidates
+from retool_jax.sandbox.backends import candidates
 
 USAGE = """\
 Convert, check and clean published rows, and write those that can be used as JSONL.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import SandboxConfig
-from retool_jax.sandbox.pool import LAUNCHERS
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -5,8 +5,9 @@ async with open_sandbox(SandboxConfig(backend=("gvisor",), slots=2)) as box:
     print(tool_text(result, 2000))
 """
 
-from retool_jax.sandbox.pool import Sandbox, open_sandbox
-from retool_jax.sandbox.session import Session
+from retool_jax.sandbox.backends import open_sandbox
+from retool_jax.sandbox.host.pool import Sandbox
+from retool_jax.sandbox.host.session import Session
 from retool_jax.sandbox.text import tool_text
 from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 

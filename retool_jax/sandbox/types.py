@@ -161,14 +161,14 @@ class SandboxConfig:
         )
 
     @property
-    def places(self) -> int:
-        """Programs that run at the same time, with the default filled in."""
+    def slot_count(self) -> int:
+        """Programs that run at the same time, with the default of `slots` filled in."""
         return self.slots or max((os.cpu_count() or 1) // 2, 1)
 
     @property
     def max_waiting(self) -> int:
         """Calls that may wait at once."""
-        return self.queue_limit or 64 * self.places
+        return self.queue_limit or 64 * self.slot_count
 
 
 @dataclass(frozen=True)

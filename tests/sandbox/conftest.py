@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.pool import LAUNCHERS
-from retool_jax.sandbox.worker import family
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
+
+from .processes import below
 
 
 @pytest.fixture(params=["process", "bubblewrap", "gvisor"])
@@ -62,14 +63,10 @@ def worker_pids() -> Callable[[Sandbox], list[int]]:
     return pids
 
 
-def _descendants(pid: int) -> set[int]:
-    return set(family(pid)) - {pid}
-
-
 @pytest.fixture
 def descendants() -> Callable[[int], set[int]]:
     """Live processes below one, as the host sees them."""
-    return _descendants
+    return below
 
 
 @pytest.fixture
@@ -91,7 +88,7 @@ def alive() -> Callable[[set[int]], set[int]]:
 async def _serve(config: SandboxConfig, ceiling: Limits, token: str) -> AsyncIterator[tuple[str, Sandbox]]:
     import uvicorn
 
-    from retool_jax.sandbox.server import build_app
+    from retool_jax.sandbox.remote.app import build_app
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with open_sandbox(config) as box:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.sandbox import Limits, SandboxConfig
-from retool_jax.sandbox.gvisor import OVERHEAD_MB
+from retool_jax.sandbox.launch.gvisor import OVERHEAD_MB
 from retool_jax.sandbox.words import read_words
 
 yaml = pytest.importorskip("yaml", reason="reading the manifest needs pyyaml")
@@ -80,7 +80,7 @@ def test_the_image_installs_what_the_project_asks_for():
 
 def test_the_server_needs_nothing_that_the_image_lacks():
     code = (
-        "import sys, retool_jax.sandbox.server, retool_jax.sandbox.remote, retool_jax.sandbox.image\n"
+        "import sys, retool_jax.sandbox.server, retool_jax.sandbox.remote.client, retool_jax.sandbox.image\n"
         "print(*sorted({'jax', 'numpy', 'transformers', 'omegaconf', 'rich'} & set(sys.modules)))"
     )
     import subprocess

@@ -19,11 +19,12 @@ from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 from retool_jax.sandbox.types import TOKEN_VARIABLE
 from retool_jax.sandbox.words import read_words
 
+from .programs import SLEEP, nap
+
 aiohttp = pytest.importorskip("aiohttp", reason="these tests need aiohttp: pip install 'retool_jax[sandbox]'")
 server = pytest.importorskip("retool_jax.sandbox.server", reason="the server needs retool_jax[sandbox]")
 
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
-SLEEP = "import time\ntime.sleep(30)"
 
 
 def with_client(serve, talk, *args, **kwargs):
@@ -89,7 +90,7 @@ def test_run_code_answers_as_sandbox_fusion_does(serve):
 
 
 def test_malformed_bodies_are_422_and_too_large_ones_413(serve, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr("retool_jax.sandbox.remote.app.MAX_FRAME_BYTES", 1000)
 
     async def talk(client, box):
         bodies = [b"", b"{", b"\xff\xfe", b"[1]", b"[" * 900, {"code": 1}, {"code": "1", "files": {"a": "*"}}]
@@ -127,7 +128,7 @@ def test_execute_answers_both_kinds_of_simple_servers(serve):
 
 def test_full_queue_is_503_with_retry_after_and_ping_and_metrics_still_answer(serve):
     async def talk(client, box):
-        sleep = {"code": "import time\ntime.sleep(0.5)"}
+        sleep = {"code": nap(1.5)}
         first, second = (asyncio.create_task(client("/run_code", sleep)) for _ in range(2))
         while box.gauges()["queue_length"] < 1:
             await asyncio.sleep(0.01)
@@ -252,7 +253,7 @@ def settings_of(*words: str):
 def test_the_command_line_becomes_the_configuration():
     words = "backend=gvisor,bubblewrap slots=2 slots=3 memory_mb=512 wall_s=5 modules=math,re"
     config, ceiling = settings_of(*words.split())
-    assert (config.backend, config.places, config.allowed_modules) == (("gvisor", "bubblewrap"), 3, ("math", "re"))
+    assert (config.backend, config.slot_count, config.allowed_modules) == (("gvisor", "bubblewrap"), 3, ("math", "re"))
     assert (config.limits.memory_mb, config.limits.wall_s) == (512, 5)
     assert (ceiling.wall_s, ceiling.memory_mb) == (60, 512)
     assert settings_of()[0].limits == Limits()

@@ -25,8 +25,8 @@ def test_bad_values_are_named(make, words: str):
         make()
 
 
-def test_places_default_to_half_of_the_cores(monkeypatch: pytest.MonkeyPatch):
+def test_slots_default_to_half_of_the_cores(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 9)
-    assert (SandboxConfig().places, SandboxConfig().max_waiting, SandboxConfig(slots=3).places) == (4, 256, 3)
+    assert (SandboxConfig().slot_count, SandboxConfig().max_waiting, SandboxConfig(slots=3).slot_count) == (4, 256, 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert SandboxConfig().places == 1
+    assert SandboxConfig().slot_count == 1

@@ -1,6 +1,7 @@
 """A program that runs: its pipes, what it and its fork server say, and the verdict at its end."""
 
 import base64
+import contextlib
 import os
 import select
 import signal
@@ -13,6 +14,7 @@ from wire import send_packet
 
 SIGNAL_NUMBERS = frozenset(signal.Signals)
 MOST = 1e7  # seconds or MiB; what a program says of itself beyond that is not believed
+MOST_WORDS = 1000  # taken at once of what a program says; an honest one says two or three
 STARTING_S = 0.05  # how often a program that has not started at its time limit is looked at again
 
 
@@ -59,13 +61,10 @@ class Program:
         self.cells += 1
         self.sent = self.started = time.monotonic()
         cell = {name: request[name] for name in ("code", "limits", "show_last_expression")}
-        self.report.setblocking(True)
-        try:
+        # Sent without waiting: one that has ended is found by `watch`, and one that only says that its cells are done
+        # and takes none of the next ones runs into its time limit.
+        with contextlib.suppress(OSError):
             send_packet(self.report, cell, (stdin,))
-        except OSError:
-            pass  # it has ended since the last cell, which `watch` will find
-        finally:
-            self.report.setblocking(False)
 
     def has_ended(self) -> bool:
         """Whether a session's interpreter ended since its last cell."""
@@ -125,8 +124,9 @@ class Program:
     def hear_last(self) -> None:
         """Take what is left in the streams and what the child said."""
         self.streams.drain()
-        while self.hear_child():
-            pass
+        for _ in range(MOST_WORDS):  # where it lives on it may go on saying things for ever
+            if not self.hear_child():
+                break
 
     def watch(self, limits: dict, protocol_in: int, start_s: float, cell: bool) -> str:
         """Wait for the end of the program (or, with `cell`, of its cell), its deadline or its output limit.

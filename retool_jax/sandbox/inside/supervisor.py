@@ -96,11 +96,11 @@ class Supervisor:
             if int(name) in known:
                 continue
             try:
-                with open(f"/proc/{name}/stat") as file:
-                    state, parent = file.read().rpartition(")")[2].split()[:2]
+                with open(f"/proc/{name}/stat", "rb") as file:  # a program's name need not be text
+                    state, parent = file.read().rpartition(b")")[2].split()[:2]
             except OSError:
                 continue  # it ended meanwhile
-            if state not in "ZX":
+            if state not in b"ZX":
                 parents[int(name)] = int(parent)
         if self.isolation.processes and os.getpid() == 1:
             return list(parents)

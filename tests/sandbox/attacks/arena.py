@@ -78,7 +78,7 @@ class Arena:
         """Every process of the sandbox that was ever looked at."""
         self._stack = AsyncExitStack()
         # Workers are lost all the time here, and a new one should not import SymPy because an attack has asked for it.
-        self._stack.enter_context(patch("retool_jax.sandbox.crew.ASKED_S", 0.0))
+        self._stack.enter_context(patch("retool_jax.sandbox.host.crew.ASKED_S", 0.0))
         config = SandboxConfig(backend=(backend,), slots=slots, limits=Limits(memory_mb=MEMORY_MB), probe_s=0)
         self.box: Sandbox = self.runner.run(self._stack.enter_async_context(open_sandbox(config)))
         self.census = ""

@@ -15,16 +15,21 @@ from unittest.mock import patch
 from retool_jax.sandbox import Limits, ToolResult
 
 from ..processes import kill, send
+from ..programs import nap
 from .arena import Arena
 from .host import alive, command, descendants, remains, start_owner
 
 Outcomes = dict[str, list[str]]
 Script = Callable[[Arena], Awaitable[Outcomes]]
 
-NAP = "import time\nprint('begun')\ntime.sleep(0.6)\nprint('ended')"
-NAP_TEXT = "begun\nended\n"
+NAP_TEXT = "begun\nok\n"
 LOOP = "while True:\n    pass"
 SHORT = Limits(wall_s=1.5, memory_mb=512)
+
+
+def napping() -> str:
+    """A program that says that it runs, and for a second more can be meddled with."""
+    return f"print('begun')\n{nap(1.2)}"
 
 
 def busy_worker(arena: Arena) -> Any:
@@ -89,7 +94,7 @@ async def hurt_each_kind(arena: Arena, number: int, word: str) -> Outcomes:
     outcomes: Outcomes = {}
     names: list[str] | None = None
     while names is None or names:
-        call = asyncio.create_task(arena.box.run(NAP, limits=SHORT))
+        call = asyncio.create_task(arena.box.run(napping(), limits=SHORT))
         await asyncio.sleep(0.3)
         root = busy_worker(arena).pid
         found, everything = kinds(root), family(root)
@@ -115,14 +120,14 @@ async def kill_each_kind(arena: Arena) -> Outcomes:
 
 
 async def stop_each_kind(arena: Arena) -> Outcomes:
-    with patch("retool_jax.sandbox.member.OVERTIME_S", 1.0):
+    with patch("retool_jax.sandbox.host.member.OVERTIME_S", 1.0):
         return await hurt_each_kind(arena, signal.SIGSTOP, "stop")
 
 
 async def calm(arena: Arena) -> dict[int, str]:
     """Wait until no worker is being started or removed (its removers do not rise for ever); what lives."""
     crew = arena.box.crew
-    while crew._stops or crew.ready + len(crew._lent) <= arena.box.config.places:
+    while crew._stops or crew.ready + len(crew._lent) <= arena.box.config.slot_count:
         await asyncio.sleep(0.05)
     return arena.host.own()
 
@@ -131,7 +136,7 @@ async def kill_idle(arena: Arena) -> Outcomes:
     """Every process of every worker dies while no program runs."""
     before = await calm(arena)
     kill(*before)
-    result = await arena.box.run(NAP, limits=SHORT)
+    result = await arena.box.run(napping(), limits=SHORT)
     wrong = served(result) + await arena.take_census()
     wrong += [f"{text} is left" for text in (await asyncio.to_thread(alive, before)).values()]
     return {"kill everything idle": wrong}
@@ -140,7 +145,7 @@ async def kill_idle(arena: Arena) -> Outcomes:
 async def kill_all(arena: Arena) -> Outcomes:
     """Every process of every worker dies while a program runs."""
     await calm(arena)
-    call = asyncio.create_task(arena.box.run(NAP, limits=SHORT))
+    call = asyncio.create_task(arena.box.run(napping(), limits=SHORT))
     await asyncio.sleep(0.3)
     before = arena.host.own()
     kill(*before)
@@ -187,8 +192,8 @@ async def nonsense_in(arena: Arena) -> Outcomes:
     wrong: list[str] = []
     for member in tuple(arena.box.crew._ready):
         member.launched.writer.write(b"\xff" * 100)
-    wrong += served(await arena.box.run(NAP, limits=SHORT))
-    call = asyncio.create_task(arena.box.run(NAP, limits=SHORT))
+    wrong += served(await arena.box.run(napping(), limits=SHORT))
+    call = asyncio.create_task(arena.box.run(napping(), limits=SHORT))
     await asyncio.sleep(0.3)
     busy_worker(arena).writer.write(b"\x00\x00\x00\x02{}")
     wrong += served(await call)
@@ -237,7 +242,7 @@ async def swept(arena: Arena, *dead: int) -> list[str]:
 
 async def owner_pauses(arena: Arena) -> Outcomes:
     """The owner stands still for longer than the program may run; the result is what it would have been."""
-    owner = await asyncio.to_thread(start_owner, arena.backend, "import time\ntime.sleep(0.8)", 1.0)
+    owner = await asyncio.to_thread(start_owner, arena.backend, "import time\ntime.sleep(0.8)", 1.4)
     owner.send_signal(signal.SIGSTOP)
     await asyncio.sleep(1.5)
     owner.send_signal(signal.SIGCONT)

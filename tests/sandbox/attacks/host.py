@@ -15,8 +15,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from retool_jax.sandbox import cgroup
-from retool_jax.sandbox.worker import owner_tag
+from retool_jax.sandbox.launch import cgroup
+from retool_jax.sandbox.launch.procfs import owner_tag, stat_fields
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.shmat.restype = ctypes.c_void_p
@@ -166,8 +166,8 @@ class Host:
         """What the workers' control groups are charged for, files in memory too, and what the processes below this one
         that run outside of these groups hold; MiB."""
         charged, members = 0, set()
-        if (where := cgroup.place()) is not None:
-            for group in where.folder.glob(f"{owner_tag()}/*/"):
+        if (where := cgroup.memory_folder()) is not None:
+            for group in where.path.glob(f"{owner_tag()}/*/"):
                 with suppress(OSError):
                     name = "memory.current" if where.unified else "memory.usage_in_bytes"
                     charged += int((group / name).read_text())
@@ -205,7 +205,7 @@ def addresses() -> list[str]:
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third, the state, on; empty if it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return stat_fields(pid)
     except OSError:
         return []
 

@@ -138,6 +138,21 @@ print("ended")
     ),
     Case(
         "processes",
+        "names that are no text",
+        """
+import ctypes, os
+for _ in range(20):
+    if os.fork() == 0:
+        break
+ctypes.CDLL(None).prctl(15, b"\\xff) Z 1\\n", 0, 0, 0)
+while True:
+    pass
+""",
+        status=("timeout",),
+        wall_s=0.6,
+    ),
+    Case(
+        "processes",
         "sibling by CLONE_PARENT",
         """
 import ctypes, os, signal, time

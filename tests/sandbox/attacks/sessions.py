@@ -166,6 +166,69 @@ threading.Thread(target=flood, daemon=True).start()
         ),
     ),
     Session(
+        "says that its cells are done and takes none of them",
+        (
+            Cell(
+                """
+import os, time
+n = 1
+while True:
+    try:
+        os.write(3, f"done {n // 4 + 1} 0 0 0".encode())
+    except OSError:
+        pass
+    n += 1
+    time.sleep(0.01)
+""",
+                status=OVER,
+                wall_s=1.0,
+            ),
+            *[Cell("#" * 55_000, status=OVER, wall_s=1.0)] * 8,
+        ),
+    ),
+    Session(
+        "a thread that talks to the sandbox without end",
+        (
+            SET,
+            Cell(
+                """
+import os, threading
+def talk():
+    while True:
+        os.write(3, b"oo")
+for _ in range(4):
+    threading.Thread(target=talk, daemon=True).start()
+""",
+                status=OVER,
+                wall_s=1.0,
+            ),
+            AFTER,
+            Cell("print(1)", status=OVER, wall_s=1.0),
+        ),
+    ),
+    Session(
+        "children that take all memory between the cells",
+        (
+            Cell(
+                """
+import os, time
+for _ in range(20):
+    if os.fork() == 0:
+        time.sleep(0.3)
+        x = bytearray(100 << 20)
+        for at in range(0, len(x), 4096):
+            x[at] = 1
+        time.sleep(60)
+""",
+                status=OVER,
+                wall_s=2.0,
+            ),
+            Cell("import time\ntime.sleep(1)", status=OVER, wall_s=3.0),
+            Cell("print(1)", status=OVER, wall_s=2.0),
+            Cell("print(1)", status=OVER, wall_s=2.0),
+        ),
+    ),
+    Session(
         "time runs out twice",
         (
             Cell("import time\ntime.sleep(60)", status=("timeout",), wall_s=0.5),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from retool_jax.sandbox import SandboxConfig
-from retool_jax.sandbox.pool import LAUNCHERS
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
 
 from .arena import CROWD, Arena
 from .case import CATEGORIES, Case

@@ -1,0 +1,337 @@
+"""The workers that a sandbox keeps ready: started, tried, replaced, stopped."""
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from retool_jax.errors import UserError
+from retool_jax.sandbox.host.cores import Cores
+from retool_jax.sandbox.host.member import Member, WorkerFault
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.queue import Queue
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.launch.launchers import Launcher
+from retool_jax.sandbox.types import SandboxConfig
+
+START_S = 60.0  # a cold start of the heavy fork servers on a loaded machine
+PROBE_WALL_S = 5.0
+BREAKER = 5  # starts that fail in a row before callers are told at once instead of waiting for the next one
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 10.0
+MEMORY_CALLS = 50  # calls between two looks at a worker's memory
+MEMORY_S = 1.0  # for how long it must hold too much: some kernels take their time to free what a program had
+TEND_S = 1.0
+WARM_S = 1.0  # idle time after which a worker starts fork servers ahead of need: a second of processor time, or two
+ASKED_S = 600.0  # for how long a fork server counts as needed after a program has asked for it
+
+
+def pause_s(failures: int) -> float:
+    """Seconds to wait after so many failures in a row: doubling, and uneven so that not all come back at once."""
+    return min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
+
+
+class Crew:
+    """A worker for each slot of the queue and a spare, each replaced in the background when it is spent, sick or dead.
+
+    A replacement serves once it runs the fork servers that programs have asked for of late, so that none of them finds
+    a slower worker than others did. Until then calls wait, unless the spare is there. Where there is a core for each
+    slot and no more, a spare that was used up is replaced when a slot has nothing to do: to start one beside a
+    program would make that twice as slow.
+
+    A start that fails is tried again with growing pauses for as long as the crew is open. After `BREAKER` failures in
+    a row `take` raises at once; the next start that succeeds ends that.
+    """
+
+    def __init__(self, launcher: Launcher, config: SandboxConfig, metrics: Metrics, queue: Queue) -> None:
+        self.description = ""
+        self._launcher, self._config, self._metrics, self._queue = launcher, config, metrics, queue
+        self._ready: list[Member] = []
+        self._lent: set[Member] = set()  # to calls that give them back
+        self._own: set[Member] = set()  # to sessions and large calls, which do not
+        self._waiting: deque[asyncio.Future[Member]] = deque()
+        self._work: set[asyncio.Task] = set()  # starting and tending
+        self._stops: set[asyncio.Task] = set()
+        self._starting = self._probing = 0
+        self._failures = 0
+        self._last_fault = ""
+        self._cores = Cores(queue.slots + 1)
+        self._asked: dict[str, float] = {}  # when a program last asked for a fork server
+        self._closed = False
+
+    @property
+    def ready(self) -> int:
+        """Workers that wait for a call."""
+        return len(self._ready)
+
+    @property
+    def broken(self) -> bool:
+        """Whether no worker can be had for now."""
+        return self._failures >= BREAKER and not self._ready and not self._lent
+
+    async def open(self) -> None:
+        """Start the first worker; the others follow. Raises WorkerFault if it does not start."""
+        self._ready.append(await self.recruit(self._config.limits.memory_mb))
+        self._refill()
+        self._spawn(self._tend(), self._work)
+
+    async def recruit(self, memory_mb: int, warm: bool = False) -> Member:
+        """Start a worker for programs of up to `memory_mb`, if `warm` with the fork servers that they ask for.
+
+        Raises WorkerFault.
+        """
+        begun, core = time.monotonic(), self._cores.assign()
+        launched = None
+        try:
+            launched = await self._launcher.launch(self._config, memory_mb)
+            member = Member(launched, memory_mb, core)
+            if not self._launcher.COUNTS_CORES:
+                launched.move(self._cores.among(core))
+            hello = await member.exchange(b"", START_S)
+            launched.move(self._cores.among(core))
+            self.description = self._launcher.describe(hello["isolation"])
+            if warm:
+                await self._warm(member)
+            launched.know_machinery()
+            if self._closed:
+                raise WorkerFault("closed", "the sandbox was closed")
+        except BaseException as fault:
+            self._cores.leave(core)
+            if launched is not None:
+                await launched.stop()
+            if isinstance(fault, (OSError, UserError, WorkerFault, KeyError)) and not self._closed:
+                raise WorkerFault("start", f"no worker started: {fault}") from None
+            raise
+        self._metrics.start_s.add(time.monotonic() - begun)
+        return member
+
+    async def take(self, memory_mb: int) -> Member:
+        """A worker for one call; hand it to `give` or `drop` afterwards. Raises WorkerFault.
+
+        A call that may use more memory than the others gets a worker of its own, so that theirs stay tight.
+        """
+        if memory_mb > self._config.limits.memory_mb:
+            return await self.claim(memory_mb)
+        while self._ready:
+            busy = self._busy()
+            # Of those whose core has the least to do, the one used last, for it is the warmest.
+            member = min(reversed(self._ready), key=lambda member: busy[member.core])
+            self._ready.remove(member)
+            if not member.dead:
+                self._lend(member)
+                return member
+            self._retire(member, "died idle")
+        if self.broken:
+            raise WorkerFault("start", f"{self._failures} starts in a row failed, the last one: {self._last_fault}")
+        turn: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._refill()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._lent.discard(turn.result())
+                self._admit(turn.result())
+            raise
+
+    async def claim(self, memory_mb: int) -> Member:
+        """A worker that does not come back; hand it to `drop` afterwards. Raises WorkerFault."""
+        default = self._config.limits.memory_mb
+        idle = [member for member in self._ready if not member.calls and not member.dead]
+        # The spare may go, a worker that calls will ask for may not.
+        if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._queue.slots:
+            member = idle[0]
+            self._ready.remove(member)
+            self._refill()
+        else:
+            member = await self.recruit(max(memory_mb, default))
+        self._own.add(member)
+        return member
+
+    def give(self, member: Member, response: dict) -> None:
+        """Take a worker back after a call that it answered."""
+        age = time.monotonic() - member.born
+        self._asked[member.tier] = time.monotonic()
+        if not response.get("clean"):  # something of the program could not be killed
+            self.drop(member, "unclean")
+        elif member in self._own:
+            self.drop(member, "large call")
+        elif member.calls >= self._config.recycle_calls:
+            self.drop(member, "calls")
+        elif age >= self._config.recycle_s:
+            self.drop(member, "age")
+        elif self._too_heavy(member):
+            self.drop(member, "memory")
+        else:
+            self._lent.discard(member)
+            self._admit(member)
+
+    def _too_heavy(self, member: Member) -> bool:
+        """Whether a worker holds too much memory, and has for a while."""
+        if member.calls % MEMORY_CALLS and member.heavy_since is None:
+            return False
+        now = time.monotonic()
+        if (member.launched.memory_mb() or 0) <= self._config.recycle_memory_mb:
+            member.heavy_since = None
+        elif member.heavy_since is None:
+            member.heavy_since = now
+        elif now - member.heavy_since >= MEMORY_S:
+            return True
+        return False
+
+    def drop(self, member: Member, reason: str) -> None:
+        """Give a worker up; it is stopped in the background and, unless it was a caller's own, replaced."""
+        self._lent.discard(member)
+        self._own.discard(member)
+        self._retire(member, reason)
+
+    def _admit(self, member: Member) -> None:
+        """Hand a worker to the one who waits longest, or keep it ready."""
+        if self._closed:
+            return self._retire(member, "closed")
+        member.idle_since = time.monotonic()
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._lend(member)
+                return turn.set_result(member)
+        self._ready.append(member)
+
+    def settle(self, member: Member) -> None:
+        """Put a worker that is about to run something on the core that has the least to do."""
+        core = self._cores.best(member.core, self._busy())
+        if core != member.core:
+            member.launched.move(self._cores.among(core))
+            self._cores.leave(member.core)
+            self._cores.enter(core)
+            member.core = core
+
+    def _busy(self) -> Counter[int | None]:
+        """How many workers that run a program each core has."""
+        return Counter(member.core for member in self._lent)
+
+    def _lend(self, member: Member) -> None:
+        self.settle(member)
+        self._lent.add(member)
+
+    def _retire(self, member: Member, reason: str) -> None:
+        if not self._closed:
+            self._metrics.restarts[reason] += 1
+        self._cores.leave(member.core)
+        self._spawn(member.launched.stop(), self._stops)
+        self._refill()
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], tasks: set[asyncio.Task]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def _refill(self) -> None:
+        """Start what is missing; one at a time while starts fail. The spare waits for a core that has nothing to do."""
+        if self._closed:
+            return
+        have = len(self._ready) + len(self._lent) + self._probing + self._starting
+        spare = self._cores.enough or self._queue.busy < self._queue.slots
+        missing = self._queue.slots + spare - have
+        if self._failures:
+            missing = min(missing, 1 - self._starting)
+        for _ in range(missing):
+            self._starting += 1
+            self._spawn(self._start(), self._work)
+
+    async def _start(self) -> None:
+        try:
+            if self._failures:
+                await asyncio.sleep(pause_s(self._failures))
+            member = await self.recruit(self._config.limits.memory_mb, warm=True)
+        except WorkerFault as fault:
+            self._metrics.faults[fault.kind] += 1
+            self._failures += 1
+            self._last_fault = str(fault)
+            if self.broken:
+                self._send_away(fault)
+        else:
+            self._failures = 0
+            self._admit(member)
+        finally:
+            self._starting -= 1
+            self._refill()
+
+    def _send_away(self, fault: WorkerFault) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(fault)
+
+    async def _tend(self) -> None:
+        """Look after workers that nobody uses: replace those that died or grew old, start fork servers that they lack
+        and programs ask for, and try those that were idle for long."""
+        while True:
+            await asyncio.sleep(TEND_S)
+            self._refill()
+            now = time.monotonic()
+            for member in tuple(self._ready):
+                old, idle = now - member.born, now - member.idle_since
+                cold = self._cold(member) and not self._waiting
+                due = 0 < self._config.probe_s <= idle or (cold and idle >= WARM_S)
+                if not member.dead and old < self._config.recycle_s and not due:
+                    continue
+                if member not in self._ready:  # taken while another one was tried
+                    continue
+                self._ready.remove(member)
+                if member.dead or old >= self._config.recycle_s:
+                    self._retire(member, "died idle" if member.dead else "age")
+                else:
+                    await self._probe(member)
+
+    def _cold(self, member: Member) -> list[str]:
+        """The fork servers that programs have asked for of late and that do not run in this worker."""
+        since = time.monotonic() - ASKED_S
+        return sorted(name for name, asked in self._asked.items() if asked > since and name not in member.tiers)
+
+    async def _warm(self, member: Member) -> None:
+        """Have a worker start the fork servers that it lacks. Raises WorkerFault."""
+        if cold := self._cold(member):
+            await member.exchange(json.dumps({"op": "warm", "tiers": cold}).encode(), START_S)
+            member.tiers.update(cold)
+
+    async def _probe(self, member: Member) -> None:
+        self._probing += 1
+        limits = replace(self._config.limits, wall_s=PROBE_WALL_S)
+        try:
+            if self._cold(member):
+                await self._warm(member)
+                member.launched.know_machinery()
+            else:
+                result, response = await member.perform(Request("print(2 + 2)", limits=limits))
+                if result.stdout != "4\n" or not response.get("clean"):
+                    raise WorkerFault("probe", f"print(2 + 2) ended as {result.status}: {result.stdout[:80]!r}")
+        except WorkerFault as fault:
+            self._metrics.faults[fault.kind] += 1
+            self._probing -= 1
+            self._retire(member, "probe")
+        except BaseException:  # closing
+            self._probing -= 1
+            self._retire(member, "closed")
+            raise
+        else:
+            self._probing -= 1
+            self._admit(member)
+
+    async def close(self) -> None:
+        """Stop every worker, those that run a program too, and wait until nothing is left of them."""
+        self._closed = True
+        self._send_away(WorkerFault("closed", "the sandbox was closed"))
+        for task in self._work:
+            task.cancel()
+        for member in (*self._ready, *self._lent, *self._own):
+            self._spawn(member.launched.stop(), self._stops)
+        self._ready.clear()
+        while tasks := self._work | self._stops:
+            await asyncio.wait(tasks)
+        self._cores.close()

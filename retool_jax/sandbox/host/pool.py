@@ -1,0 +1,212 @@
+"""`Sandbox`: a fair queue in front of workers, and retries of what was not the program's fault."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from retool_jax.sandbox.host.crew import Crew, pause_s
+from retool_jax.sandbox.host.member import Member, WorkerFault
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.host.selftest import prove
+from retool_jax.sandbox.host.session import Session
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
+from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
+
+RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
+QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
+NOT_BY_PROGRAMS = frozenset({"crashed", "killed", "stopped"})  # ways to lose a worker that say nothing of a program
+
+
+class Source(Protocol):
+    """Where a call gets its worker from: the crew, or the session that it belongs to."""
+
+    async def take(self, memory_mb: int) -> Member: ...
+    def give(self, member: Member, response: dict) -> None: ...
+    def drop(self, member: Member, reason: str) -> None: ...
+
+
+class Sandbox:
+    """Runs programs in workers of one back-end. Made by `open_sandbox`."""
+
+    def __init__(self, backend: str, config: SandboxConfig) -> None:
+        self.backend = backend
+        self.config = config
+        self.metrics = Metrics()
+        self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)
+        """For sessions that are open."""
+        self._queue = Queue(config.slot_count, config.max_waiting, config.queue_s)
+        self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._queue)
+        self._innocent_loss = -QUIET_S
+        self._closed = False
+
+    @property
+    def description(self) -> str:
+        """One line for people: the back-end and what it isolates."""
+        return self.crew.description
+
+    async def run(
+        self,
+        code: str,
+        stdin: str = "",
+        files: Mapping[str, bytes] | None = None,
+        fetch: Sequence[str] = (),
+        limits: Limits | None = None,
+        *,
+        show_last_expression: bool | None = None,
+        allowed_modules: Sequence[str] | None = None,
+    ) -> ToolResult:
+        """Run a program. Every fault is a status of the result; cancelling the caller kills the program.
+
+        Args:
+            code: the program.
+            stdin: what it can read; its input ends there.
+            files: put into its working directory first, by relative path.
+            fetch: relative paths that are returned in `ToolResult.files` if they are regular files afterwards.
+            limits: instead of the configuration's.
+            show_last_expression: instead of the configuration's.
+            allowed_modules: instead of the configuration's.
+
+        Raises:
+            RuntimeError: the sandbox is closed.
+        """
+        config = self.config
+        request = Request(
+            code,
+            stdin,
+            {} if files is None else files,
+            fetch,
+            config.limits if limits is None else limits,
+            config.show_last_expression if show_last_expression is None else show_last_expression,
+            config.allowed_modules if allowed_modules is None else allowed_modules,
+        )
+        return await self.serve(request, self.crew, config.retries)
+
+    def session(self) -> Session:
+        """An interpreter that stays: `async with box.session() as session: await session.run(...)`."""
+        return Session(self, self.config)
+
+    async def serve(self, request: Request, source: Source, retries: int) -> ToolResult:
+        """Queue for a slot, then run the request in a worker from `source`."""
+        if self._closed:
+            raise RuntimeError("the sandbox is closed")
+        asked = time.monotonic()
+        if reason := request.fault():
+            result = ToolResult("rejected", message=reason)
+        else:
+            try:
+                await self._queue.acquire()
+            except Overloaded as refusal:
+                self.metrics.faults["overloaded"] += 1
+                result = ToolResult("infra_error", queue_s=time.monotonic() - asked, message=str(refusal))
+            except Closed:
+                result = self._cancelled()
+            else:
+                try:
+                    result = await self._attempts(request, source, retries, asked)
+                finally:
+                    self._queue.release()
+        result = replace(result, backend=self.backend)
+        self.metrics.record(result)
+        return result
+
+    async def _attempts(self, request: Request, source: Source, retries: int, asked: float) -> ToolResult:
+        limits = request.limits
+        losses = attempts = 0
+        last_start = time.monotonic() + RETRY_BUDGET_S
+        while not self._closed:
+            attempts += 1
+            member: Member | None = None
+            started = time.monotonic()
+            try:
+                member = await source.take(limits.memory_mb)
+                started = time.monotonic()
+                result, response = await member.perform(request)
+            except WorkerFault as fault:
+                wall_s, message = time.monotonic() - started, str(fault)
+                if self._closed:
+                    break
+                if member is not None:
+                    kind = "memory limit" if member.launched.ran_out_of_memory() else fault.kind
+                    source.drop(member, kind)
+                    losses += kind not in NOT_BY_PROGRAMS
+                    last = attempts > retries or time.monotonic() > last_start
+                    verdict = self._verdict(kind, losses, last, limits)
+                    if verdict is not None:
+                        return replace(verdict, attempts=attempts, queue_s=started - asked, wall_s=wall_s)
+                self.metrics.faults[fault.kind] += 1
+            except BaseException:  # cancelled: the program must not live on
+                if member is not None:
+                    source.drop(member, "cancelled")
+                raise
+            else:
+                if result.status != "infra_error":
+                    source.give(member, response)
+                    if losses:
+                        self._innocent_loss = time.monotonic()
+                    return replace(result, attempts=attempts, queue_s=started - asked)
+                source.drop(member, "confinement")
+                self.metrics.faults["confinement"] += 1
+                message = f"{result.message}: {result.stderr[-500:].strip()}"
+            if attempts > retries or time.monotonic() > last_start or (member is None and self.crew.broken):
+                queue_s = time.monotonic() - asked
+                return ToolResult("infra_error", attempts=attempts, queue_s=queue_s, message=message)
+            await asyncio.sleep(pause_s(attempts))
+        return replace(self._cancelled(), attempts=attempts)
+
+    def _verdict(self, kind: str, losses: int, last: bool, limits: Limits) -> ToolResult | None:
+        """What a call that has lost so many workers, the latest in the way `kind`, has done itself; None while open.
+
+        A worker at its memory limit is evidence at once, and one that is too busy with the program to answer. So is
+        one that broke, if this was the call's last attempt. Otherwise a second loss is taken as the program's doing,
+        unless a program that then ended well has lost a worker in the last `QUIET_S` seconds too: where workers die by
+        themselves, the third one decides.
+        """
+        if kind == "memory limit":
+            message = f"memory limit of {limits.memory_mb} MB exceeded"
+            return ToolResult("oom", return_code=-9, signal=9, message=message)
+        if kind == "overrun":
+            message = f"time limit of {limits.wall_s:g} s reached (what it had printed is lost)"
+            return ToolResult("timeout", return_code=-9, signal=9, message=message)
+        quiet = time.monotonic() - self._innocent_loss >= QUIET_S
+        if losses < (2 if quiet else 3) and not (kind == "broken" and last):
+            return None
+        message = f"the program killed the sandbox{f', {losses} times in a row' if losses > 1 else ''}"
+        return ToolResult("user_error", return_code=-9, signal=9, message=message)
+
+    def _cancelled(self) -> ToolResult:
+        return ToolResult("cancelled", message="the sandbox was closed")
+
+    def gauges(self) -> dict[str, float]:
+        """Present values, by name, for `metrics.prometheus`."""
+        return {
+            "slots": self._queue.slots,
+            "slots_busy": self._queue.busy,
+            "queue_length": self._queue.waiting,
+            "sessions_open": self.sessions.busy,
+            "workers_ready": self.crew.ready,
+            "accepting": float(not self._closed and not self.crew.broken),
+        }
+
+    async def open(self) -> None:
+        """Remove what dead owners left, start the workers and prove the back-end's promises.
+
+        Raises WorkerFault or UserError, also if a promise does not hold.
+        """
+        launcher = LAUNCHERS[self.backend]
+        await launcher.sweep_stale()
+        await self.crew.open()
+        await prove(self, launcher.PROMISES)
+        started = self.metrics.start_s
+        self.metrics.__init__()  # the self-test's calls are nobody's
+        self.metrics.start_s = started
+
+    async def aclose(self) -> None:
+        """Kill what runs, answer what waits with `cancelled`, and wait until no process is left."""
+        self._closed = True
+        self._queue.close()
+        self.sessions.close()
+        await self.crew.close()

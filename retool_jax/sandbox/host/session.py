@@ -1,0 +1,150 @@
+"""A session: one interpreter that stays, for one trajectory, with the same limits for each of its cells."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, Self
+
+from retool_jax.sandbox.host.crew import Crew
+from retool_jax.sandbox.host.member import Member, WorkerFault
+from retool_jax.sandbox.host.metrics import Metrics
+from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
+from retool_jax.sandbox.host.request import Request
+from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
+
+BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that are a cell's own doing
+ENDED = "the interpreter ended, and with it all that earlier code defined"
+
+
+class Parent(Protocol):
+    """What a session needs of the sandbox that it belongs to."""
+
+    backend: str
+    crew: Crew
+    metrics: Metrics
+    sessions: Queue
+
+    async def serve(self, request: Request, source: "Session", retries: int) -> ToolResult:
+        """Run a request in the worker that `source` has."""
+        ...
+
+
+class Session:
+    """Variables, imports and files stay from one `run` to the next. Made by `Sandbox.session`.
+
+    It has a worker of its own from its first cell on; a cell that runs takes one of the sandbox's slots, like any
+    call. A cell that is killed at a limit, or that exits, ends the interpreter: the result says so in `message`, and
+    the next cell finds a fresh one. If the machinery loses the interpreter, that cell and all later ones are
+    `infra_error`, for a program that misses its variables would be blamed for it.
+    """
+
+    def __init__(self, box: Parent, config: SandboxConfig) -> None:
+        self._box = box
+        self._config = config
+        self._ttl_s = config.session_ttl_s
+        self._member: Member | None = None
+        self._turn = asyncio.Lock()
+        self._fresh = True  # nothing ran in the interpreter yet, so that a cell can be repeated
+        self._counted = False
+        self._over = ""  # why no further cell is run
+        self._over_status = "rejected"
+        self._expiry: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._end("the session is closed")
+
+    async def run(
+        self,
+        code: str,
+        stdin: str = "",
+        files: Mapping[str, bytes] | None = None,
+        fetch: Sequence[str] = (),
+        limits: Limits | None = None,
+    ) -> ToolResult:
+        """Run a cell; see `Sandbox.run`. Cells of one session run one after the other."""
+        async with self._turn:
+            if self._expiry is not None:
+                self._expiry.cancel()
+            try:
+                return await self._cell(
+                    Request(
+                        code,
+                        stdin,
+                        {} if files is None else files,
+                        fetch,
+                        self._config.limits if limits is None else limits,
+                        self._config.show_last_expression,
+                        self._config.allowed_modules,
+                        op="cell",
+                    )
+                )
+            finally:
+                if not self._over:
+                    ended = f"the session was closed after {self._ttl_s:g} s without a call"
+                    self._expiry = asyncio.get_running_loop().call_later(self._ttl_s, self._end, ended)
+
+    async def _cell(self, request: Request) -> ToolResult:
+        config, limits = self._config, request.limits
+        if not self._over and (reason := request.fault()):
+            return self._answer("rejected", reason)
+        if not self._over and self._member is not None and limits.memory_mb > self._member.memory_mb:
+            most = self._member.memory_mb
+            return self._answer("rejected", f"memory_mb={limits.memory_mb}: this session began with at most {most}")
+        if not self._over and not self._counted:
+            try:
+                await self._box.sessions.acquire()
+            except Overloaded:
+                return self._answer("infra_error", f"overloaded: {config.sessions} sessions are open")
+            except Closed:
+                return self._answer("cancelled", "the sandbox was closed")
+            self._counted = True
+        if self._over:
+            return self._answer(self._over_status, self._over)
+        result = await self._box.serve(request, self, config.retries if self._fresh else 0)
+        if self._fresh and result.status not in ("rejected", "infra_error", "cancelled"):
+            return replace(result, message="; ".join(filter(None, (result.message, ENDED))))
+        return result
+
+    def _answer(self, status: str, message: str) -> ToolResult:
+        result = ToolResult(status, backend=self._box.backend, message=message)
+        self._box.metrics.record(result)
+        return result
+
+    async def take(self, memory_mb: int) -> Member:
+        """The session's worker (for `Sandbox.serve`)."""
+        if self._over:
+            raise WorkerFault("closed", self._over)
+        if self._member is None:
+            self._member = await self._box.crew.claim(memory_mb)
+        self._box.crew.settle(self._member)
+        return self._member
+
+    def give(self, member: Member, response: dict) -> None:
+        """Keep the worker after a cell that it answered."""
+        self._fresh = bool(response.get("ended"))
+        if not response.get("clean"):
+            self.drop(member, "unclean")
+
+    def drop(self, member: Member, reason: str) -> None:
+        """Give the worker up."""
+        self._member = None
+        self._box.crew.drop(member, reason)
+        if not self._fresh and reason not in BY_PROGRAMS:
+            self._end(f"the session's interpreter was lost ({reason}), and with it all that earlier code defined")
+            self._over_status = "infra_error"
+        self._fresh = True
+
+    def _end(self, why: str) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if not self._over:
+            self._over = why
+        if self._member is not None:
+            member, self._member = self._member, None
+            self._box.crew.drop(member, "session end")
+        if self._counted:
+            self._counted = False
+            self._box.sessions.release()

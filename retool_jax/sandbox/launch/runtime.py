@@ -1,0 +1,113 @@
+"""The Python and the packages that programs see, and how a launcher gets them into a sandbox."""
+
+import json
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from retool_jax.errors import UserError
+
+INSIDE_TARGET = "/inside"
+"""Where the programs of `inside/` are mounted."""
+OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")
+"""Where programs have folders of their own."""
+MANIFEST = "manifest.json"
+ROOT = "root"
+SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A Python for programs."""
+
+    python: str
+    """The interpreter's path inside."""
+    version: str
+    """The `sys.version` that the interpreter must report."""
+    packages: tuple[str, ...]
+    """Folders for `sys.path`, as paths inside."""
+    root: Path | None
+    """A whole root file system, to be mounted read-only; it holds the mount points /proc, /dev, /tmp and /inside."""
+    binds: tuple[str, ...]
+    """Without one: paths of the host to be mounted read-only at the same place."""
+    links: tuple[tuple[str, str], ...]
+    """And links to be made: (what it points to, where it lies)."""
+
+
+def images_folder() -> Path:
+    """Where images are built unless a folder is named."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~" itself for a user without a home
+    return Path(cache) / "retool_jax" / "images"
+
+
+def read_manifest(folder: Path) -> dict:
+    """What an image says of itself. Raises UserError if the folder holds none."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"sandbox.image: {folder} holds no runtime image ({error}); "
+            "build one with `python -m retool_jax.sandbox.image` or leave sandbox.image empty"
+        ) from None
+
+
+def newest_image() -> Path | None:
+    """The image built last, if any."""
+    found = [path.parent for path in images_folder().glob(f"*/{MANIFEST}")]
+    return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime, default=None)
+
+
+def find_runtime(image: str) -> Runtime:
+    """The runtime in the folder `image`; if that is empty, the newest image, else this very Python.
+
+    Raises UserError if the folder holds no image.
+    """
+    folder = Path(image).expanduser().absolute() if image else newest_image()
+    if folder is None:
+        return this_python()
+    manifest = read_manifest(folder)
+    if manifest["machine"] != os.uname().machine:
+        raise UserError(f"sandbox.image: {folder} is for {manifest['machine']}, this machine is {os.uname().machine}")
+    return Runtime(
+        python=manifest["executable"],
+        version=manifest["python"],
+        packages=(manifest["packages_folder"],),
+        root=folder / ROOT,
+        binds=(),
+        links=(),
+    )
+
+
+def this_python() -> Runtime:
+    """The interpreter that runs this, with its packages and the system's libraries.
+
+    Raises UserError if they lie where programs have folders of their own.
+    """
+    executable = Path(sys.executable)
+    folders = {Path(sys.base_prefix), Path(os.path.realpath(sys.base_prefix)), Path(sys.prefix)}
+    folders |= {executable.parent, executable.resolve().parent}
+    packages = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+    folders |= {Path(folder) for folder in packages if Path(folder).is_dir()}
+    links, binds = [], {str(folder) for folder in folders}
+    for name in SYSTEM_LIBRARIES:
+        if os.path.islink(name):
+            links.append((os.readlink(name), name))
+        elif os.path.isdir(name):
+            binds.add(name)
+    for path in sorted(binds):
+        if path.startswith(OWN_FOLDERS):
+            raise UserError(
+                f"{path} cannot be shown to programs, which have {', '.join(OWN_FOLDERS)} to themselves; install this"
+                " Python and its packages elsewhere, or build an image: `python -m retool_jax.sandbox.image`"
+            )
+    outermost = [path for path in binds if not any(path.startswith(f"{other}/") for other in binds)]
+    return Runtime(
+        python=sys.executable,
+        version=sys.version,
+        packages=packages,
+        root=None,
+        binds=tuple(sorted(outermost)),
+        links=tuple(links),
+    )
