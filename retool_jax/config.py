@@ -12,62 +12,19 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from retool_jax.data.problems import DataConfig
-from retool_jax.engine.engine import EngineConfig
+from retool_jax.data.config import DataConfig
+from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.fields import HIDDEN, defaults_of, describe, flatten, flatten_dict, holds_secret, secret_keys, show
-from retool_jax.mesh import MeshConfig, check_rows
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.mesh_config import MeshConfig, check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
-from retool_jax.models.huggingface import find_folder
-from retool_jax.rl.loss import ClipConfig
-from retool_jax.rl.rollout import RolloutConfig
-from retool_jax.sandbox import SandboxConfig
-from retool_jax.update import OptimizerConfig
+from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
+from retool_jax.sandbox.types import SandboxConfig
+from retool_jax.sft.config import SFTConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """The cold start: imitation of demonstrations."""
-
-    data: str = "arithmetic"  # or a JSONL or parquet file, or a hub id, with rows of `messages`
-    steps: int = 1000  # 0 where epochs are set
-    epochs: int = 0  # passes over `data`; each leaves out the rows that do not fill its last step
-    batch_tokens: int = 2048  # tokens of demonstrations per step, on average
-    batch_size: int = 0  # demonstrations per step; 0: as many as hold batch_tokens on average
-    row_length: int = 192  # T of a packed row
-    overlong: str = "error"  # for rows of `data` longer than row_length: error, or drop
-    warmup_fraction: float = 0.0  # of all steps, and the cosine over the rest; 0: the optimizer's own steps
-    rows_per_micro: int = 4  # B of a micro-batch
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-
-@dataclass(frozen=True)
-class RLConfig:
-    """GRPO: groups of samples, rewards on the final answer, clipped updates."""
-
-    steps: int = 80
-    prompts_per_step: int = 24
-    group_size: int = 8  # samples per prompt
-    minibatches: int = 2  # optimiser steps per rollout; divides prompts_per_step
-    max_dropped: float = 0.5  # share of a step's trajectories that the machinery may lose before the run stops
-    temperature: float = 1.0
-    row_length: int = 256  # T of a packed row; at least engine.max_length
-    rows_per_micro: int = 4  # B of a micro-batch
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Accuracy on held-out problems, sampled at temperature 1 and greedily."""
-
-    every: int = 10  # RL steps between looks at the dev split; 0 never looks
-    problems: int = 256
-    answer_tokens: int = 256  # as rollout.answer_tokens, which is training's
-    final_split: str = "test"  # for the table before and after RL; use dev while tuning
 
 
 @dataclass(frozen=True)
@@ -314,6 +271,8 @@ def with_checkpoint(values: dict) -> dict:
         values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
     if set(ARCHITECTURE) & model.keys():
         return values
+    from retool_jax.models.huggingface import find_folder  # imports jax, which help and a misspelt key do not need
+
     if its_run:
         there = its_run["model"]
     elif (find_folder(name, weights=False) / "config.json").is_file():

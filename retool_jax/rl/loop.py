@@ -22,7 +22,7 @@ from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.errors import UserError
-from retool_jax.mesh import check_rows
+from retool_jax.mesh_config import check_rows
 from retool_jax.metrics import METRICS_FILE, MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.transformer import Params, abstract_params

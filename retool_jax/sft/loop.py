@@ -12,25 +12,27 @@ from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
-from retool_jax.config import SFTConfig, SFTRun
+from retool_jax.config import SFTRun
 from retool_jax.data import arithmetic
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.fields import show
-from retool_jax.mesh import check_rows, make_mesh
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.mesh import make_mesh
+from retool_jax.mesh_config import check_rows
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model, write_config
+from retool_jax.sft.config import SFTConfig
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import (
-    OptimizerConfig,
     TokenTerms,
     TrainState,
     begin_from,
