@@ -12,9 +12,9 @@ from retool_jax.errors import UserError, run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from retool_jax.config import SFTRun
     from retool_jax.models.config import ModelConfig
     from retool_jax.models.transformer import Params
+    from retool_jax.run.load import SFTRun
 
 HELP = """\
 usage: python -m retool_jax.convert from=SOURCE to=FOLDER [dtype=bfloat16] [tokenizer=FOLDER]
@@ -83,10 +83,10 @@ def find_source(name: str) -> Source:
     Raises:
         UserError: there is neither a run nor a checkpoint.
     """
-    from retool_jax.config import SFTRun
     from retool_jax.models.config import config_from_hf
     from retool_jax.models.huggingface import find_folder, read_headers
-    from retool_jax.run_folder import CONFIG, read_model
+    from retool_jax.run.folder import CONFIG, read_model
+    from retool_jax.run.load import SFTRun
 
     folder = find_folder(name)
     if (folder / CONFIG).is_file():

@@ -8,7 +8,7 @@ from retool_jax.errors import run_command
 
 def main(words: list[str]) -> None:
     # Imported here, so that a mistake in the words is not told after seconds of imports that it does not need.
-    from retool_jax import config
+    from retool_jax.run import load as config
 
     if not words or {"-h", "--help"} & set(words):
         print(help_text(words))
@@ -27,8 +27,8 @@ def main(words: list[str]) -> None:
 
 def help_text(words: list[str]) -> str:
     """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
-    from retool_jax import config
     from retool_jax.fields import HIDDEN, describe, flatten, secret_keys, show
+    from retool_jax.run import load as config
 
     name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
     schema = config.schema_of(values := config.read_yaml(name), name)

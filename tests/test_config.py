@@ -10,14 +10,15 @@ import jax
 import pytest
 
 import retool_jax
-from retool_jax import config, train
-from retool_jax.config import RLRun, SFTRun, load
+from retool_jax import train
 from retool_jax.errors import UserError
 from retool_jax.fields import flatten, show
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import AXES, MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
-from retool_jax.run_folder import claim_folder
+from retool_jax.run import load as config
+from retool_jax.run.folder import claim_folder
+from retool_jax.run.load import RLRun, SFTRun, load
 from retool_jax.update import init_state, state_shardings
 
 

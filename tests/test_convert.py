@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from retool_jax import config as configs
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.convert import compare, convert, main
 from retool_jax.errors import UserError
@@ -17,7 +16,8 @@ from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
 from retool_jax.models.huggingface import load_params
 from retool_jax.models.transformer import Params
-from retool_jax.run_folder import claim_folder
+from retool_jax.run import load as configs
+from retool_jax.run.folder import claim_folder
 from retool_jax.sft.loop import load_weights
 from retool_jax.update import init_state
 

@@ -3,8 +3,8 @@
 import pytest
 
 from retool_jax import train
-from retool_jax.config import load
 from retool_jax.errors import UserError
+from retool_jax.run.load import load
 
 SECRET = "hunter2+/="
 

@@ -130,7 +130,7 @@ def command(installed, one_device, tmp_path):
 def test_the_archives_hold_every_file_of_the_package(built):
     archive, wheel = built
     expected = files_below(ROOT / PACKAGE)
-    assert {"config.py", "report.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
+    assert {"run/load.py", "report.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
         name.removeprefix(f"{PACKAGE}/") for name in expected
     }
     with tarfile.open(archive) as file:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from retool_jax import config
-from retool_jax.config import SFTRun, load
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten, flatten_dict, show
-from retool_jax.run_folder import claim_folder, read_model, to_plain, write_config
+from retool_jax.run import load as config
+from retool_jax.run.folder import claim_folder, read_model, to_plain, write_config
+from retool_jax.run.load import SFTRun, load
 
 SECRET = "hunter2"
 
@@ -218,8 +218,8 @@ def test_the_model_of_an_old_folder_can_be_read(tmp_path):
 
 HOLD = """
 import sys
-from retool_jax.config import load
-from retool_jax.run_folder import claim_folder
+from retool_jax.run.load import load
+from retool_jax.run.folder import claim_folder
 with claim_folder(load(sys.argv[1:])):
     print("held", flush=True)
     sys.stdin.read()

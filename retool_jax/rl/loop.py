@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
-from retool_jax.config import RLRun
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.problems import Problems
@@ -32,7 +31,8 @@ from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import Trajectory
-from retool_jax.run_folder import claim_folder, write_config
+from retool_jax.run.folder import claim_folder, write_config
+from retool_jax.run.load import RLRun
 from retool_jax.sandbox import Sandbox, open_sandbox
 from retool_jax.sft.loop import (
     finished_weights,

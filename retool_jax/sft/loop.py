@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
-from retool_jax.config import SFTRun
 from retool_jax.data import arithmetic
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.sources import read_rows
@@ -27,7 +26,8 @@ from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.transformer import Params, abstract_params
-from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model, write_config
+from retool_jax.run.folder import CONFIG, check_folder, claim_folder, read_model, write_config
+from retool_jax.run.load import SFTRun
 from retool_jax.sft.config import SFTConfig
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA

@@ -87,7 +87,7 @@ def python(code: str, environment: dict[str, str], folder: Path) -> str:
 
 def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_words(hub, tmp_path):
     environment, asked, _ = hub
-    shape = "from retool_jax.config import load; run = load(['config=sft_retool', 'init_from=acme/tiny'])"
+    shape = "from retool_jax.run.load import load; run = load(['config=sft_retool', 'init_from=acme/tiny'])"
     assert python(f"{shape}; print(run.model.vocab_size, run.tokenizer)", environment, tmp_path) == "400 acme/tiny"
     assert asked == ["config.json"]
     rest = (
@@ -102,7 +102,7 @@ def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_wo
 
 def test_an_unknown_hub_id_is_named_with_the_way_out(hub, tmp_path):
     code = (
-        "from retool_jax.config import load; from retool_jax.errors import UserError\n"
+        "from retool_jax.run.load import load; from retool_jax.errors import UserError\n"
         "try: load(['config=sft_retool', 'init_from=acme/none'])\n"
         "except UserError as error: print(error)"
     )

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from retool_jax.clock import Clock
-from retool_jax.config import load
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
@@ -21,6 +20,7 @@ from retool_jax.rl.loop import Session, learn_from_rewards, learnable_groups
 from retool_jax.rl.reward import Verdict, reward_of
 from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
+from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
 from retool_jax.tokens.chat import policy_turn_text
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from retool_jax.checkpoint import Checkpoints
-from retool_jax.config import load
 from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics
 from retool_jax.models.huggingface import save_params
 from retool_jax.models.transformer import init_params
-from retool_jax.run_folder import claim_folder
+from retool_jax.run.folder import claim_folder
+from retool_jax.run.load import load
 from retool_jax.sft.loop import (
     Demonstrations,
     abstract_state,

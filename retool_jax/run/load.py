@@ -23,7 +23,7 @@ from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
 from retool_jax.sandbox.types import SandboxConfig
 from retool_jax.sft.config import SFTConfig
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
 
 

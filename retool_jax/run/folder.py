@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 from omegaconf import OmegaConf
 
-from retool_jax.config import ABSENT, REMOVED, RLRun, SFTRun, build, may_change, read_yaml
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten_dict, secret_keys, show
 from retool_jax.models.config import ModelConfig
+from retool_jax.run.load import ABSENT, REMOVED, RLRun, SFTRun, build, may_change, read_yaml
 
 CONFIG = "config.yaml"
 LOCK = "lock"  # held by the process that trains here, and gone with it; its text says who that is
