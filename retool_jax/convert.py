@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from retool_jax.models.config import ModelConfig
     from retool_jax.models.transformer import Params
-    from retool_jax.run.load import SFTRun
+    from retool_jax.run.schema import SFTRun
 
 HELP = """\
 usage: python -m retool_jax.convert from=SOURCE to=FOLDER [dtype=bfloat16] [tokenizer=FOLDER]
@@ -86,7 +86,7 @@ def find_source(name: str) -> Source:
     from retool_jax.models.config import config_from_hf
     from retool_jax.models.huggingface import find_folder, read_headers
     from retool_jax.run.folder import CONFIG, read_model
-    from retool_jax.run.load import SFTRun
+    from retool_jax.run.schema import SFTRun
 
     folder = find_folder(name)
     if (folder / CONFIG).is_file():
@@ -106,7 +106,7 @@ def read_params(source: Source) -> "Params":
 
     if source.run is None:
         return load_params(source.config, source.folder, make_mesh(MeshConfig()))
-    from retool_jax.sft.loop import load_weights
+    from retool_jax.run.weights import load_weights
 
     return load_weights(source.run, source.folder)
 

@@ -1,14 +1,16 @@
 """Devices along each axis of a mesh: what a run may set, and which rows divide over it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
+from retool_jax.fields import CHECKED
 
 AXES = ("data", "fsdp", "tp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and takes what is left."""
 

@@ -21,7 +21,7 @@ from retool_jax.errors import UserError, run_command
 from retool_jax.metrics import read_metrics
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
-from retool_jax.sft.loop import load_weights
+from retool_jax.run.weights import load_weights
 from retool_jax.tokens.tokenizer import MINIATURE
 from retool_jax.update import TrainState
 
@@ -210,7 +210,7 @@ def test_help_and_a_mistake_in_the_words_need_neither_jax_nor_the_network():
     assert kind.startswith("rl.steps=abc ") and limit.startswith("rl.steps=0 ")
     assert choice.startswith("rollout.grammar=xml ") and cross.startswith("rl.prompts_per_step=24 ")
     heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers", "tokenizers", "huggingface_hub"}
-    assert not heavy & set(modules.split()) and "omegaconf" in modules
+    assert not heavy & set(modules.split()) and "pydantic" in modules
 
 
 # ---------------------------------------------------------------------------------------------------- run folders

@@ -1,9 +1,11 @@
 """What a run may set of its problems."""
 
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
+
+from retool_jax.fields import CHECKED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class DataConfig:
     """Where problems come from: `arithmetic`, a JSONL or parquet file, a data set id of the hub, `tfds:NAME/SPLIT`."""
 

@@ -1,231 +1,54 @@
-"""A run as frozen dataclasses, read from a YAML file and `key=value` words. A key that nobody reads is an error."""
+"""A run from a YAML file and `key=value` words: reading, checking, help. A key that nobody reads is an error.
+
+Nothing heavy is imported and nothing is fetched here, so that help and a mistake in the words are told at once.
+"""
 
 import dataclasses
 import difflib
-import fnmatch
+import functools
 import hashlib
-import math
 import re
+import textwrap
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import pydantic.dataclasses
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 
-from retool_jax.data.config import DataConfig
-from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
-from retool_jax.fields import HIDDEN, defaults_of, describe, flatten, flatten_dict, holds_secret, secret_keys, show
-from retool_jax.learn.config import OptimizerConfig
-from retool_jax.mesh_config import MeshConfig, check_rows
-from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
-from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
-from retool_jax.sandbox.types import SandboxConfig
-from retool_jax.sft.config import SFTConfig
+from retool_jax.fields import (
+    CHECKED,
+    HIDDEN,
+    complaint,
+    describe,
+    flatten,
+    flatten_dict,
+    holds_secret,
+    secret_keys,
+    show,
+)
+from retool_jax.run.schema import TASKS, RLRun, Run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 10  # steps
-    keep: int = 2  # last checkpoints that stay on disk
-
-
-@dataclass(frozen=True)
-class SFTRun:
-    """Everything that `config=sft` may set."""
-
-    run: str = ""  # run folder; empty: runs/ and the command's words
-    seed: int = 0
-    tools: str = "python"  # python, or none for the text-only control
-    tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
-    init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random, or a cold start
-    model: ModelConfig = field(default_factory=ModelConfig)  # where no key of its shape is set: that of init_from
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-    def __post_init__(self) -> None:
-        if self.tools not in ("python", "none"):
-            raise UserError(f"tools={self.tools} is not one of: python, none")
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"seed={self.seed} must lie between 0 and {(1 << 32) - 1}")
-        check_sft(self.sft)
-        positive(self.checkpoint, "checkpoint", "every", "keep")
-        check_rows(dataclasses.asdict(self.mesh), "sft.rows_per_micro", self.sft.rows_per_micro)
-
-
-@dataclass(frozen=True)
-class RLRun(SFTRun):
-    """Everything that `config=grpo` may set; the cold start's part decides which checkpoint it begins from."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sft.epochs and not self.init_from:
-            raise UserError(
-                f"sft.epochs={self.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
-                " as init_from, or use sft.steps"
-            )
-        if self.rollout.grammar != DEMONSTRATED and self.tools == "python" and not self.init_from:
-            raise UserError(
-                f"rollout.grammar={self.rollout.grammar} has no cold start: demonstrations are written in the"
-                f" {DEMONSTRATED} grammar only; give weights that know it as init_from, or set"
-                f" rollout.grammar={DEMONSTRATED}"
-            )
-        rl = self.rl
-        positive(rl, "rl", "steps", "prompts_per_step", "group_size", "minibatches", "row_length", "rows_per_micro")
-        positive(self.evaluation, "evaluation", "problems")
-        in_range("evaluation.every", self.evaluation.every, 0)
-        check_optimizer(rl.optimizer, "rl.optimizer")
-        in_range("rl.max_dropped", rl.max_dropped, 0, 0.99)
-        in_range("rl.clip.low", rl.clip.low, 0, 1)
-        in_range("rl.clip.high", rl.clip.high, 0)
-        in_range("rl.clip.dual", rl.clip.dual, 1)
-        positive(self.rollout, "rollout", "max_prompt_tokens", "max_turns", "tool_output_tokens")
-        check_rows(dataclasses.asdict(self.mesh), "rl.rows_per_micro", rl.rows_per_micro)
-        if rl.group_size < 2:
-            raise UserError(f"rl.group_size={rl.group_size}: a group needs at least 2 samples to compare")
-        if rl.prompts_per_step % rl.minibatches:
-            raise UserError(
-                f"rl.prompts_per_step={rl.prompts_per_step} does not divide into rl.minibatches={rl.minibatches};"
-                f" choose prompts_per_step as a multiple of {rl.minibatches}"
-            )
-        if rl.temperature <= 0:
-            raise UserError(f"rl.temperature={rl.temperature} must be above 0: groups need different samples")
-        if rl.row_length < self.engine.max_length:
-            raise UserError(
-                f"rl.row_length={rl.row_length} is shorter than engine.max_length={self.engine.max_length};"
-                " a packed row must hold the longest trajectory"
-            )
-        if self.rollout.max_prompt_tokens >= self.engine.max_length:
-            raise UserError(
-                f"rollout.max_prompt_tokens={self.rollout.max_prompt_tokens} leaves no room in"
-                f" engine.max_length={self.engine.max_length}"
-            )
-        for name, section in (("rollout", self.rollout), ("evaluation", self.evaluation)):
-            room = self.engine.max_length - self.rollout.max_prompt_tokens
-            if not 0 <= section.answer_tokens < room:
-                raise UserError(
-                    f"{name}.answer_tokens={section.answer_tokens} must lie between 0 (none) and {room - 1}, what"
-                    f" engine.max_length={self.engine.max_length} leaves beside rollout.max_prompt_tokens; lower it"
-                )
-        if self.evaluation.final_split not in ("dev", "test"):
-            raise UserError(f"evaluation.final_split={self.evaluation.final_split} is not one of: dev, test")
-
-        if 0 < self.sandbox.queue_limit < self.engine.slots:
-            raise UserError(
-                f"sandbox.queue_limit={self.sandbox.queue_limit} is below engine.slots={self.engine.slots}: every slot"
-                " may wait for a tool at once; raise it, or 0 lets all of them wait"
-            )
-
-    def sandbox_for_slots(self) -> SandboxConfig:
-        """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain,
-        even if each of them runs to its time limit."""
-        box, slots = self.sandbox, self.engine.slots
-        longest_s = (slots / box.places + 1) * (box.limits.wall_s + 1)
-        return dataclasses.replace(
-            box, queue_limit=box.queue_limit or slots, queue_s=min(max(box.queue_s, longest_s), 86400)
-        )
-
-    def cold_start(self) -> SFTRun:
-        """The part of this run that makes its first weights, in a folder named by what decides them."""
-        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTRun)}
-        shared["checkpoint"] = CheckpointConfig(every=max(self.sft.steps // 5, 1), keep=1)
-        made = SFTRun(**shared)
-        defaults = defaults_of(SFTRun)
-        decisive = {key: value for key, value in flatten(made).items() if not may_change(key)}
-        # Without those at their default, so that a key that is added later leaves the folder's name as it is.
-        decisive = {key: value for key, value in decisive.items() if value != defaults[key]}
-        decisive["rollout.grammar"] = self.rollout.grammar
-        digest = hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=4).hexdigest()
-        folder = Path(self.run).parent / f"cold-start-{self.tools}-seed{self.seed}-{digest}"
-        return dataclasses.replace(made, run=str(folder))
-
-
-# What another try of the same run may change; patterns of keys. Every other key decides the run's numbers, or what they
-# are compared with, and has to be as it was when the folder was made.
-MAY_CHANGE = (
-    # Where it lies, how far it goes, how often it looks and saves. A look changes no weights; what it measures stays.
-    *("run", "rl.steps", "rl.max_dropped", "evaluation.every", "checkpoint.*"),
-    # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
-    # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
-    *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
-    *("model.remat", "model.head_chunk", "model.attention_kernel"),
-    *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
-    *("engine.pages", "engine.*_buckets"),
-    "model.max_positions",  # nothing is computed with it
-    # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
-    # sees and may use (image, modules, limits) decides what it prints, and stays.
-    *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),
-    *("sandbox.recycle_*", "sandbox.probe_s", "sandbox.session*"),
-)
-# Keys that older folders lack, where they meant something else before they existed than their default says now.
-ABSENT = {"evaluation.answer_tokens": 0}  # no evaluation asked for an answer
-# Keys that older folders hold and this version has not, with the values at which they changed nothing.
-REMOVED: dict[str, tuple[object, ...]] = {
-    "rollout.tool_output_chars": (),  # outputs are cut by tokens now, and no number of characters does the same
-}
-
-
-def may_change(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
-
-
-def positive(section: object, name: str, *keys: str) -> None:
-    for key in keys:
-        if getattr(section, key) < 1:
-            raise UserError(f"{name}.{key}={getattr(section, key)} must be at least 1")
-
-
-def in_range(key: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value <= high:
-        limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise UserError(f"{key}={value} must be {limit}")
-
-
-def check_sft(sft: SFTConfig) -> None:
-    for key in ("steps", "epochs", "batch_size"):
-        in_range(f"sft.{key}", getattr(sft, key), 0)
-    if bool(sft.steps) == bool(sft.epochs):
-        state = "both set" if sft.steps else "both 0"
-        raise UserError(
-            f"sft.steps={sft.steps} and sft.epochs={sft.epochs} are {state}; set one of them, and 0 for the other"
-        )
-    if sft.epochs and sft.data == "arithmetic":
-        raise UserError(f"sft.epochs={sft.epochs}: sft.data=arithmetic has no end; use sft.steps, or other data")
-    positive(sft, "sft", "batch_tokens", "row_length", "rows_per_micro")
-    if sft.overlong not in ("error", "drop"):
-        raise UserError(f"sft.overlong={sft.overlong} is not one of: error, drop")
-    check_optimizer(sft.optimizer, "sft.optimizer")
-    in_range("sft.warmup_fraction", sft.warmup_fraction, 0, 0.99)
-    if sft.warmup_fraction and (sft.optimizer.warmup_steps or sft.optimizer.decay_steps):
-        raise UserError(
-            f"sft.warmup_fraction={sft.warmup_fraction} decides sft.optimizer.warmup_steps and decay_steps; set both to"
-            " 0, or sft.warmup_fraction=0"
-        )
-
-
-def check_optimizer(optimizer: OptimizerConfig, name: str) -> None:
-    for key in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"):
-        in_range(f"{name}.{key}", getattr(optimizer, key), 0)
-    for key in ("final_fraction", "b1", "b2"):
-        in_range(f"{name}.{key}", getattr(optimizer, key), 0, 1)
-
-
-def load(words: list[str]) -> SFTRun | RLRun:
+def load(words: list[str]) -> Run:
     """The run that a command line describes: `config=NAME key=value ...`; later words win.
 
+    What it leaves to the checkpoint of `init_from` is not looked up: `build.resolve` does that.
+
     Raises:
-        UserError: no such config, an unknown key (naming the nearest), a value of the wrong type.
+        UserError: no such config, an unknown key (naming the nearest), a value of the wrong type or out of its range.
+    """
+    return make(*read(words))
+
+
+def read(words: list[str]) -> tuple[type[Run], dict]:
+    """The class of the run that a command line describes, and the values that it and its config set, nested.
+
+    Raises:
+        UserError: no such config, or a word that cannot be read.
     """
     for word in words:
         if "=" not in word:
@@ -250,36 +73,7 @@ def load(words: list[str]) -> SFTRun | RLRun:
             raise UserError(f"cannot read {key}={value}: {_one_line(error)}") from error
     if not values.get("run"):
         values["run"] = str(Path("runs") / folder_name(names[-1], overrides, schema))
-    return build(schema, with_checkpoint(values))
-
-
-def with_checkpoint(values: dict) -> dict:
-    """A run's values with what they leave to the checkpoint of `init_from`: the tokenizer and the model's shape.
-
-    The shape is read there when no key of it is set; one that is set is compared when the weights are loaded.
-
-    Raises:
-        UserError: the checkpoint's `config.json` describes a model that is not supported, or cannot be fetched.
-    """
-    name, model = values.get("init_from"), values.get("model") or {}
-    if not name or not isinstance(model, dict):
-        return values
-    folder = Path(name)
-    its_run = read_yaml(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
-    its_run = its_run if {"model", "tokenizer"} <= its_run.keys() else None
-    if values.get("tokenizer") == "":
-        values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
-    if set(ARCHITECTURE) & model.keys():
-        return values
-    from retool_jax.models.huggingface import find_folder  # imports jax, which help and a misspelt key do not need
-
-    if its_run:
-        there = its_run["model"]
-    elif (find_folder(name, weights=False) / "config.json").is_file():
-        there = dataclasses.asdict(config_from_hf(find_folder(name, weights=False)))
-    else:
-        return values  # those who load the weights say that there is nothing
-    return values | {"model": {key: there[key] for key in (*ARCHITECTURE, "max_positions") if key in there} | model}
+    return schema, values
 
 
 def read_yaml(name: str, above: tuple[str, ...] = ()) -> dict:
@@ -308,15 +102,15 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def schema_of(values: dict, name: str) -> type[SFTRun]:
-    schemas = {"sft": SFTRun, "grpo": RLRun}
+def schema_of(values: dict, name: str) -> type[Run]:
+    """The class of the run that a config is for, by its task, which is taken out of the values."""
     task = values.pop("task", None)
-    if task not in schemas:
-        raise UserError(f"config {name!r} has task={task!r}; it must be one of: {', '.join(schemas)}")
-    return schemas[task]
+    if task not in TASKS:
+        raise UserError(f"config {name!r} has task={task!r}; it must be one of: {', '.join(TASKS)}")
+    return TASKS[task]
 
 
-def folder_name(config: str, overrides: dict[str, str], schema: type[SFTRun]) -> str:
+def folder_name(config: str, overrides: dict[str, str], schema: type[Run]) -> str:
     """A run's folder from its command, so that the same command finds its run and another one does not.
 
     Secrets have no part in it, not even in its digest.
@@ -336,58 +130,64 @@ def folder_name(config: str, overrides: dict[str, str], schema: type[SFTRun]) ->
     return name
 
 
-def build(schema: type, values: dict, prefix: str = "", root: type | None = None) -> typing.Any:
-    """A dataclass from nested dicts, checking every key and every type.
+def make(schema: type, values: dict, prefix: str = "", root: type | None = None) -> typing.Any:
+    """A section from nested dicts, checking every key and every value.
 
-    Whole numbers are accepted for float; nothing else is converted silently. `root` is the whole run's class, where
-    the nearest keys are looked for.
+    Whole numbers are accepted for float, a single value for a list of one and nothing for an empty text; nothing else
+    is converted. `root` is the whole run's class, where the nearest keys are looked for.
     """
     root = root or schema
     types = typing.get_type_hints(schema)
-    known = [f.name for f in dataclasses.fields(schema)]
     for key, value in values.items():
-        if key not in known:
+        if key not in types:
             unknown = next(iter(flatten_dict({key: value}, prefix)), f"{prefix}{key}")
-            listed = ", ".join(prefix + name for name in known)
+            listed = ", ".join(prefix + name for name in types)
             raise UserError(f"unknown key {_readable(unknown)}; {_nearest(unknown, root) or f'known here: {listed}'}")
-    return schema(**{key: _convert(types[key], value, f"{prefix}{key}", root) for key, value in values.items()})
+    given = {key: _meant(types[key], value, f"{prefix}{key}", root) for key, value in values.items()}
+    try:
+        _checked(schema)(**given)
+        return schema(**given)
+    except ValidationError as error:
+        raise UserError(complaint(error, schema, prefix)) from None
+
+
+@functools.cache
+def _checked(schema: type) -> type:
+    """The section as a class that checks the types of its values: itself, but for those of the sandbox, which may be
+    used without the rest and check their ranges on their own."""
+    if pydantic.dataclasses.is_pydantic_dataclass(schema):
+        return schema
+    return pydantic.dataclasses.dataclass(schema, frozen=True, config=CHECKED)
+
+
+def _meant(wanted: typing.Any, value: object, key: str, root: type) -> object:
+    """A value as YAML brings it, as its field may mean it; whether it may hold that is seen later."""
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, dict):
+            names = ", ".join(f"{key}.{name}" for name in typing.get_type_hints(wanted))
+            shown = HIDDEN if holds_secret(root, key) else show(value)
+            raise UserError(f"{key}={shown} sets a whole section; set one of its keys: {names}")
+        return make(wanted, value, f"{key}.", root)
+    if typing.get_origin(wanted) is tuple:
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(_meant(typing.get_args(wanted)[0], item, key, root) for item in items)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return "" if wanted is str and value is None else value
 
 
 def _nearest(key: str, root: type) -> str | None:
     """A sentence with the keys of a run that an unknown one may have meant."""
     keys = [known for known, *_ in describe(root)]
-    if key in (known for known, *_ in describe(RLRun)):
-        return f"it belongs to configs of task grpo; this one has {', '.join(f.name for f in dataclasses.fields(root))}"
+    for task, schema in TASKS.items():
+        if key in (known for known, *_ in describe(schema)):
+            return f"it belongs to configs of task {task}; this one has {', '.join(typing.get_type_hints(root))}"
     if complete := [known for known in keys if known.endswith(f".{key}")]:
         return f"did you mean {' or '.join(complete)}?"
     last = key.split(".")[-1]
     same_name = [known for known in keys if known.split(".")[-1] == last]
     match = difflib.get_close_matches(key, same_name, 1, cutoff=0.0) or difflib.get_close_matches(key, keys, 1, 0.7)
     return f"did you mean {match[0]}?" if match else None
-
-
-def _convert(wanted: typing.Any, value: object, key: str, root: type) -> object:
-    shown = HIDDEN if holds_secret(root, key) else show(value)
-    if dataclasses.is_dataclass(wanted):
-        if not isinstance(value, dict):
-            names = ", ".join(f"{key}.{name}" for name in typing.get_type_hints(wanted))
-            raise UserError(f"{key}={shown} sets a whole section; set one of its keys: {names}")
-        return build(wanted, value, f"{key}.", root)
-    if typing.get_origin(wanted) is tuple:
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        return tuple(_convert(typing.get_args(wanted)[0], item, key, root) for item in items)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={shown} must be a finite number")
-    if wanted is str and value is None:
-        return ""
-    if type(value) is not wanted:
-        if isinstance(value, dict) and not holds_secret(root, key):
-            raise UserError(f"{key} is a single {wanted.__name__} and has no key {next(iter(value), '')!r} below it")
-        is_what = "is empty" if value is None else f"is of type {type(value).__name__}"
-        raise UserError(f"{key}={shown} {is_what}; it must be {wanted.__name__}")
-    return value
 
 
 def _readable(word: str) -> str:
@@ -400,3 +200,30 @@ def _readable(word: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def help_text(words: list[str]) -> str:
+    """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
+    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
+    schema = schema_of(values := read_yaml(name), name)
+    resolved = flatten(make(schema, values))
+    resolved |= {key: HIDDEN for key in secret_keys(schema) if resolved[key]}
+    rows = [(f"{key}={show(resolved[key])}", comment) for key, _, _, comment in describe(schema)]
+    lines = [
+        textwrap.fill(f"  {left:<44} {comment}".rstrip(), 110, subsequent_indent=" " * 47, break_on_hyphens=False)
+        for left, comment in rows
+    ]
+    return "\n".join(
+        [
+            "usage: python -m retool_jax.train config=NAME [key=value ...]",
+            "",
+            f"configs: {', '.join(config_names())}; or the path of a YAML file",
+            "",
+            "Later words win over earlier ones, and all of them over the config's file. An unknown key or a value of",
+            "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
+            "trajectories and checkpoints; the same command again resumes it.",
+            "",
+            f"keys of config={name} and their values there:",
+            *lines,
+        ]
+    )
