@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retool_jax.errors import UserError, run_command
+from retool_jax.run.load import split_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,12 +57,9 @@ def main(words: list[str]) -> None:
 
 def parse(words: list[str]) -> dict[str, str]:
     """The command line's words as a dict; a `UserError` for one that is none of ours."""
-    options = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in KEYS or not equals or not value:
-            raise UserError(f"cannot read {word!r}: expected one of {', '.join(f'{key}=...' for key in KEYS)}")
-        options[key] = value
+    options = dict(split_words(words, KEYS))
+    if empty := [key for key, value in options.items() if not value]:
+        raise UserError(f"{empty[0]}= is empty; give it a value or leave it out, see --help")
     return options
 
 

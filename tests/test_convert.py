@@ -133,8 +133,10 @@ def test_nan_is_a_difference_of_its_own(exported, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["form=x", "to=y"], "cannot read 'form=x'"),
-        (["from"], "cannot read 'from'"),
+        (["form=x", "to=y"], r"cannot read 'form=x': did you mean from=...\?"),
+        (["xyz=1"], "cannot read 'xyz=1': expected one of from=..., to=..., dtype=..., tokenizer=..., check=...;"),
+        (["from"], "cannot read 'from': did you mean from=..."),
+        (["from=", "to=y"], "from= is empty"),
         (["from=runs/x"], "give from=SOURCE and to=FOLDER"),
         (["check=a"], "check=A,B"),
         (["check=a,b", "to=c"], "check=A,B"),

@@ -10,6 +10,7 @@ import hashlib
 import re
 import textwrap
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import pydantic.dataclasses
@@ -44,16 +45,32 @@ def load(words: list[str]) -> Run:
     return make(*read(words))
 
 
+def split_words(words: Sequence[str], keys: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """A command line of `key=value` words as pairs, in their order; `keys` are those that a command without a config
+    takes.
+
+    Raises:
+        UserError: a word without "=", or with another key (naming the nearest).
+    """
+    pairs = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or (keys and key not in keys):
+            near = difflib.get_close_matches(key.lstrip("-"), keys, 1)
+            known = f"one of {', '.join(f'{name}=...' for name in keys)}" if keys else "key=value, such as config=grpo"
+            hint = f"did you mean {near[0]}=...?" if near else f"expected {known}; see --help"
+            raise UserError(f"cannot read {_readable(word)!r}: {hint}")
+        pairs.append((key, value))
+    return pairs
+
+
 def read(words: list[str]) -> tuple[type[Run], dict]:
     """The class of the run that a command line describes, and the values that it and its config set, nested.
 
     Raises:
         UserError: no such config, or a word that cannot be read.
     """
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"cannot read {_readable(word)!r}: expected key=value, for example config=grpo; see --help")
-    pairs = [tuple(word.split("=", 1)) for word in words]
+    pairs = split_words(words)
     names = [value for key, value in pairs if key == "config"]
     if not names:
         raise UserError(f"no config given; add config=NAME, one of: {', '.join(config_names())}")
