@@ -41,7 +41,7 @@ def main(words: list[str]) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(HELP)
         return
-    options = parse(words)
+    options = dict(split_words(words, KEYS))
     if "check" in options:
         sources = [name for name in options["check"].split(",") if name]
         if len(sources) != 2 or len(options) > 1:
@@ -53,14 +53,6 @@ def main(words: list[str]) -> None:
         raise UserError("give from=SOURCE and to=FOLDER, or check=A,B; see --help")
     convert(options["from"], Path(options["to"]), options.get("dtype"), options.get("tokenizer"))
     print(f"wrote {options['to']}")
-
-
-def parse(words: list[str]) -> dict[str, str]:
-    """The command line's words as a dict; a `UserError` for one that is none of ours."""
-    options = dict(split_words(words, KEYS))
-    if empty := [key for key, value in options.items() if not value]:
-        raise UserError(f"{empty[0]}= is empty; give it a value or leave it out, see --help")
-    return options
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ def test_nan_is_a_difference_of_its_own(exported, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["form=x", "to=y"], r"cannot read 'form=x': did you mean from=...\?"),
-        (["xyz=1"], "cannot read 'xyz=1': expected one of from=..., to=..., dtype=..., tokenizer=..., check=...;"),
-        (["from"], "cannot read 'from': did you mean from=..."),
+        (["form=x", "to=y"], r"cannot read 'form=x'; did you mean from=...\?"),
+        (["xyz=1"], "cannot read 'xyz=1'; it takes from, to, dtype, tokenizer, check"),
+        (["from"], "cannot read 'from'; did you mean from=..."),
         (["from=", "to=y"], "from= is empty"),
         (["from=runs/x"], "give from=SOURCE and to=FOLDER"),
         (["check=a"], "check=A,B"),

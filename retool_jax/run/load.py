@@ -50,16 +50,18 @@ def split_words(words: Sequence[str], keys: Sequence[str] = ()) -> list[tuple[st
     takes.
 
     Raises:
-        UserError: a word without "=", or with another key (naming the nearest).
+        UserError: a word without "=", or, where keys are given, with another one (naming the nearest) or no value.
     """
     pairs = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or (keys and key not in keys):
             near = difflib.get_close_matches(key.lstrip("-"), keys, 1)
-            known = f"one of {', '.join(f'{name}=...' for name in keys)}" if keys else "key=value, such as config=grpo"
-            hint = f"did you mean {near[0]}=...?" if near else f"expected {known}; see --help"
-            raise UserError(f"cannot read {_readable(word)!r}: {hint}")
+            known = f"it takes {', '.join(keys)}" if keys else "expected key=value, for example config=grpo"
+            hint = f"did you mean {near[0]}=...?" if near else f"{known} (see --help)"
+            raise UserError(f"cannot read {_readable(word)!r}; {hint}")
+        if keys and not value:
+            raise UserError(f"{key}= is empty; give it a value or leave it out, see --help")
         pairs.append((key, value))
     return pairs
 

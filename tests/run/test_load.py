@@ -81,7 +81,7 @@ def test_an_unknown_config_lists_those_that_exist():
 
 @pytest.mark.parametrize("word", ["grpo", "--config", "", "rl.steps"])
 def test_a_word_without_an_equals_sign(word):
-    assert error_of("config=grpo", word).startswith(f"cannot read {word!r}: expected key=value")
+    assert error_of("config=grpo", word).startswith(f"cannot read {word!r}; expected key=value")
 
 
 @pytest.mark.parametrize(
