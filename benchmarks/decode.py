@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 
-from retool_jax.config import load
 from retool_jax.engine.engine import Engine, Turn
 from retool_jax.mesh import make_mesh
+from retool_jax.run.load import load
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.update import init_state
 

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from tpu_cycles import CLOCK_HZ, read
 
-from retool_jax.config import load
 from retool_jax.engine.layouts import EngineConfig, Layouts, functions
 from retool_jax.engine.programs import init_engine_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.transformer import abstract_params
+from retool_jax.run.load import load
 
 
 def main(words: list[str]) -> None:

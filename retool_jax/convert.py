@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retool_jax.errors import UserError, run_command
+from retool_jax.run.load import split_words
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from retool_jax.config import SFTRun
     from retool_jax.models.config import ModelConfig
     from retool_jax.models.transformer import Params
+    from retool_jax.run.schema import SFTRun
 
 HELP = """\
 usage: python -m retool_jax.convert from=SOURCE to=FOLDER [dtype=bfloat16] [tokenizer=FOLDER]
@@ -40,7 +41,7 @@ def main(words: list[str]) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(HELP)
         return
-    options = parse(words)
+    options = dict(split_words(words, KEYS))
     if "check" in options:
         sources = [name for name in options["check"].split(",") if name]
         if len(sources) != 2 or len(options) > 1:
@@ -52,17 +53,6 @@ def main(words: list[str]) -> None:
         raise UserError("give from=SOURCE and to=FOLDER, or check=A,B; see --help")
     convert(options["from"], Path(options["to"]), options.get("dtype"), options.get("tokenizer"))
     print(f"wrote {options['to']}")
-
-
-def parse(words: list[str]) -> dict[str, str]:
-    """The command line's words as a dict; a `UserError` for one that is none of ours."""
-    options = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in KEYS or not equals or not value:
-            raise UserError(f"cannot read {word!r}: expected one of {', '.join(f'{key}=...' for key in KEYS)}")
-        options[key] = value
-    return options
 
 
 @dataclass(frozen=True)
@@ -83,10 +73,10 @@ def find_source(name: str) -> Source:
     Raises:
         UserError: there is neither a run nor a checkpoint.
     """
-    from retool_jax.config import SFTRun
     from retool_jax.models.config import config_from_hf
     from retool_jax.models.huggingface import find_folder, read_headers
-    from retool_jax.run_folder import CONFIG, read_model
+    from retool_jax.run.folder import CONFIG, read_model
+    from retool_jax.run.schema import SFTRun
 
     folder = find_folder(name)
     if (folder / CONFIG).is_file():
@@ -106,7 +96,7 @@ def read_params(source: Source) -> "Params":
 
     if source.run is None:
         return load_params(source.config, source.folder, make_mesh(MeshConfig()))
-    from retool_jax.sft.loop import load_weights
+    from retool_jax.run.weights import load_weights
 
     return load_weights(source.run, source.folder)
 

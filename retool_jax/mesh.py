@@ -4,16 +4,12 @@ Weights and activations name their dimensions ("embed", "heads", "batch", ...); 
 them are split, and over what. The compiler inserts the collectives.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.errors import UserError
-
-AXES = ("data", "fsdp", "tp")
+from retool_jax.mesh_config import AXES, MeshConfig
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -33,15 +29,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; one of them may be -1 and takes what is left."""
-
-    data: int = 1
-    fsdp: int = -1
-    tp: int = 1
-
-
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices (or those given), with compiler-chosen (Auto) collectives."""
     devices = jax.devices() if devices is None else devices
@@ -58,15 +45,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     for axis in free:
         sizes[axis] = len(devices) // fixed
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
-
-
-def check_rows(sizes: Mapping[str, int], name: str, rows: int) -> None:
-    """A `UserError` unless the rows of a micro-batch divide over axes of these sizes; -1 is not known yet."""
-    parts = max(sizes["data"], 1) * max(sizes["fsdp"], 1)
-    if rows % parts:
-        raise UserError(
-            f"{name}={rows} does not divide over mesh.data x mesh.fsdp = {parts} devices; use a multiple of {parts}"
-        )
 
 
 def spec(*logical: str | None) -> PartitionSpec:

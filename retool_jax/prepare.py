@@ -1,7 +1,6 @@
 """`python -m retool_jax.prepare source=... out=FILE.jsonl`: published rows to files that training reads."""
 
 import asyncio
-import difflib
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, boxed_answer, check_answer, conversation, run_again, truth_of
 from retool_jax.errors import UserError, run_command
 from retool_jax.metrics import Progress
+from retool_jax.run.load import split_words
 from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
 from retool_jax.sandbox.backends import candidates
 
@@ -104,14 +104,7 @@ def parse_words(words: Sequence[str]) -> Job:
         UserError: an unknown key (naming the nearest), or a value that is none.
     """
     keys = ("source", "out", "kind", "verify", "sandbox", "answers", "overlap", "limit")
-    values: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in keys or not equals or not value:
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {near[0]}=...?" if near else f"it takes {', '.join(keys)} (see --help)"
-            raise UserError(f"cannot read {word!r}; {hint}")
-        values[key] = value
+    values = dict(split_words(words, keys))
     for key in ("source", "out"):
         if key not in values:
             raise UserError(f"no {key} given; usage: python -m retool_jax.prepare source=SOURCE out=FILE.jsonl")

@@ -5,7 +5,6 @@ batch, so the gradient does not depend on how the batch was packed, cut into mic
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,24 +15,11 @@ from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.data.packing import PackedBatch
+from retool_jax.learn.config import OptimizerConfig
 from retool_jax.models import transformer
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.head import given_logprobs
 from retool_jax.models.transformer import Params
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW behind a clip of the global gradient norm."""
-
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
-    decay_steps: int = 0  # cosine from the end of the warm-up over this many steps; 0 keeps the rate constant
-    final_fraction: float = 0.1  # of the learning rate, where the cosine ends
-    b1: float = 0.9
-    b2: float = 0.98
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
 
 
 class TrainState(NamedTuple):

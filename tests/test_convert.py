@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from retool_jax import config as configs
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.convert import compare, convert, main
 from retool_jax.errors import UserError
@@ -17,19 +16,21 @@ from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
 from retool_jax.models.huggingface import load_params
 from retool_jax.models.transformer import Params
-from retool_jax.run_folder import claim_folder
-from retool_jax.sft.loop import load_weights
+from retool_jax.run.folder import claim_folder
+from retool_jax.run.load import load
+from retool_jax.run.schema import SFTRun
+from retool_jax.run.weights import load_weights
 from retool_jax.update import init_state
 
 SIZES = ("hidden_size=32", "intermediate_size=48", "num_heads=2", "num_kv_heads=1", "head_dim=16")
 
 
 @pytest.fixture(scope="module")
-def made(mesh, tmp_path_factory) -> tuple[configs.SFTRun, Params]:
+def made(mesh, tmp_path_factory) -> tuple[SFTRun, Params]:
     """A run and the weights of its newest checkpoint: its mesh is not that of `convert`."""
     folder = tmp_path_factory.mktemp("runs") / "cold"
     words = ["config=sft", f"run={folder}", *(f"model.{size}" for size in SIZES), "mesh.data=4", "mesh.fsdp=2"]
-    run = configs.load([*words, "sft.rows_per_micro=8"])
+    run = load([*words, "sft.rows_per_micro=8"])
     with claim_folder(run):
         pass
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
@@ -41,7 +42,7 @@ def made(mesh, tmp_path_factory) -> tuple[configs.SFTRun, Params]:
 
 
 @pytest.fixture(scope="module")
-def run(made) -> configs.SFTRun:
+def run(made) -> SFTRun:
     return made[0]
 
 
@@ -132,8 +133,10 @@ def test_nan_is_a_difference_of_its_own(exported, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["form=x", "to=y"], "cannot read 'form=x'"),
-        (["from"], "cannot read 'from'"),
+        (["form=x", "to=y"], r"cannot read 'form=x'; did you mean from=...\?"),
+        (["xyz=1"], "cannot read 'xyz=1'; it takes from, to, dtype, tokenizer, check"),
+        (["from"], "cannot read 'from'; did you mean from=..."),
+        (["from=", "to=y"], "from= is empty"),
         (["from=runs/x"], "give from=SOURCE and to=FOLDER"),
         (["check=a"], "check=A,B"),
         (["check=a,b", "to=c"], "check=A,B"),

@@ -2,9 +2,8 @@
 
 import pytest
 
-from retool_jax import train
-from retool_jax.config import load
 from retool_jax.errors import UserError
+from retool_jax.run.load import help_text, load
 
 SECRET = "hunter2+/="
 
@@ -41,6 +40,6 @@ def test_no_error_shows_a_secret(word):
 
 def test_help_says_where_a_secret_may_come_from_and_shows_none(tmp_path):
     (tmp_path / "mine.yaml").write_text(f"base: grpo\ntask: grpo\nsandbox: {{token: {SECRET}}}\n")
-    text = train.help_text(["--help", f"config={tmp_path / 'mine.yaml'}"])
+    text = help_text(["--help", f"config={tmp_path / 'mine.yaml'}"])
     assert "sandbox.token=***" in text and SECRET not in text
     assert "RETOOL_SANDBOX_TOKEN" in text

@@ -63,7 +63,7 @@ def test_a_command_gets_the_words_behind_its_name(capsys):
     assert capsys.readouterr().out.rstrip("\n") == import_module("retool_jax.convert").HELP
     for words, error in (
         (["trian"], "unknown command 'trian'; did"),
-        (["convert", "form=x"], "cannot read 'form=x': "),
+        (["convert", "form=x"], "cannot read 'form=x'; "),
     ):
         done = subprocess.run([sys.executable, "-m", PACKAGE, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
@@ -130,7 +130,7 @@ def command(installed, one_device, tmp_path):
 def test_the_archives_hold_every_file_of_the_package(built):
     archive, wheel = built
     expected = files_below(ROOT / PACKAGE)
-    assert {"config.py", "report.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
+    assert {"run/load.py", "report.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
         name.removeprefix(f"{PACKAGE}/") for name in expected
     }
     with tarfile.open(archive) as file:

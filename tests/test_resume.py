@@ -13,7 +13,7 @@ import pytest
 from retool_jax import report
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics
-from retool_jax.rl.loop import sandbox_lines
+from retool_jax.run.build import sandbox_lines
 from retool_jax.sandbox import Sandbox, SandboxConfig
 
 WORDS = [

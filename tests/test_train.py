@@ -15,13 +15,13 @@ import pytest
 
 from retool_jax import train
 from retool_jax.checkpoint import Checkpoints
-from retool_jax.config import load
 from retool_jax.convert import find_source
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.errors import UserError, run_command
 from retool_jax.metrics import read_metrics
-from retool_jax.run_folder import claim_folder
-from retool_jax.sft.loop import load_weights
+from retool_jax.run.folder import claim_folder
+from retool_jax.run.load import load
+from retool_jax.run.weights import load_weights
 from retool_jax.tokens.tokenizer import MINIATURE
 from retool_jax.update import TrainState
 
@@ -185,6 +185,32 @@ def test_help_needs_no_config(capsys):
     for words in ([], ["--help"], ["-h", "config=sft"]):
         train.main(words)
         assert capsys.readouterr().out.startswith("usage: python -m retool_jax.train config=NAME [key=value ...]")
+
+
+LIGHT = """
+import socket, sys
+def refused(*arguments, **options): raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refused
+from retool_jax import train
+from retool_jax.errors import UserError
+for config in ("sft", "grpo", "sft_retool"):
+    train.main([f"config={config}", "--help"])
+for word in ("rl.stpes=3", "rl.steps=abc", "rl.steps=0", "rollout.grammar=xml", "rl.minibatches=5"):
+    try: train.main(["config=grpo", "init_from=acme/tiny", word])
+    except UserError as error: print(error)
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_help_and_a_mistake_in_the_words_need_neither_jax_nor_the_network():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *_, unknown, kind, limit, choice, cross, modules = done.stdout.splitlines()
+    assert unknown == "unknown key rl.stpes; did you mean rl.steps?"
+    assert kind.startswith("rl.steps=abc ") and limit.startswith("rl.steps=0 ")
+    assert choice.startswith("rollout.grammar=xml ") and cross.startswith("rl.prompts_per_step=24 ")
+    heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers", "tokenizers", "huggingface_hub"}
+    assert not heavy & set(modules.split()) and "pydantic" in modules
 
 
 # ---------------------------------------------------------------------------------------------------- run folders

@@ -21,15 +21,6 @@ INSTRUCTION = r"Reason step by step and give the final answer in \boxed{}."
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where problems come from: `arithmetic`, a JSONL or parquet file, a data set id of the hub, `tfds:NAME/SPLIT`."""
-
-    train: str = "arithmetic"  # a published set is best cleaned by `python -m retool_jax.prepare` first
-    dev: str = "arithmetic"  # looked at while tuning
-    test: str = "arithmetic"  # looked at once, for the final table
-
-
-@dataclass(frozen=True)
 class Problem:
     """A question as chat messages, and the answer that scores."""
 

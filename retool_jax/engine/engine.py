@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from retool_jax.engine.layouts import EngineConfig, Layouts, bucket, functions
+from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.layouts import Layouts, bucket, functions
 from retool_jax.engine.pages import OutOfPages, Pages
 from retool_jax.engine.programs import EngineState
 from retool_jax.models.cache import Rows

@@ -2,14 +2,17 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
+from retool_jax.fields import CHECKED, Positive, complaint
 
-DTYPES = ("float32", "bfloat16", "float16")
-REMATS = ("none", "full", "dots")
-ATTENTION_KERNELS = ("auto", "xla", "splash", "cudnn")
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 
 # What tells the families apart; R1-Distill-Qwen is a qwen2. Their files may repeat `qkv_bias` as `attention_bias`:
 # false in a qwen2 would contradict its three biases, and true in a qwen3 puts one on the output projection too.
@@ -43,7 +46,7 @@ IRRELEVANT = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class ModelConfig:
     """Dimensions and numerics of a decoder; hashable, so that it can be a static argument of jit.
 
@@ -51,12 +54,12 @@ class ModelConfig:
     D model, N query heads, K key/value heads, G = N / K, H head, F feed-forward, V vocabulary, L layers.
     """
 
-    vocab_size: int = 384  # V
-    hidden_size: int = 128  # D
-    intermediate_size: int = 256  # F
-    num_layers: int = 2  # L
-    num_heads: int = 4  # N
-    num_kv_heads: int = 2  # K
+    vocab_size: Positive = 384  # V
+    hidden_size: Positive = 128  # D
+    intermediate_size: Positive = 256  # F
+    num_layers: Positive = 2  # L
+    num_heads: Positive = 4  # N
+    num_kv_heads: Positive = 2  # K
     head_dim: int = 32  # H
     rope_theta: float = 10_000.0
     yarn_factor: float = 0.0  # YaRN (arXiv 2309.00071): how many times longer than trained; 0 is off
@@ -69,26 +72,17 @@ class ModelConfig:
     tie_embeddings: bool = True
     qkv_bias: bool = True  # Qwen2; Qwen3 has none
     qk_norm: bool = False  # Qwen3: RMS norm over each query and key head, before rotation
-    param_dtype: str = "float32"
-    compute_dtype: str = "float32"
-    cache_dtype: str = "float32"
+    param_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    cache_dtype: Dtype = "float32"
     real_vocab: int = 0  # ids from here on have no token and are never drawn; 0: every id has one
-    attention_kernel: str = "auto"  # of packed rows: auto, xla, splash (TPU) or cudnn (GPU); models/attention.py
-    head_chunk: int = 1024  # tokens of a device that have logits at the same time in training; models/head.py
-    remat: str = "none"  # what backward computes again: none, full (whole layers), dots (all but matrix products)
+    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Of packed rows: auto, xla, splash (TPU) or cudnn (GPU); models/attention.py."""
+    head_chunk: Positive = 1024  # tokens of a device that have logits at the same time in training; models/head.py
+    remat: Literal["none", "full", "dots"] = "none"
+    """What backward computes again: none, full (whole layers), dots (all but matrix products)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("param_dtype", "compute_dtype", "cache_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise UserError(f"model.{name}={getattr(self, name)} is not one of: {', '.join(DTYPES)}")
-        for name, known in (("attention_kernel", ATTENTION_KERNELS), ("remat", REMATS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"model.{name}={getattr(self, name)} is not one of: {', '.join(known)}")
-        if self.head_chunk < 1:
-            raise UserError(f"model.head_chunk={self.head_chunk} must be at least 1 token")
         if not 0 <= self.real_vocab <= self.vocab_size:
             raise UserError(
                 f"model.real_vocab={self.real_vocab} must be between 0 (every id is real) and"
@@ -129,22 +123,26 @@ def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
     max_positions = _whole(
         path, {"max_position_embeddings": ModelConfig.max_positions} | given, "max_position_embeddings"
     )
-    return ModelConfig(
-        vocab_size=_whole(path, hf, "vocab_size"),
-        hidden_size=_whole(path, hf, "hidden_size"),
-        intermediate_size=_whole(path, hf, "intermediate_size"),
-        num_layers=_whole(path, hf, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=_whole(path, {"num_key_value_heads": heads} | given, "num_key_value_heads"),
-        head_dim=_whole(path, {"head_dim": head_dim} | given, "head_dim"),
-        **_rope(path, hf, max_positions),
-        max_positions=max_positions,
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=FAMILIES[family]["qkv_bias"],
-        qk_norm=FAMILIES[family]["qk_norm"],
-        **numerics,
-    )
+    try:
+        return ModelConfig(
+            vocab_size=_whole(path, hf, "vocab_size"),
+            hidden_size=_whole(path, hf, "hidden_size"),
+            intermediate_size=_whole(path, hf, "intermediate_size"),
+            num_layers=_whole(path, hf, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=_whole(path, {"num_key_value_heads": heads} | given, "num_key_value_heads"),
+            head_dim=_whole(path, {"head_dim": head_dim} | given, "head_dim"),
+            **_rope(path, hf, max_positions),
+            max_positions=max_positions,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=FAMILIES[family]["qkv_bias"],
+            qk_norm=FAMILIES[family]["qk_norm"],
+            **numerics,
+        )
+    except ValidationError as error:
+        said = complaint(error, ModelConfig, "model.")
+        raise UserError(f"{path} describes a model that cannot be computed here: {said}") from None
 
 
 def config_to_hf(config: ModelConfig) -> dict:

@@ -1,21 +1,11 @@
 """Policy losses: pure functions of a token's new and old log-probability and its advantage."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
 from retool_jax.data.packing import PackedBatch
+from retool_jax.rl.config import ClipConfig
 from retool_jax.update import TokenLoss, TokenTerms
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Bounds of the probability ratio new / old."""
-
-    low: float = 0.2  # the ratio may fall to 1 - low
-    high: float = 0.28  # and rise to 1 + high: more room for unlikely tokens (DAPO, arXiv 2503.14476 section 3.1)
-    dual: float = 10.0  # a token with negative advantage A costs at most dual * |A| (arXiv 1912.09729)
 
 
 def clipped_policy_loss(

@@ -9,6 +9,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
 from retool_jax.rl import answers
+from retool_jax.rl.config import RolloutConfig
 from retool_jax.rl.reward import LOST, check_all, extract_boxed, reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import Sandbox, tool_text
@@ -17,23 +18,6 @@ from retool_jax.tokens.protocol import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Limits of a trajectory; its total length is the engine's `max_length`."""
-
-    max_prompt_tokens: int = 40
-    max_turns: int = 4  # policy turns, the last of which must be the answer
-    tool_output_tokens: int = 200  # of one tool output, cut in the middle
-    answer_tokens: int = 0  # kept for a last turn, asked for where turns or tokens run out; 0: it ends there
-    grammar: str = "hermes"  # how calls are written: hermes (<tool_call> JSON), or retool (the paper's <code>)
-
-    def __post_init__(self) -> None:
-        if self.grammar not in GRAMMARS:
-            raise UserError(f"rollout.grammar={self.grammar} is not one of: {', '.join(GRAMMARS)}")
-        if self.answer_tokens < 0:
-            raise UserError(f"rollout.answer_tokens={self.answer_tokens} must be at least 0, which asks for no answer")
 
 
 @dataclass(frozen=True)

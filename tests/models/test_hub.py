@@ -87,11 +87,11 @@ def python(code: str, environment: dict[str, str], folder: Path) -> str:
 
 def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_words(hub, tmp_path):
     environment, asked, _ = hub
-    shape = "from retool_jax.config import load; run = load(['config=sft_retool', 'init_from=acme/tiny'])"
+    shape = "from retool_jax.run.build import resolve; run = resolve(['config=sft_retool', 'init_from=acme/tiny'])"
     assert python(f"{shape}; print(run.model.vocab_size, run.tokenizer)", environment, tmp_path) == "400 acme/tiny"
     assert asked == ["config.json"]
     rest = (
-        "from retool_jax.sft.loop import load_weights; from retool_jax.tokens.tokenizer import load_tokenizer;"
+        "from retool_jax.run.weights import load_weights; from retool_jax.tokens.tokenizer import load_tokenizer;"
         " from pathlib import Path; weights = load_weights(run, Path(run.init_from));"
         " print(weights['embedding'][...].shape, len(load_tokenizer(run.tokenizer)))"
     )
@@ -102,8 +102,8 @@ def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_wo
 
 def test_an_unknown_hub_id_is_named_with_the_way_out(hub, tmp_path):
     code = (
-        "from retool_jax.config import load; from retool_jax.errors import UserError\n"
-        "try: load(['config=sft_retool', 'init_from=acme/none'])\n"
+        "from retool_jax.run.build import resolve; from retool_jax.errors import UserError\n"
+        "try: resolve(['config=sft_retool', 'init_from=acme/none'])\n"
         "except UserError as error: print(error)"
     )
     told = python(code, hub[0], tmp_path)

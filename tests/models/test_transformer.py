@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from retool_jax.errors import UserError
 from retool_jax.mesh import RULES
 from retool_jax.models.cache import init_cache
 from retool_jax.models.config import ModelConfig
@@ -105,5 +105,5 @@ def test_remat_policies_keep_what_they_say_and_change_no_gradient(model, params)
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(UserError, match=r"model.remat=True is not one of: none, full, dots"):
+    with pytest.raises(ValidationError, match=r"remat\s.*'none', 'full' or 'dots'"):
         ModelConfig(remat=True)

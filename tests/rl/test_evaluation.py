@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from retool_jax.clock import Clock
-from retool_jax.config import load
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
 from retool_jax.rl import answers
 from retool_jax.rl.answers import SymbolicPool
+from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.evaluation import evaluate, faults, summarise
-from retool_jax.rl.loop import Session, learn_from_rewards, learnable_groups
+from retool_jax.rl.loop import train
+from retool_jax.rl.parts import Parts
 from retool_jax.rl.reward import Verdict, reward_of
 from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
+from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
 from retool_jax.tokens.chat import policy_turn_text
 
@@ -202,23 +204,25 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
         turns = [call] * calls + [tokenizer.encode(f"\\boxed{{{i}}}<|im_end|>") for i in range(8 - calls)]
         engine = scripted_engine(tokenizer.stop_ids, {request: [turn] for request, turn in enumerate(turns, 8)})
         clock = Clock()
-        session = Session(
-            run=run,
+        parts = Parts(
+            rl=run.rl,
+            rollout=run.rollout,
+            evaluation=run.evaluation,
             folder=Path(tmp_path),
             tokenizer=tokenizer,
             problems={"train": Problems("arithmetic", "train", 0)},
             box=broken_box,
             engine=engine,
             update=None,
-            checkpoints=None,
+            save=None,
+            save_every=run.checkpoint.every,
             log=None,
             bar=None,
             clock=clock,
-            notes={},
-            began=time.perf_counter(),
+            tokens={},
         )
         try:
-            asyncio.run(learn_from_rewards(session, None, 1))  # the second step, before which no look is due
+            asyncio.run(train(parts, None, 1))  # the second step, before which no look is due
         finally:
             clock.close()
 

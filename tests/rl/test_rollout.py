@@ -8,8 +8,8 @@ import pytest
 
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
+from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.evaluation import summarise
-from retool_jax.rl.loop import learnable_groups
 from retool_jax.rl.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, ToolResult, open_sandbox

@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 
 from retool_jax.checkpoint import Checkpoints
-from retool_jax.config import load
 from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics
 from retool_jax.models.huggingface import save_params
 from retool_jax.models.transformer import init_params
-from retool_jax.run_folder import claim_folder
-from retool_jax.sft.loop import (
-    Demonstrations,
-    abstract_state,
-    finished_weights,
-    mesh_of,
-    model_for,
-    optimizer_of,
-    train,
-)
+from retool_jax.run.build import demonstrations_of, mesh_of, model_for
+from retool_jax.run.folder import claim_folder
+from retool_jax.run.load import load
+from retool_jax.run.sft import abstract_state, finished_weights, train
+from retool_jax.sft.loop import optimizer_of
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import learning_rate
 
@@ -76,32 +70,32 @@ def numbers(tokenizer, batch) -> list[int]:
 
 
 def test_an_epoch_has_every_row_at_most_once_in_an_order_of_its_own(data, tokenizer):
-    batches = Demonstrations(run_of(data), tokenizer)
+    batches = demonstrations_of(run_of(data), tokenizer)
     assert (batches.per_step, batches.steps) == (4, 6), "10 rows are 2 whole steps of 4, three times"
     epochs = [numbers(tokenizer, batches.at(2 * e)) + numbers(tokenizer, batches.at(2 * e + 1)) for e in range(3)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert set().union(*epochs) == set(range(100, 110)), "what one epoch leaves out another has"
     # Batch i is a function of config and i: another object, asked backwards, gives the same arrays.
-    again = Demonstrations(run_of(data), tokenizer)
+    again = demonstrations_of(run_of(data), tokenizer)
     for index in reversed(range(6)):
         for left, right in zip(batches.at(index), again.at(index), strict=True):
             np.testing.assert_array_equal(left, right)
-    other = Demonstrations(run_of(data, "seed=1"), tokenizer)
+    other = demonstrations_of(run_of(data, "seed=1"), tokenizer)
     assert [numbers(tokenizer, other.at(i)) for i in range(6)] != [numbers(tokenizer, again.at(i)) for i in range(6)]
     assert len({batches.at(i).tokens.shape for i in range(6)}) == 1, "one compiled update serves every batch"
 
 
 def test_steps_go_on_through_the_epochs(data, tokenizer):
-    by_steps = Demonstrations(run_of(data, "sft.epochs=0", "sft.steps=5"), tokenizer)
-    by_epochs = Demonstrations(run_of(data), tokenizer)
+    by_steps = demonstrations_of(run_of(data, "sft.epochs=0", "sft.steps=5"), tokenizer)
+    by_epochs = demonstrations_of(run_of(data), tokenizer)
     assert by_steps.steps == 5
     for index in range(5):
         np.testing.assert_array_equal(by_steps.at(index).tokens, by_epochs.at(index).tokens)
 
 
 def test_the_mask_covers_words_calls_and_ends_of_turns_and_nothing_else(data, tokenizer):
-    batch = Demonstrations(run_of(data), tokenizer).at(0)
+    batch = demonstrations_of(run_of(data), tokenizer).at(0)
     for row in np.argwhere(batch.segments.max(-1) > 0):
         tokens, segments, sampled = (x[tuple(row)] for x in (batch.tokens, batch.segments, batch.sampled))
         for segment in range(1, segments.max() + 1):
@@ -116,13 +110,13 @@ def test_the_mask_covers_words_calls_and_ends_of_turns_and_nothing_else(data, to
 
 def test_the_batch_follows_from_tokens_where_no_size_is_given(data, tokenizer):
     lengths = [len(tokenizer.encode(text)) for text in all_texts(data, tokenizer)]
-    batches = Demonstrations(run_of(data, "sft.batch_size=0", "sft.batch_tokens=512"), tokenizer)
+    batches = demonstrations_of(run_of(data, "sft.batch_size=0", "sft.batch_tokens=512"), tokenizer)
     assert batches.per_step == round(512 / np.mean(lengths))
     assert len(texts(tokenizer, batches.at(0))) == batches.per_step
 
 
 def all_texts(data: Path, tokenizer) -> list[str]:
-    return texts(tokenizer, Demonstrations(run_of(data, "sft.batch_size=10"), tokenizer).at(0))
+    return texts(tokenizer, demonstrations_of(run_of(data, "sft.batch_size=10"), tokenizer).at(0))
 
 
 def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
@@ -131,7 +125,7 @@ def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
     data = write(tmp_path / "rows.jsonl", rows)
     longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
     run = run_of(data, "sft.batch_size=16", f"sft.row_length={longest}", "sft.rows_per_micro=8")
-    batches = Demonstrations(run, tokenizer)
+    batches = demonstrations_of(run, tokenizer)
     batches._members = lambda index: range(16)  # the unluckiest order
     assert batches.at(0).micro_batches == 2
 
@@ -140,7 +134,7 @@ def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
 def test_a_template_with_tools_shows_the_schema_of_rl(data, tokenizer, published_template, name):
     hf = copy.deepcopy(tokenizer.hf)
     hf.chat_template = published_template(name)
-    shown = texts(tokenizer, Demonstrations(run_of(data, "sft.row_length=2048"), Tokenizer(hf)).at(0))
+    shown = texts(tokenizer, demonstrations_of(run_of(data, "sft.row_length=2048"), Tokenizer(hf)).at(0))
     assert all('"name": "code_interpreter"' in text.split("<|im_start|>user")[0] for text in shown)
 
 
@@ -151,29 +145,29 @@ def test_overlong_rows_are_an_error_or_dropped(data, tokenizer, capsys):
     longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
     tight = f"sft.row_length={longest - 1}"
     with pytest.raises(UserError) as caught:
-        Demonstrations(run_of(data, tight), tokenizer)
+        demonstrations_of(run_of(data, tight), tokenizer)
     assert f"row 8 has {longest} tokens, and 2 row(s) more than {tight}" in str(caught.value)  # 103 and 107
-    batches = Demonstrations(run_of(data, tight, "sft.overlong=drop"), tokenizer)
+    batches = demonstrations_of(run_of(data, tight, "sft.overlong=drop"), tokenizer)
     assert batches.steps == 6 and len(numbers(tokenizer, batches.at(0))) == 4
     assert "dropped 2 row(s)" in capsys.readouterr().out
     seen = {number for index in range(20) for number in numbers(tokenizer, batches.at(index))}
     assert seen == set(range(100, 110)) - {103, 107}
     with pytest.raises(UserError, match="has no rows to learn from"):
-        Demonstrations(run_of(data, "sft.row_length=8", "sft.overlong=drop"), tokenizer)
+        demonstrations_of(run_of(data, "sft.row_length=8", "sft.overlong=drop"), tokenizer)
 
 
 def test_rows_that_are_no_conversations_are_named(tmp_path, data, tokenizer):
     rows = [conversation(100), {"messages": conversation(100)["messages"][:2]}]
     with pytest.raises(UserError, match=r"rows.jsonl row 2: no final answer; python -m retool_jax.prepare"):
-        Demonstrations(run_of(write(data, rows)), tokenizer)
+        demonstrations_of(run_of(write(data, rows)), tokenizer)
     with pytest.raises(UserError, match=r"no data file nowhere.jsonl; .* or arithmetic"):
-        Demonstrations(run_of(Path("nowhere.jsonl")), tokenizer)
+        demonstrations_of(run_of(Path("nowhere.jsonl")), tokenizer)
     with pytest.raises(UserError, match=r"has 2 demonstrations, fewer than the 4 of one step; lower sft.batch_size"):
-        Demonstrations(run_of(write(data, [conversation(100)] * 2)), tokenizer)
+        demonstrations_of(run_of(write(data, [conversation(100)] * 2)), tokenizer)
     with pytest.raises(UserError, match=r"row 1 calls a tool, which tools=none has not"):
-        Demonstrations(run_of(data, "tools=none"), tokenizer)
+        demonstrations_of(run_of(data, "tools=none"), tokenizer)
     plain = write(tmp_path / "plain.jsonl", [conversation(100 + i, steps=0) for i in range(4)])
-    assert Demonstrations(run_of(plain, "tools=none"), tokenizer).steps == 3
+    assert demonstrations_of(run_of(plain, "tools=none"), tokenizer).steps == 3
 
 
 @pytest.mark.parametrize(
@@ -261,7 +255,7 @@ def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, 
     assert Checkpoints(folder, None).latest() == 4
 
     # The rate that is shown is that of the tokens of all batches of this process, which hold different numbers.
-    tokens = [int((Demonstrations(run("whole"), tokenizer).at(i).segments > 0).sum()) for i in range(4)]
+    tokens = [int((demonstrations_of(run("whole"), tokenizer).at(i).segments > 0).sum()) for i in range(4)]
     assert len(set(tokens)) > 1
     notes = {
         (name, step): Checkpoints(tmp_path / name / "checkpoints", None).restore(
@@ -304,7 +298,7 @@ def test_nothing_is_written_when_the_data_is_bad(tmp_path):
 def test_the_miniature_is_as_it_was():
     """Its batches decide published numbers: 2048 tokens a step on average, the tokens of the plain render."""
     run = load(["config=sft"])
-    batches = Demonstrations(run, load_tokenizer("miniature"))
+    batches = demonstrations_of(run, load_tokenizer("miniature"))
     assert batches.steps == 1400 and batches.digest == "" and batches.at(0).tokens.shape == (4, 4, 192)
     batch = batches.at(7)
     assert 0.7 * 2048 < (batch.segments > 0).sum() < 1.3 * 2048

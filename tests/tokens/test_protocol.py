@@ -5,10 +5,10 @@ import copy
 import json
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import AddedToken
 
 from retool_jax.data.problems import Problem
-from retool_jax.errors import UserError
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End
 from retool_jax.sandbox import SandboxConfig, open_sandbox
@@ -154,7 +154,7 @@ def test_a_retool_turn_that_ended_inside_a_call_is_answered_by_the_user(with_cod
 def test_a_retool_turn_ends_at_code_in_one_token_or_in_many(tokenizer, with_code):
     assert RETOOL.stop_ids(with_code) == (*tokenizer.stop_ids, len(tokenizer))
     assert RETOOL.stop_ids(tokenizer) == GRAMMARS["hermes"].stop_ids(with_code) == tokenizer.stop_ids
-    with pytest.raises(UserError, match=r"rollout\.grammar=xml is not one of: hermes, retool"):
+    with pytest.raises(ValidationError, match=r"grammar\s.*'hermes' or 'retool'"):
         RolloutConfig(grammar="xml")
     for vocabulary in (tokenizer, with_code):
         turn = vocabulary.encode(f"Let me see.\n{fenced(CODE)}")

@@ -13,13 +13,13 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from retool_jax.config import load
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.run.build import model_for
+from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.sft.loop import model_for
 from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
 from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.qwen import QWEN_ADDED, merges_of_ranks, qwen_tokenizer, read_ranks, tokenizer_of_ranks

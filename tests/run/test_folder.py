@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from retool_jax import config
-from retool_jax.config import SFTRun, load
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten, flatten_dict, show
-from retool_jax.run_folder import claim_folder, read_model, to_plain, write_config
+from retool_jax.run import folder as folders
+from retool_jax.run.folder import claim_folder, read_model, to_plain, write_config
+from retool_jax.run.load import load
+from retool_jax.run.schema import Run
 
 SECRET = "hunter2"
 
 
-def begin(run: SFTRun) -> Path:
+def begin(run: Run) -> Path:
     """A folder of this run, in which nobody trains any more."""
     with claim_folder(run) as folder:
         return folder
@@ -40,7 +41,7 @@ def saved(folder: Path) -> dict[str, object]:
     return flatten_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
 
 
-def refusal(run: SFTRun) -> str:
+def refusal(run: Run) -> str:
     with pytest.raises(UserError) as caught:
         begin(run)
     assert "\n" not in str(caught.value)
@@ -181,7 +182,7 @@ def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
     message = refusal(run)
     assert f"{folder} was begun with rl.kl=0.1, which this version has not; go on with the one that began it" in message
     assert f"or remove the key from {folder / 'config.yaml'}" in message
-    monkeypatch.setitem(config.REMOVED, "rl.kl", (0.0,))
+    monkeypatch.setitem(folders.REMOVED, "rl.kl", (0.0,))
     assert "rl.kl=0.1" in refusal(run)
     rewrite(folder, values | {"rl.kl": 0.0})
     begin(run)
@@ -218,8 +219,8 @@ def test_the_model_of_an_old_folder_can_be_read(tmp_path):
 
 HOLD = """
 import sys
-from retool_jax.config import load
-from retool_jax.run_folder import claim_folder
+from retool_jax.run.load import load
+from retool_jax.run.folder import claim_folder
 with claim_folder(load(sys.argv[1:])):
     print("held", flush=True)
     sys.stdin.read()

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import fnmatch
 import os
 import socket
 import time
@@ -13,19 +14,44 @@ from pathlib import Path
 import jax
 from omegaconf import OmegaConf
 
-from retool_jax.config import ABSENT, REMOVED, RLRun, SFTRun, build, may_change, read_yaml
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten_dict, secret_keys, show
 from retool_jax.models.config import ModelConfig
+from retool_jax.run.load import make, read_yaml
+from retool_jax.run.schema import Run, SFTRun, task_of
 
 CONFIG = "config.yaml"
 LOCK = "lock"  # held by the process that trains here, and gone with it; its text says who that is
 UNFINISHED = "config.tmp"  # of a start that was killed
 POLL_S = 0.5
 
+# What another try of the same run may change; patterns of keys. Every other key decides the run's numbers, or what they
+# are compared with, and has to be as it was when the folder was made.
+MAY_CHANGE = (
+    # Where it lies, how far it goes, how often it looks and saves. A look changes no weights; what it measures stays.
+    *("run", "rl.steps", "rl.max_dropped", "evaluation.every", "checkpoint.*"),
+    # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
+    # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
+    *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
+    *("model.remat", "model.head_chunk", "model.attention_kernel"),
+    *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
+    *("engine.pages", "engine.*_buckets"),
+    "model.max_positions",  # nothing is computed with it
+    # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
+    # sees and may use (image, modules, limits) decides what it prints, and stays.
+    *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),
+    *("sandbox.recycle_*", "sandbox.probe_s", "sandbox.session*"),
+)
+# Keys that older folders lack, where they meant something else before they existed than their default says now.
+ABSENT = {"evaluation.answer_tokens": 0}  # no evaluation asked for an answer
+# Keys that older folders hold and this version has not, with the values at which they changed nothing.
+REMOVED: dict[str, tuple[object, ...]] = {
+    "rollout.tool_output_chars": (),  # outputs are cut by tokens now, and no number of characters does the same
+}
+
 
 @contextmanager
-def claim_folder(run: SFTRun, wait: bool = False) -> Iterator[Path]:
+def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
     """Hold the run's folder until the block or the process ends, in whatever way; make it where there is none.
 
     A new folder gets its `config.yaml`. In one that holds this run nothing is changed: `write_config` does that, when
@@ -81,7 +107,11 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
 
 
-def check_folder(run: SFTRun) -> None:
+def may_change(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+
+
+def check_folder(run: Run) -> None:
     """Compare a run with its folder and change nothing.
 
     Raises:
@@ -106,7 +136,7 @@ def check_folder(run: SFTRun) -> None:
         raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
 
 
-def differences(run: SFTRun, folder: Path) -> list[tuple[str, object, object]]:
+def differences(run: Run, folder: Path) -> list[tuple[str, object, object]]:
     """(key, value there, value here) wherever the config of a run's folder differs from this one.
 
     A key that is not there, since the folder is older than it, has its default there. Secrets are not compared.
@@ -122,7 +152,7 @@ def differences(run: SFTRun, folder: Path) -> list[tuple[str, object, object]]:
     return [(key, there[key], here[key]) for key in keys if there[key] != here[key]]
 
 
-def unknown_keys(run: SFTRun, folder: Path) -> dict[str, object]:
+def unknown_keys(run: Run, folder: Path) -> dict[str, object]:
     """What the config of a run's folder sets and this version has not, without what changed nothing."""
     there = flatten_dict(read_yaml(str(folder / CONFIG)))
     removed = there.keys() - flatten_dict(to_plain(run)).keys()
@@ -131,7 +161,7 @@ def unknown_keys(run: SFTRun, folder: Path) -> dict[str, object]:
     }
 
 
-def write_config(run: SFTRun) -> None:
+def write_config(run: Run) -> None:
     """Save the resolved config in the run's folder, without secrets; the file is replaced in one step."""
     if jax.process_index():
         return
@@ -145,7 +175,7 @@ def write_config(run: SFTRun) -> None:
     temporary.replace(folder / CONFIG)
 
 
-def to_plain(run: SFTRun) -> dict:
+def to_plain(run: Run) -> dict:
     """Nested dicts and lists of a run, with its task; secrets are empty."""
     plain = dataclasses.asdict(
         run, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
@@ -156,7 +186,7 @@ def to_plain(run: SFTRun) -> dict:
         for part in sections:
             section = section[part]
         section[name] = ""
-    return {"task": "grpo" if isinstance(run, RLRun) else "sft", **plain}
+    return {"task": task_of(type(run)), **plain}
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, str]:
@@ -171,5 +201,5 @@ def read_model(folder: Path) -> tuple[ModelConfig, str]:
         raise UserError(f"{folder / CONFIG} is not the config of a run; choose the folder of one")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     values = {"model": {key: value for key, value in model.items() if key in known}, "tokenizer": values["tokenizer"]}
-    found = build(SFTRun, values)
+    found = make(SFTRun, values)
     return found.model, found.tokenizer

@@ -3,20 +3,32 @@
 import ast
 import dataclasses
 import json
+import math
+import re
 import typing
 from pathlib import Path
 
 import jax
 import pytest
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
 import retool_jax
-from retool_jax import config, train
-from retool_jax.config import RLRun, SFTRun, load
+from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
-from retool_jax.fields import flatten, show
-from retool_jax.mesh import AXES, MeshConfig, make_mesh
+from retool_jax.fields import CHECKED, defaults_of, flatten, show
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.mesh import make_mesh
+from retool_jax.mesh_config import AXES, MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
-from retool_jax.run_folder import claim_folder
+from retool_jax.rl.config import RLConfig, RolloutConfig
+from retool_jax.run import cold_start
+from retool_jax.run.build import resolve
+from retool_jax.run.cold_start import cold_start_of
+from retool_jax.run.folder import claim_folder
+from retool_jax.run.load import config_names, help_text, load
+from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun
+from retool_jax.tokens.protocol import GRAMMARS
 from retool_jax.update import init_state, state_shardings
 
 
@@ -63,13 +75,13 @@ def test_keys_of_reinforcement_learning_are_unknown_to_the_cold_start():
 
 def test_an_unknown_config_lists_those_that_exist():
     assert "no config 'grop'" in error_of("config=grop")
-    assert f"there are: {', '.join(config.config_names())}" in error_of("config=grop")
+    assert f"there are: {', '.join(config_names())}" in error_of("config=grop")
     assert "one of: grpo, sft" in error_of("rl.steps=3")
 
 
 @pytest.mark.parametrize("word", ["grpo", "--config", "", "rl.steps"])
 def test_a_word_without_an_equals_sign(word):
-    assert error_of("config=grpo", word).startswith(f"cannot read {word!r}: expected key=value")
+    assert error_of("config=grpo", word).startswith(f"cannot read {word!r}; expected key=value")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +102,27 @@ def test_a_word_without_an_equals_sign(word):
         ("rl=3", "rl=3 sets a whole section; set one of its keys: rl.steps, "),
         ("rl.steps.x=3", "rl.steps is a single int and has no key 'x' below it"),
         ("tools=no", "tools=no is not one of: python, none"),
-        ("seed=-1", "seed=-1 must lie between 0 and"),
+        ("rl.steps={a: 1}", "rl.steps is a single int and has no key 'a' below it"),
+        ("engine.token_buckets=[16,0]", "engine.token_buckets=0 must be at least 1"),
+        ("engine.token_buckets=[a]", "engine.token_buckets=a is of type str; it must be int"),
+        ("engine.page_size=-1", "engine.page_size=-1 must be at least 0"),
+        ("engine.tool_lag=-2", "engine.tool_lag=-2 must be at least -1"),
+        ("engine.stale_rows=keep", "engine.stale_rows=keep is not one of: rewrite, discard"),
+        ("model.attention_kernel=flash", "model.attention_kernel=flash is not one of: auto, xla, splash, cudnn"),
+        ("model.remat=true", "model.remat=true is not one of: none, full, dots"),
+        ("model.head_chunk=0", "model.head_chunk=0 must be at least 1"),
+        ("model.head_dim=7", "model.head_dim=7 must be even"),
+        ("rollout.grammar=xml", "rollout.grammar=xml is not one of: hermes, retool"),
+        ("rollout.answer_tokens=-1", "rollout.answer_tokens=-1 must be at least 0"),
+        ("evaluation.answer_tokens=88", "evaluation.answer_tokens=88 must lie between 0 (none) and 87, what"),
+        ("evaluation.final_split=train", "evaluation.final_split=train is not one of: dev, test"),
+        ("rl.clip.dual=0.5", "rl.clip.dual=0.5 must be at least 1"),
+        ("rl.temperature=0", "rl.temperature=0.0 must be above 0"),
+        ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),
+        ("sandbox.slots=-1", "sandbox.slots is -1; it must lie between 0 and 1024"),
+        ("sandbox.slots=two", "sandbox.slots=two is of type str; it must be int"),
+        ("sandbox.limits.wall_s=0", "limits.wall_s is 0.0; it must lie between 0.05 and 600"),
+        ("seed=-1", "seed=-1 must be between 0 and 4294967295"),
         ("rl.steps=0", "rl.steps=0 must be at least 1"),
         ("rl.optimizer.learning_rate=-1", "rl.optimizer.learning_rate=-1.0 must be at least 0"),
         ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be between 0 and 1"),
@@ -99,7 +131,7 @@ def test_a_word_without_an_equals_sign(word):
         ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
         ("model.compute_dtype=float33", "model.compute_dtype=float33 is not one of: float32"),
         ("rl.minibatches=5", "rl.prompts_per_step=24 does not divide into rl.minibatches=5"),
-        ("rl.group_size=1", "rl.group_size=1: a group needs at least 2"),
+        ("rl.group_size=1", "rl.group_size=1 must be at least 2"),
         ("rl.row_length=64", "rl.row_length=64 is shorter than engine.max_length=128"),
         ("rollout.max_prompt_tokens=500", "rollout.max_prompt_tokens=500 leaves no room in engine.max_length=128"),
     ],
@@ -108,10 +140,40 @@ def test_a_bad_value_is_named_with_its_limit(word, message):
     assert message in error_of("config=grpo", word)
 
 
+def test_a_section_that_is_made_in_python_refuses_the_same_values():
+    for section, values in (
+        (EngineConfig, {"page_size": -1}),
+        (ModelConfig, {"num_layers": 2.0}),
+        (RLConfig, {"stpes": 3}),
+        (OptimizerConfig, {"learning_rate": math.nan}),
+    ):
+        with pytest.raises(ValidationError, match=next(iter(values))):
+            section(**values)
+
+
+def test_a_checkpoint_that_describes_no_model_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ModelConfig()) | {"num_hidden_layers": 0}))
+    message = f"{tmp_path / 'config.json'} describes a model that cannot be computed here: model.num_layers=0 must be"
+    with pytest.raises(UserError, match=rf"^{re.escape(message)} at least 1$"):
+        resolve(["config=sft_retool", f"init_from={tmp_path}"])
+
+
 def test_rows_must_divide_over_the_mesh():
     message = error_of("config=grpo", "mesh.data=2", "mesh.fsdp=2", "rl.rows_per_micro=6", "sft.rows_per_micro=8")
     assert message.startswith("rl.rows_per_micro=6 does not divide over mesh.data x mesh.fsdp = 4 devices")
     assert "sft.rows_per_micro=3" in error_of("config=sft", "mesh.fsdp=2", "sft.rows_per_micro=3")
+
+
+def test_reinforcement_learning_asks_for_a_cold_starts_keys_only_where_it_makes_one():
+    words = ["config=grpo", "mesh.fsdp=8", "rl.rows_per_micro=8", "sft.rows_per_micro=4"]
+    assert error_of(*words).startswith("sft.rows_per_micro=4 does not divide over mesh.data x mesh.fsdp = 8 devices")
+    assert load([*words, "init_from=runs/mine"]).sft.rows_per_micro == 4
+    assert not issubclass(RLRun, SFTRun)
+
+
+def test_the_grammars_that_a_config_may_name_are_those_that_exist():
+    (known,) = [hint for name, hint in typing.get_type_hints(RolloutConfig).items() if name == "grammar"]
+    assert typing.get_args(known) == tuple(GRAMMARS)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +205,7 @@ def test_later_words_win():
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("name", config.config_names())
+@pytest.mark.parametrize("name", config_names())
 def test_every_shipped_config_builds_its_model(name):
     run = load([f"config={name}"])
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
@@ -214,7 +276,7 @@ def test_configs_of_one_name_in_two_places_have_two_folders(tmp_path):
 
 def test_a_cold_start_has_a_folder_for_each_thing_that_decides_it():
     def folder(*words: str) -> str:
-        return load(["config=grpo", *words]).cold_start().run
+        return cold_start_of(load(["config=grpo", *words])).run
 
     plain = folder()
     decisive = ["sft.steps=7", "seed=1", "tools=none", "model.num_layers=3", "model.compute_dtype=bfloat16"]
@@ -226,11 +288,12 @@ def test_a_cold_start_has_a_folder_for_each_thing_that_decides_it():
 
 def test_a_key_that_is_new_leaves_a_cold_starts_folder_as_it_is(monkeypatch):
     """Its default says what was done before it existed."""
-    before = load(["config=grpo"]).cold_start().run
-    defaults = config.defaults_of(SFTRun)
-    monkeypatch.setattr(config, "flatten", lambda run: flatten(run) | {"sft.new": 0})
-    monkeypatch.setattr(config, "defaults_of", lambda schema: defaults | {"sft.new": 0})
-    assert load(["config=grpo"]).cold_start().run == before
+    before = cold_start_of(load(["config=grpo"])).run
+    assert before == "runs/cold-start-python-seed0-055ced9e", "published runs have theirs there"
+    defaults = defaults_of(SFTRun)
+    monkeypatch.setattr(cold_start, "flatten", lambda run: flatten(run) | {"sft.new": 0})
+    monkeypatch.setattr(cold_start, "defaults_of", lambda schema: defaults | {"sft.new": 0})
+    assert cold_start_of(load(["config=grpo"])).run == before
 
 
 def test_a_cold_start_in_a_grammar_without_demonstrations_is_refused():
@@ -247,13 +310,14 @@ def test_a_cold_start_in_a_grammar_without_demonstrations_is_refused():
 
 
 def test_help_names_every_config_and_every_key_in_readable_lines():
-    text = train.help_text(["--help"])
+    text = help_text(["--help"])
     assert text.startswith("usage: python -m retool_jax.train config=NAME [key=value ...]")
-    assert all(name in text for name in config.config_names())
+    assert all(name in text for name in config_names())
     for key, value in flatten(load(["config=grpo"])).items():
         assert key == "run" or f"\n  {key}={show(value)}" in text, key
+    assert "More than the cores only makes time limits unfair." in " ".join(text.split()), "all that is said of a key"
     assert max(map(len, text.splitlines())) <= 110
-    assert "rl.steps" not in train.help_text(["--help", "config=sft"])
+    assert "rl.steps" not in help_text(["--help", "config=sft"])
 
 
 # --------------------------------------------------------------------------------- contract 10: every key is read
@@ -271,7 +335,8 @@ def sections_of(run: type) -> dict[str, type]:
 class Readers(ast.NodeVisitor):
     """Which fields of which config class the package reads, by following annotated arguments and attributes.
 
-    Checks of a value (`__post_init__`) do not count. `attributes` knows what ordinary classes keep of a config.
+    Checks of a value (`__post_init__`) do not count. `attributes` knows what ordinary classes keep of a config. What is
+    read of a run of any task (`Run`) is read of each.
     """
 
     def __init__(self, sections: dict[str, type]) -> None:
@@ -361,7 +426,7 @@ class Readers(ast.NodeVisitor):
 
 def unread_keys(run: type) -> set[tuple[str, str]]:
     sections = sections_of(run)
-    readers = Readers(sections)
+    readers = Readers(sections | {"Run": run})
     trees = [ast.parse(path.read_text()) for path in Path(retool_jax.__file__).parent.rglob("*.py")]
     for _ in range(3):  # until what classes keep of a config is known to those that use them
         for tree in trees:
@@ -376,17 +441,17 @@ def test_every_key_has_a_reader():
     assert unread_keys(SFTRun) == set()
 
 
-@dataclasses.dataclass(frozen=True)
-class Unused(config.CheckpointConfig):
+@dataclass(frozen=True, config=CHECKED)
+class Unused(CheckpointConfig):
     """`group_size` is read, but of another section; `nobody` is not."""
 
     group_size: int = 8
     nobody: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class RunWithUnusedKeys(RLRun):
-    checkpoint: Unused = dataclasses.field(default_factory=Unused)
+    checkpoint: Unused = Unused()
 
 
 def test_a_key_without_a_reader_would_be_found():
@@ -405,29 +470,33 @@ def test_the_shape_and_the_tokenizer_that_no_config_sets_are_the_checkpoints(tmp
     there = ModelConfig(vocab_size=500, hidden_size=24, num_heads=6, head_dim=10, rope_theta=5e6, max_positions=4096)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config_to_hf(there)))
-    run = load(["config=sft_retool", f"init_from={tmp_path / 'hf'}", "model.head_chunk=77"])
+    words = ["config=sft_retool", f"init_from={tmp_path / 'hf'}", "model.head_chunk=77"]
+    run = resolve(words)
+    assert load(words).model == ModelConfig(
+        compute_dtype="bfloat16", cache_dtype="bfloat16", remat="full", head_chunk=77
+    ), "words alone look nowhere"
     assert run.tokenizer == str(tmp_path / "hf") and run.model.compute_dtype == "bfloat16"
     expected = dataclasses.asdict(there) | {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "remat": "full"}
     assert dataclasses.asdict(run.model) == expected | {"head_chunk": 77}
 
     with claim_folder(dataclasses.replace(run, run=str(tmp_path / "run"), tokenizer="elsewhere")):
         pass
-    again = load(["config=sft_retool", f"init_from={tmp_path / 'run'}", "model.head_chunk=77"])
+    again = resolve(["config=sft_retool", f"init_from={tmp_path / 'run'}", "model.head_chunk=77"])
     assert (again.model, again.tokenizer) == (run.model, "elsewhere")
-    named = load(["config=sft_retool", f"init_from={tmp_path / 'run'}", "tokenizer=mine"])
+    named = resolve(["config=sft_retool", f"init_from={tmp_path / 'run'}", "tokenizer=mine"])
     assert named.tokenizer == "mine" and named.model.head_chunk == ModelConfig.head_chunk
 
 
 def test_a_shape_that_a_config_sets_stays_and_needs_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ModelConfig(num_layers=9))))
-    assert load(["config=sft", f"init_from={tmp_path}"]).model == load(["config=sft"]).model
-    large = load(["config=sft_qwen2.5_32b"])
+    assert resolve(["config=sft", f"init_from={tmp_path}"]).model == load(["config=sft"]).model
+    large = resolve(["config=sft_qwen2.5_32b"])
     assert large.tokenizer == large.init_from == "Qwen/Qwen2.5-32B-Instruct" and large.model.num_layers == 64
-    assert load(["config=sft_retool", f"init_from={tmp_path / 'nowhere'}"]).model.num_layers == ModelConfig.num_layers
+    nowhere = resolve(["config=sft_retool", f"init_from={tmp_path / 'nowhere'}"])
+    assert nowhere.model.num_layers == ModelConfig.num_layers
 
 
 def test_a_checkpoint_of_another_kind_is_refused_when_its_shape_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    assert "model_type='mamba'; only qwen2 and qwen3 are supported" in error_of(
-        "config=sft_retool", f"init_from={tmp_path}"
-    )
+    with pytest.raises(UserError, match="model_type='mamba'; only qwen2 and qwen3 are supported"):
+        resolve(["config=sft_retool", f"init_from={tmp_path}"])

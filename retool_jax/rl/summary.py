@@ -1,0 +1,73 @@
+"""What a run says of itself: the speed of each step, and `summary.json` with what its closing table shows."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from retool_jax.engine.scheduler import Statistics
+from retool_jax.rl.config import EvaluationConfig
+from retool_jax.rl.looks import looked
+
+SUMMARY = "summary.json"
+
+
+def performance(statistics: Statistics) -> dict[str, float]:
+    """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config."""
+    return {
+        "perf/tokens_per_s": statistics.decoded_tokens / statistics.total_s,
+        "perf/rollout_s": statistics.total_s,
+        "perf/tool_wait_s": statistics.tool_wait_s,
+        "perf/tool_hidden": statistics.tool_hidden,
+        "perf/fill": statistics.fill,
+        "perf/turn_p50_s": float(np.percentile(statistics.turn_s, 50)),
+        "perf/turn_p95_s": float(np.percentile(statistics.turn_s, 95)),
+        "perf/prefilled_tokens": statistics.prefilled_tokens,
+        "perf/appended_tokens": statistics.appended_tokens,
+        "perf/rewritten_tokens": statistics.rewritten_tokens,
+    }
+
+
+def summarise_run(
+    folder: Path,
+    evaluation: EvaluationConfig,
+    steps: int,
+    seconds: Mapping[str, float],
+    tokens: Mapping[str, int],
+    total_s: float,
+) -> dict:
+    """What the closing table shows of a run of `steps`; time that no part claims is `other`.
+
+    Args:
+        seconds: by part, as `Clock` counts them.
+        tokens: decoded and trained on, over all of the run's processes.
+    """
+    split = evaluation.final_split
+    rates = {part: tokens[name] / seconds[part] for part, name in (("rollout", "decode"), ("update", "update"))}
+    return {
+        "split": split,
+        "problems": evaluation.problems,
+        "steps": steps,
+        "before": looked(folder, 0, split),
+        "after": looked(folder, steps, split),
+        "tokens_per_s": rates,
+        "seconds": {**seconds, "other": total_s - sum(seconds.values()), "total": total_s},
+    }
+
+
+def write_summary(folder: Path, summary: dict) -> None:
+    """Replace the run's summary in one step."""
+    path = folder / SUMMARY
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_summary(folder: Path, steps: int) -> dict | None:
+    """The summary of a run of `steps`; None where there is none, or that of another number of steps."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return summary if summary.get("steps") == steps else None

@@ -1,0 +1,135 @@
+"""A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
+
+import dataclasses
+from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from retool_jax.data.arithmetic import SPLITS
+from retool_jax.data.problems import Problems
+from retool_jax.engine.engine import Engine
+from retool_jax.errors import UserError
+from retool_jax.mesh import make_mesh
+from retool_jax.mesh_config import check_rows
+from retool_jax.models.attention import resolve_kernel
+from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
+from retool_jax.models.huggingface import find_folder
+from retool_jax.models.transformer import Params
+from retool_jax.rl.rollout import encode_prompt
+from retool_jax.run.load import make, read, read_yaml
+from retool_jax.run.schema import RLRun, Run, micro_batches
+from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
+from retool_jax.sft.demonstrations import Demonstrations
+from retool_jax.tokens.protocol import GRAMMARS
+from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.update import param_shardings
+
+
+def resolve(words: list[str]) -> Run:
+    """The run that a command line describes, with what it leaves to the checkpoint of `init_from`.
+
+    Raises:
+        UserError: the words are wrong (`load.load`), or the checkpoint's `config.json` describes a model that is not
+            supported, or cannot be fetched.
+    """
+    schema, values = read(words)
+    make(schema, values)  # what is wrong with the words is told before anything is fetched
+    return make(schema, with_checkpoint(values))
+
+
+def with_checkpoint(values: dict) -> dict:
+    """A run's values with what they leave to the checkpoint of `init_from`: the tokenizer and the model's shape.
+
+    The shape is read there when no key of it is set; one that is set is compared when the weights are loaded.
+    """
+    name, model = values.get("init_from"), values.get("model") or {}
+    if not name:
+        return values
+    folder = Path(name)
+    its_run = read_yaml(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
+    its_run = its_run if {"model", "tokenizer"} <= its_run.keys() else None
+    if values.get("tokenizer") == "":
+        values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
+    if set(ARCHITECTURE) & model.keys():
+        return values
+    if its_run:
+        there = its_run["model"]
+    elif (find_folder(name, weights=False) / "config.json").is_file():
+        there = dataclasses.asdict(config_from_hf(find_folder(name, weights=False)))
+    else:
+        return values  # those who load the weights say that there is nothing
+    return values | {"model": {key: there[key] for key in (*ARCHITECTURE, "max_positions") if key in there} | model}
+
+
+def model_for(run: Run, tokenizer: Tokenizer) -> ModelConfig:
+    """The run's model with the number of ids that stand for text, so that an embedding's padding is never drawn."""
+    tokens, rows = len(tokenizer), run.model.vocab_size
+    if rows < tokens:
+        raise UserError(
+            f"model.vocab_size={rows} is smaller than the tokenizer's {tokens} tokens;"
+            f" set model.vocab_size={tokens} or choose another tokenizer"
+        )
+    return run.model if rows == tokens else dataclasses.replace(run.model, real_vocab=run.model.real_vocab or tokens)
+
+
+def mesh_of(run: Run) -> Mesh:
+    """The run's mesh over the devices that are here; a `UserError` when its rows or weights do not divide over it."""
+    mesh = make_mesh(run.mesh)
+    for key, rows in micro_batches(run).items():
+        check_rows(mesh.shape, key, rows)
+    param_shardings(run.model, mesh)
+    return mesh
+
+
+def attention_line(run: Run, mesh: Mesh) -> str:
+    """Which kernel reads packed rows."""
+    return f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}"
+
+
+def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
+    return Demonstrations(run.sft, run.tools == "python", run.seed, tokenizer)
+
+
+def problems_of(run: RLRun, tokenizer: Tokenizer) -> dict[str, Problems]:
+    """The problems of each split. Over-long prompts of a data set are refused; the miniature's are checked as they
+    come."""
+    problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
+    for stream in problems.values():
+        for problem in stream.finite or ():
+            encode_prompt(tokenizer, problem, run.tools == "python", run.rollout.max_prompt_tokens, run.rollout.grammar)
+    return problems
+
+
+def sandbox_config(run: RLRun) -> SandboxConfig:
+    """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain, even
+    if each of them runs to its time limit."""
+    box, slots = run.sandbox, run.engine.slots
+    longest_s = (slots / box.slot_count + 1) * (box.limits.wall_s + 1)
+    return dataclasses.replace(
+        box, queue_limit=box.queue_limit or slots, queue_s=min(max(box.queue_s, longest_s), 86400)
+    )
+
+
+def open_tools(run: RLRun) -> AbstractAsyncContextManager[Sandbox | None]:
+    """The sandbox that runs the policy's programs; None for a text-only run."""
+    return open_sandbox(sandbox_config(run)) if run.tools == "python" else nullcontext()
+
+
+def sandbox_lines(box: Sandbox | None) -> list[str]:
+    """Which sandbox a run has, and what its calls cost where that is much (docs/sandbox.md has the measurements)."""
+    if box is None:
+        return ["sandbox: none, a text-only run"]
+    lines = [f"sandbox: {box.description}"]
+    if box.backend == "gvisor":
+        lines.append(
+            "  a call takes about 20 ms of processor time there, with sandbox.backend=[bubblewrap] about 3 ms, and with"
+            " sandbox.backend=[process] less, which isolates nothing"
+        )
+    return lines
+
+
+def engine_of(run: RLRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
+    """The engine over a run's weights; a turn ends at the model family's own stop ids, and with tools at a call."""
+    stops = tokenizer.stop_ids if run.tools == "none" else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer)
+    return Engine(run.model, run.engine, params, mesh, tuple(stops), run.seed)

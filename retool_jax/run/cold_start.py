@@ -1,0 +1,36 @@
+"""The cold start that the train command makes where RL has no weights to begin from, in a folder of its own."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from retool_jax.fields import defaults_of, flatten
+from retool_jax.models.transformer import Params
+from retool_jax.run import sft
+from retool_jax.run.folder import may_change
+from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun
+
+
+def cold_start_of(run: RLRun) -> SFTRun:
+    """The run that makes the first weights of another one, in a folder named by what decides them."""
+    shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(SFTRun)}
+    shared["checkpoint"] = CheckpointConfig(every=max(run.sft.steps // 5, 1), keep=1)
+    made = SFTRun(**shared)
+    defaults = defaults_of(SFTRun)
+    decisive = {key: value for key, value in flatten(made).items() if not may_change(key)}
+    # Without those at their default, so that a key that is added later leaves the folder's name as it is.
+    decisive = {key: value for key, value in decisive.items() if value != defaults[key]}
+    decisive["rollout.grammar"] = run.rollout.grammar
+    digest = hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=4).hexdigest()
+    folder = Path(run.run).parent / f"cold-start-{run.tools}-seed{run.seed}-{digest}"
+    return dataclasses.replace(made, run=str(folder))
+
+
+def make_cold_start(run: RLRun) -> Params:
+    """The weights of the cold start that belongs to a run, from its folder, or trained there first."""
+    supervised = cold_start_of(run)
+    if (params := sft.finished_weights(supervised)) is not None:
+        print(f"cold start: reusing {supervised.run}")
+        return params
+    print(f"cold start: none yet for this config, training it first in {supervised.run}")
+    return sft.train(supervised, wait=True).params

@@ -1,0 +1,126 @@
+"""Reinforcement learning from its run folder to its last step, its summary and its table."""
+
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.clock import Clock
+from retool_jax.errors import UserError
+from retool_jax.metrics import MetricsLog, Progress, print_summary
+from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.rl import answers, loop
+from retool_jax.rl.loss import policy_token_loss
+from retool_jax.rl.parts import Parts
+from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
+from retool_jax.run.build import (
+    attention_line,
+    engine_of,
+    mesh_of,
+    model_for,
+    open_tools,
+    problems_of,
+    sandbox_lines,
+)
+from retool_jax.run.folder import claim_folder, write_config
+from retool_jax.run.schema import RLRun
+from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
+from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.update import TrainState, begin_from, fresh_state, make_update, state_shardings
+
+
+async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
+    """Train to the last step, resuming from the newest checkpoint; leaves the run folder and prints its table.
+
+    `make_weights` gives the first weights of a run that has no `init_from`.
+    """
+    began = time.perf_counter()
+    require_checkpoint(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    run = replace(run, model=model_for(run, tokenizer))
+    problems = problems_of(run, tokenizer)
+    mesh = mesh_of(run)
+    # Loaded early when they will be needed: a wrong path is told before anything is written.
+    given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
+    answers.pool.start()
+
+    async with AsyncExitStack() as stack:
+        box = await stack.enter_async_context(open_tools(run))
+        folder = stack.enter_context(claim_folder(run))
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
+        clock = stack.enter_context(closing(Clock()))
+        start = checkpoints.latest()
+        if start is not None and start > run.rl.steps:
+            raise UserError(
+                f"{folder} is at step {start} already, beyond rl.steps={run.rl.steps}; set rl.steps={start} or more, or"
+                " choose another run=FOLDER"
+            )
+        if start == run.rl.steps and (summary := read_summary(folder, run.rl.steps)):
+            print(f"{folder} is complete; nothing to do")
+            print_summary(summary)
+            return
+        if start is None:
+            with clock.part("cold start"):
+                params = given if given is not None else first_weights(run, make_weights)
+            state = begin_from(params, run.model, run.rl.optimizer, mesh)
+            notes = {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
+        else:
+            print(f"resuming {folder} from step {start} of {run.rl.steps}")
+            state, notes = restore(run, checkpoints, start, mesh)
+            clock.seconds = notes["seconds"]
+
+        def elapsed_s() -> float:
+            return notes["elapsed_s"] + time.perf_counter() - began
+
+        def save(step: int, state: TrainState) -> None:
+            with clock.part("checkpoint"):
+                told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s()}
+                checkpoints.save(step, state, told)
+
+        write_config(run)
+        (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
+        print("\n".join([*sandbox_lines(box), attention_line(run, mesh)]))
+        engine = engine_of(run, state.params, mesh, tokenizer)
+        parts = Parts(
+            rl=run.rl,
+            rollout=run.rollout,
+            evaluation=run.evaluation,
+            folder=folder,
+            tokenizer=tokenizer,
+            problems=problems,
+            box=box,
+            engine=engine,
+            update=make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature),
+            save=save,
+            save_every=run.checkpoint.every,
+            log=stack.enter_context(MetricsLog(folder, start)),
+            bar=stack.enter_context(Progress("RL", run.rl.steps, start or 0)),
+            clock=clock,
+            tokens=notes["tokens"],
+        )
+        engine.warm_up()
+        await loop.train(parts, state, start)
+        summary = summarise_run(folder, run.evaluation, run.rl.steps, clock.seconds, notes["tokens"], elapsed_s())
+        write_summary(folder, summary)
+    print_summary(summary)
+    print(f"\nto look at it: python -m retool_jax.report run={folder}")
+
+
+def first_weights(run: RLRun, make_weights: Callable[[RLRun], Params]) -> Params:
+    """The weights that RL begins from: those of `init_from`, or those that are made."""
+    if not run.init_from:
+        return make_weights(run)
+    print(f"starting from {run.init_from}")
+    return load_weights(run, Path(run.init_from))
+
+
+def restore(run: RLRun, checkpoints: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, dict]:
+    """The train state and notes of a checkpoint of this run."""
+    shapes = jax.eval_shape(partial(fresh_state, optimizer=run.rl.optimizer), abstract_params(run.model)[1])
+    return checkpoints.restore(step, abstract_like(shapes, state_shardings(run.model, run.rl.optimizer, mesh)))

@@ -1,0 +1,142 @@
+"""Everything that a run may set, by task: the sections of the rooms that read them, put together."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from retool_jax.data.config import DataConfig
+from retool_jax.engine.config import EngineConfig
+from retool_jax.errors import UserError
+from retool_jax.fields import CHECKED, Positive
+from retool_jax.mesh_config import MeshConfig, check_rows
+from retool_jax.models.config import ModelConfig
+from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
+from retool_jax.sandbox.types import SandboxConfig
+from retool_jax.sft.config import SFTConfig
+
+DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
+
+Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+Tools = Literal["python", "none"]
+
+
+@dataclass(frozen=True, config=CHECKED)
+class CheckpointConfig:
+    """How often the state of a run is saved, and for how long it is kept."""
+
+    every: Positive = 10  # steps
+    keep: Positive = 2  # last checkpoints that stay on disk
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SFTRun:
+    """Everything that a config of task sft may set."""
+
+    run: str = ""  # run folder; empty: runs/ and the command's words
+    seed: Seed = 0
+    tools: Tools = "python"  # python, or none for the text-only control
+    tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
+    init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random
+    model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
+    mesh: MeshConfig = MeshConfig()
+    sft: SFTConfig = SFTConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        check_micro_batches(self)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class RLRun:
+    """Everything that a config of task grpo may set.
+
+    `sft` is for the cold start that is made first where `init_from` names no weights; otherwise nobody asks for it.
+    """
+
+    run: str = ""  # run folder; empty: runs/ and the command's words
+    seed: Seed = 0
+    tools: Tools = "python"  # python, or none for the text-only control
+    tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
+    init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as sft says
+    model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
+    mesh: MeshConfig = MeshConfig()
+    sft: SFTConfig = SFTConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    data: DataConfig = DataConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    rl: RLConfig = RLConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        if not self.init_from:
+            _check_cold_start(self)
+        check_micro_batches(self)
+        _check_lengths(self)
+        if 0 < self.sandbox.queue_limit < self.engine.slots:
+            raise UserError(
+                f"sandbox.queue_limit={self.sandbox.queue_limit} is below engine.slots={self.engine.slots}: every slot"
+                " may wait for a tool at once; raise it, or 0 lets all of them wait"
+            )
+
+
+Run = SFTRun | RLRun
+TASKS = {"sft": SFTRun, "grpo": RLRun}
+
+
+def task_of(schema: type[Run]) -> str:
+    """What a config calls it."""
+    return next(task for task, known in TASKS.items() if issubclass(schema, known))
+
+
+def micro_batches(run: Run) -> dict[str, int]:
+    """The rows of each kind of micro-batch that a run trains on, by their key."""
+    if isinstance(run, SFTRun):
+        return {"sft.rows_per_micro": run.sft.rows_per_micro}
+    own = {"rl.rows_per_micro": run.rl.rows_per_micro}
+    return own if run.init_from else {"sft.rows_per_micro": run.sft.rows_per_micro} | own
+
+
+def check_micro_batches(run: Run) -> None:
+    """A `UserError` where rows do not divide over those axes of the mesh that have a size already."""
+    for key, rows in micro_batches(run).items():
+        check_rows(dataclasses.asdict(run.mesh), key, rows)
+
+
+def _check_cold_start(run: RLRun) -> None:
+    """A `UserError` where a run without weights cannot make its own."""
+    if run.sft.epochs:
+        raise UserError(
+            f"sft.epochs={run.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
+            " as init_from, or use sft.steps"
+        )
+    if run.rollout.grammar != DEMONSTRATED and run.tools == "python":
+        raise UserError(
+            f"rollout.grammar={run.rollout.grammar} has no cold start: demonstrations are written in the"
+            f" {DEMONSTRATED} grammar only; give weights that know it as init_from, or set"
+            f" rollout.grammar={DEMONSTRATED}"
+        )
+
+
+def _check_lengths(run: RLRun) -> None:
+    """A `UserError` where what is drawn does not fit into what is to hold it."""
+    longest = run.engine.max_length
+    if run.rl.row_length < longest:
+        raise UserError(
+            f"rl.row_length={run.rl.row_length} is shorter than engine.max_length={longest};"
+            " a packed row must hold the longest trajectory"
+        )
+    room = longest - run.rollout.max_prompt_tokens
+    if room <= 0:
+        raise UserError(
+            f"rollout.max_prompt_tokens={run.rollout.max_prompt_tokens} leaves no room in engine.max_length={longest}"
+        )
+    for name, section in (("rollout", run.rollout), ("evaluation", run.evaluation)):
+        if section.answer_tokens >= room:
+            raise UserError(
+                f"{name}.answer_tokens={section.answer_tokens} must lie between 0 (none) and {room - 1}, what"
+                f" engine.max_length={longest} leaves beside rollout.max_prompt_tokens; lower it"
+            )

@@ -1,0 +1,99 @@
+"""A cold start from its folder to its last step, and its weights once it is complete."""
+
+import dataclasses
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.clock import Clock
+from retool_jax.errors import UserError
+from retool_jax.metrics import MetricsLog, Progress
+from retool_jax.models.transformer import Params
+from retool_jax.run.build import attention_line, demonstrations_of, mesh_of, model_for
+from retool_jax.run.folder import check_folder, claim_folder, write_config
+from retool_jax.run.schema import SFTRun
+from retool_jax.run.weights import abstract_weights, has_checkpoints, load_weights, require_checkpoint
+from retool_jax.sft import loop
+from retool_jax.sft.demonstrations import Demonstrations
+from retool_jax.sft.loop import imitation_loss, optimizer_of
+from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.update import TrainState, begin_from, init_state, make_update, state_shardings
+
+
+def train(run: SFTRun, wait: bool = False) -> TrainState:
+    """Train to the last step, resuming from the newest checkpoint, and return the final state.
+
+    With `wait` a folder that another process is training in is waited for; else it is refused.
+    """
+    require_checkpoint(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    run = dataclasses.replace(run, model=model_for(run, tokenizer))
+    mesh = mesh_of(run)
+    # Loaded early when they will be needed: a wrong path is told before anything is written.
+    given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
+    batches = demonstrations_of(run, tokenizer)
+    optimizer = optimizer_of(run.sft, batches.steps)
+    with ExitStack() as stack:
+        folder = stack.enter_context(claim_folder(run, wait))
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
+        clock = stack.enter_context(closing(Clock()))
+        start = checkpoints.latest() or 0
+        if start:
+            state, notes = checkpoints.restore(start, abstract_state(run, mesh))
+            check_data(run, notes, batches)
+            clock.seconds = notes["seconds"]
+        elif run.init_from:
+            params = given if given is not None else load_weights(run, Path(run.init_from))
+            state = begin_from(params, run.model, optimizer, mesh)
+        else:
+            state = init_state(run.model, optimizer, mesh, run.seed)
+        write_config(run)
+        if start >= batches.steps:
+            return state
+        update = make_update(run.model, optimizer, imitation_loss, mesh)
+        print(attention_line(run, mesh))
+        log = stack.enter_context(MetricsLog(folder, start or None))
+        bar = stack.enter_context(Progress("cold start", batches.steps, start))
+        if batches.description:
+            bar.say(batches.description)
+        return loop.train(state, start, batches, update, checkpoints, run.checkpoint.every, clock, log, bar)
+
+
+def finished_weights(run: SFTRun) -> Params | None:
+    """The weights of a run that is complete, read without a claim to its folder; None where it is not.
+
+    Raises:
+        UserError: the folder holds another run, or its data has changed since.
+    """
+    path = Path(run.run) / "checkpoints"
+    check_folder(run)
+    if not path.is_dir():
+        return None
+    with closing(Checkpoints(path, keep=None)) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            return None
+        batches = demonstrations_of(run, load_tokenizer(run.tokenizer))
+        if step < batches.steps:
+            return None
+        params, notes = checkpoints.restore_params(step, abstract_weights(run))
+    check_data(run, notes, batches)
+    return params
+
+
+def check_data(run: SFTRun, notes: dict, batches: Demonstrations) -> None:
+    """Refuse to go on with other data than a checkpoint was made of."""
+    if notes.get("data", batches.digest) != batches.digest:
+        raise UserError(
+            f"sft.data={run.sft.data} is not what {run.run} began with; restore it, or choose another run=FOLDER"
+        )
+
+
+def abstract_state(run: SFTRun, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of a cold start's state."""
+    shapes = jax.eval_shape(partial(init_state, run.model, run.sft.optimizer, mesh, run.seed))
+    return abstract_like(shapes, state_shardings(run.model, run.sft.optimizer, mesh))

@@ -1,0 +1,89 @@
+"""A run's first weights: from another run or a Hugging Face checkpoint, if they fit its model and vocabulary."""
+
+from contextlib import closing
+from pathlib import Path
+
+from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.errors import UserError
+from retool_jax.fields import show
+from retool_jax.mesh import make_mesh
+from retool_jax.models.config import ARCHITECTURE
+from retool_jax.models.huggingface import find_folder, load_params
+from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.run.folder import CONFIG, read_model
+from retool_jax.run.schema import Run
+from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.update import param_shardings
+
+
+def load_weights(run: Run, folder: Path) -> Params:
+    """The newest weights of a run folder, or those of a Hugging Face folder or hub id, in this run's shardings.
+
+    Raises:
+        UserError: there is no checkpoint in that folder, or it is of another model or another vocabulary.
+    """
+    folder = find_folder(str(folder))
+    if (folder / "config.json").is_file():
+        return load_params(run.model, folder, make_mesh(run.mesh))
+    path = folder / "checkpoints"
+    if not path.is_dir():
+        raise no_checkpoint(folder)
+    with closing(Checkpoints(path, keep=None)) as checkpoints:
+        latest = checkpoints.latest()
+        if latest is None:
+            raise no_checkpoint(folder)
+        if (folder / CONFIG).is_file():
+            check_model(run, folder)
+        return checkpoints.restore_params(latest, abstract_weights(run))[0]
+
+
+def require_checkpoint(run: Run) -> None:
+    """Refuse a run that takes its first weights, or its tokenizer, from where there is no checkpoint."""
+    if not run.init_from or (has_checkpoints(run) and run.tokenizer != run.init_from):
+        return
+    folder = find_folder(run.init_from, weights=False)
+    if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
+        raise no_checkpoint(folder)
+
+
+def no_checkpoint(folder: Path) -> UserError:
+    return UserError(
+        f"no checkpoint at {folder}: expected checkpoints of a run, or config.json of a model, there; run config=sft"
+        f" run={folder} first, choose another init_from, or leave init_from empty"
+    )
+
+
+def check_model(run: Run, folder: Path) -> None:
+    """Refuse the weights of a run folder that are of another shape, or of another vocabulary.
+
+    How they are computed with (dtypes, kernels, what is computed again) is each run's own.
+    """
+    model, name = read_model(folder)
+    for key in ARCHITECTURE:
+        there, here = getattr(model, key), getattr(run.model, key)
+        if there != here:
+            raise UserError(
+                f"{folder} holds another model: model.{key} is {show(there)} there and {show(here)} here;"
+                " make them equal"
+            )
+    if name == run.tokenizer:
+        return
+    try:
+        theirs = load_tokenizer(name)
+    except UserError as error:
+        print(f"{folder} was trained with tokenizer={name}, which cannot be compared with this run's ({error})")
+        return
+    if theirs.hf.get_vocab() != load_tokenizer(run.tokenizer).hf.get_vocab():
+        raise UserError(
+            f"{folder} was trained with another vocabulary: tokenizer is {name} there and {run.tokenizer} here;"
+            " make them equal"
+        )
+
+
+def has_checkpoints(run: Run) -> bool:
+    return (Path(run.run) / "checkpoints").is_dir()
+
+
+def abstract_weights(run: Run) -> Params:
+    """Shapes and shardings of a run's weights."""
+    return abstract_like(abstract_params(run.model)[1], param_shardings(run.model, make_mesh(run.mesh)))

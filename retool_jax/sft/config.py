@@ -1,0 +1,41 @@
+"""What a run may set of its cold start."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from retool_jax.errors import UserError
+from retool_jax.fields import CHECKED, Count, Positive
+from retool_jax.learn.config import OptimizerConfig
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SFTConfig:
+    """The cold start: imitation of demonstrations."""
+
+    data: str = "arithmetic"  # or a JSONL or parquet file, or a hub id, with rows of `messages`
+    steps: Count = 1000  # 0 where epochs are set
+    epochs: Count = 0  # passes over `data`; each leaves out the rows that do not fill its last step
+    batch_tokens: Positive = 2048  # tokens of demonstrations per step, on average
+    batch_size: Count = 0  # demonstrations per step; 0: as many as hold batch_tokens on average
+    row_length: Positive = 192  # T of a packed row
+    overlong: Literal["error", "drop"] = "error"  # for rows of `data` longer than row_length: error, or drop
+    warmup_fraction: Annotated[float, Field(ge=0, le=0.99)] = 0.0
+    """Of all steps, and the cosine over the rest; 0: the optimizer's own steps."""
+    rows_per_micro: Positive = 4  # B of a micro-batch
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        if bool(self.steps) == bool(self.epochs):
+            state = "both set" if self.steps else "both 0"
+            raise UserError(
+                f"sft.steps={self.steps} and sft.epochs={self.epochs} are {state}; set one of them, and 0 for the other"
+            )
+        if self.epochs and self.data == "arithmetic":
+            raise UserError(f"sft.epochs={self.epochs}: sft.data=arithmetic has no end; use sft.steps, or other data")
+        if self.warmup_fraction and (self.optimizer.warmup_steps or self.optimizer.decay_steps):
+            raise UserError(
+                f"sft.warmup_fraction={self.warmup_fraction} decides sft.optimizer.warmup_steps and decay_steps; set"
+                " both to 0, or sft.warmup_fraction=0"
+            )

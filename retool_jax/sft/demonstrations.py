@@ -1,0 +1,129 @@
+"""Demonstrations to packed batches: from the miniature or a file, in an order that the seed decides."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from retool_jax.data import arithmetic
+from retool_jax.data.packing import Example, PackedBatch, pack
+from retool_jax.data.sources import read_rows
+from retool_jax.data.traces import BadTrace, messages_of
+from retool_jax.errors import UserError
+from retool_jax.sft.config import SFTConfig
+from retool_jax.tokens.chat import demonstration_ids
+from retool_jax.tokens.protocol import TOOL_SCHEMA
+from retool_jax.tokens.tokenizer import Tokenizer
+
+
+class Demonstrations:
+    """Packed batches of demonstrations; batch i is the same in every run with this config, tools or none, and seed.
+
+    Finite data is read in a new order each epoch, and an epoch has whole steps only: the rows that would not fill the
+    last one wait for another epoch, whose order leaves out others.
+
+    Attributes:
+        per_step: demonstrations in each batch. A fixed number keeps batches a function of the step.
+        steps: batches that the run takes.
+        digest: of finite data, as ids and mask; empty for the miniature.
+        description: finite data in a sentence; empty for the miniature.
+    """
+
+    def __init__(self, sft: SFTConfig, tools: bool, seed: int, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._tools, self._seed, self._config = tokenizer, tools, seed, sft
+        self._finite = None if sft.data == "arithmetic" else read_demonstrations(sft, tokenizer, self._tools)
+        # Its number follows from their mean length, so that runs with shorter ones (text only) see as many tokens, and
+        # cost as much.
+        known = [self._example(i) for i in range(256)] if self._finite is None else self._finite
+        lengths = sorted((len(example.ids) for example in known), reverse=True)
+        self.per_step = sft.batch_size or max(round(sft.batch_tokens / np.mean(lengths)), 1)
+        self.steps, self.digest, self.description = sft.steps, "", ""
+        if self._finite is None:
+            tokens = self.per_step * np.mean(lengths) if sft.batch_size else sft.batch_tokens
+            rows = -(-int(1.5 * tokens) // sft.row_length)
+        else:
+            self._epoch_steps = len(lengths) // self.per_step
+            if not self._epoch_steps:
+                raise UserError(
+                    f"sft.data={sft.data} has {len(lengths)} demonstrations, fewer than the {self.per_step} of one"
+                    " step; lower sft.batch_size or sft.batch_tokens"
+                )
+            self.steps = sft.steps or sft.epochs * self._epoch_steps
+            # Any two rows of a first fit hold more than one row together: a bound for every order, the longest ones
+            # in one batch included.
+            rows = min(self.per_step, 2 * sum(lengths[: self.per_step]) // sft.row_length + 1)
+            self.digest = _digest(self._finite)
+            self.description = (
+                f"{len(lengths):,} demonstrations of {np.mean(lengths):,.0f} tokens on average, {lengths[0]:,} at most;"
+                f" {self.per_step} a step, {self._epoch_steps} steps an epoch"
+            )
+        self._micro_batches = -(-rows // sft.rows_per_micro)
+
+    def at(self, index: int) -> PackedBatch:
+        examples = [self._example(i) for i in self._members(index)]
+        return pack(examples, self._config.row_length, self._config.rows_per_micro, self._micro_batches)
+
+    def _members(self, index: int) -> Sequence[int]:
+        """The demonstrations of batch `index`, by number."""
+        if self._finite is None:
+            return range(index * self.per_step, (index + 1) * self.per_step)
+        epoch, part = divmod(index, self._epoch_steps)
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._finite))
+        return order[part * self.per_step : (part + 1) * self.per_step].tolist()
+
+    def _example(self, index: int) -> Example:
+        if self._finite is not None:
+            return self._finite[index]
+        return to_example(self._tokenizer, arithmetic.demonstration(index, self._tools, self._seed), self._tools)
+
+
+def to_example(tokenizer: Tokenizer, messages: list[dict], tools: bool) -> Example:
+    """A conversation as ids and mask, with RL's tool schema in the prompt where the template shows one."""
+    tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA] if tools else None)
+    return Example(np.asarray(tokens.ids, np.int32), np.asarray(tokens.sampled, bool))
+
+
+def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: bool) -> list[Example]:
+    """All rows of `sft.data` as examples, in their order; those that are too long by the rule of `sft.overlong`.
+
+    Raises:
+        UserError: a row is no conversation, calls a tool in a run without, or is too long; or none is left.
+    """
+    examples, too_long = [], []
+    for number, row in enumerate(read_rows(sft.data, ", or arithmetic"), start=1):
+        where = f"sft.data={sft.data} row {number}"
+        try:
+            messages = messages_of(row)
+        except BadTrace as reason:
+            raise UserError(
+                f"{where}: {reason}; python -m retool_jax.prepare converts rows and drops bad ones"
+            ) from None
+        if not tools and any(turn.get("tool_calls") for turn in messages):
+            raise UserError(
+                f"{where} calls a tool, which tools=none has not; set tools=python, or give data without calls"
+            )
+        example = to_example(tokenizer, messages, tools)
+        if len(example.ids) > sft.row_length:
+            too_long.append((len(example.ids), where))
+        else:
+            examples.append(example)
+    if too_long:
+        length, where = max(too_long)
+        if sft.overlong == "error":
+            raise UserError(
+                f"{where} has {length} tokens, and {len(too_long)} row(s) more than sft.row_length={sft.row_length};"
+                " raise it, or set sft.overlong=drop"
+            )
+        print(f"dropped {len(too_long)} row(s) of sft.data={sft.data} above sft.row_length={sft.row_length} tokens")
+    if not examples:
+        raise UserError(
+            f"sft.data={sft.data} has no rows to learn from; give at least one of at most sft.row_length tokens"
+        )
+    return examples
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        digest.update(np.int32(len(example.ids)).tobytes() + example.ids.tobytes() + example.sampled.tobytes())
+    return digest.hexdigest()
