@@ -14,6 +14,7 @@ import pytest
 from retool_jax import report
 from retool_jax.errors import UserError
 
+ROOT = Path(report.__file__).parents[2]
 HOSTILE = "<script>alert('owned')</script> &amp; <img src=x onerror=alert(1)>"
 
 
@@ -263,11 +264,11 @@ def test_bad_input_is_one_line_with_the_way_out(tmp_path):
 
 def test_the_command_exits_with_2_and_imports_no_jax(tmp_path):
     command = [sys.executable, "-m", "retool_jax.report", f"run={tmp_path}/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(report.__file__).parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr
         == f"error: run folder {tmp_path}/nowhere does not exist; `python -m retool_jax.train config=grpo` makes one\n"
     )
     code = "import sys, retool_jax.report; sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from omegaconf import OmegaConf
 
-from retool_jax.errors import UserError, run_command
+from retool_jax.errors import UserError
 from retool_jax.metrics import (
     METRICS_FILE,
     format_percent,
@@ -522,7 +522,7 @@ def build_page(runs: Sequence[Run]) -> str:
         "number": format_value,
         "mark_boxed": mark_boxed,
     }
-    template = resources.files("retool_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = resources.files("retool_jax.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     accuracy = draw_accuracy(runs)
     panels = [(panel, draw_panel(panel, runs)) for panel in PANELS]
     colours = {light: f"var(--{name})" for name, light in LIGHT.items()}
@@ -585,7 +585,3 @@ def main(words: list[str]) -> None:
         return
     for path in write_report(*parse_words(words)):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-
-
-if __name__ == "__main__":
-    run_command(main)
