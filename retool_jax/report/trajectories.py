@@ -81,21 +81,34 @@ def shown_evaluations(run: Run) -> list[dict]:
     return max(found, key=lambda pair: pair[-1]["step"] - pair[0]["step"] if pair else -1)
 
 
+def outcome(trajectory: dict) -> str:
+    """`right`, `wrong`, or `dropped`: what the machinery ended has no reward, and says nothing about the policy."""
+    if trajectory["reward"] is None:
+        return "dropped"
+    return "right" if trajectory["correct"] else "wrong"
+
+
 def choose_trajectories(path: Path, limit: int) -> list[dict]:
-    """Up to `limit` trajectories of a file, the first right ones and the first wrong ones, half and half if it can."""
-    kept: dict[bool, list] = {True: [], False: []}
+    """Up to `limit` trajectories of a file, the first of each outcome.
+
+    Dropped ones take a tenth of the places, and right and wrong ones share the rest half and half; places that one
+    outcome does not fill go to the others.
+    """
+    kept: dict[str, list] = {"right": [], "wrong": [], "dropped": []}
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 trajectory = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
-            same = kept[bool(trajectory["correct"])]
+            same = kept[outcome(trajectory)]
             if len(same) < limit:
                 same.append((number, trajectory))
-    right, wrong = kept[True], kept[False]
-    wrongs = min(len(wrong), max(limit - limit // 2, limit - len(right)))
-    chosen = sorted(chain(wrong[:wrongs], islice(right, limit - wrongs)), key=lambda item: item[0])
+    right, wrong, dropped = kept.values()
+    dropped = dropped[: max(limit // 10, limit - len(right) - len(wrong))]
+    places = limit - len(dropped)
+    wrongs = min(len(wrong), max(places - places // 2, places - len(right)))
+    chosen = sorted(chain(dropped, wrong[:wrongs], islice(right, places - wrongs)), key=lambda item: item[0])
     return [trajectory for _, trajectory in chosen]
 
 
@@ -115,7 +128,8 @@ def _view(run: Run, evaluation: dict, trajectory: dict, characters: int) -> dict
     share = characters // max(1, len(parts))
     logprobs = [p for p, sampled in zip(trajectory["logprobs"], trajectory["sampled"], strict=True) if sampled]
     return {
-        **{key: trajectory[key] for key in ("id", "problem", "ground_truth", "answer", "correct", "reward", "turns")},
+        **{key: trajectory[key] for key in ("id", "problem", "ground_truth", "answer", "reward", "turns")},
+        "outcome": outcome(trajectory),
         "end": trajectory["end"].replace("_", " "),
         "tokens": trajectory["response_tokens"],
         "run": run.label,
