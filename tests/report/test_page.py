@@ -87,7 +87,12 @@ def test_several_runs_share_one_picture(make_run, tmp_path):
 @pytest.mark.parametrize("end", INFRASTRUCTURE)
 def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, tokenizer, end):
     folder = make_run(tmp_path / "a", "python", 0)
-    lost = Trajectory("dev-0/0", Problem("12 * 34?", "408"), end=end, fault="its worker was lost")
+    lost = Trajectory(
+        "dev-0/0",
+        Problem("dev-0", ({"role": "user", "content": "12 * 34?"},), "408"),
+        end=end,
+        fault="its worker was lost",
+    )
     lost.add("prompt", tokenizer.encode("12 * 34?"))
     lost.add("policy", tokenizer.encode("It is \\boxed{407}"), [-0.5] * len(tokenizer.encode("It is \\boxed{407}")))
     score(tokenizer, [lost])
@@ -99,10 +104,8 @@ def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, 
     facts = page[page.index('<details class="card trajectory"') :]
     assert f"<span>reward <b>-</b></span><span>end <b>{end.replace('_', ' ')}</b></span>" in facts
     assert "wrong" not in facts and "None" not in facts
-    choices = page[page.index('<select name="result"') :]
-    assert choices[: choices.index("</select>")].endswith(
-        '<option value="">all results</option><option>dropped</option>'
-    )
+    choices = page[page.index('<select name="result"') :].partition("</select>")[0]
+    assert choices.endswith('<option value="">all results</option><option>dropped</option>')
 
 
 def test_long_texts_are_cut_in_the_middle(make_run, tmp_path):
