@@ -14,12 +14,13 @@ import numpy as np
 
 from retool_jax.config import load
 from retool_jax.data.arithmetic import demonstration
-from retool_jax.data.packing import Example, pack
+from retool_jax.learn.optimizer import init_state
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import make_update
 from retool_jax.mesh import make_mesh
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.tokenizer import load_tokenizer
-from retool_jax.update import init_state, make_update
 
 
 def main(words: list[str]) -> None:

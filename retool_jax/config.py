@@ -16,13 +16,13 @@ from retool_jax.data.problems import DataConfig
 from retool_jax.engine.engine import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.fields import HIDDEN, defaults_of, describe, flatten, flatten_dict, holds_secret, secret_keys, show
+from retool_jax.learn.config import OptimizerConfig
 from retool_jax.mesh import MeshConfig, check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.huggingface import find_folder
 from retool_jax.rl.loss import ClipConfig
 from retool_jax.rl.rollout import RolloutConfig
 from retool_jax.sandbox import SandboxConfig
-from retool_jax.update import OptimizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them

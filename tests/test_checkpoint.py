@@ -17,9 +17,10 @@ import tensorstore as ts
 
 from retool_jax.checkpoint import Checkpoints, abstract_like, damaged_file, write_digests
 from retool_jax.errors import UserError
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import TrainState, init_state, state_shardings
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.update import OptimizerConfig, TrainState, init_state, state_shardings
 
 MODEL = ModelConfig(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16

@@ -14,10 +14,10 @@ from retool_jax import config, train
 from retool_jax.config import RLRun, SFTRun, load
 from retool_jax.errors import UserError
 from retool_jax.fields import flatten, show
+from retool_jax.learn.optimizer import init_state, state_shardings
 from retool_jax.mesh import AXES, MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.run_folder import claim_folder
-from retool_jax.update import init_state, state_shardings
 
 
 def error_of(*words: str) -> str:

@@ -13,13 +13,13 @@ from retool_jax import config as configs
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.convert import compare, convert, main
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import init_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
 from retool_jax.models.huggingface import load_params
 from retool_jax.models.transformer import Params
 from retool_jax.run_folder import claim_folder
 from retool_jax.sft.loop import load_weights
-from retool_jax.update import init_state
 
 SIZES = ("hidden_size=32", "intermediate_size=48", "num_heads=2", "num_kv_heads=1", "head_dim=16")
 

@@ -17,11 +17,13 @@ from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
 from retool_jax.config import RLRun
 from retool_jax.data.arithmetic import SPLITS
-from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import TrainState, begin_from, fresh_state, state_shardings
+from retool_jax.learn.packing import Example, PackedBatch, pack
+from retool_jax.learn.step import Update, make_update
 from retool_jax.mesh import check_rows
 from retool_jax.metrics import METRICS_FILE, MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
@@ -45,7 +47,6 @@ from retool_jax.sft.loop import (
 from retool_jax.sft.loop import train as train_cold_start
 from retool_jax.tokens.protocol import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import TrainState, Update, begin_from, fresh_state, make_update, state_shardings
 
 SUMMARY = "summary.json"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from retool_jax.data.packing import PackedBatch
-from retool_jax.update import TokenLoss, TokenTerms
+from retool_jax.learn.packing import PackedBatch
+from retool_jax.learn.step import TokenLoss, TokenTerms
 
 
 @dataclass(frozen=True)

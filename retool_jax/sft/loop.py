@@ -14,11 +14,14 @@ from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
 from retool_jax.config import SFTConfig, SFTRun
 from retool_jax.data import arithmetic
-from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.fields import show
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import TrainState, begin_from, init_state, param_shardings, state_shardings
+from retool_jax.learn.packing import Example, PackedBatch, pack
+from retool_jax.learn.step import TokenTerms, make_update
 from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
@@ -29,16 +32,6 @@ from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import (
-    OptimizerConfig,
-    TokenTerms,
-    TrainState,
-    begin_from,
-    init_state,
-    make_update,
-    param_shardings,
-    state_shardings,
-)
 
 
 def imitation_loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retool_jax.data.packing import Example, pack
 from retool_jax.engine.engine import Engine, EngineConfig, Turn, Turns
 from retool_jax.engine.layouts import sizes
 from retool_jax.engine.pages import OutOfPages
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import param_shardings
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.transformer import forward, init_params, logits
-from retool_jax.update import param_shardings, token_logprobs
 
 ROOM = 96
 CONFIG = EngineConfig(

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.data.packing import Example, pack
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
-from retool_jax.update import token_logprobs
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import token_logprobs
 
 ROOM = 96
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from retool_jax.data.packing import PackedBatch
+from retool_jax.learn.packing import PackedBatch
 from retool_jax.rl.loss import ClipConfig, clipped_policy_loss, policy_token_loss
 
 CLIP = ClipConfig(low=0.2, high=0.28, dual=3.0)

@@ -14,6 +14,7 @@ from retool_jax.checkpoint import Checkpoints
 from retool_jax.config import load
 from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import learning_rate
 from retool_jax.metrics import read_metrics
 from retool_jax.models.huggingface import save_params
 from retool_jax.models.transformer import init_params
@@ -28,7 +29,6 @@ from retool_jax.sft.loop import (
     train,
 )
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import learning_rate
 
 TINY = ["mesh.data=1", "mesh.fsdp=8", "sft.rows_per_micro=8", "model.hidden_size=32", "model.intermediate_size=48"]
 

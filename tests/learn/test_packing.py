@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retool_jax.data.packing import Example, first_fit, pack
 from retool_jax.errors import UserError
+from retool_jax.learn.packing import Example, first_fit, pack
 
 
 def example(length: int, first: int) -> Example:

@@ -14,24 +14,14 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from retool_jax.data.packing import Example, PackedBatch, pack
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import TrainState, fresh_state, make_optimizer, state_shardings
+from retool_jax.learn.packing import Example, PackedBatch, pack
+from retool_jax.learn.step import TokenTerms, loss_and_gradient, make_update, token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, Weight
+from retool_jax.models.transformer import Params
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
-from retool_jax.update import (
-    OptimizerConfig,
-    TokenTerms,
-    TrainState,
-    begin_from,
-    fresh_state,
-    learning_rate,
-    loss_and_gradient,
-    make_optimizer,
-    make_update,
-    state_shardings,
-    token_logprobs,
-)
 
 CLIP = ClipConfig(dual=1.5)
 LOSS = policy_token_loss(CLIP)
@@ -266,64 +256,3 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(model, params, mesh, 
     assert len(compiles) == known
     assert int(state.step) == 2 and jax.tree.leaves(old.params)[0].is_deleted()
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
-
-
-def alive() -> int:
-    """Bytes of all arrays that anyone refers to."""
-    return sum(x.nbytes for x in jax.live_arrays())
-
-
-def test_weights_that_training_begins_from_are_there_once(model, params):
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
-    copied = jax.tree.map(np.array, params)  # the others' weights must not be the buffers that are consumed
-    given = jax.device_put(copied, state_shardings(model, OPTIMIZER, mesh).params)
-    size, before = sum(x.nbytes for x in jax.tree.leaves(given)), alive()
-    state = begin_from(given, model, OPTIMIZER, mesh)  # which the caller still has
-    assert 2 * size <= alive() - before < 2.01 * size, "two moments, and no second copy of the weights"
-    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert all(x.is_deleted() for x in jax.tree.leaves(given))
-
-
-def test_weight_decay_acts_on_matrices_and_on_nothing_else(params):
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(zeros, params)
-    decayed = set()
-
-    def check(path: tuple, weight: Weight, update: Weight) -> None:
-        name = path[-1].key
-        if np.asarray(update[...]).any():
-            decayed.add(name)
-            np.testing.assert_allclose(update[...], -0.05 * weight[...], rtol=1e-5)
-
-    jax.tree_util.tree_map_with_path(check, params, updates, is_leaf=lambda x: isinstance(x, Weight))
-    assert decayed == {"embedding", "q", "k", "v", "o", "gate", "up", "down"}
-
-
-def test_the_gradient_is_clipped_by_its_global_norm(params):
-    optimizer = make_optimizer(OptimizerConfig(max_grad_norm=0.5))
-    update = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
-    for size in (0.01, 10.0):
-        gradient = jax.tree.map(lambda x: x * size / optax.tree.norm(params), params)  # noqa: B023
-        _, opt_state = update(gradient, params)
-        norm = optax.tree.norm(first_moment(TrainState(0, params, opt_state))) / (1 - OptimizerConfig.b1)
-        np.testing.assert_allclose(norm, min(size, 0.5), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("config", "values"),
-    [
-        (OptimizerConfig(2.0), {0: 2.0, 1: 2.0, 1000: 2.0}),
-        (OptimizerConfig(2.0, warmup_steps=1), {0: 2.0, 1: 2.0}),
-        (OptimizerConfig(2.0, warmup_steps=4), {0: 0.5, 1: 1.0, 2: 1.5, 3: 2.0, 4: 2.0, 99: 2.0}),
-        (OptimizerConfig(2.0, decay_steps=10), {0: 2.0, 5: 1.1, 10: 0.2, 11: 0.2}),
-        (
-            OptimizerConfig(2.0, warmup_steps=4, decay_steps=10, final_fraction=0.5),
-            {0: 0.5, 3: 2.0, 4: 2.0, 9: 1.5, 14: 1.0, 500: 1.0},
-        ),
-    ],
-)
-def test_learning_rate_at_its_edges(config, values):
-    schedule = learning_rate(config)
-    np.testing.assert_allclose([schedule(step) for step in values], list(values.values()), rtol=1e-6)
