@@ -36,16 +36,33 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) on clipped gradients; weight decay acts on matrices only, not on norms and biases."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=_is_weight),
-        ),
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=_is_weight),
     )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), stored_in(config.moment_dtype, adamw))
+
+
+def stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation with its moments kept in `dtype` between steps; they are computed in fp32.
+
+    The state has the structure of the inner one's. What is no float, such as a count of steps, keeps its type.
+    """
+
+    def cast(state: optax.OptState, dtype: str) -> optax.OptState:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def init(params: Params) -> optax.OptState:
+        return cast(inner.init(params), dtype)
+
+    def update(gradient: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        updates, state = inner.update(gradient, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _is_weight(x: object) -> bool:

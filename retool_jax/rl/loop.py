@@ -22,8 +22,8 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import TrainState, begin_from, fresh_state, state_shardings
-from retool_jax.learn.packing import Example, PackedBatch, pack
-from retool_jax.learn.step import Update, make_update
+from retool_jax.learn.packing import Batch, Example, pack
+from retool_jax.learn.step import Outputs, Step, make_step
 from retool_jax.mesh import check_rows
 from retool_jax.metrics import METRICS_FILE, MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
@@ -61,7 +61,7 @@ class Session:
     problems: dict[str, Problems]
     box: Sandbox | None
     engine: Engine
-    update: Update
+    update: Step
     checkpoints: Checkpoints
     log: MetricsLog
     bar: Progress
@@ -119,7 +119,12 @@ async def train(run: RLRun) -> None:
             problems=problems,
             box=box,
             engine=Engine(run.model, run.engine, state.params, mesh, stop_ids(run, tokenizer), run.seed),
-            update=make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature),
+            update=make_step(
+                Outputs(run.model, temperature=run.rl.temperature),
+                policy_token_loss(run.rl.clip),
+                run.rl.optimizer,
+                mesh,
+            ),
             checkpoints=checkpoints,
             log=stack.enter_context(MetricsLog(folder, start)),
             bar=stack.enter_context(Progress("RL", run.rl.steps, start or 0)),
@@ -287,7 +292,7 @@ def learnable_groups(trajectories: Sequence[Trajectory], group_size: int) -> lis
     return groups
 
 
-def batches_of(run: RLRun, groups: list[list[Example]]) -> list[PackedBatch]:
+def batches_of(run: RLRun, groups: list[list[Example]]) -> list[Batch]:
     """One packed batch per optimiser step; every one has the same shape, so one compiled update serves all."""
     rl = run.rl
     rows = rl.prompts_per_step // rl.minibatches * rl.group_size  # at worst each trajectory fills a row
@@ -296,7 +301,7 @@ def batches_of(run: RLRun, groups: list[list[Example]]) -> list[PackedBatch]:
     return [pack(examples, rl.row_length, rl.rows_per_micro, limit) for examples in dealt if examples]
 
 
-def learn(update: Update, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+def learn(update: Step, state: TrainState, batches: list[Batch]) -> tuple[TrainState, dict[str, float]]:
     """One optimiser step per batch; returns their mean metrics.
 
     The first batch is updated with the weights that sampled it, so there the difference between the engine's and

@@ -116,7 +116,7 @@ class Trajectory:
 
     def example(self, advantage: float) -> Example:
         """The trajectory as training data."""
-        return Example(self.ids, self.sampled, self.logprobs, advantage)
+        return Example(self.ids, self.sampled, {"old_logprobs": self.logprobs, "advantages": advantage})
 
     def record(self, tokenizer: Tokenizer, **extra: object) -> dict:
         """A JSON-ready record with everything that is needed to read, check or replay the trajectory."""

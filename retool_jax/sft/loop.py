@@ -20,8 +20,8 @@ from retool_jax.errors import UserError
 from retool_jax.fields import show
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import TrainState, begin_from, init_state, param_shardings, state_shardings
-from retool_jax.learn.packing import Example, PackedBatch, pack
-from retool_jax.learn.step import TokenTerms, make_update
+from retool_jax.learn.packing import Batch, Example, pack
+from retool_jax.learn.step import Columns, Outputs, TokenTerms, make_step
 from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
@@ -34,9 +34,9 @@ from retool_jax.tokens.protocol import TOOL_SCHEMA
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
-def imitation_loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
+def imitation_loss(outputs: Columns, batch: Batch) -> TokenTerms:
     """Negative log-likelihood of the demonstrated policy's tokens."""
-    return TokenTerms(-logprobs, {})
+    return TokenTerms(-outputs["logprobs"], {})
 
 
 def train(run: SFTRun, wait: bool = False) -> TrainState:
@@ -69,7 +69,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         write_config(run)
         if start >= steps:
             return state
-        update = make_update(run.model, optimizer, imitation_loss, mesh)
+        update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         log = stack.enter_context(MetricsLog(folder, start or None))
         bar = stack.enter_context(Progress("cold start", steps, start))
@@ -271,7 +271,7 @@ class Demonstrations:
             )
         self._micro_batches = -(-rows // sft.rows_per_micro)
 
-    def at(self, index: int) -> PackedBatch:
+    def at(self, index: int) -> Batch:
         examples = [self._example(i) for i in self._members(index)]
         return pack(examples, self._config.row_length, self._config.rows_per_micro, self._micro_batches)
 

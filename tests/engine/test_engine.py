@@ -484,11 +484,11 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
         assert ((turns.logprobs > turns.plain_logprobs + 1e-3).any()) == ("top_k" in how)
         sampled = [False] * 2 + [True] * 40
         examples = [
-            Example(prompts[row] + turns.tokens[row].tolist(), sampled, np.r_[0.0, 0.0, turns.plain_logprobs[row]])
-            for row in range(4)
+            Example(prompts[row] + turns.tokens[row].tolist(), sampled, {"old_logprobs": np.r_[0.0, 0.0, plain]})
+            for row, plain in enumerate(turns.plain_logprobs)
         ]
         batch = pack(examples, 48, 4, 1)
-        rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+        rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
         ours, entropy = compute(batch=rows, temperature=how["temperature"] or 1.0)
         assert rows.sampled.sum() == 160 and np.isfinite(entropy).all()
-        assert np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled].max() <= 1e-4
+        assert np.abs(np.asarray(ours) - rows.columns["old_logprobs"])[rows.sampled].max() <= 1e-4

@@ -1,13 +1,23 @@
 """The optimiser's schedule, its decay and its clip, and the state that training begins with."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from retool_jax.errors import UserError
 from retool_jax.learn.config import OptimizerConfig
-from retool_jax.learn.optimizer import TrainState, begin_from, learning_rate, make_optimizer, state_shardings
+from retool_jax.learn.optimizer import (
+    TrainState,
+    begin_from,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    state_shardings,
+)
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.transformer import Params, Weight
 
@@ -82,3 +92,73 @@ def test_the_gradient_is_clipped_by_its_global_norm(params):
 def test_learning_rate_at_its_edges(config, values):
     schedule = learning_rate(config)
     np.testing.assert_allclose([schedule(step) for step in values], list(values.values()), rtol=1e-6)
+
+
+def plain_adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What the optimiser is in optax's own words; its moments are of the weights' type."""
+    matrices = {"embedding", "q", "k", "v", "o", "gate", "up", "down"}
+
+    def mask(params: Params) -> Params:
+        def is_matrix(path: tuple, weight: Weight) -> Weight:
+            return weight.replace(path[-1].key in matrices)
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params, is_leaf=lambda x: isinstance(x, Weight))
+
+    adamw = optax.adamw(learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def two_updates(optimizer: optax.GradientTransformation, params: Params) -> tuple[Params, optax.OptState]:
+    rng = np.random.default_rng(0)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for _ in range(2):
+        gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_moments_in_fp32_are_those_of_plain_adamw_bit_by_bit(params):
+    ours, theirs = (two_updates(make(OPTIMIZER), params) for make in (make_optimizer, plain_adamw))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_are_kept_in_their_own_type(params, weights, dtype):
+    config = dataclasses.replace(OPTIMIZER, moment_dtype=dtype)
+    params = jax.tree.map(lambda x: x.astype(weights), params)
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(optimizer.init, params)
+    _, after = jax.eval_shape(optimizer.update, params, state, params)
+    floats = [x.dtype.name for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats == [dtype] * 2 * len(jax.tree.leaves(params))
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(after)]
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+
+
+def test_moments_in_bf16_lead_to_nearly_the_same_weights(params):
+    ours, theirs = (
+        two_updates(make_optimizer(dataclasses.replace(OPTIMIZER, moment_dtype=dtype)), params)[0]
+        for dtype in ("bfloat16", "float32")
+    )
+    for x, y, before in zip(*map(jax.tree.leaves, (ours, theirs, params)), strict=True):
+        np.testing.assert_allclose(x - before, y - before, rtol=0.03, atol=2e-5)
+
+
+def test_a_state_with_moments_in_bf16_lies_on_a_mesh(model):
+    config, mesh = dataclasses.replace(OPTIMIZER, moment_dtype="bfloat16"), make_mesh(MeshConfig(1, 4, 2))
+    state = jax.eval_shape(lambda: init_state(model, config, mesh, 0))
+    shardings = state_shardings(model, config, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(shardings)
+    assert jax.tree.leaves(shardings) == jax.tree.leaves(state_shardings(model, OPTIMIZER, mesh))
+
+
+@pytest.mark.parametrize("name", ["gradient_dtype", "moment_dtype"])
+def test_a_type_that_is_none_is_refused(name):
+    with pytest.raises(UserError, match=rf"optimizer.{name}=float16 is not one of: float32, bfloat16"):
+        OptimizerConfig(**{name: "float16"})

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import TrainState, fresh_state, make_optimizer, state_shardings
-from retool_jax.learn.packing import Example, PackedBatch, pack
-from retool_jax.learn.step import TokenTerms, loss_and_gradient, make_update, token_logprobs
+from retool_jax.learn.packing import Batch, Example, pack
+from retool_jax.learn.step import Columns, Outputs, TokenTerms, loss_and_gradient, make_step, token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import Params
@@ -47,12 +47,13 @@ def examples(model, fresh_logits) -> list[Example]:
         # Old log-probabilities near the new ones, so that some ratios are inside the bounds and some beyond.
         new = np.asarray(jax.nn.log_softmax(values[:-1] / TEMPERATURE))[np.arange(length - 1), ids[1:]]
         old = np.r_[0.0, new] + rng.normal(0, 0.3, length)
-        made.append(Example(ids.tolist(), sampled, np.where(sampled, old, 0.0), float(rng.normal())))
+        columns = {"old_logprobs": np.where(sampled, old, 0.0), "advantages": float(rng.normal())}
+        made.append(Example(ids.tolist(), sampled, columns))
     return made
 
 
 def gradients(model: ModelConfig, loss: Callable = LOSS) -> Callable:
-    return jax.jit(partial(loss_and_gradient, model, loss, temperature=TEMPERATURE))
+    return jax.jit(partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), loss))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def compute(model) -> Callable:
 
 
 @pytest.fixture(scope="module")
-def batch(examples) -> PackedBatch:
+def batch(examples) -> Batch:
     """8 rows of one micro-batch: what every mesh of 8 devices can split."""
     return pack(examples, 48, 8, 1)
 
@@ -110,14 +111,14 @@ def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, exp
         for t in np.flatnonzero(example.sampled):
             tokens += 1
             new = logs[t - 1, example.ids[t]] if t else 0.0  # nothing predicts a first token
-            ratio, A = np.exp(new - example.logprobs[t]), example.advantage
+            ratio, A = np.exp(new - example.columns["old_logprobs"][t]), example.columns["advantages"]
             bound = np.clip(ratio, 1 - CLIP.low, 1 + CLIP.high)
             loss = max(-ratio * A, -bound * A)
             loss = min(loss, -CLIP.dual * A) if A < 0 else loss
             total["loss"] += loss
             total["entropy"] += -(np.exp(logs[t - 1]) * logs[t - 1]).sum() if t else 0.0
             total["clip_fraction"] += not np.isclose(loss, -ratio * A)
-            total["logprob_diff_mean"] += abs(new - example.logprobs[t])
+            total["logprob_diff_mean"] += abs(new - example.columns["old_logprobs"][t])
     assert 0.05 < total["clip_fraction"] / tokens < 0.95
     assert_same_metrics({key: value / tokens for key, value in total.items()}, expected[1], rtol=1e-4)
 
@@ -141,19 +142,16 @@ def test_packing_and_micro_batches_do_not_change_the_gradient(
 
 def test_tokens_that_were_not_sampled_have_no_effect(model, params, batch, compute, expected):
     """Whatever stands beside them, and whatever the loss makes of them: gradient and metrics are the same bits."""
-    garbage = batch._replace(
-        logprobs=np.where(batch.sampled, batch.logprobs, np.nan),
-        advantages=np.where(batch.sampled, batch.advantages, 1e30),
-    )
-    results = [compute(params, garbage)]
-    garbage = batch._replace(advantages=np.where(batch.sampled, batch.advantages, np.nan))
-    results.append(compute(params, garbage))
+    results = []
+    for noise in ({"old_logprobs": np.nan, "advantages": 1e30}, {"old_logprobs": 0.0, "advantages": np.nan}):
+        columns = {name: np.where(batch.sampled, x, np.float32(noise[name])) for name, x in batch.columns.items()}
+        results.append(compute(params, batch._replace(columns=columns)))
     for gradient, metrics in results:
         jax.tree.map(np.testing.assert_array_equal, gradient, expected[0])
         jax.tree.map(np.testing.assert_array_equal, metrics, expected[1])
 
-    def loud(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
-        terms = LOSS(logprobs, entropy, batch)
+    def loud(outputs: Columns, batch: Batch) -> TokenTerms:
+        terms = LOSS(outputs, batch)
         noise = jnp.where(batch.sampled, 1.0, jnp.nan)
         return TokenTerms(terms.loss * noise, {key: x * noise for key, x in terms.metrics.items()})
 
@@ -169,7 +167,7 @@ def test_a_batch_without_sampled_tokens_is_a_gradient_of_zero(params, batch, com
 
 def test_logprobs_of_a_segment_do_not_see_the_one_before(model, params, examples):
     batch = pack(examples, 96, 4, 1)
-    rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+    rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
     for values in token_logprobs(model, params, rows, 1.0):
         first = (rows.positions == 0) | (rows.segments == 0)
         assert not np.asarray(values)[first].any() and np.asarray(values)[~first].all()
@@ -181,10 +179,10 @@ def one_step(model, params, mesh, batch) -> tuple[Callable, TrainState, dict[str
     return update, jax.device_get(state), metrics
 
 
-def step_on(mesh: Mesh, model: ModelConfig, params: Params, batch: PackedBatch) -> tuple:
+def step_on(mesh: Mesh, model: ModelConfig, params: Params, batch: Batch) -> tuple:
     """One update on a mesh; returns the update, the new state and the metrics."""
     state = place(fresh_state(params, OPTIMIZER), model, mesh)
-    update = make_update(model, OPTIMIZER, LOSS, mesh, TEMPERATURE)
+    update = make_step(Outputs(model, temperature=TEMPERATURE), LOSS, OPTIMIZER, mesh)
     return update, *update(state, batch)
 
 
@@ -252,7 +250,51 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(model, params, mesh, 
 
     old = place(state, model, mesh)
     known = len(compiles)
-    state, metrics = update(old, batch._replace(advantages=-batch.advantages))
+    columns = batch.columns | {"advantages": -batch.columns["advantages"]}
+    state, metrics = update(old, batch._replace(columns=columns))
     assert len(compiles) == known
     assert int(state.step) == 2 and jax.tree.leaves(old.params)[0].is_deleted()
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
+
+
+def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def test_a_step_can_be_lowered_without_weights_or_tokens(model, params, mesh, batch, one_step):
+    step, state, metrics = one_step
+    shapes = jax.tree.map(abstract, fresh_state(params, OPTIMIZER)), jax.tree.map(abstract, batch)
+    compiled = step.lower(*shapes).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > sum(x.nbytes for x in jax.tree.leaves(state))
+    _, ours = compiled(place(fresh_state(params, OPTIMIZER), model, mesh), batch)
+    assert_same_metrics(ours, metrics)
+
+
+def test_outputs_are_the_ones_that_were_asked_for(model, params, batch):
+    def watch(outputs: Columns, batch: Batch) -> TokenTerms:
+        assert outputs.keys() == {"logprobs"}
+        return TokenTerms(-outputs["logprobs"], {})
+
+    outputs = Outputs(model, ("logprobs",))
+    _, metrics = jax.eval_shape(partial(loss_and_gradient, outputs, watch), params, batch)
+    assert metrics.keys() == {"loss"}
+    with pytest.raises(ValueError, match=r"\['values'\] are not known; there are: logprobs, entropy"):
+        Outputs(model, ("logprobs", "values"))
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_is_of_its_own_type(model, params, batch, weights, dtype):
+    params = jax.tree.map(lambda x: x.astype(weights), params)
+    compute = partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), LOSS, dtype=dtype)
+    gradient, metrics = jax.eval_shape(compute, params, batch)
+    assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {dtype}
+    assert {x.dtype.name for x in jax.tree.leaves(metrics)} == {"float32"}
+
+
+def test_a_gradient_in_bf16_is_that_in_fp32_to_its_precision(model, params, examples, expected):
+    compute = partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), LOSS, dtype="bfloat16")
+    gradient, metrics = jax.jit(compute)(params, pack(examples, 48, 1))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)
+    assert 1e-5 < largest_difference(rounded, expected[0]) < 0.02
+    assert_same_metrics(metrics, expected[1])

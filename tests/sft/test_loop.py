@@ -111,7 +111,7 @@ def test_the_mask_covers_words_calls_and_ends_of_turns_and_nothing_else(data, to
             call = f'{{"name": "code_interpreter", "arguments": {{"code": "print({number} * {number})"}}}}'
             turn = f"I compute:\n<tool_call>\n{call}\n</tool_call><|im_end|>"
             assert said == turn * ((number - 100) % 4) + f"It is \\boxed{{{number**2}}}.<|im_end|>"
-    assert not batch.sampled[batch.segments == 0].any() and not batch.advantages[~batch.sampled].any()
+    assert not batch.sampled[batch.segments == 0].any() and not batch.columns
 
 
 def test_the_batch_follows_from_tokens_where_no_size_is_given(data, tokenizer):
