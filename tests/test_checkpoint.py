@@ -1,5 +1,6 @@
 """Checkpoints come back bit by bit, or say why not; a full disk costs none that was there."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -78,6 +79,18 @@ def test_a_state_comes_back_bit_by_bit(saved, mesh):
     assert notes == {"seconds": {"update": 0.1 * 3}}
     moments = jax.tree.leaves(state.opt_state)
     assert len(moments) > 2 * len(jax.tree.leaves(state.params)) and all(np.any(np.asarray(x)) for x in moments)
+
+
+def test_moments_in_bf16_come_back_bit_by_bit(tmp_path, mesh):
+    config = dataclasses.replace(OPTIMIZER, moment_dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: init_state(MODEL, config, mesh, 0))
+    halves = abstract_like(shapes, state_shardings(MODEL, config, mesh))
+    state = jax.tree.map(lambda x, y: x.astype(y.dtype), state_of(mesh, 3), halves)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(3, state, {})
+    assert_equal(checkpoints.restore(3, halves)[0], state)
+    checkpoints.close()
+    assert {x.dtype.name for x in jax.tree.leaves(halves)} == {"float32", "bfloat16", "int32"}
 
 
 def test_the_last_ones_are_kept(saved):

@@ -1,6 +1,9 @@
 """The optimiser's schedule, its decay and its clip, and the state that training begins with."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +165,8 @@ def test_a_state_with_moments_in_bf16_lies_on_a_mesh(model):
 def test_a_type_that_is_none_is_refused(name):
     with pytest.raises(UserError, match=rf"optimizer.{name}=float16 is not one of: float32, bfloat16"):
         OptimizerConfig(**{name: "float16"})
+
+
+def test_what_a_run_may_set_of_it_is_known_without_jax():
+    code = "import sys, retool_jax.learn.config; sys.exit(bool({'jax', 'optax'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
