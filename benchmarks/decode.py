@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from retool_jax.engine.engine import Engine, Turn
+from retool_jax.learn.optimizer import init_state
 from retool_jax.mesh import make_mesh
 from retool_jax.run.load import load
 from retool_jax.tokens.tokenizer import load_tokenizer
-from retool_jax.update import init_state
 
 
 def main(words: list[str]) -> None:

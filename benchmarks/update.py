@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from retool_jax.data.arithmetic import demonstration
-from retool_jax.data.packing import Example, pack
+from retool_jax.learn.optimizer import init_state
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import Outputs, make_step
 from retool_jax.mesh import make_mesh
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.run.load import load
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.tokenizer import load_tokenizer
-from retool_jax.update import init_state, make_update
 
 
 def main(words: list[str]) -> None:
@@ -30,11 +31,11 @@ def main(words: list[str]) -> None:
     examples = []
     for index in range(options["trajectories"]):
         tokens = demonstration_ids(tokenizer, demonstration(index, tools=True))
-        examples.append(Example(tokens.ids, tokens.sampled, [-1.0] * len(tokens.ids), advantage=(-1.0) ** index))
+        examples.append(Example(tokens.ids, tokens.sampled, {"old_logprobs": -1.0, "advantages": (-1.0) ** index}))
     batch = pack(examples, run.rl.row_length, run.rl.rows_per_micro)
     tokens = int((batch.segments > 0).sum())
     state = init_state(run.model, run.rl.optimizer, mesh, seed=0)
-    update = make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh)
+    update = make_step(Outputs(run.model), policy_token_loss(run.rl.clip), run.rl.optimizer, mesh)
     state, _ = jax.block_until_ready(update(state, batch))  # compiles
     wall, cpu = [], []
     for _ in range(options["repeats"]):

@@ -1,78 +1,128 @@
-"""Checkpoints: the whole train state and the run's own notes, one folder per step, complete or not there."""
+"""Checkpoints: the whole train state and the run's own notes, one folder per step, complete or not there.
 
-import gc
+A folder is a path of this machine or an address such as gs://bucket/run (`etils.epath`; the latter needs gcsfs).
+"""
+
+import copy
 import json
 import logging
+import os
 import re
 import shutil
-import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
 from retool_jax.errors import UserError
 
-absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every file it touches
-logging.getLogger("orbax").setLevel(logging.ERROR)
+# Orbax reports every file it touches, and every error several times before it raises it.
+absl_logging.set_verbosity(absl_logging.FATAL)
+logging.getLogger("orbax").setLevel(logging.CRITICAL)
 
 # Items of a checkpoint, a folder each. Weights have one of their own, so that who wants them alone reads no moments.
 PARAMS, REST, NOTES = "params", "rest", "notes"
 WHOLE = "state"  # in the place of the first two in older checkpoints
 PATIENCE_S = 30.0  # with a thread of a save that failed
+LONGEST_SAVE_S = 4 * 3600
 DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
 
 
 class Checkpoints:
     """The last `keep` checkpoints of a run. A save is atomic: killed half-way, it is swept at the next start.
 
-    With `keep=None` they are another run's, there to be read: nothing is made, kept or swept.
+    A save goes on in threads after `save` has returned, one save at a time. Whatever asks for checkpoints waits for
+    it, and the next call of any method tells what it met. With `keep=None` the checkpoints are another run's, there to
+    be read: nothing is made, kept or swept.
     """
 
-    def __init__(self, folder: Path, keep: int | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: epath.PathLike, keep: int | None) -> None:
+        self.folder = epath.Path(folder)
         if keep is not None and jax.process_index() == 0:
-            _sweep(folder, "*")  # orbax leaves one that was killed between its last file and its new name
+            _sweep(self.folder, "*")  # orbax leaves one that was killed between its last file and its new name
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=keep is not None,
+            # Folders are made before `save` returns: where a thread could not make them, others would wait for it.
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=LONGEST_SAVE_S, create_directories_asynchronously=False
+            ),
             cleanup_tmp_directories=keep is not None,
             read_only=keep is None,
             create=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(_absolute(self.folder), options=options, handler_registry=_handlers())
+        self._step = -1  # of the last save
+        self._thread: threading.Thread | None = None  # sees that save to its end
+        self._failure: Exception | None = None  # what it met
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
+        self.wait()
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, notes: dict) -> None:
         """Write the train state (a NamedTuple with `params`) and `notes` (JSON) as checkpoint `step`.
 
+        Returns when both are copied, so that an update may consume the state; they are written meanwhile.
+
         Raises:
-            UserError: the disk is full or refuses; the checkpoints before stay as they are.
+            UserError: the disk is full or refuses, now or at the save before; complete checkpoints stay as they are.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonSave(notes)})
-        needed, free = (x / 1e6 for x in (_bytes(state), shutil.disk_usage(self.folder).free))
-        reason = f"it takes up to {needed:.1f} MB, the disk has {free:.1f} MB left" if free < needed else None
-        if reason is None:
-            _, reason = _attempt(lambda: self._manager.save(step, args=arguments, force=True))
-        if reason is not None:
-            _sweep(self.folder, str(step))  # what is there of it takes the room that is missing
-            last = self.latest()
-            kept = "no checkpoint exists yet" if last is None else f"checkpoint {last} is intact"
-            raise UserError(
-                f"cannot save checkpoint {step} in {self.folder} ({reason}); {kept};"
-                " make room and start the same command again"
-            )
-        write_digests(self.folder / str(step), jax.process_index())
+        self.wait()
+        if reason := _too_little_room(self.folder, state):
+            raise self._refusal(step, reason)
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(_copied(state)).items()}
+        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonSave(copy.deepcopy(notes))})
+        self._step = step
+        try:
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:
+            self._failure = error
+            self.wait()
+        self._thread = threading.Thread(target=self._finish, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def _finish(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+            write_digests(self.folder / str(self._step), jax.process_index())
+        except Exception as error:
+            self._failure = error
+
+    def wait(self) -> None:
+        """Return when the last save is complete.
+
+        Raises:
+            UserError: it failed; told once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is None:
+            return
+        reason, self._failure = _reason(self._failure), None
+        with suppress(Exception):  # the manager tells each thread once
+            self._manager.wait_until_finished()
+        _join_threads()
+        _sweep(self.folder, str(self._step))  # what is there of it takes the room that is missing
+        self._manager.reload()  # it has forgotten those that the failed one was to replace
+        raise self._refusal(self._step, reason)
+
+    def _refusal(self, step: int, reason: str) -> UserError:
+        last = self._manager.latest_step()
+        kept = "no checkpoint exists yet" if last is None else f"checkpoint {last} is intact"
+        return UserError(
+            f"cannot save checkpoint {step} in {self.folder} ({reason}); {kept};"
+            " make room and start the same command again"
+        )
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict]:
         """The train state and notes of checkpoint `step`; `like` gives shapes and shardings.
@@ -80,10 +130,11 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is corrupt, or that of another model.
         """
+        self.wait()
         if (self.folder / str(step) / WHOLE).is_dir():
-            restored = self._restore(step, {WHOLE: like})
+            restored = self._read(step, {WHOLE: like})
             return restored[WHOLE], restored[NOTES]
-        restored = self._restore(step, _items(like))
+        restored = self._read(step, _items(like))
         return type(like)(params=restored[PARAMS], **restored[REST]), restored[NOTES]
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, dict]:
@@ -92,42 +143,45 @@ class Checkpoints:
         Raises:
             UserError: as `restore`.
         """
-        whole = self.folder.absolute() / str(step) / WHOLE
-        if not whole.is_dir():
-            restored = self._restore(step, {PARAMS: like})
-            return restored[PARAMS], restored[NOTES]
-        tree = {PARAMS: like}
-        shardings = ocp.checkpoint_utils.construct_restore_args(tree)
-        part = ocp.args.PyTreeRestore(item=tree, restore_args=shardings, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            params = self._read(step, [WHOLE], lambda: reader.restore(whole, args=part))[PARAMS]
-        return params, self._restore(step, {})[NOTES]
+        self.wait()
+        if (self.folder / str(step) / WHOLE).is_dir():
+            restored = self._read(step, {WHOLE: {PARAMS: like}}, partial_restore=True)
+            return restored[WHOLE][PARAMS], restored[NOTES]
+        restored = self._read(step, {PARAMS: like})
+        return restored[PARAMS], restored[NOTES]
 
-    def _restore(self, step: int, like: dict[str, Any]) -> Any:
-        """Items of a checkpoint by their names, and its notes."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()})
-        return self._read(step, [*items, NOTES], lambda: self._manager.restore(step, args=arguments))
-
-    def _read(self, step: int, items: Sequence[str], read: Callable[[], Any]) -> Any:
-        """What `read` returns of these items, after their files were found to be as they were written."""
+    def _read(self, step: int, like: dict[str, Any], **how: bool) -> Any:
+        """Items of a checkpoint by their names, and its notes, after their files were found to be as written."""
         path = self.folder / str(step)
         others = [other for other in self._manager.all_steps() if other != step]
         way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
         # Asked before orbax is: it reads some damaged arrays as if nothing had happened, and on others its threads
         # print their tracebacks past every handler.
-        if damaged := damaged_file(path, items):
+        if damaged := damaged_file(path, [*like, NOTES]):
             raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
-        restored, reason = _attempt(read)
-        if reason is not None:
+
+        def item(tree: Any) -> ocp.args.PyTreeRestore:
+            return ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), **how)
+
+        items = {name: item(tree) for name, tree in like.items()}
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()}))
+        except Exception as error:  # tensorstore has no common kind of error
             raise UserError(
-                f"cannot read checkpoint {path} as the state of this config ({reason}):"
+                f"cannot read checkpoint {path} as the state of this config ({_reason(error)}):"
                 f" choose the folder of a run of this model, or remove that one{way_out}"
-            )
-        return restored
+            ) from error
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for the last save and let go of the folder.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:
@@ -135,13 +189,13 @@ def abstract_like(state: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def write_digests(folder: Path, process: int = 0) -> None:
+def write_digests(folder: epath.PathLike, process: int = 0) -> None:
     """Note the size and the CRC-32 of each file of a checkpoint that this process wrote, in it.
 
     A full disk leaves it without: unchecked.
     """
-    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
-    own = (name for name in names if _writer(name) == process and not name.startswith("digests."))
+    folder = epath.Path(folder)
+    own = (name for name in _files(folder) if _writer(name) == process and not name.startswith("digests."))
     digests = {name: _digest(folder / name) for name in own}
     target = folder / (DIGESTS if process == 0 else f"digests.{process}.json")
     temporary = target.with_suffix(".tmp")
@@ -153,18 +207,23 @@ def write_digests(folder: Path, process: int = 0) -> None:
             temporary.unlink()
 
 
+def _files(folder: epath.Path) -> list[str]:
+    """All files below a folder, by their paths in it."""
+    return sorted(str((above / name).relative_to(folder)) for above, _, names in folder.walk() for name in names)
+
+
 def _writer(name: str) -> int:
     """The process that wrote a file: each has a folder for its shards, and the first writes what is beside them."""
     own = re.search(r"/ocdbt\.process_(\d+)/", name)
     return int(own[1]) if own else 0
 
 
-def damaged_file(folder: Path, items: Sequence[str]) -> str | None:
+def damaged_file(folder: epath.PathLike, items: Sequence[str]) -> str | None:
     """What is wrong with the files of some items of a checkpoint, and with those beside all items, in words.
 
     None if each is as it was written, or if that is not known.
     """
-    digests = {}
+    folder, digests = epath.Path(folder), {}
     for path in sorted(folder.glob("digests.*json")):
         try:
             digests |= json.loads(path.read_text())
@@ -174,26 +233,53 @@ def damaged_file(folder: Path, items: Sequence[str]) -> str | None:
         path = folder / name
         if "/" in name and name.split("/")[0] not in items:
             continue
-        if not path.is_file():
+        if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != expected[0]:
-            return f"{name} has {path.stat().st_size} of {expected[0]} bytes"
+        if path.stat().length != expected[0]:
+            return f"{name} has {path.stat().length} of {expected[0]} bytes"
         if _digest(path) != expected:
             return f"{name} is not as it was written"
     return None
 
 
-def _digest(path: Path) -> list[int]:
+def _digest(path: epath.Path) -> list[int]:
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             crc = zlib.crc32(block, crc)
-    return [path.stat().st_size, crc]
+    return [path.stat().length, crc]
 
 
-def _sweep(folder: Path, step: str) -> None:
+def _sweep(folder: epath.Path, step: str) -> None:
     for half in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(half, ignore_errors=True)
+        with suppress(OSError):
+            half.rmtree()
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """What reads and writes each item.
+
+    Without a limit on the bytes in flight, orbax writes the arrays of an item in one transaction, so that a disk which
+    refuses is one error. With one, as is its default, every array is written by itself: where one fails, the others
+    go on, and their threads print that the event loop which they report to is closed.
+    """
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in (PARAMS, REST, WHOLE):
+        arrays = ocp.PyTreeCheckpointHandler(handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=None))
+        registry.add(name, ocp.args.PyTreeSave, arrays)
+        registry.add(name, ocp.args.PyTreeRestore, arrays)
+    notes = ocp.handlers.JsonCheckpointHandler()
+    registry.add(NOTES, ocp.args.JsonSave, notes)
+    registry.add(NOTES, ocp.args.JsonRestore, notes)
+    return registry
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+    return folder if _is_remote(folder) else folder.resolve()
+
+
+def _is_remote(folder: epath.Path) -> bool:
+    return "://" in os.fspath(folder)
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -202,45 +288,35 @@ def _items(state: Any) -> dict[str, Any]:
     return {PARAMS: fields.pop(PARAMS), REST: fields}
 
 
-def _bytes(state: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(state))
+def _copied(state: Any) -> Any:
+    """A state whose buffers nobody overwrites while they are written.
 
-
-def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What a call of orbax returns, and None; or None, and why it failed (tensorstore has no common kind of error).
-
-    One array that failed is reported many times over, past every handler: by orbax's threads, by tasks when they are
-    collected, and, soon after, by tensorstore's threads, for which nobody waits any more. None of it is shown.
+    From an accelerator orbax takes a copy before its `save` returns. On a CPU it takes none: it would write from the
+    very memory that the next update is given to use again.
     """
-    loggers = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
-    shown = sys.unraisablehook
 
-    def show(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            shown(unraisable)
+    def copied(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return np.array(x)
+        if any(device.platform != "cpu" for device in x.sharding.device_set):
+            return x
+        # Shard by shard: an array that is spread over several processes is otherwise returned as it is.
+        shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
-    result = reason = None
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        sys.unraisablehook = show
-        try:
-            result = call()
-        except Exception as error:
-            reason = _reason(error)
-        if reason is not None:
-            _join_threads()
-            gc.collect()
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-        if reason is None:
-            sys.unraisablehook = shown
-    return result, reason
+    return jax.tree.map(copied, state)
+
+
+def _too_little_room(folder: epath.Path, state: Any) -> str | None:
+    """Why a state does not fit on the disk, where that is known in advance."""
+    if _is_remote(folder):
+        return None
+    needed, free = (x / 1e6 for x in (sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free))
+    return f"it takes up to {needed:.1f} MB, the disk has {free:.1f} MB left" if free < needed else None
 
 
 def _join_threads() -> None:
-    """Wait for what a call that failed left going: the other items are written by threads that nobody asks any more."""
+    """Wait for what a save that failed left going: the other items are written by threads that nobody asks any more."""
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
             with suppress(Exception):  # orbax's threads raise what they met when they are joined

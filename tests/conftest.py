@@ -8,7 +8,7 @@ import shutil
 import tempfile
 
 # Programs of tests are compiled more often than run, so the compiler is told to hurry: 21 instead of 78 s of processor
-# time for test_update.py. `fully_compiled` undoes it. Before jax is imported, as all of this.
+# time for test_step.py. `fully_compiled` undoes it. Before jax is imported, as all of this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "RETOOL_TESTS_FLAGS" not in os.environ:  # a worker has all this from the process that started it
     # This switch is gone from jaxlib 0.11, which ends at a flag that it does not know.
@@ -52,7 +52,7 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 # What takes longest is begun first, so that the workers end together.
 LONGEST = (
     *("attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
-    *("test_resume.py", "test_parity.py", "test_train.py", "test_update.py", "test_huggingface.py"),
+    *("test_resume.py", "test_parity.py", "test_train.py", "test_step.py", "test_huggingface.py"),
     "test_scheduler.py",
 )
 

@@ -1,10 +1,13 @@
 """Checkpoints come back bit by bit, or say why not; a full disk costs none that was there."""
 
+import dataclasses
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +20,10 @@ import tensorstore as ts
 
 from retool_jax.checkpoint import Checkpoints, abstract_like, damaged_file, write_digests
 from retool_jax.errors import UserError
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import TrainState, init_state, state_shardings
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.update import OptimizerConfig, TrainState, init_state, state_shardings
 
 MODEL = ModelConfig(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
@@ -75,6 +79,18 @@ def test_a_state_comes_back_bit_by_bit(saved, mesh):
     assert notes == {"seconds": {"update": 0.1 * 3}}
     moments = jax.tree.leaves(state.opt_state)
     assert len(moments) > 2 * len(jax.tree.leaves(state.params)) and all(np.any(np.asarray(x)) for x in moments)
+
+
+def test_moments_in_bf16_come_back_bit_by_bit(tmp_path, mesh):
+    config = dataclasses.replace(OPTIMIZER, moment_dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: init_state(MODEL, config, mesh, 0))
+    halves = abstract_like(shapes, state_shardings(MODEL, config, mesh))
+    state = jax.tree.map(lambda x, y: x.astype(y.dtype), state_of(mesh, 3), halves)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(3, state, {})
+    assert_equal(checkpoints.restore(3, halves)[0], state)
+    checkpoints.close()
+    assert {x.dtype.name for x in jax.tree.leaves(halves)} == {"float32", "bfloat16", "int32"}
 
 
 def test_the_last_ones_are_kept(saved):
@@ -195,6 +211,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seen_in_advance", [True, False])
 def test_a_full_disk_costs_no_checkpoint(small_disk, mesh, monkeypatch, capfd, seen_in_advance):
     folder = small_disk / "checkpoints"
@@ -221,21 +238,95 @@ def test_a_full_disk_costs_no_checkpoint(small_disk, mesh, monkeypatch, capfd, s
     checkpoints.close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_write_that_the_system_refuses_costs_no_checkpoint(copied, mesh, capfd):
     """What a user without rights can do to itself: a limit on the size of a file, in the middle of a run."""
     checkpoints = Checkpoints(copied, keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
+        checkpoints.save(4, state_of(mesh, 4), {})  # does not wait for the disk
         with pytest.raises(UserError, match=r"cannot save checkpoint 4 .*File too large.*checkpoint 3 is intact"):
-            checkpoints.save(4, state_of(mesh, 4), {})
+            checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capfd.readouterr().err == ""
     assert sorted(path.name for path in copied.iterdir()) == ["2", "3"]
     assert_equal(checkpoints.restore(3, like(mesh))[0], state_of(mesh, 3))
     checkpoints.save(4, state_of(mesh, 4), {})
+    assert_equal(checkpoints.restore(4, like(mesh))[0], state_of(mesh, 4))
+    assert sorted(path.name for path in copied.iterdir()) == ["3", "4"]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("asked", ["save", "latest", "restore", "close"])
+def test_a_save_that_failed_is_told_by_the_next_call(copied, mesh, asked):
+    checkpoints = Checkpoints(copied, keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        checkpoints.save(4, state_of(mesh, 4), {})
+        words = {"save": (5, state_of(mesh, 5), {}), "restore": (3, like(mesh))}.get(asked, ())
+        with pytest.raises(UserError, match="cannot save checkpoint 4 "):
+            getattr(checkpoints, asked)(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()  # which tells nothing twice
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1)])
+def test_an_update_may_consume_a_state_while_it_is_saved(tmp_path, sizes):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    spoil = jax.jit(lambda state: jax.tree.map(lambda x: -1 - x, state), donate_argnums=0)
+    jax.block_until_ready(spoil(state_of(mesh, 0)))  # compiled
+    state, notes = state_of(mesh, 7), {"seconds": {"update": 1.0}}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(7, state, notes)
+    notes["seconds"]["update"] = 2.0
+    for _ in range(3):
+        before, state = state, spoil(state)
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    saved, told = checkpoints.restore(7, like(mesh))
+    assert_equal(saved, state_of(mesh, 7))
+    assert told == {"seconds": {"update": 1.0}}
+    checkpoints.close()
+
+
+KILLED = """
+import os, signal, sys
+from typing import NamedTuple
+import jax, numpy as np
+from retool_jax.checkpoint import Checkpoints
+
+
+class State(NamedTuple):
+    params: dict[str, jax.Array]
+    step: jax.Array
+
+
+checkpoints = Checkpoints(sys.argv[1], keep=1)
+for step in (1, 2):
+    weights = np.random.default_rng(step).normal(size=(1024, 1024))
+    checkpoints.save(step, State({"w": jax.numpy.asarray(weights)}, jax.numpy.int32(step)), {"step": step})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_save_that_was_killed_counts_whole_or_not_at_all(tmp_path, one_device):
+    """The one before is there until then, also where only one is kept."""
+    folder = tmp_path / "checkpoints"
+    done = subprocess.run([sys.executable, "-c", KILLED, folder], env=one_device, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    checkpoints = Checkpoints(folder, keep=1)
+    step = checkpoints.latest()
+    assert step in (1, 2)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = {"w": jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=device)}
+    params, notes = checkpoints.restore_params(step, weights)
+    np.testing.assert_array_equal(params["w"], np.random.default_rng(step).normal(size=(1024, 1024)).astype(np.float32))
+    assert notes == {"step": step}
+    checkpoints.close()
+    assert not [path for path in folder.iterdir() if "tmp" in path.name]
 
 
 def test_a_state_of_another_model_is_refused(copied, mesh):
@@ -252,20 +343,34 @@ def test_a_state_of_another_model_is_refused(copied, mesh):
 # ---------------------------------------------------------------------------------------------------- weights alone
 
 
-@pytest.fixture(scope="module")
-def whole(mesh, tmp_path_factory) -> Path:
-    """A checkpoint as it was written before weights had an item of their own."""
-    folder = tmp_path_factory.mktemp("whole") / "checkpoints"
+def save_as_before(folder: Path, items: dict) -> Path:
+    """A checkpoint as it was written while saves were synchronous, an array at a time."""
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        state, notes = ocp.args.StandardSave(state_of(mesh, 3)), ocp.args.JsonSave({"seconds": {}})
-        manager.save(3, args=ocp.args.Composite(state=state, notes=notes))
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        manager.save(3, args=ocp.args.Composite(**arrays, notes=ocp.args.JsonSave({"seconds": {}})))
     write_digests(folder / "3")
     return folder
 
 
-def test_an_older_checkpoint_comes_back_bit_by_bit(whole, mesh):
-    checkpoints = Checkpoints(whole, keep=None)
+@pytest.fixture(scope="module")
+def whole(mesh, tmp_path_factory) -> Path:
+    """One from before weights had an item of their own."""
+    return save_as_before(tmp_path_factory.mktemp("whole") / "checkpoints", {"state": state_of(mesh, 3)})
+
+
+@pytest.fixture(scope="module")
+def divided(mesh, tmp_path_factory) -> Path:
+    """One from after that."""
+    rest = state_of(mesh, 3)._asdict()
+    return save_as_before(
+        tmp_path_factory.mktemp("divided") / "checkpoints", {"params": rest.pop("params"), "rest": rest}
+    )
+
+
+@pytest.mark.parametrize("layout", ["whole", "divided"])
+def test_an_older_checkpoint_comes_back_bit_by_bit(layout, mesh, request):
+    checkpoints = Checkpoints(request.getfixturevalue(layout), keep=None)
     state, notes = checkpoints.restore(3, like(mesh))
     assert_equal(state, state_of(mesh, 3))
     params, also = checkpoints.restore_params(3, like(mesh).params)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.convert import compare, convert, main
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import init_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
 from retool_jax.models.huggingface import load_params
@@ -20,7 +21,6 @@ from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
 from retool_jax.run.schema import SFTRun
 from retool_jax.run.weights import load_weights
-from retool_jax.update import init_state
 
 SIZES = ("hidden_size=32", "intermediate_size=48", "num_heads=2", "num_kv_heads=1", "head_dim=16")
 

@@ -7,10 +7,10 @@ from jax.sharding import PartitionSpec
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import make_mesh, spec
 from retool_jax.mesh_config import MeshConfig, check_rows
 from retool_jax.models.config import ModelConfig
-from retool_jax.update import param_shardings
 
 DEVICES = 8
 

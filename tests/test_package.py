@@ -51,7 +51,8 @@ def test_an_unknown_command_is_told_the_nearest_one(word, meant):
 def test_every_command_of_the_package_is_there():
     folder = Path(retool.__file__).parent
     runs = [path for path in folder.rglob("*.py") if "\n    run_command(main)\n" in path.read_text()]
-    modules = {".".join(path.relative_to(folder).with_suffix("").parts) for path in runs} - {"__main__"}
+    modules = {".".join(path.relative_to(folder).with_suffix("").parts) for path in runs}
+    modules = {module.removesuffix(".__main__") for module in modules} - {"__main__"}
     assert sorted(module for module, _ in retool.COMMANDS.values()) == sorted(modules)
     lines = retool.help_text().splitlines()
     assert all(f"    {name} " in "\n".join(lines) for name in retool.COMMANDS)
@@ -130,7 +131,7 @@ def command(installed, one_device, tmp_path):
 def test_the_archives_hold_every_file_of_the_package(built):
     archive, wheel = built
     expected = files_below(ROOT / PACKAGE)
-    assert {"run/load.py", "report.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
+    assert {"run/load.py", "report/page.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
         name.removeprefix(f"{PACKAGE}/") for name in expected
     }
     with tarfile.open(archive) as file:

@@ -18,12 +18,12 @@ from retool_jax.checkpoint import Checkpoints
 from retool_jax.convert import find_source
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.errors import UserError, run_command
+from retool_jax.learn.optimizer import TrainState
 from retool_jax.metrics import read_metrics
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
 from retool_jax.run.weights import load_weights
 from retool_jax.tokens.tokenizer import MINIATURE
-from retool_jax.update import TrainState
 
 # A model of a few thousand weights, on the eight virtual devices of the tests.
 TINY = [

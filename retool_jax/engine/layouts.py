@@ -21,11 +21,11 @@ from retool_jax.engine.programs import (
 )
 from retool_jax.engine.sampling import Sampling
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import param_shardings
 from retool_jax.models.attention import resolve_cache_kernel
 from retool_jax.models.cache import Rows, init_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import Params, unstack
-from retool_jax.update import param_shardings
 
 
 class Sizes(NamedTuple):

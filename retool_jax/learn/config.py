@@ -1,8 +1,12 @@
 """What a run may set of its optimiser."""
 
+from typing import Literal
+
 from pydantic.dataclasses import dataclass
 
 from retool_jax.fields import CHECKED, Count, NotNegative, Share
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -17,3 +21,5 @@ class OptimizerConfig:
     b2: Share = 0.98
     weight_decay: NotNegative = 0.01
     max_grad_norm: NotNegative = 1.0
+    gradient_dtype: Dtype = "float32"  # in which micro-batches' gradients are added up, or bfloat16: half the memory
+    moment_dtype: Dtype = "float32"  # in which Adam's moments are kept from step to step, or bfloat16: half the memory

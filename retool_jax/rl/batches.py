@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retool_jax.data.packing import Example, PackedBatch, pack
+from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.rl.advantage import group_relative
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.trajectory import Trajectory
@@ -26,7 +26,7 @@ def learnable_groups(trajectories: Sequence[Trajectory], group_size: int) -> lis
     return groups
 
 
-def batches_of(rl: RLConfig, groups: list[list[Example]]) -> list[PackedBatch]:
+def batches_of(rl: RLConfig, groups: list[list[Example]]) -> list[Batch]:
     """One packed batch per optimiser step; every one has the same shape, so one compiled update serves all."""
     rows = rl.prompts_per_step // rl.minibatches * rl.group_size  # at worst each trajectory fills a row
     limit = -(-rows // rl.rows_per_micro)

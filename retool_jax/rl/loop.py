@@ -17,8 +17,10 @@ import asyncio
 import jax
 import numpy as np
 
-from retool_jax.data.packing import PackedBatch
 from retool_jax.data.problems import Problems
+from retool_jax.learn.optimizer import TrainState
+from retool_jax.learn.packing import Batch
+from retool_jax.learn.step import Step
 from retool_jax.rl.batches import batches_of, learnable_groups
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.evaluation import faults, summarise
@@ -26,7 +28,6 @@ from retool_jax.rl.looks import look
 from retool_jax.rl.parts import Parts
 from retool_jax.rl.rollout import Sample, rollout, score
 from retool_jax.rl.summary import performance
-from retool_jax.update import TrainState, Update
 
 
 async def train(p: Parts, state: TrainState, start: int | None) -> None:
@@ -70,7 +71,7 @@ def samples_of(rl: RLConfig, problems: Problems, step: int) -> list[Sample]:
     ]
 
 
-def learn(update: Update, state: TrainState, batches: list[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+def learn(update: Step, state: TrainState, batches: list[Batch]) -> tuple[TrainState, dict[str, float]]:
     """One optimiser step per batch; returns their mean metrics.
 
     The first batch is updated with the weights that sampled it, so there the difference between the engine's and

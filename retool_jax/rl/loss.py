@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from retool_jax.data.packing import PackedBatch
+from retool_jax.learn.packing import Batch
+from retool_jax.learn.step import Columns, TokenLoss, TokenTerms
 from retool_jax.rl.config import ClipConfig
-from retool_jax.update import TokenLoss, TokenTerms
 
 
 def clipped_policy_loss(
@@ -25,11 +25,15 @@ def clipped_policy_loss(
 
 
 def policy_token_loss(clip: ClipConfig) -> TokenLoss:
-    """The GRPO/DAPO loss for `update.make_update`; old log-probabilities are the engine's, from sampling time."""
+    """The GRPO/DAPO loss for `learn.step.make_step`, of the columns `old_logprobs` and `advantages`.
 
-    def loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
-        value, clipped = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, clip)
-        off = jnp.abs(logprobs - batch.logprobs)
+    Old log-probabilities are the engine's, from sampling time.
+    """
+
+    def loss(outputs: Columns, batch: Batch) -> TokenTerms:
+        logprobs, old_logprobs = outputs["logprobs"], batch.columns["old_logprobs"]
+        value, clipped = clipped_policy_loss(logprobs, old_logprobs, batch.columns["advantages"], clip)
+        off = jnp.abs(logprobs - old_logprobs)
         return TokenTerms(value, {"clip_fraction": clipped.astype(jnp.float32), "logprob_diff_mean": off})
 
     return loss

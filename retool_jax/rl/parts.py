@@ -7,11 +7,12 @@ from pathlib import Path
 from retool_jax.clock import Clock
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
+from retool_jax.learn.optimizer import TrainState
+from retool_jax.learn.step import Step
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
 from retool_jax.sandbox import Sandbox
 from retool_jax.tokens.tokenizer import Tokenizer
-from retool_jax.update import TrainState, Update
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Parts:
     problems: Mapping[str, Problems]  # by split
     box: Sandbox | None  # None: a text-only run
     engine: Engine
-    update: Update
+    update: Step
     save: Callable[[int, TrainState], None]  # the state after a step
     save_every: int  # steps
     log: MetricsLog

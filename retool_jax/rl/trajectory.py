@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from retool_jax.data.packing import Example
 from retool_jax.data.problems import Problem
+from retool_jax.learn.packing import Example
 from retool_jax.rl.reward import Verdict
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ class Trajectory:
 
     def example(self, advantage: float) -> Example:
         """The trajectory as training data."""
-        return Example(self.ids, self.sampled, self.logprobs, advantage)
+        return Example(self.ids, self.sampled, {"old_logprobs": self.logprobs, "advantages": advantage})
 
     def record(self, tokenizer: Tokenizer, **extra: object) -> dict:
         """A JSON-ready record with everything that is needed to read, check or replay the trajectory."""

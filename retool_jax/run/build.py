@@ -10,6 +10,7 @@ from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_rows
 from retool_jax.models.attention import resolve_kernel
@@ -23,7 +24,6 @@ from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
 from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.tokens.protocol import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer
-from retool_jax.update import param_shardings
 
 
 def resolve(words: list[str]) -> Run:

@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import TrainState, begin_from, fresh_state, state_shardings
+from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.rl import answers, loop
@@ -32,7 +34,6 @@ from retool_jax.run.folder import claim_folder, write_config
 from retool_jax.run.schema import RLRun
 from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
 from retool_jax.tokens.tokenizer import load_tokenizer
-from retool_jax.update import TrainState, begin_from, fresh_state, make_update, state_shardings
 
 
 async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
@@ -96,7 +97,12 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             problems=problems,
             box=box,
             engine=engine,
-            update=make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature),
+            update=make_step(
+                Outputs(run.model, temperature=run.rl.temperature),
+                policy_token_loss(run.rl.clip),
+                run.rl.optimizer,
+                mesh,
+            ),
             save=save,
             save_every=run.checkpoint.every,
             log=stack.enter_context(MetricsLog(folder, start)),

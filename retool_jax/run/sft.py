@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import TrainState, begin_from, init_state, state_shardings
+from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.transformer import Params
 from retool_jax.run.build import attention_line, demonstrations_of, mesh_of, model_for
@@ -21,7 +23,6 @@ from retool_jax.sft import loop
 from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.sft.loop import imitation_loss, optimizer_of
 from retool_jax.tokens.tokenizer import load_tokenizer
-from retool_jax.update import TrainState, begin_from, init_state, make_update, state_shardings
 
 
 def train(run: SFTRun, wait: bool = False) -> TrainState:
@@ -54,7 +55,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         write_config(run)
         if start >= batches.steps:
             return state
-        update = make_update(run.model, optimizer, imitation_loss, mesh)
+        update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
         print(attention_line(run, mesh))
         log = stack.enter_context(MetricsLog(folder, start or None))
         bar = stack.enter_context(Progress("cold start", batches.steps, start))

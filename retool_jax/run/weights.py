@@ -6,6 +6,7 @@ from pathlib import Path
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.errors import UserError
 from retool_jax.fields import show
+from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.models.config import ARCHITECTURE
 from retool_jax.models.huggingface import find_folder, load_params
@@ -13,7 +14,6 @@ from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.run.folder import CONFIG, read_model
 from retool_jax.run.schema import Run
 from retool_jax.tokens.tokenizer import load_tokenizer
-from retool_jax.update import param_shardings
 
 
 def load_weights(run: Run, folder: Path) -> Params:

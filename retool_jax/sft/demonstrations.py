@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from retool_jax.data import arithmetic
-from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
+from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.sft.config import SFTConfig
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA
@@ -59,7 +59,7 @@ class Demonstrations:
             )
         self._micro_batches = -(-rows // sft.rows_per_micro)
 
-    def at(self, index: int) -> PackedBatch:
+    def at(self, index: int) -> Batch:
         examples = [self._example(i) for i in self._members(index)]
         return pack(examples, self._config.row_length, self._config.rows_per_micro, self._micro_batches)
 

@@ -10,24 +10,25 @@ import jax
 
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
-from retool_jax.data.packing import PackedBatch
 from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import TrainState
+from retool_jax.learn.packing import Batch
+from retool_jax.learn.step import Columns, Step, TokenTerms
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.sft.config import SFTConfig
 from retool_jax.sft.demonstrations import Demonstrations
-from retool_jax.update import TokenTerms, TrainState, Update
 
 
-def imitation_loss(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
+def imitation_loss(outputs: Columns, batch: Batch) -> TokenTerms:
     """Negative log-likelihood of the demonstrated policy's tokens."""
-    return TokenTerms(-logprobs, {})
+    return TokenTerms(-outputs["logprobs"], {})
 
 
 def train(
     state: TrainState,
     start: int,
     batches: Demonstrations,
-    update: Update,
+    update: Step,
     checkpoints: Checkpoints,
     every: int,
     clock: Clock,

@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from retool_jax.data.packing import Example, pack
 from retool_jax.engine.engine import Engine, EngineConfig, Turn, Turns
 from retool_jax.engine.layouts import sizes
 from retool_jax.engine.pages import OutOfPages
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import param_shardings
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.transformer import forward, init_params, logits
-from retool_jax.update import param_shardings, token_logprobs
 
 ROOM = 96
 CONFIG = EngineConfig(
@@ -484,11 +485,11 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
         assert ((turns.logprobs > turns.plain_logprobs + 1e-3).any()) == ("top_k" in how)
         sampled = [False] * 2 + [True] * 40
         examples = [
-            Example(prompts[row] + turns.tokens[row].tolist(), sampled, np.r_[0.0, 0.0, turns.plain_logprobs[row]])
-            for row in range(4)
+            Example(prompts[row] + turns.tokens[row].tolist(), sampled, {"old_logprobs": np.r_[0.0, 0.0, plain]})
+            for row, plain in enumerate(turns.plain_logprobs)
         ]
         batch = pack(examples, 48, 4, 1)
-        rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+        rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
         ours, entropy = compute(batch=rows, temperature=how["temperature"] or 1.0)
         assert rows.sampled.sum() == 160 and np.isfinite(entropy).all()
-        assert np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled].max() <= 1e-4
+        assert np.abs(np.asarray(ours) - rows.columns["old_logprobs"])[rows.sampled].max() <= 1e-4

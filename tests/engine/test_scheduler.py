@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.data.packing import Example, pack
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
-from retool_jax.update import token_logprobs
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import token_logprobs
 
 ROOM = 96
 
@@ -177,10 +177,11 @@ def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temp
     """Through tool appends and ends of several tokens, against one packed forward with the trainer's function."""
     conversations = chats(temperature=temperature, halves=halves)
     run(engines(), conversations)
-    batch = pack([Example(chat.ids, chat.sampled, chat.logprobs) for chat in conversations], 2 * ROOM, 6, 1)
-    rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+    examples = [Example(chat.ids, chat.sampled, {"old_logprobs": chat.logprobs}) for chat in conversations]
+    batch = pack(examples, 2 * ROOM, 6, 1)
+    rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
     ours, _ = jax.jit(partial(token_logprobs, model, params, temperature=temperature))(batch=rows)
-    difference = np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled]
+    difference = np.abs(np.asarray(ours) - rows.columns["old_logprobs"])[rows.sampled]
     assert difference.size == sum(sum(chat.sampled) for chat in conversations) > 100
     assert difference.max() <= 1e-4
     print(f"largest difference {difference.max():.1e} over {difference.size} tokens")
@@ -497,11 +498,11 @@ def test_rows_are_written_again_under_new_weights(updating, model):
     stats = run(engine, conversations)
     assert stats.rewritten_tokens > 0 and all(chat.ended for chat in conversations) and quiet(engine)
     chat = conversations[0]
-    batch = pack([Example(chat.ids, chat.sampled, chat.logprobs)], ROOM, 1, 1)
-    rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+    batch = pack([Example(chat.ids, chat.sampled, {"old_logprobs": chat.logprobs})], ROOM, 1, 1)
+    rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
     values, _ = jax.jit(partial(token_logprobs, model, newer, temperature=1.0))(batch=rows)
     after = rows.sampled[0] & (np.arange(ROOM) >= chat.swapped_at)
-    difference = np.abs(np.asarray(values)[0] - rows.logprobs[0])
+    difference = np.abs(np.asarray(values)[0] - rows.columns["old_logprobs"][0])
     assert after.sum() > 5 and difference[after].max() <= 1e-4
     assert difference[rows.sampled[0] & ~after].max() > 1e-2, "the turn before it was drawn with the old ones"
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from retool_jax.data.packing import PackedBatch
+from retool_jax.learn.packing import Batch
 from retool_jax.rl.loss import ClipConfig, clipped_policy_loss, policy_token_loss
 
 CLIP = ClipConfig(low=0.2, high=0.28, dual=3.0)
@@ -69,8 +69,9 @@ def test_a_ratio_beyond_floating_point_is_only_clipped():
 def test_token_loss_reports_what_it_clipped_and_how_far_engine_and_trainer_are_apart():
     new, old, advantages = random_tokens(50)[:, None]
     nothing = np.zeros(new.shape, np.int32)
-    batch = PackedBatch(nothing, nothing, nothing, nothing == 0, old, advantages, np.int32(1))
-    terms = policy_token_loss(CLIP)(new, np.zeros_like(new), batch)
+    columns = {"old_logprobs": old, "advantages": advantages}
+    batch = Batch(nothing, nothing, nothing, nothing == 0, columns, np.int32(1))
+    terms = policy_token_loss(CLIP)({"logprobs": new, "entropy": np.zeros_like(new)}, batch)
     loss, clipped = clipped_policy_loss(new, old, advantages, CLIP)
     np.testing.assert_array_equal(terms.loss, loss)
     np.testing.assert_array_equal(terms.metrics["clip_fraction"], np.float32(clipped))

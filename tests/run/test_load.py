@@ -18,6 +18,7 @@ from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, defaults_of, flatten, show
 from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import init_state, state_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import AXES, MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
@@ -29,7 +30,6 @@ from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
 from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun
 from retool_jax.tokens.protocol import GRAMMARS
-from retool_jax.update import init_state, state_shardings
 
 
 def error_of(*words: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import learning_rate
 from retool_jax.metrics import read_metrics
 from retool_jax.models.huggingface import save_params
 from retool_jax.models.transformer import init_params
@@ -22,7 +23,6 @@ from retool_jax.run.load import load
 from retool_jax.run.sft import abstract_state, finished_weights, train
 from retool_jax.sft.loop import optimizer_of
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
-from retool_jax.update import learning_rate
 
 TINY = ["mesh.data=1", "mesh.fsdp=8", "sft.rows_per_micro=8", "model.hidden_size=32", "model.intermediate_size=48"]
 
@@ -105,7 +105,7 @@ def test_the_mask_covers_words_calls_and_ends_of_turns_and_nothing_else(data, to
             call = f'{{"name": "code_interpreter", "arguments": {{"code": "print({number} * {number})"}}}}'
             turn = f"I compute:\n<tool_call>\n{call}\n</tool_call><|im_end|>"
             assert said == turn * ((number - 100) % 4) + f"It is \\boxed{{{number**2}}}.<|im_end|>"
-    assert not batch.sampled[batch.segments == 0].any() and not batch.advantages[~batch.sampled].any()
+    assert not batch.sampled[batch.segments == 0].any() and not batch.columns
 
 
 def test_the_batch_follows_from_tokens_where_no_size_is_given(data, tokenizer):

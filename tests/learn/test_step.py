@@ -14,24 +14,14 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from retool_jax.data.packing import Example, PackedBatch, pack
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import TrainState, fresh_state, make_optimizer, state_shardings
+from retool_jax.learn.packing import Batch, Example, pack
+from retool_jax.learn.step import Columns, Outputs, TokenTerms, loss_and_gradient, make_step, token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, Weight
+from retool_jax.models.transformer import Params
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
-from retool_jax.update import (
-    OptimizerConfig,
-    TokenTerms,
-    TrainState,
-    begin_from,
-    fresh_state,
-    learning_rate,
-    loss_and_gradient,
-    make_optimizer,
-    make_update,
-    state_shardings,
-    token_logprobs,
-)
 
 CLIP = ClipConfig(dual=1.5)
 LOSS = policy_token_loss(CLIP)
@@ -57,12 +47,13 @@ def examples(model, fresh_logits) -> list[Example]:
         # Old log-probabilities near the new ones, so that some ratios are inside the bounds and some beyond.
         new = np.asarray(jax.nn.log_softmax(values[:-1] / TEMPERATURE))[np.arange(length - 1), ids[1:]]
         old = np.r_[0.0, new] + rng.normal(0, 0.3, length)
-        made.append(Example(ids.tolist(), sampled, np.where(sampled, old, 0.0), float(rng.normal())))
+        columns = {"old_logprobs": np.where(sampled, old, 0.0), "advantages": float(rng.normal())}
+        made.append(Example(ids.tolist(), sampled, columns))
     return made
 
 
 def gradients(model: ModelConfig, loss: Callable = LOSS) -> Callable:
-    return jax.jit(partial(loss_and_gradient, model, loss, temperature=TEMPERATURE))
+    return jax.jit(partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), loss))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +62,7 @@ def compute(model) -> Callable:
 
 
 @pytest.fixture(scope="module")
-def batch(examples) -> PackedBatch:
+def batch(examples) -> Batch:
     """8 rows of one micro-batch: what every mesh of 8 devices can split."""
     return pack(examples, 48, 8, 1)
 
@@ -120,14 +111,14 @@ def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, exp
         for t in np.flatnonzero(example.sampled):
             tokens += 1
             new = logs[t - 1, example.ids[t]] if t else 0.0  # nothing predicts a first token
-            ratio, A = np.exp(new - example.logprobs[t]), example.advantage
+            ratio, A = np.exp(new - example.columns["old_logprobs"][t]), example.columns["advantages"]
             bound = np.clip(ratio, 1 - CLIP.low, 1 + CLIP.high)
             loss = max(-ratio * A, -bound * A)
             loss = min(loss, -CLIP.dual * A) if A < 0 else loss
             total["loss"] += loss
             total["entropy"] += -(np.exp(logs[t - 1]) * logs[t - 1]).sum() if t else 0.0
             total["clip_fraction"] += not np.isclose(loss, -ratio * A)
-            total["logprob_diff_mean"] += abs(new - example.logprobs[t])
+            total["logprob_diff_mean"] += abs(new - example.columns["old_logprobs"][t])
     assert 0.05 < total["clip_fraction"] / tokens < 0.95
     assert_same_metrics({key: value / tokens for key, value in total.items()}, expected[1], rtol=1e-4)
 
@@ -151,19 +142,16 @@ def test_packing_and_micro_batches_do_not_change_the_gradient(
 
 def test_tokens_that_were_not_sampled_have_no_effect(model, params, batch, compute, expected):
     """Whatever stands beside them, and whatever the loss makes of them: gradient and metrics are the same bits."""
-    garbage = batch._replace(
-        logprobs=np.where(batch.sampled, batch.logprobs, np.nan),
-        advantages=np.where(batch.sampled, batch.advantages, 1e30),
-    )
-    results = [compute(params, garbage)]
-    garbage = batch._replace(advantages=np.where(batch.sampled, batch.advantages, np.nan))
-    results.append(compute(params, garbage))
+    results = []
+    for noise in ({"old_logprobs": np.nan, "advantages": 1e30}, {"old_logprobs": 0.0, "advantages": np.nan}):
+        columns = {name: np.where(batch.sampled, x, np.float32(noise[name])) for name, x in batch.columns.items()}
+        results.append(compute(params, batch._replace(columns=columns)))
     for gradient, metrics in results:
         jax.tree.map(np.testing.assert_array_equal, gradient, expected[0])
         jax.tree.map(np.testing.assert_array_equal, metrics, expected[1])
 
-    def loud(logprobs: jax.Array, entropy: jax.Array, batch: PackedBatch) -> TokenTerms:
-        terms = LOSS(logprobs, entropy, batch)
+    def loud(outputs: Columns, batch: Batch) -> TokenTerms:
+        terms = LOSS(outputs, batch)
         noise = jnp.where(batch.sampled, 1.0, jnp.nan)
         return TokenTerms(terms.loss * noise, {key: x * noise for key, x in terms.metrics.items()})
 
@@ -179,7 +167,7 @@ def test_a_batch_without_sampled_tokens_is_a_gradient_of_zero(params, batch, com
 
 def test_logprobs_of_a_segment_do_not_see_the_one_before(model, params, examples):
     batch = pack(examples, 96, 4, 1)
-    rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+    rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
     for values in token_logprobs(model, params, rows, 1.0):
         first = (rows.positions == 0) | (rows.segments == 0)
         assert not np.asarray(values)[first].any() and np.asarray(values)[~first].all()
@@ -191,10 +179,10 @@ def one_step(model, params, mesh, batch) -> tuple[Callable, TrainState, dict[str
     return update, jax.device_get(state), metrics
 
 
-def step_on(mesh: Mesh, model: ModelConfig, params: Params, batch: PackedBatch) -> tuple:
+def step_on(mesh: Mesh, model: ModelConfig, params: Params, batch: Batch) -> tuple:
     """One update on a mesh; returns the update, the new state and the metrics."""
     state = place(fresh_state(params, OPTIMIZER), model, mesh)
-    update = make_update(model, OPTIMIZER, LOSS, mesh, TEMPERATURE)
+    update = make_step(Outputs(model, temperature=TEMPERATURE), LOSS, OPTIMIZER, mesh)
     return update, *update(state, batch)
 
 
@@ -262,68 +250,51 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(model, params, mesh, 
 
     old = place(state, model, mesh)
     known = len(compiles)
-    state, metrics = update(old, batch._replace(advantages=-batch.advantages))
+    columns = batch.columns | {"advantages": -batch.columns["advantages"]}
+    state, metrics = update(old, batch._replace(columns=columns))
     assert len(compiles) == known
     assert int(state.step) == 2 and jax.tree.leaves(old.params)[0].is_deleted()
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
 
 
-def alive() -> int:
-    """Bytes of all arrays that anyone refers to."""
-    return sum(x.nbytes for x in jax.live_arrays())
+def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def test_weights_that_training_begins_from_are_there_once(model, params):
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
-    copied = jax.tree.map(np.array, params)  # the others' weights must not be the buffers that are consumed
-    given = jax.device_put(copied, state_shardings(model, OPTIMIZER, mesh).params)
-    size, before = sum(x.nbytes for x in jax.tree.leaves(given)), alive()
-    state = begin_from(given, model, OPTIMIZER, mesh)  # which the caller still has
-    assert 2 * size <= alive() - before < 2.01 * size, "two moments, and no second copy of the weights"
-    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+def test_a_step_can_be_lowered_without_weights_or_tokens(model, params, mesh, batch, one_step):
+    step, state, metrics = one_step
+    shapes = jax.tree.map(abstract, fresh_state(params, OPTIMIZER)), jax.tree.map(abstract, batch)
+    compiled = step.lower(*shapes).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > sum(x.nbytes for x in jax.tree.leaves(state))
+    _, ours = compiled(place(fresh_state(params, OPTIMIZER), model, mesh), batch)
+    assert_same_metrics(ours, metrics)
 
 
-def test_weight_decay_acts_on_matrices_and_on_nothing_else(params):
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(zeros, params)
-    decayed = set()
+def test_outputs_are_the_ones_that_were_asked_for(model, params, batch):
+    def watch(outputs: Columns, batch: Batch) -> TokenTerms:
+        assert outputs.keys() == {"logprobs"}
+        return TokenTerms(-outputs["logprobs"], {})
 
-    def check(path: tuple, weight: Weight, update: Weight) -> None:
-        name = path[-1].key
-        if np.asarray(update[...]).any():
-            decayed.add(name)
-            np.testing.assert_allclose(update[...], -0.05 * weight[...], rtol=1e-5)
-
-    jax.tree_util.tree_map_with_path(check, params, updates, is_leaf=lambda x: isinstance(x, Weight))
-    assert decayed == {"embedding", "q", "k", "v", "o", "gate", "up", "down"}
+    outputs = Outputs(model, ("logprobs",))
+    _, metrics = jax.eval_shape(partial(loss_and_gradient, outputs, watch), params, batch)
+    assert metrics.keys() == {"loss"}
+    with pytest.raises(ValueError, match=r"\['values'\] are not known; there are: logprobs, entropy"):
+        Outputs(model, ("logprobs", "values"))
 
 
-def test_the_gradient_is_clipped_by_its_global_norm(params):
-    optimizer = make_optimizer(OptimizerConfig(max_grad_norm=0.5))
-    update = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
-    for size in (0.01, 10.0):
-        gradient = jax.tree.map(lambda x: x * size / optax.tree.norm(params), params)  # noqa: B023
-        _, opt_state = update(gradient, params)
-        norm = optax.tree.norm(first_moment(TrainState(0, params, opt_state))) / (1 - OptimizerConfig.b1)
-        np.testing.assert_allclose(norm, min(size, 0.5), rtol=1e-4)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_is_of_its_own_type(model, params, batch, weights, dtype):
+    params = jax.tree.map(lambda x: x.astype(weights), params)
+    compute = partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), LOSS, dtype=dtype)
+    gradient, metrics = jax.eval_shape(compute, params, batch)
+    assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {dtype}
+    assert {x.dtype.name for x in jax.tree.leaves(metrics)} == {"float32"}
 
 
-@pytest.mark.parametrize(
-    ("config", "values"),
-    [
-        (OptimizerConfig(2.0), {0: 2.0, 1: 2.0, 1000: 2.0}),
-        (OptimizerConfig(2.0, warmup_steps=1), {0: 2.0, 1: 2.0}),
-        (OptimizerConfig(2.0, warmup_steps=4), {0: 0.5, 1: 1.0, 2: 1.5, 3: 2.0, 4: 2.0, 99: 2.0}),
-        (OptimizerConfig(2.0, decay_steps=10), {0: 2.0, 5: 1.1, 10: 0.2, 11: 0.2}),
-        (
-            OptimizerConfig(2.0, warmup_steps=4, decay_steps=10, final_fraction=0.5),
-            {0: 0.5, 3: 2.0, 4: 2.0, 9: 1.5, 14: 1.0, 500: 1.0},
-        ),
-    ],
-)
-def test_learning_rate_at_its_edges(config, values):
-    schedule = learning_rate(config)
-    np.testing.assert_allclose([schedule(step) for step in values], list(values.values()), rtol=1e-6)
+def test_a_gradient_in_bf16_is_that_in_fp32_to_its_precision(model, params, examples, expected):
+    compute = partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), LOSS, dtype="bfloat16")
+    gradient, metrics = jax.jit(compute)(params, pack(examples, 48, 1))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)
+    assert 1e-5 < largest_difference(rounded, expected[0]) < 0.02
+    assert_same_metrics(metrics, expected[1])

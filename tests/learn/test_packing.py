@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retool_jax.data.packing import Example, first_fit, pack
 from retool_jax.errors import UserError
+from retool_jax.learn.packing import Example, first_fit, pack
 
 
 def example(length: int, first: int) -> Example:
@@ -14,7 +14,7 @@ def example(length: int, first: int) -> Example:
     ids = list(range(first, first + length))
     sampled = [index % 3 != 0 for index in ids]
     logprobs = [-index / 1000 if s else 0.0 for index, s in zip(ids, sampled, strict=True)]
-    return Example(ids, sampled, logprobs, advantage=float(first % 7 - 3))
+    return Example(ids, sampled, {"old_logprobs": logprobs, "advantages": float(first % 7 - 3)})
 
 
 def examples_of(lengths: list[int]) -> list[Example]:
@@ -28,7 +28,8 @@ def test_every_token_stands_once_with_what_belongs_to_it(lengths, rows_per_micro
     examples = examples_of(lengths)
     batch = pack(examples, 16, rows_per_micro)
     assert batch.tokens.shape[1:] == (rows_per_micro, 16) and batch.micro_batches == len(batch.tokens)
-    rows = [x.reshape(-1, 16) for x in batch[:-1]]
+    assert batch.columns.keys() == {"old_logprobs", "advantages"}
+    rows = [x.reshape(-1, 16) for x in (*batch[:4], batch.columns["old_logprobs"], batch.columns["advantages"])]
     tokens, positions, segments, sampled, logprobs, advantages = rows
     found = []
     for row in range(len(tokens)):
@@ -42,8 +43,9 @@ def test_every_token_stands_once_with_what_belongs_to_it(lengths, rows_per_micro
             np.testing.assert_array_equal(tokens[row][place], original.ids)
             np.testing.assert_array_equal(positions[row][place], np.arange(len(original.ids)))
             np.testing.assert_array_equal(sampled[row][place], original.sampled)
-            np.testing.assert_allclose(logprobs[row][place], original.logprobs)
-            np.testing.assert_allclose(advantages[row][place], np.where(original.sampled, original.advantage, 0.0))
+            np.testing.assert_allclose(logprobs[row][place], original.columns["old_logprobs"])
+            expected = np.where(original.sampled, original.columns["advantages"], 0.0)
+            np.testing.assert_allclose(advantages[row][place], expected)
             found += original.ids
         for x in rows:
             assert not x[row][~used].any(), "padding is zero everywhere"
@@ -78,10 +80,17 @@ def test_nothing_to_pack():
     assert pack([], 16, 2, max_micro_batches=3).micro_batches == 0
 
 
-def test_without_logprobs_they_are_zero():
-    batch = pack([Example([5, 6], [False, True])], 4, 1)
-    assert not batch.logprobs.any()
-    np.testing.assert_array_equal(batch.advantages[0, 0], [0, 1, 0, 0])
+def test_a_column_is_one_value_or_one_a_token_and_zero_where_nothing_was_sampled():
+    assert pack([Example([5, 6], [False, True])], 4, 1).columns == {}
+    batch = pack([Example([5, 6], [False, True], {"advantages": 1.0, "old_logprobs": [-2.0, -3.0]})], 4, 1)
+    np.testing.assert_array_equal(batch.columns["advantages"][0, 0], [0, 1, 0, 0])
+    np.testing.assert_array_equal(batch.columns["old_logprobs"][0, 0], [0, -3, 0, 0])
+    assert all(x.dtype == np.float32 and x.shape == (1, 1, 4) for x in batch.columns.values())
+
+
+def test_examples_of_one_batch_have_the_same_columns():
+    with pytest.raises(ValueError, match=r"columns \['advantages'\] and \[\]; give all the same ones"):
+        pack([Example([5], [True], {"advantages": 1.0}), Example([5], [True])], 4, 1)
 
 
 def test_limits_are_told():

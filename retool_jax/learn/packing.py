@@ -4,7 +4,7 @@ Several sequences share a row; `segments` tells them apart for attention, and po
 token's place in the batch never changes its loss, so packing is only about not computing on padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,28 +15,29 @@ from retool_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence to learn from; every list has one entry per token.
+    """One sequence to learn from; `ids` and `sampled` have one entry per token.
 
-    `sampled` marks what the policy drew (or is to imitate); `logprobs` are those at sampling time, 0 elsewhere;
-    `advantage` holds for all sampled tokens.
+    `sampled` marks what the policy drew (or is to imitate). `columns` is what the loss is told about those tokens, by
+    name: a value for each token of the sequence, or one value for all of them.
     """
 
     ids: Sequence[int]
     sampled: Sequence[bool]
-    logprobs: Sequence[float] = field(default=())
-    advantage: float = 1.0
+    columns: Mapping[str, Sequence[float] | float] = field(default_factory=dict)
 
 
-class PackedBatch(NamedTuple):
-    """Arrays [M,B,T] of M micro-batches of B rows; only the first `micro_batches` of them hold tokens."""
+class Batch(NamedTuple):
+    """M micro-batches of B rows of T tokens; only the first `micro_batches` of them hold tokens.
 
-    tokens: np.ndarray  # int32
-    positions: np.ndarray  # int32, from 0 in each segment
-    segments: np.ndarray  # int32, 0 is padding
-    sampled: np.ndarray  # bool: the loss covers these tokens and no others
-    logprobs: np.ndarray  # float32, of sampled tokens when they were sampled
-    advantages: np.ndarray  # float32
-    micro_batches: np.ndarray  # int32 scalar
+    Inside of a step the same with one micro-batch's [B,T] arrays, and zeros in `columns` where nothing was sampled.
+    """
+
+    tokens: np.ndarray  # [M,B,T] int32
+    positions: np.ndarray  # [M,B,T] int32, from 0 in each segment
+    segments: np.ndarray  # [M,B,T] int32, 0 is padding
+    sampled: np.ndarray  # [M,B,T] bool: the loss covers these tokens and no others
+    columns: dict[str, np.ndarray]  # [M,B,T] float32 each, 0 where not sampled; "advantages", what a loss asks for
+    micro_batches: np.ndarray  # [] int32
 
 
 def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -61,11 +62,18 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 def pack(
     examples: Sequence[Example], row_length: int, rows_per_micro: int, max_micro_batches: int | None = None
-) -> PackedBatch:
+) -> Batch:
     """Pack examples into rows of `row_length`, and rows into micro-batches.
 
-    `max_micro_batches` fixes M so that one compiled update serves every batch; the update stops after those in use.
+    `max_micro_batches` fixes M so that one compiled step serves every batch; it stops after those in use.
+
+    Raises:
+        UserError: an example is longer than a row, or there are more rows than the micro-batches hold.
+        ValueError: not all examples have the same columns.
     """
+    names = list(examples[0].columns) if examples else []
+    if odd := next((example for example in examples if example.columns.keys() != set(names)), None):
+        raise ValueError(f"examples have the columns {sorted(names)} and {sorted(odd.columns)}; give all the same ones")
     rows = first_fit([len(example.ids) for example in examples], row_length)
     used = -(-len(rows) // rows_per_micro)
     count = used if max_micro_batches is None else max_micro_batches
@@ -75,13 +83,12 @@ def pack(
             " use longer rows, or fewer tokens per step"
         )
     shape = (count * rows_per_micro, row_length)
-    batch = PackedBatch(
+    batch = Batch(
         tokens=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
         segments=np.zeros(shape, np.int32),
         sampled=np.zeros(shape, bool),
-        logprobs=np.zeros(shape, np.float32),
-        advantages=np.zeros(shape, np.float32),
+        columns={name: np.zeros(shape, np.float32) for name in names},
         micro_batches=np.int32(used),
     )
     for row, members in enumerate(rows):
@@ -94,8 +101,13 @@ def pack(
             batch.positions[row, span] = np.arange(len(example.ids))
             batch.segments[row, span] = segment
             batch.sampled[row, span] = sampled
-            if len(example.logprobs):
-                batch.logprobs[row, span] = example.logprobs
-            batch.advantages[row, span] = np.where(sampled, example.advantage, 0.0)
+            for name, values in example.columns.items():
+                batch.columns[name][row, span] = np.where(sampled, values, 0.0)
             start = span.stop
-    return PackedBatch(*(x.reshape(count, rows_per_micro, row_length) for x in batch[:-1]), batch.micro_batches)
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        return x.reshape(count, rows_per_micro, row_length)
+
+    tokens, positions, segments, sampled, columns, micro_batches = batch
+    columns = {name: cut(x) for name, x in columns.items()}
+    return Batch(cut(tokens), cut(positions), cut(segments), cut(sampled), columns, micro_batches)

@@ -1,0 +1,122 @@
+"""The optimiser, the state that an update changes, and where its parts lie on a mesh."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from retool_jax import mesh as meshes
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.models import transformer
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.transformer import Params
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes; donated to it."""
+
+    step: jax.Array  # int32: optimiser steps taken
+    params: Params
+    opt_state: optax.OptState
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear warm-up, then constant or cosine."""
+    peak = config.learning_rate
+    if config.decay_steps:
+        after = optax.cosine_decay_schedule(peak, config.decay_steps, alpha=config.final_fraction)
+    else:
+        after = optax.constant_schedule(peak)
+    warmup = optax.linear_schedule(peak / max(config.warmup_steps, 1), peak, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) on clipped gradients; weight decay acts on matrices only, not on norms and biases."""
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=_is_weight),
+    )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), stored_in(config.moment_dtype, adamw))
+
+
+def stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation with its moments kept in `dtype` between steps; they are computed in fp32.
+
+    The state has the structure of the inner one's. What is no float, such as a count of steps, keeps its type.
+    """
+
+    def cast(state: optax.OptState, dtype: str) -> optax.OptState:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def init(params: Params) -> optax.OptState:
+        return cast(inner.init(params), dtype)
+
+    def update(gradient: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        updates, state = inner.update(gradient, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_weight(x: object) -> bool:
+    return isinstance(x, transformer.Weight)
+
+
+def _is_matrix(weight: transformer.Weight) -> bool:
+    """By its logical axes, not its rank: a stack of biases [L,K,H] is of rank 3, and heads x head_dim is one axis."""
+    return len(set(weight.logical) - {"layers", "head_dim"}) > 1
+
+
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
+    """Random weights and a fresh optimiser, created in shards."""
+
+    def create() -> TrainState:
+        params = transformer.init_params(model, jax.random.key(seed))
+        return fresh_state(params, optimizer)
+
+    return jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh))()
+
+
+def fresh_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
+    """Step 0 of training these weights."""
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params))
+
+
+def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Step 0 of training weights that exist already, in their shards. They are consumed: the state has them now."""
+    shardings = state_shardings(model, optimizer, mesh)
+    return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
+    """Each weight's sharding by its logical axes.
+
+    Raises:
+        UserError: a mesh axis does not divide the dimension that it splits.
+    """
+    _, abstract = transformer.abstract_params(model)
+    return jax.tree.map(
+        lambda w: w.replace(meshes.weight_sharding(mesh, w.logical, w.shape)), abstract, is_leaf=_is_weight
+    )
+
+
+def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Shardings of a whole train state: moments like their weights, counters replicated."""
+    params = param_shardings(model, mesh)
+    abstract = jax.eval_shape(partial(fresh_state, optimizer=optimizer), transformer.abstract_params(model)[1])
+    everywhere = meshes.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        make_optimizer(optimizer),
+        lambda _, like: like,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, params, opt_state)

@@ -1,0 +1,119 @@
+"""What run folders hold, read for the report, and the names that tell runs apart."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from retool_jax.errors import UserError
+from retool_jax.metrics import METRICS_FILE, read_metrics
+
+READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds. `label` tells the run from its neighbours, `setting` is the label without the seed."""
+
+    folder: Path
+    records: list[dict]
+    summary: dict
+    finished: bool
+    label: str
+    setting: str
+
+    def series(self, kind: str, key: str, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of one number, where it was measured."""
+        points = [
+            (record["step"], record[key])
+            for record in self.records
+            if record["kind"] == kind and record.get(key) is not None and split in (None, record.get("split"))
+        ]
+        steps, values = np.array(points, float).reshape(-1, 2).T
+        return steps, values
+
+    def evaluations(self, split: str) -> list[dict]:
+        found = [record for record in self.records if record["kind"] == "eval" and record.get("split") == split]
+        return sorted(found, key=lambda record: record["step"])
+
+    @property
+    def curve_split(self) -> str:
+        """The split with the longest curve: dev, but for a run that evaluated on test alone."""
+        return max(("dev", "test"), key=lambda split: len(self.evaluations(split)))
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders. Raises UserError for one that is missing or has no metrics yet."""
+    configs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"run folder {folder} does not exist; `python -m retool_jax.train config=grpo` makes one")
+        path = folder / "config.yaml"
+        configs.append(OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {})
+    names = [folder.resolve().name for folder in folders]
+    labels = config_labels(configs, names)
+    settings = config_labels([{**config, "seed": None} for config in configs], [""] * len(names))
+    return [_load_run(*arguments) for arguments in zip(folders, labels, settings, strict=True)]
+
+
+def _load_run(folder: Path, label: str, setting: str) -> Run:
+    path = folder / METRICS_FILE
+    records = read_metrics(folder) if path.exists() else []
+    if not records:
+        state = "is empty" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}; start or resume the run with `python -m retool_jax.train config=grpo`")
+    summary_path = folder / "summary.json"
+    finished = summary_path.exists()
+    summary = json.loads(summary_path.read_text(encoding="utf-8")) if finished else summary_so_far(records)
+    return Run(folder, records, summary, finished, label, setting)
+
+
+def summary_so_far(records: Iterable[dict]) -> dict:
+    """The before and after columns of a run that has no summary yet: its first and its latest evaluation."""
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    if not evaluations:
+        return {}
+    split = evaluations[0].get("split")
+    same = sorted((e for e in evaluations if e.get("split") == split), key=lambda e: e["step"])
+    return {"before": same[0], "after": same[-1] if len(same) > 1 else {}, "split": split, "steps": same[-1]["step"]}
+
+
+def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
+    """Tell runs apart by what differs in their configs: 'tools=none', 'rl.clip_high=0.2, seed 1'.
+
+    A key that splits the runs just as an earlier one does adds nothing and is left out, and so are paths. Runs whose
+    configs agree go by the names of their folders.
+    """
+    flat = [_flatten(config) for config in configs]
+    keys = sorted({key for config in flat for key in config}, key=lambda key: (key == "seed", key != "tools", key))
+    chosen, splits = [], set()
+    for key in keys:
+        values = [str(config.get(key)) for config in flat]
+        split = tuple(values.index(value) for value in values)
+        if (
+            len(set(values)) > 1
+            and not any("/" in value for value in values)
+            and (split not in splits or key == "seed")
+        ):
+            chosen.append(key)
+            splits.add(split)
+    shown = [key for key in chosen if key != "seed"][:3] + [key for key in chosen if key == "seed"]
+    labels = [", ".join(_setting(key, config.get(key)) for key in shown) for config in flat]
+    if len(set(labels)) == len(labels) and all(labels):
+        return labels
+    return [" · ".join(filter(None, pair)) for pair in zip(labels, names, strict=True)]
+
+
+def _setting(key: str, value: object) -> str:
+    words = f"seed {value}" if key == "seed" else f"{key}={value}"
+    return READABLE.get(words, words)
+
+
+def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,172 @@
+"""The optimiser's schedule, its decay and its clip, and the state that training begins with."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from retool_jax.errors import UserError
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import (
+    TrainState,
+    begin_from,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    state_shardings,
+)
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.transformer import Params, Weight
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, max_grad_norm=1e9, weight_decay=0.1)
+
+
+def first_moment(state: TrainState) -> Params:
+    (adam,) = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(x)]
+    return adam.mu
+
+
+def is_adam(x: object) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def alive() -> int:
+    """Bytes of all arrays that anyone refers to."""
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_weights_that_training_begins_from_are_there_once(model, params):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
+    copied = jax.tree.map(np.array, params)  # the others' weights must not be the buffers that are consumed
+    given = jax.device_put(copied, state_shardings(model, OPTIMIZER, mesh).params)
+    size, before = sum(x.nbytes for x in jax.tree.leaves(given)), alive()
+    state = begin_from(given, model, OPTIMIZER, mesh)  # which the caller still has
+    assert 2 * size <= alive() - before < 2.01 * size, "two moments, and no second copy of the weights"
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+
+
+def test_weight_decay_acts_on_matrices_and_on_nothing_else(params):
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(zeros, params)
+    decayed = set()
+
+    def check(path: tuple, weight: Weight, update: Weight) -> None:
+        name = path[-1].key
+        if np.asarray(update[...]).any():
+            decayed.add(name)
+            np.testing.assert_allclose(update[...], -0.05 * weight[...], rtol=1e-5)
+
+    jax.tree_util.tree_map_with_path(check, params, updates, is_leaf=lambda x: isinstance(x, Weight))
+    assert decayed == {"embedding", "q", "k", "v", "o", "gate", "up", "down"}
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(params):
+    optimizer = make_optimizer(OptimizerConfig(max_grad_norm=0.5))
+    update = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
+    for size in (0.01, 10.0):
+        gradient = jax.tree.map(lambda x: x * size / optax.tree.norm(params), params)  # noqa: B023
+        _, opt_state = update(gradient, params)
+        norm = optax.tree.norm(first_moment(TrainState(0, params, opt_state))) / (1 - OptimizerConfig.b1)
+        np.testing.assert_allclose(norm, min(size, 0.5), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (OptimizerConfig(2.0), {0: 2.0, 1: 2.0, 1000: 2.0}),
+        (OptimizerConfig(2.0, warmup_steps=1), {0: 2.0, 1: 2.0}),
+        (OptimizerConfig(2.0, warmup_steps=4), {0: 0.5, 1: 1.0, 2: 1.5, 3: 2.0, 4: 2.0, 99: 2.0}),
+        (OptimizerConfig(2.0, decay_steps=10), {0: 2.0, 5: 1.1, 10: 0.2, 11: 0.2}),
+        (
+            OptimizerConfig(2.0, warmup_steps=4, decay_steps=10, final_fraction=0.5),
+            {0: 0.5, 3: 2.0, 4: 2.0, 9: 1.5, 14: 1.0, 500: 1.0},
+        ),
+    ],
+)
+def test_learning_rate_at_its_edges(config, values):
+    schedule = learning_rate(config)
+    np.testing.assert_allclose([schedule(step) for step in values], list(values.values()), rtol=1e-6)
+
+
+def plain_adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What the optimiser is in optax's own words; its moments are of the weights' type."""
+    matrices = {"embedding", "q", "k", "v", "o", "gate", "up", "down"}
+
+    def mask(params: Params) -> Params:
+        def is_matrix(path: tuple, weight: Weight) -> Weight:
+            return weight.replace(path[-1].key in matrices)
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params, is_leaf=lambda x: isinstance(x, Weight))
+
+    adamw = optax.adamw(learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def two_updates(optimizer: optax.GradientTransformation, params: Params) -> tuple[Params, optax.OptState]:
+    rng = np.random.default_rng(0)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for _ in range(2):
+        gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_moments_in_fp32_are_those_of_plain_adamw_bit_by_bit(params):
+    ours, theirs = (two_updates(make(OPTIMIZER), params) for make in (make_optimizer, plain_adamw))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_are_kept_in_their_own_type(params, weights, dtype):
+    config = dataclasses.replace(OPTIMIZER, moment_dtype=dtype)
+    params = jax.tree.map(lambda x: x.astype(weights), params)
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(optimizer.init, params)
+    _, after = jax.eval_shape(optimizer.update, params, state, params)
+    floats = [x.dtype.name for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats == [dtype] * 2 * len(jax.tree.leaves(params))
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(after)]
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+
+
+def test_moments_in_bf16_lead_to_nearly_the_same_weights(params):
+    ours, theirs = (
+        two_updates(make_optimizer(dataclasses.replace(OPTIMIZER, moment_dtype=dtype)), params)[0]
+        for dtype in ("bfloat16", "float32")
+    )
+    for x, y, before in zip(*map(jax.tree.leaves, (ours, theirs, params)), strict=True):
+        np.testing.assert_allclose(x - before, y - before, rtol=0.03, atol=2e-5)
+
+
+def test_a_state_with_moments_in_bf16_lies_on_a_mesh(model):
+    config, mesh = dataclasses.replace(OPTIMIZER, moment_dtype="bfloat16"), make_mesh(MeshConfig(1, 4, 2))
+    state = jax.eval_shape(lambda: init_state(model, config, mesh, 0))
+    shardings = state_shardings(model, config, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(shardings)
+    assert jax.tree.leaves(shardings) == jax.tree.leaves(state_shardings(model, OPTIMIZER, mesh))
+
+
+@pytest.mark.parametrize("name", ["gradient_dtype", "moment_dtype"])
+def test_a_type_that_is_none_is_refused(name):
+    with pytest.raises(UserError, match=rf"sft.optimizer.{name}=float16 is not one of: float32, bfloat16"):
+        load(["config=sft", f"sft.optimizer.{name}=float16"])
+
+
+def test_what_a_run_may_set_of_it_is_known_without_jax():
+    code = "import sys, retool_jax.learn.config; sys.exit(bool({'jax', 'optax'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

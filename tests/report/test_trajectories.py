@@ -1,0 +1,48 @@
+"""Which trajectories a report shows, and in which pieces."""
+
+import json
+
+import pytest
+
+from retool_jax import report
+
+
+def test_calls_and_outputs_are_set_apart():
+    call = json.dumps({"name": "code_interpreter", "arguments": {"code": "x = 12 * 34\nprint(x)"}})
+    answered = "\n<|im_start|>user\n<tool_response>\n408\n</tool_response> it said\n</tool_response><|im_end|>\n"
+    trajectory = {
+        "segments": [
+            {"role": "prompt", "text": "<|im_start|>user\n12*34?<|im_end|>\n<|im_start|>assistant\n"},
+            {"role": "policy", "text": f"Let me see.\n<tool_call>\n{call}\n</tool_call><|im_end|>"},
+            {"role": "tool", "text": answered + "<|im_start|>assistant\n"},
+            {"role": "policy", "text": "<tool_call>\n{broken\n</tool_call>The answer is \\boxed{408}<|im_end|>"},
+        ],
+        "tool_calls": [{"status": "user_error", "wall_s": 0.25}],
+    }
+    parts = [(part.kind, part.text, part.note) for part in report.readable_parts(trajectory)]
+    assert parts == [
+        ("reasoning", "Let me see.", ""),
+        ("code", "x = 12 * 34\nprint(x)", ""),
+        ("output", "408\n</tool_response> it said", "user error · 250 ms"),
+        ("code", "{broken", "not a well-formed call"),
+        ("reasoning", "The answer is \\boxed{408}", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "dropped", "shown"),
+    [
+        (50, 50, 0, (5, 5, 0)),
+        (50, 2, 0, (8, 2, 0)),
+        (1, 50, 0, (1, 9, 0)),
+        (3, 0, 0, (3, 0, 0)),
+        (50, 50, 50, (4, 5, 1)),
+        (2, 3, 50, (2, 3, 5)),
+    ],
+)
+def test_right_and_wrong_trajectories_are_both_chosen(tmp_path, right, wrong, dropped, shown):
+    path = tmp_path / "t.jsonl"
+    rewards = [1.0] * right + [-1.0] * wrong + [None] * dropped
+    path.write_text("".join(json.dumps({"correct": reward == 1.0, "reward": reward}) + "\n" for reward in rewards))
+    chosen = [t["reward"] for t in report.choose_trajectories(path, 10)]
+    assert tuple(map(chosen.count, (1.0, -1.0, None))) == shown
