@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from retool_jax.data.problems import DataConfig
-from retool_jax.engine.engine import EngineConfig
+from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.fields import HIDDEN, defaults_of, describe, flatten, flatten_dict, holds_secret, secret_keys, show
 from retool_jax.mesh import MeshConfig, check_rows
@@ -204,7 +204,7 @@ MAY_CHANGE = (
     *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
     *("model.remat", "model.head_chunk", "model.attention_kernel"),
     *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
-    *("engine.pages", "engine.*_buckets"),
+    *("engine.pages", "engine.*_buckets", "engine.tp"),
     "model.max_positions",  # nothing is computed with it
     # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
     # sees and may use (image, modules, limits) decides what it prints, and stays.

@@ -1,0 +1,92 @@
+"""New weights reach an engine from any mesh, and the engine has a mesh of its own."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retool_jax.data.packing import Example, pack
+from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.turns import Turn
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.transformer import logits
+from retool_jax.update import param_shardings, token_logprobs
+
+from .machine import CONFIG, make_machine, random_weights
+
+
+def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, compiles):
+    engine = fresh.engine
+    params = random_weights(engine.model, 1)
+
+    def work() -> np.ndarray:
+        engine.clear()
+        engine.append([0, 1], [[5, 6, 7], list(range(20))])
+        engine.fork([0], [2])
+        for row in range(3):
+            engine.start(row, Turn(row, 8))
+        engine.read(engine.decode())
+        engine.free(0)
+        engine.append([0], [[5, 6, 7, 9]])
+        return np.asarray(engine._state.hidden)
+
+    before = work()
+    other = jax.tree.map(lambda x: x * 1.1, params)
+    engine.update_params(params)
+    known = len(compiles)
+    old = jax.tree.leaves(engine.weights)
+    engine.update_params(other)
+    assert all(x.is_deleted() for x in old)  # their memory holds the new ones
+    jax.tree.map(lambda x: x.delete(), other)  # as the trainer's next update does
+    changed = work()
+    engine.update_params(params)
+    np.testing.assert_array_equal(work(), before)
+    assert np.abs(changed - before).max() > 0.01
+    assert len(compiles) == known
+
+
+def test_weights_of_another_sharding_are_taken(model):
+    """The trainer's are split over fsdp and tp, the engine's over tp alone."""
+    devices = jax.devices()[:4]
+    trainer, rollout = make_mesh(MeshConfig(1, 2, 2), devices), make_mesh(MeshConfig(2, 1, 2), devices)
+    weights = random_weights(model, 1)
+    placed = jax.device_put(weights, param_shardings(model, trainer))
+    engine = Engine(model, CONFIG, placed, rollout, [], 0)
+    engine.update_params(placed)
+    engine.append([0], [[5, 6, 7]])
+    alone = make_machine(model, make_mesh(MeshConfig(), devices[:1])).engine
+    alone.append([0], [[5, 6, 7]])
+    np.testing.assert_allclose(engine._state.hidden[0], alone._state.hidden[0], atol=1e-5)
+
+
+def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, params, mesh):
+    """The vocabulary's padding is made the likeliest by far; log-probs of what is drawn are still the trainer's."""
+    params = jax.tree.map(jnp.array, params)
+    params["embedding"][...] = params["embedding"][...].at[60:].mul(20.0)
+    config = dataclasses.replace(model, real_vocab=60)
+    engine = Engine(config, EngineConfig(4, 96, decode_steps=40, chunk_rows=4), params, mesh, [], 0)
+    prompts = {row: [row + 1, 17] for row in range(4)}
+    even = jax.nn.softmax(logits(model, params, engine._state.hidden + 1.0))
+    assert even[:, 60:].sum() > 0.5 * even.sum()
+    compute = jax.jit(partial(token_logprobs, config, params), static_argnames="temperature")
+    for how in ({"temperature": 1.0}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 0.0}):
+        engine.clear()
+        engine.append(range(4), list(prompts.values()))
+        for row in range(4):
+            engine.start(row, Turn(row, 41, **how))
+        turns = engine.read(engine.decode())
+        assert turns.tokens.max() < 60 and np.isfinite(turns.logprobs).all()
+        assert ((turns.logprobs > turns.plain_logprobs + 1e-3).any()) == ("top_k" in how)
+        sampled = [False] * 2 + [True] * 40
+        examples = [
+            Example(prompts[row] + turns.tokens[row].tolist(), sampled, np.r_[0.0, 0.0, turns.plain_logprobs[row]])
+            for row in range(4)
+        ]
+        batch = pack(examples, 48, 4, 1)
+        rows = batch._replace(**{name: x[0] for name, x in batch._asdict().items() if x.ndim})
+        ours, entropy = compute(batch=rows, temperature=how["temperature"] or 1.0)
+        assert rows.sampled.sum() == 160 and np.isfinite(entropy).all()
+        assert np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled].max() <= 1e-4
