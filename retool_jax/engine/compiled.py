@@ -55,6 +55,9 @@ def decode_mesh(model: ModelConfig, mesh: Mesh, tp: int = 0) -> Mesh:
     for name, size in limits.items():
         if size % parts:
             raise UserError(f"engine.tp={parts} does not divide {name}={size}; use a divisor, or 0 to have one found")
+    first = mesh.devices.ravel().tolist().index(devices[0])
+    if mesh.devices.ravel().tolist()[first : first + len(devices)] != devices:
+        raise UserError("the mesh does not hold each process's devices one after another; leave the order to make_mesh")
     own = Mesh(np.array(devices).reshape(len(devices) // parts, 1, parts), meshes.AXES)
     return mesh if own == mesh else own
 

@@ -57,7 +57,7 @@ class Engine:
         self.version = self.written_tokens = self.padded_tokens = 0
         self._programs = Programs.of(model, config, self.layouts, stop_ids)
         self._warm_forms = 0
-        self._adopt = make_adopt(model, self.layouts)
+        self._adopt = make_adopt(model, self.layouts, mesh)
         self._let_go: deque[Hashable] = deque()  # names of prefixes, from any thread
         self._run_key = jax.device_put(jax.random.key(seed), self.layouts.everywhere)
         # What the host knows of each row: tokens written and budget left when everything dispatched had been read.

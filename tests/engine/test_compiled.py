@@ -1,8 +1,11 @@
 """Every program is compiled before the engine works, in few shapes, and calls have little padding."""
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from retool_jax.engine.config import EngineConfig, sizes
+from retool_jax.engine.config import CALL_TOKENS, EngineConfig, calls, sizes
 from retool_jax.engine.turns import Turn
 from retool_jax.errors import UserError
 
@@ -35,3 +38,40 @@ def test_sizes_are_cut_to_what_a_row_can_hold():
     for bad in ({"page_size": -1}, {"token_buckets": (0,)}):
         with pytest.raises(UserError, match=f"engine.{next(iter(bad))}"):
             EngineConfig(**bad)
+
+
+def test_few_long_prompts_are_padded_to_little_more_than_they_are(make_engine):
+    """Four prompts of 261 tokens were 32 x 512 before; short ones share one size of call, whatever their number."""
+    engine = make_engine(chunk_rows=32, max_length=512)
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 64, 261).tolist() for _ in range(4)]
+    engine.append(range(4), lists)
+    assert (engine.written_tokens, engine.padded_tokens) == (4 * 261, 2 * 2 * 512)
+    engine.clear()
+    engine.append(range(4), [[1] * 9, [1] * 60, [1] * 2, [1] * 33])
+    assert engine.padded_tokens == 2 * 2 * 512 + 32 * 64
+
+
+def test_rows_of_a_call_follow_from_its_tokens():
+    default = sizes(EngineConfig(max_length=16_384), "ragged")
+    assert default.tokens == (16, 64, 128, 256, 512, 1024)
+    assert default.rows == ((32,), (32,), (32,), (4, 16), (2, 8), (1, 4))
+    assert sizes(EngineConfig(max_length=300), "xla").rows[-1] == (3, 13)
+    assert sizes(EngineConfig(max_length=300, row_buckets=(8,)), "xla").rows == ((8, 32),) * 5
+    assert sizes(EngineConfig(max_length=1024, chunk_rows=1), "xla").rows == ((1,),) * 6
+
+
+@given(st.lists(st.integers(1, 1024), min_size=1, max_size=100), st.sampled_from([1, 3, 32, 192]))
+def test_calls_hold_every_row_once_in_compiled_shapes_with_bounded_padding(counts, chunk_rows):
+    known = sizes(EngineConfig(max_length=2048, chunk_rows=chunk_rows), "ragged")
+    shapes = {(rows, tokens) for tokens, each in zip(known.tokens, known.rows, strict=True) for rows in each}
+    found = calls(known, counts)
+    assert sorted(row for call in found for row in call.members) == list(range(len(counts)))
+    for call in found:
+        assert (call.rows, call.tokens) in shapes and call.rows * call.tokens <= CALL_TOKENS
+        assert 1 <= len(call.members) <= call.rows
+        assert max(counts[row] for row in call.members) <= call.tokens
+    # One call of each size may be nearly empty; the others are at least half full of rows, and those half of tokens.
+    long = [call for call in found if call.tokens > 128]
+    padded = sum(call.rows * call.tokens for call in long)
+    assert padded <= 4 * sum(counts[row] for call in long for row in call.members) + 3 * CALL_TOKENS // 4

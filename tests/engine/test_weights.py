@@ -6,15 +6,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from retool_jax.data.packing import Example, pack
+from retool_jax.engine.compiled import decode_mesh
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.turns import Turn
+from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.transformer import logits
 from retool_jax.update import param_shardings, token_logprobs
 
+from .chats import ROOM, chats, run
 from .machine import CONFIG, make_machine, random_weights
 
 
@@ -90,3 +94,34 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
         ours, entropy = compute(batch=rows, temperature=how["temperature"] or 1.0)
         assert rows.sampled.sum() == 160 and np.isfinite(entropy).all()
         assert np.abs(np.asarray(ours) - rows.logprobs)[rows.sampled].max() <= 1e-4
+
+
+def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params):
+    """Heads are split in two, as many as keys have, and rows are dealt out to four: nothing is held eight times."""
+    trainer = make_mesh(MeshConfig(1, 8, 1))
+    config = EngineConfig(slots=8, max_length=ROOM, decode_steps=8, chunk_rows=4)
+    placed = jax.device_put(params, param_shardings(model, trainer))
+    stops = range(0, model.vocab_size, 16)
+    engine = Engine(model, config, placed, trainer, stops, 0)
+    alone = Engine(model, config, params, make_mesh(MeshConfig(), jax.devices()[:1]), stops, 0)
+    assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tp": 2}
+    ours, expected = chats(temperature=0.0), chats(temperature=0.0)
+    for each, conversations in ((engine, ours), (alone, expected)):
+        run(each, conversations)
+    for chat, other in zip(ours, expected, strict=True):
+        assert chat.ids == other.ids
+        np.testing.assert_allclose(chat.logprobs, other.logprobs, atol=1e-4)
+    whole, part = alone.device_bytes(), engine.device_bytes()
+    assert part["rows"] * 8 == whole["rows"] and part["cache"] * 2 == whole["cache"]
+    assert part["weights"] < 0.52 * whole["weights"], "all but the norms are halved"
+
+
+def test_the_devices_that_split_heads_can_be_named(model):
+    trainer = make_mesh(MeshConfig(2, 2, 2))
+    assert dict(decode_mesh(model, trainer, 1).shape) == {"data": 8, "fsdp": 1, "tp": 1}
+    assert decode_mesh(model, make_mesh(MeshConfig(4, 1, 2))) == make_mesh(MeshConfig(4, 1, 2))
+    wide = dataclasses.replace(model, num_heads=24, num_kv_heads=12, intermediate_size=36, vocab_size=24)
+    assert decode_mesh(wide, trainer).shape["tp"] == 4
+    for tp, message in ((4, "engine.tp=4 does not divide model.num_kv_heads=2"), (3, "the devices of this process=8")):
+        with pytest.raises(UserError, match=message):
+            decode_mesh(model, trainer, tp)
