@@ -62,6 +62,7 @@ class Service:
     def __init__(self, engine: Engine, tools_at_once: int = 0) -> None:
         self.engine = engine
         self._seats = Seats(engine)
+        self._talks: dict[Talk, None] = {}  # that have not ended, in order
         self._in_flight: deque[_Dispatch] = deque()
         self._dispatches = 0
         self._orders = count()
@@ -120,6 +121,7 @@ class Service:
                 self._woken.set()
 
         talk.done.add_done_callback(cancel)
+        self._talks[talk] = None
         self._seats.add(talk)
         self._stuck = False
         self._woken.set()
@@ -174,7 +176,7 @@ class Service:
         self._driver.cancel()
         await asyncio.wait([self._driver])
         self._driver = None  # with the frames, and the arrays, of what it was doing
-        for talk in list(self._seats):
+        for talk in list(self._talks):
             self._finish(talk, Finish.CLOSED)
         await asyncio.gather(*tools, return_exceptions=True)
         while self._in_flight:
@@ -199,7 +201,7 @@ class Service:
                     await self._read()
         except Exception as error:  # the engine's, so nothing goes on
             self._closed = error
-            for talk in list(self._seats):
+            for talk in self._talks:
                 if not talk.done.done():
                     talk.done.set_exception(error)
 
@@ -215,7 +217,7 @@ class Service:
 
     def _drop_cancelled(self) -> None:
         """Let go of conversations that nobody wants any more."""
-        for talk in self._seats:
+        for talk in list(self._talks):
             if talk.conversation.cancelled:
                 self._finish(talk, Finish.CANCELLED)
 
@@ -236,7 +238,7 @@ class Service:
             self._seats.live[talk.slot] = talk
         self._stuck = not seated
         if self._stuck and not (self._seats.live or self._in_flight or self._seats.calls):
-            for talk in list(self._seats)[:1]:
+            for talk in (self._seats.ready or list(self._seats.waiting))[:1]:
                 self._finish(talk, OutOfPages(f"others hold the pages that request {talk.conversation.request} needs"))
 
     def _turn_budget(self, talk: Talk) -> int:
@@ -398,6 +400,7 @@ class Service:
         if call := self._seats.calls.get(talk):
             call.task.cancel()
             self._forget_call(talk)
+        self._talks.pop(talk, None)
         self._seats.leave(talk)
         if isinstance(how, Finish) and how is not Finish.ENDED:
             self._seats.stats.cancelled += 1

@@ -8,7 +8,6 @@ all of it again where the cache was too small and the row had to give up its pag
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from retool_jax.engine.conversation import Conversation, Finish, OnTokens, SamplingParams, Statistics
@@ -58,9 +57,6 @@ class Seats:
         # state along.
         self._prompts: dict[tuple[int, ...], Parked] = {}
         self._wanted: Counter[tuple[int, ...]] = Counter()
-
-    def __iter__(self) -> Iterator[Talk]:
-        return iter((*self.waiting, *self.ready, *self.live.values(), *self.calls))
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.ready or self.live or self.calls)

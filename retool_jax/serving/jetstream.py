@@ -202,6 +202,7 @@ def make_driver(engine: JetStreamEngine) -> "Driver":
 
     Version 0.2.2 deletes the arrays of a prefix that was inserted, with a function that jax has no more; here the
     prefix gives its pages back instead. It also opens the root logger to everything, which is undone.
+    Prompts are written one by one: `engine.chunk_rows=1`, or 1 among `engine.row_buckets`, spares their padding.
 
     Raises:
         UserError: the cache is too small for what the orchestrator keeps, which ends the process when it runs out.

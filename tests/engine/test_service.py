@@ -243,6 +243,27 @@ def test_what_cannot_be_run_is_refused_at_the_door(engines):
     play(scenario)
 
 
+def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines):
+    """Here: another thread has taken it over. Also who was about to be seated is told, and nobody waits for ever."""
+    engine = engines(slots=2)
+
+    async def scenario() -> None:
+        async with Service(engine) as service:
+            with ThreadPoolExecutor(1, "other") as other:
+                other.submit(engine.take_over).result()
+            done = [service.submit(Chat([1, 2], i)) for i in range(3)]
+            for fault in await asyncio.gather(*done, return_exceptions=True):
+                assert isinstance(fault, RuntimeError) and "used by thread other_0" in str(fault)
+            with pytest.raises(RuntimeError, match="takes no conversations any more"):
+                service.submit(Chat([1], 9))
+            engine.take_over()
+
+    play(scenario)
+    assert quiet(engine)
+    run(engine, [chat := Chat([1], 1, turns=1)])
+    assert chat.ended
+
+
 # --- threads and weights ----------------------------------------------------------------------------------------------
 
 
