@@ -33,7 +33,7 @@ def main(words: list[str]) -> None:
     engine.warm_up()
 
     def decode_all() -> int:
-        engine.init_decode_state()
+        engine.clear()
         engine.append([0], [prompt])
         engine.fork([0] * (slots - 1), list(range(1, slots)))
         for row in range(slots):

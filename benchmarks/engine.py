@@ -51,7 +51,7 @@ def ours(options: dict, temperature: float) -> Callable[[], int]:
     ids = prompts(options)
 
     def generate() -> int:
-        engine.init_decode_state()
+        engine.clear()
         engine.append(range(rows), ids)
         for row in range(rows):
             engine.start(row, Turn(row, options["new"], temperature))

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field, replace
 import jax
 import numpy as np
 
-from retool_jax.engine.engine import Engine, Turn
-from retool_jax.engine.layouts import EngineConfig
+from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
+from retool_jax.engine.turns import Turn
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import init_params

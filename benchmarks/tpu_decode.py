@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from tpu_cycles import CLOCK_HZ, read
 
-from retool_jax.engine.layouts import EngineConfig, Layouts, functions
+from retool_jax.engine.compiled import Layouts, Programs
+from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.programs import init_engine_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.transformer import abstract_params
@@ -53,7 +54,7 @@ def main(words: list[str]) -> None:
     B, P = config.slots, layouts.sizes.reads[-1]
     arguments = state, None, weights, key, ints(), ints(B, 6), ints(B, P), ints(B), ints()
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        lowered = functions(model, config, layouts, stop_ids=(151643, 151645))["decode"].lower(*arguments)
+        lowered = Programs.of(model, config, layouts, stop_ids=(151643, 151645)).decode.lower(*arguments)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         _, loops = read(Path(folder))
     memory = compiled.memory_analysis()

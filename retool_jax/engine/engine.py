@@ -9,83 +9,39 @@ and comes with whatever is appended next.
 What decides when a row stops lives on the device (lengths, budgets, stop ids), and what decides where its tokens lie
 lives on the host (`pages.py`). So a dispatch needs nothing from the one before it: the host sends a page table that
 reaches as far as a row may have come, and reads what was drawn when it likes.
+
+Buffers are donated to every call, so one thread at a time may use an engine: the one that built it, or took it over.
+Others hand their work to that thread, as `scheduler.Service` and `serving.jetstream` do.
 """
 
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from retool_jax.engine.config import EngineConfig
-from retool_jax.engine.layouts import Layouts, bucket, functions
+from retool_jax.engine.compiled import Layouts, Program, Programs, decode_mesh
+from retool_jax.engine.config import EngineConfig, bucket, calls
 from retool_jax.engine.pages import OutOfPages, Pages
-from retool_jax.engine.programs import EngineState
+from retool_jax.engine.turns import Drawn, Parked, Prefix, Turn, Turns
+from retool_jax.engine.weights import Weights, make_adopt
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.transformer import Params
-
-
-class Turn(NamedTuple):
-    """What a row draws next, until a stop id or its budget ends it; a row of the host's changes."""
-
-    request: int  # uint32: names the stream of random draws
-    budget: int  # tokens; 0 parks the row
-    temperature: float = 1.0
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0  # 1 is off
-
-
-@dataclass(eq=False)
-class Drawn:
-    """A decode dispatch's results on their way to the host; `Engine.read` waits for them."""
-
-    ints: jax.Array  # int32 [B, 2n+1]: tokens, whether they are real, the row's length
-    floats: jax.Array  # float32 [B, 2n]: log-probs of the distribution drawn from, and plain ones
-    live: np.ndarray  # bool [B]: rows whose results count
-    steps: int  # at most
-
-
-class Turns(NamedTuple):
-    """What a dispatch drew, on the host."""
-
-    tokens: np.ndarray  # int32 [B,n]
-    logprobs: np.ndarray  # float32 [B,n]: of the distribution drawn from
-    plain_logprobs: np.ndarray  # float32 [B,n]: of softmax(logits / temperature)
-    counts: np.ndarray  # int32 [B]: how many of the n are real
-    ended: np.ndarray  # bool [B]: the row drew a stop id or the last token of its budget, and is parked
-
-
-@dataclass(eq=False)
-class Prefix:
-    """A prefilled list of tokens outside the slots; its pages are given back when nobody refers to it any more."""
-
-    length: int
-    hidden: jax.Array  # [R,D] of a chunk
-    at: int  # its row in that chunk
-    name: object = field(default_factory=object)  # its row in the page tables
-
-
-@dataclass(eq=False)
-class Parked:
-    """A row without a slot: how many tokens it holds, and its name in the page tables."""
-
-    length: int
-    name: object = field(default_factory=object)
 
 
 class Engine:
     """Holds the engine's buffers and weights. Methods dispatch work and return; only `read` waits for the device.
 
     Attributes:
+        mesh: the engine's own devices, of those of the mesh that it was given (`decode_mesh`).
         pages: who owns which pages of the cache.
         version: how often the weights were replaced.
-        compiles: programs compiled since `warm_up`; any at all means that a bucket is missing.
+        written_tokens: tokens that `append` and `write_prefix` have written.
+        padded_tokens: the same with the padding of their calls, which is what they cost.
     """
 
     def __init__(
@@ -93,15 +49,16 @@ class Engine:
     ) -> None:
         self.model = model
         self.config = config
-        self.mesh = mesh
+        self.mesh = decode_mesh(model, mesh, config.tp)
         self.stop_ids = frozenset(stop_ids)
-        self.layouts = Layouts.of(model, config, mesh)
+        self.layouts = Layouts.of(model, config, self.mesh)
         self.sizes = self.layouts.sizes
         self.pages = Pages(self.sizes.pages, self.sizes.page_size)
-        self.compiles = 0
-        self.version = 0
-        self._functions = functions(model, config, self.layouts, stop_ids)
-        self._programs: dict[tuple, Callable] = {}
+        self.version = self.written_tokens = self.padded_tokens = 0
+        self._programs = Programs.of(model, config, self.layouts, stop_ids)
+        self._warm_forms = 0
+        self._adopt = make_adopt(model, self.layouts, mesh)
+        self._let_go: deque[Hashable] = deque()  # names of prefixes, from any thread
         self._run_key = jax.device_put(jax.random.key(seed), self.layouts.everywhere)
         # What the host knows of each row: tokens written and budget left when everything dispatched had been read.
         self._length = np.zeros(config.slots, np.int64)
@@ -111,9 +68,14 @@ class Engine:
         self._unread: deque[Drawn] = deque()
         self._rows: Rows | None = None
         self._stale = np.ones(config.slots, bool)  # rows whose dense copy is not what their pages hold
-        with jax.set_mesh(mesh):
-            self._state = self._functions["state"]()
-            self._params = self._functions["adopt"](None, params)
+        self.take_over()
+        with jax.set_mesh(self.mesh):
+            self._state = self._programs.init_state()
+            self._weights = self._adopt(None, params)
+
+    def take_over(self) -> None:
+        """Make the calling thread the one that may use the engine; nothing of it may be at work in another one."""
+        self._thread = threading.current_thread()
 
     def wait(self) -> None:
         """Wait until the device has done everything that was dispatched; for benchmarks."""
@@ -121,51 +83,49 @@ class Engine:
 
     # --- weights and programs ---
 
+    @property
+    def weights(self) -> Weights:
+        """The engine's own copy, in its layout."""
+        return self._weights
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled since `warm_up`; any at all means that a bucket is missing."""
+        return self._programs.forms - self._warm_forms
+
     def update_params(self, params: Params) -> None:
         """Take new weights from the trainer, resharded and cast; nothing is recompiled.
 
         What rows hold is of the old weights then: a scheduler at work follows `config.stale_rows`.
         """
+        self._check_thread()
         self.version += 1
         with jax.set_mesh(self.mesh):
-            self._params = self._functions["adopt"](self._params, params)
+            self._weights = self._adopt(self._weights, params)
 
     def warm_up(self) -> None:
         """Compile every program that this engine can need, so that none is compiled while it works."""
-        slots, sizes = self.config.slots, self.sizes
-        ints = partial(np.zeros, dtype=np.int32)
-        for reads in sizes.reads:
-            self._program("decode", *self._decode_arguments(0, reads, np.zeros(slots, bool)))
-            for rows in sizes.rows:
-                for tokens in sizes.tokens:
-                    if tokens <= bucket(min(reads * sizes.page_size, sizes.tokens[-1]), sizes.tokens):
-                        arguments = ints((rows, tokens)), ints((rows, 3)), ints((rows, reads))
-                        self._program("extend", self._state, self._params, *arguments)
-        self._program("copy rows", self._state, ints((2, slots)))
-        self._program("copy pages", self._state, ints((2, slots)), ints(()))
-        for rows in sizes.rows:
-            hidden = jax.ShapeDtypeStruct((rows, self.model.hidden_size), self.model.compute_dtype)
-            self._program("place row", self._state, hidden, ints(3))
-        self._program("first", ints((slots, 2 * self.config.decode_steps + 1)))
-        self.compiles = 0
+        nobody = np.zeros(self.config.slots, bool)
+        self._programs.warm_up(
+            self.model,
+            self.config.slots,
+            self.sizes,
+            self._state,
+            self._weights,
+            lambda width: self._decode_arguments(0, width, nobody),
+        )
+        self._warm_forms = self._programs.forms
 
-    def _program(self, name: str, *arguments) -> Callable:
-        """The compiled form of a function for arguments of these shapes."""
-        key = name, *(x.shape for x in arguments if hasattr(x, "shape"))
-        if key not in self._programs:
-            self.compiles += 1
+    def _check_thread(self) -> None:
+        if threading.current_thread() is not self._thread:
+            raise RuntimeError(
+                f"the engine is used by thread {self._thread.name}, and {threading.current_thread().name} called it;"
+                " hand the work to that thread (Service.from_thread), or take the engine over (Engine.take_over)"
+            )
 
-            def abstract(x) -> jax.ShapeDtypeStruct:
-                where = x.sharding if isinstance(x, jax.Array) else self.layouts.everywhere
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-            with jax.set_mesh(self.mesh):
-                lowered = self._functions[name].lower(*jax.tree.map(abstract, arguments))
-                self._programs[key] = lowered.compile()
-        return self._programs[key]
-
-    def _run(self, name: str, *arguments):
-        return self._program(name, *arguments)(*arguments)
+    def _run(self, program: Program, *arguments):
+        self._check_thread()
+        return program(*arguments)
 
     # --- rows ---
 
@@ -203,7 +163,7 @@ class Engine:
             self._stale[target] = True
             rows[:, i] = source, target
         if len(targets):
-            self._state = self._run("copy rows", self._state, rows)
+            self._state = self._run(self._programs.copy_rows, self._state, rows)
 
     def truncate(self, row: int, length: int) -> None:
         """Keep the first `length` tokens of a row; it needs an append before it can draw again.
@@ -211,6 +171,7 @@ class Engine:
         Free of device work: the next append says where it begins. What dispatches in flight still draw for the row
         is of no account, and its rows of their results are to be ignored.
         """
+        self._check_thread()
         if not 0 <= length <= self._reach(row):
             raise ValueError(f"row {row} cannot keep {length} tokens: it holds at most {self._reach(row)}")
         under_way = any(drawn.live[row] for drawn in self._unread)
@@ -224,6 +185,13 @@ class Engine:
         """Let go of a row and its pages."""
         self.truncate(row, 0)
         self.pages.free(row)
+
+    def clear(self) -> None:
+        """Let go of every row, whatever is in flight for it."""
+        while self._unread:
+            self.read(self._unread[0])
+        for row in range(self.config.slots):
+            self.free(row)
 
     # --- rows without a slot ---
 
@@ -250,6 +218,37 @@ class Engine:
         """Let go of a parked row's pages."""
         self.pages.free(parked.name)
 
+    def write_prefix(self, tokens: Sequence[int], behind: Prefix | None = None) -> Prefix:
+        """Write tokens outside the slots, from 0 or behind another prefix, which stays as it is.
+
+        Raises:
+            OutOfPages: the cache cannot hold them; nothing was written.
+        """
+        start = behind.length if behind else 0
+        length = start + len(tokens)
+        if not len(tokens) or length > self.config.max_length:
+            raise ValueError(f"a prefix of {length} tokens, {len(tokens)} of them new: 1 to {self.config.max_length}")
+        name = object()
+        if behind:
+            self.pages.fork(behind.name, name, start)
+        try:
+            ((hidden, at),) = self._write([name], [start], [tokens], [self.config.slots])
+        except OutOfPages:
+            self.pages.free(name)
+            raise
+        prefix = Prefix(length, hidden, at, name)
+        prefix.let_go = weakref.finalize(prefix, self._let_go.append, name)
+        return prefix
+
+    def place(self, prefix: Prefix, row: int) -> None:
+        """Make a row the trajectory of a prefix, sharing its pages, ready to draw; it may be placed many times."""
+        self.free(row)
+        self.pages.fork(prefix.name, row, prefix.length)
+        place = np.array([prefix.at, row, prefix.length], np.int32)
+        self._state = self._run(self._programs.place_row, self._state, prefix.hidden, place)
+        self._length[row] = prefix.length
+        self._drawable[row] = self._stale[row] = True
+
     # --- what the host knows ---
 
     def length(self, row: int) -> int:
@@ -258,7 +257,19 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """Pages and rows in use, for leak tests."""
+        self._sweep()
         return self.pages.counts()
+
+    def device_bytes(self) -> dict[str, int]:
+        """What the largest part of weights, cache and dense rows takes on one device."""
+        found = {}
+        for name, arrays in (("weights", self._weights), ("cache", self._state.cache), ("rows", self._rows)):
+            sums: dict[jax.Device, int] = {}
+            for array in jax.tree.leaves(arrays):
+                for shard in array.addressable_shards:
+                    sums[shard.device] = sums.get(shard.device, 0) + shard.data.nbytes
+            found[name] = max(sums.values(), default=0)
+        return found
 
     # --- drawing ---
 
@@ -296,7 +307,7 @@ class Engine:
         farthest = max(reaches, default=1)
         width = bucket(self.pages.pages_for(farthest), self.sizes.reads)
         arguments = self._decode_arguments(steps, width, live)
-        self._state, self._rows, ints, floats = self._run("decode", *arguments)
+        self._state, self._rows, ints, floats = self._run(self._programs.decode, *arguments)
         self._changes = np.zeros_like(self._changes)
         ints.copy_to_host_async()
         floats.copy_to_host_async()
@@ -306,6 +317,7 @@ class Engine:
 
     def read(self, drawn: Drawn) -> Turns:
         """Wait for a dispatch's results, in the order of dispatch, and take note of how far rows have come."""
+        self._check_thread()
         if not self._unread or self._unread[0] is not drawn:
             raise ValueError("results are read once each, in the order in which they were dispatched")
         ints, floats = np.asarray(drawn.ints), np.asarray(drawn.floats)
@@ -323,78 +335,6 @@ class Engine:
             self.pages.truncate(row, self._reach(row))
         return Turns(tokens, floats[:, :n], floats[:, n:], counts, ended)
 
-    # --- JetStream's names: google-jetstream 0.2.2, engine/engine_api.py ---
-    # The engine holds weights and state itself: `params` and `decode_state` are what its callers pass around.
-
-    def load_params(self) -> Params:
-        return self._params
-
-    def init_decode_state(self) -> EngineState:
-        """Let go of every row."""
-        while self._unread:
-            self.read(self._unread[0])
-        for row in range(self.config.slots):
-            self.free(row)
-        return self._state
-
-    def prefill(
-        self,
-        *,
-        params: Params | None = None,
-        existing_prefix: Prefix | None = None,
-        padded_tokens: Sequence[int] | jax.Array,
-        true_length: int,
-    ) -> Prefix:
-        """Write the first `true_length` of some tokens behind an existing prefix, which stays as it is, or from 0."""
-        start = existing_prefix.length if existing_prefix else 0
-        length = start + true_length
-        if not true_length or length > self.config.max_length:
-            raise ValueError(f"a prefix of {length} tokens, {true_length} of them new: 1 to {self.config.max_length}")
-        name = object()
-        if existing_prefix:
-            self.pages.fork(existing_prefix.name, name, start)
-        tokens = np.asarray(padded_tokens)[:true_length].tolist()
-        try:
-            ((hidden, at),) = self._write([name], [start], [tokens], [self.config.slots])
-        except OutOfPages:
-            self.pages.free(name)
-            raise
-        prefix = Prefix(length, hidden, at, name)
-        weakref.finalize(prefix, self.pages.free, name)
-        return prefix
-
-    def insert(
-        self, prefix: Prefix, decode_state: EngineState | None = None, slot: int = 0, turn: Turn | None = None
-    ) -> EngineState:
-        """Make a slot the trajectory of a prefix, sharing its pages; by default it draws greedily to the row's end."""
-        self.free(slot)
-        self.pages.fork(prefix.name, slot, prefix.length)
-        place = np.array([prefix.at, slot, prefix.length], np.int32)
-        self._state = self._run("place row", self._state, prefix.hidden, place)
-        self._length[slot] = prefix.length
-        self._drawable[slot] = self._stale[slot] = True
-        self.start(slot, turn or Turn(slot, self.config.max_length - prefix.length, temperature=0.0))
-        return self._state
-
-    def generate(self, params: Params | None = None, decode_state: EngineState | None = None):
-        """One step of every row, as (state, int32 [B,3]: token, whether it is real, length of the row)."""
-        while len(self._unread) > 1:
-            self.read(self._unread[0])
-        drawn = self.decode(1)
-        return self._state, self._run("first", drawn.ints)
-
-    @property
-    def max_concurrent_decodes(self) -> int:
-        return self.config.slots
-
-    @property
-    def samples_per_slot(self) -> int:
-        return 1
-
-    @property
-    def max_prefill_length(self) -> int:
-        return self.config.max_length
-
     # --- how it is done ---
 
     def _decode_arguments(self, steps: int, width: int, live: np.ndarray) -> tuple:
@@ -406,7 +346,7 @@ class Engine:
             if self._rows is None or self._rows.v[0].shape[2] != length:
                 self._rows = None  # its memory goes first
                 with jax.set_mesh(self.mesh):
-                    self._rows = self._functions["rows"](length)
+                    self._rows = self._programs.init_rows(length)
                 self._stale[:] = True
             which = np.flatnonzero(live & self._stale)
             count = len(which)
@@ -416,7 +356,7 @@ class Engine:
         return (
             self._state,
             self._rows,
-            self._params,
+            self._weights,
             self._run_key,
             np.int32(steps),
             self._changes,
@@ -453,40 +393,34 @@ class Engine:
         left = list(range(len(names)))
         done = 0
         while left:
-            for at in range(0, len(left), self.config.chunk_rows):
-                part = left[at : at + self.config.chunk_rows]
-                ids = [tokens[i][done : done + piece] for i in part]
-                hidden = self._chunk(
-                    [names[i] for i in part], [starts[i] + done for i in part], ids, [slots[i] for i in part]
-                )
+            pieces = {i: tokens[i][done : done + piece] for i in left}
+            for call in calls(self.sizes, [len(pieces[i]) for i in left]):
+                padded = np.zeros((call.rows, call.tokens), np.int32)
+                where = np.zeros((call.rows, 3), np.int32)
+                where[:, 2] = self.config.slots  # no such row: dropped
+                part = [left[member] for member in call.members]
+                for place, i in enumerate(part):
+                    ids = pieces[i]
+                    padded[place, : len(ids)] = ids
+                    where[place] = starts[i] + done, len(ids), slots[i]
+                width = bucket(self.pages.pages_for(int((where[:, 0] + where[:, 1]).max())), self.sizes.reads)
+                table = np.zeros((call.rows, width), np.int32)
+                table[: len(part)] = self.pages.table([names[i] for i in part], width)
+                arguments = self._state, self._weights, padded, where, table
+                self._state, hidden = self._run(self._programs.extend, *arguments)
                 for place, i in enumerate(part):
                     found[i] = hidden, place
+                self.written_tokens += int(where[:, 1].sum())
+                self.padded_tokens += padded.size
             done += piece
             left = [i for i in left if len(tokens[i]) > done]
         return found
-
-    def _chunk(
-        self, names: list[Hashable], starts: list[int], tokens: list[Sequence[int]], slots: list[int]
-    ) -> jax.Array:
-        """One call of the model on at most a chunk of rows."""
-        rows = bucket(len(names), self.sizes.rows)
-        padded = np.zeros((rows, bucket(max(map(len, tokens)), self.sizes.tokens)), np.int32)
-        where = np.zeros((rows, 3), np.int32)
-        where[:, 2] = self.config.slots  # no such row: dropped
-        for i, ids in enumerate(tokens):
-            padded[i, : len(ids)] = ids
-            where[i] = starts[i], len(ids), slots[i]
-        reach = max(start + len(ids) for start, ids in zip(starts, tokens, strict=True))
-        width = bucket(self.pages.pages_for(reach), self.sizes.reads)
-        table = np.zeros((rows, width), np.int32)
-        table[: len(names)] = self.pages.table(names, width)
-        self._state, hidden = self._run("extend", self._state, self._params, padded, where, table)
-        return hidden
 
     def _take_pages(
         self, names: Sequence[Hashable], starts: Sequence[int], reaches: Sequence[int], kept: Sequence[int]
     ) -> None:
         """Let every row write start .. reach, or, when the cache cannot hold them all, none: back to `kept` tokens."""
+        self._sweep()
         copies = []
         try:
             for name, start, reach in zip(names, starts, reaches, strict=True):
@@ -504,4 +438,10 @@ class Engine:
             part = copies[at : at + slots]
             pages = np.zeros((2, slots), np.int32)
             pages[:, : len(part)] = np.transpose(part)
-            self._state = self._run("copy pages", self._state, pages, np.int32(len(part)))
+            count = np.int32(len(part))
+            self._state = self._run(self._programs.copy_pages, self._state, pages, count)
+
+    def _sweep(self) -> None:
+        """Give back the pages of prefixes that were let go."""
+        while self._let_go:
+            self.pages.free(self._let_go.popleft())

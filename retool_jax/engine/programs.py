@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from retool_jax import mesh as meshes
 from retool_jax.engine.sampling import Sampling, row_keys, sample
 from retool_jax.models import transformer
 from retool_jax.models.cache import Rows, copy_pages, init_cache, refresh_rows, scatter_rows
@@ -127,6 +128,7 @@ def decode_steps(
 
 def extend_rows(
     model: ModelConfig,
+    parts: int,
     state: EngineState,
     params: Params,
     tokens_bT: jax.Array,
@@ -136,8 +138,11 @@ def extend_rows(
     """Write known tokens behind the first `start` of some rows and park them: a prompt, or what the environment said.
 
     `where` has start, count and slot of each row; a slot that does not exist is a prefix outside the slots, or
-    padding with a count of 0. Returns the state and the rows' last hidden states [b,D].
+    padding with a count of 0. `parts` is the number of devices that the rows are dealt out to, where they divide.
+    Returns the state and the rows' last hidden states [b,D].
     """
+    if parts > 1 and tokens_bT.shape[0] % parts == 0:
+        tokens_bT = meshes.constrain(tokens_bT, "batch", "length")
     start_b, count_b, slot_b = where_b3.T
     cache, hidden_bD = transformer.extend(model, params, state.cache, tokens_bT, start_b, count_b, table_bP)
     state = state._replace(

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
     *("model.remat", "model.head_chunk", "model.attention_kernel"),
     *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
-    *("engine.pages", "engine.*_buckets"),
+    *("engine.pages", "engine.*_buckets", "engine.tp"),
     "model.max_positions",  # nothing is computed with it
     # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
     # sees and may use (image, modules, limits) decides what it prints, and stays.

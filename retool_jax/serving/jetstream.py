@@ -1,24 +1,34 @@
 """The engine under google-jetstream 0.2.2's abstract class: its names and its meaning, and nothing of its own.
 
 JetStream passes weights and decode state through every call; here the engine holds both, donated and in place, so the
-values that come back stand for them and are given back as they are. A prefix may be inserted any number of times.
+values that come back stand for them. A prefix may be inserted any number of times.
+
+JetStream's orchestrator calls prefill, insert and generate from different threads. The engine belongs to one, so every
+call is handed over to a thread of this module's, one after another.
 
 google-jetstream imports seqio, and with it TensorFlow, for a tokenizer that is not used here. Where seqio is absent
-(`pip install --no-deps google-jetstream==0.2.2` with tiktoken and protobuf), empty classes stand in for the two that it
-names, and the import costs nothing.
+(`pip install --no-deps google-jetstream==0.2.2` with tiktoken and protobuf, and for the orchestrator grpcio,
+prometheus-client and shortuuid), empty classes stand in for the two that it names, and the import costs nothing.
 """
 
 import importlib.util
+import logging
 import sys
 import types
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retool_jax import mesh as meshes
-from retool_jax.engine.engine import Engine, Prefix
-from retool_jax.engine.layouts import bucket
+from retool_jax.engine.config import bucket
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.turns import Drawn, Prefix, Turn
+from retool_jax.errors import UserError
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,6 +46,15 @@ def _stand_in_for_seqio() -> None:
 _stand_in_for_seqio()
 from jetstream.engine import engine_api, tokenizer_api, tokenizer_pb2  # noqa: E402  (after the stand-in)
 
+if TYPE_CHECKING:
+    from jetstream.core.orchestrator import Driver
+
+T = TypeVar("T")
+
+NO_BOS = -1  # stands where JetStream puts the beginning of a text, of which Qwen has none; `prefill` takes it off
+LENGTHS = tuple(16 << i for i in range(12))  # of a prompt, as JetStream pads token ids
+OUTSIDE = 5  # prefixes that the orchestrator holds outside of the slots at once
+
 
 class JetStreamTokenizer(tokenizer_api.Tokenizer):
     """A checkpoint's tokenizer under JetStream's interface. Qwen has no token for the beginning of a text."""
@@ -44,9 +63,13 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
         self._tokenizer = tokenizer
         self._lengths = lengths
 
-    def encode(self, s: str, **kwargs: Any) -> tuple[np.ndarray, int]:
-        """Ids [bucket] int32, padded to the engine's next compiled length, and how many are real."""
+    def encode(self, s: str, *, max_prefill_length: int | None = None, **kwargs: Any) -> tuple[np.ndarray, int]:
+        """Ids [bucket] int32, padded to the engine's next compiled length, and how many are real.
+
+        Of a text that is longer than `max_prefill_length` tokens the end is kept, as JetStream does.
+        """
         ids = self._tokenizer.encode(s)
+        ids = ids[-max_prefill_length:] if max_prefill_length else ids
         padded = np.full(max(bucket(min(len(ids), self._lengths[-1]), self._lengths), len(ids)), self.pad_id, np.int32)
         padded[: len(ids)] = ids
         return padded, len(ids)
@@ -64,7 +87,7 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 
     @property
     def bos_id(self) -> int:
-        raise AttributeError("Qwen's vocabularies have no token for the beginning of a text; encode with is_bos=False")
+        return NO_BOS
 
     @property
     def stop_tokens(self) -> set[int]:
@@ -72,35 +95,69 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 
 
 class JetStreamEngine(engine_api.Engine):
-    """`Engine` as JetStream's orchestrator wants it; `tokenizer` is the path or hub id of its vocabulary."""
+    """`Engine` as JetStream's orchestrator wants it; `tokenizer` is the path or hub id of its vocabulary.
+
+    It takes the engine over for a thread of its own, on which `call` runs whatever else is to be done with the engine.
+    """
 
     def __init__(self, engine: Engine, tokenizer: str) -> None:
         self.engine = engine
         self._tokenizer = tokenizer
+        self._device = ThreadPoolExecutor(1, "engine")
+        self._under_way: deque[Drawn] = deque()
+        self._starts = np.zeros(engine.config.slots, np.int32)  # of what each slot draws
+        self.call(engine.take_over)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function on the engine's thread, after what was handed over before, and wait for it."""
+        return self._device.submit(function, *arguments).result()
 
     def load_params(self) -> Any:
-        return self.engine.load_params()
+        return self.engine.weights
 
     def prefill(
         self, *, params: Any, existing_prefix: Prefix | None = None, padded_tokens: jax.Array, true_length: int
     ) -> Prefix:
-        return self.engine.prefill(
-            params=params, existing_prefix=existing_prefix, padded_tokens=padded_tokens, true_length=true_length
-        )
+        """Write the first `true_length` of some tokens behind an existing prefix, which stays as it is, or from 0.
+
+        A prompt without a token is one end of a text.
+        """
+        ids = [token for token in np.asarray(padded_tokens)[:true_length].tolist() if token != NO_BOS]
+        if not ids:
+            ids = [self.build_tokenizer(self.get_tokenizer()).pad_id]
+        return self.call(self.engine.write_prefix, ids, existing_prefix)
 
     def insert(self, prefix: Prefix, decode_state: Any, slot: int) -> Any:
-        return self.engine.insert(prefix, decode_state, slot)
+        """Make a slot the trajectory of a prefix, sharing its pages; it draws greedily to its end."""
+        return self.call(self._insert, prefix, slot)
+
+    def _insert(self, prefix: Prefix, slot: int) -> None:
+        self.engine.place(prefix, slot)
+        self.engine.start(slot, Turn(slot, self.engine.config.max_length - prefix.length, temperature=0.0))
+        self._starts[slot] = prefix.length
 
     def generate(self, params: Any, decode_state: Any) -> tuple[Any, engine_api.ResultTokens]:
-        """One token per slot; the columns are token, whether it is real, and the slot's length."""
-        state, data = self.engine.generate(params, decode_state)
+        """One token per slot; the columns are token, whether it is real, and how many the slot has drawn."""
+        data = self.call(self._generate)
         tokens = engine_api.ResultTokens(
             data=data, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1
         )
-        return state, tokens
+        return decode_state, tokens
+
+    def _generate(self) -> jax.Array:
+        while len(self._under_way) > 1:
+            self.engine.read(self._under_way.popleft())
+        drawn = self.engine.decode(1)
+        self._under_way.append(drawn)
+        return _columns(drawn.ints, self._starts.copy())
 
     def init_decode_state(self) -> Any:
-        return self.engine.init_decode_state()
+        """Let go of every slot."""
+        return self.call(self._clear)
+
+    def _clear(self) -> None:
+        self._under_way.clear()
+        self.engine.clear()
 
     def get_prefix_destination_sharding(self) -> jax.sharding.Sharding:
         return meshes.replicated(self.engine.mesh)
@@ -113,15 +170,16 @@ class JetStreamEngine(engine_api.Engine):
 
     @property
     def max_concurrent_decodes(self) -> int:
-        return self.engine.max_concurrent_decodes
+        return self.engine.config.slots
 
     @property
     def samples_per_slot(self) -> int:
-        return self.engine.samples_per_slot
+        return 1
 
     @property
     def max_prefill_length(self) -> int:
-        return self.engine.max_prefill_length
+        """The longest prompt: one of JetStream's own lengths, for it looks this one up among them."""
+        return max(length for length in LENGTHS if length <= max(self.engine.config.max_length, LENGTHS[0]))
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -130,3 +188,44 @@ class JetStreamEngine(engine_api.Engine):
     @property
     def colocated_cpus(self) -> None:
         return None
+
+
+@jax.jit
+def _columns(ints: jax.Array, starts_B: jax.Array) -> jax.Array:
+    """Of a dispatch of one step: token, whether it is real, tokens behind the start, int32 [B,3]."""
+    steps = ints.shape[1] // 2
+    return jnp.stack([ints[:, 0], ints[:, steps], ints[:, -1] - starts_B], 1)
+
+
+def make_driver(engine: JetStreamEngine) -> "Driver":
+    """google-jetstream's own orchestrator over an engine, running; its `stop` ends it.
+
+    Version 0.2.2 deletes the arrays of a prefix that was inserted, with a function that jax has no more; here the
+    prefix gives its pages back instead. It also opens the root logger to everything, which is undone.
+    Prompts are written one by one: `engine.chunk_rows=1`, or 1 among `engine.row_buckets`, spares their padding.
+
+    Raises:
+        UserError: the cache is too small for what the orchestrator keeps, which ends the process when it runs out.
+    """
+    sizes, slots = engine.engine.sizes, engine.engine.config.slots
+    needed = (slots + OUTSIDE) * -(-engine.engine.config.max_length // sizes.page_size)
+    if sizes.pages < needed:
+        raise UserError(
+            f"engine.pages={sizes.pages} hold less than {slots} slots and the {OUTSIDE} prompts that JetStream keeps;"
+            f" set engine.pages={needed}"
+        )
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    from jetstream.core import orchestrator
+
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    orchestrator.delete_pytree = lambda prefix: prefix.let_go()
+    params = engine.load_params()
+    return orchestrator.Driver(
+        prefill_engines=[engine],
+        generate_engines=[engine],
+        prefill_params=[params],
+        generate_params=[params],
+        interleaved_mode=True,
+    )

@@ -151,7 +151,7 @@ def test_a_row_of_nan_leaves_nothing_to_the_next_owner_of_its_pages(make_engine,
     for _ in range(4):
         turns = engine.read(engine.decode())
     assert turns.ended.all() and engine.counts()["free"] == 0 and np.isnan(engine._state.cache).mean() > 0.95
-    engine.init_decode_state()
+    engine.clear()
     engine.update_params(params)
     for ours, theirs in zip(work(engine), expected, strict=True):
         assert np.isfinite(ours).all()

@@ -1,0 +1,194 @@
+"""An engine's programs as values: the mesh they run on, how arrays lie on it, and what is compiled before it starts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from retool_jax import mesh as meshes
+from retool_jax.engine.config import EngineConfig, Sizes, bucket, sizes
+from retool_jax.engine.programs import (
+    EngineState,
+    copy_rows,
+    copy_state_pages,
+    decode_steps,
+    extend_rows,
+    init_engine_state,
+    place_row,
+)
+from retool_jax.engine.sampling import Sampling
+from retool_jax.errors import UserError
+from retool_jax.learn.optimizer import param_shardings
+from retool_jax.models.attention import resolve_cache_kernel
+from retool_jax.models.cache import Rows, init_rows
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.transformer import Params
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def decode_mesh(model: ModelConfig, mesh: Mesh, tp: int = 0) -> Mesh:
+    """The mesh that an engine runs on: those devices of a trainer's mesh that belong to this process.
+
+    `tp` of them split heads, feed-forward and vocabulary; the rows are dealt out over the others, with whole weights.
+    0 takes the most devices for which that works. Nothing lies on fsdp, whose weights would be gathered at every step.
+
+    Raises:
+        UserError: so many devices do not split the model, or do not divide those that there are.
+    """
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    dimensions = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.intermediate_size": model.intermediate_size,
+        "model.vocab_size": model.vocab_size,
+    }
+    limits = {"the devices of this process": len(devices)} | dimensions
+    parts = tp or max(
+        parts for parts in range(1, len(devices) + 1) if all(size % parts == 0 for size in limits.values())
+    )
+    for name, size in limits.items():
+        if size % parts:
+            raise UserError(f"engine.tp={parts} does not divide {name}={size}; use a divisor, or 0 to have one found")
+    first = mesh.devices.ravel().tolist().index(devices[0])
+    if mesh.devices.ravel().tolist()[first : first + len(devices)] != devices:
+        raise UserError("the mesh does not hold each process's devices one after another; leave the order to make_mesh")
+    own = Mesh(np.array(devices).reshape(len(devices) // parts, 1, parts), meshes.AXES)
+    return mesh if own == mesh else own
+
+
+class Layouts(NamedTuple):
+    """How the engine's arrays lie on its mesh, for which its programs are compiled."""
+
+    sizes: Sizes
+    state: EngineState
+    rows: Rows | None  # None where a kernel reads pages where they lie
+    weights: Params | dict
+    everywhere: NamedSharding
+
+    @classmethod
+    def of(cls, model: ModelConfig, config: EngineConfig, mesh: Mesh) -> "Layouts":
+        kernel = resolve_cache_kernel(model, mesh.devices.flat[0].platform)
+        weights, everywhere = param_shardings(model, mesh), meshes.replicated(mesh)
+        parts = row_parts(mesh)
+        batch = "batch" if parts > 1 and config.slots % parts == 0 else None
+        rows = None
+        if kernel == "xla":
+            one_layer = jax.tree.map(meshes.without_first, weights["layers"])
+            weights = {name: weights[name] for name in weights} | {"layers": (one_layer,) * model.num_layers}
+            split = meshes.sharding(mesh, batch, "kv_heads", None, None)
+            rows = Rows((split,) * model.num_layers, (split,) * model.num_layers)
+        pool = meshes.sharding(mesh, None, None, "kv_heads", "head_dim")
+        by_row = meshes.sharding(mesh, batch) if batch else everywhere
+        state = EngineState(pool, *[by_row] * 4, Sampling(*[by_row] * 3))
+        return cls(sizes(config, kernel), state, rows, weights, everywhere)
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts a mesh deals out the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+class Program(Generic[P, R]):
+    """A function of the device with its compiled forms, one for each set of shapes that it was called with."""
+
+    def __init__(self, function: Callable[P, R], everywhere: NamedSharding) -> None:
+        self._jitted = function
+        self._everywhere = everywhere  # where arguments go that come from the host
+        self._forms: dict[tuple, Callable[P, R]] = {}
+
+    @property
+    def forms(self) -> int:
+        """How many there are."""
+        return len(self._forms)
+
+    def lower(self, *arguments: P.args) -> jax.stages.Lowered:
+        """The program for arguments, or abstract ones with their shardings, before it is compiled."""
+        with jax.set_mesh(self._everywhere.mesh):
+            return self._jitted.lower(*arguments)
+
+    def form(self, *arguments: P.args) -> Callable[P, R]:
+        """The compiled form for arguments of these shapes."""
+        key = tuple(x.shape for x in arguments if hasattr(x, "shape"))
+        if key not in self._forms:
+
+            def abstract(x) -> jax.ShapeDtypeStruct:
+                where = x.sharding if isinstance(x, jax.Array) else self._everywhere
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+            self._forms[key] = self.lower(*jax.tree.map(abstract, arguments)).compile()
+        return self._forms[key]
+
+    def __call__(self, *arguments: P.args) -> R:
+        return self.form(*arguments)(*arguments)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Everything that an engine runs on the device, for its layouts; states and dense rows are donated."""
+
+    init_state: Callable[[], EngineState]
+    init_rows: Callable[[int], Rows]  # of so many tokens
+    decode: Program[..., tuple[EngineState, Rows | None, jax.Array, jax.Array]]
+    extend: Program[..., tuple[EngineState, jax.Array]]
+    copy_rows: Program[[EngineState, np.ndarray], EngineState]
+    place_row: Program[[EngineState, jax.Array, np.ndarray], EngineState]
+    copy_pages: Program[[EngineState, np.ndarray, np.ndarray], EngineState]
+
+    @classmethod
+    def of(cls, model: ModelConfig, config: EngineConfig, layouts: Layouts, stop_ids: Sequence[int]) -> "Programs":
+        _, state, rows, _, everywhere = layouts
+        mesh, pages, page_size = everywhere.mesh, layouts.sizes.pages, layouts.sizes.page_size
+        decode = partial(decode_steps, model, config.decode_steps, tuple(stop_ids), mesh.shape["tp"])
+        extend = partial(extend_rows, model, row_parts(mesh))
+        empty_state = partial(init_engine_state, model, config.slots, pages, page_size)
+        empty_rows = jax.jit(partial(init_rows, model, config.slots), static_argnums=0, out_shardings=rows)
+
+        def program(function: Callable, out_shardings: object, donated: int | tuple[int, ...] = 0) -> Program:
+            return Program(jax.jit(function, donate_argnums=donated, out_shardings=out_shardings), everywhere)
+
+        return cls(
+            init_state=jax.jit(empty_state, out_shardings=state),
+            init_rows=empty_rows,
+            decode=program(decode, (state, rows, everywhere, everywhere), donated=(0, 1)),
+            extend=program(extend, (state, everywhere)),
+            copy_rows=program(copy_rows, state),
+            place_row=program(place_row, state),
+            copy_pages=program(partial(copy_state_pages, model.num_layers), state),
+        )
+
+    @property
+    def forms(self) -> int:
+        """Compiled forms of all programs together."""
+        return sum(program.forms for program in vars(self).values() if isinstance(program, Program))
+
+    def warm_up(
+        self,
+        model: ModelConfig,
+        slots: int,
+        sizes: Sizes,
+        state: EngineState,
+        weights: Params | dict,
+        decode_arguments: Callable[[int], tuple],
+    ) -> None:
+        """Compile every form that an engine of these sizes can need; `decode_arguments` are those of a read size."""
+
+        def ints(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.int32)
+
+        for reads in sizes.reads:
+            self.decode.form(*decode_arguments(reads))
+            longest = bucket(min(reads * sizes.page_size, sizes.tokens[-1]), sizes.tokens)
+            for tokens, row_sizes in zip(sizes.tokens, sizes.rows, strict=True):
+                for rows in row_sizes if tokens <= longest else ():
+                    self.extend.form(state, weights, ints(rows, tokens), ints(rows, 3), ints(rows, reads))
+        self.copy_rows.form(state, ints(2, slots))
+        self.copy_pages.form(state, ints(2, slots), ints())
+        for rows in {rows for row_sizes in sizes.rows for rows in row_sizes}:
+            hidden = jax.ShapeDtypeStruct((rows, model.hidden_size), model.compute_dtype)
+            self.place_row.form(state, hidden, ints(3))

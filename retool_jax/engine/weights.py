@@ -1,0 +1,46 @@
+"""The way of new weights from a trainer's mesh to an engine's."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from retool_jax.engine.compiled import Layouts
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.transformer import Params, unstack
+
+Weights = Params | dict  # a dict where the layers are unstacked
+
+
+def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[[Weights | None, Params], Weights]:
+    """A function from (old weights or None, the trainer's) to the engine's own copy, resharded and cast.
+
+    The old weights' memory takes the new ones, so that there is no second copy on the device. The new ones are copied
+    even where nothing changes, since the trainer's next update consumes its own arrays. Where the trainer's mesh spans
+    several processes, all of them call it at the same time; one program lays the weights out on every process's
+    devices as its engine wants them, and each engine takes the parts that lie on its own.
+    """
+    own = layouts.everywhere.mesh
+
+    def convert(old: Weights | None, new: Params) -> Weights:
+        new = new if layouts.rows is None else unstack(new)
+        return jax.tree.map(lambda x: jnp.array(x, model.compute_dtype, copy=True), new)
+
+    if own.size == trainer.size:
+        return jax.jit(convert, donate_argnums=0, out_shardings=layouts.weights, keep_unused=True)
+    every = Mesh(trainer.devices.reshape(-1, 1, own.shape["tp"]), own.axis_names)
+    shardings = jax.tree.map(lambda sharding: NamedSharding(every, sharding.spec), layouts.weights)
+    spread = jax.jit(convert, out_shardings=shardings)
+
+    def local(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        parts = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+    def adopt(old: Weights | None, new: Params) -> Weights:
+        for array in jax.tree.leaves(old):
+            array.delete()
+        with jax.set_mesh(every):
+            return jax.tree.map(local, spread(None, new), layouts.weights)
+
+    return adopt

@@ -1,0 +1,79 @@
+"""An engine beside the oracle of what its rows hold, for tests of its cache."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.turns import Turns
+from retool_jax.models.transformer import forward, init_params, logits
+
+ROOM = 96
+
+CONFIG = EngineConfig(
+    slots=4, max_length=ROOM, decode_steps=8, chunk_rows=4, page_size=8, token_buckets=(32,), read_buckets=(40,)
+)
+
+
+def random_weights(config, key: int):
+    """Norms and biases too, larger than at initialisation: nearly uniform logits hide differences."""
+    rng = np.random.default_rng(key)
+    fresh = init_params(config, jax.random.key(key))
+    return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0.0, 0.2, x.shape), x.dtype), fresh)
+
+
+@dataclasses.dataclass
+class Machine:
+    """An engine, what its rows should hold, and the oracle for it."""
+
+    engine: Engine
+    oracle: Callable[[list[list[int]]], np.ndarray]  # logits behind each list
+    rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+    def logits(self) -> np.ndarray:
+        """What the engine would draw each row's next token from, [slots, V]."""
+        engine = self.engine
+        rest = {name: engine.weights[name] for name in ("embedding",)}
+        return np.asarray(logits(engine.model, rest, jax.device_get(engine._state.hidden)))
+
+    def difference(self) -> float:
+        """Between the engine's logits behind every drawable row and those of a fresh forward."""
+        rows = [row for row, ids in self.rows.items() if ids and self.engine._drawable[row]]
+        if not rows:
+            return 0.0
+        return float(np.abs(self.logits()[rows] - self.oracle([self.rows[row] for row in rows])).max())
+
+    def decode(self, dispatches: int = 1, steps: int | None = None) -> list[Turns]:
+        """All are dispatched before the first is read."""
+        drawn = [self.engine.decode(steps) for _ in range(dispatches)]
+        results = [self.engine.read(one) for one in drawn]
+        for turns in results:
+            for row in np.flatnonzero(turns.counts).tolist():
+                ids = turns.tokens[row, : turns.counts[row]].tolist()
+                self.rows[row] = self.rows[row] + (ids[:-1] if turns.ended[row] else ids)
+                assert turns.ended[row] or ids[-1] not in self.engine.stop_ids
+        return results
+
+
+def make_machine(model, mesh, seed: int = 3, config: EngineConfig = CONFIG) -> Machine:
+    """Stops at every eighth id, so that a random model's turns end in both ways."""
+    weights = random_weights(model, 1)
+    engine = Engine(model, config, weights, mesh, range(0, model.vocab_size, 8), seed)
+
+    @jax.jit
+    def behind(tokens: jax.Array, last: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(ROOM), tokens.shape)
+        hidden = forward(model, weights, tokens, positions, jnp.ones_like(tokens))
+        return logits(model, weights, hidden[jnp.arange(len(tokens)), last])
+
+    def oracle(lists: list[list[int]]) -> np.ndarray:
+        tokens, last = np.zeros((4, ROOM), np.int32), np.zeros(4, np.int32)
+        for row, ids in enumerate(lists):
+            tokens[row, : len(ids)], last[row] = ids, len(ids) - 1
+        return np.asarray(behind(tokens, last))[: len(lists)]
+
+    return Machine(engine, oracle)

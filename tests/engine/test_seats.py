@@ -1,0 +1,248 @@
+"""Few slots and pages, tools that pile up, new weights: rows give way and come back, and draws stay the same."""
+
+import asyncio
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.engine.scheduler import converse
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import token_logprobs
+
+from .chats import ROOM, Chat, chats, quiet, run
+
+# --- memory: pages on demand, shared prompts, rows that have to give way ----------------------------------------------
+
+
+@pytest.mark.parametrize("tool_lag", [-1, 1])
+def test_a_small_cache_changes_the_schedule_and_no_draw(make_engine, model, reference, tool_lag):
+    """Pages for two full rows: the youngest give theirs up, come back, and draw what they would have drawn."""
+    stops = range(0, model.vocab_size, 16)
+    engine = make_engine(0, stops, slots=4, page_size=8, pages=24, tool_lag=tool_lag)
+    conversations = chats(delay=0.005)
+    stats = run(engine, conversations)
+    for ours, expected in zip(conversations, reference, strict=True):
+        assert ours.ids == expected.ids
+        np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
+    assert stats.evictions > 0 and stats.rewritten_tokens > 0 and quiet(engine)
+    told = sum(len(chat.ids) - len(chat.prompt) - sum(chat.sampled) for chat in conversations)
+    assert stats.appended_tokens == told, "what is written again is counted apart"
+
+
+def test_more_conversations_than_slots_decode_while_others_wait_for_tools(engines):
+    """Two slots, and four conversations whose tools take long: while two wait, the other two draw."""
+    out: set[int] = set()
+    drew_meanwhile = []
+
+    class Slow(Chat):
+        async def answer(self) -> list[int]:
+            out.add(self.request)
+            await asyncio.sleep(0.2)
+            out.discard(self.request)
+            return await super().answer()
+
+        def end_turn(self, ids, logprobs):
+            drew_meanwhile.append(len(out))
+            return super().end_turn(ids, logprobs)
+
+    run(engines(slots=2, tool_lag=-1), [Slow([1, 2, 3], i, turns=2) for i in range(4)])
+    assert max(drew_meanwhile) >= 2
+
+
+def test_a_group_shares_its_prompt_whenever_its_members_come(make_engine, model):
+    """Sixteen samples over three slots: one prefill, and one token for each member that comes after the first three."""
+    engine = make_engine(0, range(0, model.vocab_size, 16), slots=3, page_size=8)
+    prompt = np.random.default_rng(5).integers(1, 60, 37).tolist()
+    shared = []
+
+    class Watching(Chat):
+        def end_turn(self, ids, logprobs):
+            shared.append(engine.counts()["shared"])
+            return super().end_turn(ids, logprobs)
+
+    group = [Watching(prompt, i, turns=2) for i in range(16)]
+    stats = run(engine, group)
+    assert stats.prefilled_tokens == 37 + 13
+    assert min(shared[:-3]) >= 4, "the four full pages of the prompt belong to all"
+    alone = [Chat(prompt, i, turns=2) for i in range(16)]
+    for chat in alone:
+        run(engine, [chat])
+    assert [chat.ids for chat in group] == [chat.ids for chat in alone] and quiet(engine)
+
+
+def test_eight_turns_pay_for_their_context_once(make_engine):
+    """The engine's own counter: 200 tokens of prompt, 100 drawn and 20 told a turn."""
+    engine = make_engine(0, (), slots=1, max_length=1160, decode_steps=25, chunk_rows=1, read_buckets=(1160,))
+
+    class Long(Chat):
+        def turn_budget(self) -> int:
+            return 100
+
+        def end_turn(self, ids, logprobs):
+            self._add(ids, logprobs)
+            self.answered += 1
+            return self.answer() if self.answered < 8 else None
+
+        async def answer(self) -> list[int]:
+            self._add([5] * 20, None)
+            return [5] * 20
+
+    chat = Long([3] * 200, 0)
+    stats = run(engine, [chat])
+    assert (stats.prefilled_tokens, stats.appended_tokens, stats.rewritten_tokens) == (200, 7 * 20, 0)
+    assert stats.decoded_tokens == 800 and len(chat.ids) == 200 + 8 * 100 + 7 * 20
+
+
+# --- cancellation and back-pressure -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool_lag", [-1, 1])
+def test_a_cancelled_conversation_lets_go_and_the_others_do_not_notice(engines, reference, tool_lag):
+    conversations = chats(delay=0.01)
+
+    class Cancelling(Chat):
+        def end_turn(self, ids, logprobs):
+            for i in (1, 4, 9):
+                conversations[i].cancelled = True
+            return super().end_turn(ids, logprobs)
+
+    conversations[0] = Cancelling(conversations[0].prompt, 100, turns=2)
+    engine = engines(tool_lag=tool_lag)
+    stats = run(engine, conversations)
+    assert stats.cancelled == 3 and quiet(engine)
+    for i, (ours, expected) in enumerate(zip(conversations, reference, strict=True)):
+        assert (ours.ids == expected.ids and ours.ended) != (i in (1, 4, 9))
+        assert ours.dropped == ("cancelled" if i in (1, 4, 9) else "")
+
+
+def test_no_more_tools_run_at_once_than_allowed(engines, reference):
+    running, most = 0, 0
+
+    class Counted(Chat):
+        async def answer(self) -> list[int] | None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            try:
+                await asyncio.sleep(0.01)
+                return await super().answer()
+            finally:
+                running -= 1
+
+    conversations = [Counted(chat.prompt, chat.request, turns=chat.turns) for chat in chats()]
+    asyncio.run(asyncio.wait_for(converse(engines(slots=16, tool_lag=-1), conversations, tools_at_once=2), 60))
+    assert most == 2
+    assert [chat.ids for chat in conversations] == [chat.ids for chat in reference]
+
+
+def test_five_thousand_trajectories_leave_nothing_behind(make_engine, model):
+    """With cancellations, tools that give up and budgets that end, in a cache that is too small for all slots."""
+    engine = make_engine(
+        0, range(0, model.vocab_size, 4), slots=64, decode_steps=4, page_size=8, pages=200, tool_lag=-1
+    )
+    engine.warm_up()
+    rng = np.random.default_rng(0)
+
+    class Wild(Chat):
+        def turn_budget(self) -> int:
+            return min(int(rng.integers(1, 9)), ROOM - len(self.ids))
+
+        async def answer(self) -> list[int] | None:
+            fate = rng.random()
+            if fate < 0.1:
+                self.cancelled = True
+            await asyncio.sleep(0.01 * (fate < 0.02))
+            return None if fate > 0.9 else await super().answer()
+
+    memory = []
+    evictions = cancelled = 0
+    for batch in range(5):
+        prompts = [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(250)]
+        stats = run(
+            engine, [Wild(prompts[i // 4], 1000 * batch + i, turns=int(rng.integers(1, 5))) for i in range(1000)]
+        )
+        evictions, cancelled = evictions + stats.evictions, cancelled + stats.cancelled
+        assert quiet(engine)
+        memory.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert engine.compiles == 0 and evictions > 0 and cancelled > 100
+    assert memory[-1] <= memory[1], "no array is kept"
+
+
+# --- new weights under way --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def updating(make_engine, model, params):
+    """`updating(**config)`: an engine, the weights that come when the first turn of request 100 ends, and chats."""
+
+    def build(**config):
+        engine = make_engine(0, range(0, model.vocab_size, 16), **config)
+        newer = jax.tree.map(lambda x: x * 1.1, params)
+
+        class Updating(Chat):
+            swapped_at = 0  # tokens that it had then
+
+            def end_turn(self, ids, logprobs):
+                call = super().end_turn(ids, logprobs)
+                if self.request == 100 and not self.swapped_at:
+                    self.swapped_at = len(self.ids)
+                    engine.update_params(newer)
+                return call
+
+        return engine, newer, [Updating(chat.prompt, chat.request, turns=4) for chat in chats(6)]
+
+    return build
+
+
+def test_rows_are_written_again_under_new_weights(updating, model):
+    """What is drawn after the swap has the log-probabilities that the trainer computes with the new weights."""
+    engine, newer, conversations = updating(slots=4)
+    stats = run(engine, conversations)
+    assert stats.rewritten_tokens > 0 and all(chat.ended for chat in conversations) and quiet(engine)
+    chat = conversations[0]
+    batch = pack([Example(chat.ids, chat.sampled, {"old_logprobs": chat.logprobs})], ROOM, 1, 1)
+    rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
+    values, _ = jax.jit(partial(token_logprobs, model, newer, temperature=1.0))(batch=rows)
+    after = rows.sampled[0] & (np.arange(ROOM) >= chat.swapped_at)
+    difference = np.abs(np.asarray(values)[0] - rows.columns["old_logprobs"][0])
+    assert after.sum() > 5 and difference[after].max() <= 1e-4
+    assert difference[rows.sampled[0] & ~after].max() > 1e-2, "the turn before it was drawn with the old ones"
+
+
+def test_rows_of_old_weights_can_be_discarded(updating):
+    engine, _, conversations = updating(slots=2, pages=72, stale_rows="discard")
+    stats = run(engine, conversations)
+    assert stats.cancelled > 0 and stats.rewritten_tokens == 0 and quiet(engine)
+    assert not conversations[0].ended and conversations[5].ended
+    for chat in conversations:
+        assert chat.ended != (chat.dropped == "new weights came (engine.stale_rows=discard)"), "each has one end"
+
+
+def test_old_weights_are_discarded_also_where_a_row_has_given_up_its_pages(make_engine, model, params):
+    """Whoever has begun is dropped, and nobody else: the outcome does not depend on the size of the cache."""
+    engine = make_engine(0, range(0, model.vocab_size, 16), page_size=8, pages=24, stale_rows="discard")
+    newer = jax.tree.map(lambda x: x * 1.1, params)
+    begun: dict[int, Chat] = {}
+    under_way: list[int] = []
+    turns = 0
+
+    class Updating(Chat):
+        def turn_budget(self) -> int:
+            begun[self.request] = self
+            return super().turn_budget()
+
+        def end_turn(self, ids, logprobs):
+            nonlocal turns
+            call, turns = super().end_turn(ids, logprobs), turns + 1
+            if turns == 7:
+                under_way.extend(request for request, chat in begun.items() if not chat.ended)
+                engine.update_params(newer)
+            return call
+
+    conversations = [Updating(chat.prompt, chat.request, turns=chat.turns) for chat in chats()]
+    stats = run(engine, conversations)
+    assert stats.evictions > 0 and quiet(engine)
+    assert [chat.request for chat in conversations if chat.dropped] == sorted(under_way)
+    assert all(chat.ended for chat in conversations if not chat.dropped)

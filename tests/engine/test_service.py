@@ -1,0 +1,355 @@
+"""The scheduler as a service: conversations join when they like, from any thread, and tokens come as they are read."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.engine.conversation import Finish, SamplingParams, Tokens
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.pages import OutOfPages
+from retool_jax.engine.scheduler import Service
+
+from .chats import Chat, chats, quiet, run
+
+
+def play(scenario, seconds: float = 60):
+    """Run a coroutine function, which gives up rather than hangs."""
+    return asyncio.run(asyncio.wait_for(scenario(), seconds))
+
+
+def drawn(chat: Chat) -> list[int]:
+    return [token for token, sampled in zip(chat.ids, chat.sampled, strict=True) if sampled]
+
+
+@pytest.mark.parametrize("tool_lag", [-1, 1])
+def test_a_conversation_may_join_while_others_draw(engines, reference, tool_lag):
+    """The others are at every stage by then, and the draws are those of a run in which all began together."""
+    conversations = chats(delay=0.01)
+    engine = engines(tool_lag=tool_lag)
+
+    async def scenario() -> list[Finish]:
+        async with Service(engine) as service:
+            done = []
+            for chat in conversations:
+                done.append(service.submit(chat))
+                await asyncio.sleep(0.005)
+            return await asyncio.gather(*done)
+
+    assert play(scenario) == [Finish.ENDED] * len(conversations) and quiet(engine)
+    for ours, expected in zip(conversations, reference, strict=True):
+        assert ours.ids == expected.ids
+        np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_an_idle_service_waits_for_work_and_counts_what_it_did(engines):
+    async def scenario() -> None:
+        async with Service(engines()) as service:
+            for chat in chats(3):
+                await asyncio.sleep(0.02)
+                await service.submit(chat)
+                statistics = service.take_statistics()
+                assert statistics.decoded_tokens == len(drawn(chat)) and statistics.total_s >= 0.01
+            assert service.take_statistics().decoded_tokens == 0
+
+    play(scenario)
+
+
+def test_nobody_waits_for_a_tool_that_is_not_theirs(engines):
+    """One slot, and a tool that answers only when a conversation that came later has ended."""
+    other = Chat([4, 5, 6], 2, turns=1)
+    late = asyncio.Event()
+
+    class Waiting(Chat):
+        async def answer(self) -> list[int] | None:
+            late.set()
+            while not other.ended:
+                await asyncio.sleep(0.001)
+            return await super().answer()
+
+    async def scenario() -> None:
+        async with Service(engines(slots=1, decode_steps=32, tool_lag=-1)) as service:
+            first = service.submit(Waiting([1, 2, 3], 1, turns=2))
+            await late.wait()
+            await asyncio.sleep(0.02)  # nothing is left to do but wait
+            assert await service.submit(other) == await first == Finish.ENDED
+
+    play(scenario)
+
+
+def test_tokens_come_as_they_are_read_and_nothing_of_them_is_taken_back(engines):
+    """Turns that end in several tokens: what was drawn behind an end is in no piece."""
+    conversations = chats(halves=True)
+    pieces: dict[int, list[Tokens]] = {chat.request: [] for chat in conversations}
+
+    async def scenario() -> None:
+        async with Service(engines(slots=16, decode_steps=1, tool_lag=0)) as service:
+            done = [service.submit(chat, on_tokens=pieces[chat.request].append) for chat in conversations[1:]]
+            async for piece in service.stream(conversations[0]):
+                pieces[100].append(piece)
+                assert not conversations[0].dropped
+            await asyncio.gather(*done)
+
+    play(scenario)
+    for chat in conversations:
+        assert [token for piece in pieces[chat.request] for token in piece.ids] == drawn(chat)
+        logprobs = [value for piece in pieces[chat.request] for value in piece.logprobs]
+        assert logprobs == [value for value, sampled in zip(chat.logprobs, chat.sampled, strict=True) if sampled]
+        assert max(len(piece.ids) for piece in pieces[chat.request]) == 1
+
+
+def test_who_stops_listening_is_dropped(engines):
+    chat = Chat([1, 2, 3], 7, turns=4)
+    engine = engines()
+
+    async def scenario() -> None:
+        async with Service(engine) as service:
+            stream = service.stream(chat)
+            await anext(stream)
+            await stream.aclose()
+            while not chat.dropped:
+                await asyncio.sleep(0.001)
+
+    play(scenario)
+    assert chat.dropped == Finish.CANCELLED and quiet(engine)
+
+
+# --- how a conversation draws -----------------------------------------------------------------------------------------
+
+
+def test_each_conversation_draws_in_its_own_way(engines, model):
+    """Side by side: greedy, of one token, of the stop that it names, and of its seed."""
+    greedy, top, stopped, plain, again = (Chat([9, 8, 7], request, turns=1) for request in (1, 2, 3, 4, 4))
+    some = frozenset(range(0, model.vocab_size, 3))
+    ways = [SamplingParams(0.0), SamplingParams(1.0, top_k=1), SamplingParams(stop_ids=some), None, SamplingParams()]
+
+    async def scenario() -> None:
+        async with Service(engines()) as service:
+            together = zip((greedy, top, stopped, plain, again), ways, strict=True)
+            await asyncio.gather(*[service.submit(chat, way) for chat, way in together])
+
+    play(scenario)
+    assert drawn(greedy) == drawn(top) and drawn(plain) == drawn(again) != drawn(greedy)
+    assert drawn(stopped)[-1] in some and not some.intersection(drawn(stopped)[:-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.5}, "temperature=-0.5 must be a finite number of at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_an_impossible_way_to_draw_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**changes)
+
+
+# --- ends and faults --------------------------------------------------------------------------------------------------
+
+
+def test_every_end_has_its_name(engines):
+    engine = engines(slots=2, tool_lag=-1)
+    forever = asyncio.Event()
+
+    class Waiting(Chat):
+        async def answer(self) -> list[int] | None:
+            await forever.wait()
+
+    ended, cancelled, closed, new = Chat([1], 1, turns=1), Waiting([2], 2), Waiting([3], 3), Chat([4], 4)
+
+    async def scenario() -> list[asyncio.Future]:
+        async with Service(engine) as service:
+            done = [service.submit(chat) for chat in (ended, cancelled, closed)]
+            assert await done[0] == Finish.ENDED
+            done[1].cancel()
+            while not cancelled.dropped:
+                await asyncio.sleep(0.001)
+            done.append(service.submit(new))
+        with pytest.raises(RuntimeError, match="takes no conversations any more"):
+            service.submit(Chat([5], 5))
+        return done
+
+    _, second, third, fourth = play(scenario)
+    assert second.cancelled() and (third.result(), fourth.result()) == (Finish.CLOSED, Finish.CLOSED)
+    assert (ended.dropped, cancelled.dropped) == ("", "cancelled")
+    assert (closed.dropped, new.dropped) == ("the scheduler was closed",) * 2 and quiet(engine)
+
+
+@pytest.mark.parametrize("tool_lag", [-1, 1])
+def test_a_fault_ends_its_own_conversation_and_no_other(engines, reference, tool_lag):
+    """In each of the places where a conversation, its tool or who listens can fail."""
+    conversations = chats(delay=0.005)
+
+    def broken(*_: object) -> None:
+        raise LookupError("broken")
+
+    class Broken(Chat):
+        async def answer(self) -> list[int] | None:
+            broken()
+
+    class Endless(Chat):
+        async def answer(self) -> list[int] | None:
+            return [1] * 200
+
+    ill = [Chat([1, 2], i, turns=3) for i in range(4)] + [Broken([1, 2], 4, turns=3), Endless([1, 2], 5, turns=3)]
+    ill[0].turn_budget = ill[1].stop_at = ill[2].end_turn = broken
+    engine = engines(tool_lag=tool_lag)
+
+    async def scenario() -> list:
+        async with Service(engine) as service:
+            done = []
+            for i, chat in enumerate(conversations):
+                done.append(service.submit(chat))
+                if i < len(ill):
+                    done.append(service.submit(ill[i], on_tokens=broken if i == 3 else None))
+            return await asyncio.gather(*done, return_exceptions=True)
+
+    results = play(scenario)
+    faults = [result for result in results if isinstance(result, Exception)]
+    assert len(faults) == 6 and results.count(Finish.ENDED) == len(conversations) and quiet(engine)
+    assert [str(fault) for fault in faults if isinstance(fault, LookupError)] == ["broken"] * 5
+    assert "request 5 would hold" in str(next(fault for fault in faults if isinstance(fault, ValueError)))
+    assert [chat.ids for chat in conversations] == [chat.ids for chat in reference]
+
+
+def test_what_cannot_be_run_is_refused_at_the_door(engines):
+    engine = engines()
+
+    async def scenario() -> None:
+        async with Service(engine) as service:
+            for prompt, request, message in (
+                ([], 1, "request 1 has a prompt of 0 tokens; a row holds 1 to 96"),
+                ([1] * 97, 1, "a prompt of 97 tokens"),
+                ([1], -1, "request -1 must lie between 0 and"),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    service.submit(Chat(prompt, request))
+            prefixes = [engine.write_prefix([1] * 96) for _ in range(4)]
+            with pytest.raises(OutOfPages, match="others hold the pages that request 3 needs"):
+                await service.submit(Chat([1], 3))
+            for prefix in prefixes:
+                prefix.let_go()
+            assert quiet(engine)
+            assert await service.submit(Chat([1], 3, turns=1)) == Finish.ENDED
+
+    play(scenario)
+
+
+def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines):
+    """Here: another thread has taken it over. Also who was about to be seated is told, and nobody waits for ever."""
+    engine = engines(slots=2)
+
+    async def scenario() -> None:
+        async with Service(engine) as service:
+            with ThreadPoolExecutor(1, "other") as other:
+                other.submit(engine.take_over).result()
+            done = [service.submit(Chat([1, 2], i)) for i in range(3)]
+            for fault in await asyncio.gather(*done, return_exceptions=True):
+                assert isinstance(fault, RuntimeError) and "used by thread other_0" in str(fault)
+            with pytest.raises(RuntimeError, match="takes no conversations any more"):
+                service.submit(Chat([1], 9))
+            engine.take_over()
+
+    play(scenario)
+    assert quiet(engine)
+    run(engine, [chat := Chat([1], 1, turns=1)])
+    assert chat.ended
+
+
+# --- threads and weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(make_engine, model) -> Engine:
+    engine = make_engine(0, range(0, model.vocab_size, 4), slots=64, decode_steps=4, page_size=8)
+    engine.warm_up()
+    return engine
+
+
+def short(n: int) -> list[Chat]:
+    rng = np.random.default_rng(0)
+    return [Chat(rng.integers(1, 60, rng.integers(1, 30)).tolist(), i, turns=1, turn_limit=4) for i in range(n)]
+
+
+def test_a_second_thread_runs_a_thousand_requests(many, params):
+    """Beside the thread that the engine belongs to, which has requests of its own, and with new weights under way."""
+    theirs, ours, expected = short(1000), short(100), short(1000)
+    run(many, expected)
+    seen: set[str] = set()
+
+    async def scenario() -> list[Finish]:
+        async with Service(many) as service:
+
+            def work() -> list[Finish]:
+                with pytest.raises(RuntimeError, match="use submit_from_thread"):
+                    service.submit(theirs[0])
+                seen.add(threading.current_thread().name)
+                done = [service.submit_from_thread(chat) for chat in theirs[:500]]
+                results = [future.result(60) for future in done]
+                service.from_thread(many.update_params, params).result(60)  # the same ones: draws stay
+                done = [service.submit_from_thread(chat) for chat in theirs[500:]]
+                return results + [future.result(60) for future in done]
+
+            with ThreadPoolExecutor(1, "second") as pool:
+                second = asyncio.get_running_loop().run_in_executor(pool, work)
+                for chat in ours:
+                    await service.submit(chat)
+                return await second
+
+    version = many.version
+    assert play(scenario, 120) == [Finish.ENDED] * 1000 and seen == {"second_0"}
+    assert many.version == version + 1 and many.compiles == 0 and quiet(many)
+    assert [chat.ids for chat in theirs] == [chat.ids for chat in expected]
+    assert [chat.ids for chat in ours] == [chat.ids for chat in expected[:100]]
+
+
+def test_tokens_say_which_weights_drew_them(make_engine, model, params):
+    """What is submitted after new weights came is drawn with those, as on an engine that never had others."""
+    stops = range(0, model.vocab_size, 16)
+    newer = jax.tree.map(lambda x: x * 1.1, params)
+    engine, fresh = make_engine(0, stops), make_engine(0, stops)
+    fresh.update_params(newer)
+    before, after, expected = (Chat([5, 6, 7], 1, turns=2) for _ in range(3))
+    run(fresh, [expected])
+
+    async def scenario() -> tuple[list[Tokens], list[Tokens]]:
+        async with Service(engine) as service:
+            first = [piece async for piece in service.stream(before)]
+            engine.update_params(newer)
+            return first, [piece async for piece in service.stream(after)]
+
+    first, second = play(scenario)
+    assert {piece.version for piece in first} == {0} and {piece.version for piece in second} == {1}
+    assert after.ids == expected.ids != before.ids
+    np.testing.assert_allclose(after.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_a_waiting_conversation_is_told_of_new_weights_under_the_name_of_its_end(engines):
+    engine = engines(tool_lag=-1)
+    engine.config = replace(engine.config, stale_rows="discard")
+    called = asyncio.Event()
+
+    class Waiting(Chat):
+        async def answer(self) -> list[int] | None:
+            called.set()
+            await asyncio.sleep(50)
+
+    waiting, other = Waiting([1, 2], 1), Chat([3], 2, turns=1)
+
+    async def scenario() -> tuple[Finish, Finish]:
+        async with Service(engine) as service:
+            first = service.submit(waiting)
+            await called.wait()
+            engine.version += 1  # as update_params does
+            return await service.submit(other), await first
+
+    assert play(scenario) == (Finish.ENDED, Finish.DISCARDED)
+    assert waiting.dropped == "new weights came (engine.stale_rows=discard)"
