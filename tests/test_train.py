@@ -193,11 +193,13 @@ def refused(*arguments, **options): raise AssertionError("the network was asked"
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refused
 from retool_jax import train
 from retool_jax.errors import UserError
+from retool_jax.run.load import load
 for config in ("sft", "grpo", "sft_retool"):
     train.main([f"config={config}", "--help"])
 for word in ("rl.stpes=3", "rl.steps=abc", "rl.steps=0", "rollout.grammar=xml", "rl.minibatches=5"):
     try: train.main(["config=grpo", "init_from=acme/tiny", word])
     except UserError as error: print(error)
+load(["config=sft_retool", "init_from=acme/tiny"])
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
 

@@ -164,8 +164,8 @@ def make(schema: type, values: dict, prefix: str = "", root: type | None = None)
             raise UserError(f"unknown key {_readable(unknown)}; {_nearest(unknown, root) or f'known here: {listed}'}")
     given = {key: _meant(types[key], value, f"{prefix}{key}", root) for key, value in values.items()}
     try:
-        _checked(schema)(**given)
-        return schema(**given)
+        made = _checked(schema)(**given)
+        return made if type(made) is schema else schema(**given)
     except ValidationError as error:
         raise UserError(complaint(error, schema, prefix)) from None
 
