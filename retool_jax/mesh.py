@@ -16,18 +16,20 @@ from retool_jax.errors import UserError
 AXES = ("data", "fsdp", "tp")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # weights
+    # of weights
     "layers": None,
     "embed": "fsdp",
+    "norm": None,
+    # of weights, and of the activations that they make
     "heads": "tp",
     "kv_heads": "tp",
     "head_dim": None,
     "mlp": "tp",
     "vocab": "tp",
-    "norm": None,
-    # activations and batches
+    # of batches and activations; "model" is what weights call "embed"
     "micro": None,
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp"),  # in training, so that each device gathers a layer's weights and keeps its own rows
+    "rows": "data",  # of the engine: few tokens at a time, which cost less to exchange than weights
     "length": None,
     "model": None,
 }
@@ -107,7 +109,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pin an activation's layout where a mesh is set (`jax.set_mesh`); elsewhere the array as it is."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin an activation's layout where a mesh of several devices is set (`jax.set_mesh`); elsewhere the array as it is.
+
+    A product of rows that are split over fsdp and weights that are split over fsdp can be had by gathering either.
+    Without this the compiler chooses, by a cost model of its own.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:  # 0 where none is set
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retool_jax import mesh as meshes
 from retool_jax.models.attention import (
     Rotation,
     current_backend,
@@ -146,7 +147,7 @@ def forward(
     def layer(x_BTD: jax.Array, layers: Layers, index: jax.Array) -> jax.Array:
         return layers(x_BTD, turn, lambda q, k, v: (attention(q, k, v), None))[0]
 
-    return _scan_layers(config, params, tokens_BT, layer)
+    return _scan_layers(config, params, tokens_BT, "batch", layer)
 
 
 def extend(
@@ -177,7 +178,7 @@ def extend(
         x_BTD, cache = carry
         return layers(x_BTD, turn, lambda q, k, v: attention(cache, index, q, k, v))
 
-    hidden_BTD, cache = _scan_layers(config, params, tokens_BT, layer, cache)
+    hidden_BTD, cache = _scan_layers(config, params, tokens_BT, "rows", layer, cache)
     last_B = jnp.maximum(count_B - 1, 0)
     return cache, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
 
@@ -217,15 +218,21 @@ def unstack(params: Params) -> dict:
 
 
 def _scan_layers(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, layer: Callable, cache: Cache | None = None
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, rows: str, layer: Callable, cache: Cache | None = None
 ):
-    x_BTD = params["embedding"][...][tokens_BT].astype(config.compute_dtype)
+    """`rows` is the logical name of the B axis, see `mesh.py`."""
+
+    def pin(x_BTD: jax.Array) -> jax.Array:
+        return meshes.constrain(x_BTD, rows, "length", "model")
+
     layer_graph = _layer_graph(config)
 
     def body(carry, scanned):
         weights, index = scanned
-        return layer(carry, nnx.merge(layer_graph, weights), index), None
+        carry = layer(carry, nnx.merge(layer_graph, weights), index)
+        return pin(carry) if cache is None else (pin(carry[0]), carry[1]), None
 
+    x_BTD = pin(params["embedding"][...][tokens_BT].astype(config.compute_dtype))
     carry = x_BTD if cache is None else (x_BTD, cache)
     if isinstance(params["layers"], tuple):
         for index, weights in enumerate(params["layers"]):
