@@ -87,23 +87,6 @@ def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*logical))
 
 
-def weight_sharding(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a weight of this shape; a `UserError` where a mesh axis does not divide its dimension."""
-    result = sharding(mesh, *logical)
-    for name, size, axis in zip(logical, shape, result.spec, strict=True):
-        if axis and size % mesh.shape[axis]:
-            raise UserError(
-                f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size};"
-                f" set mesh.{axis} to a divisor of {size}"
-            )
-    return result
-
-
-def without_first(stacked: NamedSharding) -> NamedSharding:
-    """The sharding of one entry of an array that is not split along its first dimension."""
-    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -19,6 +19,7 @@ from retool_jax.data.packing import PackedBatch
 from retool_jax.models import transformer
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.head import given_logprobs
+from retool_jax.models.sharding import is_weight, param_shardings
 from retool_jax.models.transformer import Params
 
 
@@ -75,13 +76,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=_is_weight),
+            mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=is_weight),
         ),
     )
-
-
-def _is_weight(x: object) -> bool:
-    return isinstance(x, transformer.Weight)
 
 
 def _is_matrix(weight: transformer.Weight) -> bool:
@@ -108,18 +105,6 @@ def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, m
     """Step 0 of training weights that exist already, in their shards. They are consumed: the state has them now."""
     shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
-
-
-def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
-    """Each weight's sharding by its logical axes.
-
-    Raises:
-        UserError: a mesh axis does not divide the dimension that it splits.
-    """
-    _, abstract = transformer.abstract_params(model)
-    return jax.tree.map(
-        lambda w: w.replace(meshes.weight_sharding(mesh, w.logical, w.shape)), abstract, is_leaf=_is_weight
-    )
 
 
 def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:

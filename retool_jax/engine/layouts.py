@@ -24,8 +24,8 @@ from retool_jax.errors import UserError
 from retool_jax.models.attention import resolve_cache_kernel
 from retool_jax.models.cache import Rows, init_rows
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.sharding import param_shardings, unstacked_shardings
 from retool_jax.models.transformer import Params, unstack
-from retool_jax.update import param_shardings
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ class Layouts(NamedTuple):
         weights, everywhere = param_shardings(model, mesh), meshes.replicated(mesh)
         rows = None
         if kernel == "xla":
-            one_layer = jax.tree.map(meshes.without_first, weights["layers"])
-            weights = {name: weights[name] for name in weights} | {"layers": (one_layer,) * model.num_layers}
+            weights = unstacked_shardings(model, mesh)
             split = meshes.sharding(mesh, None, "kv_heads", None, None)
             rows = Rows((split,) * model.num_layers, (split,) * model.num_layers)
         pool = meshes.sharding(mesh, None, None, "kv_heads", "head_dim")

@@ -24,6 +24,7 @@ from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig
 from retool_jax.models.huggingface import find_folder, load_params
+from retool_jax.models.sharding import param_shardings
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model, write_config
 from retool_jax.tokens.chat import demonstration_ids
@@ -36,7 +37,6 @@ from retool_jax.update import (
     begin_from,
     init_state,
     make_update,
-    param_shardings,
     state_shardings,
 )
 

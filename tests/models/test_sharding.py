@@ -1,4 +1,4 @@
-"""On a mesh, training moves weights to the activations, and not the other way."""
+"""Weights lie on a mesh as their logical axes say, and training moves them to the activations, not the other way."""
 
 import math
 import re
@@ -6,15 +6,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.data.packing import PackedBatch
+from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import abstract_params
+from retool_jax.models.sharding import param_shardings, unstacked_shardings
+from retool_jax.models.transformer import abstract_params, unstack
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
-from retool_jax.update import loss_and_gradient, param_shardings
+from retool_jax.update import loss_and_gradient
 
 ROWS, LENGTH = 16, 256
 # An activation of all rows has 1 MB; a device's part of it, 131 kB, is more than any one weight.
@@ -53,6 +56,26 @@ def gradient_program(mesh: Mesh) -> str:
     with jax.set_mesh(mesh):
         batch = PackedBatch(*shapes, jax.ShapeDtypeStruct((), jnp.int32))
         return step.lower(abstract_params(MODEL)[1], batch).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dimension"), [({"tp": 4, "fsdp": 2}, "kv_heads dimension of 2"), ({"fsdp": 8}, "embed dimension of 36")]
+)
+def test_weights_divide_over_the_mesh(sizes, dimension):
+    model = ModelConfig(vocab_size=40, hidden_size=36, num_heads=4, num_kv_heads=2, head_dim=8)
+    with pytest.raises(UserError, match=f"does not divide the model's {dimension}; set mesh"):
+        param_shardings(model, make_mesh(MeshConfig(**sizes)))
+    param_shardings(model, make_mesh(MeshConfig(data=2, fsdp=2, tp=2)))
+
+
+def test_unstacked_weights_lie_as_their_stack_does():
+    mesh, shapes = make_mesh(MeshConfig(data=2, fsdp=2, tp=2)), abstract_params(MODEL)[1]
+    stacked, split = param_shardings(MODEL, mesh), unstacked_shardings(MODEL, mesh)
+    assert jax.tree.structure(split) == jax.tree.structure(jax.eval_shape(unstack, shapes))
+    assert jax.tree.leaves(split["embedding"]) == jax.tree.leaves(stacked["embedding"])
+    trees = shapes["layers"], stacked["layers"], split["layers"][1]
+    for weight, stack, one in zip(*map(jax.tree.leaves, trees), strict=True):
+        assert one.shard_shape(weight.shape[1:]) == stack.shard_shape(weight.shape)[1:]
 
 
 def test_fsdp_exchanges_weights_and_no_activation():
