@@ -26,7 +26,7 @@ from retool_jax.config import load
 from retool_jax.engine.layouts import EngineConfig, Layouts, functions
 from retool_jax.engine.programs import init_engine_state
 from retool_jax.mesh import MeshConfig, make_mesh
-from retool_jax.models.transformer import abstract_params
+from retool_jax.models.decoder import abstract_params
 
 
 def main(words: list[str]) -> None:

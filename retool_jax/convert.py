@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from retool_jax.config import SFTRun
     from retool_jax.models.config import ModelConfig
-    from retool_jax.models.transformer import Params
+    from retool_jax.models.decoder import Params
 
 HELP = """\
 usage: python -m retool_jax.convert from=SOURCE to=FOLDER [dtype=bfloat16] [tokenizer=FOLDER]

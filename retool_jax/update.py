@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.data.packing import PackedBatch
-from retool_jax.models import transformer
+from retool_jax.models import decoder
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params
 from retool_jax.models.head import given_logprobs
 from retool_jax.models.sharding import is_weight, param_shardings
-from retool_jax.models.transformer import Params
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def _is_matrix(weight: transformer.Weight) -> bool:
+def _is_matrix(weight: decoder.Weight) -> bool:
     """By its logical axes, not its rank: a stack of biases [L,K,H] is of rank 3, and heads x head_dim is one axis."""
     return len(set(weight.logical) - {"layers", "head_dim"}) > 1
 
@@ -90,7 +90,7 @@ def init_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed:
     """Random weights and a fresh optimiser, created in shards."""
 
     def create() -> TrainState:
-        params = transformer.init_params(model, jax.random.key(seed))
+        params = decoder.init_params(model, jax.random.key(seed))
         return fresh_state(params, optimizer)
 
     return jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh))()
@@ -110,7 +110,7 @@ def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, m
 def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Shardings of a whole train state: moments like their weights, counters replicated."""
     params = param_shardings(model, mesh)
-    abstract = jax.eval_shape(partial(fresh_state, optimizer=optimizer), transformer.abstract_params(model)[1])
+    abstract = jax.eval_shape(partial(fresh_state, optimizer=optimizer), decoder.abstract_params(model)[1])
     everywhere = meshes.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         make_optimizer(optimizer),
@@ -129,7 +129,7 @@ def token_logprobs(
 
     Both [B,T] fp32, aligned with `batch.tokens`; the first token of a segment has none and gets 0.
     """
-    hidden = transformer.forward(model, params, batch.tokens, batch.positions, batch.segments)
+    hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
     chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature)
 
     def align(x: jax.Array) -> jax.Array:

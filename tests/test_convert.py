@@ -15,8 +15,8 @@ from retool_jax.convert import compare, convert, main
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
+from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import load_params
-from retool_jax.models.transformer import Params
 from retool_jax.run_folder import claim_folder
 from retool_jax.sft.loop import load_weights
 from retool_jax.update import init_state

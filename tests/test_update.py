@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from retool_jax.data.packing import Example, PackedBatch, pack
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, Weight
+from retool_jax.models.decoder import Params, Weight
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
 from retool_jax.update import (
     OptimizerConfig,

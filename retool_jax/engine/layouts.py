@@ -24,8 +24,8 @@ from retool_jax.errors import UserError
 from retool_jax.models.attention import resolve_cache_kernel
 from retool_jax.models.cache import Rows, init_rows
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params, unstack
 from retool_jax.models.sharding import param_shardings, unstacked_shardings
-from retool_jax.models.transformer import Params, unstack
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.errors import UserError
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf, config_to_hf
+from retool_jax.models.decoder import Params, Weight, abstract_params
 from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
 from retool_jax.models.sharding import is_weight, weight_sharding
-from retool_jax.models.transformer import Params, Weight, abstract_params
 
 COMPANIONS = (  # what goes with the weights: tokenizer, chat template, when to stop
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),

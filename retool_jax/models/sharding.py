@@ -6,7 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, Weight, abstract_params
+from retool_jax.models.decoder import Params, Weight, abstract_params
 
 
 def is_weight(x: object) -> bool:
@@ -37,7 +37,7 @@ def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
 
 
 def unstacked_shardings(model: ModelConfig, mesh: Mesh) -> dict:
-    """The shardings of the weights that `transformer.unstack` gives."""
+    """The shardings of the weights that `decoder.unstack` gives."""
     shardings = param_shardings(model, mesh)
     one_layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings["layers"])
     return {name: shardings[name] for name in shardings} | {"layers": (one_layer,) * model.num_layers}

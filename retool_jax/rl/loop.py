@@ -25,7 +25,7 @@ from retool_jax.errors import UserError
 from retool_jax.mesh import check_rows
 from retool_jax.metrics import METRICS_FILE, MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
-from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.rl import answers
 from retool_jax.rl.advantage import group_relative
 from retool_jax.rl.evaluation import evaluate, faults, summarise

@@ -23,9 +23,9 @@ from retool_jax.mesh import check_rows, make_mesh
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig
+from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.sharding import param_shardings
-from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model, write_config
 from retool_jax.tokens.chat import demonstration_ids
 from retool_jax.tokens.protocol import TOOL_SCHEMA

@@ -18,8 +18,8 @@ from retool_jax.engine.layouts import sizes
 from retool_jax.engine.pages import OutOfPages
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.decoder import forward, init_params, logits
 from retool_jax.models.sharding import param_shardings
-from retool_jax.models.transformer import forward, init_params, logits
 from retool_jax.update import token_logprobs
 
 ROOM = 96

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from retool_jax.engine.engine import Engine, EngineConfig
 from retool_jax.engine.scheduler import converse
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, abstract_params, forward, logits
+from retool_jax.models.decoder import Params, abstract_params, forward, logits
 
 VOCAB, LENGTH = 67, 24
 

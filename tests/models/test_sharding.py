@@ -14,8 +14,8 @@ from retool_jax.data.packing import PackedBatch
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import abstract_params, unstack
 from retool_jax.models.sharding import param_shardings, unstacked_shardings
-from retool_jax.models.transformer import abstract_params, unstack
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
 from retool_jax.update import loss_and_gradient
 

@@ -15,8 +15,8 @@ from retool_jax.config import load
 from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics
+from retool_jax.models.decoder import init_params
 from retool_jax.models.huggingface import save_params
-from retool_jax.models.transformer import init_params
 from retool_jax.run_folder import claim_folder
 from retool_jax.sft.loop import (
     Demonstrations,

@@ -12,7 +12,7 @@ from retool_jax.errors import UserError
 from retool_jax.mesh import RULES
 from retool_jax.models.cache import init_cache
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import (
+from retool_jax.models.decoder import (
     Params,
     Weight,
     abstract_params,
