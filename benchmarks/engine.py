@@ -33,7 +33,7 @@ def ours(options: dict, temperature: float) -> Callable[[], int]:
     from retool_jax.engine.engine import Engine, EngineConfig, Turn
     from retool_jax.mesh import MeshConfig, make_mesh
     from retool_jax.models.config import ModelConfig
-    from retool_jax.models.transformer import init_params
+    from retool_jax.models.decoder import init_params
 
     model = ModelConfig(
         vocab_size=MODEL["vocabulary"],

@@ -29,7 +29,7 @@ from retool_jax.engine.scheduler import converse
 from retool_jax.engine.turns import Turn
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import init_params
+from retool_jax.models.decoder import init_params
 
 MODEL = ModelConfig(
     vocab_size=2048,

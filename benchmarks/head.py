@@ -29,8 +29,8 @@ def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
     import numpy as np
 
     from retool_jax.models.config import ModelConfig
+    from retool_jax.models.decoder import init_params
     from retool_jax.models.head import given_logprobs
-    from retool_jax.models.transformer import init_params
 
     model = ModelConfig(
         vocab_size=options["vocabulary"], hidden_size=options["hidden"], intermediate_size=8, head_chunk=chunk

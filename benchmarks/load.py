@@ -23,9 +23,9 @@ import numpy as np
 
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig, config_from_hf
+from retool_jax.models.decoder import abstract_params
 from retool_jax.models.huggingface import load_params, save_params
 from retool_jax.models.safetensors import read_headers
-from retool_jax.models.transformer import abstract_params
 
 DEFAULTS = {"layers": 8, "hidden": 2048, "intermediate": 11_008, "vocab": 151_936, "folder": tempfile.gettempdir()}
 

@@ -26,7 +26,7 @@ from retool_jax.engine.compiled import Layouts, Programs
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.programs import init_engine_state
 from retool_jax.mesh import MeshConfig, make_mesh
-from retool_jax.models.transformer import abstract_params
+from retool_jax.models.decoder import abstract_params
 from retool_jax.run.load import load
 
 

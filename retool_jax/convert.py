@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from retool_jax.models.config import ModelConfig
-    from retool_jax.models.transformer import Params
+    from retool_jax.models.decoder import Params
     from retool_jax.run.schema import SFTRun
 
 HELP = """\

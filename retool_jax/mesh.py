@@ -12,18 +12,20 @@ from retool_jax.errors import UserError
 from retool_jax.mesh_config import AXES, MeshConfig
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # weights
+    # of weights
     "layers": None,
     "embed": "fsdp",
+    "norm": None,
+    # of weights, and of the activations that they make
     "heads": "tp",
     "kv_heads": "tp",
     "head_dim": None,
     "mlp": "tp",
     "vocab": "tp",
-    "norm": None,
-    # activations and batches
+    # of batches and activations; "model" is what weights call "embed"
     "micro": None,
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp"),  # in training, so that each device gathers a layer's weights and keeps its own rows
+    "rows": "data",  # of the engine: few tokens at a time, which cost less to exchange than weights
     "length": None,
     "model": None,
 }
@@ -63,29 +65,16 @@ def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*logical))
 
 
-def weight_sharding(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a weight of this shape; a `UserError` where a mesh axis does not divide its dimension."""
-    result = sharding(mesh, *logical)
-    for name, size, axis in zip(logical, shape, result.spec, strict=True):
-        if axis and size % mesh.shape[axis]:
-            raise UserError(
-                f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size};"
-                f" set mesh.{axis} to a divisor of {size}"
-            )
-    return result
-
-
-def without_first(stacked: NamedSharding) -> NamedSharding:
-    """The sharding of one entry of an array that is not split along its first dimension."""
-    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pin an activation's layout where a mesh is set (`jax.set_mesh`); elsewhere the array as it is."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin an activation's layout where a mesh of several devices is set (`jax.set_mesh`); elsewhere the array as it is.
+
+    A product of rows that are split over fsdp and weights that are split over fsdp can be had by gathering either.
+    Without this the compiler chooses, by a cost model of its own.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:  # 0 where none is set
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -46,7 +46,7 @@ from retool_jax.engine.engine import Engine, EngineConfig, Parked, Turn, Turns
 from retool_jax.engine.pages import Pages
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import forward, init_params, logits
+from retool_jax.models.decoder import forward, init_params, logits
 from retool_jax.tokens.tokenizer import load_tokenizer
 
 # What takes longest is begun first, so that the workers end together.

@@ -15,8 +15,8 @@ from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import init_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
+from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import load_params
-from retool_jax.models.transformer import Params
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
 from retool_jax.run.schema import SFTRun

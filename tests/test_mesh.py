@@ -7,10 +7,8 @@ from jax.sharding import PartitionSpec
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import make_mesh, spec
 from retool_jax.mesh_config import MeshConfig, check_rows
-from retool_jax.models.config import ModelConfig
 
 DEVICES = 8
 
@@ -94,13 +92,3 @@ def test_rows_of_a_micro_batch_divide_over_data_and_fsdp():
         UserError, match=r"rl.rows_per_micro=4 does not divide over .* = 8 devices; use a multiple of 8"
     ):
         check_rows(make_mesh(MeshConfig(data=2, fsdp=4)).shape, "rl.rows_per_micro", 4)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "dimension"), [({"tp": 4, "fsdp": 2}, "kv_heads dimension of 2"), ({"fsdp": 8}, "embed dimension of 36")]
-)
-def test_weights_divide_over_the_mesh(sizes, dimension):
-    model = ModelConfig(vocab_size=40, hidden_size=36, num_heads=4, num_kv_heads=2, head_dim=8)
-    with pytest.raises(UserError, match=f"does not divide the model's {dimension}; set mesh"):
-        param_shardings(model, make_mesh(MeshConfig(**sizes)))
-    param_shardings(model, make_mesh(MeshConfig(data=2, fsdp=2, tp=2)))

@@ -22,11 +22,11 @@ from retool_jax.engine.programs import (
 )
 from retool_jax.engine.sampling import Sampling
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import param_shardings
 from retool_jax.models.attention import resolve_cache_kernel
 from retool_jax.models.cache import Rows, init_rows
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
+from retool_jax.models.sharding import param_shardings, unstacked_shardings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,8 +79,7 @@ class Layouts(NamedTuple):
         batch = "batch" if parts > 1 and config.slots % parts == 0 else None
         rows = None
         if kernel == "xla":
-            one_layer = jax.tree.map(meshes.without_first, weights["layers"])
-            weights = {name: weights[name] for name in weights} | {"layers": (one_layer,) * model.num_layers}
+            weights = unstacked_shardings(model, mesh)
             split = meshes.sharding(mesh, batch, "kv_heads", None, None)
             rows = Rows((split,) * model.num_layers, (split,) * model.num_layers)
         pool = meshes.sharding(mesh, None, None, "kv_heads", "head_dim")

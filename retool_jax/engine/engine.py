@@ -1,7 +1,7 @@
 """The engine: rows of a live KV cache on the device, and the few programs that grow them.
 
 A row holds one trajectory's keys and values for as long as it lives, tool calls included. Prefill, append and decode
-are the same model call (`transformer.extend`) with different numbers of tokens. A decode step *samples first and
+are the same model call (`decoder.extend`) with different numbers of tokens. A decode step *samples first and
 forwards after*: the state keeps the hidden state behind each row's last token, a token is drawn from it and only
 then written. So a row that stops leaves nothing to repair: its last token is recorded but not yet in the cache,
 and comes with whatever is appended next.
@@ -30,7 +30,7 @@ from retool_jax.engine.turns import Drawn, Parked, Prefix, Turn, Turns
 from retool_jax.engine.weights import Weights, make_adopt
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
 
 
 class Engine:

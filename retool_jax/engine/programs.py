@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from retool_jax import mesh as meshes
 from retool_jax.engine.sampling import Sampling, row_keys, sample
-from retool_jax.models import transformer
+from retool_jax.models import decoder
 from retool_jax.models.cache import Rows, copy_pages, init_cache, refresh_rows, scatter_rows
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
 
 
 class EngineState(NamedTuple):
@@ -77,7 +77,7 @@ def decode_steps(
         cache = refresh_rows(cache, dense, table_BP, state.length, stale_B, stale_count)
 
     class Loop(NamedTuple):
-        cache: transformer.Cache
+        cache: decoder.Cache
         hidden: jax.Array
         length: jax.Array
         budget: jax.Array
@@ -88,11 +88,11 @@ def decode_steps(
 
     def body(loop: Loop) -> Loop:
         live = loop.budget > 0
-        logits = transformer.logits(model, params, loop.hidden)
+        logits = decoder.logits(model, params, loop.hidden)
         draw = sample(logits, row_keys(run_key, state.request, loop.length), state.sampling, shards)
         budget = jnp.where(jnp.isin(draw.tokens, stops), 0, loop.budget - live)
         go = budget > 0
-        cache, hidden = transformer.extend(
+        cache, hidden = decoder.extend(
             model,
             params,
             loop.cache,
@@ -144,7 +144,7 @@ def extend_rows(
     if parts > 1 and tokens_bT.shape[0] % parts == 0:
         tokens_bT = meshes.constrain(tokens_bT, "batch", "length")
     start_b, count_b, slot_b = where_b3.T
-    cache, hidden_bD = transformer.extend(model, params, state.cache, tokens_bT, start_b, count_b, table_bP)
+    cache, hidden_bD = decoder.extend(model, params, state.cache, tokens_bT, start_b, count_b, table_bP)
     state = state._replace(
         cache=cache,
         hidden=state.hidden.at[slot_b].set(hidden_bD, mode="drop"),

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from retool_jax.engine.compiled import Layouts
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, unstack
+from retool_jax.models.decoder import Params, unstack
 
 Weights = Params | dict  # a dict where the layers are unstacked
 

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.learn.config import OptimizerConfig
-from retool_jax.models import transformer
+from retool_jax.models import decoder
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
+from retool_jax.models.sharding import is_weight, param_shardings
 
 
 class TrainState(NamedTuple):
@@ -41,7 +42,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
-        mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=_is_weight),
+        mask=partial(jax.tree.map, lambda w: w.replace(_is_matrix(w)), is_leaf=is_weight),
     )
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), stored_in(config.moment_dtype, adamw))
 
@@ -65,11 +66,7 @@ def stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.Gradient
     return optax.GradientTransformation(init, update)
 
 
-def _is_weight(x: object) -> bool:
-    return isinstance(x, transformer.Weight)
-
-
-def _is_matrix(weight: transformer.Weight) -> bool:
+def _is_matrix(weight: decoder.Weight) -> bool:
     """By its logical axes, not its rank: a stack of biases [L,K,H] is of rank 3, and heads x head_dim is one axis."""
     return len(set(weight.logical) - {"layers", "head_dim"}) > 1
 
@@ -78,7 +75,7 @@ def init_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed:
     """Random weights and a fresh optimiser, created in shards."""
 
     def create() -> TrainState:
-        params = transformer.init_params(model, jax.random.key(seed))
+        params = decoder.init_params(model, jax.random.key(seed))
         return fresh_state(params, optimizer)
 
     return jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh))()
@@ -95,22 +92,10 @@ def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, m
     return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
-    """Each weight's sharding by its logical axes.
-
-    Raises:
-        UserError: a mesh axis does not divide the dimension that it splits.
-    """
-    _, abstract = transformer.abstract_params(model)
-    return jax.tree.map(
-        lambda w: w.replace(meshes.weight_sharding(mesh, w.logical, w.shape)), abstract, is_leaf=_is_weight
-    )
-
-
 def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Shardings of a whole train state: moments like their weights, counters replicated."""
     params = param_shardings(model, mesh)
-    abstract = jax.eval_shape(partial(fresh_state, optimizer=optimizer), transformer.abstract_params(model)[1])
+    abstract = jax.eval_shape(partial(fresh_state, optimizer=optimizer), decoder.abstract_params(model)[1])
     everywhere = meshes.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         make_optimizer(optimizer),

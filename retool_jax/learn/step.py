@@ -17,10 +17,10 @@ from retool_jax import mesh as meshes
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import TrainState, learning_rate, make_optimizer, state_shardings
 from retool_jax.learn.packing import Batch
-from retool_jax.models import transformer
+from retool_jax.models import decoder
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params
 from retool_jax.models.head import given_logprobs
-from retool_jax.models.transformer import Params
 
 OUTPUTS = ("logprobs", "entropy")
 Columns = dict[str, jax.Array]
@@ -64,7 +64,7 @@ def token_logprobs(model: ModelConfig, params: Params, batch: Batch, temperature
 
     Both [B,T] fp32, aligned with `batch.tokens`; the first token of a segment has none and gets 0.
     """
-    hidden = transformer.forward(model, params, batch.tokens, batch.positions, batch.segments)
+    hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
     chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature)
 
     def align(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from retool_jax import mesh as meshes
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, head_weight, logits_of
+from retool_jax.models.decoder import Params, head_weight, logits_of
 
 
 def given_logprobs(

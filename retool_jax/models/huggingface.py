@@ -24,10 +24,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.errors import UserError
-from retool_jax.mesh import weight_sharding
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf, config_to_hf
+from retool_jax.models.decoder import Params, Weight, abstract_params
 from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
-from retool_jax.models.transformer import Params, Weight, abstract_params
+from retool_jax.models.sharding import is_weight, weight_sharding
 
 COMPANIONS = (  # what goes with the weights: tokenizer, chat template, when to stop
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
@@ -123,7 +123,7 @@ def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
     _check_tensors(config, folder, tensors, parts)
     check_tokenizer(config, folder)
 
-    leaves, tree = jax.tree.flatten_with_path(abstract_params(config)[1], is_leaf=_is_weight)
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config)[1], is_leaf=is_weight)
     values = {}
     # The largest first, while the fewest shards are there beside it.
     for path, leaf in sorted(leaves, key=lambda pair: -math.prod(pair[1].shape[_is_stack(pair[1]) :])):
@@ -295,16 +295,12 @@ def _check_finite(name: str, tensor: Tensor, finite: jax.Array) -> None:
         raise UserError(f"{tensor.file} has NaN or inf in {name}; use a checkpoint from before the run went astray")
 
 
-def _is_weight(x: object) -> bool:
-    return isinstance(x, Weight)
-
-
 def _is_stack(leaf: Weight) -> bool:
     return leaf.logical[0] == "layers"
 
 
 def _weights(params: Params) -> list[tuple[tuple, Weight]]:
-    return jax.tree.flatten_with_path(params, is_leaf=_is_weight)[0]
+    return jax.tree.flatten_with_path(params, is_leaf=is_weight)[0]
 
 
 def _name(path: tuple) -> str:

@@ -10,13 +10,13 @@ from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_rows
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
+from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
-from retool_jax.models.transformer import Params
+from retool_jax.models.sharding import param_shardings
 from retool_jax.rl.rollout import encode_prompt
 from retool_jax.run.load import make, read, read_yaml
 from retool_jax.run.schema import RLRun, Run, micro_batches

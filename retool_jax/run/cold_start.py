@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from retool_jax.fields import defaults_of, flatten
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
 from retool_jax.run import sft
 from retool_jax.run.folder import may_change
 from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun

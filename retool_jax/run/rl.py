@@ -16,7 +16,7 @@ from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import TrainState, begin_from, fresh_state, state_shardings
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress, print_summary
-from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.rl import answers, loop
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.parts import Parts

@@ -14,7 +14,7 @@ from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import TrainState, begin_from, init_state, state_shardings
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
 from retool_jax.run.build import attention_line, demonstrations_of, mesh_of, model_for
 from retool_jax.run.folder import check_folder, claim_folder, write_config
 from retool_jax.run.schema import SFTRun

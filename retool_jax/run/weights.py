@@ -6,11 +6,11 @@ from pathlib import Path
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.errors import UserError
 from retool_jax.fields import show
-from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.models.config import ARCHITECTURE
+from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.huggingface import find_folder, load_params
-from retool_jax.models.transformer import Params, abstract_params
+from retool_jax.models.sharding import param_shardings
 from retool_jax.run.folder import CONFIG, read_model
 from retool_jax.run.schema import Run
 from retool_jax.tokens.tokenizer import load_tokenizer

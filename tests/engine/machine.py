@@ -10,7 +10,7 @@ import numpy as np
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.turns import Turns
-from retool_jax.models.transformer import forward, init_params, logits
+from retool_jax.models.decoder import forward, init_params, logits
 
 ROOM = 96
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from retool_jax.engine.engine import Turn
 from retool_jax.engine.pages import OutOfPages
 from retool_jax.errors import UserError
-from retool_jax.models.transformer import logits
+from retool_jax.models.decoder import logits
 
 from .machine import ROOM
 

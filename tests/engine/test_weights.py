@@ -13,11 +13,11 @@ from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.turns import Turn
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import param_shardings
 from retool_jax.learn.packing import Example, pack
 from retool_jax.learn.step import token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
-from retool_jax.models.transformer import logits
+from retool_jax.models.decoder import logits
+from retool_jax.models.sharding import param_shardings
 
 from .chats import ROOM, chats, run
 from .machine import CONFIG, make_machine, random_weights

@@ -22,7 +22,7 @@ from retool_jax.learn.optimizer import (
     state_shardings,
 )
 from retool_jax.mesh import MeshConfig, make_mesh
-from retool_jax.models.transformer import Params, Weight
+from retool_jax.models.decoder import Params, Weight
 from retool_jax.run.load import load
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, max_grad_norm=1e9, weight_decay=0.1)

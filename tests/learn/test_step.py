@@ -20,7 +20,7 @@ from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.learn.step import Columns, Outputs, TokenTerms, loss_and_gradient, make_step, token_logprobs
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params
+from retool_jax.models.decoder import Params
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
 
 CLIP = ClipConfig(dual=1.5)

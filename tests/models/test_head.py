@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params, init_params, logits
 from retool_jax.models.head import given_logprobs
-from retool_jax.models.transformer import Params, init_params, logits
 
 ROWS, LENGTH, TEMPERATURE = 4, 37, 0.7
 MODEL = ModelConfig(vocab_size=96, hidden_size=16, intermediate_size=8, num_heads=2, num_kv_heads=2, head_dim=8)

@@ -14,8 +14,8 @@ import jax
 import pytest
 
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import init_params
 from retool_jax.models.huggingface import save_params
-from retool_jax.models.transformer import init_params
 from retool_jax.tokens.tokenizer import MINIATURE
 
 REVISION = "a" * 40

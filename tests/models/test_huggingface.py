@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import param_shardings
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig, config_from_hf
+from retool_jax.models.decoder import abstract_params, forward, logits
 from retool_jax.models.huggingface import find_folder, load_params, save_params
 from retool_jax.models.safetensors import INDEX, read_headers
-from retool_jax.models.transformer import abstract_params, forward, logits
+from retool_jax.models.sharding import param_shardings
 
 V, L = 96, 2
 QWEN3 = {"qkv_bias": False, "qk_norm": True}

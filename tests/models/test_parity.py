@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
+import re
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 
 from retool_jax.engine.engine import Engine, EngineConfig
 from retool_jax.engine.scheduler import converse
+from retool_jax.models import config as configs
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import Params, abstract_params, forward, logits
+from retool_jax.models.decoder import Params, abstract_params, forward, logits
 
 VOCAB, LENGTH = 67, 24
 
@@ -296,3 +300,14 @@ def test_every_published_model_has_its_published_size(published_configs):
     assert len(published_configs) >= 20
     sizes = {name: parameters(from_published(hf)) for name, hf in published_configs.items()}
     assert sizes == {name: hf["n_params"] for name, hf in published_configs.items()}
+
+
+def test_the_page_about_models_runs(monkeypatch, tmp_path):
+    """The example of docs/models.md, which adds a family without touching a file."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(configs, "FAMILIES", dict(configs.FAMILIES))
+    monkeypatch.setattr(configs, "IRRELEVANT", set(configs.IRRELEVANT))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    exec(compile(example, page, "exec"), {})
+    assert "llama" in configs.FAMILIES

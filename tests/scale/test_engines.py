@@ -17,8 +17,8 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import init_params
-from retool_jax.learn.optimizer import param_shardings
+from retool_jax.models.decoder import init_params
+from retool_jax.models.sharding import param_shardings
 
 model = ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, num_kv_heads=2)
 trainer = make_mesh(MeshConfig(fsdp=4))

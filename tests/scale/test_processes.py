@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import init_params
 from retool_jax.models.huggingface import load_params, save_params
-from retool_jax.models.transformer import init_params
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=6)
 

@@ -111,7 +111,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import init_params
+from retool_jax.models.decoder import init_params
 from retool_jax.serving.jetstream import JetStreamEngine, make_driver
 from retool_jax.tokens.tokenizer import load_tokenizer
 

@@ -15,8 +15,8 @@ from retool_jax.data.problems import INSTRUCTION
 from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import learning_rate
 from retool_jax.metrics import read_metrics
+from retool_jax.models.decoder import init_params
 from retool_jax.models.huggingface import save_params
-from retool_jax.models.transformer import init_params
 from retool_jax.run.build import demonstrations_of, mesh_of, model_for
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load

@@ -12,14 +12,16 @@ from pydantic import ValidationError
 from retool_jax.mesh import RULES
 from retool_jax.models.cache import init_cache
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.transformer import (
+from retool_jax.models.decoder import (
     Params,
     Weight,
     abstract_params,
     extend,
     forward,
+    init_params,
     logits,
     rms_norm,
+    unstack,
 )
 
 
@@ -35,6 +37,46 @@ def test_every_weight_names_each_of_its_axes():
         _, abstract = abstract_params(ModelConfig(tie_embeddings=tied))
         weights = jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, Weight))
         assert all(len(weight.logical) == len(weight.shape) and set(weight.logical) <= set(RULES) for weight in weights)
+
+
+def test_weights_have_the_names_that_checkpoints_know():
+    """Whatever module holds them: a new name would part us from every checkpoint that there is."""
+    layer = {"attention_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"}
+    cases = {
+        ModelConfig(): (set(), {"q_bias", "k_bias", "v_bias"}),
+        ModelConfig(qkv_bias=False, qk_norm=True, tie_embeddings=False): ({"head"}, {"q_norm", "k_norm"}),
+    }
+    for config, (top, more) in cases.items():
+        for weights in (abstract_params(config)[1], init_params(config, jax.random.key(0))):
+            assert set(weights) == {"embedding", "layers", "final_norm"} | top
+            assert set(weights["layers"]) == layer | more
+
+
+def test_random_weights_are_drawn_one_after_another():
+    """In an order that must stay, since a run is repeated by its seed."""
+    config = ModelConfig(num_layers=3, tie_embeddings=False)
+    key, params = jax.random.key(7), init_params(config, jax.random.key(7))
+    drawn = {
+        **{"embedding": 0.02, "q": 128**-0.5, "k": 128**-0.5, "v": 128**-0.5, "o": 128**-0.5},
+        **{"gate": 128**-0.5, "up": 128**-0.5, "down": 256**-0.5, "head": 0.02},
+    }
+    for count, (name, std) in enumerate(drawn.items()):
+        weight = params[name] if name in params else params["layers"][name]
+        expected = jax.random.normal(jax.random.fold_in(key, count), weight.shape) * std
+        np.testing.assert_array_equal(weight[...], expected, err_msg=name)
+
+
+def test_unstacked_layers_compute_what_the_stack_does(model, params):
+    """More than ten of them: in this order, not in that of their numbers' spelling."""
+    many = dataclasses.replace(model, num_layers=12)
+    stacks = jax.tree.map(lambda x: jnp.concatenate([x] * 6), params["layers"])
+    scale = stacks["attention_norm"]
+    scale[...] = scale[...] * jnp.linspace(0.5, 2, 12)[:, None]
+    params = {name: params[name] for name in params} | {"layers": stacks}
+    arguments = init_cache(many, 4, 4), np.array([[1, 2, 3]]), np.array([0]), np.array([3]), np.array([[2, 0]])
+    results = [jax.jit(partial(extend, many))(weights, *arguments) for weights in (params, unstack(params))]
+    for stacked, unstacked in zip(*results, strict=True):
+        np.testing.assert_allclose(stacked, unstacked, atol=1e-5)
 
 
 def test_packed_rows_equal_separate_rows(model, params, fresh_logits):

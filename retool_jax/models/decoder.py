@@ -1,0 +1,314 @@
+"""The Qwen2 and Qwen3 decoder as Flax modules, and the two calls that run it: `forward` and `extend`.
+
+Modules declare weights by their logical axes and say how they compute. Everywhere else weights are a plain pytree,
+`Params`, so that jit, grad, optax and orbax see arrays and nothing else. There, as in checkpoints, the weights of a
+layer lie side by side whatever module holds them, and those of all layers are stacked on a leading L axis.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retool_jax import mesh as meshes
+from retool_jax.models.attention import (
+    Rotation,
+    current_backend,
+    packed_attention,
+    paged_attention,
+    resolve_cache_kernel,
+    resolve_kernel,
+    rotate,
+    rotation,
+    row_attention,
+)
+from retool_jax.models.cache import Rows
+from retool_jax.models.config import ModelConfig
+
+Params = nnx.State
+Cache = jax.Array | Rows
+
+NEVER = -1e30  # a logit without probability; finite under any temperature, so that 0 * log 0 is 0
+
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda body: body,
+    "full": partial(jax.checkpoint, prevent_cse=False),
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+class Weight(nnx.Param):
+    """A parameter that knows its logical axes, one name per dimension (see `mesh.py`), as `weight.logical`."""
+
+
+def _random(
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    layers: int | None,
+    shape: tuple[int, ...],
+    logical: tuple[str, ...],
+    std: float,
+) -> Weight:
+    """A normally distributed weight, zeros where `std` is 0; with `layers`, that many of them on a first axis."""
+    shape, logical = _stacked(layers, shape, logical)
+    values = jax.random.normal(rngs.params(), shape, config.param_dtype) * std if std else jnp.zeros(shape)
+    return Weight(values.astype(config.param_dtype), logical=logical)
+
+
+def _ones(config: ModelConfig, layers: int | None, size: int) -> Weight:
+    """The scale of a norm, or of `layers` of them."""
+    shape, logical = _stacked(layers, (size,), ("norm",))
+    return Weight(jnp.ones(shape, config.param_dtype), logical=logical)
+
+
+def _stacked(layers: int | None, shape: tuple[int, ...], logical: tuple[str, ...]) -> tuple[tuple, tuple]:
+    return (shape, logical) if layers is None else ((layers, *shape), ("layers", *logical))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467), normalised in fp32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections to queries, keys and values and back; what lies between them is the caller's."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layers: int | None = None) -> None:
+        c, make, norm = config, partial(_random, config, rngs, layers), partial(_ones, config, layers)
+        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        self.config = config
+        self.q = make((D, N, H), ("embed", "heads", "head_dim"), D**-0.5)
+        self.k = make((D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
+        self.v = make((D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
+        if c.qkv_bias:
+            self.q_bias = make((N, H), ("heads", "head_dim"), 0.0)
+            self.k_bias = make((K, H), ("kv_heads", "head_dim"), 0.0)
+            self.v_bias = make((K, H), ("kv_heads", "head_dim"), 0.0)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = norm(H), norm(H)
+        self.o = make((N, H, D), ("heads", "head_dim", "embed"), (N * H) ** -0.5)
+
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
+        """`mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
+        c, cast = self.config, _cast(self.config)
+        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, cast(self.q))
+        k = jnp.einsum("BTD,DKH->BTKH", x_BTD, cast(self.k))
+        v = jnp.einsum("BTD,DKH->BTKH", x_BTD, cast(self.v))
+        if c.qkv_bias:
+            q, k, v = q + cast(self.q_bias), k + cast(self.k_bias), v + cast(self.v_bias)
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        mixed_BTNH, cache = mix(rotate(q, turn), rotate(k, turn), v)
+        return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, cast(self.o)), cache
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward network, SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layers: int | None = None) -> None:
+        make, D, F = partial(_random, config, rngs, layers), config.hidden_size, config.intermediate_size
+        self.config = config
+        self.gate = make((D, F), ("embed", "mlp"), D**-0.5)
+        self.up = make((D, F), ("embed", "mlp"), D**-0.5)
+        self.down = make((F, D), ("mlp", "embed"), F**-0.5)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cast = _cast(self.config)
+        return (jax.nn.silu(x_BTD @ cast(self.gate)) * (x_BTD @ cast(self.up))) @ cast(self.down)
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward network, each behind a norm and beside a residual path."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layers: int | None = None) -> None:
+        self.config = config
+        self.attention_norm = _ones(config, layers, config.hidden_size)
+        self.attention = Attention(config, rngs, layers)
+        self.mlp_norm = _ones(config, layers, config.hidden_size)
+        self.mlp = MLP(config, rngs, layers)
+
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
+        eps = self.config.rms_norm_eps
+        mixed_BTD, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), turn, mix)
+        x_BTD = x_BTD + mixed_BTD
+        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], eps)), cache
+
+
+class Decoder(nnx.Module):
+    """The whole model. `layers` is a block whose weights are stacks, or a list of blocks (see `unstack`)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        c = config
+        self.config = config
+        self.embedding = _random(c, rngs, None, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
+        self.layers = Block(c, rngs, c.num_layers)
+        self.final_norm = _ones(c, None, c.hidden_size)
+        if not c.tie_embeddings:
+            self.head = _random(c, rngs, None, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
+
+    def __call__(
+        self, tokens_BT: jax.Array, turn: Rotation, attend: Callable, rows: str, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states [B,T,D], and the cache.
+
+        `attend(cache, layer, q, k, v)` returns the attention's [B,T,N,H] and the cache that it wrote. `rows` is the
+        logical name of the B axis.
+        """
+        c = self.config
+
+        def pin(x_BTD: jax.Array) -> jax.Array:
+            return meshes.constrain(x_BTD, rows, "length", "model")
+
+        def visit(block: Block, carry: tuple, layer: jax.Array | int) -> tuple:
+            x_BTD, cache = carry
+            x_BTD, cache = block(x_BTD, turn, partial(attend, cache, layer))
+            return pin(x_BTD), cache
+
+        # A lookup in a table whose D axis is split would be of all rows, for a part of D.
+        table_VD = meshes.constrain(self.embedding[...], "vocab", "model")
+        carry = pin(table_VD[tokens_BT].astype(c.compute_dtype)), cache
+        if isinstance(self.layers, nnx.List):
+            for layer, block in enumerate(self.layers):
+                carry = visit(block, carry, layer)
+        else:
+            graph, stacks = nnx.split(self.layers)
+
+            def body(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
+                weights, layer = scanned
+                return visit(nnx.merge(graph, weights), carry, layer), None
+
+            carry, _ = jax.lax.scan(REMAT[c.remat](body), carry, (stacks, jnp.arange(c.num_layers)))
+        x_BTD, cache = carry
+        return rms_norm(x_BTD, self.final_norm[...], c.rms_norm_eps), cache
+
+
+def _cast(config: ModelConfig) -> Callable[[Weight], jax.Array]:
+    return lambda weight: weight[...].astype(config.compute_dtype)
+
+
+@lru_cache
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+@lru_cache
+def abstract_params(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The modules' structure and the weights as shapes; nothing is allocated."""
+    graph, weights = _abstract(config)
+    return graph, _side_by_side(weights)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random weights. Jit this with `out_shardings` to create a large model in shards."""
+    return _side_by_side(nnx.split(Decoder(config, nnx.Rngs(params=key)))[1])
+
+
+def _side_by_side(weights: nnx.State) -> Params:
+    """What `nnx.split` gives, without the modules inside of a layer: no two of them have a weight of one name."""
+    layers = {path[-1]: weight for path, weight in nnx.to_flat_state(weights["layers"])}
+    return nnx.State({name: layers if name == "layers" else weights[name] for name in weights})
+
+
+@lru_cache
+def _structure(config: ModelConfig, unstacked: bool) -> tuple[nnx.GraphDef, tuple[tuple, ...]]:
+    """The modules without their weights, and the place of each weight in them."""
+    decoder = nnx.merge(*_abstract(config))
+    if unstacked:
+        graph, weights = nnx.split(decoder.layers)
+        # Copies: layers that hold the same variable would have one weight.
+        decoder.layers = nnx.List([nnx.merge(graph, weights, copy=True) for _ in range(config.num_layers)])
+    graph, weights = nnx.split(decoder)
+    return graph, nnx.to_flat_state(weights).paths
+
+
+def _decoder(config: ModelConfig, params: Params | dict) -> Decoder:
+    """The modules with these weights in them."""
+    unstacked = isinstance(params["layers"], tuple)
+    graph, paths = _structure(config, unstacked)
+
+    def find(path: tuple) -> Weight:
+        if path[0] != "layers":
+            return params[path[0]]
+        layers = params["layers"]
+        return (layers[path[1]] if unstacked else layers)[path[-1]]
+
+    return nnx.merge(graph, nnx.from_flat_state({path: find(path) for path in paths}))
+
+
+def forward(
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """Final hidden states [B,T,D] of packed rows: `segments` tells the sequences of a row apart."""
+    attention = packed_attention(resolve_kernel(config, current_backend()), segments_BT)
+
+    def attend(_: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attention(q, k, v), None
+
+    return _decoder(config, params)(tokens_BT, rotation(config, positions_BT), attend, "batch")[0]
+
+
+def extend(
+    config: ModelConfig,
+    params: Params | dict,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+    table_BP: jax.Array | None = None,
+) -> tuple[Cache, jax.Array]:
+    """Put `count` tokens behind the first `start` entries of rows; the model call of all decoding.
+
+    Prefill, append and decode differ only in T. The cache is a pool of pages with the table that says which are each
+    row's, or, with unstacked weights, the dense copy of rows for one token each (see `cache.py`). Tokens beyond `count`
+    are padding.
+
+    Returns the cache and the hidden state [B,D] after each row's last token, from which the next is sampled.
+    """
+    if isinstance(cache, Rows):
+        attend = row_attention(start_B, count_B)
+    else:
+        kernel = resolve_cache_kernel(config, current_backend())
+        attend = paged_attention(kernel, config.num_layers, table_BP, start_B, count_B)
+    turn = rotation(config, start_B[:, None] + jnp.arange(tokens_BT.shape[1]))
+    hidden_BTD, cache = _decoder(config, params)(tokens_BT, turn, attend, "rows", cache)
+    last_B = jnp.maximum(count_B - 1, 0)
+    return cache, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+
+
+def logits(config: ModelConfig, params: Params | dict, hidden: jax.Array) -> jax.Array:
+    """Unnormalised log-probabilities [..., V] in fp32 for hidden states [..., D]."""
+    return logits_of(config, head_weight(config, params), hidden)
+
+
+def head_weight(config: ModelConfig, params: Params | dict) -> jax.Array:
+    """The output matrix [V,D] in the compute dtype."""
+    return params["embedding" if config.tie_embeddings else "head"][...].astype(config.compute_dtype)
+
+
+def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`logits` with the head's weight in hand; engine and trainer both end here, so they share its mask.
+
+    Checkpoints pad the vocabulary: ids from `config.real_vocab` on stand for no text, so they are never drawn and take
+    no probability.
+    """
+    result = jnp.einsum("...D,VD->...V", hidden, weight_VD, preferred_element_type=jnp.float32)
+    if 0 < config.real_vocab < config.vocab_size:
+        result = jnp.where(jnp.arange(config.vocab_size) < config.real_vocab, result, NEVER)
+    return result
+
+
+def unstack(params: Params) -> dict:
+    """The same weights with a tuple of layers in place of the stack: those are visited one by one instead of scanned.
+
+    A program that repeats a small model many times spares the slice of each weight at each visit, which XLA's CPU
+    backend makes a copy; the price is a program that grows with the layers.
+    """
+    stack = params["layers"]
+    layers = len(jax.tree.leaves(stack)[0])
+    split = tuple(jax.tree.map(lambda x: x[index], stack) for index in range(layers))  # noqa: B023
+    return {name: params[name] for name in params if name != "layers"} | {"layers": split}
