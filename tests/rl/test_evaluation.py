@@ -99,7 +99,7 @@ def test_what_the_machinery_ended_is_counted_and_has_no_other_part(tokenizer, en
     assert numbers["accuracy"] == pytest.approx(2 / 3) and numbers["reward_mean"] == pytest.approx(1 / 3)
     assert faults(numbers) == f"1 trajectories {end.replace('_', ' ')}"
     (group,) = learnable_groups(trajectories, 4)
-    assert [example.advantage for example in group] == pytest.approx([0.7071, -1.4142, 0.7071], abs=1e-3)
+    assert [example.columns["advantages"] for example in group] == pytest.approx([0.7071, -1.4142, 0.7071], abs=1e-3)
     assert trajectories[0].record(tokenizer)["fault"] == f"fault of {end}"
 
 

@@ -176,7 +176,7 @@ def test_a_lost_sandbox_is_no_signal(play):
     trajectories = play(*scripts, box=box)
     assert [t.end for t in trajectories] == [End.SANDBOX_LOST, End.ANSWERED, End.ANSWERED]
     (group,) = learnable_groups(trajectories, group_size=3)
-    assert [e.advantage for e in group] == pytest.approx([1.0, -1.0], abs=1e-5)
+    assert [e.columns["advantages"] for e in group] == pytest.approx([1.0, -1.0], abs=1e-5)
     numbers = summarise(trajectories, 0.5)
     assert numbers["accuracy"] == 0.5 and numbers["end/sandbox_lost"] == 1
     assert numbers["dropped"] == pytest.approx(1 / 3) and trajectories[0].reward is None
@@ -248,7 +248,7 @@ def test_uniform_groups_and_lone_survivors_teach_nothing(play):
     right, wrong = ["\\boxed{6}<|im_end|>"], ["\\boxed{5}<|im_end|>"]
     trajectories = play(right, right, wrong, wrong, right, wrong)
     groups = learnable_groups(trajectories, group_size=2)
-    assert len(groups) == 1 and [e.advantage > 0 for e in groups[0]] == [True, False]
+    assert len(groups) == 1 and [e.columns["advantages"] > 0 for e in groups[0]] == [True, False]
 
 
 # --- the answer that is asked for -------------------------------------------------------------------------------------
