@@ -2,7 +2,7 @@
 
 from retool_jax.metrics import summary_rows, time_rows
 from retool_jax.report.curves import PANELS, draw_accuracy, draw_panel
-from retool_jax.report.page import build_page, end_counts, main, write_report
+from retool_jax.report.page import build_page, end_counts, main, visible, write_report
 from retool_jax.report.runs import Run, config_labels, load_runs
 from retool_jax.report.trajectories import Part, choose_trajectories, readable_parts, trajectory_views
 
@@ -22,5 +22,6 @@ __all__ = [
     "summary_rows",
     "time_rows",
     "trajectory_views",
+    "visible",
     "write_report",
 ]
