@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retool_jax import report
+from retool_jax.answers import check
 from retool_jax.data.problems import Problem
 from retool_jax.engine.pages import Pages
 from retool_jax.rl.evaluation import write_trajectories
-from retool_jax.rl.reward import check
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox, tool_text

@@ -13,8 +13,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from retool_jax.answers import Verdict, check, extract_boxed
 from retool_jax.data.problems import prompt_of, question_of
-from retool_jax.rl.reward import Verdict, check, extract_boxed
 from retool_jax.sandbox import Sandbox, tool_text
 from retool_jax.tokens.protocol import TOOL_NAME
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from retool_jax.answers.check import TIMEOUT
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
-from retool_jax.rl.reward import TIMEOUT
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
 from retool_jax.sandbox import Sandbox

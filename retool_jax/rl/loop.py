@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from retool_jax.answers import workers
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
 from retool_jax.config import RLRun
@@ -26,7 +27,6 @@ from retool_jax.mesh import check_rows
 from retool_jax.metrics import METRICS_FILE, MetricsLog, Progress, print_summary, read_metrics
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.transformer import Params, abstract_params
-from retool_jax.rl import answers
 from retool_jax.rl.advantage import group_relative
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loss import policy_token_loss
@@ -81,7 +81,7 @@ async def train(run: RLRun) -> None:
     check_rows(mesh.shape, "rl.rows_per_micro", run.rl.rows_per_micro)
     # Loaded early when they will be needed: a wrong path is told before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
-    answers.pool.start()
+    workers.pool.start()
 
     async with AsyncExitStack() as stack:
         box = await stack.enter_async_context(open_sandbox(run.sandbox_for_slots())) if run.tools == "python" else None

@@ -4,12 +4,13 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
+from retool_jax.answers import check_all, extract_boxed, workers
+from retool_jax.answers.check import LOST
 from retool_jax.data.problems import Problem
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
-from retool_jax.rl import answers
-from retool_jax.rl.reward import LOST, check_all, extract_boxed, reward_of
+from retool_jax.rl.reward import reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import Sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
@@ -190,7 +191,7 @@ def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
 
     Only a turn that ended without a call is an answer; nothing that a tool printed, and no earlier turn, can score.
     One that the machinery dropped gets none, and one whose answer could not be compared is dropped here. Comparisons
-    may take `answers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
+    may take `workers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
     """
     kept = [trajectory for trajectory in trajectories if not trajectory.dropped]
     texts = []
@@ -200,6 +201,6 @@ def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
     verdicts = check_all([(text, t.problem.ground_truth) for text, t in zip(texts, kept, strict=True)])
     for trajectory, verdict in zip(kept, verdicts, strict=True):
         if verdict.reason == LOST:
-            trajectory.end, trajectory.fault = End.CHECKER_LOST, answers.pool.fault
+            trajectory.end, trajectory.fault = End.CHECKER_LOST, workers.pool.fault
         else:
             trajectory.verdict, trajectory.reward = verdict, reward_of(verdict)

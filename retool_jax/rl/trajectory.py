@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from retool_jax.answers import Verdict
 from retool_jax.data.packing import Example
 from retool_jax.data.problems import Problem
-from retool_jax.rl.reward import Verdict
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.tokenizer import Tokenizer
 

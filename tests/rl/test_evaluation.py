@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from retool_jax.answers import Verdict, workers
+from retool_jax.answers.workers import SymbolicPool
 from retool_jax.clock import Clock
 from retool_jax.config import load
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
-from retool_jax.rl import answers
-from retool_jax.rl.answers import SymbolicPool
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import Session, learn_from_rewards, learnable_groups
-from retool_jax.rl.reward import Verdict, reward_of
+from retool_jax.rl.reward import reward_of
 from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
 from retool_jax.sandbox import SandboxConfig, ToolResult
@@ -152,10 +152,10 @@ def test_an_evaluation_of_too_few_is_an_error(look):
 
 def test_an_answer_that_cannot_be_compared_is_no_signal(look, monkeypatch):
     pool = SymbolicPool(workers=1)
-    monkeypatch.setattr(answers, "pool", pool)
-    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(workers, "pool", pool)
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.01))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers.sys, "executable", "/bin/false")
+        patch.setattr(workers.sys, "executable", "/bin/false")
         numbers = look(RIGHT, "I do not know<|im_end|>", "I do not know<|im_end|>")
     assert numbers["end/checker_lost"] == 1 and numbers["dropped"] == pytest.approx(1 / 3)
     assert numbers["accuracy"] == 0.0 and numbers["end/answered"] == 0 and numbers["end/no_answer"] == 2
@@ -168,7 +168,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
 ):
     """The comparison waits for a worker that has yet to import SymPy, which takes about a second."""
     pool = SymbolicPool(workers=1)
-    monkeypatch.setattr(answers, "pool", pool)
+    monkeypatch.setattr(workers, "pool", pool)
     first = (1 << 31) + (SPLITS.index("dev") << 24)
     gaps = []
 
