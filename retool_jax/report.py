@@ -396,7 +396,7 @@ def _split_calls(text: str) -> Iterator[tuple[str, bool]]:
 def _code(call: str) -> Part:
     try:
         return Part("code", str(json.loads(call, strict=False)["arguments"]["code"]))
-    except (ValueError, KeyError, TypeError, RecursionError):  # as protocol.py: too long a number, too deep a nesting
+    except (ValueError, KeyError, TypeError, RecursionError):  # as grammar.py: too long a number, too deep a nesting
         return Part("code", call, note="not a well-formed call", failed=True)
 
 

@@ -21,7 +21,7 @@ from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids
-from retool_jax.tokens.protocol import GRAMMARS, tool_calls
+from retool_jax.tokens.grammar import GRAMMARS, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from retool_jax.answers import Verdict, check, extract_boxed
 from retool_jax.data.problems import prompt_of, question_of
 from retool_jax.sandbox import Sandbox, tool_text
-from retool_jax.tokens.protocol import TOOL_NAME
+from retool_jax.tokens.grammar import TOOL_NAME
 
 MAX_OUTPUT = 1 << 16  # characters of an output that are compared
 
@@ -39,7 +39,7 @@ def conversation(row: dict) -> list[dict]:
     """The chat messages of one row of either form: strings as content, calls with `arguments` as a dict.
 
     The user's turn is reduced to its question and our instruction. A row's own `tools` are ignored: the schema in the
-    prompt is the one of RL (`protocol.TOOL_SCHEMA`).
+    prompt is the one of RL (`grammar.TOOL_SCHEMA`).
 
     Raises:
         BadTrace: why it cannot be converted.

@@ -43,7 +43,7 @@ from retool_jax.sft.loop import (
     require_checkpoint,
 )
 from retool_jax.sft.loop import train as train_cold_start
-from retool_jax.tokens.protocol import GRAMMARS
+from retool_jax.tokens.grammar import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import TrainState, Update, begin_from, fresh_state, make_update, state_shardings
 

@@ -14,7 +14,7 @@ from retool_jax.rl.reward import reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import Sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
-from retool_jax.tokens.protocol import GRAMMARS, ToolCall
+from retool_jax.tokens.grammar import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."

@@ -27,7 +27,7 @@ from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.transformer import Params, abstract_params
 from retool_jax.run_folder import CONFIG, check_folder, claim_folder, read_model, write_config
 from retool_jax.tokens.chat import demonstration_ids
-from retool_jax.tokens.protocol import TOOL_SCHEMA
+from retool_jax.tokens.grammar import TOOL_SCHEMA
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.update import (
     OptimizerConfig,

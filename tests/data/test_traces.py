@@ -18,7 +18,7 @@ from retool_jax.data.traces import (
 )
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.chat import demonstration_ids
-from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.grammar import TOOL_SCHEMA, tool_calls
 
 # How ReTool-SFT asks: what stands in every row, and what the raw rows have around it.
 QUESTION = (

@@ -7,7 +7,7 @@ import pytest
 from retool_jax.data.arithmetic import demonstration
 from retool_jax.errors import UserError
 from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.grammar import TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer
 
 OUTPUTS = ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 300, "答案是四", "<b>&'\"</b>", "\\boxed{45}", "\n\n\n"]

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from retool_jax.tokens.chat import defuse, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.grammar import GRAMMARS, TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
 
 # Strings with what the published tokenizers encode them to, by model_type.

@@ -21,7 +21,7 @@ from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.sft.loop import model_for
 from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.grammar import GRAMMARS, TOOL_SCHEMA, tool_calls
 from retool_jax.tokens.qwen import QWEN_ADDED, merges_of_ranks, qwen_tokenizer, read_ranks, tokenizer_of_ranks
 from retool_jax.tokens.tokenizer import MINIATURE, R1, Tokenizer, load_tokenizer
 

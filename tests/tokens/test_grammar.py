@@ -12,7 +12,7 @@ from retool_jax.errors import UserError
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.tokens.protocol import GRAMMARS, tool_calls
+from retool_jax.tokens.grammar import GRAMMARS, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
 
 GOOD = json.dumps({"name": "code_interpreter", "arguments": {"code": "print(1)\nprint('é')"}})
