@@ -17,7 +17,7 @@ from retool_jax.data.arithmetic import demonstration
 from retool_jax.data.packing import Example, pack
 from retool_jax.mesh import make_mesh
 from retool_jax.rl.loss import policy_token_loss
-from retool_jax.tokens.chat import demonstration_ids
+from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.update import init_state, make_update
 

@@ -6,11 +6,12 @@ import fnmatch
 import hashlib
 import math
 import re
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from retool_jax.data.problems import DataConfig
 from retool_jax.engine.engine import EngineConfig
@@ -22,10 +23,11 @@ from retool_jax.models.huggingface import find_folder
 from retool_jax.rl.loss import ClipConfig
 from retool_jax.rl.rollout import RolloutConfig
 from retool_jax.sandbox import SandboxConfig
+from retool_jax.tokens.grammar import DEFAULT_GRAMMAR, GRAMMARS
+from retool_jax.tools.config import NONE, check_tools, words_of
 from retool_jax.update import OptimizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
-DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class SFTConfig:
     """The cold start: imitation of demonstrations."""
 
     data: str = "arithmetic"  # or a JSONL or parquet file, or a hub id, with rows of `messages`
+    grammar: str = ""  # how calls are written: hermes, or retool; empty: as in RL's rollout.grammar, else hermes
     steps: int = 1000  # 0 where epochs are set
     epochs: int = 0  # passes over `data`; each leaves out the rows that do not fill its last step
     batch_tokens: int = 2048  # tokens of demonstrations per step, on average
@@ -82,7 +85,7 @@ class SFTRun:
 
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: int = 0
-    tools: str = "python"  # python, or none for the text-only control
+    tools: str | tuple[str, ...] = "python"  # or none (text only), calculator, my.module:MyTool; several in a list
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random, or a cold start
     model: ModelConfig = field(default_factory=ModelConfig)  # where no key of its shape is set: that of init_from
@@ -91,8 +94,11 @@ class SFTRun:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.tools not in ("python", "none"):
-            raise UserError(f"tools={self.tools} is not one of: python, none")
+        if isinstance(self.tools, tuple) and len(self.tools) == 1:  # one spelling, whoever compares
+            object.__setattr__(self, "tools", self.tools[0])
+        if self.sft.grammar not in ("", *GRAMMARS):
+            raise UserError(f"sft.grammar={self.sft.grammar} is not one of: {', '.join(GRAMMARS)}")
+        check_tools(self.tools, self.sft.grammar)
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"seed={self.seed} must lie between 0 and {(1 << 32) - 1}")
         check_sft(self.sft)
@@ -118,11 +124,16 @@ class RLRun(SFTRun):
                 f"sft.epochs={self.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
                 " as init_from, or use sft.steps"
             )
-        if self.rollout.grammar != DEMONSTRATED and self.tools == "python" and not self.init_from:
+        check_tools(self.tools, self.rollout.grammar)
+        if self.sft.grammar not in ("", self.rollout.grammar):
             raise UserError(
-                f"rollout.grammar={self.rollout.grammar} has no cold start: demonstrations are written in the"
-                f" {DEMONSTRATED} grammar only; give weights that know it as init_from, or set"
-                f" rollout.grammar={DEMONSTRATED}"
+                f"sft.grammar={self.sft.grammar} is not rollout.grammar={self.rollout.grammar}; leave it out, so that"
+                " the cold start is written as its policy will be read"
+            )
+        if "python_session" in words_of(self.tools) and self.engine.tool_lag >= 0:
+            raise UserError(
+                f"engine.tool_lag={self.engine.tool_lag} waits for each call, and with tools=python_session a call may"
+                " wait for another trajectory's end; set engine.tool_lag=-1"
             )
         rl = self.rl
         positive(rl, "rl", "steps", "prompts_per_step", "group_size", "minibatches", "row_length", "rows_per_micro")
@@ -175,13 +186,16 @@ class RLRun(SFTRun):
         even if each of them runs to its time limit."""
         box, slots = self.sandbox, self.engine.slots
         longest_s = (slots / box.places + 1) * (box.limits.wall_s + 1)
+        waiting = max(slots, box.sessions) if "python_session" in words_of(self.tools) else slots
         return dataclasses.replace(
-            box, queue_limit=box.queue_limit or slots, queue_s=min(max(box.queue_s, longest_s), 86400)
+            box, queue_limit=box.queue_limit or waiting, queue_s=min(max(box.queue_s, longest_s), 86400)
         )
 
     def cold_start(self) -> SFTRun:
         """The part of this run that makes its first weights, in a folder named by what decides them."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTRun)}
+        written = self.rollout.grammar if words_of(self.tools) and self.rollout.grammar != DEFAULT_GRAMMAR else ""
+        shared["sft"] = dataclasses.replace(self.sft, grammar=written)
         shared["checkpoint"] = CheckpointConfig(every=max(self.sft.steps // 5, 1), keep=1)
         made = SFTRun(**shared)
         defaults = defaults_of(SFTRun)
@@ -190,7 +204,8 @@ class RLRun(SFTRun):
         decisive = {key: value for key, value in decisive.items() if value != defaults[key]}
         decisive["rollout.grammar"] = self.rollout.grammar
         digest = hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=4).hexdigest()
-        folder = Path(self.run).parent / f"cold-start-{self.tools}-seed{self.seed}-{digest}"
+        tools = re.sub(r"[^\w.+]+", "_", "+".join(words_of(self.tools)) or NONE)[:60]
+        folder = Path(self.run).parent / f"cold-start-{tools}-seed{self.seed}-{digest}"
         return dataclasses.replace(made, run=str(folder))
 
 
@@ -280,11 +295,13 @@ def load(words: list[str]) -> SFTRun | RLRun:
     overrides = {key: value for key, value in pairs if key != "config"}
     values = read_yaml(names[-1])
     schema = schema_of(values, names[-1])
-    texts = {key for key, name, *_ in describe(schema) if name == "str"}
+    kinds = {key: name for key, name, *_ in describe(schema)}
     for key, value in overrides.items():
         try:
             word = OmegaConf.from_dotlist([f"{key}={value}"])
-            if key in texts and not isinstance(OmegaConf.select(word, key), str):
+            # A list is a list where one may stand; anything else is what was written.
+            meant = {"str": str, "str or list": str | ListConfig}.get(kinds.get(key), object)
+            if not isinstance(OmegaConf.select(word, key), meant):
                 OmegaConf.update(word, key, value)  # a folder may be called 2024, and tools=no is not a truth value
             values = OmegaConf.to_container(OmegaConf.merge(values, word))
         except Exception as error:  # OmegaConf's kinds, and those of its YAML parser
@@ -414,6 +431,8 @@ def _convert(wanted: typing.Any, value: object, key: str, root: type) -> object:
             names = ", ".join(f"{key}.{name}" for name in typing.get_type_hints(wanted))
             raise UserError(f"{key}={shown} sets a whole section; set one of its keys: {names}")
         return build(wanted, value, f"{key}.", root)
+    if typing.get_origin(wanted) in (types.UnionType, typing.Union):  # a text, or a list of them
+        wanted = str if isinstance(value, str) else tuple[str, ...]
     if typing.get_origin(wanted) is tuple:
         items = value if isinstance(value, list) else [] if value is None else [value]
         return tuple(_convert(typing.get_args(wanted)[0], item, key, root) for item in items)

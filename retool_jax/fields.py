@@ -19,7 +19,9 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, object, str
         if dataclasses.is_dataclass(wanted):
             rows += describe(wanted, f"{key}.")
         else:
-            name = getattr(wanted, "__name__", str(wanted)) if typing.get_origin(wanted) is None else "list"
+            origin = typing.get_origin(wanted)
+            name = getattr(wanted, "__name__", str(wanted)) if origin is None else "list"
+            name = name if origin in (None, tuple) else "str or list"
             rows.append((key, name, item.default, comments.get(item.name, "")))
     return rows
 

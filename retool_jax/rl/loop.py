@@ -33,7 +33,7 @@ from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.rollout import Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import Trajectory
 from retool_jax.run_folder import claim_folder, write_config
-from retool_jax.sandbox import Sandbox, open_sandbox
+from retool_jax.sandbox import Sandbox
 from retool_jax.sft.loop import (
     finished_weights,
     has_checkpoints,
@@ -45,6 +45,8 @@ from retool_jax.sft.loop import (
 from retool_jax.sft.loop import train as train_cold_start
 from retool_jax.tokens.grammar import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+from retool_jax.tools.config import words_of
+from retool_jax.tools.toolbox import Toolbox, load_tools
 from retool_jax.update import TrainState, Update, begin_from, fresh_state, make_update, state_shardings
 
 SUMMARY = "summary.json"
@@ -58,7 +60,7 @@ class Session:
     folder: Path
     tokenizer: Tokenizer
     problems: dict[str, Problems]
-    box: Sandbox | None
+    tools: Toolbox | None
     engine: Engine
     update: Update
     checkpoints: Checkpoints
@@ -76,7 +78,8 @@ async def train(run: RLRun) -> None:
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
-    check_prompts(run, tokenizer, problems)
+    tools = load_tools(run.tools)
+    check_prompts(run, tokenizer, problems, tools)
     mesh = mesh_of(run)
     check_rows(mesh.shape, "rl.rows_per_micro", run.rl.rows_per_micro)
     # Loaded early when they will be needed: a wrong path is told before anything is written.
@@ -84,7 +87,8 @@ async def train(run: RLRun) -> None:
     workers.pool.start()
 
     async with AsyncExitStack() as stack:
-        box = await stack.enter_async_context(open_sandbox(run.sandbox_for_slots())) if run.tools == "python" else None
+        if tools:
+            await stack.enter_async_context(tools.open(run.sandbox_for_slots()))
         folder = stack.enter_context(claim_folder(run))
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
@@ -109,14 +113,16 @@ async def train(run: RLRun) -> None:
             clock.seconds = notes["seconds"]
         write_config(run)
         (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
-        print("\n".join(sandbox_lines(box)))
+        print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
+        if tools:
+            print(f"tools: {', '.join(tools.names)}")
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         session = Session(
             run=run,
             folder=folder,
             tokenizer=tokenizer,
             problems=problems,
-            box=box,
+            tools=tools,
             engine=Engine(run.model, run.engine, state.params, mesh, stop_ids(run, tokenizer), run.seed),
             update=make_update(run.model, run.rl.optimizer, policy_token_loss(run.rl.clip), mesh, run.rl.temperature),
             checkpoints=checkpoints,
@@ -143,7 +149,7 @@ async def learn_from_rewards(s: Session, state: TrainState, start: int | None) -
     for step in range((start or 0) + 1, run.rl.steps + 1):
         with s.clock.part("rollout"):
             samples = samples_of(run, s.problems["train"], step)
-            trajectories, statistics = await rollout(s.engine, s.tokenizer, s.box, samples, run.rollout)
+            trajectories, statistics = await rollout(s.engine, s.tokenizer, s.tools, samples, run.rollout)
             await asyncio.to_thread(score, s.tokenizer, trajectories)
             numbers = summarise(trajectories, run.rl.max_dropped)
         with s.clock.part("update"):
@@ -174,7 +180,7 @@ async def look(s: Session, step: int) -> None:
             numbers = await evaluate(
                 s.engine,
                 s.tokenizer,
-                s.box,
+                s.tools,
                 s.problems[split],
                 step,
                 s.run.evaluation.problems,
@@ -216,7 +222,7 @@ def save(s: Session, step: int, state: TrainState) -> None:
 def sandbox_lines(box: Sandbox | None) -> list[str]:
     """Which sandbox a run has, and what its calls cost where that is much (docs/sandbox.md has the measurements)."""
     if box is None:
-        return ["sandbox: none, a text-only run"]
+        return ["sandbox: none"]
     lines = [f"sandbox: {box.description}"]
     if box.backend == "gvisor":
         lines.append(
@@ -226,16 +232,16 @@ def sandbox_lines(box: Sandbox | None) -> list[str]:
     return lines
 
 
-def check_prompts(run: RLRun, tokenizer: Tokenizer, problems: dict[str, Problems]) -> None:
+def check_prompts(run: RLRun, tokenizer: Tokenizer, problems: dict[str, Problems], tools: Toolbox | None) -> None:
     """Refuse over-long prompts of a data set before anything runs; the miniature's are checked as they come."""
     for stream in problems.values():
         for problem in stream.finite or ():
-            encode_prompt(tokenizer, problem, run.tools == "python", run.rollout.max_prompt_tokens, run.rollout.grammar)
+            encode_prompt(tokenizer, problem, tools, run.rollout.max_prompt_tokens, run.rollout.grammar)
 
 
 def stop_ids(run: RLRun, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end a turn: the model family's own, and with tools those after which the grammar hears a call."""
-    if run.tools == "none":
+    if not words_of(run.tools):
         return tokenizer.stop_ids
     return tuple(GRAMMARS[run.rollout.grammar].stop_ids(tokenizer))
 

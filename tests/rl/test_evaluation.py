@@ -22,7 +22,9 @@ from retool_jax.rl.reward import reward_of
 from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
 from retool_jax.sandbox import SandboxConfig, ToolResult
-from retool_jax.tokens.chat import policy_turn_text
+from retool_jax.tokens.grammar import policy_turn_text
+from retool_jax.tools.python import Python
+from retool_jax.tools.toolbox import Toolbox
 
 RIGHT, WRONG = "\\boxed{40+5}<|im_end|>", "\\boxed{5}<|im_end|>"
 LIMITS = RolloutConfig(max_prompt_tokens=60)
@@ -61,17 +63,17 @@ def problems(tmp_path) -> Problems:
 
 
 @pytest.fixture
-def broken_box() -> SimpleNamespace:
-    """A sandbox that loses every call."""
+def broken_tools() -> Toolbox:
+    """An interpreter that loses every call."""
 
     async def lose(code: str) -> ToolResult:
         return ToolResult("infra_error", backend="process", message="worker died")
 
-    return SimpleNamespace(run=lose, config=SandboxConfig())
+    return Toolbox([Python(SimpleNamespace(run=lose, config=SandboxConfig()))])
 
 
 @pytest.fixture
-def look(scripted_engine, tokenizer, problems, broken_box, tmp_path):
+def look(scripted_engine, tokenizer, problems, broken_tools, tmp_path):
     """`look(turn of problem 0, ...)`: an evaluation in which each problem is answered twice with that turn."""
 
     def run(*turns: str, max_dropped: float = 0.5) -> dict:
@@ -81,7 +83,7 @@ def look(scripted_engine, tokenizer, problems, broken_box, tmp_path):
         async def main() -> dict:
             engine = scripted_engine(tokenizer.stop_ids, script)
             return await evaluate(
-                engine, tokenizer, broken_box, problems, 3, len(turns), LIMITS, tmp_path / "run", max_dropped
+                engine, tokenizer, broken_tools, problems, 3, len(turns), LIMITS, tmp_path / "run", max_dropped
             )
 
         return asyncio.run(main())
@@ -164,7 +166,7 @@ def test_an_answer_that_cannot_be_compared_is_no_signal(look, monkeypatch):
 
 
 def test_the_event_loop_turns_while_answers_are_compared(
-    scripted_engine, tokenizer, problems, broken_box, tmp_path, monkeypatch
+    scripted_engine, tokenizer, problems, broken_tools, tmp_path, monkeypatch
 ):
     """The comparison waits for a worker that has yet to import SymPy, which takes about a second."""
     pool = SymbolicPool(workers=1)
@@ -182,7 +184,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
         ticking = asyncio.create_task(tick())
         engine = scripted_engine(tokenizer.stop_ids, {first: [tokenizer.encode(RIGHT)] * 2})
         began = time.perf_counter()
-        await evaluate(engine, tokenizer, broken_box, problems, 0, 1, LIMITS, tmp_path, 0.5)
+        await evaluate(engine, tokenizer, broken_tools, problems, 0, 1, LIMITS, tmp_path, 0.5)
         ticking.cancel()
         return time.perf_counter() - began
 
@@ -192,7 +194,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
 
 
 def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
-    scripted_engine, tokenizer, broken_box, tmp_path
+    scripted_engine, tokenizer, broken_tools, tmp_path
 ):
     """At `rl.max_dropped` it goes on, to the update that is not there."""
     call = tokenizer.encode(CALL)
@@ -207,7 +209,7 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
             folder=Path(tmp_path),
             tokenizer=tokenizer,
             problems={"train": Problems("arithmetic", "train", 0)},
-            box=broken_box,
+            tools=broken_tools,
             engine=engine,
             update=None,
             checkpoints=None,
