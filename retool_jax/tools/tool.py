@@ -88,8 +88,8 @@ class Tool(ABC):
 
     @abstractmethod
     async def call(self, arguments: dict[str, Any], state: Any) -> Output:
-        """Do it. The arguments have the schema's types; an exception is told to the policy as the program's fault,
-        except for `ConnectionError` and `TimeoutError`, which are the machinery's."""
+        """Do it. The arguments have the schema's types. An exception is told to the policy as the program's fault; an
+        `OSError` that is not about a path, a lost connection for example, is the machinery's."""
 
     @property
     def schema(self) -> dict:

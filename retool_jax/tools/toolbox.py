@@ -1,6 +1,7 @@
 """The tools of a run: loaded by their words, shown in prompts, called by name; every call is answered in words."""
 
 import asyncio
+import errno
 import logging
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 INVALID = "invalid_call"  # the status of a call that names no tool, or whose arguments do not fit
 PAUSES_S = (0.5, 2.0)  # before each repetition of a call that the machinery lost; the last one again and again
+# What an error about a path says, which a policy may have written. Other errors of the system are the machinery's.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_PATH_CODES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.EROFS)
 _BUILT_IN: dict[str, Callable[[], Tool]] = {
     "python": Python,
     "python_session": partial(Python, lifetime="trajectory"),
@@ -169,11 +173,12 @@ class Toolbox:
         try:
             async with asyncio.timeout(tool.limit_s) as clock:
                 return await self._call(tool, arguments, kept)
-        except (ConnectionError, TimeoutError) as error:
+        except (Exception, SystemExit) as error:
             if clock.expired():
                 return Output(f"[stopped: {tool.name} took more than {tool.limit_s:g} s]", "program", kind="timeout")
-            return Output(f"{tool.name}: {_raised(error)}", "machinery")
-        except (Exception, SystemExit) as error:
+            about_a_path = isinstance(error, _PATH_ERRORS) or getattr(error, "errno", None) in _PATH_CODES
+            if isinstance(error, OSError) and not about_a_path:
+                return Output(f"{tool.name}: {_raised(error)}", "machinery")
             return Output(_raised(error), "program")
 
     async def _call(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:

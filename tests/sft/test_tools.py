@@ -64,7 +64,7 @@ def test_the_miniatures_cold_start_can_be_read_by_its_policys_grammar(tokenizer)
 
 def test_rows_may_call_every_tool_of_the_run_and_no_other(texts):
     rows = [conversation("calculator", expression="6 * 7")]
-    ((shown, said),) = texts(rows, "tools=[python,calculator]")
+    ((_, said),) = texts(rows, "tools=[python,calculator]")
     assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call>' in said
     with pytest.raises(UserError, match="row 1: a call of another tool"):
         texts(rows)
@@ -80,7 +80,5 @@ def test_what_a_grammar_cannot_write_is_told_with_its_row(texts):
 
 
 def test_the_miniature_has_no_demonstrations_without_the_interpreter(tokenizer):
-    with pytest.raises(
-        UserError, match="sft.data=arithmetic calls code_interpreter, and tools has calculator; add python"
-    ):
+    with pytest.raises(UserError, match=r"arithmetic calls code_interpreter, and tools has calculator; add python"):
         Demonstrations(load(["config=sft", "tools=calculator"]), tokenizer)

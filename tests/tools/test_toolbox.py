@@ -1,10 +1,14 @@
 """Every call is answered in words, whatever the policy wrote; faults, repetitions, lifetimes; tools by their words."""
 
 import asyncio
+import errno
 import json
+import socket
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import SandboxConfig, ToolResult
@@ -16,6 +20,8 @@ from retool_jax.tools.tool import FunctionTool
 from retool_jax.tools.toolbox import Kept, Toolbox, load_tools
 
 from .own import Count, Reverse, shout
+
+NAMES = st.sampled_from(["expression", "text", "a", "b", "c"])
 
 
 def play(tools: Toolbox, *calls: ToolCall) -> list[Output]:
@@ -82,6 +88,45 @@ def test_what_a_tool_raises_is_told_and_ends_nothing():
         "KeyError: 'none'",
     ]
     assert {(output.fault, output.status) for output in outputs} == {("program", "user_error")}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["calculator", "shout", "typed"]) | JSON, JSON | st.dictionaries(NAMES, JSON, max_size=3))
+def test_any_call_has_an_outcome_in_words(name, arguments):
+    async def typed(a: int, b: list[float], c: bool = False) -> str:
+        return f"{a} {b} {c}"
+
+    tools = Toolbox([Calculator(), FunctionTool(shout), FunctionTool(typed)])
+    call = ToolCall(name, arguments)
+    (output,) = play(tools, call)
+    assert output.fault in ("none", "program") and output.told(200, len).encode() and isinstance(call.code, str)
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (FileNotFoundError(2, "no such file"), "program"),
+        (OSError(errno.ENAMETOOLONG, "too long"), "program"),
+        (ValueError("no"), "program"),
+        (socket.gaierror(-2, "no name"), "machinery"),
+        (OSError(errno.EMFILE, "too many open files"), "machinery"),
+        (OSError("client"), "machinery"),
+    ],
+)
+def test_an_error_of_the_system_is_the_policys_only_where_it_is_about_a_path(error, fault):
+    def fails() -> str:
+        raise error
+
+    tool = FunctionTool(fails)
+    tool.retries = 0
+    assert play(Toolbox([tool]), ToolCall("fails", {}))[0].fault == fault
 
 
 def test_what_a_tool_says_is_cut_to_its_room_and_can_be_written():
