@@ -19,7 +19,7 @@ from retool_jax.learn.step import Outputs, make_step
 from retool_jax.mesh import make_mesh
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.run.load import load
-from retool_jax.tokens.chat import demonstration_ids
+from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.tokenizer import load_tokenizer
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import types
 import typing
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
     shown = HIDDEN if secret else show(value)
     wanted = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple and len(found["loc"]) > 1 else hint
     if kind == "literal_error":
-        return f"{key}={shown} is not one of: {', '.join(typing.get_args(wanted))}"
+        return f"{key}={shown} is not one of: {', '.join(filter(None, typing.get_args(wanted)))}"
     if kind == "finite_number":
         return f"{key}={shown} must be a finite number"
     if limit := _limit(wanted) if kind.startswith(("greater_than", "less_than")) else "":
@@ -63,16 +64,18 @@ def _type_name(hint: object) -> str:
     hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     if typing.get_origin(hint) is tuple:
         return "list"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
     return "str" if typing.get_origin(hint) is typing.Literal else hint.__name__
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, str, object, str]]:
     """Every leaf key as (key, type, default, comment from the source)."""
     rows = []
-    types = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     comments = _comments(schema)
     for item in dataclasses.fields(schema):
-        key, wanted = prefix + item.name, types[item.name]
+        key, wanted = prefix + item.name, hints[item.name]
         if dataclasses.is_dataclass(wanted):
             rows += describe(wanted, f"{key}.")
         else:
@@ -89,10 +92,10 @@ def defaults_of(schema: type) -> dict[str, object]:
 def secret_keys(schema: type) -> frozenset[str]:
     """The leaf keys whose fields say `metadata={"secret": True}`: shown to nobody, and in no file and no name."""
     found = set()
-    types = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(types[item.name]):
-            found |= {f"{item.name}.{key}" for key in secret_keys(types[item.name])}
+        if dataclasses.is_dataclass(hints[item.name]):
+            found |= {f"{item.name}.{key}" for key in secret_keys(hints[item.name])}
         elif item.metadata.get("secret"):
             found.add(item.name)
     return frozenset(found)

@@ -13,16 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retool_jax import report
+from retool_jax.answers import check
 from retool_jax.data.problems import Problem
 from retool_jax.engine.pages import Pages
 from retool_jax.rl.evaluation import write_trajectories
-from retool_jax.rl.reward import check
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids
-from retool_jax.tokens.protocol import GRAMMARS, tool_calls
+from retool_jax.tokens.grammar import GRAMMARS, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.python import Python
+from retool_jax.tools.toolbox import Toolbox
 
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}
 PROBLEM = Problem("p", (USER,), "6")
@@ -162,7 +164,7 @@ def play(tokenizer, scripted_engine) -> Callable[[str], dict[str, Trajectory]]:
         limits = RolloutConfig(max_prompt_tokens=999, max_turns=3, grammar=grammar)
         async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as box:
             samples = [Sample(PROBLEM, request) for request in script]
-            return (await rollout(engine, tokenizer, box, samples, limits))[0]
+            return (await rollout(engine, tokenizer, Toolbox([Python(box)]), samples, limits))[0]
 
     def run(grammar: str) -> dict[str, Trajectory]:
         turns = all_turns(tokenizer)

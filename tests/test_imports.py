@@ -29,12 +29,6 @@ FLOORS = (
     {"run"},
     {"train", "evaluate", "serve", "prepare", "convert", "__main__"},
 )
-# Files that stand in another room than the one that they belong to, until they are moved there.
-BELONGS = {
-    "rl.answers": "answers",
-    "rl.symbolic": "answers",
-    "rl.reward": "answers",
-}
 # Arrows that still run up, by the file and the room, and files that are still too long. Both are to become empty.
 UP: set[tuple[str, str]] = {("tokens.miniature", "data")}
 LONG: set[str] = set()
@@ -64,9 +58,6 @@ def imports(source: str) -> Iterator[str]:
 
 def room_of(name: str) -> str:
     """The room of a module, or of something in one."""
-    for module in (name, name.rpartition(".")[0]):
-        if module in BELONGS:
-            return BELONGS[module]
     return name.partition(".")[0]
 
 

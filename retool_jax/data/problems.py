@@ -27,6 +27,7 @@ class Problem:
     id: str
     messages: tuple[dict, ...]
     ground_truth: str
+    tools: tuple[str, ...] | None = None  # those that it may call, by name; None: all that the run has
 
     @property
     def question(self) -> str:
@@ -85,6 +86,7 @@ _PAIRS = (
 
 def to_problem(row: dict, where: str) -> Problem:
     """One row with DAPO's `prompt`, `reward_model.ground_truth` and `extra_info.index`; `where` is for errors."""
+    tools = tools_of(row, where)
     row = _in_dapo_columns(row)
     for column in ("prompt", "reward_model"):
         if column not in row:
@@ -104,18 +106,36 @@ def to_problem(row: dict, where: str) -> Problem:
         where if index is None else str(index),
         tuple({"role": m["role"], "content": m["content"]} for m in messages),
         plain_integer(answer),
+        tools,
     )
 
 
+def tools_of(row: dict, where: str) -> tuple[str, ...] | None:
+    """The tools that a row names in its column `tools`; None where it names none, so that it gets all.
+
+    Schemas there, as published conversations have, name nothing: the run's tools have their own.
+
+    Raises:
+        UserError: the column is no list of names.
+    """
+    names = row.get("tools")
+    if names is None or (isinstance(names, list) and names and all(isinstance(name, dict) for name in names)):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where} has tools={str(names)[:80]!r}; it must be a list of names, as ['python']")
+    return tuple(names)
+
+
 def to_row(problem: Problem, source: str) -> dict:
-    """The reverse: a row in DAPO's columns."""
-    return {
+    """The reverse: a row in DAPO's columns, with the tools that the problem names."""
+    row = {
         "data_source": source,
         "prompt": list(problem.messages),
         "ability": "MATH",
         "reward_model": {"ground_truth": problem.ground_truth, "style": "rule"},
         "extra_info": {"index": problem.id},
     }
+    return row if problem.tools is None else row | {"tools": list(problem.tools)}
 
 
 def _in_dapo_columns(row: dict) -> dict:

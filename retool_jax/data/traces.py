@@ -1,8 +1,9 @@
 r"""Demonstrations for the cold start: published ReTool trajectories as chat messages with tool calls.
 
 Two forms are read: the raw one of JoeYing/ReTool-SFT, a prompt and one text with `<code>` and `<interpreter>`, and the
-multi-turn one with `messages`, `tool_calls` and tool turns. Both become messages that `tokens.chat.demonstration_ids`
-turns into ids and mask, with the question asked by the same sentence as in RL.
+multi-turn one with `messages`, `tool_calls` and tool turns. Both become messages that
+`tokens.demonstrations.demonstration_ids` turns into ids and mask in any grammar, with the question asked by the same
+sentence as in RL.
 
 The paper checks its cold-start data in two stages, form and answer (arXiv 2504.11536, section 3.2). The first is
 `conversation` and `boxed_answer`; for the second, and to see whether the recorded outputs are what the code prints,
@@ -10,13 +11,14 @@ there are `check_answer` and `run_again`.
 """
 
 import json
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from retool_jax.answers import Verdict, check, extract_boxed
 from retool_jax.data.problems import prompt_of, question_of
-from retool_jax.rl.reward import Verdict, check, extract_boxed
 from retool_jax.sandbox import Sandbox, tool_text
-from retool_jax.tokens.protocol import TOOL_NAME
+from retool_jax.tokens.demonstrations import Unreadable, holds_control, is_transcript, read_transcript
+from retool_jax.tokens.grammar import CODE_TOOL
 
 MAX_OUTPUT = 1 << 16  # characters of an output that are compared
 
@@ -27,50 +29,46 @@ class BadTrace(Exception):
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
 
-_CODE = re.compile(r"</?code>")
-_FENCED = re.compile(r"\s*```[ \t]*(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
-_OUTPUT = re.compile(r"\s*<interpreter>(.*?)</interpreter>", re.DOTALL)
-_FINAL = re.compile(r"(.*?)<answer>(.*?)</answer>(.*)", re.DOTALL)
-# What a tokenizer would turn into control tokens: in the policy's words they would end a turn or open a call.
-_CONTROL = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
-
 
 def conversation(row: dict) -> list[dict]:
     """The chat messages of one row of either form: strings as content, calls with `arguments` as a dict.
 
-    The user's turn is reduced to its question and our instruction. A row's own `tools` are ignored: the schema in the
-    prompt is the one of RL (`protocol.TOOL_SCHEMA`).
+    The user's turn is reduced to its question and our instruction. Schemas in a row's own `tools` are ignored: those
+    in the prompt are RL's.
 
     Raises:
         BadTrace: why it cannot be converted.
     """
     system, user, policy = _parts(row)
     if len(policy) == 1 and not policy[0].get("tool_calls"):
-        policy = split_text(policy[0]["content"])
+        try:
+            policy = read_transcript(policy[0]["content"])
+        except Unreadable as reason:
+            raise BadTrace(str(reason)) from None
     question = question_of(user["content"])
     if not question:
         raise BadTrace("no question")
     return _checked(system, {"role": "user", "content": prompt_of(question)}, policy)
 
 
-def messages_of(row: dict) -> list[dict]:
-    """The messages of a row of the multi-turn form, the user's turn as it stands there.
+def messages_of(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> list[dict]:
+    """The messages of a row of the multi-turn form, the user's turn as it stands there, with calls of these tools.
 
     Raises:
         BadTrace: it cannot be learned from, or it is of the raw form, whose prompt asks for another kind of call.
     """
-    system, user, policy = _parts(row)
-    if any("<code>" in turn["content"] and "<interpreter>" in turn["content"] for turn in policy):
+    system, user, policy = _parts(row, tools)
+    if any(is_transcript(turn["content"]) for turn in policy):
         raise BadTrace("the raw form with <code> and <interpreter>")
     return _checked(system, user, policy)
 
 
-def _parts(row: dict) -> tuple[list[dict], dict, list[dict]]:
+def _parts(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> tuple[list[dict], dict, list[dict]]:
     """The system turn in a list, or none; the user's turn; and all that follows, at least one turn."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadTrace("no messages")
-    turns = [_turn(message) for message in messages]
+    turns = [_turn(message, tools) for message in messages]
     start = 1 if turns and turns[0]["role"] == "system" else 0
     if [turn["role"] for turn in turns[start : start + 2]] != ["user", "assistant"]:
         raise BadTrace("no user turn followed by an assistant turn")
@@ -82,58 +80,12 @@ def _checked(system: list[dict], user: dict, policy: list[dict]) -> list[dict]:
     for turn in [*system, user, *policy]:
         texts = [turn["content"]] if turn["role"] != "tool" else []  # outputs are defused when they are encoded
         texts += [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
-        if any(_CONTROL.search(text) for text in texts):
+        if any(map(holds_control, texts)):
             raise BadTrace("a control token in the text")
     return [*system, user, *policy]
 
 
-def split_text(text: str) -> list[dict]:
-    """The turns in one text of the raw form: a call for each `<code>`, a tool turn for each `<interpreter>`.
-
-    Raises:
-        BadTrace: a tag without its partner, code without output, text after the answer.
-    """
-    turns: list[dict] = []
-    while opening := _CODE.search(text):
-        if opening[0] == "</code>":
-            raise BadTrace("</code> without <code>")
-        closing = _CODE.search(text, opening.end())
-        if closing is None or closing[0] == "<code>":
-            raise BadTrace("unfinished code")
-        output = _OUTPUT.match(text, closing.end())
-        if output is None:
-            raise BadTrace("code without its output")
-        turns.append(_call_turn(text[: opening.start()], _code(text[opening.end() : closing.start()])))
-        turns.append({"role": "tool", "content": output[1].strip()})
-        text = text[output.end() :]
-    if final := _FINAL.fullmatch(text):
-        if final[3].strip():
-            raise BadTrace("text after the answer")
-        text = final[1] + final[2]
-    if re.search(r"</?(?:answer|interpreter)>", text):
-        raise BadTrace("a tag without its partner")
-    return [*turns, {"role": "assistant", "content": text.strip()}]
-
-
-def _call_turn(text: str, code: str) -> dict:
-    if re.search(r"</?(?:answer|interpreter)>", text):
-        raise BadTrace("a tag without its partner")
-    call = {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": code}}}
-    return {"role": "assistant", "content": text.strip(), "tool_calls": [call]}
-
-
-def _code(inside: str) -> str:
-    """The program between `<code>` and `</code>`, with or without its fence."""
-    fenced = _FENCED.fullmatch(inside)
-    code = (fenced[1] if fenced else inside).strip("\n").rstrip()
-    if "\n```" in code or code.startswith("```"):
-        raise BadTrace("several fences in one code")
-    if not code.strip():
-        raise BadTrace("empty code")
-    return code
-
-
-def _turn(message: dict) -> dict:
+def _turn(message: dict, tools: Collection[str]) -> dict:
     """One message of the multi-turn form, with nothing in it but what a template needs."""
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
     content = "" if content is None and (calls or role == "tool") else content
@@ -141,11 +93,11 @@ def _turn(message: dict) -> dict:
         raise BadTrace("a message without role or text")
     turn = {"role": role, "content": content}
     if role == "assistant" and calls:
-        turn["tool_calls"] = [_tool_call(call) for call in calls]
+        turn["tool_calls"] = [_tool_call(call, tools) for call in calls]
     return turn
 
 
-def _tool_call(call: object) -> dict:
+def _tool_call(call: object, tools: Collection[str]) -> dict:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise BadTrace("a call without a function")
@@ -155,12 +107,17 @@ def _tool_call(call: object) -> dict:
             arguments = json.loads(arguments)
         except ValueError:
             raise BadTrace("arguments that are not JSON") from None
-    code = arguments.get("code") if isinstance(arguments, dict) else None
-    if function.get("name") != TOOL_NAME:
+    name = function.get("name")
+    if name not in tools:
         raise BadTrace("a call of another tool")
-    if not isinstance(code, str) or not code.strip():
-        raise BadTrace("empty code")
-    return {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": code}}}
+    if name == CODE_TOOL:
+        code = arguments.get("code") if isinstance(arguments, dict) else None
+        if not isinstance(code, str) or not code.strip():
+            raise BadTrace("empty code")
+        arguments = {"code": code}
+    elif not isinstance(arguments, dict):
+        raise BadTrace("arguments that are no object")
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _check_order(policy: list[dict]) -> None:

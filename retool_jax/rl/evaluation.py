@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from retool_jax.answers.check import TIMEOUT
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
 from retool_jax.rl.config import RolloutConfig
-from retool_jax.rl.reward import TIMEOUT
 from retool_jax.rl.rollout import Sample, rollout, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
-from retool_jax.sandbox import Sandbox
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import Toolbox
 
 
 def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[str, float | None]:
@@ -66,7 +66,7 @@ def faults(numbers: Mapping[str, float | None]) -> str:
 async def evaluate(
     engine: Engine,
     tokenizer: Tokenizer,
-    box: Sandbox | None,
+    tools: Toolbox | None,
     problems: Problems,
     step: int,
     count: int,
@@ -88,7 +88,7 @@ async def evaluate(
     chosen = problems.head(count)
     count = len(chosen)
     samples = [Sample(chosen[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(count)]
-    trajectories, statistics = await rollout(engine, tokenizer, box, samples, limits)
+    trajectories, statistics = await rollout(engine, tokenizer, tools, samples, limits)
     await asyncio.to_thread(score, tokenizer, trajectories)
     sampled, greedy = trajectories[:count], trajectories[count:]
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"

@@ -18,7 +18,7 @@ async def look(p: Parts, step: int) -> None:
             numbers = await evaluate(
                 p.engine,
                 p.tokenizer,
-                p.box,
+                p.tools,
                 p.problems[split],
                 step,
                 p.evaluation.problems,

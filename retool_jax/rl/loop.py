@@ -1,6 +1,6 @@
 """GRPO with a Python interpreter. One step, in the order of `train` below:
 
-1. Take the step's problems and draw n trajectories for each: the policy writes turns, the sandbox answers its calls
+1. Take the step's problems and draw n trajectories for each: the policy writes turns, tools answer its calls
    (`rollout.py`). The weights are those of the last update, so the draws are on-policy.
 2. Score each by the final answer in its last turn, and by nothing else (`reward.py`).
 3. Subtract the mean reward of its group from each reward and divide by their deviation: the advantage of all tokens
@@ -38,7 +38,7 @@ async def train(p: Parts, state: TrainState, start: int | None) -> None:
     for step in range((start or 0) + 1, p.rl.steps + 1):
         with p.clock.part("rollout"):
             samples = samples_of(p.rl, p.problems["train"], step)  # 1
-            trajectories, statistics = await rollout(p.engine, p.tokenizer, p.box, samples, p.rollout)
+            trajectories, statistics = await rollout(p.engine, p.tokenizer, p.tools, samples, p.rollout)
             await asyncio.to_thread(score, p.tokenizer, trajectories)  # 2
             numbers = summarise(trajectories, p.rl.max_dropped)
         with p.clock.part("update"):

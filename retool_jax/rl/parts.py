@@ -11,8 +11,8 @@ from retool_jax.learn.optimizer import TrainState
 from retool_jax.learn.step import Step
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
-from retool_jax.sandbox import Sandbox
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import Toolbox
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Parts:
     folder: Path  # of the run; trajectories are written there
     tokenizer: Tokenizer
     problems: Mapping[str, Problems]  # by split
-    box: Sandbox | None  # None: a text-only run
+    tools: Toolbox | None  # open; None: a text-only run
     engine: Engine
     update: Step
     save: Callable[[int, TrainState], None]  # the state after a step

@@ -1,21 +1,22 @@
-"""Problems to trajectories: the policy draws turns, the sandbox answers its calls, everything is one list of ids."""
+"""Problems to trajectories: the policy draws turns, tools answer its calls, everything is one list of ids."""
 
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
+from retool_jax.answers import check_all, extract_boxed, workers
+from retool_jax.answers.check import LOST
 from retool_jax.data.problems import Problem
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
-from retool_jax.rl import answers
 from retool_jax.rl.config import RolloutConfig
-from retool_jax.rl.reward import LOST, check_all, extract_boxed, reward_of
+from retool_jax.rl.reward import reward_of
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
-from retool_jax.sandbox import Sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
-from retool_jax.tokens.protocol import GRAMMARS, ToolCall
+from retool_jax.tokens.grammar import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import INVALID, Kept, Toolbox
 
 FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."
 
@@ -37,7 +38,7 @@ class Dialogue:
         sample: Sample,
         prompt: list[int],
         tokenizer: Tokenizer,
-        box: Sandbox | None,
+        tools: Toolbox | None,
         room: int,
         limits: RolloutConfig,
     ) -> None:
@@ -47,14 +48,15 @@ class Dialogue:
         self.temperature = sample.temperature
         self.trajectory = Trajectory(f"{sample.problem.id}/{sample.request}", sample.problem)
         self.trajectory.add("prompt", prompt)
-        self._tokenizer, self._box, self._room, self._limits = tokenizer, box, room, limits
+        self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
+        self._kept = Kept()
         self._grammar = GRAMMARS[limits.grammar]
         self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
         if limits.answer_tokens:
             longest = max(len(user_segment(tokenizer, FINAL_REQUEST, ended)) for ended in (True, False))
             reserve = limits.answer_tokens + longest
             self._reserve = reserve if len(prompt) + reserve < room else 0
-        self._stops = self._grammar.stop_ids(tokenizer) if box else tokenizer.stop_ids
+        self._stops = self._grammar.stop_ids(tokenizer) if tools else tokenizer.stop_ids
 
     def turn_budget(self) -> int:
         if not self.trajectory.started_s:
@@ -62,13 +64,13 @@ class Dialogue:
         return self._room - len(self.trajectory.ids) - self._reserve
 
     def stop_at(self, ids: list[int], seen: int) -> int | None:
-        return self._grammar.stop_at(self._tokenizer, ids, seen) if self._box else None
+        return self._grammar.stop_at(self._tokenizer, ids, seen) if self._tools else None
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         self.trajectory.add("policy", ids, logprobs)
         if ids[-1] not in self._stops and self.stop_at(ids, len(ids) - 1) is None:
             return self._run_out(End.TOKEN_LIMIT)
-        calls = self._grammar.calls(self._tokenizer, ids) if self._box else []
+        calls = self._grammar.calls(self._tokenizer, ids) if self._tools else []
         if not calls:
             boxed, _ = extract_boxed(self.trajectory.last_turn(self._tokenizer))
             return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
@@ -91,15 +93,17 @@ class Dialogue:
         turn = self.trajectory.turns - 1
         outputs = []
         for call in calls:
-            if call.error:
-                use = ToolUse(turn, call.code, "invalid_call", call.error)
+            output = await self._tools.run(call, self._kept)
+            if output.fault == "machinery":
+                self.trajectory.tool_uses.append(ToolUse(turn, call.code, output.status, output.text, tool=call.name))
+                return self._end(End.SANDBOX_LOST, output.text)
+            if output.status == INVALID:
+                use = ToolUse(turn, "", INVALID, output.text)
             else:
-                result = await self._box.run(call.code)
-                if result.status in ("infra_error", "cancelled"):
-                    self.trajectory.tool_uses.append(ToolUse(turn, call.code, result.status, result.message))
-                    return self._end(End.SANDBOX_LOST, result.message)
-                told = tool_text(result, self._limits.tool_output_tokens, self._count)
-                use = ToolUse(turn, call.code, result.status, told, result.wall_s, result.queue_s)
+                told = output.told(self._limits.tool_output_tokens, self._count)
+                seconds = {key: output.metrics.get(key, 0.0) for key in ("wall_s", "queue_s")}
+                others = {key: value for key, value in output.metrics.items() if key not in seconds}
+                use = ToolUse(turn, call.code, output.status, told, **seconds, tool=call.name, metrics=others)
             use.output = defuse(self._tokenizer, use.output)
             self.trajectory.tool_uses.append(use)
             outputs.append(use.output)
@@ -117,21 +121,26 @@ class Dialogue:
     def drop(self, reason: str) -> None:
         self._end(End.DISCARDED, reason)
 
+    async def close(self) -> None:
+        """Close what tools keep for it."""
+        await self._kept.close()
+
     def _end(self, reason: End, fault: str = "") -> None:
         """The first end counts: a conversation may be dropped while its last call is answered."""
         if self.trajectory.end is None:
             self.trajectory.end, self.trajectory.fault = reason, fault
             self.trajectory.finished_s = time.perf_counter()
             self.trajectory.started_s = self.trajectory.started_s or self.trajectory.finished_s
+            self._kept.begin_to_close()
 
 
 async def rollout(
-    engine: Engine, tokenizer: Tokenizer, box: Sandbox | None, samples: Sequence[Sample], limits: RolloutConfig
+    engine: Engine, tokenizer: Tokenizer, tools: Toolbox | None, samples: Sequence[Sample], limits: RolloutConfig
 ) -> tuple[list[Trajectory], Statistics]:
-    """Draw one trajectory per sample, in the samples' order. Without a sandbox every trajectory is one turn.
+    """Draw one trajectory per sample, in the samples' order. Without tools every trajectory is one turn.
 
     Raises:
-        UserError: a prompt is longer than `max_prompt_tokens`.
+        UserError: a prompt is longer than `max_prompt_tokens`, or a problem names a tool that is not there.
     """
     room = engine.config.max_length
     encoded: dict[str, list[int]] = {}
@@ -139,13 +148,16 @@ async def rollout(
     for sample in samples:
         problem = sample.problem
         if problem.id not in encoded:
-            encoded[problem.id] = encode_prompt(
-                tokenizer, problem, box is not None, limits.max_prompt_tokens, limits.grammar
-            )
-        dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, box, room, limits))
+            encoded[problem.id] = encode_prompt(tokenizer, problem, tools, limits.max_prompt_tokens, limits.grammar)
+        own = tools.of(problem.tools, f"problem {problem.id}") if tools else None
+        dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, own, room, limits))
     origin = time.perf_counter()
     # The sandbox refuses what does not fit its queue; calls beyond it wait here.
-    statistics = await converse(engine, dialogues, box.config.max_waiting if box else 0)
+    try:
+        statistics = await converse(engine, dialogues, tools.at_once if tools else 0)
+    finally:
+        for dialogue in dialogues:
+            await dialogue.close()
     trajectories = [dialogue.trajectory for dialogue in dialogues]
     if endless := [trajectory.id for trajectory in trajectories if trajectory.end is None]:
         raise RuntimeError(f"{len(endless)} trajectories came back without an end, the first of them {endless[0]}")
@@ -156,11 +168,19 @@ async def rollout(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, problem: Problem, tools: bool, limit: int, grammar: str = "hermes"
+    tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None, limit: int, grammar: str = "hermes"
 ) -> list[int]:
-    """A problem's prompt as ids; a `UserError` when it is longer than the limit."""
+    """A problem's prompt as ids, with the tools that it names, or all of them.
+
+    Raises:
+        UserError: it is longer than the limit, or names a tool that is not there.
+    """
     messages = list(problem.messages)
-    ids = GRAMMARS[grammar].prompt(tokenizer, messages) if tools else prompt_ids(tokenizer, messages)
+    if tools:
+        shown = tools.of(problem.tools, f"problem {problem.id}").schemas
+        ids = GRAMMARS[grammar].prompt(tokenizer, messages, shown)
+    else:
+        ids = prompt_ids(tokenizer, messages)
     if len(ids) > limit:
         raise UserError(
             f"problem {problem.id} has a prompt of {len(ids)} tokens; the limit is rollout.max_prompt_tokens={limit}:"
@@ -174,7 +194,7 @@ def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
 
     Only a turn that ended without a call is an answer; nothing that a tool printed, and no earlier turn, can score.
     One that the machinery dropped gets none, and one whose answer could not be compared is dropped here. Comparisons
-    may take `answers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
+    may take `workers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
     """
     kept = [trajectory for trajectory in trajectories if not trajectory.dropped]
     texts = []
@@ -184,6 +204,6 @@ def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
     verdicts = check_all([(text, t.problem.ground_truth) for text, t in zip(texts, kept, strict=True)])
     for trajectory, verdict in zip(kept, verdicts, strict=True):
         if verdict.reason == LOST:
-            trajectory.end, trajectory.fault = End.CHECKER_LOST, answers.pool.fault
+            trajectory.end, trajectory.fault = End.CHECKER_LOST, workers.pool.fault
         else:
             trajectory.verdict, trajectory.reward = verdict, reward_of(verdict)

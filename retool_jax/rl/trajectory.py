@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.learn.packing import Example
-from retool_jax.rl.reward import Verdict
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -29,9 +29,10 @@ INFRASTRUCTURE = (End.SANDBOX_LOST, End.DISCARDED, End.CHECKER_LOST)
 
 @dataclass
 class ToolUse:
-    """One call and its outcome; `output` is what the policy was told, seconds are the sandbox's.
+    """One call and its outcome; `output` is what the policy was told, seconds and `metrics` are the tool's.
 
-    Both texts are kept as a file can hold them (`writable`); the ids have the call as it was sampled.
+    `code` is the program, or the arguments of another tool as JSON. Both texts are kept as a file can hold them
+    (`writable`); the ids have the call as it was sampled.
     """
 
     turn: int
@@ -40,6 +41,8 @@ class ToolUse:
     output: str
     wall_s: float = 0.0
     queue_s: float = 0.0
+    tool: str = ""  # the name that it was called by; empty where there is no such tool
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.code, self.output = writable(self.code), writable(self.output)

@@ -1,7 +1,6 @@
 """A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
 
 import dataclasses
-from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -20,10 +19,12 @@ from retool_jax.models.sharding import param_shardings
 from retool_jax.rl.rollout import encode_prompt
 from retool_jax.run.load import make, read, read_yaml
 from retool_jax.run.schema import RLRun, Run, micro_batches
-from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
+from retool_jax.sandbox import Sandbox, SandboxConfig
 from retool_jax.sft.demonstrations import Demonstrations
-from retool_jax.tokens.protocol import GRAMMARS
+from retool_jax.tokens.grammar import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.config import words_of
+from retool_jax.tools.toolbox import Toolbox, load_tools
 
 
 def resolve(words: list[str]) -> Run:
@@ -88,16 +89,16 @@ def attention_line(run: Run, mesh: Mesh) -> str:
 
 
 def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
-    return Demonstrations(run.sft, run.tools == "python", run.seed, tokenizer)
+    return Demonstrations(run.sft, load_tools(run.tools), run.seed, tokenizer)
 
 
-def problems_of(run: RLRun, tokenizer: Tokenizer) -> dict[str, Problems]:
+def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict[str, Problems]:
     """The problems of each split. Over-long prompts of a data set are refused; the miniature's are checked as they
     come."""
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     for stream in problems.values():
         for problem in stream.finite or ():
-            encode_prompt(tokenizer, problem, run.tools == "python", run.rollout.max_prompt_tokens, run.rollout.grammar)
+            encode_prompt(tokenizer, problem, tools, run.rollout.max_prompt_tokens, run.rollout.grammar)
     return problems
 
 
@@ -106,20 +107,21 @@ def sandbox_config(run: RLRun) -> SandboxConfig:
     if each of them runs to its time limit."""
     box, slots = run.sandbox, run.engine.slots
     longest_s = (slots / box.slot_count + 1) * (box.limits.wall_s + 1)
+    waiting = max(slots, box.sessions) if "python_session" in words_of(run.tools) else slots
     return dataclasses.replace(
-        box, queue_limit=box.queue_limit or slots, queue_s=min(max(box.queue_s, longest_s), 86400)
+        box, queue_limit=box.queue_limit or waiting, queue_s=min(max(box.queue_s, longest_s), 86400)
     )
 
 
-def open_tools(run: RLRun) -> AbstractAsyncContextManager[Sandbox | None]:
-    """The sandbox that runs the policy's programs; None for a text-only run."""
-    return open_sandbox(sandbox_config(run)) if run.tools == "python" else nullcontext()
+def tool_lines(tools: Toolbox | None) -> list[str]:
+    """Which sandbox a run has, once its tools are open, and what they are called."""
+    return sandbox_lines(tools.sandbox if tools else None) + ([f"tools: {', '.join(tools.names)}"] if tools else [])
 
 
 def sandbox_lines(box: Sandbox | None) -> list[str]:
     """Which sandbox a run has, and what its calls cost where that is much (docs/sandbox.md has the measurements)."""
     if box is None:
-        return ["sandbox: none, a text-only run"]
+        return ["sandbox: none"]
     lines = [f"sandbox: {box.description}"]
     if box.backend == "gvisor":
         lines.append(
@@ -131,5 +133,5 @@ def sandbox_lines(box: Sandbox | None) -> list[str]:
 
 def engine_of(run: RLRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
     """The engine over a run's weights; a turn ends at the model family's own stop ids, and with tools at a call."""
-    stops = tokenizer.stop_ids if run.tools == "none" else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer)
+    stops = tokenizer.stop_ids if not words_of(run.tools) else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer)
     return Engine(run.model, run.engine, params, mesh, tuple(stops), run.seed)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 
 from retool_jax.fields import defaults_of, flatten
@@ -9,11 +10,15 @@ from retool_jax.models.decoder import Params
 from retool_jax.run import sft
 from retool_jax.run.folder import may_change
 from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun
+from retool_jax.tokens.grammar import DEFAULT_GRAMMAR
+from retool_jax.tools.config import NONE, words_of
 
 
 def cold_start_of(run: RLRun) -> SFTRun:
     """The run that makes the first weights of another one, in a folder named by what decides them."""
     shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(SFTRun)}
+    written = run.rollout.grammar if words_of(run.tools) and run.rollout.grammar != DEFAULT_GRAMMAR else ""
+    shared["sft"] = dataclasses.replace(run.sft, grammar=written)
     shared["checkpoint"] = CheckpointConfig(every=max(run.sft.steps // 5, 1), keep=1)
     made = SFTRun(**shared)
     defaults = defaults_of(SFTRun)
@@ -22,7 +27,8 @@ def cold_start_of(run: RLRun) -> SFTRun:
     decisive = {key: value for key, value in decisive.items() if value != defaults[key]}
     decisive["rollout.grammar"] = run.rollout.grammar
     digest = hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=4).hexdigest()
-    folder = Path(run.run).parent / f"cold-start-{run.tools}-seed{run.seed}-{digest}"
+    tools = re.sub(r"[^\w.+]+", "_", "+".join(words_of(run.tools)) or NONE)[:60]
+    folder = Path(run.run).parent / f"cold-start-{tools}-seed{run.seed}-{digest}"
     return dataclasses.replace(made, run=str(folder))
 
 

@@ -9,12 +9,13 @@ import functools
 import hashlib
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 import pydantic.dataclasses
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from pydantic import ValidationError
 
 from retool_jax.errors import UserError
@@ -79,11 +80,13 @@ def read(words: list[str]) -> tuple[type[Run], dict]:
     overrides = {key: value for key, value in pairs if key != "config"}
     values = read_yaml(names[-1])
     schema = schema_of(values, names[-1])
-    texts = {key for key, name, *_ in describe(schema) if name == "str"}
+    kinds = {key: name for key, name, *_ in describe(schema)}
     for key, value in overrides.items():
         try:
             word = OmegaConf.from_dotlist([f"{key}={value}"])
-            if key in texts and not isinstance(OmegaConf.select(word, key), str):
+            # A list is a list where one may stand; anything else is what was written.
+            meant = {"str": str, "str or list": str | ListConfig}.get(kinds.get(key, ""), object)
+            if not isinstance(OmegaConf.select(word, key), meant):
                 OmegaConf.update(word, key, value)  # a folder may be called 2024, and tools=no is not a truth value
             values = OmegaConf.to_container(OmegaConf.merge(values, word))
         except Exception as error:  # OmegaConf's kinds, and those of its YAML parser
@@ -156,13 +159,13 @@ def make(schema: type, values: dict, prefix: str = "", root: type | None = None)
     is converted. `root` is the whole run's class, where the nearest keys are looked for.
     """
     root = root or schema
-    types = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)
     for key, value in values.items():
-        if key not in types:
+        if key not in hints:
             unknown = next(iter(flatten_dict({key: value}, prefix)), f"{prefix}{key}")
-            listed = ", ".join(prefix + name for name in types)
+            listed = ", ".join(prefix + name for name in hints)
             raise UserError(f"unknown key {_readable(unknown)}; {_nearest(unknown, root) or f'known here: {listed}'}")
-    given = {key: _meant(types[key], value, f"{prefix}{key}", root) for key, value in values.items()}
+    given = {key: _meant(hints[key], value, f"{prefix}{key}", root) for key, value in values.items()}
     try:
         made = _checked(schema)(**given)
         return made if type(made) is schema else schema(**given)
@@ -187,6 +190,8 @@ def _meant(wanted: typing.Any, value: object, key: str, root: type) -> object:
             shown = HIDDEN if holds_secret(root, key) else show(value)
             raise UserError(f"{key}={shown} sets a whole section; set one of its keys: {names}")
         return make(wanted, value, f"{key}.", root)
+    if isinstance(wanted, types.UnionType) and isinstance(value, list):  # a text, or a list of them
+        return tuple(value)
     if typing.get_origin(wanted) is tuple:
         items = value if isinstance(value, list) else [] if value is None else [value]
         return tuple(_meant(typing.get_args(wanted)[0], item, key, root) for item in items)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from retool_jax.answers import workers
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
@@ -17,7 +18,7 @@ from retool_jax.learn.optimizer import TrainState, begin_from, fresh_state, stat
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.decoder import Params, abstract_params
-from retool_jax.rl import answers, loop
+from retool_jax.rl import loop
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.parts import Parts
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
@@ -26,14 +27,15 @@ from retool_jax.run.build import (
     engine_of,
     mesh_of,
     model_for,
-    open_tools,
     problems_of,
-    sandbox_lines,
+    sandbox_config,
+    tool_lines,
 )
 from retool_jax.run.folder import claim_folder, write_config
 from retool_jax.run.schema import RLRun
 from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
 from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.tools.toolbox import load_tools
 
 
 async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
@@ -45,14 +47,16 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     require_checkpoint(run)
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
-    problems = problems_of(run, tokenizer)
+    tools = load_tools(run.tools)
+    problems = problems_of(run, tokenizer, tools)
     mesh = mesh_of(run)
     # Loaded early when they will be needed: a wrong path is told before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
-    answers.pool.start()
+    workers.pool.start()
 
     async with AsyncExitStack() as stack:
-        box = await stack.enter_async_context(open_tools(run))
+        if tools:
+            await stack.enter_async_context(tools.open(sandbox_config(run)))
         folder = stack.enter_context(claim_folder(run))
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
@@ -86,7 +90,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
 
         write_config(run)
         (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
-        print("\n".join([*sandbox_lines(box), attention_line(run, mesh)]))
+        print("\n".join([*tool_lines(tools), attention_line(run, mesh)]))
         engine = engine_of(run, state.params, mesh, tokenizer)
         parts = Parts(
             rl=run.rl,
@@ -95,7 +99,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             folder=folder,
             tokenizer=tokenizer,
             problems=problems,
-            box=box,
+            tools=tools,
             engine=engine,
             update=make_step(
                 Outputs(run.model, temperature=run.rl.temperature),

@@ -1,7 +1,7 @@
 """Everything that a run may set, by task: the sections of the rooms that read them, put together."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -15,11 +15,10 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
 from retool_jax.sandbox.types import SandboxConfig
 from retool_jax.sft.config import SFTConfig
-
-DEMONSTRATED = "hermes"  # the grammar of calls in demonstrations: that of the chat templates, which write them
+from retool_jax.tools.config import check_tools, words_of
 
 Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
-Tools = Literal["python", "none"]
+Tools = str | tuple[str, ...]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -36,7 +35,7 @@ class SFTRun:
 
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: Seed = 0
-    tools: Tools = "python"  # python, or none for the text-only control
+    tools: Tools = "python"  # or none (text only), calculator, my.module:MyTool; several in a list
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
@@ -45,6 +44,8 @@ class SFTRun:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
+        _one_spelling(self)
+        check_tools(self.tools, self.sft.grammar)
         check_micro_batches(self)
 
 
@@ -57,7 +58,7 @@ class RLRun:
 
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: Seed = 0
-    tools: Tools = "python"  # python, or none for the text-only control
+    tools: Tools = "python"  # or none (text only), calculator, my.module:MyTool; several in a list
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as sft says
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
@@ -72,6 +73,9 @@ class RLRun:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        _one_spelling(self)
+        check_tools(self.tools, self.rollout.grammar)
+        _check_sessions(self)
         if not self.init_from:
             _check_cold_start(self)
         check_micro_batches(self)
@@ -106,6 +110,21 @@ def check_micro_batches(run: Run) -> None:
         check_rows(dataclasses.asdict(run.mesh), key, rows)
 
 
+def _one_spelling(run: Run) -> None:
+    """A list of one tool becomes its word, so that whoever compares two runs finds them alike."""
+    if isinstance(run.tools, tuple) and len(run.tools) == 1:
+        object.__setattr__(run, "tools", run.tools[0])
+
+
+def _check_sessions(run: RLRun) -> None:
+    """A `UserError` where a call could wait for an interpreter that another trajectory holds, and hold that one up."""
+    if "python_session" in words_of(run.tools) and run.engine.tool_lag >= 0:
+        raise UserError(
+            f"engine.tool_lag={run.engine.tool_lag} waits for each call, and with tools=python_session a call may"
+            " wait for another trajectory's end; set engine.tool_lag=-1"
+        )
+
+
 def _check_cold_start(run: RLRun) -> None:
     """A `UserError` where a run without weights cannot make its own."""
     if run.sft.epochs:
@@ -113,11 +132,10 @@ def _check_cold_start(run: RLRun) -> None:
             f"sft.epochs={run.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
             " as init_from, or use sft.steps"
         )
-    if run.rollout.grammar != DEMONSTRATED and run.tools == "python":
+    if run.sft.grammar not in ("", run.rollout.grammar):
         raise UserError(
-            f"rollout.grammar={run.rollout.grammar} has no cold start: demonstrations are written in the"
-            f" {DEMONSTRATED} grammar only; give weights that know it as init_from, or set"
-            f" rollout.grammar={DEMONSTRATED}"
+            f"sft.grammar={run.sft.grammar} is not rollout.grammar={run.rollout.grammar}; leave it out, so that"
+            " the cold start is written as its policy will be read"
         )
 
 

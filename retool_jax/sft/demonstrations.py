@@ -6,14 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from retool_jax.data import arithmetic
+from retool_jax.data.problems import tools_of
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.sft.config import SFTConfig
-from retool_jax.tokens.chat import demonstration_ids
-from retool_jax.tokens.protocol import TOOL_SCHEMA
+from retool_jax.tokens.demonstrations import demonstration_ids
+from retool_jax.tokens.grammar import CODE_TOOL, DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import Toolbox
 
 
 class Demonstrations:
@@ -29,8 +31,13 @@ class Demonstrations:
         description: finite data in a sentence; empty for the miniature.
     """
 
-    def __init__(self, sft: SFTConfig, tools: bool, seed: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, sft: SFTConfig, tools: Toolbox | None, seed: int, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._tools, self._seed, self._config = tokenizer, tools, seed, sft
+        if sft.data == "arithmetic" and tools and CODE_TOOL not in tools.names:
+            raise UserError(
+                f"sft.data=arithmetic calls {CODE_TOOL}, and tools has {', '.join(tools.names)}; add python to it, or"
+                " give other sft.data, or init_from"
+            )
         self._finite = None if sft.data == "arithmetic" else read_demonstrations(sft, tokenizer, self._tools)
         # Its number follows from their mean length, so that runs with shorter ones (text only) see as many tokens, and
         # cost as much.
@@ -74,26 +81,29 @@ class Demonstrations:
     def _example(self, index: int) -> Example:
         if self._finite is not None:
             return self._finite[index]
-        return to_example(self._tokenizer, arithmetic.demonstration(index, self._tools, self._seed), self._tools)
+        messages = arithmetic.demonstration(index, self._tools is not None, self._seed)
+        return to_example(self._tokenizer, messages, self._tools, self._config.grammar)
 
 
-def to_example(tokenizer: Tokenizer, messages: list[dict], tools: bool) -> Example:
-    """A conversation as ids and mask, with RL's tool schema in the prompt where the template shows one."""
-    tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA] if tools else None)
+def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, grammar: str = "") -> Example:
+    """A conversation as ids and mask, with RL's tools in the prompt as RL shows them."""
+    schemas = tools.schemas if tools else None
+    tokens = demonstration_ids(tokenizer, messages, schemas, grammar or DEFAULT_GRAMMAR)
     return Example(np.asarray(tokens.ids, np.int32), np.asarray(tokens.sampled, bool))
 
 
-def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: bool) -> list[Example]:
+def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | None) -> list[Example]:
     """All rows of `sft.data` as examples, in their order; those that are too long by the rule of `sft.overlong`.
 
     Raises:
-        UserError: a row is no conversation, calls a tool in a run without, or is too long; or none is left.
+        UserError: a row is no conversation, calls a tool in a run without, cannot be written in the grammar, or is too
+            long; or none is left.
     """
     examples, too_long = [], []
     for number, row in enumerate(read_rows(sft.data, ", or arithmetic"), start=1):
         where = f"sft.data={sft.data} row {number}"
         try:
-            messages = messages_of(row)
+            messages = messages_of(row, tools.names if tools else (CODE_TOOL,))
         except BadTrace as reason:
             raise UserError(
                 f"{where}: {reason}; python -m retool_jax.prepare converts rows and drops bad ones"
@@ -102,7 +112,11 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: bool) -> li
             raise UserError(
                 f"{where} calls a tool, which tools=none has not; set tools=python, or give data without calls"
             )
-        example = to_example(tokenizer, messages, tools)
+        own = tools.of(tools_of(row, where), where) if tools else None
+        try:
+            example = to_example(tokenizer, messages, own, sft.grammar)
+        except UserError as reason:
+            raise UserError(f"{where}: {reason}") from None
         if len(example.ids) > sft.row_length:
             too_long.append((len(example.ids), where))
         else:

@@ -10,12 +10,9 @@ other families mark turns otherwise (`tokenizer.Family`). The concatenation equa
 SFT, RL and evaluation build their sequences with these functions and no others.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from retool_jax.errors import UserError
-from retool_jax.tokens.tokenizer import FAMILIES, QWEN, Tokenizer
+from retool_jax.tokens.tokenizer import FAMILIES, Tokenizer
 
 # What frames turns, calls and outputs in any family or grammar, also where the vocabulary has no token for it.
 _TAGS = ("tool_call", "tool_response", "think", "code", "interpreter")
@@ -25,38 +22,9 @@ _MARKS = (
 )
 
 
-@dataclass(frozen=True)
-class TokenList:
-    """Ids with the mask of those that the policy sampled (or, in demonstrations, is to imitate)."""
-
-    ids: list[int]
-    sampled: list[bool]
-
-    def extend(self, ids: list[int], sampled: bool) -> None:
-        self.ids.extend(ids)
-        self.sampled.extend([sampled] * len(ids))
-
-
-def prompt_ids(tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-    """Ids up to and including the header of the policy's first turn.
-
-    A family whose template leaves tools out is told of them in the system message.
-    """
-    if tools and not tokenizer.family.writes_tools:
-        messages, tools = _with_tools_in_words(messages, tools), None
-    return tokenizer.encode(tokenizer.render(messages, tools, generation_prompt=True))
-
-
-def _with_tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
-    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    words = (
-        "You may call a function while you work on the answer. To call it, write its name and arguments as JSON, like"
-        ' this, and end your turn:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
-        f"What it returns is shown to you before you go on. The functions that you may call:\n{schemas}"
-    )
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{words}"}, *messages[1:]]
-    return [{"role": "system", "content": words}, *messages]
+def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """Ids up to and including the header of the policy's first turn, of a prompt without tools (`grammar`)."""
+    return tokenizer.encode(tokenizer.render(messages, None, generation_prompt=True))
 
 
 def tool_segment(tokenizer: Tokenizer, outputs: list[str]) -> list[int]:
@@ -110,40 +78,3 @@ def defuse(tokenizer: Tokenizer, text: str) -> str:
     for mark in (*tokenizer.control_tokens, *_MARKS):
         text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
-
-
-def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
-    """The text that a policy would have sampled for an assistant message, the end of its turn included."""
-    calls = [
-        f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
-        f"{json.dumps(call['function']['arguments'], ensure_ascii=False)}}}\n</tool_call>"
-        for call in message.get("tool_calls") or ()
-    ]
-    parts = ([message["content"]] if message.get("content") else []) + calls
-    return "\n".join(parts) + turn_end
-
-
-def demonstration_ids(tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None = None) -> TokenList:
-    """A whole conversation as ids and mask, by the same segments as a rollout's.
-
-    Raises:
-        UserError: the messages are not user (or system) turns followed by assistant turns with tool turns between.
-    """
-    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-    if not first:
-        raise UserError("a demonstration needs a user message and then an assistant message")
-    turn_end = tokenizer.family.turn_end
-    tokens = TokenList([], [])
-    tokens.extend(prompt_ids(tokenizer, messages[:first], tools), sampled=False)
-    pending: list[str] = []
-    for message in messages[first:]:
-        if message["role"] == "tool":
-            pending.append(message["content"])
-        elif message["role"] == "assistant":
-            if pending:
-                tokens.extend(tool_segment(tokenizer, pending), sampled=False)
-                pending = []
-            tokens.extend(tokenizer.encode(policy_turn_text(message, turn_end)), sampled=True)
-        else:
-            raise UserError(f"a {message['role']} message after the first assistant turn is not supported")
-    return tokens

@@ -17,8 +17,9 @@ from retool_jax.data.traces import (
     truth_of,
 )
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.tokens.chat import demonstration_ids
-from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.demonstrations import demonstration_ids
+from retool_jax.tokens.grammar import tool_calls
+from retool_jax.tools.python import Python
 
 # How ReTool-SFT asks: what stands in every row, and what the raw rows have around it.
 QUESTION = (
@@ -96,7 +97,7 @@ def test_the_raw_form_becomes_turns_and_calls(name, tokenizer):
     assert boxed_answer(messages) == "7"
     assert conversation({"messages": messages}) == messages == messages_of({"messages": messages})
     # What the policy is to say holds the calls as a rollout would read them.
-    tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA])
+    tokens = demonstration_ids(tokenizer, messages, [Python().schema])
     said = [index for index, sampled in zip(tokens.ids, tokens.sampled, strict=True) if sampled]
     codes = [code for _, code in wanted if code is not None]
     assert [call.code for call in tool_calls(tokenizer, said)] == codes
@@ -277,7 +278,7 @@ def test_whole_trajectories_convert_from_both_published_forms(tokenizer):
     questions = [*[question for question, *_ in TRAJECTORIES], COUNT]
     assert [messages[0]["content"] for messages in converted] == [f"{asked}\n\n{INSTRUCTION}" for asked in questions]
     for messages in converted:
-        tokens = demonstration_ids(tokenizer, messages, [TOOL_SCHEMA])
+        tokens = demonstration_ids(tokenizer, messages, [Python().schema])
         assert 0 < sum(tokens.sampled) < len(tokens.ids) == len(tokens.sampled)
 
 

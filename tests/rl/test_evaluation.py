@@ -9,22 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from retool_jax.answers import Verdict, workers
+from retool_jax.answers.workers import SymbolicPool
 from retool_jax.clock import Clock
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
-from retool_jax.rl import answers
-from retool_jax.rl.answers import SymbolicPool
 from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import train
 from retool_jax.rl.parts import Parts
-from retool_jax.rl.reward import Verdict, reward_of
+from retool_jax.rl.reward import reward_of
 from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
-from retool_jax.tokens.chat import policy_turn_text
+from retool_jax.tokens.grammar import policy_turn_text
+from retool_jax.tools.python import Python
+from retool_jax.tools.toolbox import Toolbox
 
 RIGHT, WRONG = "\\boxed{40+5}<|im_end|>", "\\boxed{5}<|im_end|>"
 LIMITS = RolloutConfig(max_prompt_tokens=60)
@@ -63,17 +65,17 @@ def problems(tmp_path) -> Problems:
 
 
 @pytest.fixture
-def broken_box() -> SimpleNamespace:
-    """A sandbox that loses every call."""
+def broken_tools() -> Toolbox:
+    """An interpreter that loses every call."""
 
     async def lose(code: str) -> ToolResult:
         return ToolResult("infra_error", backend="process", message="worker died")
 
-    return SimpleNamespace(run=lose, config=SandboxConfig())
+    return Toolbox([Python(SimpleNamespace(run=lose, config=SandboxConfig()))])
 
 
 @pytest.fixture
-def look(scripted_engine, tokenizer, problems, broken_box, tmp_path):
+def look(scripted_engine, tokenizer, problems, broken_tools, tmp_path):
     """`look(turn of problem 0, ...)`: an evaluation in which each problem is answered twice with that turn."""
 
     def run(*turns: str, max_dropped: float = 0.5) -> dict:
@@ -83,7 +85,7 @@ def look(scripted_engine, tokenizer, problems, broken_box, tmp_path):
         async def main() -> dict:
             engine = scripted_engine(tokenizer.stop_ids, script)
             return await evaluate(
-                engine, tokenizer, broken_box, problems, 3, len(turns), LIMITS, tmp_path / "run", max_dropped
+                engine, tokenizer, broken_tools, problems, 3, len(turns), LIMITS, tmp_path / "run", max_dropped
             )
 
         return asyncio.run(main())
@@ -154,10 +156,10 @@ def test_an_evaluation_of_too_few_is_an_error(look):
 
 def test_an_answer_that_cannot_be_compared_is_no_signal(look, monkeypatch):
     pool = SymbolicPool(workers=1)
-    monkeypatch.setattr(answers, "pool", pool)
-    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(workers, "pool", pool)
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.01))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers.sys, "executable", "/bin/false")
+        patch.setattr(workers.sys, "executable", "/bin/false")
         numbers = look(RIGHT, "I do not know<|im_end|>", "I do not know<|im_end|>")
     assert numbers["end/checker_lost"] == 1 and numbers["dropped"] == pytest.approx(1 / 3)
     assert numbers["accuracy"] == 0.0 and numbers["end/answered"] == 0 and numbers["end/no_answer"] == 2
@@ -166,11 +168,11 @@ def test_an_answer_that_cannot_be_compared_is_no_signal(look, monkeypatch):
 
 
 def test_the_event_loop_turns_while_answers_are_compared(
-    scripted_engine, tokenizer, problems, broken_box, tmp_path, monkeypatch
+    scripted_engine, tokenizer, problems, broken_tools, tmp_path, monkeypatch
 ):
     """The comparison waits for a worker that has yet to import SymPy, which takes about a second."""
     pool = SymbolicPool(workers=1)
-    monkeypatch.setattr(answers, "pool", pool)
+    monkeypatch.setattr(workers, "pool", pool)
     first = (1 << 31) + (SPLITS.index("dev") << 24)
     gaps = []
 
@@ -184,7 +186,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
         ticking = asyncio.create_task(tick())
         engine = scripted_engine(tokenizer.stop_ids, {first: [tokenizer.encode(RIGHT)] * 2})
         began = time.perf_counter()
-        await evaluate(engine, tokenizer, broken_box, problems, 0, 1, LIMITS, tmp_path, 0.5)
+        await evaluate(engine, tokenizer, broken_tools, problems, 0, 1, LIMITS, tmp_path, 0.5)
         ticking.cancel()
         return time.perf_counter() - began
 
@@ -194,7 +196,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
 
 
 def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
-    scripted_engine, tokenizer, broken_box, tmp_path
+    scripted_engine, tokenizer, broken_tools, tmp_path
 ):
     """At `rl.max_dropped` it goes on, to the update that is not there."""
     call = tokenizer.encode(CALL)
@@ -211,7 +213,7 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
             folder=Path(tmp_path),
             tokenizer=tokenizer,
             problems={"train": Problems("arithmetic", "train", 0)},
-            box=broken_box,
+            tools=broken_tools,
             engine=engine,
             update=None,
             save=None,

@@ -13,7 +13,10 @@ from retool_jax.rl.evaluation import summarise
 from retool_jax.rl.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, ToolResult, open_sandbox
-from retool_jax.tokens.chat import policy_turn_text, tool_segment
+from retool_jax.tokens.chat import tool_segment
+from retool_jax.tokens.grammar import policy_turn_text
+from retool_jax.tools.python import Python
+from retool_jax.tools.toolbox import Toolbox
 
 LIMITS = RolloutConfig(max_prompt_tokens=40, max_turns=3)
 
@@ -38,10 +41,11 @@ def play(scripted, tokenizer):
             engine = scripted(*scripts, **sizes)
             samples = [Sample(problem(truth), request) for request in range(len(scripts))]
             if box != "process":
-                trajectories, _ = await rollout(engine, tokenizer, box, samples, limits)
+                tools = Toolbox([Python(box)]) if box else None
+                trajectories, _ = await rollout(engine, tokenizer, tools, samples, limits)
             else:
                 async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as real:
-                    trajectories, _ = await rollout(engine, tokenizer, real, samples, limits)
+                    trajectories, _ = await rollout(engine, tokenizer, Toolbox([Python(real)]), samples, limits)
             score(tokenizer, trajectories)
             return trajectories
 
@@ -87,7 +91,8 @@ def test_the_cache_row_holds_the_trajectory_at_every_append(tokenizer, scripted)
 
     async def main() -> list[Trajectory]:
         async with open_sandbox(SandboxConfig(backend=("process",), slots=2)) as box:
-            return (await rollout(engine, tokenizer, box, [Sample(problem(), r) for r in range(3)], LIMITS))[0]
+            samples = [Sample(problem(), r) for r in range(3)]
+            return (await rollout(engine, tokenizer, Toolbox([Python(box)]), samples, LIMITS))[0]
 
     trajectories = asyncio.run(main())
     # The last token, a stop, is never written.
@@ -200,7 +205,8 @@ def test_a_conversation_that_new_weights_cut_short_is_no_signal(tokenizer, scrip
 
     async def main() -> list[Trajectory]:
         box = SimpleNamespace(run=tool, config=SandboxConfig())
-        return (await rollout(engine, tokenizer, box, [Sample(problem(), r) for r in range(4)], LIMITS))[0]
+        samples = [Sample(problem(), r) for r in range(4)]
+        return (await rollout(engine, tokenizer, Toolbox([Python(box)]), samples, LIMITS))[0]
 
     trajectories = asyncio.run(asyncio.wait_for(main(), 30))
     score(tokenizer, trajectories)
@@ -221,7 +227,7 @@ def test_a_trajectory_without_an_end_is_an_error_and_no_score(tokenizer, scripte
     monkeypatch.setattr(Dialogue, "drop", lambda self, reason: None)
     box = SimpleNamespace(run=tool, config=SandboxConfig())
     with pytest.raises(RuntimeError, match="1 trajectories came back without an end, the first of them p/0"):
-        asyncio.run(rollout(engine, tokenizer, box, [Sample(problem(), 0)], LIMITS))
+        asyncio.run(rollout(engine, tokenizer, Toolbox([Python(box)]), [Sample(problem(), 0)], LIMITS))
 
 
 def test_without_a_sandbox_a_call_is_only_text(play):
@@ -277,7 +283,7 @@ def test_where_turns_run_out_the_answer_is_asked_for_and_scores(tokenizer, play)
 
 
 def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tokenizer, play):
-    prompt = encode_prompt(tokenizer, problem(), True, 999)
+    prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), 999)
     closing = f"<|im_end|>\n<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
     segment = tokenizer.encode(closing)
     word = tokenizer.encode("a")
@@ -294,7 +300,8 @@ def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tok
 
 def test_an_output_that_would_take_the_answers_room_is_not_shown(tokenizer, play):
     wide = replace(FORCED, tool_output_tokens=2000)
-    before = len(encode_prompt(tokenizer, problem(), True, 999)) + len(tokenizer.encode(call("print('x' * 99)")))
+    prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), 999)
+    before = len(prompt) + len(tokenizer.encode(call("print('x' * 99)")))
     room = 256 - before - len(tool_segment(tokenizer, [""])) - len(tokenizer.encode("x" * 8))
     asking = call(f"print('x' * {room})")  # would fit, and leave no room for an answer
     for last, end in (("\\boxed{6}<|im_end|>", End.ANSWERED), (call("1"), End.TURN_LIMIT)):

@@ -24,12 +24,12 @@ from retool_jax.mesh_config import AXES, MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig, RolloutConfig
 from retool_jax.run import cold_start
-from retool_jax.run.build import resolve
+from retool_jax.run.build import resolve, sandbox_config
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
 from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun
-from retool_jax.tokens.protocol import GRAMMARS
+from retool_jax.tokens.grammar import GRAMMARS
 
 
 def error_of(*words: str) -> str:
@@ -296,14 +296,65 @@ def test_a_key_that_is_new_leaves_a_cold_starts_folder_as_it_is(monkeypatch):
     assert cold_start_of(load(["config=grpo"])).run == before
 
 
-def test_a_cold_start_in_a_grammar_without_demonstrations_is_refused():
-    message = error_of("config=grpo", "rollout.grammar=retool")
-    assert message.startswith(
-        "rollout.grammar=retool has no cold start: demonstrations are written in the hermes grammar"
-    )
-    assert "give weights that know it as init_from, or set rollout.grammar=hermes" in message
+def test_a_cold_start_is_written_in_the_grammar_of_its_policy():
+    plain, other = cold_start_of(load(["config=grpo"])), cold_start_of(load(["config=grpo", "rollout.grammar=retool"]))
+    assert (plain.sft.grammar, other.sft.grammar) == ("", "retool") and plain.run != other.run
+    named = cold_start_of(load(["config=grpo", "rollout.grammar=hermes", "sft.grammar=hermes"]))
+    assert (named.run, named.sft.grammar) == (plain.run, "")
+    text_only = ["config=grpo", "rollout.grammar=retool", "tools=none"]
+    assert load(text_only).rollout.grammar == "retool" and cold_start_of(load(text_only)).sft.grammar == ""
     assert load(["config=grpo", "rollout.grammar=retool", "init_from=runs/mine"]).rollout.grammar == "retool"
-    assert load(["config=grpo", "rollout.grammar=retool", "tools=none"]).rollout.grammar == "retool"
+    assert "sft.grammar=retool is not rollout.grammar=hermes; leave it out" in error_of(
+        "config=grpo", "sft.grammar=retool"
+    )
+    assert "sft.grammar=xml is not one of: hermes, retool" in error_of("config=sft", "sft.grammar=xml")
+
+
+# ----------------------------------------------------------------------------------------------------------- tools
+
+
+def test_tools_are_a_word_or_a_list_of_them():
+    def tools(*words: str) -> object:
+        return value_of("tools", *words)
+
+    assert tools() == tools("tools=python") == tools("tools=[python]") == "python"
+    assert tools("tools=none") == tools("tools=[none]") == "none"
+    assert tools("tools=[python, calculator]") == ("python", "calculator")
+    assert tools("tools=[python,my_package.my_module:MyTool]") == ("python", "my_package.my_module:MyTool")
+    assert tools("tools=my_module:tool") == "my_module:tool"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tools=no", "tools=no is not one of: python, none"),
+        ("tools=null", "tools=null is not one of: python, none, python_session, calculator, or my_pack"),
+        ("tools=my_module.MyTool", "tools=my_module.MyTool is not one of: python, none"),
+        ("tools=[]", "tools is empty; name at least one, for example tools=[python], or tools=none"),
+        ("tools=[python,none]", "or my_package.my_module:MyTool; none stands alone"),
+        ("tools=[python,python]", "tools=[python,python] names a tool twice; leave one out"),
+        ("tools=[python,python_session]", "names a tool twice; leave one out"),
+        ("tools=[1]", "tools=[1] is of type tuple; it must be str or list"),
+        ("tools=python_session", "wait for another trajectory's end; set engine.tool_lag=-1"),
+    ],
+)
+def test_a_word_that_names_no_tool_is_told(word, message):
+    assert message in error_of("config=grpo", word)
+
+
+def test_the_papers_grammar_has_one_tool():
+    message = error_of("config=grpo", "rollout.grammar=retool", "tools=[python,calculator]")
+    assert message.startswith("the grammar retool has one tool, the interpreter, and tools names calculator; set")
+    assert error_of("config=sft", "sft.grammar=retool", "tools=calculator").startswith("the grammar retool has one")
+    session = ["config=grpo", "rollout.grammar=retool", "tools=python_session", "engine.tool_lag=-1"]
+    assert sandbox_config(load(session)).queue_limit == sandbox_config(load(["config=grpo"])).queue_limit
+    assert sandbox_config(load([*session, "engine.slots=4"])).queue_limit == 16, "every interpreter may call"
+
+
+def test_several_tools_have_a_cold_start_of_their_own():
+    one, two = (cold_start_of(load(["config=grpo", f"tools={tools}"])) for tools in ("python", "[python,a.b:C]"))
+    assert one.run.startswith("runs/cold-start-python-seed0-")
+    assert two.run.startswith("runs/cold-start-python+a.b_C-seed0-") and two.tools == ("python", "a.b:C")
 
 
 # ----------------------------------------------------------------------------------------------------------- help

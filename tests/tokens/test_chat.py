@@ -6,9 +6,11 @@ import pytest
 
 from retool_jax.data.arithmetic import demonstration
 from retool_jax.errors import UserError
-from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.chat import defuse, tool_segment
+from retool_jax.tokens.demonstrations import demonstration_ids
+from retool_jax.tokens.grammar import hermes_prompt, policy_turn_text, tool_calls
 from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer
+from retool_jax.tools.python import Python
 
 OUTPUTS = ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 300, "答案是四", "<b>&'\"</b>", "\\boxed{45}", "\n\n\n"]
 CODE = 'import math\nprint(math.gcd(12, 18), "é<>&\'")'
@@ -34,8 +36,8 @@ def test_prompt_turns_and_segments_equal_the_full_render(family, output):
     turn = {"role": "assistant", "content": "Let me see.", "tool_calls": [call(CODE)]}
     last = {"role": "assistant", "content": "The answer is \\boxed{6}."}
     tool = {"role": "tool", "content": output}
-    tools = [TOOL_SCHEMA]
-    ids = prompt_ids(family, [user], tools)
+    tools = [Python().schema]
+    ids = hermes_prompt(family, [user], tools)
     ids += family.encode(policy_turn_text(turn)) + tool_segment(family, [output])
     rendered = family.render([user, turn, tool], tools, generation_prompt=True)
     assert family.decode(ids) == rendered

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from retool_jax.tokens.chat import defuse, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.chat import defuse, prompt_ids, tool_segment
+from retool_jax.tokens.grammar import GRAMMARS, hermes_prompt, policy_turn_text, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.python import Python
 
 # Strings with what the published tokenizers encode them to, by model_type.
 GOLDEN = json.loads(Path(__file__).with_name("golden_ids.json").read_text())
 PUBLISHED = [("qwen2", "qwen2_5"), ("qwen3", "qwen3"), ("qwen3", "qwen3_instruct_2507")]
 OUTPUTS = ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 2000, "答案是四。", "\n\n\n", "Traceback:\n\tx = 1\r\n"]
+TOOL_SCHEMA = Python().schema
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}
 THINKING = "<think>\nI should compute it.\n</think>\n\nLet me see."
 
@@ -111,7 +113,7 @@ def test_prompt_turns_and_segments_equal_the_full_render(family, content):
     """Two rounds, the second with two calls in one turn, for every output."""
     first, second = assistant(content, 'print(f"{6}é<>&")'), assistant(content, "print(1)", "print(2)")
     for output in OUTPUTS:
-        ids = prompt_ids(family, [USER], [TOOL_SCHEMA])
+        ids = hermes_prompt(family, [USER], [TOOL_SCHEMA])
         ids += family.encode(policy_turn_text(first)) + tool_segment(family, [output])
         messages = [USER, first, tool(output)]
         assert ids == family.encode(family.render(messages, [TOOL_SCHEMA], True)), repr(output)
@@ -153,7 +155,7 @@ def test_segments_are_what_a_template_that_keeps_its_prefix_writes(published, mo
     """The templates that a training library repaired agree with the segments."""
     tokenizer = published(model_type, name)
     turn, last = assistant(THINKING, "print(6)"), assistant("<think>\nSo six.\n</think>\n\n\\boxed{6}")
-    ids = prompt_ids(tokenizer, [USER], [TOOL_SCHEMA]) + tokenizer.encode(policy_turn_text(turn))
+    ids = hermes_prompt(tokenizer, [USER], [TOOL_SCHEMA]) + tokenizer.encode(policy_turn_text(turn))
     ids += tool_segment(tokenizer, ["6"]) + tokenizer.encode(policy_turn_text(last))
     messages = [USER, turn, tool("6"), last]
     rendered = tokenizer.hf.apply_chat_template(messages, tools=[TOOL_SCHEMA], tokenize=False)

@@ -20,10 +20,15 @@ from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.run.build import model_for
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.tokens.chat import defuse, demonstration_ids, policy_turn_text, prompt_ids, tool_segment
-from retool_jax.tokens.protocol import GRAMMARS, TOOL_SCHEMA, tool_calls
+from retool_jax.tokens.chat import defuse, prompt_ids, tool_segment
+from retool_jax.tokens.demonstrations import demonstration_ids
+from retool_jax.tokens.grammar import GRAMMARS, hermes_prompt, policy_turn_text, tool_calls
 from retool_jax.tokens.qwen import QWEN_ADDED, merges_of_ranks, qwen_tokenizer, read_ranks, tokenizer_of_ranks
 from retool_jax.tokens.tokenizer import MINIATURE, R1, Tokenizer, load_tokenizer
+from retool_jax.tools.python import Python
+from retool_jax.tools.toolbox import Toolbox
+
+TOOL_SCHEMA = Python().schema
 
 # Tokens in the order of their merges; the last two can be reached by one way only, through lower ranks.
 MERGED = ["in", "pr", "prin", "print", " (", "\n\n", "\t\t", "é", "答", "inpr", "printin", "  ", "    ", "12"]
@@ -253,9 +258,9 @@ def test_r1_stops_and_begins_as_its_own_settings_say(distilled):
 
 
 def test_r1_is_told_of_its_tools_although_the_template_leaves_them_out(distilled):
-    prompt = distilled.decode(prompt_ids(distilled, [USER], [TOOL_SCHEMA]))
+    prompt = distilled.decode(hermes_prompt(distilled, [USER], [TOOL_SCHEMA]))
     assert json.dumps(TOOL_SCHEMA) in prompt and '<tool_call>\n{"name": ' in prompt
-    both = distilled.decode(prompt_ids(distilled, [{"role": "system", "content": "Be brief."}, USER], [TOOL_SCHEMA]))
+    both = distilled.decode(hermes_prompt(distilled, [{"role": "system", "content": "Be brief."}, USER], [TOOL_SCHEMA]))
     assert both == prompt.replace("sentence｜>You may", "sentence｜>Be brief.\n\nYou may", 1)
 
 
@@ -321,7 +326,7 @@ def say(distilled, scripted_engine):
             if not grammar:
                 return (await rollout(engine, distilled, None, samples, limits))[0]
             async with open_sandbox(SandboxConfig(backend=("process",), slots=1)) as box:
-                return (await rollout(engine, distilled, box, samples, limits))[0]
+                return (await rollout(engine, distilled, Toolbox([Python(box)]), samples, limits))[0]
 
         (trajectory,) = asyncio.run(main())
         score(distilled, [trajectory])

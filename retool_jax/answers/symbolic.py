@@ -1,4 +1,4 @@
-"""The program that compares two answers with math-verify. `retool_jax.rl.answers` starts it and writes lines of JSON.
+"""The program that compares two answers with math-verify. `retool_jax.answers.workers` starts it and writes JSON lines.
 
     question  ["truth", "answer", CPU seconds]          reply  the value of an `Outcome`
 

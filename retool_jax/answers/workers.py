@@ -2,9 +2,9 @@
 
 SymPy has no bound on what a short expression can cost (`9^{9^{9}}` fills the memory), and a process that runs JAX has
 threads and must not fork. So comparisons live in interpreters of their own, started from scratch, which run
-`retool_jax.rl.symbolic` and fork a child for each question. What a child does to itself (it runs out of time or memory,
-or SymPy fails) is the answer's fault. A worker that does not start, dies or hangs is a fault of the machinery: the
-question is asked again, and when that does not help the comparison is `LOST`, which is no verdict (contract 7).
+`retool_jax.answers.symbolic` and fork a child for each question. What a child does to itself (it runs out of time or
+memory, or SymPy fails) is the answer's fault. A worker that does not start, dies or hangs is a fault of the machinery:
+the question is asked again, and when that does not help the comparison is `LOST`, which is no verdict (contract 7).
 """
 
 import atexit
@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from queue import LifoQueue
 
+from retool_jax.answers import symbolic
+from retool_jax.answers.symbolic import Outcome
 from retool_jax.errors import UserError
-from retool_jax.rl import symbolic
-from retool_jax.rl.symbolic import Outcome
 
 logger = logging.getLogger(__name__)
 

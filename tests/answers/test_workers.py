@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 
 from retool_jax import train
+from retool_jax.answers import Verdict, check, check_all, workers
+from retool_jax.answers.symbolic import Outcome
+from retool_jax.answers.workers import SymbolicPool, SymbolicWorker
 from retool_jax.errors import UserError
-from retool_jax.rl import answers, reward
-from retool_jax.rl.answers import SymbolicPool, SymbolicWorker
-from retool_jax.rl.reward import Verdict, check, check_all
-from retool_jax.rl.symbolic import Outcome
 
-PACKAGE_PARENT = Path(reward.__file__).resolve().parents[2]
+PACKAGE_PARENT = Path(workers.__file__).resolve().parents[2]
 ENDLESS = "9^{9^{9}}"
 PAIRS = [
     ("45", "40+5"),
@@ -47,7 +46,7 @@ def worker() -> Iterator[SymbolicWorker]:
 def pool(monkeypatch) -> Iterator[SymbolicPool]:
     """A pool in the place of the process's own, which remembers nothing and whose workers are not started yet."""
     pool = SymbolicPool(workers=2)
-    monkeypatch.setattr(answers, "pool", pool)
+    monkeypatch.setattr(workers, "pool", pool)
     yield pool
     pool.close()
 
@@ -55,9 +54,9 @@ def pool(monkeypatch) -> Iterator[SymbolicPool]:
 @pytest.fixture
 def no_process(monkeypatch) -> Callable[[], None]:
     """No worker can be started, until this is called."""
-    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.01, 0.01))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers.sys, "executable", "/bin/false")
+        patch.setattr(workers.sys, "executable", "/bin/false")
         yield patch.undo
 
 
@@ -188,9 +187,9 @@ def test_a_run_without_math_verify_does_not_begin(pool, no_math_verify, tmp_path
 
 def test_outcomes_depend_neither_on_order_nor_on_workers():
     found = []
-    for workers, seed in ((1, 0), (3, 1), (2, 2)):
+    for count, seed in ((1, 0), (3, 1), (2, 2)):
         pairs = random.Random(seed).sample(PAIRS, len(PAIRS))
-        pool = SymbolicPool(workers)
+        pool = SymbolicPool(count)
         outcomes = pool.compare(pairs)
         pool.close()
         found.append([outcomes[pair] for pair in PAIRS])
@@ -233,7 +232,7 @@ def test_a_step_has_a_time_after_which_what_is_left_counts_as_a_time_out(pool, c
 
 
 def test_what_the_machinery_made_late_is_lost(pool, no_process, monkeypatch):
-    monkeypatch.setattr(answers, "PAUSES", (0.0, 0.2, 0.2))
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.2, 0.2))
     pool.step_limit = 0.7
     outcomes = pool.compare([("45", f"{n}+1") for n in range(20)])
     assert set(outcomes.values()) == {Outcome.LOST}
@@ -258,7 +257,7 @@ def test_a_closed_worker_is_gone_with_its_child_and_can_start_again(worker):
 
 def test_a_killed_trainer_leaves_no_worker_even_a_busy_one():
     program = f"""
-        from retool_jax.rl.answers import SymbolicWorker
+        from retool_jax.answers.workers import SymbolicWorker
         worker = SymbolicWorker(time_limit=1.0)
         worker.compare("1", "2")
         print(worker.pid, flush=True)
@@ -275,12 +274,11 @@ def test_a_killed_trainer_leaves_no_worker_even_a_busy_one():
 def test_sympy_stays_out_of_the_trainer_and_exit_is_clean():
     program = r"""
         import sys
-        from retool_jax.rl import answers
-        from retool_jax.rl.reward import check
-        assert answers.pool.workers[0].pid is None, "started before it was needed"
+        from retool_jax.answers import check, workers
+        assert workers.pool.workers[0].pid is None, "started before it was needed"
         assert check(r"\boxed{40+5}", "45").correct
         assert not {"sympy", "math_verify", "jax", "numpy"} & set(sys.modules)
-        print(answers.pool.workers[0].pid)
+        print(workers.pool.workers[0].pid)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, cwd=PACKAGE_PARENT, capture_output=True, text=True, timeout=60)

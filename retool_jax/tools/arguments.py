@@ -1,0 +1,104 @@
+"""Does what a policy wrote fit a schema? The part of JSON Schema that tools need, with answers in words."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_SHAPES = {"string": '"..."', "integer": "0", "number": "0.0", "boolean": "true", "array": "[...]", "null": "null"}
+_WORDS = {
+    "string": "a string",
+    "integer": "a whole number",
+    "number": "a finite number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def fault_of(arguments: object, schema: Mapping[str, Any]) -> str:
+    """Why arguments do not fit the schema of an object, naming what there is; empty where they do.
+
+    Known are `type`, `enum`, `properties`, `required`, `additionalProperties` as true or false, `items`, `minimum` and
+    `maximum`. Of a tool with several arguments the one at fault is named beside the shape of all of them.
+    """
+    fault = _fault(arguments, {"type": "object"} | dict(schema), "")
+    if not fault:
+        return ""
+    several = isinstance(arguments, dict) and len(schema.get("properties", ())) > 1
+    return f"malformed call: arguments must be {shape_of(schema)}" + (f"; {fault}" if several else "")
+
+
+def declared(arguments: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the schema names; all of them where it names none or asks for others."""
+    properties = schema.get("properties")
+    if not properties or schema.get("additionalProperties"):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in properties}
+
+
+def shape_of(schema: Mapping[str, Any]) -> str:
+    """What fits a schema, as an example for a reader: `{"code": "..."}`; a `?` follows what may be left out."""
+    if "enum" in schema:
+        return " | ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
+    kinds = _kinds(schema)
+    if "object" not in kinds and (kinds or "properties" not in schema):
+        return " | ".join(_SHAPES[kind] for kind in kinds) or "any value"
+    required = schema.get("required", ())
+    parts = [
+        f"{json.dumps(name)}{'' if name in required else '?'}: {shape_of(value)}"
+        for name, value in schema.get("properties", {}).items()
+    ]
+    return f"{{{', '.join(parts)}}}"
+
+
+def _kinds(schema: Mapping[str, Any]) -> list[str]:
+    kind = schema.get("type", [])
+    return [kind] if isinstance(kind, str) else list(kind)
+
+
+def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
+    """What is wrong with a value of this name; empty if nothing is. As deep as the schema, not as the value."""
+    kinds = _kinds(schema)
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        return f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{name} must be one of {shape_of(schema)}"
+    if _is(value, "number") and not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
+        limits = [f"at least {schema['minimum']}"] if "minimum" in schema else []
+        limits += [f"at most {schema['maximum']}"] if "maximum" in schema else []
+        return f"{name} must be {' and '.join(limits)}"
+    if isinstance(value, dict):
+        return _fault_of_object(value, schema, name)
+    if isinstance(value, list) and "items" in schema:
+        return next(filter(None, (_fault(item, schema["items"], f"each of {name}") for item in value)), "")
+    return ""
+
+
+def _fault_of_object(value: dict, schema: Mapping[str, Any], name: str) -> str:
+    properties, inside = schema.get("properties", {}), f"{name}." if name else ""
+    for key in schema.get("required", ()):
+        if key not in value:
+            return f"{inside}{key} is missing"
+    if schema.get("additionalProperties") is False and (others := [key for key in value if key not in properties]):
+        return f"there is no {inside}{repr(others[0])[:80]}"
+    faults = (_fault(value[key], part, f"{inside}{key}") for key, part in properties.items() if key in value)
+    return next(filter(None, faults), "")
+
+
+def _is(value: object, kind: str) -> bool:
+    match kind:
+        case "string":
+            return isinstance(value, str)
+        case "integer":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "number":
+            return _is(value, "integer") or (isinstance(value, float) and math.isfinite(value))
+        case "boolean":
+            return isinstance(value, bool)
+        case "array":
+            return isinstance(value, list)
+        case "object":
+            return isinstance(value, dict)
+    return value is None

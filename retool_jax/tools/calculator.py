@@ -1,0 +1,170 @@
+"""Exact arithmetic without a sandbox: whole numbers, decimals and fractions, read by a parser of our own.
+
+What a policy writes is bounded before it is computed: the length of the text, and the digits that each result may have.
+So `9**9**9` is refused in a microsecond, and the longest computation that is not takes milliseconds.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from decimal import Context, Decimal
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from retool_jax.tools.tool import Output, Tool
+
+MAX_LENGTH = 500  # characters of an expression
+MAX_BITS = 12_000  # of a numerator or denominator, 3612 digits; Python writes no number of more than 4300
+DIGITS = 12  # of the decimal beside a fraction
+
+_SPELLINGS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{MIDDLE DOT}": "*", "÷": "/", "\N{MINUS SIGN}": "-"})
+_TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)|(\*\*|//|[-+*/%^()]))")
+_NEGATIVE = "neg"
+# How tightly an operator binds; powers bind to the right, and tighter than a sign before them: -2**2 is -4.
+_STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, _NEGATIVE: 3, "**": 4}
+
+
+class Refused(Exception):
+    """An expression that is not computed, and why, in words for the policy."""
+
+
+class Calculator(Tool):
+    """`calculator({"expression": "2/3 + 0.5"})` is told `7/6 (about 1.16666666667)`."""
+
+    name = "calculator"
+    description = "Compute an arithmetic expression exactly: numbers, + - * / // % ** and parentheses."
+    parameters: ClassVar[dict] = {
+        "type": "object",
+        "properties": {"expression": {"type": "string", "description": "For example (2/3 + 0.5) * 12."}},
+        "required": ["expression"],
+    }
+
+    async def call(self, arguments: dict[str, Any], state: None) -> Output:
+        try:
+            return Output(written(compute(arguments["expression"])))
+        except Refused as reason:
+            return Output(f"not computed: {reason}", "program")
+
+
+def compute(expression: str) -> Fraction:
+    """The exact value of an expression.
+
+    Raises:
+        Refused: it is too long, is no arithmetic, divides by zero, has a power that is not whole, or a value of more
+            than about 3600 digits.
+    """
+    if len(expression) > MAX_LENGTH:
+        raise Refused(f"the expression has {len(expression)} characters, the limit is {MAX_LENGTH}")
+    values: list[Fraction] = []
+    waiting: list[str] = []  # operators and open parentheses, in the order in which they were read
+
+    def apply() -> None:
+        sign = waiting.pop()
+        right = values.pop()
+        values.append(-right if sign == _NEGATIVE else _OPERATIONS[sign](values.pop(), right))
+
+    operand = True  # whether one may begin here
+    for token, position in _tokens(expression):
+        if operand:
+            if token in ("+", "-"):
+                waiting += [_NEGATIVE] if token == "-" else []
+            elif token == "(":
+                waiting.append(token)
+            elif token in _STRENGTH or token == ")":
+                raise Refused(f"a number is missing before {token!r} at character {position}")
+            else:
+                values.append(Fraction(token))
+                operand = False
+        elif token in _STRENGTH:
+            tighter = _STRENGTH[token] + (token == "**")  # it binds to the right: equal ones wait
+            while waiting and waiting[-1] != "(" and _STRENGTH[waiting[-1]] >= tighter:
+                apply()
+            waiting.append(token)
+            operand = True
+        elif token == ")":
+            while waiting and waiting[-1] != "(":
+                apply()
+            if not waiting:
+                raise Refused(f"the parenthesis at character {position} was never opened")
+            waiting.pop()
+        else:
+            raise Refused(f"an operator is missing before {token!r} at character {position}")
+    if operand:
+        raise Refused("a number is missing at the end")
+    while waiting:
+        if waiting[-1] == "(":
+            raise Refused("a parenthesis is not closed")
+        apply()
+    return values[0]
+
+
+def written(value: Fraction) -> str:
+    """A whole number in digits, a fraction with its decimal beside it."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    about = Context(prec=DIGITS).divide(Decimal(value.numerator), Decimal(value.denominator))
+    return f"{value} (about {about})"
+
+
+def _tokens(expression: str) -> list[tuple[str, int]]:
+    """Numbers, operators and parentheses with their places, counted from 1."""
+    text, found, position = expression.translate(_SPELLINGS), [], 0
+    while text[position:].strip():
+        match = _TOKEN.match(text, position)
+        if not match:
+            rest = text[position:].lstrip()
+            raise Refused(
+                f"cannot read {rest[:1]!r} at character {len(text) - len(rest) + 1}; there are numbers, + - * / // % **"
+                " and parentheses"
+            )
+        token = match[1] or match[2]
+        found.append(("**" if token == "^" else token, match.end() - len(token) + 1))
+        position = match.end()
+    return found
+
+
+def _checked(value: Fraction | int) -> Fraction:
+    value = Fraction(value)
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise _too_long()
+    return value
+
+
+def _sized(compute: Callable[[Fraction, Fraction], Fraction | int]) -> Callable[[Fraction, Fraction], Fraction]:
+    """An operation of arithmetic. Its result is about twice as long as what goes in, so it is looked at afterwards."""
+
+    def operation(left: Fraction, right: Fraction) -> Fraction:
+        try:
+            return _checked(compute(left, right))
+        except ZeroDivisionError:
+            raise Refused("a division by zero") from None
+
+    return operation
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        raise Refused(f"the power {exponent} is not a whole number")
+    if not base and exponent < 0:
+        raise Refused("a division by zero")
+    if abs(base) in (0, 1):  # of any power
+        return Fraction(base ** (2 - exponent.numerator % 2)) if exponent else Fraction(1)
+    if abs(exponent.numerator) > MAX_BITS / math.log2(max(abs(base.numerator), base.denominator)):
+        raise _too_long()
+    return _checked(base**exponent.numerator)
+
+
+def _too_long() -> Refused:
+    return Refused(f"a result would have more than about {MAX_BITS * 3 // 10} digits")
+
+
+_OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": _sized(operator.add),
+    "-": _sized(operator.sub),
+    "*": _sized(operator.mul),
+    "/": _sized(operator.truediv),
+    "//": _sized(operator.floordiv),
+    "%": _sized(operator.mod),
+    "**": _power,
+}

@@ -1,0 +1,40 @@
+"""Which tools a run may name, checked without loading any of them."""
+
+import re
+from collections.abc import Sequence
+
+from retool_jax.errors import UserError
+
+NONE = "none"  # a run without tools, where a call is only text
+INTERPRETERS = ("python", "python_session")
+BUILT_IN = (*INTERPRETERS, "calculator")
+_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # my_package.my_module:MyTool
+
+
+def words_of(tools: str | Sequence[str]) -> tuple[str, ...]:
+    """The tools that a config names, in its order; empty for a run without any."""
+    words = (tools,) if isinstance(tools, str) else tuple(tools)
+    return () if words == (NONE,) else words
+
+
+def check_tools(tools: str | Sequence[str], grammar: str) -> None:
+    """Refuse what names no tool, and tools that the grammar cannot call.
+
+    Raises:
+        UserError: with the word and the ways out.
+    """
+    words = words_of(tools)
+    if not words and tools != NONE and list(tools) != [NONE]:
+        raise UserError(f"tools is empty; name at least one, for example tools=[python], or tools={NONE}")
+    for word in words:
+        if word not in BUILT_IN and not _OWN.fullmatch(word):
+            known = ", ".join(dict.fromkeys(["python", NONE, *BUILT_IN]))
+            alone = f"; {NONE} stands alone" if word == NONE else ""
+            raise UserError(f"tools={word} is not one of: {known}, or my_package.my_module:MyTool{alone}")
+    if len(set(words)) < len(words) or set(INTERPRETERS) <= set(words):
+        raise UserError(f"tools=[{','.join(words)}] names a tool twice; leave one out")
+    if grammar == "retool" and (others := [word for word in words if word not in INTERPRETERS]):
+        raise UserError(
+            f"the grammar retool has one tool, the interpreter, and tools names {', '.join(others)}; set the grammar to"
+            " hermes, or tools=python"
+        )

@@ -1,0 +1,234 @@
+"""The tools of a run: loaded by their words, shown in prompts, called by name; every call is answered in words."""
+
+import asyncio
+import errno
+import logging
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from retool_jax.errors import UserError
+from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
+from retool_jax.tokens.grammar import ToolCall
+from retool_jax.tools.arguments import declared, fault_of
+from retool_jax.tools.calculator import Calculator
+from retool_jax.tools.config import words_of
+from retool_jax.tools.python import Python
+from retool_jax.tools.tool import Output, Tool, as_tool
+
+logger = logging.getLogger(__name__)
+
+INVALID = "invalid_call"  # the status of a call that names no tool, or whose arguments do not fit
+PAUSES_S = (0.5, 2.0)  # before each repetition of a call that the machinery lost; the last one again and again
+# What an error about a path says, which a policy may have written. Other errors of the system are the machinery's.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_PATH_CODES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.EROFS)
+_BUILT_IN: dict[str, Callable[[], Tool]] = {
+    "python": Python,
+    "python_session": partial(Python, lifetime="trajectory"),
+    "calculator": Calculator,
+}
+
+
+class Kept:
+    """The states of tools for one trajectory, which are opened by the first call and closed together."""
+
+    def __init__(self) -> None:
+        self._stack = AsyncExitStack()
+        self._states: dict[str, Any] = {}
+        self._turn = asyncio.Lock()  # a call that is cancelled ends before its state is closed
+        self._closing: asyncio.Task | None = None
+
+    async def call(self, tool: Tool, arguments: dict[str, Any]) -> Output:
+        async with self._turn:
+            if tool.name not in self._states:
+                self._states[tool.name] = await _open(tool, self._stack)
+            return await tool.call(arguments, self._states[tool.name])
+
+    def begin_to_close(self) -> None:
+        """Close in the background what there is: others may be waiting for it."""
+        if self._states and self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+
+    async def close(self) -> None:
+        """Close what there is, and wait for that; what goes wrong there is told and ends nothing."""
+        await (self._closing or self._close())
+
+    async def _close(self) -> None:
+        async with self._turn:
+            try:
+                await self._stack.aclose()
+            except Exception as error:
+                logger.warning("a tool's state could not be closed (%r)", error)
+
+
+class Toolbox:
+    """Tools by the names that a policy calls them by.
+
+    Args:
+        tools: in the order in which prompts show them.
+
+    Raises:
+        UserError: two of them have one name.
+    """
+
+    def __init__(self, tools: Iterable[Tool]) -> None:
+        self.tools = {}
+        self._run_states: dict[str, Any] = {}
+        for tool in tools:
+            if tool.name in self.tools:
+                raise UserError(f"two tools are called {tool.name}; leave one out, or rename it")
+            self.tools[tool.name] = tool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tools)
+
+    @property
+    def schemas(self) -> list[dict]:
+        """What prompts show."""
+        return [tool.schema for tool in self.tools.values()]
+
+    @property
+    def sandbox(self) -> Sandbox | None:
+        """The sandbox that the tools run programs in, if one of them does and it is open."""
+        return next((tool.box for tool in self.tools.values() if tool.box is not None), None)
+
+    @property
+    def at_once(self) -> int:
+        """Calls that may be at work together; 0 for any number."""
+        return min((tool.at_once for tool in self.tools.values() if tool.at_once), default=0)
+
+    def of(self, names: Sequence[str] | None, where: str) -> "Toolbox":
+        """Those that a problem names, in its order, with the states of this run; all of them where it names none.
+
+        Raises:
+            UserError: there is no such tool; `where` says who named it.
+        """
+        if names is None:
+            return self
+        words = {word: make().name for word, make in _BUILT_IN.items()} | {name: name for name in self.tools}
+        if unknown := [name for name in names if words.get(name) not in self.tools]:
+            raise UserError(
+                f"{where} names the tool {unknown[0]!r}, and this run has {', '.join(self.tools)}; add it to tools, or"
+                " leave it out there"
+            )
+        chosen = Toolbox(self.tools[words[name]] for name in dict.fromkeys(names))
+        chosen._run_states = self._run_states
+        return chosen
+
+    @asynccontextmanager
+    async def open(self, sandbox: SandboxConfig) -> AsyncIterator["Toolbox"]:
+        """Open what lives as long as the run: the sandbox, if a tool runs programs there, and the tools' own states.
+
+        Raises:
+            UserError: no sandbox works here, or it has no interpreters that stay, which a tool needs.
+        """
+        async with AsyncExitStack() as stack:
+            users = [tool for tool in self.tools.values() if tool.uses_sandbox and tool.box is None]
+            if users:
+                box = await stack.enter_async_context(open_sandbox(sandbox))
+                for tool in users:
+                    tool.box = box
+                    if isinstance(tool, Python):
+                        tool.open()  # says at once that a server keeps no interpreter
+            for tool in self.tools.values():
+                if tool.lifetime == "run":
+                    self._run_states[tool.name] = await stack.enter_async_context(tool.open())
+            try:
+                yield self
+            finally:
+                self._run_states.clear()
+                for tool in users:
+                    tool.box = None
+
+    async def run(self, call: ToolCall, kept: Kept) -> Output:
+        """Do what a policy wrote. Whatever that is, the outcome is an `Output`; what the machinery lost is repeated."""
+        if call.error:
+            return Output(call.error, "program", kind=INVALID)
+        tool = self.tools.get(call.name) if isinstance(call.name, str) else None
+        if tool is None:
+            return Output(f"unknown tool {_shown(call.name)}; {self._known()}", "program", kind=INVALID)
+        if fault := fault_of(call.arguments, tool.parameters):
+            return Output(fault, "program", kind=INVALID)
+        arguments = declared(call.arguments, tool.parameters)
+        output = await self._try(tool, arguments, kept)
+        for attempt in range(tool.retries if tool.lifetime != "trajectory" else 0):
+            if output.fault != "machinery":
+                break
+            await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
+            output = await self._try(tool, arguments, kept)
+        return output
+
+    def _known(self) -> str:
+        if len(self.tools) == 1:
+            return f"the only tool is {self.names[0]}"
+        return f"the tools are {', '.join(self.tools)}" if self.tools else "there are no tools here"
+
+    async def _try(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:
+        """One attempt; what a tool raises is an outcome too."""
+        try:
+            async with asyncio.timeout(tool.limit_s) as clock:
+                return await self._call(tool, arguments, kept)
+        except (Exception, SystemExit) as error:
+            if clock.expired():
+                return Output(f"[stopped: {tool.name} took more than {tool.limit_s:g} s]", "program", kind="timeout")
+            about_a_path = isinstance(error, _PATH_ERRORS) or getattr(error, "errno", None) in _PATH_CODES
+            if isinstance(error, OSError) and not about_a_path:
+                return Output(f"{tool.name}: {_raised(error)}", "machinery")
+            return Output(_raised(error), "program")
+
+    async def _call(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:
+        match tool.lifetime:
+            case "call":
+                async with AsyncExitStack() as stack:
+                    return await tool.call(arguments, await _open(tool, stack))
+            case "trajectory":
+                return await kept.call(tool, arguments)
+        return await tool.call(arguments, self._run_states.get(tool.name))
+
+
+async def _open(tool: Tool, stack: AsyncExitStack) -> Any:
+    """The state of a tool; one that cannot be opened is the machinery's fault, whatever was raised."""
+    try:
+        return await stack.enter_async_context(tool.open())
+    except Exception as error:
+        raise ConnectionError(f"cannot be opened: {error!r}") from error
+
+
+def load_tools(tools: str | Sequence[str]) -> Toolbox | None:
+    """The tools that a config names, not opened yet; None for a run without any.
+
+    Raises:
+        UserError: a module cannot be imported, or holds no such tool.
+    """
+    words = words_of(tools)
+    return Toolbox([_BUILT_IN[word]() if word in _BUILT_IN else _own(word) for word in words]) if words else None
+
+
+def _own(word: str) -> Tool:
+    """The tool that `my_package.my_module:MyTool` names."""
+    module, _, name = word.partition(":")
+    try:
+        thing = getattr(import_module(module), name)
+    except Exception as error:  # what is raised while others' code is imported
+        raise UserError(
+            f"tools={word} cannot be loaded ({_raised(error)}); see that {module} can be imported from here and has"
+            f" {name}"
+        ) from error
+    return as_tool(thing, f"tools={word}")
+
+
+def _raised(error: BaseException) -> str:
+    """An exception as Python shows it, in one line or more."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _shown(name: object) -> str:
+    try:
+        return repr(name)[:80]
+    except (RecursionError, ValueError):
+        return f"of type {type(name).__name__}"

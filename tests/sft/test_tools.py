@@ -1,0 +1,85 @@
+"""Demonstrations in the grammar and with the tools of their run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from retool_jax.data.problems import INSTRUCTION
+from retool_jax.errors import UserError
+from retool_jax.run.build import demonstrations_of
+from retool_jax.run.cold_start import cold_start_of
+from retool_jax.run.load import load
+from retool_jax.tokens.grammar import GRAMMARS
+
+WORDS = ["sft.steps=0", "sft.epochs=1", "sft.batch_size=1", "sft.row_length=1024", "sft.overlong=error"]
+WORDS += ["sft.optimizer.decay_steps=0", "sft.optimizer.warmup_steps=0"]
+
+
+def conversation(name: str = "code_interpreter", **given: str) -> dict:
+    call = {"type": "function", "function": {"name": name, "arguments": given or {"code": "print(6 * 7)"}}}
+    messages = [
+        {"role": "user", "content": f"What is 6 * 7?\n\n{INSTRUCTION}"},
+        {"role": "assistant", "content": "I compute:", "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is \\boxed{42}."},
+    ]
+    return {"messages": messages}
+
+
+@pytest.fixture
+def texts(tmp_path, tokenizer):
+    """`texts(rows, words...)`: what a run learns from these rows, each decoded, and what of it the policy says."""
+
+    def read(rows: list[dict], *words: str) -> list[tuple[str, str]]:
+        path = Path(tmp_path / "rows.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        batches = demonstrations_of(load(["config=sft", f"sft.data={path}", *WORDS, *words]), tokenizer)
+        found = []
+        for index in range(batches.steps):
+            batch = batches.at(index)
+            here = batch.segments > 0
+            found.append((tokenizer.decode(batch.tokens[here]), tokenizer.decode(batch.tokens[batch.sampled])))
+        return found
+
+    return read
+
+
+def test_the_same_rows_are_learned_in_either_grammar(texts, tokenizer):
+    (hermes,), (retool,) = texts([conversation()]), texts([conversation()], "sft.grammar=retool")
+    assert hermes[1].startswith('I compute:\n<tool_call>\n{"name": "code_interpreter"')
+    assert retool[1] == (
+        "I compute:\n<code>\n```python\nprint(6 * 7)\n```\n</code>It is\n<answer>\n\\boxed{42}\n</answer><|im_end|>"
+    )
+    assert "wrapped like this:\n<code>" in retool[0] and "<interpreter>\n42\n</interpreter>\nIt is" in retool[0]
+
+
+def test_the_miniatures_cold_start_can_be_read_by_its_policys_grammar(tokenizer):
+    sizes = ["rollout.max_prompt_tokens=560", "engine.max_length=704", "rl.row_length=704", "sft.row_length=704"]
+    run = cold_start_of(load(["config=grpo", "rollout.grammar=retool", *sizes]))
+    batch = demonstrations_of(run, tokenizer).at(0)
+    calls = GRAMMARS["retool"].calls(tokenizer, batch.tokens[batch.sampled].tolist())
+    assert calls and not any(call.error for call in calls)
+    assert all("print(" in call.code for call in calls)
+
+
+def test_rows_may_call_every_tool_of_the_run_and_no_other(texts):
+    rows = [conversation("calculator", expression="6 * 7")]
+    ((_, said),) = texts(rows, "tools=[python,calculator]")
+    assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call>' in said
+    with pytest.raises(UserError, match="row 1: a call of another tool"):
+        texts(rows)
+    with pytest.raises(UserError, match="row 1 names the tool 'browser', and this run has code_interpreter"):
+        texts([conversation() | {"tools": ["browser"]}])
+    assert texts([conversation() | {"tools": [{"type": "function", "function": {"name": "x"}}]}])
+
+
+def test_what_a_grammar_cannot_write_is_told_with_its_row(texts):
+    rows = [conversation(), conversation(code="print('</code>')")]
+    with pytest.raises(UserError, match=r"rows.jsonl row 2: a turn cannot be written in the retool grammar"):
+        texts(rows, "sft.grammar=retool")
+
+
+def test_the_miniature_has_no_demonstrations_without_the_interpreter(tokenizer):
+    with pytest.raises(UserError, match=r"arithmetic calls code_interpreter, and tools has calculator; add python"):
+        demonstrations_of(load(["config=sft", "tools=calculator"]), tokenizer)
