@@ -13,7 +13,7 @@ import pytest
 from retool_jax.data import arithmetic
 from retool_jax.data.arithmetic import SPLITS, demonstration, exercise, problem_row, split_of
 from retool_jax.data.problems import to_problem
-from retool_jax.tokens.miniature import build_miniature
+from retool_jax.data.vocabulary import build_miniature
 from retool_jax.tokens.tokenizer import MINIATURE
 
 COUNT = 3000

@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from retool_jax.errors import UserError
 from retool_jax.sandbox.host.cores import Cores
 from retool_jax.sandbox.host.member import Member, WorkerFault
 from retool_jax.sandbox.host.metrics import Metrics
@@ -102,7 +101,8 @@ class Crew:
             self._cores.leave(core)
             if launched is not None:
                 await launched.stop()
-            if isinstance(fault, (OSError, UserError, WorkerFault, KeyError)) and not self._closed:
+            # Whatever it was: an error that were no fault would be met again at once, without a pause and without end.
+            if isinstance(fault, Exception) and not self._closed:
                 raise WorkerFault("start", f"no worker started: {fault}") from None
             raise
         self._metrics.start_s.add(time.monotonic() - begun)

@@ -147,13 +147,14 @@ def test_a_spare_takes_over_without_a_start(worker_pids, monkeypatch: pytest.Mon
     assert (result.stdout, result.attempts) == ("ok\n", 2)
 
 
-def test_starts_that_fail_open_the_breaker_and_one_that_works_closes_it(worker_pids, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # a fault of the machine, and one that nobody thought of
+def test_starts_that_fail_open_the_breaker_and_one_that_works_closes_it(kind, worker_pids, monkeypatch):
     launch = process.launch
     broken = True
 
     async def fail(config: SandboxConfig, memory_mb: int):
         if broken:
-            raise OSError("no more processes")
+            raise kind("no more processes")
         return await launch(config, memory_mb)
 
     async def main() -> tuple[ToolResult, ToolResult, ToolResult]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
+from retool_jax.data.arithmetic import corpus
 from retool_jax.tokens.qwen import QWEN_SPLIT
 from retool_jax.tokens.tokenizer import MINIATURE
 
@@ -58,6 +59,4 @@ def build_miniature(texts: Iterable[str], folder: Path = MINIATURE) -> None:
 
 
 if __name__ == "__main__":
-    from retool_jax.data.arithmetic import corpus
-
     build_miniature(corpus(4000))
