@@ -14,9 +14,9 @@ AXES = ("data", "fsdp", "tp")
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tp: int = 1
+    data: int = 1  # copies of the weights, each with rows of its own
+    fsdp: int = -1  # devices that split weights and rows; one of the three may be -1: all devices that are left
+    tp: int = 1  # devices that split heads, hidden units and vocabulary
 
 
 def check_rows(sizes: Mapping[str, int], name: str, rows: int) -> None:

@@ -1,14 +1,14 @@
 """Trajectories as a reader wants them: which ones to show, taken apart into reasoning, code and output."""
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.report.runs import Run
+from retool_jax.tokens.grammar import Shown, show_outputs, show_turn
 
 # The page shows at most so many trajectories of an evaluation, and about so many characters in all, so that it opens
 # quickly whatever the size of the run; the run folder has every trajectory in full.
@@ -16,13 +16,10 @@ TRAJECTORIES_PER_EVALUATION = 60
 TRAJECTORY_CHARACTERS = 900_000
 SURPRISE_TOKENS = 300
 
-RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>(?=\s*(?:<\|im_end\|>|<tool_response>|$))", re.DOTALL)
-CONTROL = re.compile(r"<\|im_start\|>assistant\n?|<\|im_(?:start|end)\|>|<\|endoftext\|>")
-
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a trajectory as a reader wants it: `kind` is reasoning, code or output."""
+    """A piece of a trajectory as a reader wants it: `kind` is reasoning, code (a call of any tool) or output."""
 
     kind: str
     text: str
@@ -31,39 +28,20 @@ class Part:
 
 
 def readable_parts(trajectory: dict) -> list[Part]:
-    """Take a trajectory apart into reasoning, the code of its calls, and what the tool answered."""
+    """Take a trajectory apart into reasoning, its calls (programs, or names and arguments), and what tools answered."""
     parts, calls = [], iter(trajectory["tool_calls"])
     for segment in trajectory["segments"]:
         if segment["role"] == "policy":
-            for piece, is_call in _split_calls(segment["text"]):
-                text = CONTROL.sub("", piece).strip("\n")
-                if text.strip():
-                    parts.append(_code(text.strip()) if is_call else Part("reasoning", text))
+            parts += map(_said_or_called, show_turn(segment["text"]))
         elif segment["role"] == "tool":
-            outputs = RESPONSE.findall(segment["text"]) or [CONTROL.sub("", segment["text"])]
-            parts += [_output(text, next(calls, {})) for text in outputs]
+            parts += [_output(text, next(calls, {})) for text in show_outputs(segment["text"])]
     return parts
 
 
-def _split_calls(text: str) -> Iterator[tuple[str, bool]]:
-    """A turn's pieces in order, and whether each is what stands in a call; an opening without an end is none."""
-    said, *pieces = text.split("<tool_call>")
-    for piece in pieces:
-        call, closed, after = piece.partition("</tool_call>")
-        if closed:
-            yield said, False
-            yield call, True
-            said = after
-        else:
-            said += f"<tool_call>{piece}"
-    yield said, False
-
-
-def _code(call: str) -> Part:
-    try:
-        return Part("code", str(json.loads(call, strict=False)["arguments"]["code"]))
-    except (ValueError, KeyError, TypeError, RecursionError):  # as protocol.py: too long a number, too deep a nesting
-        return Part("code", call, note="not a well-formed call", failed=True)
+def _said_or_called(piece: Shown) -> Part:
+    if piece.kind == "said":
+        return Part("reasoning", piece.text)
+    return Part("code", piece.text, note="not a well-formed call" if piece.fault else "", failed=bool(piece.fault))
 
 
 def _output(text: str, call: dict) -> Part:

@@ -35,7 +35,8 @@ class SFTRun:
 
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: Seed = 0
-    tools: Tools = "python"  # or none (text only), calculator, my.module:MyTool; several in a list
+    tools: Tools = "python"
+    """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
@@ -58,7 +59,8 @@ class RLRun:
 
     run: str = ""  # run folder; empty: runs/ and the command's words
     seed: Seed = 0
-    tools: Tools = "python"  # or none (text only), calculator, my.module:MyTool; several in a list
+    tools: Tools = "python"
+    """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as sft says
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from

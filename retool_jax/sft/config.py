@@ -24,7 +24,7 @@ class SFTConfig:
     row_length: Positive = 192  # T of a packed row
     overlong: Literal["error", "drop"] = "error"  # for rows of `data` longer than row_length: error, or drop
     warmup_fraction: Annotated[float, Field(ge=0, le=0.99)] = 0.0
-    """Of all steps, and the cosine over the rest; 0: the optimizer's own steps."""
+    """Share of all steps that warm up; the cosine takes the rest. 0: as sft.optimizer says."""
     rows_per_micro: Positive = 4  # B of a micro-batch
     optimizer: OptimizerConfig = OptimizerConfig()
 

@@ -308,12 +308,10 @@ _MARKS = re.compile(r"<tool_call>|</tool_call>|<code>|</code>")
 _FRAMES = re.compile(
     "|".join([r"<\|im_start\|>(?:assistant\n?)?", *(re.escape(mark) for family in FAMILIES for mark in family.stops)])
 )
-_OUTPUTS = re.compile(
-    "|".join(
-        [r"<interpreter>\n(.*?)\n</interpreter>"]
-        + [f"{re.escape(f.output_open)}(.*?){re.escape(f.output_close)}" for f in FAMILIES]
-    ),
-    re.DOTALL,
+# What an answer stands between; a segment has answers of one kind.
+_OUTPUTS = (
+    *((family.output_open, family.output_close) for family in FAMILIES),
+    ("<interpreter>\n", "\n</interpreter>"),
 )
 
 
@@ -329,7 +327,7 @@ class Shown:
 def show_turn(text: str) -> list[Shown]:
     """A turn of either grammar, decoded, in pieces: what was said, and each call as a program or as name and arguments.
 
-    An opening mark without its end is words. Marks of turns are left out, and so are pieces of nothing but space.
+    An opening mark without its end is words. Marks of turns are left out, and so are words of nothing but space.
     """
     pieces, last, opened = [], 0, None
     for mark in _MARKS.finditer(text):
@@ -340,7 +338,7 @@ def show_turn(text: str) -> list[Shown]:
         elif opened is not None and opened[0].strip("</>") == name:
             pieces += [_show_words(text[last : opened.start()]), _show_call(name, text[opened.end() : mark.start()])]
             last, opened = mark.end(), None
-    return [piece for piece in (*pieces, _show_words(text[last:])) if piece.text.strip()]
+    return [piece for piece in (*pieces, _show_words(text[last:])) if piece.kind == "call" or piece.text.strip()]
 
 
 def _show_words(text: str) -> Shown:
@@ -356,6 +354,12 @@ def _show_call(tag: str, inside: str) -> Shown:
 
 
 def show_outputs(text: str) -> list[str]:
-    """What the tools answered, from the decoded segment that answers a turn; the whole segment where it holds none."""
-    found = [next(group for group in match.groups() if group is not None) for match in _OUTPUTS.finditer(text)]
-    return found or [_FRAMES.sub("", text)]
+    """What the tools answered, from the decoded segment that answers a turn; the whole segment where it holds none.
+
+    An output ends at the last closing mark before the next one begins, so that a mark inside of it cuts nothing off.
+    """
+    for opening, closing in _OUTPUTS:
+        _, *pieces = text.split(opening)
+        if found := [piece.rpartition(closing)[0] for piece in pieces if closing in piece]:
+            return found
+    return [_FRAMES.sub("", text)]

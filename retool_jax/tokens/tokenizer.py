@@ -14,13 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retool_jax.errors import UserError
 from retool_jax.tokens.qwen import QWEN_ADDED, added_after, byte_bpe, read_ranks, tokenizer_of_ranks
+
+if TYPE_CHECKING:  # slow to import, and who only reads texts (the report) needs no tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MINIATURE = Path(__file__).parent.parent / "data" / "miniature"
 
@@ -92,7 +95,7 @@ FAMILIES = (QWEN, R1)
 class Tokenizer:
     """A Hugging Face tokenizer, narrowed to what a token-in, token-out pipeline may do with it."""
 
-    hf: PreTrainedTokenizerBase
+    hf: "PreTrainedTokenizerBase"
 
     def __len__(self) -> int:
         """The largest id + 1, the rows of a table of all ids: more than there are tokens where ids have gaps."""
@@ -250,8 +253,10 @@ def _check_added(fast: FastTokenizer, declared: dict[int, AddedToken], folder: P
             )
 
 
-def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> PreTrainedTokenizerFast:
+def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> "PreTrainedTokenizerFast":
     """A tokenizer with the special tokens and the template that the folder's settings name."""
+    from transformers import PreTrainedTokenizerFast
+
     names = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(name)

@@ -29,6 +29,29 @@ def test_calls_and_outputs_are_set_apart():
     ]
 
 
+def test_calls_of_any_tool_and_grammar_are_shown_without_their_marks():
+    trajectory = {
+        "segments": [
+            {"role": "policy", "text": "Code:\n<code>\n```python\nprint(6)\n```\n</code>"},
+            {"role": "tool", "text": "\n<interpreter>\n6\n</interpreter>\n"},
+            {"role": "policy", "text": '<tool_call>{"name": "sum", "arguments": {"of": ["é"]}}</tool_call><|im_end|>'},
+            {"role": "tool", "text": "\n<|im_start|>user\n<tool_response>\n<7>\n</tool_response><|im_end|>\n"},
+            {"role": "policy", "text": "<tool_call>\n</tool_call><|im_end|>"},
+        ],
+        "tool_calls": [{"status": "success", "wall_s": 0.25}, {"status": "success"}],
+    }
+    parts = report.readable_parts(trajectory)
+    assert [(part.kind, part.text, part.note) for part in parts] == [
+        ("reasoning", "Code:", ""),
+        ("code", "print(6)", ""),
+        ("output", "6", "success · 250 ms"),
+        ("code", 'sum {"of": ["é"]}', ""),
+        ("output", "<7>", "success"),
+        ("code", "", "not a well-formed call"),
+    ]
+    assert [part.failed for part in parts] == [False] * 5 + [True]
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "dropped", "shown"),
     [

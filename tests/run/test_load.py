@@ -1,6 +1,5 @@
-"""A config means what it says: every key is checked, has a reader, and is saved with the run."""
+"""A config means what it says: every key and every value is checked, and what is wrong is told in one line."""
 
-import ast
 import dataclasses
 import json
 import math
@@ -11,24 +10,20 @@ from pathlib import Path
 import jax
 import pytest
 from pydantic import ValidationError
-from pydantic.dataclasses import dataclass
 
-import retool_jax
 from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
-from retool_jax.fields import CHECKED, defaults_of, flatten, show
+from retool_jax.fields import flatten, show
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import init_state, state_shardings
 from retool_jax.mesh import make_mesh
-from retool_jax.mesh_config import AXES, MeshConfig
+from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig, RolloutConfig
-from retool_jax.run import cold_start
 from retool_jax.run.build import resolve, sandbox_config
-from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
-from retool_jax.run.schema import CheckpointConfig, RLRun, SFTRun
+from retool_jax.run.schema import RLRun, SFTRun
 from retool_jax.tokens.grammar import GRAMMARS
 
 
@@ -176,6 +171,13 @@ def test_the_grammars_that_a_config_may_name_are_those_that_exist():
     assert typing.get_args(known) == tuple(GRAMMARS)
 
 
+def test_a_cold_start_in_another_grammar_than_its_policys_is_refused():
+    assert "sft.grammar=retool is not rollout.grammar=hermes; leave it out" in error_of(
+        "config=grpo", "sft.grammar=retool"
+    )
+    assert "sft.grammar=xml is not one of: hermes, retool" in error_of("config=sft", "sft.grammar=xml")
+
+
 @pytest.mark.parametrize(
     ("key", "word", "value"),
     [
@@ -271,45 +273,6 @@ def test_configs_of_one_name_in_two_places_have_two_folders(tmp_path):
     assert len({load([f"config={name}"]).run for name in names}) == 3
 
 
-# ------------------------------------------------------------------------------------------------- the cold start
-
-
-def test_a_cold_start_has_a_folder_for_each_thing_that_decides_it():
-    def folder(*words: str) -> str:
-        return cold_start_of(load(["config=grpo", *words])).run
-
-    plain = folder()
-    decisive = ["sft.steps=7", "seed=1", "tools=none", "model.num_layers=3", "model.compute_dtype=bfloat16"]
-    assert len({plain, *(folder(word) for word in decisive)}) == len(decisive) + 1
-    # RL's own keys and the machine's are none of its business.
-    for word in ("rl.steps=3", "mesh.fsdp=2", "model.remat=full", "sft.rows_per_micro=8", "checkpoint.every=1"):
-        assert folder(word, "run=runs/x") == folder("run=runs/x"), word
-
-
-def test_a_key_that_is_new_leaves_a_cold_starts_folder_as_it_is(monkeypatch):
-    """Its default says what was done before it existed."""
-    before = cold_start_of(load(["config=grpo"])).run
-    assert before == "runs/cold-start-python-seed0-055ced9e", "published runs have theirs there"
-    defaults = defaults_of(SFTRun)
-    monkeypatch.setattr(cold_start, "flatten", lambda run: flatten(run) | {"sft.new": 0})
-    monkeypatch.setattr(cold_start, "defaults_of", lambda schema: defaults | {"sft.new": 0})
-    assert cold_start_of(load(["config=grpo"])).run == before
-
-
-def test_a_cold_start_is_written_in_the_grammar_of_its_policy():
-    plain, other = cold_start_of(load(["config=grpo"])), cold_start_of(load(["config=grpo", "rollout.grammar=retool"]))
-    assert (plain.sft.grammar, other.sft.grammar) == ("", "retool") and plain.run != other.run
-    named = cold_start_of(load(["config=grpo", "rollout.grammar=hermes", "sft.grammar=hermes"]))
-    assert (named.run, named.sft.grammar) == (plain.run, "")
-    text_only = ["config=grpo", "rollout.grammar=retool", "tools=none"]
-    assert load(text_only).rollout.grammar == "retool" and cold_start_of(load(text_only)).sft.grammar == ""
-    assert load(["config=grpo", "rollout.grammar=retool", "init_from=runs/mine"]).rollout.grammar == "retool"
-    assert "sft.grammar=retool is not rollout.grammar=hermes; leave it out" in error_of(
-        "config=grpo", "sft.grammar=retool"
-    )
-    assert "sft.grammar=xml is not one of: hermes, retool" in error_of("config=sft", "sft.grammar=xml")
-
-
 # ----------------------------------------------------------------------------------------------------------- tools
 
 
@@ -351,12 +314,6 @@ def test_the_papers_grammar_has_one_tool():
     assert sandbox_config(load([*session, "engine.slots=4"])).queue_limit == 16, "every interpreter may call"
 
 
-def test_several_tools_have_a_cold_start_of_their_own():
-    one, two = (cold_start_of(load(["config=grpo", f"tools={tools}"])) for tools in ("python", "[python,a.b:C]"))
-    assert one.run.startswith("runs/cold-start-python-seed0-")
-    assert two.run.startswith("runs/cold-start-python+a.b_C-seed0-") and two.tools == ("python", "a.b:C")
-
-
 # ----------------------------------------------------------------------------------------------------------- help
 
 
@@ -369,149 +326,6 @@ def test_help_names_every_config_and_every_key_in_readable_lines():
     assert "More than the cores only makes time limits unfair." in " ".join(text.split()), "all that is said of a key"
     assert max(map(len, text.splitlines())) <= 110
     assert "rl.steps" not in help_text(["--help", "config=sft"])
-
-
-# --------------------------------------------------------------------------------- contract 10: every key is read
-
-
-def sections_of(run: type) -> dict[str, type]:
-    """The dataclasses that a run is made of, by the names that annotations give them."""
-    found = {cls.__name__: run for cls in run.__mro__ if dataclasses.is_dataclass(cls)}
-    for wanted in typing.get_type_hints(run).values():
-        if dataclasses.is_dataclass(wanted):
-            found |= sections_of(wanted)
-    return found
-
-
-class Readers(ast.NodeVisitor):
-    """Which fields of which config class the package reads, by following annotated arguments and attributes.
-
-    Checks of a value (`__post_init__`) do not count. `attributes` knows what ordinary classes keep of a config. What is
-    read of a run of any task (`Run`) is read of each.
-    """
-
-    def __init__(self, sections: dict[str, type]) -> None:
-        self.sections = sections
-        self.read: set[tuple[str, str]] = set()
-        self.attributes: dict[str, dict[str, str]] = {}
-        self.names: dict[str, str | None] = {}
-        self.owner: str | None = None
-
-    def annotated(self, annotation: ast.expr | None) -> str | None:
-        names = [n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)] if annotation else []
-        return next((name for name in names if name in self.sections or name in self.attributes), None)
-
-    def record(self, section: str, field: str) -> None:
-        for cls in self.sections[section].__mro__:
-            if field in vars(cls).get("__annotations__", {}):
-                self.read.add((cls.__name__, field))
-
-    def kind(self, node: ast.expr) -> str | None:
-        """The class of an expression, if it is one that matters; reads on the way are noted."""
-        match node:
-            case ast.Name(id=name):
-                return self.names.get(name)
-            case ast.Attribute(value=value, attr=attr):
-                base = self.kind(value)
-                if base in self.sections:
-                    self.record(base, attr)
-                    wanted = typing.get_type_hints(self.sections[base]).get(attr)
-                    return wanted.__name__ if dataclasses.is_dataclass(wanted) else None
-                return self.attributes.get(base, {}).get(attr)
-            case ast.BoolOp(values=values):
-                return next(filter(None, map(self.kind, values)), None)
-            case ast.Call(func=ast.Name(id="getattr"), args=[target, name, *_]) if base := self.kind(target):
-                fields = [f.name for f in dataclasses.fields(self.sections[base])] if base in self.sections else []
-                for field in [name.value] if isinstance(name, ast.Constant) else fields:
-                    self.record(base, field)
-            case ast.Call(func=ast.Name(id="asdict" as name) | ast.Attribute(attr="asdict" as name), args=[target]):
-                if (base := self.kind(target)) in self.sections:
-                    for field in dataclasses.fields(self.sections[base]):
-                        self.record(base, field.name)
-            case ast.Call(func=ast.Name(id="replace") | ast.Attribute(attr="replace"), args=[target, *_]):
-                return self.kind(target)
-            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if (base := self.kind(value)) in self.sections:
-                method = getattr(self.sections[base], attr, None)
-                return getattr(typing.get_type_hints(method).get("return"), "__name__", None) if method else None
-        return None
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        outer, self.owner = self.owner, node.name
-        known = self.attributes.setdefault(node.name, {})
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and (kind := self.annotated(item.annotation)):
-                known[item.target.id] = kind
-        self.generic_visit(node)
-        self.owner = outer
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if node.name == "__post_init__":
-            return
-        outer, self.names = self.names, dict(self.names)
-        for argument in [*node.args.args, *node.args.kwonlyargs]:
-            self.names[argument.arg] = self.owner if argument.arg == "self" else self.annotated(argument.annotation)
-        self.generic_visit(node)
-        self.names = outer
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        pairs = [(target, node.value) for target in node.targets]
-        for target, value in pairs:
-            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-                pairs += zip(target.elts, value.elts, strict=False)
-            elif isinstance(target, ast.Name):
-                self.names[target.id] = self.kind(value)
-            elif isinstance(target, ast.Attribute) and self.owner and (kind := self.kind(value)):
-                self.attributes[self.owner][target.attr] = kind
-        self.generic_visit(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.kind(node)
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        self.kind(node)
-        self.generic_visit(node)
-
-
-def unread_keys(run: type) -> set[tuple[str, str]]:
-    sections = sections_of(run)
-    readers = Readers(sections | {"Run": run})
-    trees = [ast.parse(path.read_text()) for path in Path(retool_jax.__file__).parent.rglob("*.py")]
-    for _ in range(3):  # until what classes keep of a config is known to those that use them
-        for tree in trees:
-            readers.names = {}
-            readers.visit(tree)
-    classes = {cls for section in sections.values() for cls in section.__mro__ if dataclasses.is_dataclass(cls)}
-    return {(cls.__name__, name) for cls in classes for name in vars(cls)["__annotations__"]} - readers.read
-
-
-def test_every_key_has_a_reader():
-    assert unread_keys(RLRun) == set()
-    assert unread_keys(SFTRun) == set()
-
-
-@dataclass(frozen=True, config=CHECKED)
-class Unused(CheckpointConfig):
-    """`group_size` is read, but of another section; `nobody` is not."""
-
-    group_size: int = 8
-    nobody: int = 1
-
-
-@dataclass(frozen=True, config=CHECKED)
-class RunWithUnusedKeys(RLRun):
-    checkpoint: Unused = Unused()
-
-
-def test_a_key_without_a_reader_would_be_found():
-    assert unread_keys(RunWithUnusedKeys) == {("Unused", "group_size"), ("Unused", "nobody")}
-
-
-def test_mesh_axes_are_those_of_the_config():
-    """They are read by name, in a loop."""
-    assert tuple(typing.get_type_hints(MeshConfig)) == AXES
 
 
 # --- what a config leaves to the checkpoint ---------------------------------------------------------------------------
