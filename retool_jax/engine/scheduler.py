@@ -101,10 +101,10 @@ class Service:
         Raises:
             ValueError: its prompt does not fit a row, or its request is no seed.
         """
+        if self._closed is not None:
+            raise RuntimeError("the scheduler takes no conversations") from self._closed
         if threading.get_ident() != self._thread:
             raise RuntimeError("submit belongs to the event loop's thread; use submit_from_thread in another one")
-        if self._closed is not None:
-            raise RuntimeError("the scheduler takes no conversations any more") from self._closed
         request, length, limit = conversation.request, len(conversation.prompt), self.engine.config.max_length
         if not 1 <= length <= limit:
             raise ValueError(f"request {request} has a prompt of {length} tokens; a row holds 1 to {limit}")

@@ -9,6 +9,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError
+from retool_jax.fields import flatten_dict
 from retool_jax.metrics import METRICS_FILE, read_metrics
 
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
@@ -87,7 +88,7 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
     A key that splits the runs just as an earlier one does adds nothing and is left out, and so are paths. Runs whose
     configs agree go by the names of their folders.
     """
-    flat = [_flatten(config) for config in configs]
+    flat = [flatten_dict(config) for config in configs]
     keys = sorted({key for config in flat for key in config}, key=lambda key: (key == "seed", key != "tools", key))
     chosen, splits = [], set()
     for key in keys:
@@ -110,10 +111,3 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
 def _setting(key: str, value: object) -> str:
     words = f"seed {value}" if key == "seed" else f"{key}={value}"
     return READABLE.get(words, words)
-
-
-def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

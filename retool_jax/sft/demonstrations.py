@@ -102,8 +102,9 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
     examples, too_long = [], []
     for number, row in enumerate(read_rows(sft.data, ", or arithmetic"), start=1):
         where = f"sft.data={sft.data} row {number}"
+        own = tools.of(tools_of(row, where), where) if tools else None
         try:
-            messages = messages_of(row, tools.names if tools else (CODE_TOOL,))
+            messages = messages_of(row, own.names if own else (CODE_TOOL,))
         except BadTrace as reason:
             raise UserError(
                 f"{where}: {reason}; python -m retool_jax.prepare converts rows and drops bad ones"
@@ -112,7 +113,6 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
             raise UserError(
                 f"{where} calls a tool, which tools=none has not; set tools=python, or give data without calls"
             )
-        own = tools.of(tools_of(row, where), where) if tools else None
         try:
             example = to_example(tokenizer, messages, own, sft.grammar)
         except UserError as reason:

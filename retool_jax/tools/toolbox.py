@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 INVALID = "invalid_call"  # the status of a call that names no tool, or whose arguments do not fit
 PAUSES_S = (0.5, 2.0)  # before each repetition of a call that the machinery lost; the last one again and again
+CLOSE_S = 60.0  # for the states of one trajectory or call, after which they are left as they are
 # What an error about a path says, which a policy may have written. Other errors of the system are the machinery's.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _PATH_CODES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.EROFS)
@@ -34,7 +35,7 @@ _BUILT_IN: dict[str, Callable[[], Tool]] = {
 
 
 class Kept:
-    """The states of tools for one trajectory, which are opened by the first call and closed together."""
+    """The states of tools for one trajectory or one call, which are opened by the first call and closed together."""
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
@@ -46,7 +47,7 @@ class Kept:
         async with self._turn:
             if tool.name not in self._states:
                 self._states[tool.name] = await _open(tool, self._stack)
-            return await tool.call(arguments, self._states[tool.name])
+            return await _call(tool, arguments, self._states[tool.name])
 
     def begin_to_close(self) -> None:
         """Close in the background what there is: others may be waiting for it."""
@@ -60,7 +61,8 @@ class Kept:
     async def _close(self) -> None:
         async with self._turn:
             try:
-                await self._stack.aclose()
+                async with asyncio.timeout(CLOSE_S):
+                    await self._stack.aclose()
             except Exception as error:
                 logger.warning("a tool's state could not be closed (%r)", error)
 
@@ -170,31 +172,40 @@ class Toolbox:
 
     async def _try(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:
         """One attempt; what a tool raises is an outcome too."""
+        own = Kept() if tool.lifetime == "call" else kept
         try:
-            async with asyncio.timeout(tool.limit_s) as clock:
-                return await self._call(tool, arguments, kept)
+            if tool.lifetime == "run":
+                return await _call(tool, arguments, self._run_states.get(tool.name))
+            return await own.call(tool, arguments)
         except (Exception, SystemExit) as error:
-            if clock.expired():
-                return Output(f"[stopped: {tool.name} took more than {tool.limit_s:g} s]", "program", kind="timeout")
             about_a_path = isinstance(error, _PATH_ERRORS) or getattr(error, "errno", None) in _PATH_CODES
             if isinstance(error, OSError) and not about_a_path:
                 return Output(f"{tool.name}: {_raised(error)}", "machinery")
             return Output(_raised(error), "program")
+        finally:
+            if own is not kept:
+                await own.close()
 
-    async def _call(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:
-        match tool.lifetime:
-            case "call":
-                async with AsyncExitStack() as stack:
-                    return await tool.call(arguments, await _open(tool, stack))
-            case "trajectory":
-                return await kept.call(tool, arguments)
-        return await tool.call(arguments, self._run_states.get(tool.name))
+
+async def _call(tool: Tool, arguments: dict[str, Any], state: Any) -> Output:
+    """One attempt with a state that is open, ended after the tool's time."""
+    try:
+        async with asyncio.timeout(tool.limit_s) as clock:
+            output = await tool.call(arguments, state)
+    except Exception:
+        if not clock.expired():
+            raise
+        return Output(f"[stopped: {tool.name} took more than {tool.limit_s:g} s]", "program", kind="timeout")
+    if not (isinstance(output, Output) and isinstance(output.text, str)):
+        raise TypeError(f"{tool.name} returned no Output with a text")
+    return output
 
 
 async def _open(tool: Tool, stack: AsyncExitStack) -> Any:
-    """The state of a tool; one that cannot be opened is the machinery's fault, whatever was raised."""
+    """The state of a tool; one that cannot be opened, or not in time, is the machinery's fault, whatever was raised."""
     try:
-        return await stack.enter_async_context(tool.open())
+        async with asyncio.timeout(tool.limit_s):
+            return await stack.enter_async_context(tool.open())
     except Exception as error:
         raise ConnectionError(f"cannot be opened: {error!r}") from error
 

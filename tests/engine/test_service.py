@@ -173,7 +173,7 @@ def test_every_end_has_its_name(engines):
             while not cancelled.dropped:
                 await asyncio.sleep(0.001)
             done.append(service.submit(new))
-        with pytest.raises(RuntimeError, match="takes no conversations any more"):
+        with pytest.raises(RuntimeError, match="takes no conversations"):
             service.submit(Chat([5], 5))
         return done
 
@@ -224,6 +224,9 @@ def test_what_cannot_be_run_is_refused_at_the_door(engines):
     engine = engines()
 
     async def scenario() -> None:
+        with pytest.raises(RuntimeError, match="takes no conversations") as refused:
+            Service(engine).submit(Chat([1], 1))
+        assert str(refused.value.__cause__) == "the scheduler is not running; use `async with`"
         async with Service(engine) as service:
             for prompt, request, message in (
                 ([], 1, "request 1 has a prompt of 0 tokens; a row holds 1 to 96"),
@@ -254,7 +257,7 @@ def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines
             done = [service.submit(Chat([1, 2], i)) for i in range(3)]
             for fault in await asyncio.gather(*done, return_exceptions=True):
                 assert isinstance(fault, RuntimeError) and "used by thread other_0" in str(fault)
-            with pytest.raises(RuntimeError, match="takes no conversations any more"):
+            with pytest.raises(RuntimeError, match="takes no conversations"):
                 service.submit(Chat([1], 9))
             engine.take_over()
 

@@ -69,6 +69,8 @@ def test_rows_may_call_every_tool_of_the_run_and_no_other(texts):
     assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call>' in said
     with pytest.raises(UserError, match="row 1: a call of another tool"):
         texts(rows)
+    with pytest.raises(UserError, match="row 1: a call of another tool"):  # whose schema its prompt would not show
+        texts([rows[0] | {"tools": ["python"]}], "tools=[python,calculator]")
     with pytest.raises(UserError, match="row 1 names the tool 'browser', and this run has code_interpreter"):
         texts([conversation() | {"tools": ["browser"]}])
     assert texts([conversation() | {"tools": [{"type": "function", "function": {"name": "x"}}]}])

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import socket
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,17 @@ def test_what_a_tool_raises_is_told_and_ends_nothing():
         "KeyError: 'none'",
     ]
     assert {(output.fault, output.status) for output in outputs} == {("program", "user_error")}
+
+
+@pytest.mark.parametrize("returned", [None, "a text", Output(None)])
+def test_a_tool_that_returns_no_output_with_a_text_ends_nothing(returned):
+    class Odd(Count):
+        async def call(self, arguments: dict, state: list[int]) -> Output:
+            return returned
+
+    for lifetime in ("call", "trajectory", "run"):
+        (output,) = play(Toolbox([Odd(lifetime)]), ToolCall("count", {}))
+        assert (output.text, output.fault) == ("TypeError: count returned no Output with a text", "program")
 
 
 JSON = st.recursive(
@@ -176,6 +188,22 @@ def test_a_state_that_cannot_be_opened_says_nothing_about_the_policy(monkeypatch
     assert output.fault == "machinery" and "cannot be opened: ValueError('no licence')" in output.text
 
 
+@pytest.mark.parametrize("lifetime", ["call", "trajectory"])
+def test_a_state_that_is_not_open_in_time_says_nothing_about_the_policy(monkeypatch, lifetime):
+    monkeypatch.setattr(toolbox, "PAUSES_S", (0.0,))
+
+    class Slow(Count):
+        limit_s = 0.05
+
+        @asynccontextmanager
+        async def open(self):
+            await asyncio.sleep(600)
+            yield []
+
+    (output,) = play(Toolbox([Slow(lifetime)]), ToolCall("count", {}))
+    assert output.fault == "machinery" and "cannot be opened: TimeoutError()" in output.text
+
+
 def test_a_call_that_takes_too_long_is_ended_and_told():
     async def sleepy() -> str:
         await asyncio.sleep(600)
@@ -234,7 +262,11 @@ def test_a_state_lives_as_long_as_its_tool_says(lifetime, said, opened):
     assert asyncio.run(main()) == said and count.opened == count.closed == opened
 
 
-def test_a_state_that_cannot_be_closed_ends_nothing(caplog):
+@pytest.mark.parametrize("lifetime", ["call", "trajectory"])
+@pytest.mark.parametrize("error", [ValueError("stuck"), TimeoutError()])
+def test_a_state_that_cannot_be_closed_ends_nothing(monkeypatch, caplog, lifetime, error):
+    monkeypatch.setattr(toolbox, "CLOSE_S", 0.05)
+
     class Stuck(Count):
         def open(self):
             return SimpleContext()
@@ -244,10 +276,12 @@ def test_a_state_that_cannot_be_closed_ends_nothing(caplog):
             return []
 
         async def __aexit__(self, *_: object) -> None:
-            raise ValueError("stuck")
+            if isinstance(error, TimeoutError):
+                await asyncio.sleep(600)
+            raise error
 
-    assert play(Toolbox([Stuck()]), ToolCall("count", {}))[0].text == "1"
-    assert "could not be closed (ValueError('stuck'))" in caplog.text
+    assert play(Toolbox([Stuck(lifetime)]), ToolCall("count", {}))[0].text == "1"
+    assert f"could not be closed ({error!r})" in caplog.text
 
 
 def test_an_interpreter_of_a_trajectory_keeps_its_variables():

@@ -10,7 +10,7 @@ from retool_jax.sandbox.host.member import Member, WorkerFault
 from retool_jax.sandbox.host.metrics import Metrics
 from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
 from retool_jax.sandbox.host.request import Request
-from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.types import Limits, SandboxConfig, Status, ToolResult
 
 BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that are a cell's own doing
 ENDED = "the interpreter ended, and with it all that earlier code defined"
@@ -34,8 +34,9 @@ class Session:
 
     It has a worker of its own from its first cell on; a cell that runs takes one of the sandbox's slots, like any
     call. A cell that is killed at a limit, or that exits, ends the interpreter: the result says so in `message`, and
-    the next cell finds a fresh one. If the machinery loses the interpreter, that cell and all later ones are
-    `infra_error`, for a program that misses its variables would be blamed for it.
+    the next cell finds a fresh one. If the machinery loses the interpreter, or lets it wait longer than
+    `session_ttl_s`, that cell and all later ones are `infra_error`, for a program that misses its variables would be
+    blamed for it.
     """
 
     def __init__(self, box: Parent, config: SandboxConfig) -> None:
@@ -47,7 +48,7 @@ class Session:
         self._fresh = True  # nothing ran in the interpreter yet, so that a cell can be repeated
         self._counted = False
         self._over = ""  # why no further cell is run
-        self._over_status = "rejected"
+        self._over_status: Status = "rejected"
         self._expiry: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -83,8 +84,7 @@ class Session:
                 )
             finally:
                 if not self._over:
-                    ended = f"the session was closed after {self._ttl_s:g} s without a call"
-                    self._expiry = asyncio.get_running_loop().call_later(self._ttl_s, self._end, ended)
+                    self._expiry = asyncio.get_running_loop().call_later(self._ttl_s, self._expire)
 
     async def _cell(self, request: Request) -> ToolResult:
         config, limits = self._config, request.limits
@@ -108,7 +108,7 @@ class Session:
             return replace(result, message="; ".join(filter(None, (result.message, ENDED))))
         return result
 
-    def _answer(self, status: str, message: str) -> ToolResult:
+    def _answer(self, status: Status, message: str) -> ToolResult:
         result = ToolResult(status, backend=self._box.backend, message=message)
         self._box.metrics.record(result)
         return result
@@ -133,15 +133,18 @@ class Session:
         self._member = None
         self._box.crew.drop(member, reason)
         if not self._fresh and reason not in BY_PROGRAMS:
-            self._end(f"the session's interpreter was lost ({reason}), and with it all that earlier code defined")
-            self._over_status = "infra_error"
+            why = f"the session's interpreter was lost ({reason}), and with it all that earlier code defined"
+            self._end(why, "infra_error")
         self._fresh = True
 
-    def _end(self, why: str) -> None:
+    def _expire(self) -> None:
+        self._end(f"the session was closed after {self._ttl_s:g} s without a call", "infra_error")
+
+    def _end(self, why: str, status: Status = "rejected") -> None:
         if self._expiry is not None:
             self._expiry.cancel()
         if not self._over:
-            self._over = why
+            self._over, self._over_status = why, status
         if self._member is not None:
             member, self._member = self._member, None
             self._box.crew.drop(member, "session end")
