@@ -1,9 +1,16 @@
-"""The shapes of published models, which several tests read."""
+"""What several tests of models share: PyTorch where it is installed, and the shapes of published models."""
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch, with which transformers computes what ours is compared to. A test that asks for it skips without it."""
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="session")

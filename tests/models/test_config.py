@@ -97,6 +97,7 @@ def yarn_of_theirs(folder: Path) -> list[float]:
     return [*frequencies.tolist(), factor]
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -5,12 +5,12 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -74,7 +74,7 @@ def our_logits(config: ModelConfig, params, ids: np.ndarray) -> np.ndarray:
     return np.asarray(compute(params, ids))
 
 
-def their_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+def their_logits(torch: ModuleType, model: Qwen2ForCausalLM | Qwen3ForCausalLM, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor(ids)).logits.numpy()
 
@@ -82,7 +82,7 @@ def their_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "config", MODELS, ids=lambda c: f"{c.num_heads}/{c.num_kv_heads}x{c.head_dim}{'-yarn' * (c.yarn_factor > 0)}"
 )
-def test_written_and_read_back_to_the_bit_and_transformers_agrees(config, mesh, tmp_path):
+def test_written_and_read_back_to_the_bit_and_transformers_agrees(config, torch, mesh, tmp_path):
     params = random_params(config)
     save_params(config, params, tmp_path / "out", max_shard_bytes=20_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -94,14 +94,14 @@ def test_written_and_read_back_to_the_bit_and_transformers_agrees(config, mesh, 
     )
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = np.random.default_rng(1).integers(0, V, (2, 17))
-    expected = their_logits(theirs, ids)
+    expected = their_logits(torch, theirs, ids)
     assert expected.std() > 0.1
     np.testing.assert_allclose(our_logits(config, params, ids), expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_what_transformers_saves_is_read(family, tied, mesh, tmp_path):
+def test_what_transformers_saves_is_read(family, tied, torch, mesh, tmp_path):
     torch.manual_seed(0)
     config_of, model_of = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
     sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -117,7 +117,7 @@ def test_what_transformers_saves_is_read(family, tied, mesh, tmp_path):
     config = config_from_hf(tmp_path)
     ids = np.random.default_rng(1).integers(0, V, (2, 11))
     ours = our_logits(config, load_params(config, tmp_path, mesh), ids)
-    np.testing.assert_allclose(ours, their_logits(theirs, ids), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(ours, their_logits(torch, theirs, ids), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tp=2), MeshConfig(data=2, fsdp=2, tp=2)])
@@ -161,6 +161,11 @@ def test_dtypes_are_converted_as_jax_does(mesh, tmp_path):
     assert_same(load_params(replace(config, param_dtype="bfloat16"), tmp_path / "out", mesh), rounded)
     widened = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
     assert_same(load_params(config, tmp_path / "out", mesh), widened)
+
+
+def test_a_folder_of_bfloat16_is_bfloat16_to_transformers(torch, tmp_path):
+    config = small(4, 2, 6)
+    save_params(config, random_params(config), tmp_path / "out", dtype="bfloat16")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from retool_jax.engine.engine import Engine, EngineConfig
@@ -20,6 +19,8 @@ from retool_jax.engine.scheduler import converse
 from retool_jax.models import config as configs
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, abstract_params, forward, logits
+
+torch = pytest.importorskip("torch")
 
 VOCAB, LENGTH = 67, 24
 
