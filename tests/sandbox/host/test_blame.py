@@ -115,6 +115,14 @@ def outcomes(config: SandboxConfig, *plays: tuple) -> list[Outcome]:
     return asyncio.run(main())
 
 
+@pytest.fixture(autouse=True)
+def patient_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may be late, and programs get little of the processor, on a machine that also runs other tests."""
+    monkeypatch.setattr("retool_jax.sandbox.host.member.LATE_S", 20.0)
+    monkeypatch.setattr("retool_jax.sandbox.launch.worker.BUSY_SHARE", 0.03)
+    monkeypatch.setattr("retool_jax.sandbox.launch.worker.LOOK_S", 1.0)
+
+
 @pytest.fixture
 def grouped(backend: str) -> str:
     """A back-end with a control group, from which the host can tell how a worker died."""
@@ -208,6 +216,7 @@ def test_a_worker_that_broke_without_a_signal_from_outside_is_its_programs_doing
 
 def test_an_owner_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(OVERTIME, -0.5)
+    monkeypatch.setattr("retool_jax.sandbox.host.member.LATE_S", 1.0)
 
     async def stand_still(_: list[int]) -> None:
         monkeypatch.setattr(OVERTIME, 10.0)
