@@ -195,24 +195,36 @@ async def start(
     if group is not None:  # `sh` moves itself, so that nothing can be forked before the move
         enter = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 1; shift; done; shift; exec "$@"'
         command = ["/bin/sh", "-c", enter, "sh", *map(str, group.entrances), "--", *command]
+
+    async def begin() -> Worker:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which closes the sandbox in order
+                limit=STREAM_BUFFER_BYTES,
+                pass_fds=keep,
+            )
+        except BaseException:
+            await tidy()
+            if group is not None:
+                await group.remove()
+            raise
+        assert process.stdin is not None and process.stdout is not None
+        worker = Worker(process.stdout, process.stdin, process, group, tidy)
+        worker.listen()
+        return worker
+
+    # Where asyncio is cancelled between the fork and the pipes to the child, it may wait for these pipes for ever. So a
+    # start is not cancelled, but undone.
+    beginning = asyncio.create_task(begin())
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=ENVIRONMENT,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which closes the sandbox in order
-            limit=STREAM_BUFFER_BYTES,
-            pass_fds=keep,
-        )
-    except BaseException:
-        await tidy()
-        if group is not None:
-            await group.remove()
+        return await asyncio.shield(beginning)
+    except asyncio.CancelledError:
+        with suppress(OSError):
+            await (await beginning).stop()
         raise
-    assert process.stdin is not None and process.stdout is not None
-    worker = Worker(process.stdout, process.stdin, process, group, tidy)
-    worker.listen()
-    return worker

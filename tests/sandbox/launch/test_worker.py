@@ -124,6 +124,25 @@ def test_a_quota_below_what_the_cores_have_is_seen(unified: bool, tmp_path: Path
         assert cgroup.has_processor_quota() is seen
 
 
+def test_a_start_can_be_cancelled_at_any_moment():
+    """As when a sandbox is closed beside a start; it must end, and leave no process."""
+
+    async def main() -> set[int]:
+        for moment in range(12):
+            start = asyncio.create_task(process.launch(SandboxConfig(), 64))
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            start.cancel()
+            done, _ = await asyncio.wait([start], timeout=30)
+            assert done, f"cancelled after {moment} turns of the loop, it waits for ever"
+            if not start.cancelled():
+                await start.result().stop()
+        return set(family(os.getpid()))
+
+    before = set(family(os.getpid()))
+    assert asyncio.run(main()) <= before
+
+
 def test_children_of_every_thread_belong_to_the_family():
     code = """if True:
         import subprocess, threading
