@@ -20,11 +20,11 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.launch.launchers import LAUNCHERS
+from retool_jax.sandbox.launch.procfs import stat_fields
 
 DEFAULTS = {"backends": "gvisor,bubblewrap", "calls": 300, "clients": 8, "slots": 2, "restarts": 3, "direct": 0}
 PROGRAMS = {
@@ -213,7 +213,7 @@ class Meter:
         stats = {}
         for name in filter(str.isdecimal, os.listdir("/proc")):
             with suppress(OSError):
-                stats[int(name)] = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                stats[int(name)] = stat_fields(int(name))
         below, found = {self.root}, {self.root}
         while below:
             below = {pid for pid, words in stats.items() if int(words[1]) in below} - found

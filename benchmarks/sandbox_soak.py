@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
+from retool_jax.sandbox.launch.procfs import stat_fields
 
 DEFAULTS = {"backend": "auto", "calls": 10_000, "concurrency": 32, "slots": 2, "kill": 0.01, "seed": 0}
 MEMORY_MB = 512
@@ -91,7 +92,7 @@ def descendants() -> int:
     parents = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):
-            words = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+            words = stat_fields(int(name))
             if words[0] != "Z":
                 parents[int(name)] = int(words[1])
     found: set[int] = set()

@@ -18,6 +18,7 @@ from retool_jax.answers import Verdict, check, check_all, workers
 from retool_jax.answers.symbolic import Outcome
 from retool_jax.answers.workers import SymbolicPool, SymbolicWorker
 from retool_jax.errors import UserError
+from retool_jax.sandbox.launch.procfs import stat_fields
 
 PACKAGE_PARENT = Path(workers.__file__).resolve().parents[2]
 ENDLESS = "9^{9^{9}}"
@@ -70,7 +71,7 @@ def no_math_verify(tmp_path, monkeypatch) -> None:
 def is_running(pid: int) -> bool:
     """False for a zombie too: an orphan may find no parent that reaps it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return stat_fields(pid)[0] != "Z"
     except FileNotFoundError:
         return False
 

@@ -49,7 +49,7 @@ for family, address in ((socket.AF_INET, ("127.0.0.1", given["port"])), (socket.
         pass
 for name in filter(str.isdecimal, os.listdir("/proc")):
     try:
-        found["processes"].append(open("/proc/" + name + "/cmdline").read())
+        found["processes"].append(open("/proc/" + name + "/cmdline", errors="replace").read())
     except OSError:
         pass
 print(json.dumps(found))

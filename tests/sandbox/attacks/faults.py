@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from retool_jax.sandbox import Limits, ToolResult
+from retool_jax.sandbox.launch.procfs import stat_fields
 
 from ..processes import kill, send
 from ..programs import nap
@@ -62,8 +63,7 @@ def kinds(root: int) -> dict[str, list[int]]:
 
 def parent_of(pid: int) -> int:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
+        return int(stat_fields(pid)[1])
     except OSError:
         return 0
 
