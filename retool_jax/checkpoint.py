@@ -84,7 +84,7 @@ class Checkpoints:
         self._step = step
         try:
             self._manager.save(step, args=arguments, force=True)
-        except Exception as error:
+        except Exception as error:  # of the disk, of orbax or of tensorstore; `wait` tells it
             self._failure = error
             self.wait()
         self._thread = threading.Thread(target=self._finish, name=f"checkpoint {step}")
@@ -94,7 +94,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             write_digests(self.folder / str(self._step), jax.process_index())
-        except Exception as error:
+        except Exception as error:  # nobody sees what a thread raises; the next `wait` tells it
             self._failure = error
 
     def wait(self) -> None:

@@ -230,7 +230,7 @@ class Service:
             try:
                 if not talk.budget:  # a new turn; one that was interrupted goes on
                     talk.budget = self._turn_budget(talk)
-            except Exception as error:
+            except Exception as error:  # of the conversation, which is others' code: it ends that one alone
                 self._finish(talk, error)
                 continue
             turn = Turn(c.request, talk.budget, sampling.temperature, sampling.top_k, sampling.top_p)
@@ -279,7 +279,7 @@ class Service:
             if turns.counts[slot]:
                 try:
                     self._take(slot, talk, turns, version)
-                except Exception as error:
+                except Exception as error:  # of the conversation, as above
                     self._finish(talk, error)
 
     def _take(self, slot: int, talk: Talk, turns: Turns, version: int) -> None:
@@ -376,7 +376,7 @@ class Service:
         except asyncio.CancelledError:
             self._finish(talk, Finish.CANCELLED)
             return
-        except Exception as error:
+        except Exception as error:  # of the tool: it ends its conversation alone
             self._finish(talk, error)
             return
         if answer is None:
@@ -406,7 +406,7 @@ class Service:
             self._seats.stats.cancelled += 1
             try:
                 talk.conversation.drop(how.value)
-            except Exception as error:
+            except Exception as error:  # of the conversation: its future tells it
                 how = error
         if talk.done.done():
             return

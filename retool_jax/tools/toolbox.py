@@ -63,7 +63,7 @@ class Kept:
             try:
                 async with asyncio.timeout(CLOSE_S):
                     await self._stack.aclose()
-            except Exception as error:
+            except Exception as error:  # of others' code; the answer was given before
                 logger.warning("a tool's state could not be closed (%r)", error)
 
 
@@ -192,7 +192,7 @@ async def _call(tool: Tool, arguments: dict[str, Any], state: Any) -> Output:
     try:
         async with asyncio.timeout(tool.limit_s) as clock:
             output = await tool.call(arguments, state)
-    except Exception:
+    except Exception:  # a tool may turn the time-out into an error of its own
         if not clock.expired():
             raise
         return Output(f"[stopped: {tool.name} took more than {tool.limit_s:g} s]", "program", kind="timeout")
@@ -206,7 +206,7 @@ async def _open(tool: Tool, stack: AsyncExitStack) -> Any:
     try:
         async with asyncio.timeout(tool.limit_s):
             return await stack.enter_async_context(tool.open())
-    except Exception as error:
+    except Exception as error:  # of others' code
         raise ConnectionError(f"cannot be opened: {error!r}") from error
 
 

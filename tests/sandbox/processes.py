@@ -3,7 +3,8 @@
 import os
 import signal
 from contextlib import suppress
-from pathlib import Path
+
+from retool_jax.sandbox.launch.procfs import family
 
 
 def send(number: int, *pids: int) -> None:
@@ -18,10 +19,5 @@ def kill(*pids: int) -> None:
 
 
 def below(pid: int) -> set[int]:
-    """Live processes below one. Any of its threads may have started them: gVisor's runner forks from several."""
-    found: set[int] = set()
-    with suppress(OSError):  # it ended meanwhile
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with suppress(OSError):
-                found.update(map(int, (thread / "children").read_text().split()))
-    return found.union(*map(below, found))
+    """Live processes below one."""
+    return set(family(pid)) - {pid}
