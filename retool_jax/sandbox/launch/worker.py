@@ -114,8 +114,10 @@ class Worker:
         self.machinery = {pid: seen.started for pid, seen in self._look().items() if seen.state != "T"}
 
     async def why_hung(self) -> str:
-        """Why there is no answer long after a program's time: "stopped" if somebody outside has stopped a process of
-        the machinery, "overrun" if what the program has set going keeps the processor busy or is a crowd, else "hung".
+        """Why there is no answer long after a program's time.
+
+        "stopped" or "killed" if somebody outside did that to a process of the machinery, which no program can; else
+        "overrun" if what the program has set going keeps the processor busy or is a crowd, else "hung".
         """
         before = await asyncio.to_thread(self._look)
         await asyncio.sleep(LOOK_S)
@@ -123,6 +125,8 @@ class Worker:
         ours = {pid for pid, seen in after.items() if self.machinery.get(pid) == seen.started}
         if any(after[pid].state == "T" for pid in ours):
             return "stopped"
+        if self.group is not None and len(ours) < len(self.machinery):
+            return "killed"
         used_s = sum(seen.cpu_s - (before[pid].cpu_s if pid in before else 0.0) for pid, seen in after.items())
         crowd = sum(seen.threads for pid, seen in after.items() if pid not in ours)
         return "overrun" if used_s >= BUSY_SHARE * LOOK_S or crowd >= CROWD else "hung"

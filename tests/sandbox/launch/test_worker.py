@@ -150,6 +150,26 @@ def test_a_start_can_be_cancelled_between_the_fork_and_the_pipes(tmp_path: Path)
     assert asyncio.run(main()), "it waits for pipes that the child's child holds"
 
 
+@pytest.mark.skipif(cgroup.memory_folder() is None, reason="no memory control group can be made here")
+def test_a_busy_worker_that_lost_a_process_of_its_own_was_killed_from_outside():
+    """gVisor's kernel may spin for a process that lent it memory, and no program can have ended that one."""
+
+    async def main() -> list[str]:
+        command = ["/bin/sh", "-c", "sleep 60 & while :; do :; done"]
+        worker = await start(command, group=cgroup.WorkerGroup(owner_tag(), 64))
+        try:
+            await until(lambda: any(b"sleep" in Path(f"/proc/{p}/cmdline").read_bytes() for p in worker.processes()))
+            worker.know_machinery()
+            found = [await worker.why_hung()]
+            kill(*(pid for pid in worker.processes() if pid != worker.pid))
+            await until(lambda: len(worker.processes()) == 1)
+            return [*found, await worker.why_hung()]
+        finally:
+            await worker.stop()
+
+    assert asyncio.run(main()) == ["overrun", "killed"]
+
+
 def test_children_of_every_thread_belong_to_the_family():
     code = """if True:
         import subprocess, threading
