@@ -29,7 +29,15 @@ from retool_jax.sandbox.launch import keeper
 from retool_jax.sandbox.launch.cgroup import WorkerGroup, memory_folder, owners, remove_owner
 from retool_jax.sandbox.launch.procfs import owner_is_gone, owner_tag
 from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
-from retool_jax.sandbox.launch.worker import ENVIRONMENT, INSIDE, TIERS, Worker, start, supervisor_command
+from retool_jax.sandbox.launch.worker import (
+    ENVIRONMENT,
+    INSIDE,
+    TIERS,
+    Worker,
+    start,
+    supervisor_command,
+    undone_if_cancelled,
+)
 from retool_jax.sandbox.types import SandboxConfig
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
@@ -215,13 +223,15 @@ def two_cores() -> list[str]:
     return [taskset, "--cpu-list", ",".join(map(str, random.SystemRandom().sample(cores, 2)))]
 
 
+@undone_if_cancelled
 async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     """Start a worker for programs of up to `memory_mb`. Raises UserError or OSError."""
     build, runtime = await asyncio.to_thread(lambda: (probe(), find_runtime(config.image)))
     name = f"{owner_tag()}-{next(_numbers)}"
     folder = make_folder(name)
-    guard, group = await _start_keeper(folder), None
+    guard, group = None, None
     try:
+        guard = await _start_keeper(folder)
         (folder / "state").mkdir()
         root = make_root(runtime, folder)
         if memory_folder():  # its parent is its own, so that nobody removes that while another worker is being made
@@ -229,7 +239,12 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
             (folder / "cgroups").write_text("\n".join(map(str, group.folders)))
         (folder / "config.json").write_text(json.dumps(make_spec(runtime, str(root), memory_mb)))
     except BaseException:
-        await _remove(folder, guard)
+        if guard is None:  # there is nothing in it yet, and to start another keeper would fail as this one did
+            with suppress(OSError):
+                folder.rmdir()
+                folder.parent.rmdir()
+        else:
+            await _remove(folder, guard)
         if group is not None:
             await group.remove()
         raise

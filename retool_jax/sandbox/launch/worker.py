@@ -1,6 +1,7 @@
 """What the launchers share: the environment of programs, the start of a worker, and its handle."""
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -9,10 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ParamSpec
 
+from retool_jax.errors import UserError
 from retool_jax.sandbox.launch.cgroup import WorkerGroup
 from retool_jax.sandbox.launch.procfs import Seen, family, look_at, owner_tag, proportional_mb
 
+P = ParamSpec("P")
 INSIDE = Path(__file__).parents[1] / "inside"
 STOP_GRACE_S = 1.0
 LOOK_S = 0.5  # between two looks at what a worker that does not answer is doing
@@ -184,6 +188,27 @@ def supervisor_command(interpreter: str, inside: str, /, **setup: object) -> lis
     return [interpreter, "-I", "-S", f"{inside}/supervisor.py", json.dumps({"owner": owner_tag(), **setup})]
 
 
+def undone_if_cancelled(launch: Callable[P, Awaitable[Worker]]) -> Callable[P, Awaitable[Worker]]:
+    """Make a cancelled start of a worker run to its end, and stop that worker, before the cancellation goes on.
+
+    Where asyncio is cancelled between the fork and the pipes to the child, it may wait for these pipes for ever, and
+    what was made for a worker that is not there yet would be nobody's.
+    """
+
+    @functools.wraps(launch)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> Worker:
+        launching = asyncio.ensure_future(launch(*args, **kwargs))
+        try:
+            return await asyncio.shield(launching)
+        except asyncio.CancelledError:
+            with suppress(UserError, OSError):
+                await (await launching).stop()
+            raise
+
+    return run
+
+
+@undone_if_cancelled
 async def start(
     command: Sequence[str],
     *,
@@ -200,35 +225,24 @@ async def start(
         enter = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 1; shift; done; shift; exec "$@"'
         command = ["/bin/sh", "-c", enter, "sh", *map(str, group.entrances), "--", *command]
 
-    async def begin() -> Worker:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which closes the sandbox in order
-                limit=STREAM_BUFFER_BYTES,
-                pass_fds=keep,
-            )
-        except BaseException:
-            await tidy()
-            if group is not None:
-                await group.remove()
-            raise
-        assert process.stdin is not None and process.stdout is not None
-        worker = Worker(process.stdout, process.stdin, process, group, tidy)
-        worker.listen()
-        return worker
-
-    # Where asyncio is cancelled between the fork and the pipes to the child, it may wait for these pipes for ever. So a
-    # start is not cancelled, but undone.
-    beginning = asyncio.create_task(begin())
     try:
-        return await asyncio.shield(beginning)
-    except asyncio.CancelledError:
-        with suppress(OSError):
-            await (await beginning).stop()
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which closes the sandbox in order
+            limit=STREAM_BUFFER_BYTES,
+            pass_fds=keep,
+        )
+    except BaseException:
+        await tidy()
+        if group is not None:
+            await group.remove()
         raise
+    assert process.stdin is not None and process.stdout is not None
+    worker = Worker(process.stdout, process.stdin, process, group, tidy)
+    worker.listen()
+    return worker

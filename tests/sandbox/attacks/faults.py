@@ -148,7 +148,8 @@ async def kill_all(arena: Arena) -> Outcomes:
     call = asyncio.create_task(arena.box.run(napping(), limits=SHORT))
     await asyncio.sleep(0.3)
     before = arena.host.own()
-    kill(*before)
+    # The oldest first: a supervisor that lived a moment longer than its program would tell how that ended.
+    kill(*sorted(before, key=lambda pid: (int(before[pid]), pid)))
     wrong = served(await call) + await arena.take_census()
     wrong += [f"{text} is left" for text in (await asyncio.to_thread(alive, before)).values()]
     return {"kill everything busy": wrong}

@@ -269,6 +269,31 @@ def test_a_worker_that_does_not_start_leaves_nothing(monkeypatch: pytest.MonkeyP
     assert traces(owner_tag()) == []
 
 
+@needs_runsc
+def test_a_start_that_is_cancelled_before_its_keeper_is_there_leaves_nothing():
+    async def main() -> None:
+        starting = asyncio.create_task(gvisor.launch(CONFIG, 256))
+        while not traces(owner_tag()):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    asyncio.run(main())
+    assert wait_until_gone(owner_tag()) == []
+
+
+@needs_runsc
+def test_a_start_without_a_keeper_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    async def fork(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fork)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        asyncio.run(gvisor.launch(CONFIG, 256))
+    assert traces(owner_tag()) == []
+
+
 # A program of its own, so that it can be killed: starts a worker, does to it what it is told, then waits.
 OWNER = """
 import asyncio, os, signal, sys
