@@ -109,8 +109,10 @@ def test_a_slow_comparison_is_ended_and_the_next_one_answered(worker):
 
 
 def test_a_comparison_that_wants_all_memory_is_the_answers_fault(worker):
-    first = worker.pid
+    worker.compare("45", "40+5")
+    first, worker.time_limit = worker.pid, 1.0
     assert worker.compare("1", "2^{2^{40}}") in (Outcome.TIMEOUT, Outcome.UNDECIDED, Outcome.DIFFERENT)
+    worker.time_limit = 5.0
     assert worker.compare("45", "40+5") is Outcome.EQUAL and worker.pid == first
 
 
@@ -140,11 +142,12 @@ def test_a_dead_worker_is_replaced_and_the_question_asked_again(worker):
     assert worker.compare("45", "40+6") is Outcome.DIFFERENT
 
 
-def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_lost(worker):
+def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_lost(worker, monkeypatch):
     """Kills less often than there are tries change nothing."""
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.1, 0.1))
     worker.compare("45", "40+5")
     for kills, outcome in ((2, Outcome.TIMEOUT), (3, Outcome.LOST)):
-        worker.time_limit = 1.5
+        worker.time_limit = 1.0
         found = []
         asking = threading.Thread(target=lambda found=found: found.append(worker.compare("1", ENDLESS)))
         asking.start()
@@ -188,13 +191,13 @@ def test_a_run_without_math_verify_does_not_begin(pool, no_math_verify, tmp_path
 
 def test_outcomes_depend_neither_on_order_nor_on_workers():
     found = []
-    for count, seed in ((1, 0), (3, 1), (2, 2)):
+    for count, seed in ((1, 0), (2, 1)):
         pairs = random.Random(seed).sample(PAIRS, len(PAIRS))
         pool = SymbolicPool(count)
         outcomes = pool.compare(pairs)
         pool.close()
         found.append([outcomes[pair] for pair in PAIRS])
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert {Outcome.EQUAL, Outcome.DIFFERENT} <= set(found[0]) and Outcome.LOST not in found[0]
 
 
@@ -219,16 +222,16 @@ def test_equal_questions_are_asked_once(pool):
 def test_a_step_has_a_time_after_which_what_is_left_counts_as_a_time_out(pool, caplog):
     pool.start()
     pool.workers[1].start()
-    pool.step_limit = 2.0
-    endless = [("1", f"{base}^{{9^{{9}}}}") for base in range(3, 9)]
+    pool.step_limit = 1.0
+    endless = [("1", f"{base}^{{9^{{9}}}}") for base in range(3, 6)]
     begin = time.perf_counter()
     outcomes = pool.compare([*endless, ("45", "40+5")])
     assert time.perf_counter() - begin < 10
     assert outcomes.pop(("45", "40+5")) is Outcome.EQUAL, "the shortest is asked first"
     assert set(outcomes.values()) == {Outcome.LATE}
-    assert "6 answers were not compared within 2 s and count as time-outs" in caplog.text
+    assert "3 answers were not compared within 1 s and count as time-outs" in caplog.text
     pool.step_limit = 60.0
-    pool.workers[0].time_limit = pool.workers[1].time_limit = 0.3
+    pool.workers[0].time_limit = pool.workers[1].time_limit = 0.2
     assert set(pool.compare(endless).values()) == {Outcome.TIMEOUT}, "being late is not remembered"
 
 
