@@ -1,9 +1,6 @@
 """Checkpoints by hub id: against a server on this machine that speaks the part of the hub's protocol that is needed."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -12,11 +9,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from huggingface_hub import constants
 
+from retool_jax.errors import UserError
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import init_params
 from retool_jax.models.huggingface import save_params
-from retool_jax.tokens.tokenizer import MINIATURE
+from retool_jax.run.build import resolve
+from retool_jax.run.weights import load_weights
+from retool_jax.tokens.tokenizer import MINIATURE, load_tokenizer
 
 REVISION = "a" * 40
 
@@ -60,8 +61,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path) -> Iterator[tuple[dict[str, str], list[str], Path]]:
-    """The environment of a command that uses this hub, the files that it fetched so far, the repository's folder."""
+def hub(tmp_path, monkeypatch) -> Iterator[list[str]]:
+    """The files that were fetched so far from this hub, which stands in the place of the real one."""
     folder, asked = tmp_path / "repository", []
     config = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     save_params(config, init_params(config, jax.random.key(0)), folder, tokenizer_from=MINIATURE)
@@ -69,43 +70,31 @@ def hub(tmp_path) -> Iterator[tuple[dict[str, str], list[str], Path]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    yield (
-        os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"},
-        asked,
-        folder,
-    )
+    # As HF_ENDPOINT and HF_HOME set them in a process that has not read them yet.
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    yield asked
     server.shutdown()
+    server.server_close()
 
 
-def python(code: str, environment: dict[str, str], folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_words(hub):
+    run = resolve(["config=sft_retool", "init_from=acme/tiny"])
+    assert (run.model.vocab_size, run.tokenizer) == (400, "acme/tiny")
+    assert hub == ["config.json"]
+    weights = load_weights(run, Path(run.init_from))
+    assert weights["embedding"][...].shape == (400, 16)
+    assert len(load_tokenizer(run.tokenizer)) == 398
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(hub)
+    assert "pytorch_model.bin" not in hub and hub.count("config.json") == 1
 
 
-def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_words(hub, tmp_path):
-    environment, asked, _ = hub
-    shape = "from retool_jax.run.build import resolve; run = resolve(['config=sft_retool', 'init_from=acme/tiny'])"
-    assert python(f"{shape}; print(run.model.vocab_size, run.tokenizer)", environment, tmp_path) == "400 acme/tiny"
-    assert asked == ["config.json"]
-    rest = (
-        "from retool_jax.run.weights import load_weights; from retool_jax.tokens.tokenizer import load_tokenizer;"
-        " from pathlib import Path; weights = load_weights(run, Path(run.init_from));"
-        " print(weights['embedding'][...].shape, len(load_tokenizer(run.tokenizer)))"
-    )
-    assert python(f"{shape}; {rest}", environment, tmp_path) == "(400, 16) 398"
-    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(asked)
-    assert "pytorch_model.bin" not in asked and asked.count("config.json") == 1
-
-
-def test_an_unknown_hub_id_is_named_with_the_way_out(hub, tmp_path):
-    code = (
-        "from retool_jax.run.build import resolve; from retool_jax.errors import UserError\n"
-        "try: resolve(['config=sft_retool', 'init_from=acme/none'])\n"
-        "except UserError as error: print(error)"
-    )
-    told = python(code, hub[0], tmp_path)
+@pytest.mark.usefixtures("hub")
+def test_an_unknown_hub_id_is_named_with_the_way_out():
+    with pytest.raises(UserError) as caught:
+        resolve(["config=sft_retool", "init_from=acme/none"])
+    told = str(caught.value)
     assert told.startswith("no folder acme/none here, and not to be had from the Hugging Face hub")
     assert told.endswith("give a folder with config.json and *.safetensors")

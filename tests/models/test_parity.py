@@ -1,46 +1,64 @@
-"""The decoder equals transformers' Qwen2 and Qwen3 on random small models: logits, gradients and greedy tokens."""
+"""The decoder equals transformers' Qwen2 and Qwen3 on random small models: files, logits, gradients, greedy tokens."""
 
 import asyncio
 import dataclasses
 import re
 import tempfile
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from retool_jax.engine.engine import Engine, EngineConfig
 from retool_jax.engine.scheduler import converse
 from retool_jax.models import config as configs
-from retool_jax.models.config import ModelConfig
+from retool_jax.models.config import ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, abstract_params, forward, logits
+from retool_jax.models.huggingface import load_params, save_params
 
 torch = pytest.importorskip("torch")
 
 VOCAB, LENGTH = 67, 24
+QWEN3 = {"qkv_bias": False, "qk_norm": True}
 
-# Name: family, heads, kv heads, head_dim, tied, rope theta.
+
+def small(heads: int, kv_heads: int, head_dim: int, **changes) -> ModelConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 20, "num_layers": 2}
+    return ModelConfig(**sizes, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **changes)
+
+
+YARN = {"yarn_factor": 4.0, "yarn_original_length": 8192, "rms_norm_eps": 1e-5}
 CASES = {
-    "qwen2-mha": ("qwen2", 4, 4, 14, True, 1e6),
-    "qwen2-pairs": ("qwen2", 4, 2, 10, False, 5e6),
-    "qwen2-fives": ("qwen2", 5, 1, 14, True, 1e6),
-    "qwen2-sevens": ("qwen2", 14, 2, 80, False, 5e6),
-    "qwen2-one-head": ("qwen2", 1, 1, 128, True, 1e4),
-    "qwen2-mqa": ("qwen2", 7, 1, 80, True, 5e6),
-    "qwen3-mha": ("qwen3", 2, 2, 10, False, 5e6),
-    "qwen3-pairs": ("qwen3", 4, 2, 14, True, 1e6),
-    "qwen3-fives": ("qwen3", 10, 2, 80, False, 1e6),
-    "qwen3-sevens": ("qwen3", 7, 1, 10, True, 5e6),
-    "qwen3-wide-heads": ("qwen3", 2, 1, 128, False, 5e6),
-    "qwen3-mqa": ("qwen3", 5, 1, 14, True, 1e4),
-    "qwen2-yarn": ("qwen2", 4, 2, 80, False, 1e6),
-    "qwen3-yarn": ("qwen3", 5, 1, 128, True, 5e6),
+    "qwen2-mha": small(4, 4, 14, rope_theta=1e6),
+    "qwen2-pairs": small(4, 2, 10, tie_embeddings=False, rope_theta=5e6),
+    "qwen2-fives": small(5, 1, 14, rope_theta=1e6, rms_norm_eps=1e-5),
+    "qwen2-sevens": small(14, 2, 80, tie_embeddings=False, rope_theta=5e6),
+    "qwen2-one-head": small(1, 1, 128),
+    "qwen2-mqa": small(7, 1, 6, rope_theta=5e6),
+    "qwen3-mha": small(2, 2, 10, **QWEN3, tie_embeddings=False, rope_theta=5e6),
+    "qwen3-pairs": small(4, 2, 14, **QWEN3, rope_theta=1e6),
+    "qwen3-fives": small(10, 2, 80, **QWEN3, tie_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-5),
+    "qwen3-sevens": small(7, 1, 26, **QWEN3, rope_theta=5e6, max_positions=4096),
+    "qwen3-wide-heads": small(2, 1, 128, **QWEN3, tie_embeddings=False, rope_theta=5e6),
+    "qwen3-mqa": small(5, 1, 14, **QWEN3),
+    "qwen2-yarn": small(4, 2, 80, **YARN, tie_embeddings=False, rope_theta=1e6),
+    "qwen3-yarn": small(
+        *(5, 1, 128),
+        **QWEN3,
+        **YARN,
+        rope_theta=5e6,
+        yarn_attention_factor=1.05,
+        yarn_beta_fast=24.0,
+        yarn_beta_slow=2.0,
+    ),
 }
+# What a cache sees of a model: heads and their sizes, norms, rotations. Biases and tied heads are not its business.
+DECODED = ("qwen2-mha", "qwen2-pairs", "qwen2-sevens", "qwen3-mqa", "qwen3-wide-heads", "qwen2-yarn", "qwen3-yarn")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,63 +69,40 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pair(name: str) -> tuple[torch.nn.Module, ModelConfig, Params]:
-    """A model of transformers with every parameter random, and the same weights in ours."""
-    family, heads, kv_heads, head_dim, tied, theta = CASES[name]
-    rope = {"rope_type": "default", "rope_theta": theta}
-    yarn = {}
-    if name.endswith("yarn"):
-        rope |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
-        yarn = {"yarn_factor": 4.0, "yarn_original_length": 8192}
-        if family == "qwen3":
-            rope |= {"attention_factor": 1.05, "beta_fast": 24.0, "beta_slow": 2.0}
-            yarn |= {"yarn_attention_factor": 1.05, "yarn_beta_fast": 24.0, "yarn_beta_slow": 2.0}
-    hidden = heads * head_dim if family == "qwen2" else 24  # Qwen3's head_dim is its own
-    config = ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=20,
-        num_layers=2,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope_theta=theta,
-        rms_norm_eps=1e-5,
-        tie_embeddings=tied,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        **yarn,
-    )
-    make, shape = (Qwen2ForCausalLM, Qwen2Config) if family == "qwen2" else (Qwen3ForCausalLM, Qwen3Config)
-    torch.manual_seed(list(CASES).index(name))
-    theirs = make(
-        shape(
-            vocab_size=VOCAB,
-            hidden_size=hidden,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            rope_parameters=rope,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=tied,
-            max_position_embeddings=32_768,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            attn_implementation="eager",
-            **({"head_dim": head_dim} if family == "qwen3" else {}),
+def random_params(config: ModelConfig, seed: int) -> Params:
+    """Every weight random, so that a swapped layer, head or axis shows; matrices keep activations near 1."""
+    rng = np.random.default_rng(seed)
+    into = {"o": config.num_heads * config.head_dim, "down": config.intermediate_size}
+
+    def draw(path: tuple, weight: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-2].key
+        if name.endswith("norm"):
+            values = rng.normal(1.0, 0.3, weight.shape)
+        elif name.endswith("bias") or name in ("embedding", "head"):
+            values = rng.normal(0.0, 0.3, weight.shape)
+        else:
+            values = rng.normal(0.0, into.get(name, config.hidden_size) ** -0.5, weight.shape)
+        return jnp.asarray(values, weight.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config)[1])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Callable[[str], tuple]:
+    """A model by its name, as transformers reads it from a folder that we wrote; our config and weights; the folder."""
+
+    @cache
+    def make(name: str) -> tuple[torch.nn.Module, ModelConfig, Params, Path]:
+        config, folder = CASES[name], tmp_path_factory.mktemp(name) / "model"
+        params = random_params(config, list(CASES).index(name))
+        save_params(config, params, folder, max_shard_bytes=20_000)
+        theirs, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
         )
-    ).eval()
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if "norm" in key:
-                parameter.normal_(1.0, 0.3)
-            else:  # matrices at the scale that keeps activations near 1; biases and embeddings likewise visible
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5 if "proj" in key and parameter.ndim == 2 else 0.3)
-    tensors = {key: parameter.detach().numpy() for key, parameter in theirs.named_parameters()}
-    params = jax.tree.map(jnp.asarray, our_layout(config, tensors))
-    return theirs, config, params
+        assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        return theirs.eval(), config, params, folder
+
+    return make
 
 
 def our_layout(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Params:
@@ -166,8 +161,22 @@ def rows() -> tuple[list[dict], dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_gradients_equal_those_of_transformers(name):
-    theirs, config, params = pair(name)
+def test_what_is_written_is_read_back_to_the_bit_and_lies_where_transformers_expects_it(name, pair, mesh):
+    theirs, config, params, folder = pair(name)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert config_from_hf(folder) == config
+    laid_out = our_layout(config, {key: parameter.detach().numpy() for key, parameter in theirs.named_parameters()})
+    for found in (load_params(config, folder, mesh), laid_out):
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_gradients_equal_those_of_transformers(name, pair):
+    theirs, config, params, _ = pair(name)
+    theirs.zero_grad()
     sequences, arrays = rows()
     weights = np.random.default_rng(1).normal(size=(4, LENGTH, VOCAB)).astype(np.float32)
     sampled = (np.random.default_rng(2).random((4, LENGTH, 1)) < 0.6) & (arrays["segments"][..., None] > 0)
@@ -201,9 +210,9 @@ def test_logits_and_gradients_equal_those_of_transformers(name):
     print(f"{name}: logits {worst:.1e} of {size:.1f}, gradients {max(jax.tree.leaves(relative)):.1e}")
 
 
-def test_left_padded_batches_are_what_transformers_masks():
+def test_left_padded_batches_are_what_transformers_masks(pair):
     """Their own way of left padding, an attention mask over a batch, against our segments."""
-    theirs, config, params = pair("qwen3-pairs")
+    theirs, config, params, _ = pair("qwen3-pairs")
     tokens = np.random.default_rng(3).integers(0, VOCAB, (2, 12))
     real = np.arange(12) >= np.array([[5], [0]])
     positions = np.maximum(np.cumsum(real, 1) - 1, 0)
@@ -236,19 +245,21 @@ class Greedy:
         self.ids = ids
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_decoding_equals_generate_token_by_token(name, mesh):
-    theirs, config, params = pair(name)
-    engine = Engine(config, EngineConfig(slots=2, max_length=80, decode_steps=16, chunk_rows=2), params, mesh, [], 0)
+@pytest.mark.parametrize("name", DECODED)
+def test_greedy_decoding_equals_generate_token_by_token(name, pair, mesh):
+    theirs, config, params, _ = pair(name)
+    sizes = EngineConfig(slots=4, max_length=80, decode_steps=16, chunk_rows=4, row_buckets=(4,), token_buckets=(16,))
+    engine = Engine(config, sizes, params, mesh, [], 0)
     rng = np.random.default_rng(4)
     chats = [Greedy(rng.integers(0, VOCAB, length).tolist(), length) for length in (3, 11, 16)]
     asyncio.run(converse(engine, chats))
-    for chat in chats:
-        prompt = torch.tensor([chat.prompt])
-        expected = theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, pad_token_id=0
-        )[0, len(chat.prompt) :].tolist()
-        assert len(expected) == 64 and chat.ids == expected
+    prompts = torch.tensor([[0] * (16 - len(chat.prompt)) + chat.prompt for chat in chats])
+    real = torch.arange(16) >= torch.tensor([[16 - len(chat.prompt)] for chat in chats])
+    expected = theirs.generate(
+        prompts, attention_mask=real.long(), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=[]
+    )[:, 16:].tolist()
+    assert [len(ids) for ids in expected] == [64, 64, 64]
+    assert [chat.ids for chat in chats] == expected
     assert len({token for chat in chats for token in chat.ids}) > 2  # not one token over and over
 
 
