@@ -20,7 +20,7 @@ from retool_jax.models.decoder import logits
 from retool_jax.models.sharding import param_shardings
 
 from .chats import ROOM, chats, run
-from .machine import CONFIG, make_machine, random_weights
+from .machine import CONFIG, random_weights
 
 
 def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, compiles):
@@ -53,7 +53,7 @@ def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, comp
     assert len(compiles) == known
 
 
-def test_weights_of_another_sharding_are_taken(model):
+def test_weights_of_another_sharding_are_taken(model, fresh):
     """The trainer's are split over fsdp and tp, the engine's over tp alone."""
     devices = jax.devices()[:4]
     trainer, rollout = make_mesh(MeshConfig(1, 2, 2), devices), make_mesh(MeshConfig(2, 1, 2), devices)
@@ -62,7 +62,7 @@ def test_weights_of_another_sharding_are_taken(model):
     engine = Engine(model, CONFIG, placed, rollout, [], 0)
     engine.update_params(placed)
     engine.append([0], [[5, 6, 7]])
-    alone = make_machine(model, make_mesh(MeshConfig(), devices[:1])).engine
+    alone = fresh.engine  # of the same weights
     alone.append([0], [[5, 6, 7]])
     np.testing.assert_allclose(engine._state.hidden[0], alone._state.hidden[0], atol=1e-5)
 
