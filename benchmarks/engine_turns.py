@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.conversation import Statistics
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.engine.turns import Turn
@@ -188,11 +189,14 @@ def tools(model: ModelConfig, scale: float) -> list[dict]:
     length = 64 + 3 * (turn + 20)
     pages = 2 * slots * -(-length // 16)  # those that wait for a tool keep theirs
     engine = make_engine(model, slots=slots, max_length=length, chunk_rows=16, page_size=16, pages=pages, tool_lag=-1)
-    engine.warm_up()
+
+    def run(latency: float) -> Statistics:
+        return asyncio.run(converse(engine, [Trajectory(i, latency * scale, turn) for i in range(2 * slots)]))
+
+    run(0.0)  # compiles
     found = []
     for latency in (0.0, 0.1, 1.0, 5.0):
-        chats = [Trajectory(request, latency * scale, turn) for request in range(2 * slots)]
-        stats = asyncio.run(converse(engine, chats))
+        stats = run(latency)
         rate = stats.decoded_tokens / stats.total_s
         line = {"tool_s": latency * scale, "tokens_per_s": round(rate), "fill": round(stats.fill, 3)}
         line["of_no_latency"] = round(rate / found[0]["tokens_per_s"], 3) if found else 1.0

@@ -52,6 +52,15 @@ def engines(make_engine, model):
 
 
 @pytest.fixture(scope="session")
+def many(make_engine, model) -> Engine:
+    """Many slots, and too few pages for all of them."""
+    stops = range(0, model.vocab_size, 4)
+    engine = make_engine(0, stops, slots=64, decode_steps=4, page_size=8, pages=200, tool_lag=-1)
+    engine.warm_up()
+    return engine
+
+
+@pytest.fixture(scope="session")
 def reference(engines) -> list[Chat]:
     conversations = chats()
     run(engines(), conversations)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from retool_jax.engine.conversation import Finish, SamplingParams, Tokens
-from retool_jax.engine.engine import Engine
 from retool_jax.engine.pages import OutOfPages
 from retool_jax.engine.scheduler import Service
 
@@ -268,13 +267,6 @@ def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines
 
 
 # --- threads and weights ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def many(make_engine, model) -> Engine:
-    engine = make_engine(0, range(0, model.vocab_size, 4), slots=64, decode_steps=4, page_size=8)
-    engine.warm_up()
-    return engine
 
 
 def short(n: int) -> list[Chat]:

@@ -97,15 +97,15 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
         assert np.abs(np.asarray(ours) - rows.columns["old_logprobs"])[rows.sampled].max() <= 1e-4
 
 
-def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params):
-    """Heads are split in two, as many as keys have, and rows are dealt out to four: nothing is held eight times."""
-    trainer = make_mesh(MeshConfig(1, 8, 1))
-    config = EngineConfig(slots=8, max_length=ROOM, decode_steps=8, chunk_rows=4)
+def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params, engines):
+    """Heads are split in two, as many as keys have, and rows are dealt out to two: nothing is held four times."""
+    trainer = make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
+    config = EngineConfig(slots=4, max_length=ROOM, decode_steps=8, chunk_rows=4)
     placed = jax.device_put(params, param_shardings(model, trainer))
     stops = range(0, model.vocab_size, 16)
     engine = Engine(model, config, placed, trainer, stops, 0)
-    alone = Engine(model, config, params, make_mesh(MeshConfig(), jax.devices()[:1]), stops, 0)
-    assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tp": 2}
+    alone = engines()
+    assert dict(engine.mesh.shape) == {"data": 2, "fsdp": 1, "tp": 2}
     ours, expected = chats(temperature=0.0), chats(temperature=0.0)
     for each, conversations in ((engine, ours), (alone, expected)):
         run(each, conversations)
@@ -113,7 +113,7 @@ def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params):
         assert chat.ids == other.ids
         np.testing.assert_allclose(chat.logprobs, other.logprobs, atol=1e-4)
     whole, part = alone.device_bytes(), engine.device_bytes()
-    assert part["rows"] * 8 == whole["rows"] and part["cache"] * 2 == whole["cache"]
+    assert part["rows"] * 4 == whole["rows"] and part["cache"] * 2 == whole["cache"]
     assert part["weights"] < 0.52 * whole["weights"], "all but the norms are halved"
 
 
