@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.conversation import Statistics
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.engine.turns import Turn
@@ -45,13 +46,17 @@ PROMPT, SAMPLED, TOOL, TURNS = 2000, 1000, 200, 8
 
 def make_engine(model: ModelConfig, **sizes) -> Engine:
     mesh = make_mesh(MeshConfig())
-    engine = Engine(model, EngineConfig(**sizes), init_params(model, jax.random.key(0)), mesh, [], seed=0)
-    engine.warm_up()
-    return engine
+    return Engine(model, EngineConfig(**sizes), init_params(model, jax.random.key(0)), mesh, [], seed=0)
 
 
 def tokens(count: int) -> list[int]:
     return np.random.default_rng(count).integers(1, MODEL.vocab_size, count).tolist()
+
+
+def typical(work: Callable[[], float], repeats: int) -> float:
+    """The median of what some work measures of itself; once before it is compiled."""
+    work()
+    return float(np.median([work() for _ in range(repeats)]))
 
 
 def seconds(engine: Engine, work: Callable[[], None]) -> float:
@@ -85,7 +90,7 @@ def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
             spent += seconds(engine, lambda context=context: engine.append([0], [context]))
         return spent
 
-    live_s, anew_s = (float(np.median([work() for _ in range(repeats)])) for work in (live, anew))
+    live_s, anew_s = (typical(work, repeats) for work in (live, anew))
     counts = prompt + (TURNS - 1) * tool, sum(prompt + turn * (sampled + tool) for turn in range(TURNS))
     ideal = counts[1] / counts[0]
     return {
@@ -122,7 +127,7 @@ def fork(model: ModelConfig, scale: float, repeats: int) -> dict:
         clear()
         return seconds(engine, lambda: engine.append(rows, [prompt] * group))
 
-    fork_s, prefill_s = (float(np.median([work() for _ in range(repeats)])) for work in (forked, prefilled))
+    fork_s, prefill_s = (typical(work, repeats) for work in (forked, prefilled))
     numbers = {"group": group, "prompt_tokens": len(prompt), "fork_s": round(fork_s, 4)}
     return numbers | {"prefill_s": round(prefill_s, 4), "ratio": round(prefill_s / fork_s, 2)}
 
@@ -145,7 +150,7 @@ def fused(model: ModelConfig, scale: float, repeats: int) -> dict:
 
         return 32 * drawn / seconds(engine, work)
 
-    rates = {n: float(np.median([rate(n) for _ in range(repeats)])) for n in (1, 32)}
+    rates = {n: typical(lambda n=n: rate(n), repeats) for n in (1, 32)}
     return {f"tokens_per_s_n{n}": round(r) for n, r in rates.items()} | {"ratio": round(rates[32] / rates[1], 2)}
 
 
@@ -184,10 +189,14 @@ def tools(model: ModelConfig, scale: float) -> list[dict]:
     length = 64 + 3 * (turn + 20)
     pages = 2 * slots * -(-length // 16)  # those that wait for a tool keep theirs
     engine = make_engine(model, slots=slots, max_length=length, chunk_rows=16, page_size=16, pages=pages, tool_lag=-1)
+
+    def run(latency: float) -> Statistics:
+        return asyncio.run(converse(engine, [Trajectory(i, latency * scale, turn) for i in range(2 * slots)]))
+
+    run(0.0)  # compiles
     found = []
     for latency in (0.0, 0.1, 1.0, 5.0):
-        chats = [Trajectory(request, latency * scale, turn) for request in range(2 * slots)]
-        stats = asyncio.run(converse(engine, chats))
+        stats = run(latency)
         rate = stats.decoded_tokens / stats.total_s
         line = {"tool_s": latency * scale, "tokens_per_s": round(rate), "fill": round(stats.fill, 3)}
         line["of_no_latency"] = round(rate / found[0]["tokens_per_s"], 3) if found else 1.0

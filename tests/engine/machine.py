@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,13 @@ class Machine:
 
     engine: Engine
     oracle: Callable[[list[list[int]]], np.ndarray]  # logits behind each list
+    head: Callable[[dict, np.ndarray], jax.Array]  # logits of hidden states
     rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     def logits(self) -> np.ndarray:
         """What the engine would draw each row's next token from, [slots, V]."""
         engine = self.engine
-        rest = {name: engine.weights[name] for name in ("embedding",)}
-        return np.asarray(logits(engine.model, rest, jax.device_get(engine._state.hidden)))
+        return np.asarray(self.head({"embedding": engine.weights["embedding"]}, jax.device_get(engine._state.hidden)))
 
     def difference(self) -> float:
         """Between the engine's logits behind every drawable row and those of a fresh forward."""
@@ -76,4 +77,4 @@ def make_machine(model, mesh, seed: int = 3, config: EngineConfig = CONFIG) -> M
             tokens[row, : len(ids)], last[row] = ids, len(ids) - 1
         return np.asarray(behind(tokens, last))[: len(lists)]
 
-    return Machine(engine, oracle)
+    return Machine(engine, oracle, jax.jit(partial(logits, model)))

@@ -267,7 +267,7 @@ def test_pages_are_taken_as_far_as_a_dispatch_may_come_and_surplus_is_given_back
 
 
 def test_a_cache_that_is_full_says_so_and_serves_on(make_engine):
-    engine = make_engine(page_size=8, pages=14)
+    engine = make_engine(page_size=8, pages=14, token_buckets=(96,))
     engine.append([0], [[1] * 80])
     with pytest.raises(OutOfPages, match=r"4 of 14 pages free and row 1 needs 5 .* raise engine.pages"):
         engine.append([1], [[1] * 33])
@@ -292,16 +292,16 @@ def test_a_cache_that_is_full_says_so_and_serves_on(make_engine):
         make_engine(page_size=8, pages=3)
 
 
-def test_a_group_shares_the_pages_of_its_prompt(make_engine):
-    engine = make_engine(slots=16, page_size=8)
+def test_a_group_shares_the_pages_of_its_prompt(fresh):
+    engine = fresh.engine
     engine.append([0], [list(range(1, 44))])
-    engine.fork([0] * 15, range(1, 16))
-    assert engine.counts() == {"free": 192 - 6, "used": 6, "shared": 6, "rows": 16}
-    for row in range(16):
+    engine.fork([0] * 3, [1, 2, 3])
+    assert engine.counts() == {"free": 48 - 6, "used": 6, "shared": 6, "rows": 4}
+    for row in range(4):
         engine.start(row, Turn(row, 3))
     engine.read(engine.decode())
     # Five full pages for all, and one of its own for each that drew.
-    assert engine.counts()["used"] == 5 + 16 and engine.counts()["shared"] == 5
+    assert engine.counts()["used"] == 5 + 4 and engine.counts()["shared"] == 5
 
 
 def test_a_row_holds_exactly_its_length(fresh, model):

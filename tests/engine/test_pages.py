@@ -142,8 +142,9 @@ def test_a_row_of_nan_leaves_nothing_to_the_next_owner_of_its_pages(make_engine,
         drawn = [engine.read(engine.decode()) for _ in range(3)]
         return [hidden, *(x for turns in drawn for x in (turns.tokens, turns.logprobs))]
 
-    expected = work(make_engine(page_size=8, stop_ids=[]))
     engine = make_engine(page_size=8, stop_ids=[])
+    expected = work(engine)
+    engine.clear()
     engine.update_params(jax.tree.map(lambda x: x * np.nan, params))
     engine.append(range(4), [[1] * 64] * 4)
     for row in range(4):

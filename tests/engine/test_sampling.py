@@ -23,19 +23,27 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
+ROWS = 5_000  # of a call, which is compiled once: fewer are padded
+
+
 def draw(
     requests: np.ndarray,
     positions: np.ndarray,
     temperature: float | np.ndarray,
-    seed: int = 0,
-    top_k: int = 0,
+    top_k: int | np.ndarray = 0,
     top_p: float = 1.0,
     logits: np.ndarray = LOGITS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    n = len(requests)
-    how = Sampling(np.full(n, temperature, np.float32), np.full(n, top_k, np.int32), np.full(n, top_p, np.float32))
-    result = _draw(jax.random.key(seed), np.uint32(requests), np.int32(positions), how, logits)
-    return tuple(np.asarray(x) for x in result)
+    def padded(x: object, dtype: type) -> np.ndarray:
+        full = np.broadcast_to(np.asarray(x), len(requests)).astype(dtype)
+        return np.pad(full, (0, -len(full) % ROWS)).reshape(-1, ROWS)
+
+    how = padded(temperature, np.float32), padded(top_k, np.int32), padded(top_p, np.float32)
+    parts = zip(padded(requests, np.uint32), padded(positions, np.int32), *how, strict=True)
+    results = [
+        _draw(jax.random.key(0), requests, positions, Sampling(*how), logits) for requests, positions, *how in parts
+    ]
+    return tuple(np.concatenate(x)[: len(requests)] for x in zip(*results, strict=True))
 
 
 @jax.jit
@@ -136,15 +144,14 @@ def test_truncated_draws_follow_what_is_left_and_report_both_log_probabilities(t
 
 def test_a_row_that_truncates_leaves_the_others_draws_alone():
     n = 100
-    how = Sampling(np.ones(n, np.float32), np.resize([0, 2], n).astype(np.int32), np.ones(n, np.float32))
-    mixed = _draw(jax.random.key(0), np.arange(n, dtype=np.uint32), np.zeros(n, np.int32), how, LOGITS)
+    mixed = draw(np.arange(n), np.zeros(n), 1.0, top_k=np.resize([0, 2], n))
     alone = draw(np.arange(n), np.zeros(n), 1.0)
     for together, expected in zip(mixed, alone, strict=True):
-        np.testing.assert_array_equal(np.asarray(together)[::2], expected[::2])
+        np.testing.assert_array_equal(together[::2], expected[::2])
 
 
 def test_ties_at_the_threshold_are_all_kept_and_greedy_takes_the_first():
-    logits = np.array([1.0, 3.0, 3.0, 0.0, 3.0, -2.0], np.float32)
+    logits = np.array([1.0, 3.0, 3.0, 0.0, 3.0, -2.0, -9.0, -9.0], np.float32)
     tokens, *_ = draw(np.arange(300), np.zeros(300), 1.0, top_k=2, logits=logits)
     assert set(tokens) == {1, 2, 4}
     assert set(draw(np.arange(9), np.zeros(9), 0.0, logits=logits)[0]) == {1}

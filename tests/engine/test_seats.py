@@ -51,9 +51,9 @@ def test_more_conversations_than_slots_decode_while_others_wait_for_tools(engine
     assert max(drew_meanwhile) >= 2
 
 
-def test_a_group_shares_its_prompt_whenever_its_members_come(make_engine, model):
-    """Sixteen samples over three slots: one prefill, and one token for each member that comes after the first three."""
-    engine = make_engine(0, range(0, model.vocab_size, 16), slots=3, page_size=8)
+def test_a_group_shares_its_prompt_whenever_its_members_come(engines):
+    """Sixteen samples over four slots: one prefill, and one token for each member that comes after the first four."""
+    engine = engines()
     prompt = np.random.default_rng(5).integers(1, 60, 37).tolist()
     shared = []
 
@@ -64,8 +64,8 @@ def test_a_group_shares_its_prompt_whenever_its_members_come(make_engine, model)
 
     group = [Watching(prompt, i, turns=2) for i in range(16)]
     stats = run(engine, group)
-    assert stats.prefilled_tokens == 37 + 13
-    assert min(shared[:-3]) >= 4, "the four full pages of the prompt belong to all"
+    assert stats.prefilled_tokens == 37 + 12
+    assert min(shared[:-4]) >= 2, "the two full pages of the prompt belong to all"
     alone = [Chat(prompt, i, turns=2) for i in range(16)]
     for chat in alone:
         run(engine, [chat])
@@ -73,12 +73,12 @@ def test_a_group_shares_its_prompt_whenever_its_members_come(make_engine, model)
 
 
 def test_eight_turns_pay_for_their_context_once(make_engine):
-    """The engine's own counter: 200 tokens of prompt, 100 drawn and 20 told a turn."""
-    engine = make_engine(0, (), slots=1, max_length=1160, decode_steps=25, chunk_rows=1, read_buckets=(1160,))
+    """The engine's own counter: 13 tokens of prompt, 8 drawn and 2 told a turn."""
+    engine = make_engine(0, (), slots=2)
 
     class Long(Chat):
         def turn_budget(self) -> int:
-            return 100
+            return 8
 
         def end_turn(self, ids, logprobs):
             self._add(ids, logprobs)
@@ -86,13 +86,13 @@ def test_eight_turns_pay_for_their_context_once(make_engine):
             return self.answer() if self.answered < 8 else None
 
         async def answer(self) -> list[int]:
-            self._add([5] * 20, None)
-            return [5] * 20
+            self._add([5] * 2, None)
+            return [5] * 2
 
-    chat = Long([3] * 200, 0)
+    chat = Long([3] * 13, 0)
     stats = run(engine, [chat])
-    assert (stats.prefilled_tokens, stats.appended_tokens, stats.rewritten_tokens) == (200, 7 * 20, 0)
-    assert stats.decoded_tokens == 800 and len(chat.ids) == 200 + 8 * 100 + 7 * 20
+    assert (stats.prefilled_tokens, stats.appended_tokens, stats.rewritten_tokens) == (13, 7 * 2, 0)
+    assert stats.decoded_tokens == 64 and len(chat.ids) == 13 + 8 * 8 + 7 * 2
 
 
 # --- cancellation and back-pressure -----------------------------------------------------------------------------------
@@ -132,17 +132,13 @@ def test_no_more_tools_run_at_once_than_allowed(engines, reference):
                 running -= 1
 
     conversations = [Counted(chat.prompt, chat.request, turns=chat.turns) for chat in chats()]
-    asyncio.run(asyncio.wait_for(converse(engines(slots=16, tool_lag=-1), conversations, tools_at_once=2), 60))
+    asyncio.run(asyncio.wait_for(converse(engines(16, 1, tool_lag=-1), conversations, tools_at_once=2), 60))
     assert most == 2
     assert [chat.ids for chat in conversations] == [chat.ids for chat in reference]
 
 
-def test_five_thousand_trajectories_leave_nothing_behind(make_engine, model):
+def test_two_thousand_trajectories_leave_nothing_behind(many):
     """With cancellations, tools that give up and budgets that end, in a cache that is too small for all slots."""
-    engine = make_engine(
-        0, range(0, model.vocab_size, 4), slots=64, decode_steps=4, page_size=8, pages=200, tool_lag=-1
-    )
-    engine.warm_up()
     rng = np.random.default_rng(0)
 
     class Wild(Chat):
@@ -158,15 +154,14 @@ def test_five_thousand_trajectories_leave_nothing_behind(make_engine, model):
 
     memory = []
     evictions = cancelled = 0
-    for batch in range(5):
-        prompts = [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(250)]
-        stats = run(
-            engine, [Wild(prompts[i // 4], 1000 * batch + i, turns=int(rng.integers(1, 5))) for i in range(1000)]
-        )
+    for batch in range(4):
+        prompts = [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(125)]
+        wild = [Wild(prompts[i // 4], 1000 * batch + i, turns=int(rng.integers(1, 5))) for i in range(500)]
+        stats = run(many, wild)
         evictions, cancelled = evictions + stats.evictions, cancelled + stats.cancelled
-        assert quiet(engine)
+        assert quiet(many)
         memory.append(sum(x.nbytes for x in jax.live_arrays()))
-    assert engine.compiles == 0 and evictions > 0 and cancelled > 100
+    assert many.compiles == 0 and evictions > 0 and cancelled > 100
     assert memory[-1] <= memory[1], "no array is kept"
 
 

@@ -20,7 +20,7 @@ from retool_jax.models.decoder import logits
 from retool_jax.models.sharding import param_shardings
 
 from .chats import ROOM, chats, run
-from .machine import CONFIG, make_machine, random_weights
+from .machine import CONFIG, random_weights
 
 
 def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, compiles):
@@ -53,7 +53,7 @@ def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, comp
     assert len(compiles) == known
 
 
-def test_weights_of_another_sharding_are_taken(model):
+def test_weights_of_another_sharding_are_taken(model, fresh):
     """The trainer's are split over fsdp and tp, the engine's over tp alone."""
     devices = jax.devices()[:4]
     trainer, rollout = make_mesh(MeshConfig(1, 2, 2), devices), make_mesh(MeshConfig(2, 1, 2), devices)
@@ -62,7 +62,7 @@ def test_weights_of_another_sharding_are_taken(model):
     engine = Engine(model, CONFIG, placed, rollout, [], 0)
     engine.update_params(placed)
     engine.append([0], [[5, 6, 7]])
-    alone = make_machine(model, make_mesh(MeshConfig(), devices[:1])).engine
+    alone = fresh.engine  # of the same weights
     alone.append([0], [[5, 6, 7]])
     np.testing.assert_allclose(engine._state.hidden[0], alone._state.hidden[0], atol=1e-5)
 
@@ -97,15 +97,15 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
         assert np.abs(np.asarray(ours) - rows.columns["old_logprobs"])[rows.sampled].max() <= 1e-4
 
 
-def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params):
-    """Heads are split in two, as many as keys have, and rows are dealt out to four: nothing is held eight times."""
-    trainer = make_mesh(MeshConfig(1, 8, 1))
-    config = EngineConfig(slots=8, max_length=ROOM, decode_steps=8, chunk_rows=4)
+def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params, engines):
+    """Heads are split in two, as many as keys have, and rows are dealt out to two: nothing is held four times."""
+    trainer = make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
+    config = EngineConfig(slots=4, max_length=ROOM, decode_steps=8, chunk_rows=4)
     placed = jax.device_put(params, param_shardings(model, trainer))
     stops = range(0, model.vocab_size, 16)
     engine = Engine(model, config, placed, trainer, stops, 0)
-    alone = Engine(model, config, params, make_mesh(MeshConfig(), jax.devices()[:1]), stops, 0)
-    assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tp": 2}
+    alone = engines()
+    assert dict(engine.mesh.shape) == {"data": 2, "fsdp": 1, "tp": 2}
     ours, expected = chats(temperature=0.0), chats(temperature=0.0)
     for each, conversations in ((engine, ours), (alone, expected)):
         run(each, conversations)
@@ -113,7 +113,7 @@ def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params):
         assert chat.ids == other.ids
         np.testing.assert_allclose(chat.logprobs, other.logprobs, atol=1e-4)
     whole, part = alone.device_bytes(), engine.device_bytes()
-    assert part["rows"] * 8 == whole["rows"] and part["cache"] * 2 == whole["cache"]
+    assert part["rows"] * 4 == whole["rows"] and part["cache"] * 2 == whole["cache"]
     assert part["weights"] < 0.52 * whole["weights"], "all but the norms are halved"
 
 
