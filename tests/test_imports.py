@@ -1,7 +1,8 @@
 """The house has a ground floor and a roof: an arrow of imports runs down, and no file is too long to read."""
 
 import ast
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,10 @@ def package() -> dict[str, str]:
     return found
 
 
-def imports(source: str) -> Iterator[str]:
+@functools.cache
+def imports(source: str) -> list[str]:
     """What a module imports of the package, without its name, inside of functions and for type checkers too."""
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -50,7 +53,8 @@ def imports(source: str) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (name.removeprefix("retool_jax.") for name in names if name.startswith("retool_jax."))
+        found += [name.removeprefix("retool_jax.") for name in names if name.startswith("retool_jax.")]
+    return found
 
 
 def room_of(name: str) -> str:

@@ -177,7 +177,7 @@ def test_compilation_is_a_part_of_its_own_inside_of_other_parts_and_outside():
 
 
 def test_the_engines_warm_up_counts_as_compilation(make_engine):
-    engine = make_engine(slots=3, max_length=80)
+    engine = make_engine(slots=3, max_length=80, token_buckets=(16,))
     with closing(Clock()) as clock:
         began = time.perf_counter()
         engine.warm_up()

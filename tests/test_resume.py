@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,11 @@ WORDS = [
     "model.hidden_size=64",
     "model.intermediate_size=128",
     "model.head_dim=16",
-    "sft.steps=50",
+    "sft.steps=25",
     "sft.batch_size=16",
     "sft.optimizer.learning_rate=0.015",
     "sft.optimizer.warmup_steps=5",
-    "sft.optimizer.decay_steps=45",
+    "sft.optimizer.decay_steps=20",
     "rl.steps=6",
     "rl.prompts_per_step=4",
     "rl.group_size=4",
@@ -58,19 +59,38 @@ def data(tmp_path_factory) -> list[str]:
     return [f"sft.data={folder / 'demonstrations.jsonl'}", f"data.train={problems}", f"data.dev={problems}"]
 
 
+# Trains in one folder after another, so that the import of jax is paid for once.
+TRAINER = """
+import json, sys
+from retool_jax import train
+for line in sys.stdin:
+    train.main(json.loads(line))
+    print("ended", flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def start(one_device, data):
-    def run(folder: Path, *words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}", *words]
-        return subprocess.Popen(command, env=one_device, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def trainer(one_device) -> Iterator[subprocess.Popen]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, "-c", TRAINER], env=one_device, **pipes) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def train(trainer, data) -> Callable[..., str]:
+    """Run a folder's command to its end and return what it says: `train(folder, "rl.steps=7")`."""
+
+    def run(folder: Path, *words: str) -> str:
+        trainer.stdin.write(json.dumps([*WORDS, *data, f"run={folder}", *words]) + "\n")
+        trainer.stdin.flush()
+        said = []
+        for line in trainer.stdout:
+            if line == "ended\n":
+                return "".join(said)
+            said.append(line)
+        raise AssertionError("".join(said))
 
     return run
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
 
 
 def comparable(folder: Path) -> list[dict]:
@@ -78,9 +98,9 @@ def comparable(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(start, tmp_path_factory) -> Path:
+def unbroken(train, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    output = finish(start(folder))
+    output = train(folder)
     assert "before RL" in output and "time by part" in output
     return folder
 
@@ -100,9 +120,10 @@ def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken
     assert run.summary["tokens_per_s"].keys() == {"rollout", "update"}
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(start, unbroken):
+def test_a_killed_run_resumes_to_the_same_numbers(train, one_device, data, unbroken):
     folder = unbroken.with_name("killed")
-    process = start(folder)
+    command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}"]
+    process = subprocess.Popen(command, env=one_device, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
@@ -115,7 +136,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(start, unbroken):
     assert "cold start: reusing" in output, "a cold start is made once for a config"
     assert not (folder / "summary.json").exists()
 
-    assert f"resuming {folder} from step 4 of 6" in finish(start(folder))
+    assert f"resuming {folder} from step 4 of 6" in train(folder)
     assert comparable(folder) == comparable(unbroken)
     steps = [line["step"] for line in comparable(folder) if line["kind"] == "rl"]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -136,28 +157,28 @@ def after(folder: Path) -> dict:
     return {k: v for k, v in json.loads((folder / "summary.json").read_text())["after"].items() if k != "perf/eval_s"}
 
 
-def test_a_look_that_was_cut_off_is_taken_again_alone(start, unbroken):
+def test_a_look_that_was_cut_off_is_taken_again_alone(train, unbroken):
     """The checkpoint comes before the look, so a kill during a long one costs no step; also when it is the last."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("looking")))
     (folder / "summary.json").unlink()
     cut_after(folder, "rl", 6)
-    assert f"resuming {folder} from step 6 of 6" in finish(start(folder))
+    assert f"resuming {folder} from step 6 of 6" in train(folder)
     assert comparable(folder) == comparable(unbroken)
     assert after(folder) == after(unbroken)
 
 
-def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(start, unbroken):
+def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, unbroken):
     """Killed between its last checkpoint and its summary, it has that of fewer steps."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("longer")))
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"steps": 4, "after": {"accuracy": 0.123}}))
-    output = finish(start(folder))
+    output = train(folder)
     assert "nothing to do" not in output and "12.3 %" not in output
     assert comparable(folder) == comparable(unbroken)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6 and after(folder) == after(unbroken)
-    assert "is complete; nothing to do" in finish(start(folder))
+    assert "is complete; nothing to do" in train(folder)
     # Further from there: what is new is told, and the summary of 6 steps does not survive the first one.
-    output = finish(start(folder, "rl.steps=7", "evaluation.every=0", "sandbox.slots=3"))
+    output = train(folder, "rl.steps=7", "evaluation.every=0", "sandbox.slots=3")
     assert "rl.steps is 7 from here on; it was 6" in output and "sandbox.slots is 3 from here on" in output
     lines = comparable(folder)
     assert lines[: len(comparable(unbroken))] == comparable(unbroken)

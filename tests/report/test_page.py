@@ -66,8 +66,15 @@ def test_one_run_is_one_self_contained_file(make_run, tmp_path, capsys):
     assert len(page) < 1_000_000 and "wrote" in capsys.readouterr().out
 
 
-def test_hostile_tool_output_stays_text(make_run, tmp_path):
-    page = page_of(f"run={make_run(tmp_path / 'a', 'python', 0, output=HOSTILE)}")
+@pytest.fixture(scope="module")
+def hostile_page(make_run, tmp_path_factory) -> str:
+    """Of a run whose tool said something hostile, and much of it."""
+    folder = tmp_path_factory.mktemp("hostile") / "a"
+    return page_of(f"run={make_run(folder, 'python', 0, output=HOSTILE + 'x' * 50_000)}")
+
+
+def test_hostile_tool_output_stays_text(hostile_page):
+    page = hostile_page
     assert "&lt;script&gt;alert" in page
     tags = Elements(page).found
     assert sum(tag == "script" for tag, _ in tags) == 1
@@ -76,41 +83,41 @@ def test_hostile_tool_output_stays_text(make_run, tmp_path):
 
 def test_several_runs_share_one_picture(make_run, tmp_path):
     folders = [make_run(tmp_path / name, tools, 0) for name, tools in (("a", "python"), ("b", "none"))]
-    for words in ([f"run={folders[0]}", f"run={folders[1]}"], [f"run={folders[0]},{folders[1]}"]):
-        page = page_of(*words)
-        picture = page[page.index("<svg") : page.index("</svg>")]
-        assert "with tool (tools=python)" in picture and "text only (tools=none)" in picture
-        assert "var(--series0)" in picture and "var(--series1)" in picture
-        assert "test 46 → 80 %" in picture
+    page = page_of(f"run={folders[0]}", f"run={folders[1]}")
+    picture = page[page.index("<svg") : page.index("</svg>")]
+    assert "with tool (tools=python)" in picture and "text only (tools=none)" in picture
+    assert "var(--series0)" in picture and "var(--series1)" in picture
+    assert "test 46 → 80 %" in picture
+    with pytest.raises(UserError, match="run folder nowhere does not exist"):  # in one word, too
+        report.main([f"run={folders[0]},{folders[1]},nowhere"])
 
 
-@pytest.mark.parametrize("end", INFRASTRUCTURE)
-def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, tokenizer, end):
+def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, tokenizer):
     folder = make_run(tmp_path / "a", "python", 0)
-    lost = Trajectory(
-        "dev-0/0",
-        Problem("dev-0", ({"role": "user", "content": "12 * 34?"},), "408"),
-        end=end,
-        fault="its worker was lost",
-    )
-    lost.add("prompt", tokenizer.encode("12 * 34?"))
-    lost.add("policy", tokenizer.encode("It is \\boxed{407}"), [-0.5] * len(tokenizer.encode("It is \\boxed{407}")))
-    score(tokenizer, [lost])
+    problem = Problem("dev-0", ({"role": "user", "content": "12 * 34?"},), "408")
+    said = tokenizer.encode("It is \\boxed{407}")
+    lost = [Trajectory("dev-0/0", problem, end=end, fault="its worker was lost") for end in INFRASTRUCTURE]
+    for trajectory in lost:
+        trajectory.add("prompt", tokenizer.encode("12 * 34?"))
+        trajectory.add("policy", said, [-0.5] * len(said))
+    score(tokenizer, lost)
+    lines = [json.dumps(trajectory.record(tokenizer, split="dev", step=0)) + "\n" for trajectory in lost]
     for path in (folder / "trajectories").iterdir():
-        path.write_text(json.dumps(lost.record(tokenizer, split="dev", step=0)) + "\n")
+        path.write_text("".join(lines))
     page = page_of(f"run={folder}")
     cards = [attributes for _, attributes in Elements(page).found if "trajectory" in attributes.get("class", "")]
-    assert [card["data-result"] for card in cards] == ["dropped"] * 2
+    assert [card["data-result"] for card in cards] == ["dropped"] * 2 * len(lost)
     facts = page[page.index('<details class="card trajectory"') :]
-    assert f"<span>reward <b>-</b></span><span>end <b>{end.replace('_', ' ')}</b></span>" in facts
+    for end in INFRASTRUCTURE:
+        shown = f"<span>reward <b>-</b></span><span>end <b>{end.replace('_', ' ')}</b></span>"
+        assert facts.count(shown) == 2
     assert "wrong" not in facts and "None" not in facts
     choices = page[page.index('<select name="result"') :].partition("</select>")[0]
     assert choices.endswith('<option value="">all results</option><option>dropped</option>')
 
 
-def test_long_texts_are_cut_in_the_middle(make_run, tmp_path):
-    page = page_of(f"run={make_run(tmp_path / 'a', 'python', 0, output='x' * 50_000)}")
-    assert "characters left out" in page and len(page) < 3_000_000
+def test_long_texts_are_cut_in_the_middle(hostile_page):
+    assert "characters left out" in hostile_page and len(hostile_page) < 3_000_000
 
 
 def test_a_run_in_its_first_minutes_and_a_cold_start_have_a_report(make_run, tmp_path):
@@ -141,13 +148,18 @@ def test_bad_input_is_one_line_with_the_way_out(make_run, tmp_path):
         report.main([f"run={run}", "out=/proc/nowhere/report.html"])
 
 
+COMMAND = """
+import atexit, runpy, sys
+atexit.register(lambda: print(sorted({"jax", "transformers"} & set(sys.modules))))
+runpy.run_module("retool_jax.report", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_the_command_exits_with_2_and_imports_nothing_slow(tmp_path):
-    command = [sys.executable, "-m", "retool_jax.report", f"run={tmp_path}/nowhere"]
+    command = [sys.executable, "-c", COMMAND, f"run={tmp_path}/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == "[]\n"
     assert (
         done.stderr
         == f"error: run folder {tmp_path}/nowhere does not exist; `python -m retool_jax.train config=grpo` makes one\n"
     )
-    code = "import sys, retool_jax.report; sys.exit(bool({'jax', 'transformers'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

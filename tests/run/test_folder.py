@@ -1,5 +1,6 @@
 """Run folders: the same run goes on in them, another one is refused, and one process at a time trains there."""
 
+import json
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten, flatten_dict, show
 from retool_jax.run import folder as folders
-from retool_jax.run.folder import claim_folder, read_model, to_plain, write_config
+from retool_jax.run.folder import claim_folder, differences, may_change, read_model, to_plain, write_config
 from retool_jax.run.load import load
 from retool_jax.run.schema import Run
 
@@ -31,10 +32,14 @@ def begin(run: Run) -> Path:
 
 def rewrite(folder: Path, values: dict[str, object]) -> None:
     """Give a run's folder a config of these dotted keys."""
-    nested = OmegaConf.create()
+    nested: dict[str, object] = {}
     for key, value in values.items():
-        OmegaConf.update(nested, key, value)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(nested))
+        *sections, name = key.split(".")
+        section = nested
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = value
+    (folder / "config.yaml").write_text(json.dumps(nested))  # JSON is YAML
 
 
 def saved(folder: Path) -> dict[str, object]:
@@ -137,12 +142,16 @@ def test_every_key_may_change_or_is_refused(tmp_path, name):
     folder = begin(run)
     values = flatten_dict(to_plain(run))
     assert set(values) > CHANGEABLE if name == "grpo" else set(values) & CHANGEABLE
-    for key, value in values.items():
-        rewrite(folder, values | {key: "sft" if value == "grpo" else "grpo" if key == "task" else another(value)})
-        if key in CHANGEABLE:
-            begin(run)
-        else:
-            assert f"holds another run: {key} is " in refusal(run)
+    others = values.keys() - CHANGEABLE - {"task"}
+    rewrite(folder, values | {key: another(values[key]) for key in values.keys() & CHANGEABLE})
+    begin(run)
+    rewrite(folder, values | {key: another(values[key]) for key in others})
+    assert {key for key, *_ in differences(run, folder)} == others
+    assert not any(map(may_change, others))
+    section_of = {key.rpartition(".")[0]: key for key in sorted(others)}
+    for key in section_of.values():  # one of each is refused by its name
+        rewrite(folder, values | {key: another(values[key])})
+        assert f"holds another run: {key} is " in refusal(run)
 
 
 # ---------------------------------------------------------------------------------------------- folders of old versions
@@ -154,14 +163,12 @@ def test_a_key_that_is_newer_than_the_folder_has_its_default_there(tmp_path, nam
     folder = begin(run)
     values = flatten_dict(to_plain(run))
     defaults = defaults_of(type(run)) | {"evaluation.answer_tokens": 0}
-    refused = set()
-    for key in values.keys() - {"task"}:
+    refused = {key for key in values.keys() - CHANGEABLE - {"task"} if values[key] != defaults[key]}
+    rewrite(folder, {key: value for key, value in values.items() if key == "task" or key in refused})
+    begin(run)
+    for key in refused:
         rewrite(folder, {other: value for other, value in values.items() if other != key})
-        if key in CHANGEABLE or values[key] == defaults[key]:
-            begin(run)
-        else:
-            assert f"holds another run: {key} is {show(defaults[key])} there" in refusal(run)
-            refused.add(key)
+        assert f"holds another run: {key} is {show(defaults[key])} there" in refusal(run)
     assert refused, "some of the config's values are not the defaults"
 
 
@@ -236,7 +243,7 @@ def another_process(*words: str) -> Iterator[subprocess.Popen]:
         yield process
 
 
-def test_a_folder_in_use_is_refused_with_its_holder_and_free_when_that_is_killed(tmp_path):
+def test_a_folder_in_use_is_refused_with_its_holder_or_waited_for_and_free_when_that_is_killed(tmp_path, capsys):
     words = ["config=sft", f"run={tmp_path / 'r'}"]
     with another_process(*words) as process:
         folder = tmp_path / "r"
@@ -246,19 +253,12 @@ def test_a_folder_in_use_is_refused_with_its_holder_and_free_when_that_is_killed
         assert re.search(rf"{re.escape(str(folder))} is in use by {holder} .*choose another run=FOLDER", message)
         assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
         assert read_model(folder)[1] == "miniature", "who only reads asks nobody"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with claim_folder(load(words)):
-            assert f"process {os.getpid()} " in refusal(load(words)), "not the one that was killed"
-    assert (folder / "lock").read_text() == ""
-
-
-def test_a_folder_in_use_can_be_waited_for(tmp_path, capsys):
-    words = ["config=sft", f"run={tmp_path / 'r'}"]
-    with another_process(*words) as process:
-        ended = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+        killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
         with claim_folder(load(words), wait=True):
             told = capsys.readouterr().out
-        ended.wait()
+            assert f"process {os.getpid()} " in refusal(load(words)), "not the one that was killed"
+        killer.wait()
+        assert process.wait() == -signal.SIGKILL
+    assert (folder / "lock").read_text() == ""
     assert told.count("\n") == 1
-    assert told.startswith(f"waiting for {tmp_path / 'r'}, which is in use by process {process.pid} on ")
+    assert told.startswith(f"waiting for {folder}, which is in use by process {process.pid} on ")
