@@ -156,10 +156,12 @@ def test_the_console_script_runs_what_the_wheel_brought(command, installed):
 
 
 def test_the_installed_miniature_trains(command, tmp_path):
+    # In shape the runs of test_resume.py, so that whoever comes first compiles for both.
     tiny = [
-        *("model.hidden_size=32", "model.intermediate_size=48", "model.head_dim=8", "sft.steps=2", "rl.steps=2"),
-        *("sft.batch_tokens=256", "rl.prompts_per_step=4", "rl.group_size=2", "engine.slots=8"),
-        *("evaluation.problems=4", "evaluation.every=1", "evaluation.final_split=dev", "sandbox.backend=[process]"),
+        *("model.num_layers=1", "model.hidden_size=64", "model.intermediate_size=128", "model.head_dim=16"),
+        *("sft.steps=2", "sft.batch_tokens=256", "rl.steps=2", "rl.prompts_per_step=4", "rl.group_size=4"),
+        *("engine.slots=16", "evaluation.problems=4", "evaluation.every=3", "evaluation.final_split=dev"),
+        "sandbox.backend=[process]",
     ]
     done = command("train", "config=grpo", *tiny, "run=mine")
     assert done.returncode == 0, done.stderr + done.stdout

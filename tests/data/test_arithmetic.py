@@ -16,7 +16,7 @@ from retool_jax.data.problems import to_problem
 from retool_jax.data.vocabulary import build_miniature
 from retool_jax.tokens.tokenizer import MINIATURE
 
-COUNT = 3000
+COUNT = 1500
 
 
 @pytest.fixture(scope="module")

@@ -213,27 +213,13 @@ def test_the_recipes_schedule():
     assert optimizer_of(fixed, 372) is fixed.optimizer
 
 
-SMALL = ["sft.row_length=256", "sft.epochs=2", "model.num_layers=1", "model.head_dim=8"]
+# All that decides the update's program, so that the runs below share a compiled one.
+SMALL = ["sft.row_length=256", "sft.epochs=2", "sft.warmup_fraction=0.5", "model.num_layers=1", "model.head_dim=8"]
 
 
-@pytest.fixture
-def compiled_once(tmp_path):
-    """The runs of a test share one compiled update."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, tokenizer, compiled_once):
+def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, tokenizer):
     def run(folder: str, *words: str):
-        return run_of(data, f"run={tmp_path / folder}", "checkpoint.every=1", "sft.warmup_fraction=0.5", *SMALL, *words)
+        return run_of(data, f"run={tmp_path / folder}", "checkpoint.every=1", *SMALL, *words)
 
     whole = train(run("whole", "checkpoint.keep=9"))
     assert [line["step"] for line in read_metrics(tmp_path / "whole")] == [1, 2, 3, 4]
@@ -269,7 +255,7 @@ def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, 
     assert rates["killed", 4] * (seconds["killed", 4] - seconds["whole", 2]) == pytest.approx(sum(tokens[2:]))
 
 
-def test_a_finished_run_gives_its_weights_and_nothing_else(data, tmp_path, compiled_once):
+def test_a_finished_run_gives_its_weights_and_nothing_else(data, tmp_path):
     run = run_of(data, f"run={tmp_path / 'run'}", "checkpoint.every=1", "checkpoint.keep=9", *SMALL)
     assert finished_weights(run) is None and not (tmp_path / "run").exists()
     state = train(run)
@@ -306,7 +292,7 @@ def test_the_miniature_is_as_it_was():
 
 def test_training_begins_from_a_hugging_face_folder(data, tmp_path):
     """With a rate of 0 the weights after training are those of the folder, and padding ids are known as such."""
-    words = ["sft.optimizer.learning_rate=0.0", "sft.epochs=1", "model.vocab_size=400"]
+    words = [*SMALL, "sft.optimizer.learning_rate=0.0", "sft.epochs=1", "model.vocab_size=400"]
     run = run_of(data, *words, f"run={tmp_path / 'run'}", f"init_from={tmp_path / 'hf'}")
     params = init_params(run.model, jax.random.key(5))
     with pytest.raises(UserError, match="no checkpoint"):
