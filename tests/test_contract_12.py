@@ -55,15 +55,15 @@ TURNS = {
     "nothing for a program": call("null"),
     "a list for a program": call('["print(1)"]'),
     "no number": call("NaN") + call("-Infinity", name="Infinity"),
-    "100,000 digits for a program": call("9" * 100_000),
-    "100,000 digits in a program": call(f'"print({"9" * 100_000})"') + fenced(f"print({'9' * 100_000})"),
-    "100,000 digits in a box": f"\\boxed{{{'7' * 100_000}}}",
+    "thousands of digits for a program": call("9" * 30_000),
+    "thousands of digits in a program": call(f'"print({"9" * 30_000})"') + fenced(f"print({'9' * 30_000})"),
+    "thousands of digits in a box": f"\\boxed{{{'7' * 30_000}}}",
     "exponents": call("1e999999") + "\\boxed{1e999999} \\boxed{9^{9^{9^{9}}}}",
     "brackets that never close": call("[" * 5000),
     "objects that never close": call('{"a":' * 5000),
     "brackets that close": call("[" * 400 + "]" * 400, name="[" * 400 + "]" * 400),
     "brackets in a program": call(f'"{"(" * 5000}"') + fenced("[" * 5000 + "]" * 5000),
-    "signs in a program": call(f'"{"-" * 20_000}1"') + fenced("not " * 20_000 + "1"),
+    "signs in a program": call(f'"{"-" * 8_000}1"') + fenced("not " * 8_000 + "1"),
     "braces in a box": "\\boxed{" + "{" * 5000,
     "boxes in boxes": "\\boxed{" * 2000 + "6" + "}" * 2000,
     "a key twice": call('1, "code": "print(1)"', name='"x", "name": "code_interpreter"'),
@@ -79,9 +79,9 @@ TURNS = {
     "no characters": "\uffff\ufffe\ufdd0\U0001ffff\ufeff",
     "letters on letters": "e" + "\u0301" * 3000,
     "markup": "</pre></details><script>alert(1)</script><!-- \\boxed{<img src=x onerror=alert(1)>}",
-    "a very long word": "x" * 200_000,
-    "a very long program": call(json.dumps("x = 1\n" * 20_000)) + fenced("x = 1\n" * 20_000),
-    "a very long blank": fenced(f"x{' ' * 100_000}y") + f"<tool_call>{' ' * 100_000}</tool_call>\\boxed {' ' * 50_000}",
+    "a very long word": "x" * 60_000,
+    "a very long program": call(json.dumps("x = 1\n" * 8_000)) + fenced("x = 1\n" * 8_000),
+    "a very long blank": fenced(f"x{' ' * 30_000}y") + f"<tool_call>{' ' * 30_000}</tool_call>\\boxed {' ' * 30_000}",
     "a bare box": "\\boxed",
     "nothing but space": " \n\t\n ",
 }
@@ -103,7 +103,8 @@ def raw_turns(tokenizer: Tokenizer) -> dict[str, list[int]]:
     }
 
 
-def all_turns(tokenizer: Tokenizer) -> dict[str, list[int]]:
+@pytest.fixture(scope="module")
+def all_turns(tokenizer) -> dict[str, list[int]]:
     return {name: tokenizer.encode(text) for name, text in TURNS.items()} | raw_turns(tokenizer)
 
 
@@ -152,12 +153,14 @@ class Tags(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def play(tokenizer, scripted_engine) -> Callable[[str], dict[str, Trajectory]]:
+def play(tokenizer, scripted_engine, all_turns) -> Callable[[str], dict[str, Trajectory]]:
     """`play(grammar)`: each hostile turn of a whole rollout, in a real sandbox, and an answer after it."""
 
-    async def main(grammar: str, turns: dict[str, list[int]]) -> list[Trajectory]:
+    async def main(grammar: str) -> list[Trajectory]:
         end = tokenizer.encode("<|im_end|>")
-        script = {i: [turn + end, tokenizer.encode("\\boxed{6}") + end] * 2 for i, turn in enumerate(turns.values())}
+        script = {
+            i: [turn + end, tokenizer.encode("\\boxed{6}") + end] * 2 for i, turn in enumerate(all_turns.values())
+        }
         sizes = {"slots": 8, "max_length": 1 << 18, "decode_steps": 8192, "tool_lag": -1}
         engine = scripted_engine(GRAMMARS[grammar].stop_ids(tokenizer), script, **sizes)
         engine.pages = Pages(200_000, 16)  # for turns of any length
@@ -167,21 +170,22 @@ def play(tokenizer, scripted_engine) -> Callable[[str], dict[str, Trajectory]]:
             return (await rollout(engine, tokenizer, Toolbox([Python(box)]), samples, limits))[0]
 
     def run(grammar: str) -> dict[str, Trajectory]:
-        turns = all_turns(tokenizer)
-        trajectories = asyncio.run(main(grammar, turns))
+        trajectories = asyncio.run(main(grammar))
         score(tokenizer, trajectories)
-        return dict(zip(turns, trajectories, strict=True))
+        return dict(zip(all_turns, trajectories, strict=True))
 
     return run
 
 
-def test_a_run_goes_on_whatever_the_policy_says_and_its_files_and_page_can_be_read(tokenizer, play, tmp_path):
+def test_a_run_goes_on_whatever_the_policy_says_and_its_files_and_page_can_be_read(
+    tokenizer, all_turns, play, tmp_path
+):
     folder = tmp_path / "run"
     evaluations = []
     for step, grammar in enumerate(GRAMMARS):
         played = play(grammar)
         assert {t.end for t in played.values()} <= set(End) - {End.SANDBOX_LOST}
-        for name, turn in all_turns(tokenizer).items():
+        for name, turn in all_turns.items():
             first = next(segment for segment in played[name].segments if segment.role == "policy")
             said = played[name].ids[first.start : first.stop]
             assert said == [*turn, *tokenizer.encode("<|im_end|>")][: len(said)]
@@ -199,7 +203,7 @@ def test_a_run_goes_on_whatever_the_policy_says_and_its_files_and_page_can_be_re
     page = (folder / "report.html").read_bytes().decode()
     tags = Tags(page)
     assert not tags.open and tags.seen.count("script") == 1 and "img" not in tags.seen
-    assert page.count('<details class="card trajectory"') == 2 * len(all_turns(tokenizer))
+    assert page.count('<details class="card trajectory"') == 2 * len(all_turns)
     turning = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
     for c in set(page) - {*"\n\t\r"}:
         assert unicodedata.category(c) not in ("Cc", "Zl", "Zp") and unicodedata.bidirectional(c) not in turning

@@ -12,6 +12,7 @@ and what arguments it takes, is not known here (`retool_jax.tools`).
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -243,7 +244,7 @@ def retool_stop_at(tokenizer: Tokenizer, turn_ids: list[int], seen: int) -> int 
     if _CODE_END not in tokenizer.decode(turn_ids[first:]):
         return None
     counts = range(max(seen, 1), len(turn_ids) + 1)
-    return next(count for count in counts if _CODE_END in tokenizer.decode(turn_ids[first:count]))
+    return counts[bisect_left(counts, True, key=lambda count: _CODE_END in tokenizer.decode(turn_ids[first:count]))]
 
 
 def retool_written(tokenizer: Tokenizer, message: dict, outputs: list[str]) -> list[tuple[list[int], bool]]:

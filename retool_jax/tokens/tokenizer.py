@@ -107,11 +107,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; strings of control tokens in it become control tokens (see `chat.defuse`)."""
-        return self.hf.encode(text, add_special_tokens=False)
+        return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control tokens included, nothing cleaned up."""
-        return self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def id_of(self, token: str) -> int:
         """Id of one control token."""

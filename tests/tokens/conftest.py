@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.tokens.qwen import qwen_tokenizer, read_ranks
+from retool_jax.tokens.qwen import QWEN_ADDED, added_after, byte_bpe, read_ranks, tokenizer_of_ranks
 from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer
 
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
@@ -22,10 +22,13 @@ def qwen_ranks(wheel_file) -> dict[bytes, int]:
 @pytest.fixture(scope="session")
 def qwen_folders(qwen_ranks, tmp_path_factory) -> dict[str, Path]:
     """Folders as checkpoints have them, by model_type: Qwen's vocabulary under the miniature's template."""
+    newer = tokenizer_of_ranks(qwen_ranks, added_after(len(qwen_ranks), QWEN_ADDED["qwen3"]))
+    model = json.loads(newer.to_str())["model"]  # the merges follow from the ranks, which takes a while, so only once
+    older = byte_bpe(model["vocab"], model["merges"], added_after(len(qwen_ranks), QWEN_ADDED["qwen2"]))
     folders = {}
-    for model_type in ("qwen2", "qwen3"):
+    for model_type, fast in (("qwen2", older), ("qwen3", newer)):
         folder = folders[model_type] = tmp_path_factory.mktemp(model_type)
-        qwen_tokenizer(qwen_ranks, model_type).save(str(folder / "tokenizer.json"))
+        fast.save(str(folder / "tokenizer.json"))
         settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         (folder / "chat_template.jinja").write_text((MINIATURE / "chat_template.jinja").read_text())

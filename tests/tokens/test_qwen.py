@@ -1,5 +1,6 @@
 """The published vocabularies and chat templates: digests, golden ids, exact segments, no injection."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -7,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from retool_jax.tokens.chat import defuse, prompt_ids, tool_segment
 from retool_jax.tokens.grammar import GRAMMARS, hermes_prompt, policy_turn_text, tool_calls
@@ -28,10 +28,16 @@ def published(qwen, published_template) -> Callable[[str, str], Tokenizer]:
     """A vocabulary under a published template: `published("qwen2", "qwen2_5")`."""
 
     def build(model_type: str, template: str) -> Tokenizer:
-        fast, text = qwen[model_type].hf.backend_tokenizer, published_template(template)
-        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|im_end|>", chat_template=text))
+        return under_template(qwen[model_type], published_template(template))
 
     return build
+
+
+def under_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The same vocabulary, which a shallow copy shares, under another chat template."""
+    hf = copy.copy(tokenizer.hf)
+    hf.chat_template = template
+    return Tokenizer(hf)
 
 
 @pytest.fixture(params=["miniature", *PUBLISHED], ids=lambda p: p if isinstance(p, str) else "-".join(p))
@@ -164,9 +170,8 @@ def test_segments_are_what_a_template_that_keeps_its_prefix_writes(published, mo
 
 def test_a_template_whose_turns_open_with_thinking_is_followed(qwen):
     """Some thinking models' header ends with `<think>`: the segment ends with it too, as the prompt does."""
-    fast = qwen["qwen3"].hf.backend_tokenizer
     template = qwen["qwen3"].hf.chat_template.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=template))
+    tokenizer = under_template(qwen["qwen3"], template)
     header = tokenizer.encode("<|im_start|>assistant\n<think>\n")
     assert prompt_ids(tokenizer, [USER])[-len(header) :] == header
     assert tool_segment(tokenizer, ["4"])[-len(header) :] == header
