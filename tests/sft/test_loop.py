@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from retool_jax.checkpoint import Checkpoints
-from retool_jax.data.problems import INSTRUCTION
+from retool_jax.data.instructions import INSTRUCTION
 from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import TrainState, learning_rate
 from retool_jax.metrics import read_metrics
@@ -132,6 +132,20 @@ def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
     batches = demonstrations_of(run, tokenizer)
     batches._members = lambda index: range(16)  # the unluckiest order
     assert batches.at(0).micro_batches == 2
+
+
+def test_rows_are_no_longer_than_the_data_needs(data, tmp_path, tokenizer):
+    """16,384 tokens a row are a limit: attention over rows of that length would ask for hundreds of gigabytes."""
+    longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
+    rows = -(-longest // 128) * 128
+    assert 128 < rows < 512
+    batches = demonstrations_of(run_of(data, "sft.row_length=16384"), tokenizer)
+    assert batches.row_length == rows and f"in rows of {rows}," in batches.description
+    assert {batches.at(i).tokens.shape[1:] for i in range(6)} == {(8, rows)}
+    assert demonstrations_of(run_of(data, f"sft.row_length={longest}"), tokenizer).row_length == longest
+    short = write(tmp_path / "short.jsonl", ROWS[::4])
+    assert demonstrations_of(run_of(short, "sft.row_length=16384", "sft.batch_size=2"), tokenizer).row_length < rows
+    assert demonstrations_of(load(["config=sft", "sft.row_length=16384"]), tokenizer).row_length == 16384
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507"])
