@@ -11,8 +11,10 @@ from retool_jax.answers import extract_boxed
 from retool_jax.errors import UserError
 
 QUESTIONS = ("problem", "question", "Problem", "input")  # a bare question each
-ANSWERS = ("label", "answer", "Answer", "final_answer", "reference_answer", "ground_truth", "solution", "output")
+# In the order in which they count: a label beside an answer may be a class, and a solution is longer than its answer.
+ANSWERS = ("answer", "Answer", "final_answer", "reference_answer", "ground_truth", "label", "solution", "output")
 IDS = ("ID", "unique_id", "uuid", "id")
+TEXTS = ("text", "input_text", "output_text")  # parts of a content that are its words
 # In the terms of chat templates; the others are OpenAI's newest and oldest ones, and those of ShareGPT.
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 
@@ -44,8 +46,8 @@ def messages_in(value: object) -> list[dict] | None:
     for message in value:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) and is_text(part.get("text")) for part in content):
-            content = "".join(part["text"] for part in content)
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXTS for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
         role = ROLES.get(role, role) if isinstance(role, str) else role
         messages.append(message | {"role": role, "content": content})
     return messages

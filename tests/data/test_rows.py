@@ -80,6 +80,7 @@ BOXED = "First $2 \\cdot 3 = 6$.\nThen \\boxed{6} and one: \\boxed{7}."
         ({"prompt": "Q?", "solution": "7", "reward_model": {"ground_truth": "7"}}, "7"),
         ({"problem": "Q?", "solution": BOXED, "answer": "7", "messages": [*ASK, REPLY]}, "7"),
         ({"problem": "Q?", "solution": BOXED}, "7"),
+        ({"problem": "Q?", "answer": "7", "label": 1, "solution": "\\boxed{8}"}, "7"),
         ({"problem": "Q?", "solution": "<think> 6 </think> <answer> 7 </answer>"}, "7"),
         # TRL
         ({"prompt": ASK, "solution": "$7$"}, "7"),
