@@ -5,21 +5,29 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
+import pydantic.dataclasses
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from retool_jax.data import problems as problems_of
-from retool_jax.data.problems import Overlap, Problem, load_problems, overlaps, question_of, to_problem, to_row
+from retool_jax.answers import check
+from retool_jax.data import gsm8k
+from retool_jax.data.instructions import question_of, unknown_instructions
+from retool_jax.data.overlap import Overlap, overlaps
+from retool_jax.data.problems import Problem, clean, load_problems, to_problem, to_row
+from retool_jax.data.rows import asks_and_answers, is_text, plain_integer, tools_of
 from retool_jax.data.sources import read_rows
-from retool_jax.data.traces import BadTrace, boxed_answer, check_answer, conversation, run_again, truth_of
+from retool_jax.data.traces import MAX_OUTPUT, BadTrace, boxed_answer, conversation, run_again, truth_of
 from retool_jax.errors import UserError, run_command
+from retool_jax.fields import Count, complaint
 from retool_jax.metrics import Progress
 from retool_jax.run.load import split_words
-from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
+from retool_jax.sandbox import Sandbox, SandboxConfig, ToolResult, open_sandbox, tool_text
 from retool_jax.sandbox.backends import candidates
 
 USAGE = """\
@@ -28,15 +36,17 @@ Convert, check and clean published rows, and write those that can be used as JSO
     python -m retool_jax.prepare source=SOURCE out=FILE.jsonl [key=value ...]
 
 source=SOURCE        a .jsonl, .json or .parquet file; a hub id (ID, ID:SPLIT or ID:CONFIG/SPLIT); tfds:NAME/SPLIT
-out=FILE.jsonl       what to write; a report with every dropped row is written beside it as FILE.report.json
-kind=traces          demonstrations for sft.data, from ReTool-SFT in its raw or its multi-turn form
-kind=problems        problems for data.train: DAPO-Math-17k, AIME, GSM8K, MATH-500 and files in their columns;
+out=FILE.jsonl       what to write; a report of what was dropped and why is written beside it as FILE.report.json
+kind=traces          demonstrations for sft.data: ReTool-SFT in its raw or multi-turn form, and conversations with calls
+kind=problems        problems for data.train: DAPO-Math-17k, AIME, GSM8K, MATH-500 and others (docs/data.md);
                      repeats are dropped, and every question asks for its answer in the same words
-                     default: traces where the first row has messages, problems otherwise
+                     default: traces where the first row has a policy's turns, problems otherwise
+kind=gsm8k_code      demonstrations made from GSM8K's calculator annotations, whose programs are run in the sandbox;
+                     the same solutions in words, for a control without tools, are written to FILE.text.jsonl
 verify=true          traces only: run every program again in the sandbox and compare what it prints; drop rows whose
                      final answer is wrong, where the true one is known
-sandbox=NAME[,NAME]  with verify=true: back-ends in order of preference (gvisor, bubblewrap, process, remote);
-                     default: auto, which is gvisor, else bubblewrap; process is for code that you trust
+sandbox=NAME[,NAME]  with verify=true or gsm8k_code: back-ends in order of preference (gvisor, bubblewrap, process,
+                     remote); default: auto, which is gvisor, else bubblewrap; process is for code that you trust
 answers=FILE[,FILE]  with verify=true: problems whose answers are the truth for traces that bring none
 overlap=FILE[,FILE]  report questions that also stand in these problems, for example AIME 2024 and 2025
 limit=N              read the first N rows only
@@ -44,24 +54,29 @@ limit=N              read the first N rows only
 For example:
 
     python -m retool_jax.prepare source=JoeYing/ReTool-SFT out=retool_sft.jsonl verify=true
+    python -m retool_jax.prepare source=openai/gsm8k:main/train out=gsm8k.jsonl kind=gsm8k_code
     python -m retool_jax.prepare source=BytedTsinghua-SIA/DAPO-Math-17k out=dapo.jsonl overlap=AIME24.jsonl"""
 
 LONG = 2000  # rows from which on reading shows its progress
-AT_ONCE = 64  # traces that are verified together
+AT_ONCE = 64  # traces whose programs run together
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda text: tuple(filter(None, text.split(","))))]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Job:
     """The command line's words."""
 
     source: str
     out: Path
-    kind: str = ""  # traces or problems; empty: by the first row
-    verify: bool = False
-    sandbox: tuple[str, ...] = ("auto",)
-    answers: tuple[str, ...] = ()
-    overlap: tuple[str, ...] = ()
-    limit: int = 0  # 0: all rows
+    kind: Literal["", "traces", "problems", "gsm8k_code"] = ""
+    verify: Literal["false", "true"] = "false"
+    sandbox: Names = ()
+    answers: Names = ()
+    overlap: Names = ()
+    limit: Count = 0  # 0: all rows
 
 
 @dataclass
@@ -74,6 +89,7 @@ class Report:
     kept: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[int, str]] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)  # sentences that ask for another form of the answer, kept
     outputs: Counter[str] = field(default_factory=Counter)  # of programs that ran again, by verdict
     differences: list[dict] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)  # final answers that were compared with the truth
@@ -85,16 +101,12 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A converted row on its way to the file."""
+class Line:
+    """A row on its way to the file: what is written, and what it asks."""
 
     row: int
-    messages: list[dict]
-    truth: str | None
-
-    @property
-    def question(self) -> str:
-        return question_of(next(turn["content"] for turn in self.messages if turn["role"] == "user"))
+    content: dict
+    question: str
 
 
 def parse_words(words: Sequence[str]) -> Job:
@@ -103,32 +115,21 @@ def parse_words(words: Sequence[str]) -> Job:
     Raises:
         UserError: an unknown key (naming the nearest), or a value that is none.
     """
-    keys = ("source", "out", "kind", "verify", "sandbox", "answers", "overlap", "limit")
-    values = dict(split_words(words, keys))
+    values = dict(split_words(words, tuple(Job.__dataclass_fields__)))
     for key in ("source", "out"):
         if key not in values:
             raise UserError(f"no {key} given; usage: python -m retool_jax.prepare source=SOURCE out=FILE.jsonl")
-    if values.get("kind", "traces") not in ("traces", "problems"):
-        raise UserError(f"kind={values['kind']} is not one of: traces, problems")
-    if values.get("verify", "true") not in ("true", "false"):
-        raise UserError(f"verify={values['verify']} is not one of: true, false")
-    limit = values.get("limit", "1")
-    if not (limit.isascii() and limit.isdigit() and int(limit)):
-        raise UserError(f"limit={limit} must be a whole number of rows, at least 1")
-    job = Job(
-        values["source"],
-        Path(values["out"]),
-        values.get("kind", ""),
-        values.get("verify") == "true",
-        tuple(filter(None, values.get("sandbox", "auto").split(","))),
-        *(tuple(filter(None, values.get(key, "").split(","))) for key in ("answers", "overlap")),
-        int(values.get("limit", 0)),
-    )
-    if job.answers and not job.verify:
+    try:
+        job = Job(**values)
+    except ValidationError as error:
+        raise UserError(complaint(error, Job)) from None
+    if "limit" in values and not job.limit:
+        raise UserError("limit=0 must be at least 1; leave it out to read all rows")
+    if job.answers and job.verify == "false":
         raise UserError(f"answers={values['answers']} is read with verify=true only; add it, or leave answers out")
-    if "sandbox" in values and not job.verify:
-        raise UserError(f"sandbox={values['sandbox']} is used with verify=true only; add it, or leave sandbox out")
-    candidates(job.sandbox)
+    if job.sandbox and job.verify == "false" and job.kind != "gsm8k_code":
+        raise UserError(f"sandbox={values['sandbox']} is used with verify=true or kind=gsm8k_code only; leave it out")
+    candidates(job.sandbox or ("auto",))
     check_out(job)
     return job
 
@@ -139,8 +140,9 @@ def check_out(job: Job) -> None:
     if out.suffix != ".jsonl" or out.is_dir():
         raise UserError(f"out={out} must be a file named *.jsonl")
     inputs = (job.source, *job.answers, *job.overlap)
-    if out.exists() and any(Path(name).exists() and out.samefile(name) for name in inputs):
-        raise UserError(f"out={out} is also read; choose another file")
+    for path in (out, twin_path(out)) if job.kind == "gsm8k_code" else (out,):
+        if path.exists() and any(Path(name).exists() and path.samefile(name) for name in inputs):
+            raise UserError(f"out={out} would write {path}, which is also read; choose another file")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"out={out}: {folder} is no folder that can be written; choose another file")
@@ -153,34 +155,39 @@ def prepare(job: Job) -> Report:
     first = next(iter(rows), None)
     if first is None:
         raise UserError(f"source={job.source} has no rows")
-    kind = job.kind or ("traces" if "messages" in first else "problems")
-    if job.verify and kind == "problems":
-        raise UserError("verify=true checks traces, and these rows are problems; leave it out, or set kind=traces")
+    kind = job.kind or ("traces" if asks_and_answers(first) else "problems")
+    if job.verify == "true" and kind != "traces":
+        raise UserError(f"verify=true checks traces, and these rows are {kind}; leave it out, or set kind=traces")
     references = {name: [problem.question for problem in load_problems(name)] for name in job.overlap}
     truths = {key_of(problem.question): problem.ground_truth for name in job.answers for problem in load_problems(name)}
 
-    report = Report(job.source, kind)
-    if kind == "traces":
-        traces = convert(watched(rows), report)
-        if job.verify:
-            traces = asyncio.run(verify(traces, truths, report, job.sandbox))
-        questions = [trace.question for trace in traces]
-        lines = [
-            {"messages": trace.messages} | ({"ground_truth": trace.truth} if trace.truth else {}) for trace in traces
-        ]
+    report, twins = Report(job.source, kind), []
+    if kind == "problems":
+        lines = read_problems(watched(rows), job.source, report)
+    elif kind == "traces":
+        lines = read_traces(watched(rows), report)
+        if job.verify == "true":
+            lines = asyncio.run(verify(lines, truths, report, job.sandbox))
     else:
-        kept = read_problems(watched(rows), job.source, report)
-        questions = [problem.question for problem in kept]
-        lines = [to_row(problem, Path(job.source).stem) for problem in kept]
+        lines, twins = asyncio.run(program_lines(watched(rows), report, job.sandbox))
     report.kept = len(lines)
     if not lines:
         worst = ", ".join(f"{reason} ({count})" for reason, count in report.reasons.most_common(3))
         detail = report.dropped[0][1] if report.dropped else "no rows"
         raise UserError(f"no row of {job.source} can be used: {worst}; the first: {detail}; nothing was written")
+    questions = [line.question for line in lines]
     for name, texts in references.items():
         found = overlaps(questions, texts)
         report.overlaps[name] = [describe_overlap(overlap, questions, texts) for overlap in found]
-    write(job.out, lines, report)
+    for line in lines:
+        asking = line.content.get("messages") or line.content["prompt"]
+        report.unknown.update(
+            sentence
+            for turn in asking
+            if turn["role"] in ("system", "user")
+            for sentence in unknown_instructions(turn["content"])
+        )
+    write(job.out, [line.content for line in lines], twins, report)
     return report
 
 
@@ -204,61 +211,114 @@ def key_of(question: str) -> str:
 # --- traces -----------------------------------------------------------------------------------------------------------
 
 
-def convert(rows: Iterable[tuple[int, dict]], report: Report) -> list[Trace]:
+def read_traces(rows: Iterable[tuple[int, dict]], report: Report) -> list[Line]:
     """The rows that are demonstrations with an answer in a box; the others are in the report, with their reason."""
-    traces = []
+    lines = []
     for number, row in rows:
         report.rows += 1
         try:
             messages = conversation(row)
             boxed_answer(messages)
-        except BadTrace as reason:
+            tools = tools_of(row, "a row that")
+        except (BadTrace, UserError) as reason:
             report.drop(number, str(reason))
-        else:
-            traces.append(Trace(number, messages, truth_of(row)))
-    return traces
+            continue
+        truth, names = truth_of(row), {} if tools is None else {"tools": list(tools)}
+        asked = next(turn["content"] for turn in messages if turn["role"] == "user")
+        lines.append(
+            Line(
+                number, {"messages": messages} | ({"ground_truth": truth} if truth else {}) | names, question_of(asked)
+            )
+        )
+    return lines
 
 
-async def verify(
-    traces: Sequence[Trace], truths: dict[str, str], report: Report, backend: tuple[str, ...]
-) -> list[Trace]:
+async def verify(lines: Sequence[Line], truths: dict[str, str], report: Report, backend: tuple[str, ...]) -> list[Line]:
     """Run every program again and check every final answer whose truth is known; wrong answers are dropped."""
-    kept = []
-    async with open_sandbox(SandboxConfig(backend=backend, slots=os.cpu_count() or 1)) as box:
-        with Progress("verifying", max(len(traces), 1)) as bar:
-            for start in range(0, len(traces), AT_ONCE):
-                part = traces[start : start + AT_ONCE]
-                await asyncio.gather(*(_run_programs(trace, box, report) for trace in part))
-                kept += [trace for trace in part if _answer_holds(trace, truths, report)]
-                bar.step(start + len(part), {"outputs that differ": report.outputs["differs"]})
+
+    async def run(line: Line, box: Sandbox) -> bool:
+        for rerun in await run_again(line.content["messages"], box):
+            report.outputs[rerun.verdict] += 1
+            if rerun.verdict != "same":
+                report.differences.append({"row": line.row, **asdict(rerun)})
+        return _answer_holds(line, truths, report)
+
+    kept = await _in_sandbox(lines, run, report, backend)
     report.dropped.sort()
     report.differences.sort(key=lambda item: (item["row"], item["call"]))
-    return kept
+    return [line for line, right in zip(lines, kept, strict=True) if right]
 
 
-async def _run_programs(trace: Trace, box: Sandbox, report: Report) -> None:
-    for rerun in await run_again(trace.messages, box):
-        report.outputs[rerun.verdict] += 1
-        if rerun.verdict != "same":
-            report.differences.append({"row": trace.row, **asdict(rerun)})
-
-
-def _answer_holds(trace: Trace, truths: dict[str, str], report: Report) -> bool:
-    truth = trace.truth or truths.get(key_of(trace.question))
+def _answer_holds(line: Line, truths: dict[str, str], report: Report) -> bool:
+    truth = line.content.get("ground_truth") or truths.get(key_of(line.question))
     if truth is None:
         report.answers["no truth to compare with"] += 1
         return True
-    verdict = check_answer(trace.messages, truth)
+    verdict = check(line.content["messages"][-1]["content"], truth)
     report.answers["right" if verdict.correct else "wrong"] += 1
     if not verdict.correct:
-        report.drop(trace.row, "wrong answer", f"wrong answer: {verdict.answer} and not {truth} ({verdict.reason})")
+        report.drop(line.row, "wrong answer", f"wrong answer: {verdict.answer} and not {truth} ({verdict.reason})")
     return verdict.correct
+
+
+async def _in_sandbox(
+    items: Sequence[Item],
+    run: Callable[[Item, Sandbox], Awaitable[Result]],
+    report: Report,
+    backend: tuple[str, ...],
+) -> list[Result]:
+    """What `run` gives for each item, a part of them at a time, all in one sandbox."""
+    results: list[Result] = []
+    title = "verifying" if report.kind == "traces" else "running"
+    async with open_sandbox(SandboxConfig(backend=backend or ("auto",), slots=os.cpu_count() or 1)) as box:
+        with Progress(title, max(len(items), 1)) as bar:
+            for start in range(0, len(items), AT_ONCE):
+                results += await asyncio.gather(*(run(item, box) for item in items[start : start + AT_ONCE]))
+                bar.step(len(results), {f"outputs: {name}": str(count) for name, count in report.outputs.items()})
+    return results
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+async def program_lines(
+    rows: Iterable[tuple[int, dict]], report: Report, backend: tuple[str, ...]
+) -> tuple[list[Line], list[dict]]:
+    """GSM8K's rows whose annotations are a program that prints the answer, and the same ones in words."""
+    programs: list[tuple[int, dict, str]] = []
+    for number, row in rows:
+        report.rows += 1
+        if not is_text(row.get("question"), row.get("answer")) or not gsm8k.answer_of(row["answer"]):
+            report.drop(number, "is no row of GSM8K: question, and answer with its #### line")
+            continue
+        try:
+            programs.append((number, row, gsm8k.program_of(row["question"], row["answer"])))
+        except gsm8k.NoProgram as reason:
+            report.drop(number, str(reason))
+
+    async def run(item: tuple[int, dict, str], box: Sandbox) -> ToolResult:
+        return await box.run(item[2])
+
+    lines, twins = [], []
+    results = await _in_sandbox(programs, run, report, backend)
+    for (number, row, program), result in zip(programs, results, strict=True):
+        question, answer = row["question"], gsm8k.answer_of(row["answer"])
+        if result.status != "success":
+            report.drop(number, "its program fails", f"its program fails: {result.message or result.status}")
+        elif plain_integer(result.stdout.strip()) != answer:
+            report.drop(number, "its program prints another value than the answer")
+        else:
+            trace = gsm8k.trace_of(question, program, tool_text(result, MAX_OUTPUT), answer)
+            lines.append(Line(number, {"messages": trace, "ground_truth": answer}, question_of(question)))
+            twins.append({"messages": gsm8k.twin_of(question, row["answer"], answer), "ground_truth": answer})
+    report.dropped.sort()
+    return lines, twins
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
-def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report) -> list[Problem]:
+def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report) -> list[Line]:
     """The rows that are problems, each question once, with our instruction."""
 
     def readable() -> Iterator[Problem]:
@@ -271,9 +331,10 @@ def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report)
             else:
                 yield problem
 
-    kept, dropped = problems_of.clean(readable())
+    kept, dropped = clean(readable())
     report.reasons.update(dropped)
-    return kept
+    name = Path(source).stem
+    return [Line(number, to_row(problem, name), problem.question) for number, problem in enumerate(kept, start=1)]
 
 
 def describe_overlap(overlap: Overlap, questions: Sequence[str], references: Sequence[str]) -> dict:
@@ -290,12 +351,18 @@ def describe_overlap(overlap: Overlap, questions: Sequence[str], references: Seq
 # --- what is written and shown ----------------------------------------------------------------------------------------
 
 
-def write(out: Path, lines: Sequence[dict], report: Report) -> None:
-    """The file and its report, each whole or not at all."""
+def write(out: Path, lines: Sequence[dict], twins: Sequence[dict], report: Report) -> None:
+    """The file, its twin where it has one, and its report, each whole or not at all."""
+    files = {report_path(out): json.dumps(vars(report), ensure_ascii=False, indent=1)}
+    for path, rows in ((twin_path(out), twins), (out, lines)):
+        if rows:
+            files[path] = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _replace(report_path(out), [json.dumps(vars(report), ensure_ascii=False, indent=1)])
-        _replace(out, (json.dumps(line, ensure_ascii=False) for line in lines))
+        for path, text in files.items():
+            temporary = path.with_name(f"{path.name}.tmp")
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror}); choose another out=") from error
 
@@ -304,22 +371,17 @@ def report_path(out: Path) -> Path:
     return out.with_suffix(".report.json")
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def twin_path(out: Path) -> Path:
+    return out.with_suffix(".text.jsonl")
 
 
 def table_rows(report: Report) -> list[tuple[str, int]]:
     """(what, how many) to show, in order."""
     rows = [("rows read", report.rows), ("kept", report.kept)]
     rows += [(f"dropped: {reason}", count) for reason, count in report.reasons.most_common()]
+    rows += [(f"unknown instruction, kept: {text[:60]}", count) for text, count in report.unknown.most_common(5)]
+    if len(report.unknown) > 5:
+        rows.append(("other unknown instructions, kept", report.unknown.total() - sum(count for _, count in rows[-5:])))
     rows += [(f"final answer: {verdict}", count) for verdict, count in report.answers.most_common()]
     rows += [(f"output run again: {verdict}", count) for verdict, count in report.outputs.most_common()]
     for source, found in report.overlaps.items():
@@ -340,8 +402,9 @@ def main(words: list[str]) -> None:
     table.add_column(justify="right")
     for name, count in table_rows(report):
         table.add_row(name, f"{count:,}")
-    Console(highlight=False).print(table)
-    print(f"wrote {job.out} ({report.kept:,} rows) and {report_path(job.out)}")
+    Console(highlight=False, markup=False).print(table)
+    others = [twin_path(job.out)] if report.kind == "gsm8k_code" else []
+    print(f"wrote {', '.join(map(str, [job.out, *others]))} ({report.kept:,} rows) and {report_path(job.out)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.data.problems import INSTRUCTION, Problem, load_problems
+from retool_jax.data.instructions import INSTRUCTION
+from retool_jax.data.problems import Problem, load_problems
 from retool_jax.data.traces import boxed_answer, messages_of
 from retool_jax.errors import UserError
 from retool_jax.prepare import main, parse_words
@@ -104,6 +105,51 @@ def test_problems_are_cleaned_and_compared(tmp_path, capsys):
     assert "all of its words in held_out.jsonl" in capsys.readouterr().out
 
 
+def test_what_asks_for_another_form_is_counted_and_stays(tmp_path, capsys):
+    odd = "Write the final answer in <result> tags."
+    qwen = "Please reason step by step, and put your final answer within \\boxed{}."
+    rows = [{"prompt": f"{a} + 1? {odd} {qwen}", "label": str(a + 1)} for a in range(3)]
+    rows.append({"prompt": [{"role": "system", "content": qwen}, {"role": "user", "content": "2 * 2?"}], "label": "4"})
+    source, out = write(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    main([f"source={source}", f"out={out}"])
+    assert report_of(out)["unknown"] == {odd: 3} and f"unknown instruction, kept: {odd}" in capsys.readouterr().out
+    problems = load_problems(str(out))
+    assert problems[0].question == f"0 + 1? {odd}\n\n{INSTRUCTION}"
+    assert [turn["role"] for turn in problems[3].messages] == ["user"], "the system turn asked for a form only"
+    source = write(tmp_path / "t.jsonl", [trace("print(7)", "7", "\\boxed{7}", f"3 + 4? {odd}", tools=["python"])])
+    main([f"source={source}", f"out={out}"])
+    assert report_of(out)["unknown"] == {odd: 1} and read(out)[0]["tools"] == ["python"]
+    main([f"source={write(tmp_path / 'q.jsonl', rows[3:])}", f"out={out}"])
+    assert report_of(out)["unknown"] == {}
+
+
+def test_programs_are_made_of_annotations_and_kept_where_they_print_the_answer(tmp_path, capsys):
+    rows = [
+        {"question": "What are 2 dozens?", "answer": "They are 2*12 = <<2*12=24>>24 eggs.\n#### 24"},
+        {"question": "What is 5% of 40?", "answer": "It is 40*5% = <<40*5%=2>>2.\n#### 2"},
+        {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"},
+        {"question": "What is 7 - 3 - 3?", "answer": "It is <<7-3=4>>4, minus 3.\n#### 1"},
+        {"question": "What is 2 ^ 3?", "answer": "It is <<2^3=8>>8.\n#### 8"},
+        {"problem": "What is 2 + 3?", "answer": "5"},
+    ]
+    source, out = write(tmp_path / "g.jsonl", rows), tmp_path / "out.jsonl"
+    main([f"source={source}", f"out={out}", "kind=gsm8k_code", "sandbox=process"])
+    report, kept, twins = report_of(out), read(out), read(tmp_path / "out.text.jsonl")
+    assert (report["rows"], report["kept"]) == (6, 2) and len(kept) == len(twins) == 2
+    assert report["dropped"] == [
+        [3, "no calculator annotation"],
+        [4, "its program prints another value than the answer"],
+        [5, "an annotation that is no arithmetic"],
+        [6, "is no row of GSM8K: question, and answer with its #### line"],
+    ]
+    for row, twin, output in zip(kept, twins, ("24", "2.0"), strict=True):
+        assert messages_of(row) == row["messages"] and messages_of(twin) == twin["messages"]
+        assert row["messages"][0] == twin["messages"][0] and row["ground_truth"] == twin["ground_truth"]
+        assert row["messages"][2] == {"role": "tool", "content": output}
+        assert boxed_answer(row["messages"]) == boxed_answer(twin["messages"]) == row["ground_truth"]
+    assert f"wrote {out}, {tmp_path / 'out.text.jsonl'} (2 rows)" in capsys.readouterr().out
+
+
 def test_a_limit_reads_the_first_rows_only(tmp_path):
     source, out = write(tmp_path / "raw.jsonl", TRACES), tmp_path / "out.jsonl"
     main([f"source={source}", f"out={out}", "limit=2"])
@@ -127,20 +173,22 @@ def test_words_that_are_not_understood(tmp_path):
         ("sorce=x", "cannot read 'sorce=x'; did you mean source=...?"),
         ("verify", "cannot read 'verify'; did you mean verify=...?"),
         ("xyzzy=1", "it takes source, out, kind, verify, sandbox, answers, overlap, limit (see --help)"),
-        ("kind=rows", "kind=rows is not one of: traces, problems"),
-        ("verify=yes", "verify=yes is not one of: true, false"),
-        ("limit=0", "limit=0 must be a whole number of rows, at least 1"),
-        ("limit=1e3", "limit=1e3 must be a whole number"),
+        ("kind=rows", "kind=rows is not one of: traces, problems, gsm8k_code"),
+        ("verify=yes", "verify=yes is not one of: false, true"),
+        ("limit=0", "limit=0 must be at least 1"),
+        ("limit=-3", "limit=-3 must be at least 0"),
+        ("limit=1e3", "limit=1e3: Input should be a valid integer"),
         ("answers=x", "answers=x is read with verify=true only"),
-        ("sandbox=process", "sandbox=process is used with verify=true only"),
+        ("sandbox=process", "sandbox=process is used with verify=true or kind=gsm8k_code only"),
         ("out=x.parquet", "out=x.parquet must be a file named *.jsonl"),
-        (f"out={source}", "is also read; choose another file"),
+        (f"out={source}", "which is also read; choose another file"),
         (f"out={source}/x.jsonl", "is no folder that can be written"),
         ("overlap=nowhere.jsonl", "no data file nowhere.jsonl"),
         ("source=nowhere.jsonl", "no data file nowhere.jsonl"),
-        ("kind=problems", "no row of "),
     ]:
         assert message in error_of(*good, word), word
+    unanswered = write(tmp_path / "unanswered.jsonl", TRACES[1:2])
+    assert "no row of " in error_of(f"source={unanswered}", f"out={out}", "kind=problems")
     problems = write(tmp_path / "p.jsonl", [{"problem": "1 + 1?", "answer": "2"}])
     assert "verify=true checks traces" in error_of(f"source={problems}", f"out={out}", "verify=true")
     assert "has no rows" in error_of(f"source={write(tmp_path / 'none.jsonl', [])}", f"out={out}")
@@ -164,6 +212,7 @@ def test_help_names_every_key(capsys):
         "out=",
         "kind=traces",
         "kind=problems",
+        "kind=gsm8k_code",
         "verify=",
         "sandbox=",
         "answers=",
@@ -298,6 +347,7 @@ def test_whole_public_sets_are_kept(tmp_path, local_data):
         main([f"source={local_data(name)}", f"out={out}", *words])
         problems = load_problems(str(out))
         assert report_of(out)["kept"] == report_of(out)["rows"] == rows == len(problems), name
+        assert report_of(out)["unknown"] == {}, name
         return problems
 
     answers = []
@@ -305,6 +355,7 @@ def test_whole_public_sets_are_kept(tmp_path, local_data):
         source = local_data(f"retool_sft/retool_{name}.jsonl")
         main([f"source={source}", f"out={out}"])
         assert report_of(out)["kept"] == report_of(out)["rows"] == len(read(source))
+        assert report_of(out)["unknown"] == {}
         answers += [boxed_answer(row["messages"]) for row in read(out)]
     assert answers == ["3", "3", "40", "807", "80", "45", "12", "60"]
     years = [local_data(f"aime/AIME{year}.jsonl") for year in (24, 25)]
@@ -319,4 +370,6 @@ def test_whole_public_sets_are_kept(tmp_path, local_data):
         assert problem.question.endswith(f"\n\n{INSTRUCTION}") and problem.question.count("boxed") == 1
         assert "Answer:" not in problem.question and "step by step. The last line" not in problem.question
     prepare("gsm8k/test.jsonl", 1319)
+    prepare("gsm8k/train_first1000.jsonl", 1000)
+    prepare("deepmath/deepmath_first600.jsonl", 600)
     assert all(problem.ground_truth for problem in prepare("math500/math500.jsonl", 500))

@@ -9,7 +9,6 @@ The splits are disjoint by operands: no pair or triple of numbers stands in two 
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,16 +113,6 @@ def demonstration(index: int, tools: bool, seed: int = 0) -> list[dict]:
         answer = item.answer
     messages.append({"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."})
     return messages
-
-
-def corpus(count: int, seed: int = 0) -> list[str]:
-    """Plain texts of demonstrations, to train a tokenizer on; without control tokens."""
-    texts = []
-    for index in range(count):
-        for message in demonstration(index, tools=True, seed=seed):
-            calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
-            texts.append("\n".join([message["role"], message["content"], *calls]))
-    return texts
 
 
 def _draw_operands(kind: str, rng: np.random.Generator) -> tuple[int, ...]:

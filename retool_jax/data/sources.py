@@ -24,7 +24,9 @@ def read_rows(source: str, others: str = "") -> Iterable[dict]:
     if source.startswith("tfds:"):
         return _tensorflow_rows(source)
     if suffix not in (".jsonl", ".json", ".parquet"):
-        return _hub_rows(source, others)
+        name, _, part = source.partition(":")
+        config, _, split = part.rpartition("/")
+        return _load_dataset(source, others, name, config or None, split=split or "train")
     if not Path(source).is_file():
         raise UserError(f"no data file {source}; give {FORMS}{others}")
     if suffix == ".parquet":
@@ -52,12 +54,6 @@ def _json_rows(source: str, others: str) -> list[dict]:
     except (ValueError, OSError, RecursionError) as error:
         raise _unreadable(source, others, f"{where}{error}") from error
     return rows
-
-
-def _hub_rows(source: str, others: str) -> Iterable[dict]:
-    name, _, part = source.partition(":")
-    config, _, split = part.rpartition("/")
-    return _load_dataset(source, others, name, config or None, split=split or "train")
 
 
 def _load_dataset(source: str, others: str, *words: str | None, **keys: str) -> Iterable[dict]:

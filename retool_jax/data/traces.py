@@ -1,26 +1,29 @@
-r"""Demonstrations for the cold start: published ReTool trajectories as chat messages with tool calls.
+r"""Demonstrations for the cold start: published conversations as chat messages with tool calls.
 
 Two forms are read: the raw one of JoeYing/ReTool-SFT, a prompt and one text with `<code>` and `<interpreter>`, and the
-multi-turn one with `messages`, `tool_calls` and tool turns. Both become messages that
-`tokens.demonstrations.demonstration_ids` turns into ids and mask in any grammar, with the question asked by the same
-sentence as in RL.
+multi-turn one with tool calls and tool turns. Both become messages that `tokens.demonstrations.demonstration_ids` turns
+into ids and mask in any grammar, with the question asked by the same sentence as in RL.
 
 The paper checks its cold-start data in two stages, form and answer (arXiv 2504.11536, section 3.2). The first is
-`conversation` and `boxed_answer`; for the second, and to see whether the recorded outputs are what the code prints,
-there are `check_answer` and `run_again`.
+`conversation` and `boxed_answer`; the second is the reward's own verdict, and `run_again` sees whether the recorded
+outputs are what the code prints.
 """
 
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import takewhile
 
-from retool_jax.answers import Verdict, check, extract_boxed
-from retool_jax.data.problems import prompt_of, question_of
+from retool_jax.answers import extract_boxed
+from retool_jax.data.instructions import prompt_of, question_of, without_instructions
+from retool_jax.data.rows import conversation_in, is_text, true_answer, unpacked
+from retool_jax.errors import UserError
 from retool_jax.sandbox import Sandbox, tool_text
 from retool_jax.tokens.demonstrations import Unreadable, holds_control, is_transcript, read_transcript
 from retool_jax.tokens.grammar import CODE_TOOL
 
 MAX_OUTPUT = 1 << 16  # characters of an output that are compared
+THINKING = ("reasoning_content", "reasoning", "thinking")  # where servers and data sets put what was thought
 
 
 class BadTrace(Exception):
@@ -33,8 +36,8 @@ class BadTrace(Exception):
 def conversation(row: dict) -> list[dict]:
     """The chat messages of one row of either form: strings as content, calls with `arguments` as a dict.
 
-    The user's turn is reduced to its question and our instruction. Schemas in a row's own `tools` are ignored: those
-    in the prompt are RL's.
+    The user's turn is reduced to its question and our instruction, and a system turn loses what asks for a form of the
+    answer. Schemas in a row's own `tools` are ignored: those in the prompt are RL's.
 
     Raises:
         BadTrace: why it cannot be converted.
@@ -42,13 +45,14 @@ def conversation(row: dict) -> list[dict]:
     system, user, policy = _parts(row)
     if len(policy) == 1 and not policy[0].get("tool_calls"):
         try:
-            policy = read_transcript(policy[0]["content"])
+            first, *others = read_transcript(policy[0]["content"])
         except Unreadable as reason:
             raise BadTrace(str(reason)) from None
+        policy = [policy[0] | first, *others]
     question = question_of(user["content"])
     if not question:
         raise BadTrace("no question")
-    return _checked(system, {"role": "user", "content": prompt_of(question)}, policy)
+    return _checked(without_instructions(system), {"role": "user", "content": prompt_of(question)}, policy)
 
 
 def messages_of(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> list[dict]:
@@ -65,36 +69,59 @@ def messages_of(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> list[dict]:
 
 def _parts(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> tuple[list[dict], dict, list[dict]]:
     """The system turn in a list, or none; the user's turn; and all that follows, at least one turn."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if row.get("label") is False:  # of TRL's unpaired preferences
+        raise BadTrace("a completion that is marked as bad")
+    messages = conversation_in(row)
+    if messages is None:
         raise BadTrace("no messages")
     turns = [_turn(message, tools) for message in messages]
     start = 1 if turns and turns[0]["role"] == "system" else 0
     if [turn["role"] for turn in turns[start : start + 2]] != ["user", "assistant"]:
         raise BadTrace("no user turn followed by an assistant turn")
-    return turns[:start], turns[start], turns[start + 1 :]
+    return turns[:start], turns[start], _in_order(turns[start + 1 :])
 
 
 def _checked(system: list[dict], user: dict, policy: list[dict]) -> list[dict]:
-    _check_order(policy)
+    policy = [_with_thinking(turn) for turn in policy]
     for turn in [*system, user, *policy]:
         texts = [turn["content"]] if turn["role"] != "tool" else []  # outputs are defused when they are encoded
         texts += [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
         if any(map(holds_control, texts)):
             raise BadTrace("a control token in the text")
+    if not policy[-1]["content"].rpartition("</think>")[2].strip():
+        raise BadTrace("no final answer")
     return [*system, user, *policy]
 
 
 def _turn(message: dict, tools: Collection[str]) -> dict:
-    """One message of the multi-turn form, with nothing in it but what a template needs."""
-    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    """One message with nothing in it but what a template needs, the ids that match calls and outputs, and thinking."""
+    role, content, calls = message["role"], message["content"], _calls(message)
+    if isinstance(content, list):
+        raise BadTrace("a part that is no text")
     content = "" if content is None and (calls or role == "tool") else content
     if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
         raise BadTrace("a message without role or text")
+    if any(message.get(key) for key in ("refusal", "audio", "images", "videos")):
+        raise BadTrace("a message with more than text")
     turn = {"role": role, "content": content}
-    if role == "assistant" and calls:
-        turn["tool_calls"] = [_tool_call(call, tools) for call in calls]
+    if role == "tool" and message.get("tool_call_id") is not None:
+        turn["id"] = str(message["tool_call_id"])
+    if thinking := _thinking(message):
+        turn["thinking"] = thinking
+    if role == "assistant":
+        if any(message.get(key) in (0, False) for key in ("weight", "loss_mask")):  # of OpenAI, of verl
+            raise BadTrace("a turn that is not to be learned")
+        if calls:
+            turn["tool_calls"] = [_tool_call(call, tools) for call in calls]
     return turn
+
+
+def _calls(message: dict) -> list:
+    """The calls of a message, OpenAI's older form with a single one included."""
+    calls = unpacked(message.get("tool_calls")) or []
+    if not isinstance(calls, list):
+        raise BadTrace("calls that are no list")
+    return [*calls, *([{"function": message["function_call"]}] if message.get("function_call") else [])]
 
 
 def _tool_call(call: object, tools: Collection[str]) -> dict:
@@ -105,41 +132,87 @@ def _tool_call(call: object, tools: Collection[str]) -> dict:
     if isinstance(arguments, str):  # OpenAI's form; Qwen2.5's template would encode it a second time
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadTrace("arguments that are not JSON") from None
     name = function.get("name")
     if name not in tools:
         raise BadTrace("a call of another tool")
     if name == CODE_TOOL:
         code = arguments.get("code") if isinstance(arguments, dict) else None
-        if not isinstance(code, str) or not code.strip():
+        if not is_text(code):
             raise BadTrace("empty code")
         arguments = {"code": code}
     elif not isinstance(arguments, dict):
         raise BadTrace("arguments that are no object")
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+    identity = {} if call.get("id") is None else {"id": str(call["id"])}
+    return {"type": "function", "function": {"name": name, "arguments": arguments}} | identity
 
 
-def _check_order(policy: list[dict]) -> None:
-    """After the question: assistant turns, each call answered once, the last one with words and no call."""
-    waiting = 0
-    for position, turn in enumerate(policy):
-        if turn["role"] == "tool":
-            waiting -= 1
-            if waiting < 0:
-                raise BadTrace("an output without its call")
-        elif turn["role"] != "assistant":
+def _in_order(turns: list[dict]) -> list[dict]:
+    """Assistant turns, each call answered once and in the order of the calls, and words at the end."""
+    ordered: list[dict] = []
+    while turns:
+        turn, *turns = turns
+        if turn["role"] != "assistant":
             raise BadTrace(f"a {turn['role']} turn after the first answer")
-        elif waiting:
+        outputs = list(takewhile(lambda following: following["role"] == "tool", turns))
+        turns, calls = turns[len(outputs) :], turn.get("tool_calls", [])
+        outputs = _by_call(calls, outputs)
+        if len(outputs) > len(calls):
+            raise BadTrace("an output without its call")
+        if turns and len(outputs) < len(calls):
             raise BadTrace("code without its output")
-        else:
-            waiting = len(turn.get("tool_calls", ()))
-            if not waiting and position < len(policy) - 1:
-                raise BadTrace("a turn after the final answer")
-    if policy[-1]["role"] != "assistant" or waiting:
+        if turns and not calls:
+            raise BadTrace("a turn after the final answer")
+        ordered += [turn, *outputs]
+    if ordered[-1]["role"] != "assistant" or ordered[-1].get("tool_calls"):
         raise BadTrace("no final answer")
-    if not policy[-1]["content"].strip():
-        raise BadTrace("no final answer")
+    return ordered
+
+
+def _by_call(calls: list[dict], outputs: list[dict]) -> list[dict]:
+    """The outputs of one turn's calls in the order of these, by the ids of both, which are taken off."""
+    wanted = [call.pop("id", None) for call in calls]
+    given = [output.pop("id", None) for output in outputs]
+    if not any(given):
+        return outputs
+    if not all(given):
+        raise BadTrace("outputs with and without tool_call_id")
+    if len(set(given)) < len(given):
+        raise BadTrace("two outputs with one tool_call_id")
+    if set(given) - set(wanted):
+        raise BadTrace("an output with an unknown tool_call_id")
+    if len(set(wanted)) < len(wanted):
+        raise BadTrace("two calls with one id")
+    return [outputs[given.index(identity)] for identity in wanted if identity in given]
+
+
+def _thinking(message: dict) -> str:
+    """What a message says was thought, apart from its words."""
+    found = [message[key] for key in THINKING if message.get(key)]
+    if not all(isinstance(text, str) for text in found):
+        raise BadTrace("thinking that is no text")
+    texts = {text.strip() for text in found} - {""}
+    if len(texts) > 1:
+        raise BadTrace("two different thinkings in one turn")
+    if texts and message["role"] != "assistant":
+        raise BadTrace("thinking in a turn that is not the policy's")
+    return "".join(texts)
+
+
+def _with_thinking(turn: dict) -> dict:
+    """A policy's turn with its thinking in front of its words, in the form of Qwen3's and DeepSeek-R1's turns."""
+    turn = dict(turn)
+    thinking = turn.pop("thinking", "")
+    if not thinking:
+        return turn
+    if "think>" in thinking or is_transcript(thinking):
+        raise BadTrace("marks of thinking or calls inside of the thinking")
+    if "<think>" in turn["content"]:
+        raise BadTrace("two different thinkings in one turn")
+    # Before a call, which brings a line's end along, one is enough.
+    words = "\n" + turn["content"].lstrip("\n") if turn["content"] else ""
+    return turn | {"content": f"<think>\n{thinking}\n</think>\n{words}"}
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
@@ -159,20 +232,12 @@ def boxed_answer(messages: list[dict]) -> str:
     return answer
 
 
-def check_answer(messages: list[dict], truth: str) -> Verdict:
-    """The reward's verdict on the final turn."""
-    return check(messages[-1]["content"], truth)
-
-
 def truth_of(row: dict) -> str | None:
     """The ground truth that a row brings along, if it does."""
-    reward = row.get("reward_model")
-    found = [
-        reward.get("ground_truth") if isinstance(reward, dict) else None,
-        row.get("ground_truth"),
-        row.get("answer"),
-    ]
-    return next((str(value).strip() for value in found if value is not None and str(value).strip()), None)
+    try:
+        return true_answer(row, "the row")
+    except UserError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class SFTConfig:
     epochs: Count = 0  # passes over `data`; each leaves out the rows that do not fill its last step
     batch_tokens: Positive = 2048  # tokens of demonstrations per step, on average
     batch_size: Count = 0  # demonstrations per step; 0: as many as hold batch_tokens on average
-    row_length: Positive = 192  # T of a packed row
+    row_length: Positive = 192
+    """T of a packed row, and the longest demonstration; rows of a file are no longer than its longest one needs."""
     overlong: Literal["error", "drop"] = "error"  # for rows of `data` longer than row_length: error, or drop
     warmup_fraction: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     """Share of all steps that warm up; the cosine takes the rest. 0: as sft.optimizer says."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retool_jax.data import arithmetic
-from retool_jax.data.problems import tools_of
+from retool_jax.data.rows import tools_of
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
@@ -25,6 +25,8 @@ class Demonstrations:
     last one wait for another epoch, whose order leaves out others.
 
     Attributes:
+        row_length: T of a packed row. Of finite data no more than the longest demonstration needs, in steps of 128:
+            attention costs the square of it, in memory too where no kernel of its own computes it.
         per_step: demonstrations in each batch. A fixed number keeps batches a function of the step.
         steps: batches that the run takes.
         digest: of finite data, as ids and mask; empty for the miniature.
@@ -43,11 +45,12 @@ class Demonstrations:
         # cost as much.
         known = [self._example(i) for i in range(256)] if self._finite is None else self._finite
         lengths = sorted((len(example.ids) for example in known), reverse=True)
+        self.row_length = sft.row_length if self._finite is None else min(sft.row_length, -(-lengths[0] // 128) * 128)
         self.per_step = sft.batch_size or max(round(sft.batch_tokens / np.mean(lengths)), 1)
         self.steps, self.digest, self.description = sft.steps, "", ""
         if self._finite is None:
             tokens = self.per_step * np.mean(lengths) if sft.batch_size else sft.batch_tokens
-            rows = -(-int(1.5 * tokens) // sft.row_length)
+            rows = -(-int(1.5 * tokens) // self.row_length)
         else:
             self._epoch_steps = len(lengths) // self.per_step
             if not self._epoch_steps:
@@ -58,17 +61,17 @@ class Demonstrations:
             self.steps = sft.steps or sft.epochs * self._epoch_steps
             # Any two rows of a first fit hold more than one row together: a bound for every order, the longest ones
             # in one batch included.
-            rows = min(self.per_step, 2 * sum(lengths[: self.per_step]) // sft.row_length + 1)
+            rows = min(self.per_step, 2 * sum(lengths[: self.per_step]) // self.row_length + 1)
             self.digest = _digest(self._finite)
             self.description = (
                 f"{len(lengths):,} demonstrations of {np.mean(lengths):,.0f} tokens on average, {lengths[0]:,} at most;"
-                f" {self.per_step} a step, {self._epoch_steps} steps an epoch"
+                f" {self.per_step} a step in rows of {self.row_length}, {self._epoch_steps} steps an epoch"
             )
         self._micro_batches = -(-rows // sft.rows_per_micro)
 
     def at(self, index: int) -> Batch:
         examples = [self._example(i) for i in self._members(index)]
-        return pack(examples, self._config.row_length, self._config.rows_per_micro, self._micro_batches)
+        return pack(examples, self.row_length, self._config.rows_per_micro, self._micro_batches)
 
     def _members(self, index: int) -> Sequence[int]:
         """The demonstrations of batch `index`, by number."""
@@ -87,9 +90,30 @@ class Demonstrations:
 
 def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, grammar: str = "") -> Example:
     """A conversation as ids and mask, with RL's tools in the prompt as RL shows them."""
-    schemas = tools.schemas if tools else None
-    tokens = demonstration_ids(tokenizer, messages, schemas, grammar or DEFAULT_GRAMMAR)
+    schemas, grammar = tools.schemas if tools else None, grammar or DEFAULT_GRAMMAR
+    tokens = demonstration_ids(tokenizer, _behind_headers(tokenizer, messages, grammar), schemas, grammar)
     return Example(np.asarray(tokens.ids, np.int32), np.asarray(tokens.sampled, bool))
+
+
+def _behind_headers(tokenizer: Tokenizer, messages: list[dict], grammar: str) -> list[dict]:
+    """The policy's turns without the `<think>` that the template's header opens; a turn without thinking closes it."""
+    if not tokenizer.turn_header.rstrip().endswith("<think>"):
+        return messages
+    turns, begun = [], False
+    for turn in messages:
+        # An answer in place, and some families' answers, bring no header along.
+        if turn["role"] == "assistant" and (
+            not begun or (grammar == "hermes" and tokenizer.family.header_after_answer)
+        ):
+            text = turn["content"]
+            if text.startswith("<think>\n"):
+                text = text.removeprefix("<think>\n")
+            else:
+                text = "\n</think>\n" + ("\n" + text if text else "")
+            turn = turn | {"content": text}
+        begun = begun or turn["role"] == "assistant"
+        turns.append(turn)
+    return turns
 
 
 def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | None) -> list[Example]:

@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ import pytest
 from retool_jax.data import arithmetic
 from retool_jax.data.arithmetic import SPLITS, demonstration, exercise, problem_row, split_of
 from retool_jax.data.problems import to_problem
-from retool_jax.data.vocabulary import build_miniature
 from retool_jax.tokens.tokenizer import MINIATURE
 
 COUNT = 1500
@@ -129,8 +130,9 @@ def test_text_only_demonstrations_have_no_calls(drawn):
 
 
 def test_the_shipped_tokenizer_is_what_its_builder_makes(tmp_path):
-    """`python -m retool_jax.tokens.tokenizer` rebuilds it."""
-    build_miniature(arithmetic.corpus(4000), tmp_path)
+    """`python benchmarks/miniature_tokenizer.py` rebuilds it."""
+    builder = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "miniature_tokenizer.py"))
+    builder["build_miniature"](builder["corpus"](4000), tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (MINIATURE / path.name).read_bytes(), path.name
 

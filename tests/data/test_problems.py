@@ -9,19 +9,8 @@ import pytest
 from datasets import Dataset
 
 from retool_jax.data.arithmetic import problem_row
-from retool_jax.data.problems import (
-    INSTRUCTION,
-    Problems,
-    clean,
-    control_characters,
-    load_problems,
-    overlaps,
-    plain_integer,
-    prompt_of,
-    question_of,
-    to_problem,
-    to_row,
-)
+from retool_jax.data.instructions import INSTRUCTION
+from retool_jax.data.problems import Problems, clean, load_problems, to_problem
 from retool_jax.errors import UserError
 
 DAPO_PROMPT = (
@@ -138,7 +127,6 @@ GOOD = problem_row("train", 0)
         ({"extra_info": "7"}, "reward_model and extra_info must be objects"),
         ({"prompt": []}, "has no usable prompt; expected a list of messages with role and content"),
         ({"prompt": None}, "has no usable prompt"),
-        ({"prompt": "What is 2 + 2?"}, "has no usable prompt"),
         ({"prompt": [{"role": "user", "content": ""}]}, "has no usable prompt"),
         ({"prompt": [{"role": "user", "content": None}]}, "has no usable prompt"),
         ({"prompt": [{"content": "What is 2 + 2?"}]}, "has no usable prompt"),
@@ -220,82 +208,7 @@ def test_sources_of_tensorflow_datasets():
         load_problems("tfds:gsm8k/test")
 
 
-# ------------------------------------------------------------------------------------------- columns of other sets
-
-
-@pytest.mark.parametrize(
-    ("row", "index", "answer"),
-    [
-        ({"ID": "2024-I-4", "Problem": "Q?", "Solution": "s", "Answer": 33}, "2024-I-4", "33"),
-        ({"id": 7, "problem": "Q?", "answer": "336^\\circ"}, "7", "336"),
-        ({"problem": "Q?", "answer": "\\frac{1}{2}", "unique_id": "test/a/1.json"}, "test/a/1.json", "\\frac{1}{2}"),
-        ({"question": "Q?", "answer": "She has 2 * <<2*617=1234>>1,234 eggs.\n#### 1,234"}, "here", "1234"),
-        ({"input": "Q?", "output": "045"}, "here", "45"),
-        ({"prompt": "Q?", "label": "-5"}, "here", "-5"),
-        ({"prompt": [{"role": "user", "content": "Q?"}], "label": "5"}, "here", "5"),
-    ],
-)
-def test_columns_of_published_sets_are_mapped(row, index, answer):
-    problem = to_problem(row, "here")
-    assert (problem.id, problem.ground_truth) == (index, answer)
-    assert problem.question == ("Q?" if "label" in row else f"Q?\n\n{INSTRUCTION}")
-    assert to_problem(to_row(problem, "mine"), "x") == problem
-
-
-@pytest.mark.parametrize("row", [{"problem": "Q?"}, {"problem": " ", "answer": "1"}, {"problem": "Q?", "answer": None}])
-def test_a_mapped_row_is_checked_like_any_other(row):
-    with pytest.raises(UserError, match=r"^here"):
-        to_problem(row, "here")
-
-
-@pytest.mark.parametrize(
-    ("given", "plain"),
-    [
-        ("336^\\circ", "336"),
-        ("90^{\\circ}", "90"),
-        ("1,234", "1234"),
-        ("12{,}345{,}678", "12345678"),
-        ("$042$", "42"),
-        ("7.0", "7"),
-        ("-0", "0"),
-        ("\u22125", "-5"),
-        ("9" * 1000, "9" * 1000),
-        ("9" * 5000, "9" * 5000),
-        ("1,2", "1,2"),
-        ("7.5", "7.5"),
-        ("x+1", "x+1"),
-        ("\u0663", "\u0663"),
-    ],
-)
-def test_integers_have_one_spelling(given, plain):
-    assert plain_integer(given) == plain
-
-
 # -------------------------------------------------------------------------------------------- prompts and repeats
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "Find\n\n$x$.",
-        DAPO_PROMPT % ("$Answer", "Find\n\n$x$."),
-        DAPO_PROMPT % (r"\boxed{$Answer}", "Find\n\n$x$."),
-        DAPO_PROMPT % ("$Answer", "Find\n\n$x$.")
-        + "\nThe answer format must be: \\boxed{'The final answer goes here.'}",
-        f"Find\n\n$x$.\n\n{INSTRUCTION}\n\n{INSTRUCTION}\n",
-        "Find\n\n$x$.\nPlease reason step by step, and put your final answer within \\boxed{}.",
-    ],
-)
-def test_the_answer_is_asked_for_once_and_in_one_way(prompt):
-    assert question_of(prompt) == "Find\n\n$x$."
-    asked = prompt_of(prompt)
-    assert asked == f"Find\n\n$x$.\n\n{INSTRUCTION}" == prompt_of(asked)
-    assert asked.count("boxed") == 1 and "Answer:" not in asked and "'" not in asked and not control_characters(asked)
-
-
-def test_the_instruction_holds_a_box_and_no_control_character():
-    assert r"\boxed{}" in INSTRUCTION and not control_characters(INSTRUCTION)
-    assert control_characters("put it in \boxed{}\n\t") == "\b", "what a literal that is not raw makes of it"
 
 
 def problem_of(index: str, question: str, answer: str):
@@ -342,35 +255,6 @@ def test_what_precedes_the_question_stays():
     assert kept[0].messages == (messages[0], {"role": "user", "content": f"one?\n\n{INSTRUCTION}"})
 
 
-LONG = "Find the number of ways to place a digit in each cell of a 2x3 grid so that the sum is $999$ in all."
-BOILERPLATE = "The probability is m over n where m and n are relatively prime positive integers. Find m + n"
-
-
-def test_overlap_goes_by_words_and_finds_parts():
-    references = [
-        f"Jen draws a card from a deck of {n} cards, puts it back, shuffles all and draws again. {BOILERPLATE}."
-        for n in range(3)
-    ] + [LONG, "2 + 2?"]
-    reworded = LONG.upper().replace("$999$", r"\(999\)").replace(" 2x3", "\n2 x 3")
-    questions = [
-        reworded,
-        f"Once upon a time: {LONG} What is it?",
-        f"Two trains leave a town at noon on one track, and each is late by an hour or not at all. {BOILERPLATE}",
-        "2+2",
-        "2 + 3?",
-        "求满足 $x^2+y^2=25$ 的整数对的个数。",
-        "",
-        references[2] + f"\n\n{INSTRUCTION}",
-    ]
-    found = {overlap.index: (overlap.reference, overlap.share) for overlap in overlaps(questions, references)}
-    assert found == {0: (3, 1.0), 1: (3, 1.0), 3: (4, 1.0), 7: (2, 1.0)}
-    (part,) = overlaps([LONG.replace("digit", "letter")], [LONG])
-    assert 0.5 < part.share < 1
-    assert overlaps(["求满足方程的整数对的个数是多少"], ["求满足方程的整数对的个数是几呢"])[0].share == pytest.approx(
-        6 / 8
-    )
-
-
 def test_the_published_prompt_is_repaired(tmp_path):
     source = write(tmp_path / "p.jsonl", [dapo_row(number, *pair) for number, pair in enumerate(QUESTIONS)])
     problems = load_problems(source)
@@ -380,38 +264,3 @@ def test_the_published_prompt_is_repaired(tmp_path):
     for problem in kept:
         assert problem.question.count("boxed") == 1
         assert "Answer:" not in problem.question and "step by step. The last line" not in problem.question
-
-
-# Two competitions as the AIME files have them; problems of both end in the same words.
-FRACTION = r"can be written as $\frac{m}{n}$, where $m$ and $n$ are relatively prime positive integers. Find $m+n$."
-COMPETITIONS = [
-    [
-        ("A ferry goes $18$ kilometers at $9$ kilometers per hour. How many minutes does that take?", "120"),
-        (f"Two of the cards $1$ to $10$ are drawn. The probability that both are even {FRACTION}", "11"),
-        (r"Let $x, y > 1$ satisfy \[\log_2 x + \log_2 y = 7, \qquad \log_2 x - \log_2 y = 1.\] Find $x + y$.", "24"),
-        (f"A die is rolled until a six appears. The probability of an odd number of rolls {FRACTION}", "17"),
-        ("How many three-digit integers have digits that increase strictly from left to right?", "84"),
-        (r"Find the greatest three-digit multiple of \(7\).", "994"),
-    ],
-    [
-        (r"Find the sum of all positive divisors of \(48\).", "124"),
-        (f"A square has a random point. The probability that no vertex is nearer than the center {FRACTION}", "3"),
-        (r"Points \(D, E\) cut \(\overline{A B}\) in equal thirds. Find \([A B C]\) if \([C D E]=14\).", "42"),
-        ("Five friends each order tea, coffee or water. In how many ways does every drink have an order?", "150"),
-        (f"Two of the integers $1$ to $6$ are chosen. The probability that their sum is prime {FRACTION}", "22"),
-        ("Find the number of rectangles, whatever their size, in a $3$ by $3$ grid of unit squares.", "36"),
-    ],
-]
-
-
-def test_competition_files_are_read_and_told_apart(tmp_path):
-    asked = []
-    for year, pairs in enumerate(COMPETITIONS):
-        rows = [{"input": question, "output": answer} for question, answer in pairs]
-        problems = load_problems(write(tmp_path / f"year{year}.jsonl", rows))
-        assert [problem.ground_truth for problem in problems] == [answer for _, answer in pairs]
-        asked.append([problem.question for problem in problems])
-        found = [(overlap.index, overlap.reference, overlap.share) for overlap in overlaps(asked[-1], asked[-1])]
-        assert found == [(index, index, 1.0) for index in range(len(pairs))]
-    assert not overlaps(*asked)
-    assert overlaps(*asked, least=0.3), "the words that they share are not far from counting as an overlap"

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from retool_jax.data.problems import INSTRUCTION
+from retool_jax.answers import check
+from retool_jax.data.instructions import INSTRUCTION
 from retool_jax.data.traces import (
     BadTrace,
     boxed_answer,
-    check_answer,
     compare_outputs,
     conversation,
     messages_of,
@@ -319,6 +319,10 @@ def test_outputs_are_compared_up_to_white_space_at_line_ends():
 
 def test_the_final_answer_is_checked_by_the_reward():
     messages = conversation(raw("It is " + end("\\boxed{007}")))
-    assert check_answer(messages, "7").correct and not check_answer(messages, "8").correct
+    said = messages[-1]["content"]
+    assert check(said, "7").correct and not check(said, "8").correct
     assert truth_of({"ground_truth": 7}) == truth_of({"reward_model": {"ground_truth": "7 "}}) == "7"
     assert truth_of({"reward_model": None}) is truth_of({"ground_truth": ""}) is None
+    assert (
+        truth_of({"answer": "2 + 5\n#### 7"}) == "7" and truth_of({"reward_model": {"ground_truth": {"a": 1}}}) is None
+    )

@@ -99,9 +99,7 @@ model = ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_lay
 trainer = make_mesh(MeshConfig(fsdp=4))
 
 
-def weights(seed):
-    make = jax.jit(lambda: init_params(model, jax.random.key(seed)), out_shardings=param_shardings(model, trainer))
-    return make()
+weights = jax.jit(lambda seed: init_params(model, jax.random.key(seed)), out_shardings=param_shardings(model, trainer))
 
 
 class Greedy:

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from retool_jax.checkpoint import Checkpoints
-from retool_jax.data.problems import INSTRUCTION
+from retool_jax.data.instructions import INSTRUCTION
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import learning_rate
+from retool_jax.learn.optimizer import TrainState, learning_rate
 from retool_jax.metrics import read_metrics
 from retool_jax.models.decoder import init_params
 from retool_jax.models.huggingface import save_params
 from retool_jax.run.build import demonstrations_of, mesh_of, model_for
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
+from retool_jax.run.schema import SFTRun
 from retool_jax.run.sft import abstract_state, finished_weights, train
 from retool_jax.sft.loop import optimizer_of
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -43,9 +44,12 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+ROWS = [conversation(100 + i, steps=i % 4) for i in range(10)]
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return write(tmp_path / "rows.jsonl", [conversation(100 + i, steps=i % 4) for i in range(10)])
+    return write(tmp_path / "rows.jsonl", ROWS)
 
 
 def run_of(data: Path, *words: str):
@@ -128,6 +132,20 @@ def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
     batches = demonstrations_of(run, tokenizer)
     batches._members = lambda index: range(16)  # the unluckiest order
     assert batches.at(0).micro_batches == 2
+
+
+def test_rows_are_no_longer_than_the_data_needs(data, tmp_path, tokenizer):
+    """16,384 tokens a row are a limit: attention over rows of that length would ask for hundreds of gigabytes."""
+    longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
+    rows = -(-longest // 128) * 128
+    assert 128 < rows < 512
+    batches = demonstrations_of(run_of(data, "sft.row_length=16384"), tokenizer)
+    assert batches.row_length == rows and f"in rows of {rows}," in batches.description
+    assert {batches.at(i).tokens.shape[1:] for i in range(6)} == {(8, rows)}
+    assert demonstrations_of(run_of(data, f"sft.row_length={longest}"), tokenizer).row_length == longest
+    short = write(tmp_path / "short.jsonl", ROWS[::4])
+    assert demonstrations_of(run_of(short, "sft.row_length=16384", "sft.batch_size=2"), tokenizer).row_length < rows
+    assert demonstrations_of(load(["config=sft", "sft.row_length=16384"]), tokenizer).row_length == 16384
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507"])
@@ -217,62 +235,76 @@ def test_the_recipes_schedule():
 SMALL = ["sft.row_length=256", "sft.epochs=2", "sft.warmup_fraction=0.5", "model.num_layers=1", "model.head_dim=8"]
 
 
-def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(data, tmp_path, tokenizer):
-    def run(folder: str, *words: str):
-        return run_of(data, f"run={tmp_path / folder}", "checkpoint.every=1", *SMALL, *words)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[SFTRun, TrainState]:
+    """A run to its last step, all of whose checkpoints are there, and its final state; `sft.data` is its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = write(folder / "rows.jsonl", ROWS)
+    run = run_of(data, f"run={folder / 'run'}", "checkpoint.every=1", "checkpoint.keep=9", *SMALL)
+    return run, train(run)
 
-    whole = train(run("whole", "checkpoint.keep=9"))
-    assert [line["step"] for line in read_metrics(tmp_path / "whole")] == [1, 2, 3, 4]
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The same run in a folder of the test's own; its data is what it was again when the test has ended."""
+    run, _ = whole
+    shutil.copytree(run.run, tmp_path / "run")
+    yield replace(run, run=str(tmp_path / "run"))
+    write(Path(run.sft.data), ROWS)
+
+
+def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(whole, copied, tokenizer):
+    run, state = whole
+    assert [line["step"] for line in read_metrics(Path(run.run))] == [1, 2, 3, 4]
     # The state after step 2 is all that a killed run leaves; a new process goes on from it.
-    folder = tmp_path / "whole" / "checkpoints"
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     for step in (3, 4):
-        shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(step))
-    original = data.read_text()
+        shutil.rmtree(Path(copied.run) / "checkpoints" / str(step))
+    data = Path(run.sft.data)
     write(data, [conversation(500 + i) for i in range(10)])
-    with pytest.raises(UserError, match=r"is not what .*killed began with; restore it, or choose another run="):
-        train(run("killed", "checkpoint.keep=9"))
-    data.write_text(original)
-    resumed = train(run("killed", "checkpoint.keep=9"))
-    for left, right in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+    with pytest.raises(UserError, match=r"is not what .*run began with; restore it, or choose another run="):
+        train(copied)
+    write(data, ROWS)
+    resumed = train(copied)
+    for left, right in zip(jax.tree.leaves(state.params), jax.tree.leaves(resumed.params), strict=True):
         np.testing.assert_array_equal(left, right)
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "killed")]
+    losses = [[line["loss"] for line in read_metrics(Path(each.run))] for each in (run, copied)]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
-    assert Checkpoints(folder, None).latest() == 4
 
     # The rate that is shown is that of the tokens of all batches of this process, which hold different numbers.
-    tokens = [int((demonstrations_of(run("whole"), tokenizer).at(i).segments > 0).sum()) for i in range(4)]
+    batches = demonstrations_of(run, tokenizer)
+    tokens = [int((batches.at(i).segments > 0).sum()) for i in range(4)]
     assert len(set(tokens)) > 1
-    notes = {
-        (name, step): Checkpoints(tmp_path / name / "checkpoints", None).restore(
-            step, abstract_state(run("whole"), mesh_of(run("whole")))
-        )[1]
-        for name, step in (("whole", 2), ("whole", 4), ("killed", 4))
-    }
-    seconds = {key: note["seconds"]["update"] for key, note in notes.items()}
-    rates = {key: note["tokens_per_s"] for key, note in notes.items()}
-    assert rates["whole", 4] * seconds["whole", 4] == pytest.approx(sum(tokens))
-    assert rates["killed", 4] * (seconds["killed", 4] - seconds["whole", 2]) == pytest.approx(sum(tokens[2:]))
+    abstract = abstract_state(run, mesh_of(run))
+
+    def notes(of: SFTRun, step: int) -> dict:
+        return Checkpoints(Path(of.run) / "checkpoints", None).restore(step, abstract)[1]
+
+    half, last, again = notes(run, 2), notes(run, 4), notes(copied, 4)
+    assert last["tokens_per_s"] * last["seconds"]["update"] == pytest.approx(sum(tokens))
+    taken = again["seconds"]["update"] - half["seconds"]["update"]
+    assert again["tokens_per_s"] * taken == pytest.approx(sum(tokens[2:]))
+    assert Checkpoints(Path(run.run) / "checkpoints", None).latest() == 4
 
 
-def test_a_finished_run_gives_its_weights_and_nothing_else(data, tmp_path):
-    run = run_of(data, f"run={tmp_path / 'run'}", "checkpoint.every=1", "checkpoint.keep=9", *SMALL)
-    assert finished_weights(run) is None and not (tmp_path / "run").exists()
-    state = train(run)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    with claim_folder(run):  # who only reads asks nobody
-        for left, right in zip(jax.tree.leaves(finished_weights(run)), jax.tree.leaves(state.params), strict=True):
+def test_a_finished_run_gives_its_weights_and_nothing_else(whole, copied, tmp_path):
+    new = replace(copied, run=str(tmp_path / "new"))
+    assert finished_weights(new) is None and not (tmp_path / "new").exists()
+    folder = Path(copied.run)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with claim_folder(copied):  # who only reads asks nobody
+        for left, right in zip(
+            jax.tree.leaves(finished_weights(copied)), jax.tree.leaves(whole[1].params), strict=True
+        ):
             np.testing.assert_array_equal(left, right)
-    lock = tmp_path / "run" / "lock"
-    changed = {path for path, time in before.items() if path != lock and path.stat().st_mtime_ns != time}
+    changed = {path for path, time in before.items() if path.name != "lock" and path.stat().st_mtime_ns != time}
     assert not changed
     with pytest.raises(UserError, match="holds another run: seed is 0 there and 1 here"):
-        finished_weights(replace(run, seed=1))
-    write(data, [conversation(500 + i) for i in range(10)])
+        finished_weights(replace(copied, seed=1))
+    write(Path(copied.sft.data), [conversation(500 + i) for i in range(10)])
     with pytest.raises(UserError, match=r"is not what .*run began with"):
-        finished_weights(run)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert finished_weights(run) is None
+        finished_weights(copied)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    assert finished_weights(copied) is None
 
 
 def test_nothing_is_written_when_the_data_is_bad(tmp_path):

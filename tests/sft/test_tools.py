@@ -1,16 +1,22 @@
 """Demonstrations in the grammar and with the tools of their run."""
 
+import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from retool_jax.data.problems import INSTRUCTION
+from retool_jax.data.instructions import INSTRUCTION
+from retool_jax.data.traces import messages_of
 from retool_jax.errors import UserError
 from retool_jax.run.build import demonstrations_of
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.load import load
+from retool_jax.sft.demonstrations import to_example
 from retool_jax.tokens.grammar import GRAMMARS
+from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import load_tools
 
 WORDS = ["sft.steps=0", "sft.epochs=1", "sft.batch_size=1", "sft.row_length=1024", "sft.overlong=error"]
 WORDS += ["sft.optimizer.decay_steps=0", "sft.optimizer.warmup_steps=0"]
@@ -85,3 +91,27 @@ def test_what_a_grammar_cannot_write_is_told_with_its_row(texts):
 def test_the_miniature_has_no_demonstrations_without_the_interpreter(tokenizer):
     with pytest.raises(UserError, match=r"arithmetic calls code_interpreter, and tools has calculator; add python"):
         demonstrations_of(load(["config=sft", "tools=calculator"]), tokenizer)
+
+
+THINKS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+THINKS += "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("grammar", ["hermes", "retool"])
+def test_a_header_that_opens_thinking_is_not_opened_again(tokenizer, grammar):
+    hf = copy.deepcopy(tokenizer.hf)
+    hf.chat_template = THINKS
+    opening = Tokenizer(hf)
+    row = conversation()
+    row["messages"][1]["reasoning_content"] = "Six times seven."
+    example = to_example(opening, messages_of(row), load_tools("python"), grammar)
+    ids, sampled = np.asarray(example.ids), np.asarray(example.sampled)
+    text, said = tokenizer.decode(ids), tokenizer.decode(ids[sampled])
+    assert "<|im_start|>assistant\n<think>\nSix times seven.\n</think>\n\nI compute:\n<" in text
+    assert said.startswith("Six times seven.\n</think>\n\nI compute:")
+    # A turn with a header of its own and no thinking closes it; one that goes on in place has none.
+    assert ("<think>\n\n</think>\n\nIt is" in text) == (grammar == "hermes") and text.count("<think>") == said.count(
+        "</think>"
+    )
+    plain = to_example(tokenizer, messages_of(row), load_tools("python"), grammar)
+    assert "assistant\n<think>\nSix times seven.\n</think>\n\nI compute:" in tokenizer.decode(plain.ids)

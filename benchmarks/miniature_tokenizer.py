@@ -1,4 +1,4 @@
-"""Build the miniature's tokenizer: a small byte-level BPE with Qwen's pre-tokenization and control tokens."""
+"""Build the miniature's tokenizer anew: a small byte-level BPE with Qwen's pre-tokenization and control tokens."""
 
 import json
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
-from retool_jax.data.arithmetic import corpus
+from retool_jax.data.arithmetic import demonstration
 from retool_jax.tokens.qwen import QWEN_SPLIT
 from retool_jax.tokens.tokenizer import MINIATURE
 
@@ -23,6 +23,16 @@ _CONTROL_TOKENS = {
     "<think>": False,
     "</think>": False,
 }
+
+
+def corpus(count: int) -> list[str]:
+    """Plain texts of demonstrations, to train a tokenizer on; without control tokens."""
+    texts = []
+    for index in range(count):
+        for message in demonstration(index, tools=True):
+            calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+            texts.append("\n".join([message["role"], message["content"], *calls]))
+    return texts
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> FastTokenizer:

@@ -1,0 +1,172 @@
+"""Rows as others publish them: which column asks, and which one holds the answer that scores.
+
+A row is read, or refused with the name of what cannot be meant; docs/data.md has the forms.
+"""
+
+import json
+import math
+import re
+
+from retool_jax.answers import extract_boxed
+from retool_jax.errors import UserError
+
+QUESTIONS = ("problem", "question", "Problem", "input")  # a bare question each
+# In the order in which they count: a label beside an answer may be a class, and a solution is longer than its answer.
+ANSWERS = ("answer", "Answer", "final_answer", "reference_answer", "ground_truth", "label", "solution", "output")
+IDS = ("ID", "unique_id", "uuid", "id")
+TEXTS = ("text", "input_text", "output_text")  # parts of a content that are its words
+# In the terms of chat templates; the others are OpenAI's newest and oldest ones, and those of ShareGPT.
+ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d{1,1000})(?:\.0+)?(?:\^(?:\\circ|\{\\circ\})|°)?")
+
+
+def unpacked(value: object) -> object:
+    """The object or list that a text is the JSON of, as some exports hold them; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def is_text(*values: object) -> bool:
+    """Whether all of these are texts with something in them."""
+    return all(isinstance(value, str) and value.strip() for value in values)
+
+
+def messages_in(value: object) -> list[dict] | None:
+    """A column's chat messages with our names of roles, and content in parts as one text; None where it holds none."""
+    value = unpacked(value)
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return None
+    messages = []
+    for message in value:
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXTS for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        role = ROLES.get(role, role) if isinstance(role, str) else role
+        messages.append(message | {"role": role, "content": content})
+    return messages
+
+
+def conversation_in(row: dict) -> list[dict] | None:
+    """The turns of a row that brings the policy's along; None where it brings none.
+
+    Columns: `messages` (OpenAI, verl, TRL), `conversations` (ShareGPT), or `prompt` with `completion` (TRL).
+    """
+    for column in ("messages", "conversations"):
+        if row.get(column) is not None:
+            return messages_in(row[column])
+    prompt, completion = (row.get(column) for column in ("prompt", "completion"))
+    if completion is None:
+        return None
+    turns = []
+    for value, role in ((prompt, "user"), (completion, "assistant")):
+        found = [{"role": role, "content": value}] if messages_in(value) is None else messages_in(value)
+        turns += found
+    return turns
+
+
+def asks_and_answers(row: dict) -> bool:
+    """Whether a row holds turns of a policy, so that it can be a demonstration."""
+    return any(turn["role"] == "assistant" for turn in conversation_in(row) or ())
+
+
+def asked(row: dict, where: str) -> tuple[list[dict], bool]:
+    """The turns up to the question, and whether that is bare, so that nothing has asked for a form of its answer yet.
+
+    Raises:
+        UserError: no column asks, or what it holds is no question.
+    """
+    bare = next((column for column in QUESTIONS if column in row), None)
+    column = next((column for column in ("prompt", bare, "messages", "conversations") if column in row), None)
+    if column is None:
+        raise UserError(f"{where} has no column 'prompt'; it has {', '.join(sorted(map(str, row)))}")
+    messages = None if column == bare else messages_in(row[column])
+    if column in ("messages", "conversations"):
+        policy = [number for number, turn in enumerate(messages or ()) if turn["role"] == "assistant"]
+        messages = messages[: policy[0]] if policy else messages
+    elif messages is None and is_text(row[column]):
+        messages = [{"role": "user", "content": row[column]}]
+    if not messages or not all(is_text(turn["role"], turn["content"]) for turn in messages):
+        raise UserError(f"{where} has no usable {column}; expected a list of messages with role and content, not empty")
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where} has no usable {column}; it ends in a turn of {messages[-1]['role']}, not the user's")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in messages], column == bare
+
+
+def true_answer(row: dict, where: str) -> str:
+    """The answer that scores: `reward_model.ground_truth` as verl has it, or the first of `ANSWERS` that says one.
+
+    Raises:
+        UserError: there is none, or it is not one answer.
+    """
+    reward = object_in(row, "reward_model", where)
+    found = {"reward_model.ground_truth": reward.get("ground_truth")} if "reward_model" in row else {}
+    found |= {column: row[column] for column in ANSWERS if column in row}
+    if not found:
+        raise UserError(f"{where} has no column 'reward_model'; it has {', '.join(sorted(map(str, row)))}")
+    for column, value in found.items():
+        if answer := _one_answer(value, column, where):
+            return plain_integer(answer)
+    raise UserError(f"{where} has an empty {next(iter(found))}; every problem needs an answer")
+
+
+def object_in(row: dict, column: str, where: str) -> dict:
+    """A column that holds an object, also as its JSON; an empty one where it is absent or null."""
+    value = unpacked(row.get(column))
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where}: reward_model and extra_info must be objects, as {{'ground_truth': '34'}}")
+    return value or {}
+
+
+def _one_answer(value: object, column: str, where: str) -> str:
+    """The answer in a column's value, empty where it says nothing."""
+    held = unpacked(value)
+    if isinstance(held, list) and len(held) == 1 and (isinstance(held[0], str) or not isinstance(value, str)):
+        value = held = held[0]
+    if isinstance(held, dict | bool) or (isinstance(held, list) and not isinstance(value, str)):
+        kind = {bool: "is true or false", dict: "is an object"}.get(type(held), "does not hold one answer")
+        raise UserError(f"{where} cannot be scored: its {column} {kind}; give one answer as text ({str(value)[:60]})")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    text = str(value).strip()
+    if "####" in text:  # GSM8K: the solution, then the answer
+        return text.rpartition("####")[2].strip()
+    box, reason = extract_boxed(text)
+    if box is not None:
+        return box.strip()
+    if tagged := _TAGGED.findall(text):
+        return tagged[-1].strip()
+    if column in ("solution", "output") and ("\n" in text or len(text) > 200 or reason != "no_box"):
+        raise UserError(f"{where} cannot be scored: its {column} has no answer in a box; add a column answer")
+    return text
+
+
+def plain_integer(answer: str) -> str:
+    r"""An integer in digits alone: `336^\circ`, `1,234`, `$042$` and `7.0` are 336, 1234, 42 and 7; others as given."""
+    match = _INTEGER.fullmatch(answer.replace("$", "").strip().replace("\N{MINUS SIGN}", "-"))
+    if not match or not match[2].isascii():
+        return answer
+    value = int(re.sub(r"\D", "", match[2]))
+    return str(-value if match[1] == "-" else value)
+
+
+def tools_of(row: dict, where: str) -> tuple[str, ...] | None:
+    """The tools that a row names in its column `tools`; None where it names none, so that it gets all.
+
+    Schemas there, as published conversations have, name nothing: the run's tools have their own.
+
+    Raises:
+        UserError: the column is no list of names.
+    """
+    names = unpacked(row.get("tools"))
+    if names is None or (isinstance(names, list) and names and all(isinstance(name, dict) for name in names)):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where} has tools={str(names)[:80]!r}; it must be a list of names, as ['python']")
+    return tuple(names)
