@@ -181,7 +181,7 @@ class Service:
         await asyncio.gather(*tools, return_exceptions=True)
         while self._in_flight:
             self.engine.read(self._in_flight.popleft().drawn)
-        self._seats.close()
+        self._seats.drop_prompts()
 
     # --- the task ---
 
@@ -294,7 +294,6 @@ class Service:
             named = (end for end in range(seen + 1, len(talk.turn) + 1) if talk.turn[end - 1] in talk.sampling.stop_ids)
             stop = min((end for end in (stop, next(named, None)) if end is not None), default=None)
         if stop is not None:
-            self._seats.stats.returned_tokens += len(talk.turn) - stop
             del talk.turn[stop:], talk.logprobs[stop:]
         talk.ids += talk.turn[seen:]
         talk.written = len(talk.ids)
@@ -403,7 +402,6 @@ class Service:
         self._talks.pop(talk, None)
         self._seats.leave(talk)
         if isinstance(how, Finish) and how is not Finish.ENDED:
-            self._seats.stats.cancelled += 1
             try:
                 talk.conversation.drop(how.value)
             except Exception as error:  # of the conversation: its future tells it
