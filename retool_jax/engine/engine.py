@@ -296,8 +296,8 @@ class Engine:
         self._check_thread()
         if not self._unread or self._unread[0] is not drawn:
             raise ValueError("results are read once each, in the order in which they were dispatched")
+        self._unread.popleft()  # also where the device has failed, which is told here
         ints, floats = np.asarray(drawn.ints), np.asarray(drawn.floats)
-        self._unread.popleft()
         n = self.config.decode_steps
         tokens, real, length = ints[:, :n], ints[:, n : 2 * n], ints[:, 2 * n]
         counts = np.where(drawn.live, real.sum(1), 0)
