@@ -101,11 +101,6 @@ class Program(Generic[P, R]):
         self._everywhere = everywhere  # where arguments go that come from the host
         self._forms: dict[tuple, Callable[P, R]] = {}
 
-    @property
-    def forms(self) -> int:
-        """How many there are."""
-        return len(self._forms)
-
     def lower(self, *arguments: P.args) -> jax.stages.Lowered:
         """The program for arguments, or abstract ones with their shardings, before it is compiled."""
         with jax.set_mesh(self._everywhere.mesh):
@@ -160,11 +155,6 @@ class Programs:
             place_row=program(place_row, state),
             copy_pages=program(partial(copy_state_pages, model.num_layers), state),
         )
-
-    @property
-    def forms(self) -> int:
-        """Compiled forms of all programs together."""
-        return sum(program.forms for program in vars(self).values() if isinstance(program, Program))
 
     def warm_up(
         self,

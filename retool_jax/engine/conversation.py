@@ -75,14 +75,11 @@ OnTokens = Callable[[Tokens], None]
 class Statistics:
     """Counters of a scheduler; seconds are wall clock."""
 
-    decoded_tokens: int = 0
-    returned_tokens: int = 0  # of these, drawn after a stop string and given back
+    decoded_tokens: int = 0  # with those behind a stop string, which are given back
     prefilled_tokens: int = 0  # of prompts; a group's is written once
     appended_tokens: int = 0  # of tools' answers
     rewritten_tokens: int = 0  # of rows that gave up their pages and came back
     row_steps: int = 0  # slots x decode steps: decoded / row_steps is the fill
-    evictions: int = 0
-    cancelled: int = 0
     decode_s: float = 0.0  # waiting for the device
     tool_wait_s: float = 0.0  # the device had nothing to do but wait for tools
     tool_s: float = 0.0  # calls were out

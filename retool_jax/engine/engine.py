@@ -27,7 +27,7 @@ from retool_jax.engine.compiled import Layouts, Program, Programs, decode_mesh
 from retool_jax.engine.config import EngineConfig, bucket, calls
 from retool_jax.engine.pages import OutOfPages, Pages
 from retool_jax.engine.turns import Drawn, Parked, Prefix, Turn, Turns
-from retool_jax.engine.weights import Weights, make_adopt
+from retool_jax.engine.weights import make_adopt
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
@@ -39,9 +39,8 @@ class Engine:
     Attributes:
         mesh: the engine's own devices, of those of the mesh that it was given (`decode_mesh`).
         pages: who owns which pages of the cache.
+        weights: its own copy, in its layout.
         version: how often the weights were replaced.
-        written_tokens: tokens that `append` and `write_prefix` have written.
-        padded_tokens: the same with the padding of their calls, which is what they cost.
     """
 
     def __init__(
@@ -54,9 +53,8 @@ class Engine:
         self.layouts = Layouts.of(model, config, self.mesh)
         self.sizes = self.layouts.sizes
         self.pages = Pages(self.sizes.pages, self.sizes.page_size)
-        self.version = self.written_tokens = self.padded_tokens = 0
+        self.version = 0
         self._programs = Programs.of(model, config, self.layouts, stop_ids)
-        self._warm_forms = 0
         self._adopt = make_adopt(model, self.layouts, mesh)
         self._let_go: deque[Hashable] = deque()  # names of prefixes, from any thread
         self._run_key = jax.device_put(jax.random.key(seed), self.layouts.everywhere)
@@ -71,7 +69,7 @@ class Engine:
         self.take_over()
         with jax.set_mesh(self.mesh):
             self._state = self._programs.init_state()
-            self._weights = self._adopt(None, params)
+            self.weights = self._adopt(None, params)
 
     def take_over(self) -> None:
         """Make the calling thread the one that may use the engine; nothing of it may be at work in another one."""
@@ -83,16 +81,6 @@ class Engine:
 
     # --- weights and programs ---
 
-    @property
-    def weights(self) -> Weights:
-        """The engine's own copy, in its layout."""
-        return self._weights
-
-    @property
-    def compiles(self) -> int:
-        """Programs compiled since `warm_up`; any at all means that a bucket is missing."""
-        return self._programs.forms - self._warm_forms
-
     def update_params(self, params: Params) -> None:
         """Take new weights from the trainer, resharded and cast; nothing is recompiled.
 
@@ -101,7 +89,7 @@ class Engine:
         self._check_thread()
         self.version += 1
         with jax.set_mesh(self.mesh):
-            self._weights = self._adopt(self._weights, params)
+            self.weights = self._adopt(self.weights, params)
 
     def warm_up(self) -> None:
         """Compile every program that this engine can need, so that none is compiled while it works."""
@@ -111,10 +99,9 @@ class Engine:
             self.config.slots,
             self.sizes,
             self._state,
-            self._weights,
+            self.weights,
             lambda width: self._decode_arguments(0, width, nobody),
         )
-        self._warm_forms = self._programs.forms
 
     def _check_thread(self) -> None:
         if threading.current_thread() is not self._thread:
@@ -260,17 +247,6 @@ class Engine:
         self._sweep()
         return self.pages.counts()
 
-    def device_bytes(self) -> dict[str, int]:
-        """What the largest part of weights, cache and dense rows takes on one device."""
-        found = {}
-        for name, arrays in (("weights", self._weights), ("cache", self._state.cache), ("rows", self._rows)):
-            sums: dict[jax.Device, int] = {}
-            for array in jax.tree.leaves(arrays):
-                for shard in array.addressable_shards:
-                    sums[shard.device] = sums.get(shard.device, 0) + shard.data.nbytes
-            found[name] = max(sums.values(), default=0)
-        return found
-
     # --- drawing ---
 
     def start(self, row: int, turn: Turn) -> None:
@@ -320,8 +296,8 @@ class Engine:
         self._check_thread()
         if not self._unread or self._unread[0] is not drawn:
             raise ValueError("results are read once each, in the order in which they were dispatched")
+        self._unread.popleft()  # also where the device has failed, which is told here
         ints, floats = np.asarray(drawn.ints), np.asarray(drawn.floats)
-        self._unread.popleft()
         n = self.config.decode_steps
         tokens, real, length = ints[:, :n], ints[:, n : 2 * n], ints[:, 2 * n]
         counts = np.where(drawn.live, real.sum(1), 0)
@@ -356,7 +332,7 @@ class Engine:
         return (
             self._state,
             self._rows,
-            self._weights,
+            self.weights,
             self._run_key,
             np.int32(steps),
             self._changes,
@@ -406,12 +382,10 @@ class Engine:
                 width = bucket(self.pages.pages_for(int((where[:, 0] + where[:, 1]).max())), self.sizes.reads)
                 table = np.zeros((call.rows, width), np.int32)
                 table[: len(part)] = self.pages.table([names[i] for i in part], width)
-                arguments = self._state, self._weights, padded, where, table
+                arguments = self._state, self.weights, padded, where, table
                 self._state, hidden = self._run(self._programs.extend, *arguments)
                 for place, i in enumerate(part):
                     found[i] = hidden, place
-                self.written_tokens += int(where[:, 1].sum())
-                self.padded_tokens += padded.size
             done += piece
             left = [i for i in left if len(tokens[i]) > done]
         return found

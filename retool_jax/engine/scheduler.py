@@ -168,20 +168,33 @@ class Service:
         return statistics
 
     async def close(self) -> None:
-        """Give everything back: who has not ended is dropped, tools are cancelled, results in flight waited for."""
+        """Give everything back: who has not ended is dropped, tools are cancelled, results in flight waited for.
+
+        Where the device fails meanwhile, what is left is closed all the same, and the first error is raised then.
+        """
         if self._driver is None:
             return
+        errors: list[Exception] = []
+
+        def attempt(function: Callable[..., object], *arguments: object) -> None:
+            try:
+                function(*arguments)
+            except Exception as error:
+                errors.append(error)
+
         self._closed = self._closed or RuntimeError("the scheduler was closed")
         tools = [call.task for call in self._seats.calls.values()]
         self._driver.cancel()
         await asyncio.wait([self._driver])
         self._driver = None  # with the frames, and the arrays, of what it was doing
         for talk in list(self._talks):
-            self._finish(talk, Finish.CLOSED)
+            attempt(self._finish, talk, Finish.CLOSED)
         await asyncio.gather(*tools, return_exceptions=True)
         while self._in_flight:
-            self.engine.read(self._in_flight.popleft().drawn)
-        self._seats.close()
+            attempt(self.engine.read, self._in_flight.popleft().drawn)
+        attempt(self._seats.drop_prompts)
+        if errors:
+            raise errors[0]
 
     # --- the task ---
 
@@ -294,7 +307,6 @@ class Service:
             named = (end for end in range(seen + 1, len(talk.turn) + 1) if talk.turn[end - 1] in talk.sampling.stop_ids)
             stop = min((end for end in (stop, next(named, None)) if end is not None), default=None)
         if stop is not None:
-            self._seats.stats.returned_tokens += len(talk.turn) - stop
             del talk.turn[stop:], talk.logprobs[stop:]
         talk.ids += talk.turn[seen:]
         talk.written = len(talk.ids)
@@ -401,16 +413,14 @@ class Service:
             call.task.cancel()
             self._forget_call(talk)
         self._talks.pop(talk, None)
-        self._seats.leave(talk)
         if isinstance(how, Finish) and how is not Finish.ENDED:
-            self._seats.stats.cancelled += 1
             try:
                 talk.conversation.drop(how.value)
             except Exception as error:  # of the conversation: its future tells it
                 how = error
-        if talk.done.done():
-            return
-        if isinstance(how, Finish):
-            talk.done.set_result(how)
-        else:
-            talk.done.set_exception(how)
+        if not talk.done.done():
+            if isinstance(how, Finish):
+                talk.done.set_result(how)
+            else:
+                talk.done.set_exception(how)
+        self._seats.leave(talk)  # at last, since the engine may have failed

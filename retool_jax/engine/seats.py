@@ -142,7 +142,7 @@ class Seats:
         for prompt, talk in owners.items():
             if prompt in self._wanted and len(prompt) > 1:
                 self._prompts[prompt] = self.engine.share(talk.slot, len(prompt) - 1)
-        self._drop_prompts(unwanted=True)
+        self.drop_prompts(unwanted=True)
 
     def _count(self, talk: Talk) -> None:
         """Whose tokens these are that get written: a prompt's, a tool's, or ones that were there before."""
@@ -160,7 +160,7 @@ class Seats:
         if not self._wanted[prompt]:
             del self._wanted[prompt]
 
-    def _drop_prompts(self, unwanted: bool = False) -> None:
+    def drop_prompts(self, unwanted: bool = False) -> None:
         """Let go of kept prompts: of all, or of those that nobody waits for."""
         for prompt in [prompt for prompt in self._prompts if not (unwanted and prompt in self._wanted)]:
             self.engine.drop(self._prompts.pop(prompt))
@@ -168,7 +168,7 @@ class Seats:
     def evict(self, keep: Talk) -> int:
         """Take the pages of kept prompts, then of the youngest row that is younger than `keep`; returns how many."""
         before = self.engine.pages.free_count
-        self._drop_prompts()
+        self.drop_prompts()
         youngest = max(self._holders(), key=lambda talk: talk.order, default=keep)
         if self.engine.pages.free_count == before and youngest.order > keep.order:
             self._give_up(youngest)
@@ -184,7 +184,6 @@ class Seats:
 
     def _give_up(self, talk: Talk) -> None:
         """Let go of what a row holds, to be written again; what is in flight for it does not count."""
-        self.stats.evictions += 1
         talk.lost = talk.written
         if talk.slot is not None:
             self.ready.append(talk)
@@ -192,7 +191,7 @@ class Seats:
 
     def rewrite(self) -> None:
         """Let every row give up what it holds, which is of old weights."""
-        self._drop_prompts()
+        self.drop_prompts()
         for talk in self.begun():
             if talk.written:
                 self._give_up(talk)
@@ -209,7 +208,7 @@ class Seats:
         elif talk in self.waiting:
             self.waiting.remove(talk)
             self._want_no_more(tuple(talk.conversation.prompt))
-            self._drop_prompts(unwanted=True)
+            self.drop_prompts(unwanted=True)
         self._let_go(talk)
 
     def park(self, talk: Talk) -> None:
@@ -217,10 +216,6 @@ class Seats:
         self.stats.turn_s.append(time.perf_counter() - talk.seated_s)
         del self.live[talk.slot]
         talk.parked, talk.slot = self.engine.park(talk.slot), None
-
-    def close(self) -> None:
-        """Let go of kept prompts."""
-        self._drop_prompts()
 
     def _let_go(self, talk: Talk) -> None:
         """Give back what a conversation holds."""

@@ -82,7 +82,7 @@ def pack(
             f"{len(rows)} packed rows need {used} micro-batches of {rows_per_micro}; the limit is {count};"
             " use longer rows, or fewer tokens per step"
         )
-    shape = (count * rows_per_micro, row_length)
+    shape = (count, rows_per_micro, row_length)
     batch = Batch(
         tokens=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
@@ -95,19 +95,13 @@ def pack(
         start = 0
         for segment, index in enumerate(members, start=1):
             example = examples[index]
-            span = slice(start, start + len(example.ids))
-            sampled = np.asarray(example.sampled, bool)
-            batch.tokens[row, span] = example.ids
-            batch.positions[row, span] = np.arange(len(example.ids))
-            batch.segments[row, span] = segment
-            batch.sampled[row, span] = sampled
+            end = start + len(example.ids)
+            at = *divmod(row, rows_per_micro), slice(start, end)
+            batch.tokens[at] = example.ids
+            batch.positions[at] = np.arange(len(example.ids))
+            batch.segments[at] = segment
+            batch.sampled[at] = example.sampled
             for name, values in example.columns.items():
-                batch.columns[name][row, span] = np.where(sampled, values, 0.0)
-            start = span.stop
-
-    def cut(x: np.ndarray) -> np.ndarray:
-        return x.reshape(count, rows_per_micro, row_length)
-
-    tokens, positions, segments, sampled, columns, micro_batches = batch
-    columns = {name: cut(x) for name, x in columns.items()}
-    return Batch(cut(tokens), cut(positions), cut(segments), cut(sampled), columns, micro_batches)
+                batch.columns[name][at] = np.where(example.sampled, values, 0.0)
+            start = end
+    return batch

@@ -60,6 +60,18 @@ class Machine:
         return results
 
 
+def device_bytes(engine: Engine) -> dict[str, int]:
+    """What the largest part of weights, cache and dense rows takes on one device."""
+    found = {}
+    for name, arrays in (("weights", engine.weights), ("cache", engine._state.cache), ("rows", engine._rows)):
+        sums: dict[jax.Device, int] = {}
+        for array in jax.tree.leaves(arrays):
+            for shard in array.addressable_shards:
+                sums[shard.device] = sums.get(shard.device, 0) + shard.data.nbytes
+        found[name] = max(sums.values(), default=0)
+    return found
+
+
 def make_machine(model, mesh, seed: int = 3, config: EngineConfig = CONFIG) -> Machine:
     """Stops at every eighth id, so that a random model's turns end in both ways."""
     weights = random_weights(model, 1)

@@ -49,8 +49,7 @@ def test_an_end_of_several_tokens_ends_a_turn_wherever_dispatches_end(engines):
         conversations = chats(halves=True)
         stats = run(engines(slots, decode_steps, tool_lag), conversations)
         recorded = sum(sum(chat.sampled) for chat in conversations)
-        assert stats.decoded_tokens - stats.returned_tokens == recorded
-        assert (stats.returned_tokens > 0) == (decode_steps > 1)
+        assert (stats.decoded_tokens > recorded) == (decode_steps > 1)
         runs.append(conversations)
     for ours, expected in zip(runs[0] * 2, runs[1] + runs[2], strict=True):
         assert ours.ids == expected.ids
@@ -165,15 +164,16 @@ def test_a_failing_tool_ends_the_batch_and_cancels_the_others(engines, reference
     assert [chat.ids for chat in again] == [chat.ids for chat in reference]
 
 
-def test_a_row_is_filled_to_its_last_token(make_engine, fresh_logits):
+def test_a_row_is_filled_to_its_last_token(make_engine, fresh_logits, compiles):
     """No stop ids: every turn ends at its budget, the last at the row's end."""
     engine = make_engine(stop_ids=(), slots=2)
     conversations = chats(5, turns=10**9, turn_limit=13)
     for chat in conversations:
         chat.end_turn = partial(fill, chat)
     engine.warm_up()
+    known = len(compiles)
     stats = run(engine, conversations)
-    assert engine.compiles == 0
+    assert len(compiles) == known
     assert [len(chat.ids) for chat in conversations] == [ROOM] * 5
     assert stats.decoded_tokens == sum(sum(chat.sampled) for chat in conversations)
     for chat, values in zip(conversations, fresh_logits([chat.ids for chat in conversations]), strict=True):

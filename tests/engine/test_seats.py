@@ -26,7 +26,7 @@ def test_a_small_cache_changes_the_schedule_and_no_draw(make_engine, model, refe
     for ours, expected in zip(conversations, reference, strict=True):
         assert ours.ids == expected.ids
         np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
-    assert stats.evictions > 0 and stats.rewritten_tokens > 0 and quiet(engine)
+    assert stats.rewritten_tokens > 0 and quiet(engine)
     told = sum(len(chat.ids) - len(chat.prompt) - sum(chat.sampled) for chat in conversations)
     assert stats.appended_tokens == told, "what is written again is counted apart"
 
@@ -110,8 +110,8 @@ def test_a_cancelled_conversation_lets_go_and_the_others_do_not_notice(engines, 
 
     conversations[0] = Cancelling(conversations[0].prompt, 100, turns=2)
     engine = engines(tool_lag=tool_lag)
-    stats = run(engine, conversations)
-    assert stats.cancelled == 3 and quiet(engine)
+    run(engine, conversations)
+    assert quiet(engine)
     for i, (ours, expected) in enumerate(zip(conversations, reference, strict=True)):
         assert (ours.ids == expected.ids and ours.ended) != (i in (1, 4, 9))
         assert ours.dropped == ("cancelled" if i in (1, 4, 9) else "")
@@ -137,7 +137,7 @@ def test_no_more_tools_run_at_once_than_allowed(engines, reference):
     assert [chat.ids for chat in conversations] == [chat.ids for chat in reference]
 
 
-def test_two_thousand_trajectories_leave_nothing_behind(many):
+def test_two_thousand_trajectories_leave_nothing_behind(many, compiles):
     """With cancellations, tools that give up and budgets that end, in a cache that is too small for all slots."""
     rng = np.random.default_rng(0)
 
@@ -152,16 +152,16 @@ def test_two_thousand_trajectories_leave_nothing_behind(many):
             await asyncio.sleep(0.01 * (fate < 0.02))
             return None if fate > 0.9 else await super().answer()
 
-    memory = []
-    evictions = cancelled = 0
+    memory, known = [], len(compiles)
+    rewritten = cancelled = 0
     for batch in range(4):
         prompts = [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(125)]
         wild = [Wild(prompts[i // 4], 1000 * batch + i, turns=int(rng.integers(1, 5))) for i in range(500)]
-        stats = run(many, wild)
-        evictions, cancelled = evictions + stats.evictions, cancelled + stats.cancelled
+        rewritten += run(many, wild).rewritten_tokens
+        cancelled += sum(chat.dropped == "cancelled" for chat in wild)
         assert quiet(many)
         memory.append(sum(x.nbytes for x in jax.live_arrays()))
-    assert many.compiles == 0 and evictions > 0 and cancelled > 100
+    assert len(compiles) == known and rewritten > 0 and cancelled > 100
     assert memory[-1] <= memory[1], "no array is kept"
 
 
@@ -209,7 +209,7 @@ def test_rows_are_written_again_under_new_weights(updating, model):
 def test_rows_of_old_weights_can_be_discarded(updating):
     engine, _, conversations = updating(slots=2, pages=72, stale_rows="discard")
     stats = run(engine, conversations)
-    assert stats.cancelled > 0 and stats.rewritten_tokens == 0 and quiet(engine)
+    assert stats.rewritten_tokens == 0 and quiet(engine)
     assert not conversations[0].ended and conversations[5].ended
     for chat in conversations:
         assert chat.ended != (chat.dropped == "new weights came (engine.stale_rows=discard)"), "each has one end"
@@ -238,6 +238,6 @@ def test_old_weights_are_discarded_also_where_a_row_has_given_up_its_pages(make_
 
     conversations = [Updating(chat.prompt, chat.request, turns=chat.turns) for chat in chats()]
     stats = run(engine, conversations)
-    assert stats.evictions > 0 and quiet(engine)
+    assert stats.rewritten_tokens > 0 and quiet(engine)
     assert [chat.request for chat in conversations if chat.dropped] == sorted(under_way)
     assert all(chat.ended for chat in conversations if not chat.dropped)

@@ -20,7 +20,7 @@ from retool_jax.models.decoder import logits
 from retool_jax.models.sharding import param_shardings
 
 from .chats import ROOM, chats, run
-from .machine import CONFIG, random_weights
+from .machine import CONFIG, device_bytes, random_weights
 
 
 def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, compiles):
@@ -112,7 +112,7 @@ def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params, en
     for chat, other in zip(ours, expected, strict=True):
         assert chat.ids == other.ids
         np.testing.assert_allclose(chat.logprobs, other.logprobs, atol=1e-4)
-    whole, part = alone.device_bytes(), engine.device_bytes()
+    whole, part = device_bytes(alone), device_bytes(engine)
     assert part["rows"] * 4 == whole["rows"] and part["cache"] * 2 == whole["cache"]
     assert part["weights"] < 0.52 * whole["weights"], "all but the norms are halved"
 
