@@ -17,8 +17,9 @@ from retool_jax.data.problems import Overlap, Problem, load_problems, overlaps, 
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, boxed_answer, check_answer, conversation, run_again, truth_of
 from retool_jax.errors import UserError, run_command
+from retool_jax.fields import split_words
+from retool_jax.files import replacing
 from retool_jax.metrics import Progress
-from retool_jax.run.load import split_words
 from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
 from retool_jax.sandbox.backends import candidates
 
@@ -293,27 +294,16 @@ def describe_overlap(overlap: Overlap, questions: Sequence[str], references: Seq
 def write(out: Path, lines: Sequence[dict], report: Report) -> None:
     """The file and its report, each whole or not at all."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _replace(report_path(out), [json.dumps(vars(report), ensure_ascii=False, indent=1)])
-        _replace(out, (json.dumps(line, ensure_ascii=False) for line in lines))
+        with replacing(report_path(out), errors="backslashreplace") as file:
+            file.write(json.dumps(vars(report), ensure_ascii=False, indent=1) + "\n")
+        with replacing(out, errors="backslashreplace") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror}); choose another out=") from error
 
 
 def report_path(out: Path) -> Path:
     return out.with_suffix(".report.json")
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table_rows(report: Report) -> list[tuple[str, int]]:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax import report
 from retool_jax.data.arithmetic import problem_row
-from retool_jax.metrics import read_metrics
+from retool_jax.metrics import read_metrics, summary_rows, time_rows
+from retool_jax.report.curves import PANELS, draw_panel
+from retool_jax.report.page import end_counts
+from retool_jax.report.runs import load_runs
+from retool_jax.report.trajectories import trajectory_views
 from retool_jax.run.build import sandbox_lines
 from retool_jax.sandbox import Sandbox, SandboxConfig
 
@@ -107,15 +110,15 @@ def unbroken(train, tmp_path_factory) -> Path:
 
 def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken):
     (cold_start,) = unbroken.parent.glob("cold-start-*")
-    runs = dict(zip(("rl", "sft"), report.load_runs([unbroken, cold_start]), strict=True))
-    missing = [panel.title for panel in report.PANELS if report.draw_panel(panel, [runs[panel.kind]]) is None]
+    runs = dict(zip(("rl", "sft"), load_runs([unbroken, cold_start]), strict=True))
+    missing = [panel.title for panel in PANELS if draw_panel(panel, [runs[panel.kind]]) is None]
     assert missing == []
     run = runs["rl"]
     for key in ("accuracy", "accuracy_stderr", "greedy_accuracy"):
         assert len(run.series("eval", key, run.curve_split)[0]) == 3, key
-    assert report.end_counts(run)["rows"] and report.trajectory_views([run])
-    assert not [row for row in report.summary_rows(run.summary) if "-" in row]
-    parts = {name for name, *_ in report.time_rows(run.summary)}
+    assert end_counts(run)["rows"] and trajectory_views([run])
+    assert not [row for row in summary_rows(run.summary) if "-" in row]
+    parts = {name for name, *_ in time_rows(run.summary)}
     assert {"cold start", "compile", "rollout", "update", "evaluation"} <= parts
     assert run.summary["tokens_per_s"].keys() == {"rollout", "update"}
 
