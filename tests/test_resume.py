@@ -1,6 +1,7 @@
 """Contract 9: kill -9 in the middle of RL, the same command again, and the numbers are those of an unbroken run."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -66,8 +67,12 @@ def data(tmp_path_factory) -> list[str]:
 TRAINER = """
 import json, sys
 from retool_jax import train
+from retool_jax.errors import UserError
 for line in sys.stdin:
-    train.main(json.loads(line))
+    try:
+        train.main(json.loads(line))
+    except UserError as error:
+        print("error:", error)
     print("ended", flush=True)
 """
 
@@ -170,7 +175,7 @@ def test_a_look_that_was_cut_off_is_taken_again_alone(train, unbroken):
     assert after(folder) == after(unbroken)
 
 
-def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, unbroken):
+def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, trainer, unbroken):
     """Killed between its last checkpoint and its summary, it has that of fewer steps."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("longer")))
     summary = json.loads((folder / "summary.json").read_text())
@@ -180,9 +185,16 @@ def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, un
     assert comparable(folder) == comparable(unbroken)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6 and after(folder) == after(unbroken)
     assert "is complete; nothing to do" in train(folder)
-    # Further from there: what is new is told, and the summary of 6 steps does not survive the first one.
-    output = train(folder, "rl.steps=7", "evaluation.every=0", "sandbox.slots=3")
+    # Further from there: what is new is told, and the summary of 6 steps does not survive the first one. A last
+    # checkpoint that cannot be written, which shows when the last look is over, leaves none either.
+    further = ["rl.steps=7", "evaluation.every=0", "sandbox.slots=3"]
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (60 << 10, resource.RLIM_INFINITY))
+    output = train(folder, *further)
     assert "rl.steps is 7 from here on; it was 6" in output and "sandbox.slots is 3 from here on" in output
+    assert "step 7: dev accuracy" in output and "error: cannot save checkpoint 7 in" in output
+    assert "checkpoint 6 is intact" in output and not (folder / "summary.json").exists()
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert f"resuming {folder} from step 6 of 7" in train(folder, *further)
     lines = comparable(folder)
     assert lines[: len(comparable(unbroken))] == comparable(unbroken)
     assert [(line["kind"], line["step"]) for line in lines[-2:]] == [("rl", 7), ("eval", 7)]
