@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.run.load import split_words
+from retool_jax.fields import split_words
 
 if TYPE_CHECKING:
     import numpy as np

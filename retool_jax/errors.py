@@ -11,6 +11,11 @@ class UserError(Exception):
     """Bad input. The message names the thing, the limit and the way out, in one line."""
 
 
+def one_line(cause: object, most: int = 200) -> str:
+    """What was said, on one line of at most so many characters."""
+    return " ".join(str(cause).split())[:most]
+
+
 _ROOM = "make room and start the same command again"
 _RIGHTS = "choose a folder that can be written"
 _DISK_ERRORS = {

@@ -1,18 +1,23 @@
-"""Sections of a run as trees of frozen dataclasses: what their fields may hold, and their keys, values and comments.
+"""Sections of a run as trees of frozen dataclasses: what their fields may hold, their keys, values and comments, and
+the words of a command that set them.
 
 A section is a pydantic dataclass with `config=CHECKED`. Its fields say in their types what they may hold, and
 `complaint` says in words which one holds something else.
 """
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
 import types
 import typing
-from typing import Annotated
+from collections.abc import Collection, Sequence
+from typing import Annotated, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError
+
+from retool_jax.errors import UserError
 
 HIDDEN = "***"  # what is shown of a secret
 # No unknown keys, nothing converted silently, numbers that are numbers.
@@ -24,17 +29,29 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+@functools.cache
+def hints_of(schema: type) -> dict[str, typing.Any]:
+    """The types of a section's fields, with their constraints."""
+    return typing.get_type_hints(schema, include_extras=True)
+
+
 def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
     """The first thing that is wrong with the values of a section: the key below `prefix`, its value, its limit."""
     found = error.errors(include_url=False)[0]
-    name, value, kind = str(found["loc"][0]), found["input"], found["type"]
-    key = f"{prefix}{name}"
-    hint = typing.get_type_hints(schema, include_extras=True).get(name)
-    if hint is None:
-        return f"unknown key {key}"
-    secret = holds_secret(schema, name)
+    value, kind, wanted, inside = found["input"], found["type"], schema, list(found["loc"])
+    names = []
+    while inside and dataclasses.is_dataclass(wanted) and inside[0] in hints_of(wanted):
+        names.append(inside.pop(0))
+        wanted = hints_of(wanted)[names[-1]]
+    key, secret = prefix + ".".join(names), holds_secret(schema, ".".join(names))
     shown = HIDDEN if secret else show(value)
-    wanted = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple and len(found["loc"]) > 1 else hint
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key {prefix}{'.'.join([*names, *map(str, inside)])}"
+    if dataclasses.is_dataclass(wanted):
+        listed = ", ".join(f"{key}.{name}" for name in hints_of(wanted))
+        return f"{key}={shown} sets a whole section; set one of its keys: {listed}"
+    if typing.get_origin(wanted) is tuple and inside:
+        wanted = typing.get_args(wanted)[0]
     if kind == "literal_error":
         return f"{key}={shown} is not one of: {', '.join(filter(None, typing.get_args(wanted)))}"
     if kind == "finite_number":
@@ -69,36 +86,39 @@ def _type_name(hint: object) -> str:
     return "str" if typing.get_origin(hint) is typing.Literal else hint.__name__
 
 
-def describe(schema: type, prefix: str = "") -> list[tuple[str, str, object, str]]:
-    """Every leaf key as (key, type, default, comment from the source)."""
-    rows = []
-    hints = typing.get_type_hints(schema)
+class Leaf(NamedTuple):
+    """A key that a run may set."""
+
+    key: str
+    kind: str  # what its type is called
+    default: object
+    comment: str  # from the source
+    secret: bool  # its field says `metadata={"secret": True}`: shown to nobody, and in no file and no name
+
+
+@functools.cache
+def describe(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
+    """Every leaf key of a section."""
+    leaves: list[Leaf] = []
     comments = _comments(schema)
     for item in dataclasses.fields(schema):
-        key, wanted = prefix + item.name, hints[item.name]
+        key, wanted = prefix + item.name, hints_of(schema)[item.name]
         if dataclasses.is_dataclass(wanted):
-            rows += describe(wanted, f"{key}.")
+            leaves += describe(wanted, f"{key}.")
         else:
-            rows.append((key, _type_name(wanted), item.default, comments.get(item.name, "")))
-    return rows
+            comment, secret = comments.get(item.name, ""), bool(item.metadata.get("secret"))
+            leaves.append(Leaf(key, _type_name(wanted), item.default, comment, secret))
+    return tuple(leaves)
 
 
 def defaults_of(schema: type) -> dict[str, object]:
     """Every leaf key and its default, as YAML holds it."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, _, value, _ in describe(schema)}
+    found = {leaf.key: leaf.default for leaf in describe(schema)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
-@functools.cache
 def secret_keys(schema: type) -> frozenset[str]:
-    """The leaf keys whose fields say `metadata={"secret": True}`: shown to nobody, and in no file and no name."""
-    found = set()
-    hints = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(hints[item.name]):
-            found |= {f"{item.name}.{key}" for key in secret_keys(hints[item.name])}
-        elif item.metadata.get("secret"):
-            found.add(item.name)
-    return frozenset(found)
+    return frozenset(leaf.key for leaf in describe(schema) if leaf.secret)
 
 
 def holds_secret(schema: type, key: str) -> bool:
@@ -106,7 +126,6 @@ def holds_secret(schema: type, key: str) -> bool:
     return any(secret == key or secret.startswith(f"{key}.") for secret in secret_keys(schema))
 
 
-@functools.cache  # reading source is slow
 def _comments(schema: type) -> dict[str, str]:
     """What the source says about each field: the comment on its line, or the string below it."""
     found: dict[str, str] = {}
@@ -116,16 +135,9 @@ def _comments(schema: type) -> dict[str, str]:
     return found
 
 
-def flatten(run: object, prefix: str = "") -> dict[str, object]:
+def flatten(run: object) -> dict[str, object]:
     """Dotted keys and values of a dataclass tree."""
-    flat = {}
-    for item in dataclasses.fields(run):
-        value = getattr(run, item.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{item.name}.")
-        else:
-            flat[f"{prefix}{item.name}"] = value
-    return flat
+    return flatten_dict(dataclasses.asdict(run))
 
 
 def flatten_dict(values: dict, prefix: str = "") -> dict[str, object]:
@@ -141,3 +153,35 @@ def show(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"[{','.join(map(show, value))}]"
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collection[str] = ()) -> list[tuple[str, str]]:
+    """A command line of `key=value` words as pairs, in their order.
+
+    Args:
+        keys: those that a command without a config takes.
+        secrets: keys whose values no error shows.
+
+    Raises:
+        UserError: a word without "=", or, where keys are given, with another one (naming the nearest) or no value.
+    """
+    pairs = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or (keys and key not in keys):
+            near = difflib.get_close_matches(key.lstrip("-"), keys, 1)
+            known = f"it takes {', '.join(keys)}" if keys else "expected key=value, for example config=grpo"
+            hint = f"did you mean {near[0]}=...?" if near else f"{known} (see --help)"
+            raise UserError(f"cannot read {readable(word, secrets)!r}; {hint}")
+        if keys and not value:
+            raise UserError(f"{key}= is empty; give it a value or leave it out, see --help")
+        pairs.append((key, value))
+    return pairs
+
+
+def readable(word: str, secrets: Collection[str]) -> str:
+    """A word of the command line without what may be a secret in it."""
+    for key in secrets:
+        before, name, after = word.partition(key)
+        word = before + name + (HIDDEN if after else "")
+    return word

@@ -21,6 +21,7 @@ from rich.progress import Progress as LiveBar
 from rich.table import Table
 
 from retool_jax.errors import UserError
+from retool_jax.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINES_PER_PHASE = 15
@@ -49,7 +50,8 @@ class MetricsLog:
         path = folder / METRICS_FILE
         if path.exists():
             kept = read_metrics(folder) if resume_step is not None else []
-            _replace_lines(path, [json.dumps(record) for record in kept if record["step"] <= last_kept])
+            with replacing(path) as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept if record["step"] <= last_kept)
         self._file = path.open("a", encoding="utf-8")
         self._event, self._summary = Event, Summary
         first = last_kept + 1
@@ -118,16 +120,6 @@ def read_metrics(folder: Path) -> list[dict]:
             if number < len(lines):
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
     return records
-
-
-def _replace_lines(path: Path, lines: list[str]) -> None:
-    """Give the file new content in one step: a kill at any moment leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _plain(value: object) -> object:

@@ -24,9 +24,9 @@ from retool_jax.data.rows import asks_and_answers, is_text, plain_integer, tools
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import MAX_OUTPUT, BadTrace, boxed_answer, conversation, run_again, truth_of
 from retool_jax.errors import UserError, run_command
-from retool_jax.fields import Count, complaint
+from retool_jax.fields import Count, complaint, split_words
+from retool_jax.files import replacing
 from retool_jax.metrics import Progress
-from retool_jax.run.load import split_words
 from retool_jax.sandbox import Sandbox, SandboxConfig, ToolResult, open_sandbox, tool_text
 from retool_jax.sandbox.backends import candidates
 
@@ -358,11 +358,9 @@ def write(out: Path, lines: Sequence[dict], twins: Sequence[dict], report: Repor
         if rows:
             files[path] = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-            os.replace(temporary, path)
+            with replacing(path, errors="backslashreplace") as file:
+                file.write(text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror}); choose another out=") from error
 

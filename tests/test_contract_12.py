@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retool_jax import report
 from retool_jax.answers import check
 from retool_jax.data.problems import Problem
 from retool_jax.engine.pages import Pages
+from retool_jax.report.page import main, visible
+from retool_jax.report.trajectories import readable_parts
 from retool_jax.rl.evaluation import write_trajectories
 from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory
@@ -199,7 +200,7 @@ def test_a_run_goes_on_whatever_the_policy_says_and_its_files_and_page_can_be_re
             assert records["a whole pair"]["tool_calls"][0]["output"] == "\N{GRINNING FACE}"
             assert records["a program that prints half a pair"]["tool_calls"][0]["output"] == r"\ud800"
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evaluations))
-    report.main([f"run={folder}"])
+    main([f"run={folder}"])
     page = (folder / "report.html").read_bytes().decode()
     tags = Tags(page)
     assert not tags.open and tags.seen.count("script") == 1 and "img" not in tags.seen
@@ -306,7 +307,7 @@ def test_any_ids_are_read_kept_and_shown(tokenizer, tmp_path_factory, pieces):
         assert stop is None or 1 <= stop <= len(turn)
     made = [record_of(tokenizer, grammar, turn) for grammar in GRAMMARS]
     for record in write_and_read(path, tokenizer, made):
-        assert all(is_text(report.visible(part.text)) for part in report.readable_parts(record))
+        assert all(is_text(visible(part.text)) for part in readable_parts(record))
 
 
 @settings(max_examples=60, deadline=None)
@@ -332,5 +333,5 @@ def test_a_long_turn_takes_no_longer_than_its_length(tokenizer, text):
     began = time.process_time()
     assert any([grammar.calls(tokenizer, turn) for grammar in GRAMMARS.values()])
     segments = [{"role": "policy", "text": text}]
-    assert report.readable_parts({"tool_calls": [], "segments": segments})
+    assert readable_parts({"tool_calls": [], "segments": segments})
     assert time.process_time() - began < 3.0

@@ -14,7 +14,7 @@ LONGEST = 450  # lines of a file
 
 # From the ground up: a room knows those of its own floor and of the floors below it.
 FLOORS = (
-    {"errors", "fields"},
+    {"errors", "fields", "files"},
     {"mesh_config", "mesh", "clock", "metrics", "checkpoint"},
     {"models", "tokens"},
     {"sandbox"},

@@ -199,7 +199,7 @@ def test_words_that_are_not_understood(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     source, out = write(tmp_path / "raw.jsonl", TRACES), tmp_path / "out.jsonl"
     out.write_text("old")
-    (tmp_path / "out.jsonl.tmp").mkdir()  # something stands where the new file would be written
+    (tmp_path / "out.tmp").mkdir()  # something stands where the new file would be written
     assert "cannot write" in error_of(f"source={source}", f"out={out}")
     assert out.read_text() == "old"
 

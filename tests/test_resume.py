@@ -1,6 +1,7 @@
 """Contract 9: kill -9 in the middle of RL, the same command again, and the numbers are those of an unbroken run."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax import report
 from retool_jax.data.arithmetic import problem_row
-from retool_jax.metrics import read_metrics
+from retool_jax.metrics import read_metrics, summary_rows, time_rows
+from retool_jax.report.curves import PANELS, draw_panel
+from retool_jax.report.page import end_counts
+from retool_jax.report.runs import load_runs
+from retool_jax.report.trajectories import trajectory_views
 from retool_jax.run.build import sandbox_lines
 from retool_jax.sandbox import Sandbox, SandboxConfig
 
@@ -63,8 +67,12 @@ def data(tmp_path_factory) -> list[str]:
 TRAINER = """
 import json, sys
 from retool_jax import train
+from retool_jax.errors import UserError
 for line in sys.stdin:
-    train.main(json.loads(line))
+    try:
+        train.main(json.loads(line))
+    except UserError as error:
+        print("error:", error)
     print("ended", flush=True)
 """
 
@@ -107,15 +115,15 @@ def unbroken(train, tmp_path_factory) -> Path:
 
 def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken):
     (cold_start,) = unbroken.parent.glob("cold-start-*")
-    runs = dict(zip(("rl", "sft"), report.load_runs([unbroken, cold_start]), strict=True))
-    missing = [panel.title for panel in report.PANELS if report.draw_panel(panel, [runs[panel.kind]]) is None]
+    runs = dict(zip(("rl", "sft"), load_runs([unbroken, cold_start]), strict=True))
+    missing = [panel.title for panel in PANELS if draw_panel(panel, [runs[panel.kind]]) is None]
     assert missing == []
     run = runs["rl"]
     for key in ("accuracy", "accuracy_stderr", "greedy_accuracy"):
         assert len(run.series("eval", key, run.curve_split)[0]) == 3, key
-    assert report.end_counts(run)["rows"] and report.trajectory_views([run])
-    assert not [row for row in report.summary_rows(run.summary) if "-" in row]
-    parts = {name for name, *_ in report.time_rows(run.summary)}
+    assert end_counts(run)["rows"] and trajectory_views([run])
+    assert not [row for row in summary_rows(run.summary) if "-" in row]
+    parts = {name for name, *_ in time_rows(run.summary)}
     assert {"cold start", "compile", "rollout", "update", "evaluation"} <= parts
     assert run.summary["tokens_per_s"].keys() == {"rollout", "update"}
 
@@ -167,7 +175,7 @@ def test_a_look_that_was_cut_off_is_taken_again_alone(train, unbroken):
     assert after(folder) == after(unbroken)
 
 
-def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, unbroken):
+def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, trainer, unbroken):
     """Killed between its last checkpoint and its summary, it has that of fewer steps."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("longer")))
     summary = json.loads((folder / "summary.json").read_text())
@@ -177,9 +185,16 @@ def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, un
     assert comparable(folder) == comparable(unbroken)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6 and after(folder) == after(unbroken)
     assert "is complete; nothing to do" in train(folder)
-    # Further from there: what is new is told, and the summary of 6 steps does not survive the first one.
-    output = train(folder, "rl.steps=7", "evaluation.every=0", "sandbox.slots=3")
+    # Further from there: what is new is told, and the summary of 6 steps does not survive the first one. A last
+    # checkpoint that cannot be written, which shows when the last look is over, leaves none either.
+    further = ["rl.steps=7", "evaluation.every=0", "sandbox.slots=3"]
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (60 << 10, resource.RLIM_INFINITY))
+    output = train(folder, *further)
     assert "rl.steps is 7 from here on; it was 6" in output and "sandbox.slots is 3 from here on" in output
+    assert "step 7: dev accuracy" in output and "error: cannot save checkpoint 7 in" in output
+    assert "checkpoint 6 is intact" in output and not (folder / "summary.json").exists()
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert f"resuming {folder} from step 6 of 7" in train(folder, *further)
     lines = comparable(folder)
     assert lines[: len(comparable(unbroken))] == comparable(unbroken)
     assert [(line["kind"], line["step"]) for line in lines[-2:]] == [("rl", 7), ("eval", 7)]

@@ -15,7 +15,7 @@ import pytest
 
 from retool_jax import train
 from retool_jax.checkpoint import Checkpoints
-from retool_jax.convert import find_source
+from retool_jax.convert import convert, find_source
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.errors import UserError, run_command
 from retool_jax.learn.optimizer import TrainState
@@ -321,6 +321,40 @@ def test_a_cold_start_of_another_vocabulary(cold_start, tmp_path, capsys):
     (moved / "config.yaml").write_text(config.replace("tokenizer: miniature", "tokenizer: /gone"))
     load_weights(load([*GRPO, f"init_from={moved}"]), moved)
     assert "moved was trained with tokenizer=/gone, which cannot be compared" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_vocabulary(cold_start, tmp_path):
+    """Of a Hugging Face folder, too."""
+    folder = tmp_path / "exported"
+    convert(str(cold_start), folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    run = load([*GRPO, f"init_from={folder}"])
+    load_weights(run, folder)
+    for word in list(table["model"]["vocab"])[:2]:
+        table["model"]["vocab"][word] ^= 1
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"another vocabulary: tokenizer is .*exported there and miniature here"):
+        load_weights(run, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    load_weights(run, folder)  # weights alone
+
+
+def test_a_policy_that_writes_calls_as_the_run_does_not_read_them(cold_start, tmp_path):
+    words = [*GRPO[:-1], f"init_from={cold_start}"]
+    retool = load([*words, "rollout.grammar=retool"])
+    with pytest.raises(UserError, match=r"in the grammar hermes, and rollout.grammar=retool reads none of them; set"):
+        load_weights(retool, cold_start)
+    load_weights(load([*words, "rollout.grammar=retool", "tools=none"]), cold_start)
+    load_weights(load([*SFT, "sft.grammar=retool", f"init_from={cold_start}"]), cold_start)
+    folder = Path(shutil.copytree(cold_start, tmp_path / "other"))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("  grammar: ''", "  grammar: retool"))
+    load_weights(retool, folder)
+    with pytest.raises(UserError, match=r"in the grammar retool, and rollout.grammar=hermes reads none"):
+        load_weights(load(words), folder)
+    (folder / "config.yaml").write_text(config.replace("tools: python", "tools: none"))
+    load_weights(retool, folder)
 
 
 def test_a_run_folder_without_a_checkpoint_is_no_cold_start(tmp_path):

@@ -4,8 +4,6 @@ trajectories to read.
 Everything a run wrote is data here: the page is rendered with autoescaping on, and it loads nothing from anywhere.
 """
 
-import difflib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,8 +13,11 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
 from retool_jax.errors import UserError
+from retool_jax.fields import split_words
+from retool_jax.files import replacing
 from retool_jax.metrics import format_percent, format_seconds, format_value, summary_rows, summary_title, time_rows
 from retool_jax.report.curves import COLOURS, LIGHT, PANELS, draw_accuracy, draw_panel, setting_colours, to_svg
 from retool_jax.report.runs import Run, load_runs
@@ -71,8 +72,8 @@ def visible(value: object) -> object:
     return type(value)(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value))  # markup stays markup
 
 
-def build_page(runs: Sequence[Run]) -> str:
-    """The whole report as HTML."""
+def build_page(runs: Sequence[Run], accuracy: Figure | None) -> str:
+    """The whole report as HTML, with the main picture if there is one."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible)
     environment.filters |= {
         "percent": format_percent,
@@ -81,7 +82,6 @@ def build_page(runs: Sequence[Run]) -> str:
         "mark_boxed": mark_boxed,
     }
     template = resources.files("retool_jax.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    accuracy = draw_accuracy(runs)
     panels = [(panel, draw_panel(panel, runs)) for panel in PANELS]
     colours = {light: f"var(--{name})" for name, light in LIGHT.items()}
     return environment.from_string(template).render(
@@ -103,12 +103,11 @@ def build_page(runs: Sequence[Run]) -> str:
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     """Write the page, and beside it curves.png where something was evaluated. Returns what was written."""
     runs = load_runs(folders)
-    page, picture, written = build_page(runs), draw_accuracy(runs), [out]
+    picture, written = draw_accuracy(runs), [out]
+    page = build_page(runs, picture)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, out)
+        with replacing(out, errors="replace") as file:
+            file.write(page)
         if picture:
             written.append(out.with_name("curves.png"))
             picture.savefig(written[-1], dpi=160, facecolor="white")
@@ -119,27 +118,14 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     return written
 
 
-def parse_words(words: Sequence[str]) -> tuple[list[Path], Path]:
-    """The run folders and the page to write, from the command line's words."""
-    folders, out = [], None
-    for word in words:
-        key, _, value = word.partition("=")
-        if key == "run" and value:
-            folders += [Path(name) for name in value.split(",") if name]
-        elif key == "out" and value:
-            out = Path(value)
-        else:
-            near = difflib.get_close_matches(key, ("run", "out"), n=1)
-            hint = f"did you mean {near[0]}=...?" if near else "it takes run=DIR and out=FILE (see --help)"
-            raise UserError(f"cannot read {word!r}; {hint}")
-    if not folders:
-        raise UserError("no run to report on; usage: python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]")
-    return folders, out or folders[0] / "report.html"
-
-
 def main(words: list[str]) -> None:
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return
-    for path in write_report(*parse_words(words)):
+    pairs = split_words(words, ("run", "out"))
+    folders = [Path(name) for key, names in pairs if key == "run" for name in names.split(",") if name]
+    if not folders:
+        raise UserError("no run to report on; usage: python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]")
+    out = dict(pairs).get("out", folders[0] / "report.html")
+    for path in write_report(folders, Path(out)):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -13,6 +13,7 @@ from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
+from retool_jax.files import replacing
 from retool_jax.rl.config import RolloutConfig
 from retool_jax.rl.rollout import Sample, rollout, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
@@ -113,9 +114,6 @@ def write_trajectories(
 
     What no encoding can hold (a lone surrogate in a problem's text) is written as JSON's escape of it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with replacing(path, errors="backslashreplace") as file:
         for trajectory in trajectories:
             file.write(json.dumps(trajectory.record(tokenizer, split=split, step=step), ensure_ascii=False) + "\n")
-    temporary.replace(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from retool_jax.engine.scheduler import Statistics
+from retool_jax.files import replacing
 from retool_jax.rl.config import EvaluationConfig
 from retool_jax.rl.looks import looked
 
@@ -58,10 +59,8 @@ def summarise_run(
 
 def write_summary(folder: Path, summary: dict) -> None:
     """Replace the run's summary in one step."""
-    path = folder / SUMMARY
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(path)
+    with replacing(folder / SUMMARY) as file:
+        file.write(json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(folder: Path, steps: int) -> dict | None:

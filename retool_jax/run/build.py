@@ -17,6 +17,7 @@ from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
 from retool_jax.models.sharding import param_shardings
 from retool_jax.rl.rollout import encode_prompt
+from retool_jax.run.folder import CONFIG
 from retool_jax.run.load import make, read, read_yaml
 from retool_jax.run.schema import RLRun, Run, micro_batches
 from retool_jax.sandbox import Sandbox, SandboxConfig
@@ -35,8 +36,11 @@ def resolve(words: list[str]) -> Run:
             supported, or cannot be fetched.
     """
     schema, values = read(words)
-    make(schema, values)  # what is wrong with the words is told before anything is fetched
-    return make(schema, with_checkpoint(values))
+    said = make(schema, values)  # what is wrong with the words is told before anything is fetched
+    run = make(schema, with_checkpoint(values))
+    if taken := " and ".join(part for part in ("model", "tokenizer") if getattr(run, part) != getattr(said, part)):
+        print(f"{taken}: of {run.init_from}, since nothing else is set here")
+    return run
 
 
 def with_checkpoint(values: dict) -> dict:
@@ -48,7 +52,7 @@ def with_checkpoint(values: dict) -> dict:
     if not name:
         return values
     folder = Path(name)
-    its_run = read_yaml(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
+    its_run = read_yaml(str(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
     its_run = its_run if {"model", "tokenizer"} <= its_run.keys() else None
     if values.get("tokenizer") == "":
         values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
@@ -93,11 +97,10 @@ def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
 
 
 def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict[str, Problems]:
-    """The problems of each split. Over-long prompts of a data set are refused; the miniature's are checked as they
-    come."""
+    """The problems of each split. Over-long prompts are refused, those of the miniature as far as its first show it."""
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     for stream in problems.values():
-        for problem in stream.finite or ():
+        for problem in stream.finite or stream.head(8):
             encode_prompt(tokenizer, problem, tools, run.rollout.max_prompt_tokens, run.rollout.grammar)
     return problems
 

@@ -15,7 +15,8 @@ import jax
 from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError
-from retool_jax.fields import defaults_of, flatten_dict, secret_keys, show
+from retool_jax.fields import defaults_of, flatten, flatten_dict, secret_keys, show
+from retool_jax.files import replacing
 from retool_jax.models.config import ModelConfig
 from retool_jax.run.load import make, read_yaml
 from retool_jax.run.schema import Run, SFTRun, task_of
@@ -42,8 +43,6 @@ MAY_CHANGE = (
     *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),
     *("sandbox.recycle_*", "sandbox.probe_s", "sandbox.session*"),
 )
-# Keys that older folders lack, where they meant something else before they existed than their default says now.
-ABSENT = {"evaluation.answer_tokens": 0}  # no evaluation asked for an answer
 # Keys that older folders hold and this version has not, with the values at which they changed nothing.
 REMOVED: dict[str, tuple[object, ...]] = {
     "rollout.tool_output_chars": (),  # outputs are cut by tokens now, and no number of characters does the same
@@ -119,46 +118,49 @@ def check_folder(run: Run) -> None:
     """
     folder = Path(run.run)
     if (folder / CONFIG).is_file():
-        if found := [difference for difference in differences(run, folder) if not may_change(difference[0])]:
-            key, there, here = found[0]
+        there = saved(folder)
+        if found := [difference for difference in differences(run, there) if not may_change(difference[0])]:
+            key, before, here = found[0]
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise UserError(
-                f"{folder} holds another run: {key} is {show(there)} there and {show(here)} here{more};"
+                f"{folder} holds another run: {key} is {show(before)} there and {show(here)} here{more};"
                 " choose another run=FOLDER, or remove that one"
             )
-        if unknown := unknown_keys(run, folder):
-            key = min(unknown)
-            raise UserError(
-                f"{folder} was begun with {key}={show(unknown[key])}, which this version has not; go on with the one"
-                f" that began it, choose another run=FOLDER, or remove the key from {folder / CONFIG} to do without"
-            )
+        for key in sorted(there.keys() - to_flat(run).keys()):
+            if not may_change(key) and there[key] not in REMOVED.get(key, ()):
+                raise UserError(
+                    f"{folder} was begun with {key}={show(there[key])}, which this version has not; go on with the one"
+                    f" that began it, choose another run=FOLDER, or remove the key from {folder / CONFIG} to do without"
+                )
     elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK, UNFINISHED}):
         raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
 
 
-def differences(run: Run, folder: Path) -> list[tuple[str, object, object]]:
-    """(key, value there, value here) wherever the config of a run's folder differs from this one.
-
-    A key that is not there, since the folder is older than it, has its default there. Secrets are not compared.
+def saved(folder: Path) -> dict[str, object]:
+    """Dotted keys and values of the config of a run's folder.
 
     Raises:
         UserError: that config cannot be read.
     """
-    there, here = flatten_dict(read_yaml(str(folder / CONFIG))), flatten_dict(to_plain(run))
+    return flatten_dict(read_yaml(str(folder / CONFIG)))
+
+
+def differences(run: Run, there: dict[str, object]) -> list[tuple[str, object, object]]:
+    """(key, value there, value here) wherever a saved config differs from a run's; secrets are not compared."""
+    here = to_flat(run)
     if there.get("task") != here["task"]:
         return [("task", there.get("task"), here["task"])]
-    there = defaults_of(type(run)) | ABSENT | there
+    there = defaults_of(type(run)) | before_it_existed(there) | there
     keys = sorted(here.keys() - secret_keys(type(run)))
     return [(key, there[key], here[key]) for key in keys if there[key] != here[key]]
 
 
-def unknown_keys(run: Run, folder: Path) -> dict[str, object]:
-    """What the config of a run's folder sets and this version has not, without what changed nothing."""
-    there = flatten_dict(read_yaml(str(folder / CONFIG)))
-    removed = there.keys() - flatten_dict(to_plain(run)).keys()
-    return {
-        key: there[key] for key in sorted(removed) if not may_change(key) and there[key] not in REMOVED.get(key, ())
-    }
+def before_it_existed(there: dict[str, object]) -> dict[str, object]:
+    """What keys that an older folder lacks meant there, where that is not what their default says now."""
+    trained = "sft" if there.get("task") == "sft" else "rl"
+    kept = there.get("model.param_dtype", "float32")  # gradients and moments had the type of the weights
+    dtypes = {f"{trained}.optimizer.{kind}_dtype": kept for kind in ("gradient", "moment")}
+    return {"evaluation.answer_tokens": 0} | dtypes  # no evaluation asked for an answer
 
 
 def write_config(run: Run) -> None:
@@ -167,26 +169,20 @@ def write_config(run: Run) -> None:
         return
     folder = Path(run.run)
     if (folder / CONFIG).is_file():
-        for key, there, here in differences(run, folder):
+        for key, there, here in differences(run, saved(folder)):
             if key != "run":
                 print(f"{key} is {show(here)} from here on; it was {show(there)}")
-    temporary = folder / UNFINISHED
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(run))))
-    temporary.replace(folder / CONFIG)
+    plain = OmegaConf.create()
+    for key, value in to_flat(run).items():
+        OmegaConf.update(plain, key, value)
+    with replacing(folder / CONFIG) as file:
+        file.write(OmegaConf.to_yaml(plain))
 
 
-def to_plain(run: Run) -> dict:
-    """Nested dicts and lists of a run, with its task; secrets are empty."""
-    plain = dataclasses.asdict(
-        run, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
-    )
-    for key in secret_keys(type(run)):
-        *sections, name = key.split(".")
-        section = plain
-        for part in sections:
-            section = section[part]
-        section[name] = ""
-    return {"task": task_of(type(run)), **plain}
+def to_flat(run: Run) -> dict[str, object]:
+    """Dotted keys and values of a run as YAML holds them, with its task; secrets are empty."""
+    flat = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(run).items()}
+    return {"task": task_of(type(run))} | flat | dict.fromkeys(secret_keys(type(run)), "")
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, str]:

@@ -5,31 +5,31 @@ Nothing heavy is imported and nothing is fetched here, so that help and a mistak
 
 import dataclasses
 import difflib
-import functools
 import hashlib
+import json
 import re
 import textwrap
-import types
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 
-import pydantic.dataclasses
 from omegaconf import ListConfig, OmegaConf
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.fields import (
-    CHECKED,
     HIDDEN,
     complaint,
     describe,
     flatten,
     flatten_dict,
+    hints_of,
     holds_secret,
+    readable,
     secret_keys,
     show,
+    split_words,
 )
+from retool_jax.models.config import ARCHITECTURE
 from retool_jax.run.schema import TASKS, RLRun, Run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -46,41 +46,21 @@ def load(words: list[str]) -> Run:
     return make(*read(words))
 
 
-def split_words(words: Sequence[str], keys: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """A command line of `key=value` words as pairs, in their order; `keys` are those that a command without a config
-    takes.
-
-    Raises:
-        UserError: a word without "=", or, where keys are given, with another one (naming the nearest) or no value.
-    """
-    pairs = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or (keys and key not in keys):
-            near = difflib.get_close_matches(key.lstrip("-"), keys, 1)
-            known = f"it takes {', '.join(keys)}" if keys else "expected key=value, for example config=grpo"
-            hint = f"did you mean {near[0]}=...?" if near else f"{known} (see --help)"
-            raise UserError(f"cannot read {_readable(word)!r}; {hint}")
-        if keys and not value:
-            raise UserError(f"{key}= is empty; give it a value or leave it out, see --help")
-        pairs.append((key, value))
-    return pairs
-
-
 def read(words: list[str]) -> tuple[type[Run], dict]:
     """The class of the run that a command line describes, and the values that it and its config set, nested.
 
     Raises:
         UserError: no such config, or a word that cannot be read.
     """
-    pairs = split_words(words)
+    pairs = split_words(words, secrets=secret_keys(RLRun))
     names = [value for key, value in pairs if key == "config"]
     if not names:
         raise UserError(f"no config given; add config=NAME, one of: {', '.join(config_names())}")
     overrides = {key: value for key, value in pairs if key != "config"}
-    values = read_yaml(names[-1])
-    schema = schema_of(values, names[-1])
-    kinds = {key: name for key, name, *_ in describe(schema)}
+    files = read_files(names[-1])
+    schema = schema_of(merged(files), names[-1])
+    kinds = {leaf.key: leaf.kind for leaf in describe(schema)}
+    said: dict = {}
     for key, value in overrides.items():
         try:
             word = OmegaConf.from_dotlist([f"{key}={value}"])
@@ -88,18 +68,44 @@ def read(words: list[str]) -> tuple[type[Run], dict]:
             meant = {"str": str, "str or list": str | ListConfig}.get(kinds.get(key, ""), object)
             if not isinstance(OmegaConf.select(word, key), meant):
                 OmegaConf.update(word, key, value)  # a folder may be called 2024, and tools=no is not a truth value
-            values = OmegaConf.to_container(OmegaConf.merge(values, word))
+            said = merged([said, OmegaConf.to_container(word)])
         except Exception as error:  # OmegaConf's kinds, and those of its YAML parser
             if holds_secret(schema, key):
                 raise UserError(f"cannot read {key}={HIDDEN}: it is no YAML value; put it in quotes") from None
-            raise UserError(f"cannot read {key}={value}: {_one_line(error)}") from error
+            raise UserError(f"cannot read {key}={value}: {one_line(error, 1000)}") from error
+    values = over_each_other([*files, said])
+    del values["task"]
     if not values.get("run"):
         values["run"] = str(Path("runs") / folder_name(names[-1], overrides, schema))
     return schema, values
 
 
-def read_yaml(name: str, above: tuple[str, ...] = ()) -> dict:
+def over_each_other(layers: list[dict]) -> dict:
+    """What configs and words say, the lowest first.
+
+    The miniature begins from no weights, so its shape and its tokenizer do not count where a layer above it names some
+    and sets no key of a shape: there they are left to the checkpoint.
+    """
+    first = next((index for index, layer in enumerate(layers) if layer.get("init_from")), len(layers))
+    below, above = merged(layers[:first]), merged(layers[first:])
+    own = set(ARCHITECTURE) & (above.get("model") or {}).keys()
+    if above.get("init_from") and below.get("tokenizer") == "miniature" and not own:
+        below["tokenizer"] = ""
+        below["model"] = {key: value for key, value in below["model"].items() if key not in ARCHITECTURE}
+    return merged([below, above])
+
+
+def merged(layers: list[dict]) -> dict:
+    return OmegaConf.to_container(OmegaConf.merge({}, *layers))
+
+
+def read_yaml(name: str) -> dict:
     """One config file as nested dicts, on top of the one that its `base` names."""
+    return merged(read_files(name))
+
+
+def read_files(name: str, above: tuple[str, ...] = ()) -> list[dict]:
+    """One config file and those below it that `base` names, the lowest first."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         needed = f", the base of {above[-1]}," if above else ""
@@ -110,14 +116,10 @@ def read_yaml(name: str, above: tuple[str, ...] = ()) -> dict:
         values = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(values, dict):
             raise ValueError("expected keys and values")
-        base = values.pop("base", None)
-        if not base:
-            return values
-        return OmegaConf.to_container(OmegaConf.merge(read_yaml(str(base), (*above, name)), values))
-    except UserError:
-        raise
     except Exception as error:  # as above
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {one_line(error, 1000)}") from error
+    base = values.pop("base", None)
+    return [*(read_files(str(base), (*above, name)) if base else ()), values]
 
 
 def config_names() -> list[str]:
@@ -125,8 +127,8 @@ def config_names() -> list[str]:
 
 
 def schema_of(values: dict, name: str) -> type[Run]:
-    """The class of the run that a config is for, by its task, which is taken out of the values."""
-    task = values.pop("task", None)
+    """The class of the run that a config is for, by its task."""
+    task = values.get("task")
     if task not in TASKS:
         raise UserError(f"config {name!r} has task={task!r}; it must be one of: {', '.join(TASKS)}")
     return TASKS[task]
@@ -152,60 +154,57 @@ def folder_name(config: str, overrides: dict[str, str], schema: type[Run]) -> st
     return name
 
 
-def make(schema: type, values: dict, prefix: str = "", root: type | None = None) -> typing.Any:
-    """A section from nested dicts, checking every key and every value.
+def make(schema: type, values: dict) -> typing.Any:
+    """A run from nested dicts, checking every key and every value.
 
-    Whole numbers are accepted for float, a single value for a list of one and nothing for an empty text; nothing else
-    is converted. `root` is the whole run's class, where the nearest keys are looked for.
+    Whole numbers are accepted for float, a single value for a list of one and nothing for an empty text or list;
+    nothing else is converted.
     """
-    root = root or schema
-    hints = typing.get_type_hints(schema)
-    for key, value in values.items():
-        if key not in hints:
-            unknown = next(iter(flatten_dict({key: value}, prefix)), f"{prefix}{key}")
-            listed = ", ".join(prefix + name for name in hints)
-            raise UserError(f"unknown key {_readable(unknown)}; {_nearest(unknown, root) or f'known here: {listed}'}")
-    given = {key: _meant(hints[key], value, f"{prefix}{key}", root) for key, value in values.items()}
     try:
-        made = _checked(schema)(**given)
-        return made if type(made) is schema else schema(**given)
+        # As JSON, where pydantic makes sections of dicts, and tuples of lists, and still converts nothing else.
+        return TypeAdapter(schema).validate_json(json.dumps(_meant(schema, values), default=str))
     except ValidationError as error:
-        raise UserError(complaint(error, schema, prefix)) from None
+        for found in error.errors(include_url=False):
+            if found["type"] == "unexpected_keyword_argument":
+                raise UserError(_unknown_key(found["loc"], found["input"], schema)) from None
+        raise UserError(complaint(error, schema)) from None
 
 
-@functools.cache
-def _checked(schema: type) -> type:
-    """The section as a class that checks the types of its values: itself, but for those of the sandbox, which may be
-    used without the rest and check their ranges on their own."""
-    if pydantic.dataclasses.is_pydantic_dataclass(schema):
-        return schema
-    return pydantic.dataclasses.dataclass(schema, frozen=True, config=CHECKED)
+def _meant(schema: type, values: dict) -> dict:
+    """Values as YAML brings them, as their fields may mean them."""
+    meant = {}
+    for key, value in values.items():
+        wanted = hints_of(schema).get(key)
+        if isinstance(value, dict):
+            value = _meant(wanted, value) if dataclasses.is_dataclass(wanted) else value
+        elif typing.get_origin(wanted) is tuple and not isinstance(value, list):
+            value = [] if value is None else [value]
+        elif wanted is str and value is None:
+            value = ""
+        elif type(value) is int and float in (wanted, *typing.get_args(wanted)):
+            value = float(value)
+        meant[key] = value
+    return meant
 
 
-def _meant(wanted: typing.Any, value: object, key: str, root: type) -> object:
-    """A value as YAML brings it, as its field may mean it; whether it may hold that is seen later."""
-    if dataclasses.is_dataclass(wanted):
-        if not isinstance(value, dict):
-            names = ", ".join(f"{key}.{name}" for name in typing.get_type_hints(wanted))
-            shown = HIDDEN if holds_secret(root, key) else show(value)
-            raise UserError(f"{key}={shown} sets a whole section; set one of its keys: {names}")
-        return make(wanted, value, f"{key}.", root)
-    if isinstance(wanted, types.UnionType) and isinstance(value, list):  # a text, or a list of them
-        return tuple(value)
-    if typing.get_origin(wanted) is tuple:
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        return tuple(_meant(typing.get_args(wanted)[0], item, key, root) for item in items)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return "" if wanted is str and value is None else value
+def _unknown_key(place: tuple, value: object, schema: type) -> str:
+    """What is said of a key that no section has."""
+    *sections, last = map(str, place)
+    key = ".".join([*sections, last])
+    key = next(iter(flatten_dict({key: value})), key)
+    owner = schema
+    for name in sections:
+        owner = hints_of(owner)[name]
+    listed = ", ".join(".".join([*sections, name]) for name in hints_of(owner))
+    return f"unknown key {readable(key, secret_keys(RLRun))}; {_nearest(key, schema) or f'known here: {listed}'}"
 
 
 def _nearest(key: str, root: type) -> str | None:
     """A sentence with the keys of a run that an unknown one may have meant."""
-    keys = [known for known, *_ in describe(root)]
+    keys = [leaf.key for leaf in describe(root)]
     for task, schema in TASKS.items():
-        if key in (known for known, *_ in describe(schema)):
-            return f"it belongs to configs of task {task}; this one has {', '.join(typing.get_type_hints(root))}"
+        if key in (leaf.key for leaf in describe(schema)):
+            return f"it belongs to configs of task {task}; this one has {', '.join(hints_of(root))}"
     if complete := [known for known in keys if known.endswith(f".{key}")]:
         return f"did you mean {' or '.join(complete)}?"
     last = key.split(".")[-1]
@@ -214,29 +213,17 @@ def _nearest(key: str, root: type) -> str | None:
     return f"did you mean {match[0]}?" if match else None
 
 
-def _readable(word: str) -> str:
-    """A word of the command line without what may be a secret in it."""
-    for key in secret_keys(RLRun):
-        before, name, after = word.partition(key)
-        word = before + name + (HIDDEN if after else "")
-    return word
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def help_text(words: list[str]) -> str:
     """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
     name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
     schema = schema_of(values := read_yaml(name), name)
+    del values["task"]
     resolved = flatten(make(schema, values))
-    resolved |= {key: HIDDEN for key in secret_keys(schema) if resolved[key]}
-    rows = [(f"{key}={show(resolved[key])}", comment) for key, _, _, comment in describe(schema)]
-    lines = [
-        textwrap.fill(f"  {left:<44} {comment}".rstrip(), 110, subsequent_indent=" " * 47, break_on_hyphens=False)
-        for left, comment in rows
-    ]
+    lines = []
+    for leaf in describe(schema):
+        value = HIDDEN if leaf.secret and resolved[leaf.key] else show(resolved[leaf.key])
+        line = f"  {f'{leaf.key}={value}':<44} {leaf.comment}".rstrip()
+        lines.append(textwrap.fill(line, 110, subsequent_indent=" " * 47, break_on_hyphens=False))
     return "\n".join(
         [
             "usage: python -m retool_jax.train config=NAME [key=value ...]",

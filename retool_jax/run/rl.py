@@ -4,20 +4,16 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import jax
-from jax.sharding import Mesh
-
 from retool_jax.answers import workers
-from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import TrainState, begin_from, fresh_state, state_shardings
+from retool_jax.learn.optimizer import TrainState, begin_from
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress, print_summary
-from retool_jax.models.decoder import Params, abstract_params
+from retool_jax.models.decoder import Params
 from retool_jax.rl import loop
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.parts import Parts
@@ -32,8 +28,9 @@ from retool_jax.run.build import (
     tool_lines,
 )
 from retool_jax.run.folder import claim_folder, write_config
+from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import RLRun
-from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
+from retool_jax.run.weights import abstract_state, has_checkpoints, load_weights, require_checkpoint
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
@@ -77,7 +74,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             notes = {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
-            state, notes = restore(run, checkpoints, start, mesh)
+            state, notes = checkpoints.restore(start, abstract_state(run, mesh))
             clock.seconds = notes["seconds"]
 
         def elapsed_s() -> float:
@@ -89,6 +86,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
                 checkpoints.save(step, state, told)
 
         write_config(run)
+        write_origin(folder)
         (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
         print("\n".join([*tool_lines(tools), attention_line(run, mesh)]))
         engine = engine_of(run, state.params, mesh, tokenizer)
@@ -116,6 +114,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         )
         engine.warm_up()
         await loop.train(parts, state, start)
+        checkpoints.wait()  # a summary says that the run is complete, and so does a last checkpoint that is good
         summary = summarise_run(folder, run.evaluation, run.rl.steps, clock.seconds, notes["tokens"], elapsed_s())
         write_summary(folder, summary)
     print_summary(summary)
@@ -128,9 +127,3 @@ def first_weights(run: RLRun, make_weights: Callable[[RLRun], Params]) -> Params
         return make_weights(run)
     print(f"starting from {run.init_from}")
     return load_weights(run, Path(run.init_from))
-
-
-def restore(run: RLRun, checkpoints: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, dict]:
-    """The train state and notes of a checkpoint of this run."""
-    shapes = jax.eval_shape(partial(fresh_state, optimizer=run.rl.optimizer), abstract_params(run.model)[1])
-    return checkpoints.restore(step, abstract_like(shapes, state_shardings(run.model, run.rl.optimizer, mesh)))

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, with_config
 from pydantic.dataclasses import dataclass
 
 from retool_jax.data.config import DataConfig
@@ -13,12 +13,16 @@ from retool_jax.fields import CHECKED, Positive
 from retool_jax.mesh_config import MeshConfig, check_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
-from retool_jax.sandbox.types import SandboxConfig
+from retool_jax.sandbox.types import Limits, SandboxConfig
 from retool_jax.sft.config import SFTConfig
 from retool_jax.tools.config import check_tools, words_of
 
 Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 Tools = str | tuple[str, ...]
+
+# The sandbox's are ordinary dataclasses that check their ranges by themselves, since it is used without the rest, too.
+for section in (Limits, SandboxConfig):
+    with_config(CHECKED)(section)
 
 
 @dataclass(frozen=True, config=CHECKED)

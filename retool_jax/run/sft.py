@@ -2,23 +2,26 @@
 
 import dataclasses
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 
-import jax
-from jax.sharding import Mesh
-
-from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import TrainState, begin_from, init_state, state_shardings
+from retool_jax.learn.optimizer import TrainState, begin_from, init_state
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.decoder import Params
 from retool_jax.run.build import attention_line, demonstrations_of, mesh_of, model_for
 from retool_jax.run.folder import check_folder, claim_folder, write_config
+from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import SFTRun
-from retool_jax.run.weights import abstract_weights, has_checkpoints, load_weights, require_checkpoint
+from retool_jax.run.weights import (
+    abstract_state,
+    abstract_weights,
+    has_checkpoints,
+    load_weights,
+    require_checkpoint,
+)
 from retool_jax.sft import loop
 from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.sft.loop import imitation_loss, optimizer_of
@@ -55,6 +58,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         write_config(run)
         if start >= batches.steps:
             return state
+        write_origin(folder)
         update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
         print(attention_line(run, mesh))
         log = stack.enter_context(MetricsLog(folder, start or None))
@@ -92,9 +96,3 @@ def check_data(run: SFTRun, notes: dict, batches: Demonstrations) -> None:
         raise UserError(
             f"sft.data={run.sft.data} is not what {run.run} began with; restore it, or choose another run=FOLDER"
         )
-
-
-def abstract_state(run: SFTRun, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of a cold start's state."""
-    shapes = jax.eval_shape(partial(init_state, run.model, run.sft.optimizer, mesh, run.seed))
-    return abstract_like(shapes, state_shardings(run.model, run.sft.optimizer, mesh))

@@ -1,29 +1,39 @@
 """A run's first weights: from another run or a Hugging Face checkpoint, if they fit its model and vocabulary."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.errors import UserError
 from retool_jax.fields import show
+from retool_jax.learn.optimizer import TrainState, fresh_state, state_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.models.config import ARCHITECTURE
 from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.sharding import param_shardings
-from retool_jax.run.folder import CONFIG, read_model
-from retool_jax.run.schema import Run
+from retool_jax.run.folder import CONFIG, read_model, saved
+from retool_jax.run.schema import RLRun, Run
+from retool_jax.tokens.grammar import DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.tools.config import words_of
 
 
 def load_weights(run: Run, folder: Path) -> Params:
     """The newest weights of a run folder, or those of a Hugging Face folder or hub id, in this run's shardings.
 
     Raises:
-        UserError: there is no checkpoint in that folder, or it is of another model or another vocabulary.
+        UserError: there is no checkpoint in that folder, or it is of another model or another vocabulary, or its policy
+            writes calls in another grammar than this run reads.
     """
-    folder = find_folder(str(folder))
+    name, folder = str(folder), find_folder(str(folder))
     if (folder / "config.json").is_file():
+        if (folder / "tokenizer.json").is_file():  # it may hold weights alone
+            check_vocabulary(run, name, folder)
         return load_params(run.model, folder, make_mesh(run.mesh))
     path = folder / "checkpoints"
     if not path.is_dir():
@@ -66,6 +76,13 @@ def check_model(run: Run, folder: Path) -> None:
                 f"{folder} holds another model: model.{key} is {show(there)} there and {show(here)} here;"
                 " make them equal"
             )
+    check_vocabulary(run, name, folder)
+    if isinstance(run, RLRun):
+        check_grammar(run, folder)
+
+
+def check_vocabulary(run: Run, name: str, folder: Path) -> None:
+    """Refuse the weights of a folder whose tokenizer, of this name, gives the words other ids than this run's."""
     if name == run.tokenizer:
         return
     try:
@@ -80,6 +97,18 @@ def check_model(run: Run, folder: Path) -> None:
         )
 
 
+def check_grammar(run: RLRun, folder: Path) -> None:
+    """Refuse the weights of a run that learned to call tools in a grammar that this run does not read."""
+    there = saved(folder)
+    key = "sft.grammar" if there.get("task") == "sft" else "rollout.grammar"
+    grammar = there.get(key) or DEFAULT_GRAMMAR
+    if grammar != run.rollout.grammar and words_of(run.tools) and words_of(there.get("tools", "python")):
+        raise UserError(
+            f"{folder} was trained to write calls in the grammar {grammar}, and rollout.grammar={run.rollout.grammar}"
+            f" reads none of them; set rollout.grammar={grammar}, or begin from other weights"
+        )
+
+
 def has_checkpoints(run: Run) -> bool:
     return (Path(run.run) / "checkpoints").is_dir()
 
@@ -87,3 +116,10 @@ def has_checkpoints(run: Run) -> bool:
 def abstract_weights(run: Run) -> Params:
     """Shapes and shardings of a run's weights."""
     return abstract_like(abstract_params(run.model)[1], param_shardings(run.model, make_mesh(run.mesh)))
+
+
+def abstract_state(run: Run, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state that a run trains."""
+    optimizer = run.rl.optimizer if isinstance(run, RLRun) else run.sft.optimizer
+    shapes = jax.eval_shape(partial(fresh_state, optimizer=optimizer), abstract_params(run.model)[1])
+    return abstract_like(shapes, state_shardings(run.model, optimizer, mesh))

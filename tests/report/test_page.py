@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax import report
+import retool_jax
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
+from retool_jax.report.page import main
 from retool_jax.rl.rollout import score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, Trajectory
 
-ROOT = Path(report.__file__).parents[2]
+ROOT = Path(retool_jax.__file__).parents[1]
 HOSTILE = "<script>alert('owned')</script> &amp; <img src=x onerror=alert(1)>"
 
 
@@ -40,7 +41,7 @@ class Elements(HTMLParser):
 
 
 def page_of(*words: str) -> str:
-    report.main(list(words))
+    main(list(words))
     return Path(words[0].removeprefix("run=").split(",")[0], "report.html").read_text()
 
 
@@ -89,7 +90,7 @@ def test_several_runs_share_one_picture(make_run, tmp_path):
     assert "var(--series0)" in picture and "var(--series1)" in picture
     assert "test 46 → 80 %" in picture
     with pytest.raises(UserError, match="run folder nowhere does not exist"):  # in one word, too
-        report.main([f"run={folders[0]},{folders[1]},nowhere"])
+        main([f"run={folders[0]},{folders[1]},nowhere"])
 
 
 def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, tokenizer):
@@ -142,10 +143,10 @@ def test_bad_input_is_one_line_with_the_way_out(make_run, tmp_path):
         ([f"run={tmp_path}/torn"], "metrics.jsonl is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            report.main(words)
+            main(words)
     run = make_run(tmp_path / "a", "python", 0)
     with pytest.raises(UserError, match="cannot write"):
-        report.main([f"run={run}", "out=/proc/nowhere/report.html"])
+        main([f"run={run}", "out=/proc/nowhere/report.html"])
 
 
 COMMAND = """

@@ -1,11 +1,11 @@
 """Names that tell runs apart."""
 
-from retool_jax import report
+from retool_jax.report.runs import config_labels
 
 
 def test_labels_are_what_differs():
     def labels(*configs):
-        return report.config_labels(configs, [f"run{index}" for index in range(len(configs))])
+        return config_labels(configs, [f"run{index}" for index in range(len(configs))])
 
     base = {"tools": "python", "seed": 0, "out": "runs/a", "rl": {"clip": 0.2, "turns": 2}}
     assert labels(base) == ["run0"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from retool_jax import report
+from retool_jax.report.trajectories import choose_trajectories, readable_parts
 
 
 def test_calls_and_outputs_are_set_apart():
@@ -19,7 +19,7 @@ def test_calls_and_outputs_are_set_apart():
         ],
         "tool_calls": [{"status": "user_error", "wall_s": 0.25}],
     }
-    parts = [(part.kind, part.text, part.note) for part in report.readable_parts(trajectory)]
+    parts = [(part.kind, part.text, part.note) for part in readable_parts(trajectory)]
     assert parts == [
         ("reasoning", "Let me see.", ""),
         ("code", "x = 12 * 34\nprint(x)", ""),
@@ -40,7 +40,7 @@ def test_calls_of_any_tool_and_grammar_are_shown_without_their_marks():
         ],
         "tool_calls": [{"status": "success", "wall_s": 0.25}, {"status": "success"}],
     }
-    parts = report.readable_parts(trajectory)
+    parts = readable_parts(trajectory)
     assert [(part.kind, part.text, part.note) for part in parts] == [
         ("reasoning", "Code:", ""),
         ("code", "print(6)", ""),
@@ -67,5 +67,5 @@ def test_right_and_wrong_trajectories_are_both_chosen(tmp_path, right, wrong, dr
     path = tmp_path / "t.jsonl"
     rewards = [1.0] * right + [-1.0] * wrong + [None] * dropped
     path.write_text("".join(json.dumps({"correct": reward == 1.0, "reward": reward}) + "\n" for reward in rewards))
-    chosen = [t["reward"] for t in report.choose_trajectories(path, 10)]
+    chosen = [t["reward"] for t in choose_trajectories(path, 10)]
     assert tuple(map(chosen.count, (1.0, -1.0, None))) == shown

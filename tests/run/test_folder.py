@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError
-from retool_jax.fields import defaults_of, flatten, flatten_dict, show
+from retool_jax.fields import defaults_of, flatten, show
 from retool_jax.run import folder as folders
-from retool_jax.run.folder import claim_folder, differences, may_change, read_model, to_plain, write_config
+from retool_jax.run.folder import claim_folder, differences, may_change, read_model, saved, to_flat, write_config
 from retool_jax.run.load import load
 from retool_jax.run.schema import Run
 
@@ -40,10 +39,6 @@ def rewrite(folder: Path, values: dict[str, object]) -> None:
             section = section.setdefault(each, {})
         section[name] = value
     (folder / "config.yaml").write_text(json.dumps(nested))  # JSON is YAML
-
-
-def saved(folder: Path) -> dict[str, object]:
-    return flatten_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
 
 
 def refusal(run: Run) -> str:
@@ -140,13 +135,13 @@ def another(value: object) -> object:
 def test_every_key_may_change_or_is_refused(tmp_path, name):
     run = load([f"config={name}", f"run={tmp_path / 'r'}"])
     folder = begin(run)
-    values = flatten_dict(to_plain(run))
+    values = to_flat(run)
     assert set(values) > CHANGEABLE if name == "grpo" else set(values) & CHANGEABLE
     others = values.keys() - CHANGEABLE - {"task"}
     rewrite(folder, values | {key: another(values[key]) for key in values.keys() & CHANGEABLE})
     begin(run)
     rewrite(folder, values | {key: another(values[key]) for key in others})
-    assert {key for key, *_ in differences(run, folder)} == others
+    assert {key for key, *_ in differences(run, saved(folder))} == others
     assert not any(map(may_change, others))
     section_of = {key.rpartition(".")[0]: key for key in sorted(others)}
     for key in section_of.values():  # one of each is refused by its name
@@ -161,7 +156,7 @@ def test_every_key_may_change_or_is_refused(tmp_path, name):
 def test_a_key_that_is_newer_than_the_folder_has_its_default_there(tmp_path, name):
     run = load([f"config={name}", f"run={tmp_path / 'r'}"])
     folder = begin(run)
-    values = flatten_dict(to_plain(run))
+    values = to_flat(run)
     defaults = defaults_of(type(run)) | {"evaluation.answer_tokens": 0}
     refused = {key for key in values.keys() - CHANGEABLE - {"task"} if values[key] != defaults[key]}
     rewrite(folder, {key: value for key, value in values.items() if key == "task" or key in refused})
@@ -179,6 +174,23 @@ def test_an_evaluation_that_is_older_than_its_question_asked_none(tmp_path):
     rewrite(folder, {key: value for key, value in saved(folder).items() if key != "evaluation.answer_tokens"})
     assert "evaluation.answer_tokens is 0 there and 256 here" in refusal(run)
     begin(load([*words, "evaluation.answer_tokens=0"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "section", "dtype"),
+    [("grpo", "rl", "bfloat16"), ("sft", "sft", "bfloat16"), ("grpo", "rl", "float16"), ("grpo", "rl", "float32")],
+)
+def test_a_folder_that_kept_moments_in_the_type_of_its_weights(tmp_path, config, section, dtype):
+    words = [f"config={config}", f"run={tmp_path / 'r'}", f"model.param_dtype={dtype}"]
+    folder = begin(load(words))
+    new = [f"{section}.optimizer.{kind}_dtype" for kind in ("gradient", "moment")]
+    rewrite(folder, {key: value for key, value in saved(folder).items() if not key.endswith("ent_dtype")})
+    if dtype == "float32":
+        begin(load(words))
+    else:
+        assert f"{new[0]} is {dtype} there and float32 here and 1 more" in refusal(load(words))
+    if dtype == "bfloat16":
+        begin(load([*words, *(f"{key}=bfloat16" for key in new)]))
 
 
 def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):

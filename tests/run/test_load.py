@@ -297,7 +297,7 @@ def test_tools_are_a_word_or_a_list_of_them():
         ("tools=[python,none]", "or my_package.my_module:MyTool; none stands alone"),
         ("tools=[python,python]", "tools=[python,python] names a tool twice; leave one out"),
         ("tools=[python,python_session]", "names a tool twice; leave one out"),
-        ("tools=[1]", "tools=[1] is of type tuple; it must be str or list"),
+        ("tools=[1]", "tools=[1] is of type list; it must be str or list"),
         ("tools=python_session", "wait for another trajectory's end; set engine.tool_lag=-1"),
     ],
 )
@@ -352,9 +352,41 @@ def test_the_shape_and_the_tokenizer_that_no_config_sets_are_the_checkpoints(tmp
     assert named.tokenizer == "mine" and named.model.head_chunk == ModelConfig.head_chunk
 
 
+def test_the_miniatures_shape_does_not_count_where_weights_are_named_above_it(tmp_path, capsys):
+    there = ModelConfig(vocab_size=500, num_layers=9, head_dim=10, max_positions=4096)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_to_hf(there)))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: grpo\ntask: grpo\ninit_from: {folder}\n")
+    told = f"model and tokenizer: of {folder}, since nothing else is set here\n"
+    for words in (["config=grpo", f"init_from={folder}"], ["config=sft", f"init_from={folder}"], [f"config={mine}"]):
+        run = resolve([*words, "model.compute_dtype=bfloat16"])
+        assert run.model == dataclasses.replace(there, compute_dtype="bfloat16") and run.tokenizer == str(folder)
+        assert capsys.readouterr().out == told
+    # Whoever sets a tokenizer or a part of the shape, or takes the weights back, means what the config says.
+    named = resolve(["config=grpo", f"init_from={folder}", "tokenizer=miniature"])
+    assert (named.tokenizer, named.model) == ("miniature", there)
+    own = ["config=grpo", f"init_from={folder}", "model.num_layers=1"]
+    assert resolve(own) == load(own) and load(own).tokenizer == "miniature" and load(own).model.head_dim == 32
+    back = [f"config={mine}", "init_from="]
+    assert resolve(back).model == load(["config=grpo"]).model and resolve(back).tokenizer == "miniature"
+    whole = tmp_path / "whole.yaml"  # a config that has its own tokenizer has its own shape, too
+    whole.write_text("task: sft\ntokenizer: words\nmodel: {num_layers: 5}\n")
+    assert resolve([f"config={whole}", f"init_from={folder}"]).model.num_layers == 5
+    # The weights of a run of the miniature leave everything as it was, also in its folder's name.
+    with claim_folder(load(["config=sft", f"run={tmp_path / 'run'}"])):
+        pass
+    after = ["config=grpo", f"init_from={tmp_path / 'run'}"]
+    assert flatten(resolve(after)) == flatten(load(["config=grpo"])) | {
+        "run": load(after).run,
+        "init_from": str(tmp_path / "run"),
+    }
+
+
 def test_a_shape_that_a_config_sets_stays_and_needs_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ModelConfig(num_layers=9))))
-    assert resolve(["config=sft", f"init_from={tmp_path}"]).model == load(["config=sft"]).model
+    assert resolve(["config=sft_qwen2.5_32b", f"init_from={tmp_path}"]).model.num_layers == 64
     large = resolve(["config=sft_qwen2.5_32b"])
     assert large.tokenizer == large.init_from == "Qwen/Qwen2.5-32B-Instruct" and large.model.num_layers == 64
     nowhere = resolve(["config=sft_retool", f"init_from={tmp_path / 'nowhere'}"])

@@ -21,7 +21,8 @@ from retool_jax.run.build import demonstrations_of, mesh_of, model_for
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
 from retool_jax.run.schema import SFTRun
-from retool_jax.run.sft import abstract_state, finished_weights, train
+from retool_jax.run.sft import finished_weights, train
+from retool_jax.run.weights import abstract_state
 from retool_jax.sft.loop import optimizer_of
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
