@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
@@ -61,13 +69,20 @@ def their_logits(torch: ModuleType, model: Qwen2ForCausalLM | Qwen3ForCausalLM, 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_what_transformers_saves_is_read(family, tied, torch, mesh, tmp_path):
     torch.manual_seed(0)
-    config_of, model_of = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
+    config_of, model_of = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
     sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | ({"head_dim": 10} if family == "qwen3" else {})
     rope = {"rope_type": "default", "rope_theta": 1e5}
+    if family == "llama" and tied:
+        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"original_max_position_embeddings": 64}
     theirs = model_of(config_of(**sizes, **heads, tie_word_embeddings=tied, rope_parameters=rope))
     with torch.no_grad():
         for weight in theirs.parameters():
@@ -309,7 +324,6 @@ def test_a_tokenizer_beyond_the_embedding_is_named(damaged, mesh, tmp_path):
 @pytest.mark.parametrize(
     ("config", "tokenizer", "named"),
     [
-        (replace(CONFIG, qkv_bias=False), None, "neither Qwen2"),
         (replace(CONFIG, qk_norm=True), None, "neither Qwen2"),
         (CONFIG, Path("/nope"), "no tokenizer at /nope"),
     ],
