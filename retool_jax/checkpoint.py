@@ -12,6 +12,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -58,10 +59,10 @@ class Checkpoints:
             read_only=keep is None,
             create=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(_absolute(self.folder), options=options, handler_registry=_handlers())
-        self._step = -1  # of the last save
-        self._thread: threading.Thread | None = None  # sees that save to its end
-        self._failure: Exception | None = None  # what it met
+        absolute = self.folder if _is_remote(self.folder) else self.folder.resolve()
+        self._manager = ocp.CheckpointManager(absolute, options=options, handler_registry=_handlers())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # sees a save to its end
+        self._saving: tuple[int, Future] | None = None  # the last one, until somebody asked how it went
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -81,21 +82,15 @@ class Checkpoints:
             raise self._refusal(step, reason)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(_copied(state)).items()}
         arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonSave(copy.deepcopy(notes))})
-        self._step = step
         try:
             self._manager.save(step, args=arguments, force=True)
-        except Exception as error:  # of the disk, of orbax or of tensorstore; `wait` tells it
-            self._failure = error
-            self.wait()
-        self._thread = threading.Thread(target=self._finish, name=f"checkpoint {step}")
-        self._thread.start()
+        except Exception as error:  # of the disk, of orbax or of tensorstore
+            raise self._failed(step, error) from None
+        self._saving = step, self._thread.submit(self._finish, step)
 
-    def _finish(self) -> None:
-        try:
-            self._manager.wait_until_finished()
-            write_digests(self.folder / str(self._step), jax.process_index())
-        except Exception as error:  # nobody sees what a thread raises; the next `wait` tells it
-            self._failure = error
+    def _finish(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        write_digests(self.folder / str(step), jax.process_index())
 
     def wait(self) -> None:
         """Return when the last save is complete.
@@ -103,18 +98,20 @@ class Checkpoints:
         Raises:
             UserError: it failed; told once.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is None:
+        if self._saving is None:
             return
-        reason, self._failure = _reason(self._failure), None
+        (step, future), self._saving = self._saving, None
+        if error := future.exception():
+            raise self._failed(step, error)
+
+    def _failed(self, step: int, error: BaseException) -> UserError:
+        """Clear away a save that failed; what to say of it."""
         with suppress(Exception):  # the manager tells each thread once
             self._manager.wait_until_finished()
         _join_threads()
-        _sweep(self.folder, str(self._step))  # what is there of it takes the room that is missing
+        _sweep(self.folder, str(step))  # what is there of it takes the room that is missing
         self._manager.reload()  # it has forgotten those that the failed one was to replace
-        raise self._refusal(self._step, reason)
+        return self._refusal(step, _reason(error))
 
     def _refusal(self, step: int, reason: str) -> UserError:
         last = self._manager.latest_step()
@@ -130,25 +127,23 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is corrupt, or that of another model.
         """
-        self.wait()
-        if (self.folder / str(step) / WHOLE).is_dir():
+        if self._is_whole(step):
             restored = self._read(step, {WHOLE: like})
             return restored[WHOLE], restored[NOTES]
         restored = self._read(step, _items(like))
         return type(like)(params=restored[PARAMS], **restored[REST]), restored[NOTES]
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, dict]:
-        """The weights and notes of checkpoint `step`, and no other bytes of it; `like` is as in `restore`.
-
-        Raises:
-            UserError: as `restore`.
-        """
-        self.wait()
-        if (self.folder / str(step) / WHOLE).is_dir():
+        """As `restore`, of the weights alone: no other bytes of the checkpoint are read."""
+        if self._is_whole(step):
             restored = self._read(step, {WHOLE: {PARAMS: like}}, partial_restore=True)
             return restored[WHOLE][PARAMS], restored[NOTES]
         restored = self._read(step, {PARAMS: like})
         return restored[PARAMS], restored[NOTES]
+
+    def _is_whole(self, step: int) -> bool:
+        self.wait()
+        return (self.folder / str(step) / WHOLE).is_dir()
 
     def _read(self, step: int, like: dict[str, Any], **how: bool) -> Any:
         """Items of a checkpoint by their names, and its notes, after their files were found to be as written."""
@@ -181,6 +176,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             self._manager.close()
 
 
@@ -195,7 +191,8 @@ def write_digests(folder: epath.PathLike, process: int = 0) -> None:
     A full disk leaves it without: unchecked.
     """
     folder = epath.Path(folder)
-    own = (name for name in _files(folder) if _writer(name) == process and not name.startswith("digests."))
+    files = sorted(str((above / name).relative_to(folder)) for above, _, names in folder.walk() for name in names)
+    own = [name for name in files if _writer(name) == process and not name.startswith("digests.")]
     digests = {name: _digest(folder / name) for name in own}
     target = folder / (DIGESTS if process == 0 else f"digests.{process}.json")
     temporary = target.with_suffix(".tmp")
@@ -205,11 +202,6 @@ def write_digests(folder: epath.PathLike, process: int = 0) -> None:
     except OSError:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _files(folder: epath.Path) -> list[str]:
-    """All files below a folder, by their paths in it."""
-    return sorted(str((above / name).relative_to(folder)) for above, _, names in folder.walk() for name in names)
 
 
 def _writer(name: str) -> int:
@@ -274,10 +266,6 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     return registry
 
 
-def _absolute(folder: epath.Path) -> epath.Path:
-    return folder if _is_remote(folder) else folder.resolve()
-
-
 def _is_remote(folder: epath.Path) -> bool:
     return "://" in os.fspath(folder)
 
@@ -323,7 +311,7 @@ def _join_threads() -> None:
                 thread.join(PATIENCE_S)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """An error on one short line; of tensorstore's long ones, what the operating system said."""
     text = " ".join(str(error).split())
     if said := re.search(r": ([A-Z][a-z][^:\[\]]*) \[(?:os_error_code|tensorstore_spec)=", text):

@@ -1,8 +1,8 @@
 """`python -m retool_jax.convert from=SOURCE to=FOLDER`: write a Hugging Face checkpoint; `check=A,B`: compare two."""
 
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,28 +13,29 @@ from retool_jax.fields import split_words
 if TYPE_CHECKING:
     import numpy as np
 
-    from retool_jax.models.config import ModelConfig
-    from retool_jax.models.decoder import Params
     from retool_jax.run.schema import SFTRun
 
 HELP = """\
-usage: python -m retool_jax.convert from=SOURCE to=FOLDER [dtype=bfloat16] [tokenizer=FOLDER]
+usage: python -m retool_jax.convert from=SOURCE to=FOLDER [dtype=bfloat16] [tokenizer=SOURCE] [push=HUB_ID]
        python -m retool_jax.convert check=SOURCE,SOURCE
 
 A SOURCE is the folder of a run (its newest checkpoint is taken), a folder with config.json and safetensors, or a hub
 id such as Qwen/Qwen3-8B.
 
 from, to    Write SOURCE as a checkpoint that transformers loads: config.json, weights in files of at most 5 GB, their
-            index, the tokenizer and its chat template. FOLDER must not exist; it appears when it is complete.
+            index, the tokenizer and its chat template, the ids at which a turn of the policy ends, and a model card,
+            README.md, which tells what is known of the run. FOLDER must not exist; it appears when it is complete.
 dtype       float32, bfloat16 or float16; by default as in SOURCE, so that every weight is kept to the bit.
 tokenizer   Where tokenizer and template are copied from; by default the run's tokenizer, or SOURCE itself.
+push        Copy FOLDER to this repository of the hub, such as my-name/my-model, which is made, private, where there is
+            none. The hub's own tools hold the right to do so: hf auth login, or HF_TOKEN.
 check       Compare two checkpoints field by field and tensor by tensor. Prints what differs and by how much; exit
             code 0 when nothing does, 1 otherwise.
 
 There is no step the other way: init_from=SOURCE of a run takes a Hugging Face checkpoint as it is.
 A model that does not fit on one device is converted in the host's memory with JAX_PLATFORMS=cpu."""
 
-KEYS = ("from", "to", "dtype", "tokenizer", "check")
+KEYS = ("from", "to", "dtype", "tokenizer", "push", "check")
 
 
 def main(words: list[str]) -> None:
@@ -51,24 +52,19 @@ def main(words: list[str]) -> None:
         sys.exit(1 if lines else 0)
     if not {"from", "to"} <= options.keys():
         raise UserError("give from=SOURCE and to=FOLDER, or check=A,B; see --help")
-    convert(options["from"], Path(options["to"]), options.get("dtype"), options.get("tokenizer"))
-    print(f"wrote {options['to']}")
+    target, push = Path(options["to"]), options.get("push", "")
+    if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise UserError(f"push={push} is no repository of the hub; give it as owner/name")
+    convert(options["from"], target, options.get("dtype"), options.get("tokenizer"))
+    print(f"wrote {target}")
+    if push:
+        print(f"pushed {upload(target, push)}")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Weights that are there: those of a run, or, where that is None, of a Hugging Face folder.
+def find_source(name: str) -> "tuple[SFTRun, Path]":
+    """What a name on the command line means: its model and tokenizer, as those of a run, and its folder.
 
-    Of the run's config only the model and the tokenizer are read; the devices are those that are here.
-    """
-
-    run: "SFTRun | None"
-    folder: Path
-    config: "ModelConfig"
-
-
-def find_source(name: str) -> Source:
-    """What a name on the command line means.
+    Of a run's config only these two are read; the devices are those that are here.
 
     Raises:
         UserError: there is neither a run nor a checkpoint.
@@ -79,26 +75,15 @@ def find_source(name: str) -> Source:
     from retool_jax.run.schema import SFTRun
 
     folder = find_folder(name)
-    if (folder / CONFIG).is_file():
-        model, tokenizer = read_model(folder)
-        return Source(SFTRun(model=model, tokenizer=tokenizer), folder, model)
-    if not (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        kinds = {tensor.dtype.name for tensor in read_headers(folder).values()}
+        # float32 holds what any mixture of the three types holds.
+        model = config_from_hf(folder, param_dtype=kinds.pop() if len(kinds) == 1 else "float32")
+        return SFTRun(model=model, tokenizer=str(folder)), folder
+    if not (folder / CONFIG).is_file():
         raise UserError(f"no checkpoint at {name}: expected config.yaml of a run, or config.json of a model, there")
-    kinds = {tensor.dtype.name for tensor in read_headers(folder).values()}
-    # float32 holds what any mixture of the three types holds.
-    return Source(None, folder, config_from_hf(folder, param_dtype=kinds.pop() if len(kinds) == 1 else "float32"))
-
-
-def read_params(source: Source) -> "Params":
-    """Its weights, over the devices that are here."""
-    from retool_jax.mesh import MeshConfig, make_mesh
-    from retool_jax.models.huggingface import load_params
-
-    if source.run is None:
-        return load_params(source.config, source.folder, make_mesh(MeshConfig()))
-    from retool_jax.run.weights import load_weights
-
-    return load_weights(source.run, source.folder)
+    model, tokenizer = read_model(folder)
+    return SFTRun(model=model, tokenizer=tokenizer), folder
 
 
 def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | None = None) -> None:
@@ -108,16 +93,45 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
         UserError: what the source lacks or the target already is, before any weight is read.
     """
     from retool_jax.models.config import DTYPES
-    from retool_jax.models.huggingface import check_target, save_params
-    from retool_jax.tokens.tokenizer import MINIATURE
+    from retool_jax.models.huggingface import check_target, find_folder, save_params
+    from retool_jax.run.card import model_card
+    from retool_jax.run.weights import load_weights
+    from retool_jax.tokens.tokenizer import MINIATURE, load_tokenizer
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype} is not one of: {', '.join(DTYPES)}")
-    source = find_source(name)
-    words = tokenizer or (source.run.tokenizer if source.run else str(source.folder))
-    words = MINIATURE if words == "miniature" else Path(words)
-    check_target(source.config, target, words)
-    save_params(source.config, read_params(source), target, words, dtype=dtype)
+    run, folder = find_source(name)
+    words = tokenizer or run.tokenizer
+    words = MINIATURE if words == "miniature" else find_folder(words)
+    check_target(run.model, target, words)
+    try:
+        loaded = load_tokenizer(str(words))
+        stops = {index: loaded.decode([index]) for index in loaded.stop_ids}
+    except UserError:  # of a family that cannot be trained: what its own files name stays
+        stops = {}
+    card = model_card(folder, target.name, dtype or run.model.param_dtype, stops)
+    save_params(run.model, load_weights(run, folder), target, words, dtype=dtype, stop_ids=tuple(stops), card=card)
+
+
+def upload(folder: Path, name: str) -> str:
+    """Copy a checkpoint folder to a repository of the hub; its address.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        address = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights, tokenizer and card")
+    except Exception as error:  # of the hub, of HTTP or of the network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} is complete, and the hub does not take it as {name} ({type(error).__name__}: {reason}); log in"
+            f" with hf auth login, then: hf upload {name} {folder}"
+        ) from error
+    return str(address)
 
 
 def compare(a: str, b: str) -> list[str]:
@@ -127,9 +141,9 @@ def compare(a: str, b: str) -> list[str]:
     from retool_jax.models.config import ARCHITECTURE
 
     sources = [find_source(name) for name in (a, b)]
-    values = [[getattr(source.config, key) for source in sources] for key in ARCHITECTURE]
+    values = [[getattr(run.model, key) for run, _ in sources] for key in ARCHITECTURE]
     lines = [f"model.{key}: {x} and {y}" for key, (x, y) in zip(ARCHITECTURE, values, strict=True) if x != y]
-    here, there = (tensors_of(source) for source in sources)
+    here, there = (tensors_of(*source) for source in sources)
     for name in here | there:
         if name not in here or name not in there:
             lines.append(f"{name}: only in {a if name in here else b}")
@@ -143,16 +157,15 @@ def compare(a: str, b: str) -> list[str]:
     return lines
 
 
-def tensors_of(source: Source) -> dict[str, Callable[[], "np.ndarray"]]:
+def tensors_of(run: "SFTRun", folder: Path) -> dict[str, Callable[[], "np.ndarray"]]:
     """Each tensor of a source by its Hugging Face name, read when it is called; of a folder, whatever is there."""
     from retool_jax.models.huggingface import checkpoint_tensors, read_headers
+    from retool_jax.run.weights import load_weights
 
-    if source.run is None:
-        return {name: tensor.read for name, tensor in read_headers(source.folder).items()}
-    return {
-        name: partial(read, source.config.param_dtype)
-        for name, read in checkpoint_tensors(source.config, read_params(source))
-    }
+    if (folder / "config.json").is_file():
+        return {name: tensor.read for name, tensor in read_headers(folder).items()}
+    tensors = checkpoint_tensors(run.model, load_weights(run, folder))
+    return {name: partial(read, run.model.param_dtype) for name, read in tensors.items()}
 
 
 if __name__ == "__main__":

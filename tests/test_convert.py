@@ -1,14 +1,19 @@
 """Weights leave a run as a Hugging Face folder and come in from one; two checkpoints are compared by name."""
 
+import json
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from retool_jax import __version__
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.convert import compare, convert, main
 from retool_jax.errors import UserError
@@ -17,10 +22,12 @@ from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import load_params
+from retool_jax.run.card import model_card
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import load
 from retool_jax.run.schema import SFTRun
 from retool_jax.run.weights import load_weights
+from retool_jax.tokens.tokenizer import MINIATURE
 
 SIZES = ("hidden_size=32", "intermediate_size=48", "num_heads=2", "num_kv_heads=1", "head_dim=16")
 
@@ -38,6 +45,9 @@ def made(mesh, tmp_path_factory) -> tuple[SFTRun, Params]:
     checkpoints.save(1, jax.tree.map(lambda x: x * 0, state), {})
     checkpoints.save(2, state, {})
     checkpoints.close()
+    records = [{"kind": "sft", "step": step, "loss": 0.5 / step, "perf/tokens_per_s": 9.0} for step in (1, 2, 3)]
+    records.append({"kind": "eval", "split": "dev", "step": 2, "accuracy": 0.25, "problems": None})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run, state.params
 
 
@@ -130,11 +140,92 @@ def test_nan_is_a_difference_of_its_own(exported, tmp_path):
     assert compare(str(other), str(other)) == []
 
 
+def test_the_card_tells_of_the_run(run, exported):
+    card = ModelCard.load(exported / "README.md")
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["retool_jax"])
+    told = card.text
+    assert "`cold`" in told and "checkpoint 2; first weights: random; data: arithmetic; tools: python" in told
+    assert "`<|im_end|>` (391), `<|endoftext|>` (389)" in told
+    assert "Only what the assistant writes in a demonstration carries loss" in told
+    assert (Path(run.run) / "config.yaml").read_text().strip() in told
+    rows = [line for line in told.splitlines() if line.startswith("| sft") or line.startswith("| eval")]
+    assert rows == ["| sft | 2 | loss | 0.25 |", "| eval dev | 2 | accuracy | 0.25 |"], "up to the checkpoint"
+    assert f"retool_jax {__version__}, jax {version('jax')}" in told
+
+
+def test_the_card_names_what_is_on_the_hub_and_no_folder_of_this_machine(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, then = (Path(shutil.copytree(run.run, f"runs/{name}")) for name in ("first", "then"))
+    text = (first / "config.yaml").read_text()
+    (first / "config.yaml").write_text(text.replace("init_from: ''", "init_from: acme/base"))
+    text = text.replace("init_from: ''", "init_from: runs/first").replace("data: arithmetic", "data: acme/traces")
+    (then / "config.yaml").write_text(text)
+    card = ModelCard(model_card(then, "mine", "float32", {}))
+    assert (card.data.base_model, card.data.datasets) == ("acme/base", "acme/traces")
+    (then / "config.yaml").write_text(text.replace("acme/traces", "runs/traces.jsonl").replace("runs/first", "runs/x"))
+    card = ModelCard(model_card(then, "mine", "float32", {}))
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+
+
+def test_of_a_foreign_folder_the_card_says_what_is_known(exported, tmp_path):
+    convert(str(exported), tmp_path / "again", dtype="bfloat16")
+    told = ModelCard.load(tmp_path / "again" / "README.md").text
+    assert "Weights in bfloat16, written by retool_jax from `model`. A turn ends at `<|im_end|>`" in told
+    assert "## Versions" in told and "## Mask" not in told and "## Config" not in told
+
+
+@pytest.fixture(scope="module")
+def stubborn(mesh, tokenizer, tmp_path_factory) -> Path:
+    """A run whose policy says <|im_end|> whatever it reads, and again and again where nobody stops it."""
+    folder = tmp_path_factory.mktemp("runs") / "stubborn"
+    run = load(["config=sft", f"run={folder}", *(f"model.{size}" for size in SIZES), "model.num_layers=1"])
+    with claim_folder(run):
+        pass
+    state = init_state(run.model, run.sft.optimizer, mesh, run.seed)
+    for name in ("o", "down"):  # a layer adds nothing
+        state.params["layers"][name][...] *= 0
+    embedding = state.params["embedding"]
+    embedding[...] = embedding[...].at[:, 0].set(1.0).at[tokenizer.stop_ids[0], 0].set(9.0)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        ({}, {}),
+        ({"config.json": {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 3}}, {}),
+        ({"generation_config.json": {"eos_token_id": 0, "top_k": 20, "do_sample": True}}, {"top_k": 20}),
+        ({"config.json": {"eos_token_id": [5, 6]}, "generation_config.json": {"eos_token_id": [5]}}, {}),
+        ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": None}}, {}),
+    ],
+)
+def test_the_exported_folder_stops_where_the_policy_stops(stubborn, tokenizer, tmp_path, files, kept):
+    """Whatever the files name that the words are copied from, as a Base model's that was trained on ChatML."""
+    torch = pytest.importorskip("torch")
+    words = Path(shutil.copytree(MINIATURE, tmp_path / "words"))
+    for name, fields in files.items():
+        (words / name).write_text(json.dumps(fields))
+    convert(str(stubborn), tmp_path / "out", tokenizer=str(words))
+    told = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert [file["eos_token_id"] for file in told] == [list(tokenizer.stop_ids)] * 2
+    assert kept.items() <= told[1].items()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = torch.tensor([tokenizer.encode("12*3?")])
+    how = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    ids = theirs.generate(prompt, **how)
+    assert ids[0, prompt.shape[1] :].tolist() == [tokenizer.id_of("<|im_end|>")]
+    theirs.generation_config.eos_token_id = None  # nothing else ends it
+    assert theirs.generate(prompt, **how).shape[1] == prompt.shape[1] + 6
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (["form=x", "to=y"], r"cannot read 'form=x'; did you mean from=...\?"),
-        (["xyz=1"], "cannot read 'xyz=1'; it takes from, to, dtype, tokenizer, check"),
+        (["xyz=1"], "cannot read 'xyz=1'; it takes from, to, dtype, tokenizer, push, check"),
         (["from"], "cannot read 'from'; did you mean from=..."),
         (["from=", "to=y"], "from= is empty"),
         (["from=runs/x"], "give from=SOURCE and to=FOLDER"),
@@ -145,6 +236,7 @@ def test_nan_is_a_difference_of_its_own(exported, tmp_path):
         (["from={model}", "to={model}"], "exists already"),
         (["from={model}", "to={out}", "tokenizer=/nope"], "no tokenizer at /nope"),
         (["check={model},/nope"], "no checkpoint at /nope"),
+        (["from={model}", "to={out}", "push=mine"], "push=mine is no repository of the hub; give it as owner/name"),
     ],
 )
 def test_bad_words_are_named_and_nothing_is_written(words, named, exported, tmp_path):
@@ -157,4 +249,4 @@ def test_bad_words_are_named_and_nothing_is_written(words, named, exported, tmp_
 def test_help_names_every_key(capsys):
     main(["--help"])
     told = capsys.readouterr().out
-    assert all(key in told for key in ("from=", "to=", "check=", "dtype", "tokenizer", "init_from"))
+    assert all(key in told for key in ("from=", "to=", "check=", "dtype", "tokenizer", "push=", "init_from"))

@@ -1,1 +1,1 @@
-"""The Qwen2 decoder."""
+"""The decoder."""

@@ -254,13 +254,19 @@ def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
     YaRN (arXiv 2309.00071, as `transformers` computes it) divides by the factor the frequencies that turn less than
     `yarn_beta_slow` times over the original length, keeps those that turn more than `yarn_beta_fast` times, and
-    blends the ones between. Rounded to fp32 step by step as torch does: at position 32,768 one more rounding of a
-    frequency is 2e-3 radians.
+    blends the ones between, by their index. Llama 3 (arXiv 2407.21783, in the form of its published code) does so
+    between `llama3_low_factor` and `llama3_high_factor` turns, and blends by the turns. Rounded to fp32 step by step as
+    torch does: at position 32,768 one more rounding of a frequency is 2e-3 radians.
     """
     c, pairs = config, config.head_dim // 2
     exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
     periods = np.power(c.rope_theta, exponents.astype(np.float64)).astype(np.float32)
     kept = np.float32(1) / periods
+    if c.llama3_factor:
+        turns = np.float32(c.llama3_original_length) / (np.float32(2 * math.pi) / kept)
+        low, high = np.float32(c.llama3_low_factor), np.float32(c.llama3_high_factor)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        return (1 - keep) * kept / np.float32(c.llama3_factor) + keep * kept, 1.0
     if not c.yarn_factor:
         return kept, 1.0
 

@@ -1,4 +1,4 @@
-"""The shape of a Qwen2 or Qwen3 decoder, from and to a checkpoint's `config.json`."""
+"""The shape of a decoder of the Qwen2, Qwen3 or Llama type, from and to a checkpoint's `config.json`."""
 
 import json
 import math
@@ -15,27 +15,41 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
 
 # What tells the families apart; R1-Distill-Qwen is a qwen2. Their files may repeat `qkv_bias` as `attention_bias`:
-# false in a qwen2 would contradict its three biases, and true in a qwen3 puts one on the output projection too.
+# false in a qwen2 would contradict its three biases, and true in the others puts one on the output projection too.
 FAMILIES = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "llama": {"qkv_bias": False, "qk_norm": False},
 }
 
 # The fields of `ModelConfig` that say what is computed, and so have to agree with a checkpoint's.
 ARCHITECTURE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "yarn_factor", "yarn_original_length", "yarn_beta_fast", "yarn_beta_slow", "yarn_attention_factor"),
+    *("llama3_factor", "llama3_original_length", "llama3_low_factor", "llama3_high_factor"),
     *("rms_norm_eps", "tie_embeddings", "qkv_bias", "qk_norm"),
 )
 
+_ORIGINAL = "original_max_position_embeddings"
+# Our sizes by their names there, and the parts of each scaling of the rotation, whose fields begin with its kind.
+SIZES = {
+    **{name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")},
+    **{"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"},
+    "max_positions": "max_position_embeddings",
+}
+_STRETCH = {"factor": "factor", "original_length": _ORIGINAL}
+SCALINGS = {
+    "yarn": _STRETCH | {"beta_fast": "beta_fast", "beta_slow": "beta_slow"},
+    "llama3": _STRETCH | {"low_factor": "low_freq_factor", "high_factor": "high_freq_factor"},
+}
 READ = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
+    *("model_type", *SIZES.values(), _ORIGINAL),
     *("rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
 }
 # Fields that say nothing about the forward pass of a decoder: how it was initialised, stored, prompted, sampled from.
 IRRELEVANT = {
-    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
+    *("decoder_start_token_id", "pretraining_tp", "is_llama_config", "transformers.js_config"),
     *("dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "tokenizer_class", "prefix"),
     *("sliding_window", "max_window_layers"),  # of the window that use_sliding_window switches on
     *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
@@ -67,10 +81,14 @@ class ModelConfig:
     yarn_beta_fast: float = 32.0  # turns over that length above which a frequency is kept
     yarn_beta_slow: float = 1.0  # and below which it is divided by the factor
     yarn_attention_factor: float = 0.0  # of cos and sin; 0: 0.1 ln(factor) + 1
+    llama3_factor: float = 0.0  # Llama 3's scaling (its `llama3`): how many times longer than trained; 0 is off
+    llama3_original_length: int = 0  # of the training before it
+    llama3_low_factor: float = 1.0  # turns over that length below which a frequency is divided by the factor
+    llama3_high_factor: float = 4.0  # and above which it is kept
     max_positions: int = 32_768  # what the checkpoint says it is made for; nothing here is limited by it
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = True
-    qkv_bias: bool = True  # Qwen2; Qwen3 has none
+    qkv_bias: bool = True  # Qwen2; the others have none
     qk_norm: bool = False  # Qwen3: RMS norm over each query and key head, before rotation
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
@@ -94,10 +112,19 @@ class ModelConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} must be even and at least 2: rotary embeddings turn pairs")
-        if self.yarn_factor and (self.yarn_factor < 1 or self.yarn_original_length < 1):
+        for kind in SCALINGS:
+            factor, length = getattr(self, f"{kind}_factor"), getattr(self, f"{kind}_original_length")
+            if factor and (factor < 1 or length < 1):
+                raise UserError(
+                    f"model.{kind}_factor={factor} with model.{kind}_original_length={length}: this scaling needs a"
+                    " factor of at least 1 and the length it starts from; a factor of 0 switches it off"
+                )
+        if self.yarn_factor and self.llama3_factor:
+            raise UserError("model.yarn_factor and model.llama3_factor scale the same rotation; set one of them to 0")
+        if not 0 < self.llama3_low_factor < self.llama3_high_factor:
             raise UserError(
-                f"model.yarn_factor={self.yarn_factor} with model.yarn_original_length={self.yarn_original_length}:"
-                " YaRN needs a factor of at least 1 and the length it starts from; a factor of 0 switches it off"
+                f"model.llama3_low_factor={self.llama3_low_factor} must be above 0 and below"
+                f" model.llama3_high_factor={self.llama3_high_factor}"
             )
 
 
@@ -114,30 +141,23 @@ def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
     hf = _read_json(path, folder)
     family = hf.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{path} has model_type={family!r}; only {' and '.join(FAMILIES)} are supported")
+        raise UserError(f"{path} has model_type={family!r}; only {', '.join(FAMILIES)} are supported")
     _refuse_others(path, hf)
-    heads = _whole(path, hf, "num_attention_heads")
-    # transformers' own fallbacks: Qwen3 has a head size of its own.
-    head_dim = 128 if family == "qwen3" else _whole(path, hf, "hidden_size") // heads
-    given = _given(hf)
-    max_positions = _whole(
-        path, {"max_position_embeddings": ModelConfig.max_positions} | given, "max_position_embeddings"
-    )
+    heads, hidden = (_whole(path, hf, key) for key in ("num_attention_heads", "hidden_size"))
+    fallbacks = {
+        "num_key_value_heads": heads,
+        "head_dim": 128 if family == "qwen3" else hidden // max(heads, 1),  # as transformers has it
+        "max_position_embeddings": ModelConfig.max_positions,
+    }
+    there = hf | {key: value for key, value in fallbacks.items() if hf.get(key) is None}
+    sizes = {ours: _whole(path, there, key) for ours, key in SIZES.items()}
     try:
         return ModelConfig(
-            vocab_size=_whole(path, hf, "vocab_size"),
-            hidden_size=_whole(path, hf, "hidden_size"),
-            intermediate_size=_whole(path, hf, "intermediate_size"),
-            num_layers=_whole(path, hf, "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=_whole(path, {"num_key_value_heads": heads} | given, "num_key_value_heads"),
-            head_dim=_whole(path, {"head_dim": head_dim} | given, "head_dim"),
-            **_rope(path, hf, max_positions),
-            max_positions=max_positions,
+            **sizes,
+            **_rope(path, hf, sizes["max_positions"]),
             rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=FAMILIES[family]["qkv_bias"],
-            qk_norm=FAMILIES[family]["qk_norm"],
+            **FAMILIES[family],
             **numerics,
         )
     except ValidationError as error:
@@ -157,37 +177,33 @@ def config_to_hf(config: ModelConfig) -> dict:
     if family is None:
         raise UserError(
             f"model.qkv_bias={c.qkv_bias} with model.qk_norm={c.qk_norm} is neither Qwen2 (bias, no norm) nor Qwen3"
-            " (norm, no bias); train one of these to write a Hugging Face checkpoint"
+            " (norm, no bias) nor Llama (neither); train one of these to write a Hugging Face checkpoint"
+        )
+    if family == "llama" and c.hidden_size % c.num_heads:
+        raise UserError(
+            f"model.hidden_size={c.hidden_size} is not a multiple of model.num_heads={c.num_heads}, which transformers"
+            " asks of a Llama; train another shape to write a Hugging Face checkpoint"
         )
     hf = {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
+        **{key: getattr(c, ours) for ours, key in SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": c.max_positions,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
         "tie_word_embeddings": c.tie_embeddings,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
         "torch_dtype": c.param_dtype,
     }
+    hf |= {"attention_bias": False, "mlp_bias": False} if family == "llama" else {"use_sliding_window": False}
     if family == "qwen3":
         hf["attention_bias"] = False
-    if c.yarn_factor:
-        hf["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": c.yarn_factor,
-            "original_max_position_embeddings": c.yarn_original_length,
-            "beta_fast": c.yarn_beta_fast,
-            "beta_slow": c.yarn_beta_slow,
-        } | ({"attention_factor": c.yarn_attention_factor} if c.yarn_attention_factor else {})
+    for kind, names in SCALINGS.items():
+        if getattr(c, f"{kind}_factor"):
+            there = {key: getattr(c, f"{kind}_{name}") for name, key in names.items()}
+            hf["rope_scaling"] = {"rope_type": kind, **there}
+    if c.yarn_factor and c.yarn_attention_factor:
+        hf["rope_scaling"]["attention_factor"] = c.yarn_attention_factor
     return hf
 
 
@@ -249,32 +265,36 @@ def _rope(path: Path, hf: dict, max_positions: int) -> dict[str, float | int]:
     rope = _given(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind == "yarn":
-        known |= {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
-        known |= {"mscale", "mscale_all_dim", "truncate"}
+    if kind in SCALINGS:
+        known |= set(SCALINGS[kind].values())
     elif kind != "default":
-        raise UserError(f"{path} scales its rotary embedding with {kind!r} ({_json(rope)}); only yarn is supported")
+        raise UserError(
+            f"{path} scales its rotary embedding with {kind!r} ({_json(rope)}); only yarn and llama3 are supported"
+        )
+    if kind == "yarn":
+        known |= {"attention_factor", "mscale", "mscale_all_dim", "truncate"}
+    elif lacking := known - rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL}:
+        raise UserError(f"{path} has no {min(lacking)} in its {kind} rotary embedding; copy it again")
     if other := rope.keys() - known:
         name = min(other)
         raise UserError(f"{path} has {name}={_json(rope[name])} in its {kind} rotary embedding, which is not supported")
     for key in ("partial_rotary_factor", "truncate"):
         if rope.get(key, 1) != 1:
             raise UserError(f"{path} has {key}={_json(rope[key])}, which is not supported")
-    fields = {"rope_theta": float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0))}
+    theta = {"rope_theta": float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0))}
     if kind == "default":
-        return fields
-    original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", max_positions)
-    factor = float(rope.get("factor", max_positions / original))
-    attention = float(rope.get("attention_factor", 0.0))
-    if "attention_factor" not in rope and rope.get("mscale") and rope.get("mscale_all_dim"):
-        scales = [0.1 * rope[key] * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim")]
-        attention = scales[0] / scales[1]
-    elif "attention_factor" in rope and attention <= 0:
-        raise UserError(f"{path} has attention_factor={attention} in its yarn rotary embedding; it must be above 0")
-    return fields | {
-        "yarn_factor": factor,
-        "yarn_original_length": original,
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
-        "yarn_attention_factor": attention,
-    }
+        return theta
+    original = hf.get(_ORIGINAL) or rope.get(_ORIGINAL, max_positions)
+    given = {"factor": max_positions / original} | rope | {_ORIGINAL: original}
+    fields = {f"{kind}_{name}": given[key] for name, key in SCALINGS[kind].items() if key in given}
+    if kind == "yarn" and "attention_factor" in rope:
+        fields["yarn_attention_factor"] = float(rope["attention_factor"])
+        if fields["yarn_attention_factor"] <= 0:
+            raise UserError(
+                f"{path} has attention_factor={rope['attention_factor']} in its yarn rotary embedding;"
+                " it must be above 0"
+            )
+    elif kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim"):
+        scales = [0.1 * rope[key] * math.log(given["factor"]) + 1.0 for key in ("mscale", "mscale_all_dim")]
+        fields["yarn_attention_factor"] = scales[0] / scales[1]
+    return theta | fields

@@ -1,4 +1,4 @@
-"""The Qwen2 and Qwen3 decoder as Flax modules, and the two calls that run it: `forward` and `extend`.
+"""The decoder of Qwen2, Qwen3 and Llama as Flax modules, and the two calls that run it: `forward` and `extend`.
 
 Modules declare weights by their logical axes and say how they compute. Everywhere else weights are a plain pytree,
 `Params`, so that jit, grad, optax and orbax see arrays and nothing else. There, as in checkpoints, the weights of a

@@ -6,12 +6,11 @@ cast and checked for NaN there. Of a stack of L layers, each one is written into
 """
 
 import collections
-import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +83,17 @@ class Part:
                 merged.append(number)
         return tuple(merged)
 
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return self.merge(self.turned)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only mean a repository of the hub (`Qwen/Qwen3-8B`), since it leads nowhere here."""
+    folder = Path(name)
+    looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+    return bool(looks_so) and not folder.exists() and not folder.parent.exists()
+
 
 def find_folder(name: str, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or that of a hub id (`Qwen/Qwen3-8B`), downloaded if need be.
@@ -93,9 +103,8 @@ def find_folder(name: str, weights: bool = True) -> Path:
     Raises:
         UserError: it has to be fetched and cannot be.
     """
-    folder = Path(name)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or folder.parent.exists():
-        return folder
+    if not is_hub_id(name):
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"] if weights else ["config.json"]
@@ -132,22 +141,21 @@ def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
     return jax.tree.unflatten(tree, [leaf.replace(values[_name(path)]) for path, leaf in leaves])
 
 
-def checkpoint_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, Callable[[np.dtype], np.ndarray]]]:
-    """Each tensor of the checkpoint of these weights: its name there, and a call that gives it in a dtype.
+def checkpoint_tensors(config: ModelConfig, params: Params) -> dict[str, Callable[[np.dtype], np.ndarray]]:
+    """The tensors of the checkpoint of these weights, in the order of the forward pass, each a call that takes a dtype.
 
     With several processes all must make the same calls, in order.
     """
     weights = {_name(path): leaf[...] for path, leaf in _weights(params)}
-    for name, part in _parts(config).items():
 
-        def read(dtype: np.dtype, part: Part = part) -> np.ndarray:
-            index = None if part.layer is None else jnp.int32(part.layer)
-            value = _take(weights[part.weight], index, part.order, dtype)
-            if not value.is_fully_addressable:
-                value = multihost_utils.process_allgather(value, tiled=True)
-            return np.ascontiguousarray(value).reshape(part.merge(part.turned))
+    def read(part: Part, dtype: np.dtype) -> np.ndarray:
+        index = None if part.layer is None else jnp.int32(part.layer)
+        value = _take(weights[part.weight], index, part.order, dtype)
+        if not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        return np.ascontiguousarray(value).reshape(part.tensor_shape)
 
-        yield name, read
+    return {name: partial(read, part) for name, part in _parts(config).items()}
 
 
 def save_params(
@@ -157,23 +165,32 @@ def save_params(
     tokenizer_from: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
+    stop_ids: Sequence[int] = (),
+    card: str = "",
 ) -> None:
     """Write a checkpoint folder that transformers loads; `dtype` is that of the file, by default the parameters'.
 
-    The files of the tokenizer and the chat template are copied from `tokenizer_from`. The folder appears when it is
-    complete: it is written under another name beside it. With several processes all must call; the first one writes.
+    The files of the tokenizer and the chat template are copied from `tokenizer_from`. Where `stop_ids` are given,
+    config.json and generation_config.json name them and no others. `card` is the text of README.md. The folder appears
+    when it is complete: it is written under another name beside it. With several processes all must call; the first one
+    writes.
 
     Raises:
         UserError: the folder is there already, no family has such a model, the tokenizer has more tokens than the
             embedding has rows, or the disk has no room; nothing is left behind.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     stored = np.dtype(jnp.dtype(dtype or config.param_dtype))
-    hf = config_to_hf(config) | {"torch_dtype": stored.name}
     check_target(config, folder, tokenizer_from)
-    if tokenizer_from is not None:
-        hf |= _special_ids(tokenizer_from)
-    shards = _plan_shards(config, stored, max_shard_bytes)
-    total = sum(stored.itemsize * math.prod(shape) for shard in shards.values() for shape in shard.values())
+    parts = _parts(config)
+    split = split_state_dict_into_shards_factory(
+        parts,
+        get_storage_size=lambda part: stored.itemsize * math.prod(part.shape),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    total = split.metadata["total_size"]
     writes = jax.process_index() == 0
     temporary = folder.with_name(f".{folder.name}.partial")
     if writes:
@@ -183,25 +200,39 @@ def save_params(
             temporary.rmdir()
             raise UserError(f"{folder} takes {total / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB left; make room")
     try:
-        values = (read(stored) for _, read in checkpoint_tensors(config, params))
-        for shard, shapes in shards.items():
-            mine = itertools.islice(values, len(shapes))
+        tensors = checkpoint_tensors(config, params)
+        for shard, names in split.filename_to_tensors.items():
+            values = (tensors[name](stored) for name in names)
             if writes:
-                write_file(temporary / shard, shapes, stored, mine)
+                write_file(temporary / shard, {name: parts[name].tensor_shape for name in names}, stored, values)
             else:
-                collections.deque(mine, maxlen=0)  # its part in gathering them
+                collections.deque(values, maxlen=0)  # its part in gathering them
         if writes:
-            if len(shards) > 1:
-                weight_map = {name: shard for shard, shapes in shards.items() for name in shapes}
-                _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            for name in COMPANIONS if tokenizer_from is not None else ():
-                if (tokenizer_from / name).is_file():
-                    shutil.copyfile(tokenizer_from / name, temporary / name)
-            _write_json(temporary / "config.json", hf)
+            if split.is_sharded:
+                _write_json(temporary / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+            hf = config_to_hf(config) | {"torch_dtype": stored.name}
+            _write_companions(temporary, hf, tokenizer_from, stop_ids)
+            if card:
+                (temporary / "README.md").write_text(card)
             temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _write_companions(folder: Path, hf: dict, source: Path | None, stop_ids: Sequence[int]) -> None:
+    """config.json, and what goes with the weights: the source's files, with these stop ids in place of its own."""
+    stops = {"eos_token_id": list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]} if stop_ids else {}
+    if source is not None:
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        # A checkpoint keeps these in config.json, though the model does not use them.
+        there = _read_table(source / "config.json")
+        hf |= {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
+    if stops:  # generate() asks that file, where it is, and no other
+        _write_json(folder / "generation_config.json", _read_table(folder / "generation_config.json") | stops)
+    _write_json(folder / "config.json", hf | stops)
 
 
 def check_target(config: ModelConfig, folder: Path, tokenizer_from: Path | None) -> None:
@@ -264,16 +295,12 @@ def _read_sharded(part: Part, tensor: Tensor, spec: PartitionSpec, mesh: Mesh) -
     return jax.block_until_ready(jax.make_array_from_callback(part.turned, sharding, read, tensor.dtype))
 
 
-def _own_order(value: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    return jnp.transpose(value, np.argsort(order))
-
-
 @partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
 def _put(
     stack: jax.Array, value: jax.Array, layer: jax.Array, order: tuple[int, ...], sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
     """The stack with a layer written into it in place, and whether that is finite."""
-    own = _own_order(value, order).astype(stack.dtype)
+    own = jnp.transpose(value, np.argsort(order)).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, own, layer, 0)
     return jax.lax.with_sharding_constraint(stack, sharding), _finite(value, stack.dtype)
 
@@ -350,34 +377,18 @@ def _check_tensors(config: ModelConfig, folder: Path, tensors: dict[str, Tensor]
             f"{folder} holds {name_some(sorted(surplus))}, which the model in its config.json does not have"
         )
     for name, part in parts.items():
-        if tensors[name].shape != (expected := part.merge(part.turned)):
+        if tensors[name].shape != (expected := part.tensor_shape):
             raise UserError(
                 f"{tensors[name].file} has {name} of shape {list(tensors[name].shape)};"
                 f" the model in config.json needs {list(expected)}"
             )
 
 
-def _plan_shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of each file, in order; a tensor beyond the limit has a file of its own."""
-    shards: list[dict[str, tuple[int, ...]]] = []
-    room = 0
-    for name, part in _parts(config).items():
-        shape = part.merge(part.turned)
-        if not shards or math.prod(shape) * dtype.itemsize > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = shape
-        room -= math.prod(shape) * dtype.itemsize
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _special_ids(folder: Path) -> dict[str, int | list[int]]:
-    """Begin, end and padding ids, which a checkpoint keeps in config.json though the model does not use them."""
+def _read_table(path: Path) -> dict:
+    """A JSON object; empty where there is none."""
     with suppress(OSError, ValueError):
-        there = json.loads((folder / "config.json").read_text())
-        return {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
+        table = json.loads(path.read_text())
+        return table if isinstance(table, dict) else {}
     return {}
 
 

@@ -1,10 +1,16 @@
-"""What several tests of models share: PyTorch where it is installed, and the shapes of published models."""
+"""What several tests of models share: PyTorch where it is installed, the shapes of published models, greedy turns."""
 
+import asyncio
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.scheduler import converse
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +28,36 @@ def published_configs() -> dict[str, dict]:
     """
     table = json.loads(Path(__file__).with_name("published_configs.json").read_text())
     return {name: dict(zip(table["columns"], row, strict=True)) for name, row in table["models"].items()}
+
+
+@dataclass
+class Greedy:
+    """A conversation of one turn."""
+
+    prompt: list[int]
+    request: int
+    tokens: int
+    temperature: float = 0.0
+    cancelled: bool = False
+    ids: list[int] = field(default_factory=list)
+
+    def turn_budget(self) -> int:
+        return self.tokens
+
+    def stop_at(self, ids: list[int], seen: int) -> None:
+        return None
+
+    def end_turn(self, ids: list[int], logprobs: list[float]) -> None:
+        self.ids = ids
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[[Engine, list[list[int]], int], list[list[int]]]:
+    """The most probable next tokens of prompts, so many of each, by the engine: `greedy(engine, prompts, 64)`."""
+
+    def run(engine: Engine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        chats = [Greedy(prompt, request, tokens) for request, prompt in enumerate(prompts)]
+        asyncio.run(converse(engine, chats))
+        return [chat.ids for chat in chats]
+
+    return run

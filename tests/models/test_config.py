@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from retool_jax.errors import UserError
+from retool_jax.models.attention import rotary_frequencies
 from retool_jax.models.config import ModelConfig, config_from_hf, config_to_hf
 
 HF = {
@@ -74,6 +75,14 @@ def test_qwen3_has_head_norms_no_biases_and_heads_of_its_own(tmp_path):
     assert (config.qk_norm, config.qkv_bias) == (False, True)
 
 
+LLAMA = {"model_type": "llama", "use_sliding_window": None}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
 
 
@@ -91,9 +100,9 @@ def test_yarn_is_read_as_each_transformers_writes_it(tmp_path, style):
     assert (config.yarn_beta_fast, config.yarn_beta_slow, config.yarn_attention_factor) == (32.0, 1.0, 0.0)
 
 
-def yarn_of_theirs(folder: Path) -> list[float]:
+def theirs_of(folder: Path, kind: str = "yarn") -> list[float]:
     """Their frequencies, and at the end their factor of cos and sin."""
-    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.from_pretrained(folder), "cpu")
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](AutoConfig.from_pretrained(folder), "cpu")
     return [*frequencies.tolist(), factor]
 
 
@@ -111,19 +120,67 @@ def yarn_of_theirs(folder: Path) -> list[float]:
 def test_yarn_means_to_us_what_it_means_to_transformers(tmp_path, changes):
     rope = {key: value for key, value in (YARN | changes).items() if value is not None}
     config = config_from_hf(write(tmp_path, rope_scaling=rope, max_position_embeddings=65_536, head_dim=64))
-    theirs = yarn_of_theirs(tmp_path)
+    theirs = theirs_of(tmp_path)
     attention = config.yarn_attention_factor or 0.1 * math.log(config.yarn_factor) + 1.0
     assert attention == pytest.approx(theirs[-1], rel=1e-12)
     # Written out, every field that we kept has to give them the same frequencies.
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
-    assert yarn_of_theirs(tmp_path) == pytest.approx(theirs, rel=1e-12)
+    assert theirs_of(tmp_path) == pytest.approx(theirs, rel=1e-12)
     assert config_from_hf(tmp_path) == config
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("style", ["rope_scaling", "type", "rope_parameters"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"factor": 32.0},
+        {"low_freq_factor": 2.0, "high_freq_factor": 3.5},
+        {"original_max_position_embeddings": 64},
+        {"factor": 1.0, "original_max_position_embeddings": 40_960},
+    ],
+)
+def test_llama3_means_to_us_what_it_means_to_transformers(tmp_path, changes, style):
+    rope, top = LLAMA3 | changes, {"max_position_embeddings": 131_072, "head_dim": 64, "rope_theta": 5e5}
+    if style == "type":
+        rope["type"] = rope.pop("rope_type")
+    if style == "rope_parameters":
+        write(tmp_path, **LLAMA, **top | {"rope_theta": None}, rope_parameters=rope | {"rope_theta": 5e5})
+    else:
+        write(tmp_path, **LLAMA, **top, rope_scaling=rope)
+    config = config_from_hf(tmp_path)
+    assert (config.rope_theta, config.llama3_factor, config.yarn_factor) == (5e5, rope["factor"], 0.0)
+    theirs = theirs_of(tmp_path, "llama3")
+    frequencies, factor = rotary_frequencies(config)
+    assert [*frequencies, factor] == pytest.approx(theirs, rel=2e-7)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    assert theirs_of(tmp_path, "llama3") == theirs
+    assert config_from_hf(tmp_path) == config
+
+
+# What config.json holds of models that were published, beside the sizes.
+SMOLLM2 = {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1}
+SMOLLM2 |= {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "mlp_bias": False, "rope_theta": 100000}
+LLAMA32 = {"eos_token_id": [128001, 128008], "head_dim": 8, "rope_scaling": LLAMA3 | {"factor": 32.0}}
+TINYLLAMA = {"pretraining_tp": 1, "rope_scaling": None, "max_position_embeddings": 2048, "rope_theta": None}
+
+
+@pytest.mark.parametrize("fields", [SMOLLM2, LLAMA32, TINYLLAMA])
+def test_published_llamas_have_neither_biases_nor_head_norms(tmp_path, fields):
+    config = config_from_hf(write(tmp_path, **LLAMA, **fields, attention_bias=False))
+    assert (config.qk_norm, config.qkv_bias, config.head_dim) == (False, False, 8)
+    assert config.rope_theta == (fields.get("rope_theta", 1e6) or 1e4)
+    assert config.llama3_factor == (32.0 if fields is LLAMA32 else 0.0)
 
 
 @pytest.mark.parametrize(
     "config",
     [
         ModelConfig(),
+        ModelConfig(qkv_bias=False, rope_theta=1e5, max_positions=8192),
+        ModelConfig(qkv_bias=False, llama3_factor=8.0, llama3_original_length=8192, llama3_low_factor=0.5),
+        ModelConfig(qkv_bias=False, tie_embeddings=False, yarn_factor=2.0, yarn_original_length=4096),
         ModelConfig(tie_embeddings=False, head_dim=20, rope_theta=5e6, rms_norm_eps=1e-5, max_positions=131_072),
         ModelConfig(qkv_bias=False, qk_norm=True, head_dim=48),
         ModelConfig(qkv_bias=False, qk_norm=True, yarn_factor=2.5, yarn_original_length=100, yarn_beta_fast=8.0),
@@ -134,7 +191,7 @@ def test_written_configs_are_read_by_us_and_by_transformers(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     assert config_from_hf(tmp_path) == config
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert type(theirs) is (Qwen3Config if config.qk_norm else Qwen2Config)
+    assert type(theirs) is (Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig)
     theirs.save_pretrained(tmp_path / "theirs")
     assert config_from_hf(tmp_path / "theirs") == config
 
@@ -142,7 +199,17 @@ def test_written_configs_are_read_by_us_and_by_transformers(tmp_path, config):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "mistral"}, "model_type='mistral'"),
+        (LLAMA | {"attention_bias": True}, "attention_bias=true"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias=true"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "only yarn and llama3 are supported"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "has no low_freq_factor in its llama3"),
+        (
+            LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "llama3_low_factor=4.0 must be above 0 and below",
+        ),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"factor": 0.5}}, "llama3_factor=0.5"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"attention_factor": 1.1}}, "attention_factor=1.1 in its llama3"),
         ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
         ({"num_experts": 64}, "num_experts=64"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
@@ -167,6 +234,7 @@ def test_written_configs_are_read_by_us_and_by_transformers(tmp_path, config):
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None"),
         ({"head_dim": 8.5}, "head_dim=8.5"),
+        ({"num_attention_heads": 0}, "num_heads"),
     ],
 )
 def test_refuses_by_name_what_it_would_compute_wrongly(tmp_path, changes, named):
@@ -199,9 +267,10 @@ def test_a_file_that_is_no_config_is_named(tmp_path):
 
 
 def test_a_pair_that_no_family_has_is_not_written():
-    for pair in ({"qkv_bias": True, "qk_norm": True}, {"qkv_bias": False, "qk_norm": False}):
-        with pytest.raises(UserError, match="neither Qwen2"):
-            config_to_hf(ModelConfig(**pair))
+    with pytest.raises(UserError, match=r"neither Qwen2 .* nor Llama"):
+        config_to_hf(ModelConfig(qkv_bias=True, qk_norm=True))
+    with pytest.raises(UserError, match=r"hidden_size=128 is not a multiple of model\.num_heads=3"):
+        config_to_hf(ModelConfig(qkv_bias=False, num_heads=3, num_kv_heads=1))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -214,3 +283,8 @@ def test_impossible_heads_are_refused():
         ModelConfig(num_heads=4, num_kv_heads=3)
     with pytest.raises(UserError, match="head_dim=7"):
         ModelConfig(head_dim=7)
+
+
+def test_two_scalings_of_one_rotation_are_refused():
+    with pytest.raises(UserError, match="scale the same rotation; set one of them to 0"):
+        ModelConfig(yarn_factor=2.0, yarn_original_length=64, llama3_factor=2.0, llama3_original_length=64)

@@ -1,5 +1,6 @@
 """Checkpoints by hub id: against a server on this machine that speaks the part of the hub's protocol that is needed."""
 
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import jax
 import pytest
 from huggingface_hub import constants
 
+from retool_jax.convert import main
 from retool_jax.errors import UserError
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import init_params
@@ -23,10 +25,10 @@ REVISION = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository, acme/tiny, with the files of a folder."""
+    """One repository to read, acme/tiny, with the files of a folder, and room for one to write, acme/new."""
 
-    def __init__(self, folder: Path, asked: list[str], *arguments) -> None:
-        self.folder, self.asked = folder, asked
+    def __init__(self, folder: Path, asked: list[str], pushed: Path, *arguments) -> None:
+        self.folder, self.asked, self.pushed = folder, asked, pushed
         super().__init__(*arguments)
 
     def log_message(self, *arguments) -> None:
@@ -37,7 +39,7 @@ class Hub(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def do_GET(self) -> None:
@@ -59,6 +61,29 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        address = f"http://{self.headers['Host']}/acme/new"
+        if self.path == "/api/repos/create" and json.loads(body)["name"] == "new":
+            assert b'"private"' in body
+            self.pushed.mkdir(exist_ok=True)
+            told = {"url": address}
+        elif self.path == "/api/validate-yaml":
+            told = {"errors": [], "warnings": []}
+        elif self.path == "/api/models/acme/new/preupload/main":
+            told = {
+                "files": [file | {"uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            }
+        elif self.path == "/api/models/acme/new/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (self.pushed / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+            told = {"commitUrl": f"{address}/commit/{REVISION}", "commitOid": REVISION}
+        else:
+            self.send_error(403)
+            return
+        self.answer(json.dumps(told).encode(), {"Content-Type": "application/json"})
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[list[str]]:
@@ -67,7 +92,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[list[str]]:
     config = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     save_params(config, init_params(config, jax.random.key(0)), folder, tokenizer_from=MINIATURE)
     (folder / "pytorch_model.bin").write_bytes(b"not wanted")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked, tmp_path / "pushed"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     # As HF_ENDPOINT and HF_HOME set them in a process that has not read them yet.
@@ -98,3 +123,24 @@ def test_an_unknown_hub_id_is_named_with_the_way_out():
     told = str(caught.value)
     assert told.startswith("no folder acme/none here, and not to be had from the Hugging Face hub")
     assert told.endswith("give a folder with config.json and *.safetensors")
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_is_converted_is_pushed_as_it_is(tmp_path, capsys):
+    main([f"from={tmp_path / 'repository'}", f"to={tmp_path / 'out'}", "push=acme/new"])
+    assert f"wrote {tmp_path / 'out'}\npushed http://127.0.0.1:" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert {path.name for path in (tmp_path / "pushed").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "pushed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_the_hub_refuses_is_complete_here_and_told_in_one_line(tmp_path):
+    with pytest.raises(UserError) as caught:
+        main([f"from={tmp_path / 'repository'}", f"to={tmp_path / 'out'}", "push=acme/other"])
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / 'out'} is complete, and the hub does not take it as acme/other (")
+    assert told.endswith(f"then: hf upload acme/other {tmp_path / 'out'}") and "\n" not in told
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,7 +1,5 @@
-"""The decoder equals transformers' Qwen2 and Qwen3 on random small models: files, logits, gradients, greedy tokens."""
+"""The decoder equals that of transformers on small random models: files, logits, gradients and greedy tokens."""
 
-import asyncio
-import dataclasses
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +13,6 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from retool_jax.engine.engine import Engine, EngineConfig
-from retool_jax.engine.scheduler import converse
 from retool_jax.models import config as configs
 from retool_jax.models.config import ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, abstract_params, forward, logits
@@ -25,11 +22,13 @@ torch = pytest.importorskip("torch")
 
 VOCAB, LENGTH = 67, 24
 QWEN3 = {"qkv_bias": False, "qk_norm": True}
+LLAMA = {"qkv_bias": False, "qk_norm": False}
+LLAMA3 = LLAMA | {"llama3_factor": 8.0, "llama3_original_length": 8192, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 
 
 def small(heads: int, kv_heads: int, head_dim: int, **changes) -> ModelConfig:
     sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 20, "num_layers": 2}
-    return ModelConfig(**sizes, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **changes)
+    return ModelConfig(**sizes | changes, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
 
 
 YARN = {"yarn_factor": 4.0, "yarn_original_length": 8192, "rms_norm_eps": 1e-5}
@@ -56,9 +55,15 @@ CASES = {
         yarn_beta_fast=24.0,
         yarn_beta_slow=2.0,
     ),
+    "llama-mha": small(3, 3, 14, **LLAMA, tie_embeddings=False),
+    "llama-threes": small(9, 3, 64, **LLAMA, hidden_size=36, rope_theta=1e5, rms_norm_eps=1e-5, max_positions=8192),
+    "llama3-pairs": small(4, 2, 32, **LLAMA3, tie_embeddings=False),
+    "llama3-mqa": small(5, 1, 128, hidden_size=20, **(LLAMA3 | {"llama3_factor": 32.0, "llama3_low_factor": 2.0})),
+    "llama3-one-head": small(1, 1, 64, **(LLAMA3 | {"llama3_original_length": 64, "llama3_high_factor": 8.0})),
 }
 # What a cache sees of a model: heads and their sizes, norms, rotations. Biases and tied heads are not its business.
 DECODED = ("qwen2-mha", "qwen2-pairs", "qwen2-sevens", "qwen3-mqa", "qwen3-wide-heads", "qwen2-yarn", "qwen3-yarn")
+DECODED += ("llama-threes", "llama3-pairs")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,43 +229,22 @@ def test_left_padded_batches_are_what_transformers_masks(pair):
     assert np.abs(np.asarray(ours) - expected)[real].max() <= 2e-4
 
 
-@dataclasses.dataclass
-class Greedy:
-    """A conversation of one turn."""
-
-    prompt: list[int]
-    request: int
-    tokens: int = 64
-    temperature: float = 0.0
-    cancelled: bool = False
-    ids: list[int] = dataclasses.field(default_factory=list)
-
-    def turn_budget(self) -> int:
-        return self.tokens
-
-    def stop_at(self, ids: list[int], seen: int) -> None:
-        return None
-
-    def end_turn(self, ids: list[int], logprobs: list[float]) -> None:
-        self.ids = ids
-
-
 @pytest.mark.parametrize("name", DECODED)
-def test_greedy_decoding_equals_generate_token_by_token(name, pair, mesh):
+def test_greedy_decoding_equals_generate_token_by_token(name, pair, greedy, mesh):
     theirs, config, params, _ = pair(name)
     sizes = EngineConfig(slots=4, max_length=80, decode_steps=16, chunk_rows=4, row_buckets=(4,), token_buckets=(16,))
     engine = Engine(config, sizes, params, mesh, [], 0)
     rng = np.random.default_rng(4)
-    chats = [Greedy(rng.integers(0, VOCAB, length).tolist(), length) for length in (3, 11, 16)]
-    asyncio.run(converse(engine, chats))
-    prompts = torch.tensor([[0] * (16 - len(chat.prompt)) + chat.prompt for chat in chats])
-    real = torch.arange(16) >= torch.tensor([[16 - len(chat.prompt)] for chat in chats])
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 11, 16)]
+    ours = greedy(engine, prompts, 64)
+    padded = torch.tensor([[0] * (16 - len(prompt)) + prompt for prompt in prompts])
+    real = torch.arange(16) >= torch.tensor([[16 - len(prompt)] for prompt in prompts])
     expected = theirs.generate(
-        prompts, attention_mask=real.long(), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=[]
+        padded, attention_mask=real.long(), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=[]
     )[:, 16:].tolist()
     assert [len(ids) for ids in expected] == [64, 64, 64]
-    assert [chat.ids for chat in chats] == expected
-    assert len({token for chat in chats for token in chat.ids}) > 2  # not one token over and over
+    assert ours == expected
+    assert len({token for ids in ours for token in ids}) > 2  # not one token over and over
 
 
 def parameters(config: ModelConfig) -> int:
@@ -322,4 +306,4 @@ def test_the_page_about_models_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(configs, "IRRELEVANT", set(configs.IRRELEVANT))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     exec(compile(example, page, "exec"), {})
-    assert "llama" in configs.FAMILIES
+    assert "seed_oss" in configs.FAMILIES
