@@ -48,6 +48,7 @@ def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[st
         "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
         "tool_success": float(np.mean([use.status == "success" for use in uses])) if uses else None,
         "calls_per_sample": len(uses) / len(kept),
+        "calls/repaired": sum(bool(use.repaired) for use in uses),
         "forced_answers": sum(t.forced for t in kept),
         "response_tokens": float(np.mean([t.response_tokens for t in kept])),
         "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),

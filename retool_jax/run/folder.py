@@ -147,9 +147,15 @@ def differences(run: Run, folder: Path) -> list[tuple[str, object, object]]:
     there, here = flatten_dict(read_yaml(str(folder / CONFIG))), flatten_dict(to_plain(run))
     if there.get("task") != here["task"]:
         return [("task", there.get("task"), here["task"])]
-    there = defaults_of(type(run)) | ABSENT | there
+    absent = ABSENT | ({} if there.get("tokenizer") == "miniature" else _absent_prompts(there))
+    there = defaults_of(type(run)) | absent | there
     keys = sorted(here.keys() - secret_keys(type(run)))
     return [(key, there[key], here[key]) for key in keys if there[key] != here[key]]
+
+
+def _absent_prompts(there: dict) -> dict[str, str]:
+    """What a folder without these keys means by them: the paper's grammar had only the paper's prompt."""
+    return {f"{part}.tool_prompt": "paper" for part in ("rollout", "sft") if there.get(f"{part}.grammar") == "retool"}
 
 
 def unknown_keys(run: Run, folder: Path) -> dict[str, object]:
