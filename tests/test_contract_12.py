@@ -283,7 +283,7 @@ def record_of(tokenizer: Tokenizer, grammar: str, turn: list[int]) -> Trajectory
     trajectory = Trajectory("p/0", PROBLEM)
     trajectory.add("prompt", prompt_ids(tokenizer, [USER]))
     trajectory.add("policy", turn, [-0.5] * len(turn))
-    calls = GRAMMARS[grammar].calls(tokenizer, turn)
+    calls = GRAMMARS[grammar].calls(tokenizer.decode(turn))
     trajectory.tool_uses = [ToolUse(0, one.code, "success", one.error or one.code) for one in calls]
     if calls:
         outputs = [defuse(tokenizer, use.output) for use in trajectory.tool_uses]
@@ -314,7 +314,7 @@ def test_any_ids_are_read_kept_and_shown(tokenizer, tmp_path_factory, pieces):
 @given(st.text(st.characters(exclude_categories=()), max_size=40))
 def test_any_text_in_a_call_is_kept_as_it_is_but_for_half_pairs(tokenizer, tmp_path_factory, text):
     turn = tokenizer.encode(call(json.dumps(text)))
-    assert [one.code for one in tool_calls(tokenizer, turn)] == [text]
+    assert [one.code for one in tool_calls(tokenizer.decode(turn))] == [text]
     (record,) = write_and_read(
         tmp_path_factory.getbasetemp() / "any text.jsonl", tokenizer, [record_of(tokenizer, "hermes", turn)]
     )
@@ -331,7 +331,7 @@ def test_a_long_turn_takes_no_longer_than_its_length(tokenizer, text):
     """A pattern that looks at the rest of a text from every character of it would take ten seconds and more."""
     turn = tokenizer.encode(text)
     began = time.process_time()
-    assert any([grammar.calls(tokenizer, turn) for grammar in GRAMMARS.values()])
+    assert any([grammar.calls(tokenizer.decode(turn)) for grammar in GRAMMARS.values()])
     segments = [{"role": "policy", "text": text}]
     assert readable_parts({"tool_calls": [], "segments": segments})
     assert time.process_time() - began < 3.0

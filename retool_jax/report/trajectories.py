@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.report.runs import Run
-from retool_jax.tokens.grammar import Shown, show_outputs, show_turn
+from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 
 # The page shows at most so many trajectories of an evaluation, and about so many characters in all, so that it opens
 # quickly whatever the size of the run; the run folder has every trajectory in full.

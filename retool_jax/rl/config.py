@@ -16,9 +16,20 @@ class RolloutConfig:
 
     max_prompt_tokens: Positive = 40
     max_turns: Positive = 4  # policy turns, the last of which must be the answer
+    turn_tokens: Count | None = 0  # of one turn, up to its call or its end; 0 or null: as many as there is room for
     tool_output_tokens: Positive = 200  # of one tool output, cut in the middle
     answer_tokens: Count = 0  # kept for a last turn, asked for where turns or tokens run out; 0: it ends there
     grammar: Literal["hermes", "retool"] = "hermes"  # of calls: hermes (<tool_call> JSON), retool (the paper's <code>)
+    tool_prompt: str = ""
+    """What explains <code> before a question: a text; paper, for the paper's; empty: a short one."""
+    strict_calls: bool = False  # refuse, in words, calls that could be read but are not as the grammar writes them
+
+    def __post_init__(self) -> None:
+        if self.tool_prompt and self.grammar != "retool":
+            raise UserError(
+                f"rollout.tool_prompt explains <code>, and rollout.grammar={self.grammar} is explained by the chat"
+                " template; set rollout.grammar=retool, or leave rollout.tool_prompt out"
+            )
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, and every trajectory to read."""
+"""Accuracy on held-out problems: when it is due, what it is, and every trajectory to read."""
 
 import asyncio
 import json
@@ -14,7 +14,8 @@ from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
 from retool_jax.files import replacing
-from retool_jax.rl.config import RolloutConfig
+from retool_jax.metrics import METRICS_FILE, read_metrics
+from retool_jax.rl.config import EvaluationConfig, RolloutConfig
 from retool_jax.rl.rollout import Sample, rollout, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[st
         "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
         "tool_success": float(np.mean([use.status == "success" for use in uses])) if uses else None,
         "calls_per_sample": len(uses) / len(kept),
+        "calls/repaired": sum(bool(use.repaired) for use in uses),
         "forced_answers": sum(t.forced for t in kept),
         "response_tokens": float(np.mean([t.response_tokens for t in kept])),
         "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),
@@ -62,6 +64,22 @@ def faults(numbers: Mapping[str, float | None]) -> str:
     words = [f"{count} trajectories {end.replace('_', ' ')}" for end, count in counts.items() if count]
     late = numbers["checker_timeouts"]
     return ", ".join(words + ([f"{late} answers not compared in time, which count as wrong"] if late else []))
+
+
+def splits_at(evaluation: EvaluationConfig, step: int, last: int) -> list[str]:
+    """The final split before the first and after the last step, the dev split every so often."""
+    splits = [evaluation.final_split] if step in (0, last) else []
+    if evaluation.every and step % evaluation.every == 0:
+        splits.append("dev")
+    return list(dict.fromkeys(splits))
+
+
+def looked(folder: Path, step: int, split: str) -> dict | None:
+    """The numbers of a look at a split after a step, from the log; None while there are none."""
+    for record in read_metrics(folder) if (folder / METRICS_FILE).is_file() else ():
+        if (record["kind"], record["step"], record.get("split")) == ("eval", step, split):
+            return {key: value for key, value in record.items() if key not in ("kind", "step")}
+    return None
 
 
 async def evaluate(

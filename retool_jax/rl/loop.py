@@ -9,25 +9,52 @@
 4. Pack the rest into one batch per optimiser step and update: a clipped policy loss, averaged over all drawn tokens of
    the batch (`loss.py`, `learn`).
 5. Hand the weights to the engine.
-6. Log; save; now and then look at held-out problems (`looks.py`).
+6. Log; save; now and then look at held-out problems (`evaluation.py`).
 """
 
 import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from retool_jax.clock import Clock
 from retool_jax.data.problems import Problems
+from retool_jax.engine.engine import Engine
 from retool_jax.learn.optimizer import TrainState
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import Step
+from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.batches import batches_of, learnable_groups
-from retool_jax.rl.config import RLConfig
-from retool_jax.rl.evaluation import faults, summarise
-from retool_jax.rl.looks import look
-from retool_jax.rl.parts import Parts
+from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
+from retool_jax.rl.evaluation import evaluate, faults, looked, splits_at, summarise
 from retool_jax.rl.rollout import Sample, rollout, score
 from retool_jax.rl.summary import performance
+from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import Toolbox
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with: made, and closed in the end, by whoever calls it."""
+
+    rl: RLConfig
+    rollout: RolloutConfig
+    evaluation: EvaluationConfig
+    folder: Path  # of the run; trajectories are written there
+    tokenizer: Tokenizer
+    problems: Mapping[str, Problems]  # by split
+    tools: Toolbox | None  # open; None: a text-only run
+    engine: Engine
+    update: Step
+    save: Callable[[int, TrainState], None]  # the state after a step
+    save_every: int  # steps
+    log: MetricsLog
+    bar: Progress
+    clock: Clock
+    tokens: dict[str, int]  # decoded, and trained on, by the run so far; the loop counts on
 
 
 async def train(p: Parts, state: TrainState, start: int | None) -> None:
@@ -58,6 +85,32 @@ async def train(p: Parts, state: TrainState, start: int | None) -> None:
         if step % p.save_every == 0 or step == p.rl.steps:
             p.save(step, state)
         await look(p, step)
+
+
+async def look(p: Parts, step: int) -> None:
+    """Measure accuracy on the splits whose turn it is after this step and whose numbers are not in the log already."""
+    for split in splits_at(p.evaluation, step, p.rl.steps):
+        if looked(p.folder, step, split):
+            continue
+        with p.clock.part("evaluation"):
+            numbers = await evaluate(
+                p.engine,
+                p.tokenizer,
+                p.tools,
+                p.problems[split],
+                step,
+                p.evaluation.problems,
+                replace(p.rollout, answer_tokens=p.evaluation.answer_tokens),
+                p.folder,
+                p.rl.max_dropped,
+            )
+        p.log.write("eval", step, numbers)
+        p.bar.say(
+            f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
+            f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
+        )
+        if happened := faults(numbers):
+            p.bar.say(f"step {step}: {split}: {happened}")
 
 
 def samples_of(rl: RLConfig, problems: Problems, step: int) -> list[Sample]:

@@ -12,7 +12,7 @@ from retool_jax.engine.scheduler import Statistics, converse
 from retool_jax.errors import UserError
 from retool_jax.rl.config import RolloutConfig
 from retool_jax.rl.reward import reward_of
-from retool_jax.rl.trajectory import End, ToolUse, Trajectory
+from retool_jax.rl.trajectory import End, ToolUse, Trajectory, numbers_of
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
 from retool_jax.tokens.grammar import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -61,7 +61,8 @@ class Dialogue:
     def turn_budget(self) -> int:
         if not self.trajectory.started_s:
             self.trajectory.started_s = time.perf_counter()
-        return self._room - len(self.trajectory.ids) - self._reserve
+        left = self._room - len(self.trajectory.ids) - self._reserve
+        return min(left, self._limits.turn_tokens or left)
 
     def stop_at(self, ids: list[int], seen: int) -> int | None:
         return self._grammar.stop_at(self._tokenizer, ids, seen) if self._tools else None
@@ -70,13 +71,14 @@ class Dialogue:
         self.trajectory.add("policy", ids, logprobs)
         if ids[-1] not in self._stops and self.stop_at(ids, len(ids) - 1) is None:
             return self._run_out(End.TOKEN_LIMIT)
-        calls = self._grammar.calls(self._tokenizer, ids) if self._tools else []
+        text = self.trajectory.last_turn(self._tokenizer)
+        calls = self._grammar.calls(text) if self._tools else []
         if not calls:
-            boxed, _ = extract_boxed(self.trajectory.last_turn(self._tokenizer))
+            boxed, _ = extract_boxed(text)
             return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
         if self.trajectory.forced or self.trajectory.turns >= self._limits.max_turns:
             return self._run_out(End.TURN_LIMIT)
-        return self._answer(ids, calls)
+        return self._answer(ids, [call.strict() for call in calls] if self._limits.strict_calls else calls)
 
     def _run_out(self, reason: End) -> Coroutine[None, None, list[int]] | None:
         """No more turns, or no more room: ask for the answer in what was kept for it, once, or end."""
@@ -94,18 +96,22 @@ class Dialogue:
         outputs = []
         for call in calls:
             output = await self._tools.run(call, self._kept)
-            if output.fault == "machinery":
-                self.trajectory.tool_uses.append(ToolUse(turn, call.code, output.status, output.text, tool=call.name))
-                return self._end(End.SANDBOX_LOST, output.text)
-            if output.status == INVALID:
-                use = ToolUse(turn, "", INVALID, output.text)
-            else:
-                told = output.told(self._limits.tool_output_tokens, self._count)
-                seconds = {key: output.metrics.get(key, 0.0) for key in ("wall_s", "queue_s")}
-                others = {key: value for key, value in output.metrics.items() if key not in seconds}
-                use = ToolUse(turn, call.code, output.status, told, **seconds, tool=call.name, metrics=others)
-            use.output = defuse(self._tokenizer, use.output)
+            lost, invalid = output.fault == "machinery", output.status == INVALID
+            told = output.text if lost or invalid else output.told(self._limits.tool_output_tokens, self._count)
+            numbers = {} if lost or invalid else numbers_of(output.metrics)
+            use = ToolUse(
+                turn,
+                "" if invalid else call.code,
+                output.status,
+                told if lost else defuse(self._tokenizer, told),
+                *(numbers.pop(key, 0.0) for key in ("wall_s", "queue_s")),
+                tool="" if invalid else call.name,
+                repaired=call.repaired,
+                metrics=numbers,
+            )
             self.trajectory.tool_uses.append(use)
+            if lost:
+                return self._end(End.SANDBOX_LOST, output.text)
             outputs.append(use.output)
         segment = self._grammar.segment(self._tokenizer, turn_ids, outputs)
         # Half a segment, or one without room for an answer, teaches nothing.
@@ -148,7 +154,7 @@ async def rollout(
     for sample in samples:
         problem = sample.problem
         if problem.id not in encoded:
-            encoded[problem.id] = encode_prompt(tokenizer, problem, tools, limits.max_prompt_tokens, limits.grammar)
+            encoded[problem.id] = encode_prompt(tokenizer, problem, tools, limits)
         own = tools.of(problem.tools, f"problem {problem.id}") if tools else None
         dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, own, room, limits))
     origin = time.perf_counter()
@@ -167,9 +173,7 @@ async def rollout(
     return trajectories, statistics
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None, limit: int, grammar: str = "hermes"
-) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None, limits: RolloutConfig) -> list[int]:
     """A problem's prompt as ids, with the tools that it names, or all of them.
 
     Raises:
@@ -178,13 +182,14 @@ def encode_prompt(
     messages = list(problem.messages)
     if tools:
         shown = tools.of(problem.tools, f"problem {problem.id}").schemas
-        ids = GRAMMARS[grammar].prompt(tokenizer, messages, shown)
+        ids = GRAMMARS[limits.grammar].prompt(tokenizer, messages, shown, limits.tool_prompt)
     else:
         ids = prompt_ids(tokenizer, messages)
-    if len(ids) > limit:
+    if len(ids) > limits.max_prompt_tokens:
         raise UserError(
-            f"problem {problem.id} has a prompt of {len(ids)} tokens; the limit is rollout.max_prompt_tokens={limit}:"
-            " raise it (and engine.max_length with it) or leave the problem out"
+            f"problem {problem.id} has a prompt of {len(ids)} tokens; the limit is"
+            f" rollout.max_prompt_tokens={limits.max_prompt_tokens}: raise it (and engine.max_length with it) or leave"
+            " the problem out"
         )
     return ids
 

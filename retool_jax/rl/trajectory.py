@@ -1,5 +1,8 @@
 """What a rollout leaves behind: ids, which of them were sampled, their log-probabilities, and why it ended."""
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -42,10 +45,25 @@ class ToolUse:
     wall_s: float = 0.0
     queue_s: float = 0.0
     tool: str = ""  # the name that it was called by; empty where there is no such tool
+    repaired: str = ""  # what is not as the grammar writes it in a call that was read all the same
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.code, self.output = writable(self.code), writable(self.output)
+
+
+def numbers_of(metrics: object) -> dict[str, float]:
+    """What a tool says of a call, as far as a file can hold it: names with numbers of Python's own.
+
+    Arrays of one number and numbers of other libraries become such; what is no number is left out.
+    """
+    kept = {}
+    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+        with suppress(Exception):  # of others' types
+            number = value if type(value) in (bool, int, float) else float(value)
+            json.dumps(number)  # an int of thousands of digits is refused
+            kept[writable(str(name))] = number
+    return kept
 
 
 @dataclass
@@ -106,13 +124,16 @@ class Trajectory:
         Thinking is opened by the header that the template writes (DeepSeek-R1's does) or by the policy, and lasts
         until `</think>` or the end of its turn, whatever is answered in place meanwhile.
         """
-        turn = ""  # the turn so far: its header, and what the policy said before programs were answered in place
-        for segment in self.segments[:-1]:
+        turn = ""  # before the last segment: its header, and what was said before programs were answered in place
+        for segment in reversed(self.segments[:-1]):
             text = tokenizer.decode(self.ids[segment.start : segment.stop])
             if segment.role == "policy":
-                turn = "" if self.ids[segment.stop - 1] in tokenizer.stop_ids else turn + text
-            elif "<think>" in turn + text and text.endswith(tokenizer.turn_header):
-                turn = tokenizer.turn_header
+                if self.ids[segment.stop - 1] in tokenizer.stop_ids:
+                    break
+                turn = text + turn
+            elif text.endswith(tokenizer.turn_header):
+                turn = tokenizer.turn_header + turn
+                break
         last = self.segments[-1]
         opened = "<think>" in turn.rpartition("</think>")[2]
         return ("<think>" if opened else "") + tokenizer.decode(self.ids[last.start : last.stop])

@@ -101,7 +101,7 @@ def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     for stream in problems.values():
         for problem in stream.finite or stream.head(8):
-            encode_prompt(tokenizer, problem, tools, run.rollout.max_prompt_tokens, run.rollout.grammar)
+            encode_prompt(tokenizer, problem, tools, run.rollout)
     return problems
 
 

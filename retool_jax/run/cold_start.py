@@ -18,7 +18,7 @@ def cold_start_of(run: RLRun) -> SFTRun:
     """The run that makes the first weights of another one, in a folder named by what decides them."""
     shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(SFTRun)}
     written = run.rollout.grammar if words_of(run.tools) and run.rollout.grammar != DEFAULT_GRAMMAR else ""
-    shared["sft"] = dataclasses.replace(run.sft, grammar=written)
+    shared["sft"] = dataclasses.replace(run.sft, grammar=written, tool_prompt=run.rollout.tool_prompt)
     shared["checkpoint"] = CheckpointConfig(every=max(run.sft.steps // 5, 1), keep=1)
     made = SFTRun(**shared)
     defaults = defaults_of(SFTRun)

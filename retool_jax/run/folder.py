@@ -159,8 +159,12 @@ def before_it_existed(there: dict[str, object]) -> dict[str, object]:
     """What keys that an older folder lacks meant there, where that is not what their default says now."""
     trained = "sft" if there.get("task") == "sft" else "rl"
     kept = there.get("model.param_dtype", "float32")  # gradients and moments had the type of the weights
-    dtypes = {f"{trained}.optimizer.{kind}_dtype": kept for kind in ("gradient", "moment")}
-    return {"evaluation.answer_tokens": 0} | dtypes  # no evaluation asked for an answer
+    meant: dict[str, object] = {f"{trained}.optimizer.{kind}_dtype": kept for kind in ("gradient", "moment")}
+    meant["evaluation.answer_tokens"] = 0  # no evaluation asked for an answer
+    if there.get("tokenizer") != "miniature":  # which has a prompt of its own
+        written = [part for part in ("rollout", "sft") if there.get(f"{part}.grammar") == "retool"]
+        meant |= {f"{part}.tool_prompt": "paper" for part in written}  # the paper's grammar had no other prompt
+    return meant
 
 
 def write_config(run: Run) -> None:

@@ -16,7 +16,6 @@ from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.decoder import Params
 from retool_jax.rl import loop
 from retool_jax.rl.loss import policy_token_loss
-from retool_jax.rl.parts import Parts
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
 from retool_jax.run.build import (
     attention_line,
@@ -90,7 +89,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
         print("\n".join([*tool_lines(tools), attention_line(run, mesh)]))
         engine = engine_of(run, state.params, mesh, tokenizer)
-        parts = Parts(
+        parts = loop.Parts(
             rl=run.rl,
             rollout=run.rollout,
             evaluation=run.evaluation,

@@ -138,11 +138,13 @@ def _check_cold_start(run: RLRun) -> None:
             f"sft.epochs={run.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
             " as init_from, or use sft.steps"
         )
-    if run.sft.grammar not in ("", run.rollout.grammar):
-        raise UserError(
-            f"sft.grammar={run.sft.grammar} is not rollout.grammar={run.rollout.grammar}; leave it out, so that"
-            " the cold start is written as its policy will be read"
-        )
+    for name in ("grammar", "tool_prompt"):
+        here, there = getattr(run.sft, name), getattr(run.rollout, name)
+        if here not in ("", there):
+            raise UserError(
+                f"sft.{name}={here} is not rollout.{name}={there}; leave it out, so that the cold start is written as"
+                " its policy will be read"
+            )
 
 
 def _check_lengths(run: RLRun) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from retool_jax.sandbox.types import ToolResult
 
 NO_OUTPUT = "[no output: use print()]"
+CUT = "\n[... characters removed ...]\n"  # without their number, which a policy would take for one of the output's
 MAX_FRAMES = 3
 MAX_ERROR_LINES = 10
 SNIPPET_FRAME = '  File "<snippet'  # a session's later cells are <snippet 2> and so on
@@ -49,18 +50,15 @@ def longest(text: str, room: int, count: Count, tail: bool = False) -> str:
     return text[len(text) - fits :] if tail else text[:fits]
 
 
-def cut(text: str, room: int, removed_before: int = 0, count: Count = len) -> str:
-    """`text` without its middle if `count` of it is more than `room`; the result is never larger than that.
-
-    The marker says how many characters are missing, `removed_before` of which someone else took out earlier.
-    """
+def cut(text: str, room: int, count: Count = len) -> str:
+    """`text` without its middle if `count` of it is more than `room`; the result is never larger than that."""
     if len(text) <= CHARS_PER_UNIT * room and count(text) <= room:
         return text
-    share = room - count(_marker(len(text) + removed_before))
+    share = room - count(CUT)
     while share > 0:
         head = longest(text, share - share // 2, count)
         tail = longest(text[len(head) :], share // 2, count, tail=True)
-        whole = head + _marker(len(text) - len(head) - len(tail) + removed_before) + tail
+        whole = head + CUT + tail
         used = count(whole)
         if used <= room:
             return whole
@@ -68,22 +66,36 @@ def cut(text: str, room: int, removed_before: int = 0, count: Count = len) -> st
     return longest(text, room, count)
 
 
-def _marker(removed: int) -> str:
-    return f"\n[... {removed} characters removed ...]\n"
-
-
-def short_error(stderr: str) -> str:
+def short_error(stderr: str, room: int, count: Count) -> str:
     """The last traceback's own frames and message; the last lines of stderr if there is no traceback in it.
 
-    Frames inside libraries are left out: what counts is the line of the program that led there.
+    Frames inside libraries are left out: what counts is the line of the program that led there. What is more than half
+    of `room` is cut, first the frames; the line that names the error stays whole where `room` holds it.
     """
+    frames, message = _error_parts(stderr)
+    name, _, more = message.partition("\n")
+    limit = max(room // 2, min(count(name[: CHARS_PER_UNIT * room]), room))
+    whole = "\n".join(filter(None, (frames, message)))
+    if cut(whole, limit, count) == whole:
+        return whole
+    told = longest(name, limit, count)
+    for part, write in ((more, "{told}\n{part}"), (frames, "{part}\n{told}")):
+        left = limit - count(f"\n{told}")
+        longer = write.format(told=told, part=cut(part, left, count))
+        if part and left > count(CUT) and count(longer) <= limit:
+            told = longer
+    return told
+
+
+def _error_parts(stderr: str) -> tuple[str, str]:
+    """The program's own frames, and the message, whose first line names the error."""
     lines = stderr.rstrip().split("\n")
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     first = (
         starts[-1] + 1 if starts else next((i for i, line in enumerate(lines) if line.startswith(SNIPPET_FRAME)), -1)
     )
     if first < 0:
-        return "\n".join(lines[-MAX_ERROR_LINES:])
+        return "\n".join(lines[-MAX_ERROR_LINES:-1]), lines[-1]
     frames: list[list[str]] = []
     position = first
     while position < len(lines) and lines[position].startswith("  "):
@@ -92,7 +104,7 @@ def short_error(stderr: str) -> str:
         frames[-1].append(lines[position])
         position += 1
     own = [frame for frame in frames if frame[0].startswith(SNIPPET_FRAME)][-MAX_FRAMES:]
-    return "\n".join([line for frame in own for line in frame] + lines[position:])
+    return "\n".join(line for frame in own for line in frame), "\n".join(lines[position:])
 
 
 def verdict(result: ToolResult) -> str:
@@ -117,20 +129,22 @@ def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
         count: size of a text. Characters by default; for a budget of tokens, the number of ids that the text becomes
             in the context (`tokens.chat.defuse` included).
 
-    A long error gets at most half of the room, the output the rest. Raises ValueError for `infra_error` and
-    `cancelled`: what the machinery did is never told to a model.
+    A long error gets at most half of the room, or what its name needs, and the output the rest. Raises ValueError for
+    `infra_error` and `cancelled`: what the machinery did is never told to a model.
     """
     if result.status in ("infra_error", "cancelled"):
         raise ValueError(f"a result of status {result.status} is not for the model: {result.message}")
     result = replace(result, **{name: writable(getattr(result, name)) for name in ("stdout", "stderr", "message")})
-    # Bytes that the sandbox already removed are counted as characters; that is exact for ASCII.
-    missing = max(result.stdout_bytes - len(result.stdout.encode()), 0) if result.stdout_truncated else 0
     output = result.stdout.rstrip("\n")
-    error = short_error(result.stderr) if result.status != "success" or not output.strip() else ""
-    ending = "\n".join(filter(None, (cut(error, room // 2, 0, count), verdict(result))))
-    if not output.strip():
-        return cut(ending or NO_OUTPUT, room, 0, count)
-    if not ending:
-        return cut(output, room, missing, count)
-    output = cut(output, max(room - count(f"\n{ending}"), 0), missing, count)
-    return cut("\n".join(filter(None, (output, ending))), room, 0, count)
+    error = short_error(result.stderr, room, count) if result.status != "success" or not output.strip() else ""
+    ending = "\n".join(filter(None, (error, verdict(result))))
+    if not output.strip() or not ending:
+        return cut(ending or (output if output.strip() else NO_OUTPUT), room, count)
+    left = room - count(f"\n{ending}")
+    while left > 0:
+        whole = f"{cut(output, left, count)}\n{ending}"
+        over = count(whole) - room
+        if over <= 0:
+            return whole
+        left -= over  # tokens of the parts may join differently
+    return cut(ending, room, count)

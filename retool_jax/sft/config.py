@@ -17,6 +17,7 @@ class SFTConfig:
     data: str = "arithmetic"  # or a JSONL or parquet file, or a hub id, with rows of `messages`
     grammar: Literal["", "hermes", "retool"] = ""
     """How calls are written: hermes, or retool; empty: as in RL's rollout.grammar, else hermes."""
+    tool_prompt: str = ""  # as in RL's rollout.tool_prompt, which is what a cold start of its own takes
     steps: Count = 1000  # 0 where epochs are set
     epochs: Count = 0  # passes over `data`; each leaves out the rows that do not fill its last step
     batch_tokens: Positive = 2048  # tokens of demonstrations per step, on average

@@ -85,13 +85,14 @@ class Demonstrations:
         if self._finite is not None:
             return self._finite[index]
         messages = arithmetic.demonstration(index, self._tools is not None, self._seed)
-        return to_example(self._tokenizer, messages, self._tools, self._config.grammar)
+        return to_example(self._tokenizer, messages, self._tools, self._config)
 
 
-def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, grammar: str = "") -> Example:
+def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, sft: SFTConfig) -> Example:
     """A conversation as ids and mask, with RL's tools in the prompt as RL shows them."""
-    schemas, grammar = tools.schemas if tools else None, grammar or DEFAULT_GRAMMAR
-    tokens = demonstration_ids(tokenizer, _behind_headers(tokenizer, messages, grammar), schemas, grammar)
+    schemas, grammar = tools.schemas if tools else None, sft.grammar or DEFAULT_GRAMMAR
+    turns = _behind_headers(tokenizer, messages, grammar)
+    tokens = demonstration_ids(tokenizer, turns, schemas, grammar, sft.tool_prompt)
     return Example(np.asarray(tokens.ids, np.int32), np.asarray(tokens.sampled, bool))
 
 
@@ -138,7 +139,7 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
                 f"{where} calls a tool, which tools=none has not; set tools=python, or give data without calls"
             )
         try:
-            example = to_example(tokenizer, messages, own, sft.grammar)
+            example = to_example(tokenizer, messages, own, sft)
         except UserError as reason:
             raise UserError(f"{where}: {reason}") from None
         if len(example.ids) > sft.row_length:

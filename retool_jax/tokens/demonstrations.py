@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from retool_jax.errors import UserError
-from retool_jax.tokens.grammar import CODE_TOOL, GRAMMARS
+from retool_jax.tokens.grammar import CODE_TOOL, GRAMMARS, read_code
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
@@ -17,7 +17,11 @@ class TokenList:
 
 
 def demonstration_ids(
-    tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None = None, grammar: str = "hermes"
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    grammar: str = "hermes",
+    tool_prompt: str = "",
 ) -> TokenList:
     """A whole conversation as ids and mask, by the same segments as a rollout's.
 
@@ -26,6 +30,7 @@ def demonstration_ids(
             turn is left out.
         tools: schemas of the tools that the prompt shows.
         grammar: how calls are written.
+        tool_prompt: how the paper's grammar is explained (`rollout.tool_prompt`).
 
     Raises:
         UserError: the messages are in another order, or cannot be written in this grammar.
@@ -35,14 +40,14 @@ def demonstration_ids(
         raise UserError("a demonstration needs a user message and then an assistant message")
     rules = GRAMMARS[grammar if tools else "hermes"]  # without tools there is nothing to write in another way
     tokens = TokenList([], [])
-    pieces = [(rules.prompt(tokenizer, messages[:first], tools or []), False)]
+    pieces = [(rules.prompt(tokenizer, messages[:first], tools or [], tool_prompt), False)]
     turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
     for position, following in zip(turns, [*turns[1:], None], strict=True):
         answers = messages[position + 1 : following]
         if others := [message["role"] for message in answers if message["role"] != "tool"]:
             raise UserError(f"a {others[0]} message after the first assistant turn is not supported")
         outputs = [message["content"] for message in answers] if following else []
-        pieces += rules.written(tokenizer, messages[position], outputs)
+        pieces += rules.written(tokenizer, messages[position], outputs, tool_prompt)
     for ids, sampled in pieces:
         tokens.ids.extend(ids)
         tokens.sampled.extend([sampled] * len(ids))
@@ -52,7 +57,6 @@ def demonstration_ids(
 # --- the paper's text form --------------------------------------------------------------------------------------------
 
 _CODE = re.compile(r"</?code>")
-_FENCED = re.compile(r"\s*```[ \t]*(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 _OUTPUT = re.compile(r"\s*<interpreter>(.*?)</interpreter>", re.DOTALL)
 _FINAL = re.compile(r"(.*?)<answer>(.*?)</answer>(.*)", re.DOTALL)
 # What a tokenizer would turn into control tokens: in the policy's words they would end a turn or open a call.
@@ -109,11 +113,8 @@ def _call_turn(text: str, code: str) -> dict:
 
 
 def _code(inside: str) -> str:
-    """The program between `<code>` and `</code>`, with or without its fence."""
-    fenced = _FENCED.fullmatch(inside)
-    code = (fenced[1] if fenced else inside).strip("\n").rstrip()
-    if "\n```" in code or code.startswith("```"):
-        raise Unreadable("several fences in one code")
-    if not code.strip():
-        raise Unreadable("empty code")
-    return code
+    """The program between `<code>` and `</code>`, in whatever form a rollout would read it."""
+    call = read_code(inside)
+    if call.error:
+        raise Unreadable("empty code" if "there is no code" in call.error else "several fences in one code")
+    return call.code.strip("\n").rstrip()

@@ -3,11 +3,12 @@
 `hermes` is the tool calling of Qwen's chat template: `<tool_call>` JSON `</tool_call>`, any number of calls in one
 turn, answered together in a turn of their own. `retool` is the text form of the ReTool paper (arXiv 2504.11536, 3.1):
 the policy stops at `</code>`, reads what its program printed between `<interpreter>` and `</interpreter>`, and goes on
-in the same turn. It knows no other tool than the interpreter.
+in the same turn. It knows no other tool than the interpreter. Marks are strings in both, whether they are tokens of the
+vocabulary or not.
 
-Only ids that the policy sampled are ever parsed, so nothing in a tool's output can become a call. A call that
-cannot be read is still a call: it is answered with an error that says what was expected. Whether there is such a tool,
-and what arguments it takes, is not known here (`retool_jax.tools`).
+Only what the policy sampled is ever parsed, so nothing in a tool's output can become a call. A call that cannot be read
+is still a call: it is answered with an error that says what was expected. Whether there is such a tool, and what
+arguments it takes, is not known here (`retool_jax.tools`).
 """
 
 import json
@@ -15,14 +16,21 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 from retool_jax.errors import UserError
 from retool_jax.tokens.chat import environment_ids, prompt_ids, tool_segment
-from retool_jax.tokens.tokenizer import FAMILIES, QWEN, Tokenizer
+from retool_jax.tokens.tokenizer import QWEN, Tokenizer
 
 CODE_TOOL = "code_interpreter"  # the tool that <code> calls
+# What stands before a question in the paper's grammar. How to answer is said by the question itself.
+TOOL_PROMPT = (
+    "You can run Python: write a complete program like this, and what it prints is shown to you between `<interpreter>`"
+    " and `</interpreter>`.\n<code>\n```python\nthe program\n```\n</code>\n\n"
+)
 # In function the prompt of the paper's evaluation code; its own has quotes inside the box, which models copy.
-RETOOL_PROMPT = (
+PAPER_PROMPT = (
     "Work on the problem below step by step. Wherever a computation or a check would help your reasoning, you can write"
     " Python code: a sandbox executes it and shows you the output as `<interpreter>output</interpreter>`, and you"
     " continue from there. Write complete programs with all their imports, and print what you want to see.\n"
@@ -37,12 +45,14 @@ RETOOL_PROMPT = (
 class ToolCall:
     """One call of a turn as it was written, or the error that answers what cannot be read.
 
-    `name` and `arguments` are any JSON: nobody has looked yet whether there is such a tool.
+    `name` and `arguments` are any JSON: nobody has looked yet whether there is such a tool. `repaired` says what is not
+    as the grammar writes it, where that can mean one thing only and was read so.
     """
 
     name: object = None
     arguments: object = None
     error: str | None = None
+    repaired: str = ""
 
     @property
     def code(self) -> str:
@@ -56,80 +66,200 @@ class ToolCall:
         except RecursionError:  # nested a little less deep than what cannot be read
             return ""
 
+    def strict(self) -> "ToolCall":
+        """The same without leniency: a call that had to be repaired is answered with what is wrong with it."""
+        return ToolCall(error=f"malformed call: {self.repaired}") if self.repaired else self
+
 
 @dataclass(frozen=True)
 class Grammar:
-    """One way to call tools, as pure functions over a tokenizer.
+    """One way to call tools, as pure functions.
 
-    `prompt(tokenizer, messages, tools)` gives the ids up to the policy's first token, the tools (JSON schemas as
-    `{"type": "function", "function": ...}`) explained in them; `calls(tokenizer, turn_ids)` the calls of one sampled
-    turn in order; `segment(tokenizer, turn_ids, outputs)` the ids that answer them, one output per call;
-    `stop_ids(tokenizer)` the ids at which a turn ends, which the engine watches for; `stop_at(tokenizer, turn_ids,
-    seen)` how many of a turn's ids stand before the end that a string in them makes, None without one, when the first
-    `seen` are known to hold none; `written(tokenizer, message, outputs)` a demonstrated turn and its answers as pieces
-    of (ids, whether a policy would have sampled them).
+    `prompt(tokenizer, messages, tools, tool_prompt)` gives the ids up to the policy's first token, the tools (JSON
+    schemas as `{"type": "function", "function": ...}`) explained in them; `calls(text)` the calls of one turn in order,
+    its text beginning with `<think>` where the turn began in a thought; `segment(tokenizer, turn_ids, outputs)` the ids
+    that answer them, one output per call; `stop_ids(tokenizer)` the ids at which a turn ends, which the engine watches
+    for; `stop_at(tokenizer, turn_ids, seen)` how many of a turn's ids stand before the end that a string in them makes,
+    None without one, when the first `seen` are known to hold none; `written(tokenizer, message, outputs, tool_prompt)`
+    a demonstrated turn and its answers as pieces of (ids, whether a policy would have sampled them).
     """
 
-    prompt: Callable[[Tokenizer, list[dict], list[dict]], list[int]]
-    calls: Callable[[Tokenizer, list[int]], list[ToolCall]]
+    prompt: Callable[[Tokenizer, list[dict], list[dict], str], list[int]]
+    calls: Callable[[str], list[ToolCall]]
     segment: Callable[[Tokenizer, list[int], list[str]], list[int]]
     stop_ids: Callable[[Tokenizer], tuple[int, ...]]
     stop_at: Callable[[Tokenizer, list[int], int], int | None]
-    written: Callable[[Tokenizer, dict, list[str]], list[tuple[list[int], bool]]]
+    written: Callable[[Tokenizer, dict, list[str], str], list[tuple[list[int], bool]]]
+
+
+# --- what stands between marks ----------------------------------------------------------------------------------------
+
+_MARK = re.compile(r"<(/?)(tool_call|code|think)>")
+_FENCE = "```"
+_PYTHON = re.compile(r"((i?python|py)[\d.]*)?", re.IGNORECASE)  # what a fence around a program may say
+
+
+class Marked(NamedTuple):
+    """What a text has between `<tag>` and `</tag>`; `fault` is `opened` or `closed` where the other one is missing."""
+
+    tag: str
+    inside: str
+    start: int
+    stop: int
+    fault: str = ""
+
+
+def marked(text: str, *tags: str) -> list[Marked]:
+    """What a turn has between these tags, in order.
+
+    What stands in a thought that was closed was only thought of. A thought ends where there are as many `</think>` as
+    `<think>`, or else at the last one; in one that goes on, calls are calls. Inside a call other marks are text, but
+    for `<tool_call>`, which begins another one.
+    """
+    found: list[Marked] = []
+    opened: re.Match[str] | None = None
+    depth, last_end = 0, text.rfind("</think>")  # of thoughts
+    for mark in _MARK.finditer(text):
+        closes, tag = bool(mark[1]), mark[2]
+        if depth:
+            if tag == "think":
+                depth = 0 if mark.start() == last_end else depth + (-1 if closes else 1)
+        elif opened and closes and tag == opened[2]:
+            found.append(Marked(tag, text[opened.end() : mark.start()], opened.start(), mark.end()))
+            opened = None
+        elif tag == "think":
+            depth = int(not opened and not closes and mark.start() < last_end)
+        elif tag in tags and closes and not opened:
+            found.append(Marked(tag, "", mark.start(), mark.end(), "closed"))
+        elif tag in tags and not closes and (not opened or tag == "tool_call"):
+            if opened:
+                inside = text[opened.end() : mark.start()]
+                found.append(Marked(opened[2], inside, opened.start(), mark.start(), "opened"))
+            opened = mark
+    if opened:
+        found.append(Marked(opened[2], text[opened.end() :], opened.start(), len(text), "opened"))
+    return found
+
+
+def unfenced(text: str) -> tuple[str, str | None]:
+    """What the one fence around a text holds, and the word that it opens with; without one the text, and None."""
+    first, newline, rest = text.strip().partition("\n")
+    if not (newline and first.startswith(_FENCE) and rest.endswith(_FENCE)):
+        return text, None
+    inside = rest.removesuffix(_FENCE).rstrip(" \t").removesuffix("\n").removesuffix("\r")
+    if first.endswith("\r"):
+        inside = inside.replace("\r\n", "\n")
+    return inside, first.removeprefix(_FENCE).strip()
 
 
 # --- hermes -----------------------------------------------------------------------------------------------------------
 
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
-def hermes_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict]) -> list[int]:
+
+def hermes_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict], tool_prompt: str = "") -> list[int]:
     """Ids of a prompt that shows the tools as the template does, or in words where the template leaves them out."""
-    if tools and not tokenizer.family.writes_tools:
-        return prompt_ids(tokenizer, _with_tools_in_words(messages, tools))
-    return tokenizer.encode(tokenizer.render(messages, tools, generation_prompt=True))
-
-
-def _with_tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
+    if not tools or tokenizer.writes_tools:
+        return tokenizer.encode(tokenizer.render(messages, tools, generation_prompt=True))
     schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     words = (
         "You may call a function while you work on the answer. To call it, write its name and arguments as JSON, like"
         ' this, and end your turn:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
         f"What it returns is shown to you before you go on. The functions that you may call:\n{schemas}"
     )
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{words}"}, *messages[1:]]
-    return [{"role": "system", "content": words}, *messages]
+    first, *others = messages
+    if first["role"] == "system":
+        return prompt_ids(tokenizer, [first | {"content": f"{first['content']}\n\n{words}"}, *others])
+    if tokenizer.writes_system:
+        return prompt_ids(tokenizer, [{"role": "system", "content": words}, *messages])
+    return prompt_ids(tokenizer, [first | {"content": f"{words}\n\n{first['content']}"}, *others])
 
 
-def tool_calls(tokenizer: Tokenizer, turn_ids: list[int]) -> list[ToolCall]:
-    """The `<tool_call>`s in one sampled turn, in order; empty when the turn holds none."""
-    opening, closing = tokenizer.id_of("<tool_call>"), tokenizer.id_of("</tool_call>")
+def tool_calls(text: str) -> list[ToolCall]:
+    """The `<tool_call>`s in the text of a turn, in order; empty when the turn holds none."""
     unfinished = ToolCall(error="unfinished call: <tool_call> without </tool_call>")
-    calls = []
-    start = None
-    for position, index in enumerate(turn_ids):
-        if index == opening:
-            if start is not None:
-                calls.append(unfinished)
-            start = position + 1
-        elif index == closing and start is not None:
-            calls.append(read_call(tokenizer.decode(turn_ids[start:position])))
-            start = None
-    if start is not None:
-        calls.append(unfinished)
-    return calls
+    found = [part for part in marked(text, "tool_call") if part.fault != "closed"]
+    return [unfinished if part.fault else read_call(part.inside) for part in found]
 
 
 def read_call(text: str) -> ToolCall:
-    """What stands between `<tool_call>` and `</tool_call>`."""
+    """What stands between `<tool_call>` and `</tool_call>`: JSON, or what teachers and served models write for it."""
     try:
-        call = json.loads(text, strict=False)
+        call, repairs = _read_json(text)
     except json.JSONDecodeError as error:
         return ToolCall(error=f"malformed call: {error.msg} at character {error.pos}; expected a JSON object")
     except (ValueError, RecursionError):  # a number of thousands of digits, brackets nested thousands deep
         return ToolCall(error="malformed call: too long a number or too deep a nesting; expected a JSON object")
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        call = call["function"]
+        repairs.append("name and arguments stand inside of function")
     if not isinstance(call, dict):
         return ToolCall(error="malformed call: expected a JSON object with name and arguments")
-    return ToolCall(call.get("name"), call.get("arguments"))
+    name, arguments = call.get("name"), call.get("arguments")
+    if "arguments" not in call and isinstance(call.get("parameters"), dict):
+        arguments = call["parameters"]
+        repairs.append("the arguments are called parameters")
+    if isinstance(arguments, str) and (read := _arguments_in(arguments, name)):
+        arguments = read
+        repairs.append("the arguments are a string; they must be a JSON object")
+    if name == CODE_TOOL and isinstance(arguments, dict) and isinstance(arguments.get("code"), str):
+        code, word = unfenced(arguments["code"])
+        if word is not None and _PYTHON.fullmatch(word):
+            arguments = arguments | {"code": code}
+            repairs.append(f"the code stands between {_FENCE}")
+    return ToolCall(name, arguments, repaired="; ".join(repairs))
+
+
+def _read_json(text: str) -> tuple[object, list[str]]:
+    """JSON, with its slips repaired that are common and leave no doubt, and which ones there were.
+
+    Raises:
+        ValueError, RecursionError: as `json.loads`, of the text as it is.
+    """
+    try:
+        return json.loads(text), []
+    except json.JSONDecodeError:
+        pass
+    try:
+        return json.loads(text, strict=False), ["a line's end or a tab in a string must be escaped"]
+    except json.JSONDecodeError as error:
+        as_it_is = error
+    body, word = unfenced(text)
+    repairs = [f"the JSON stands between {_FENCE}"] if word is not None else []
+    body = body.strip()
+    if body.startswith("{{") and body.endswith("}}"):
+        body = body[1:-1]
+        repairs.append("the outer braces are doubled")
+    if (escaped := _ESCAPE.sub(_escape, body)) != body:
+        body = escaped
+        repairs.append("a backslash in a string must be doubled")
+    body += "}"  # one that is missing, or one more to be left over
+    try:
+        value, end = json.JSONDecoder(strict=False).raw_decode(body)
+    except json.JSONDecodeError:
+        raise as_it_is from None
+    left = body[end:].strip()
+    if not value or left not in ("", "}", "}}"):
+        raise as_it_is
+    return value, repairs + ([] if left == "}" else ["there is a closing brace too many or too few"])
+
+
+def _escape(match: re.Match[str]) -> str:
+    r"""An escape as JSON has it: `\'` is only a quote, and before what JSON does not know a backslash is one."""
+    if match[1] in '"\\/bfnrtu':
+        return match[0]
+    return "'" if match[1] == "'" else f"\\{match[0]}"
+
+
+def _arguments_in(text: str, name: object) -> dict | None:
+    """The arguments that a string stands for: JSON, or the program alone."""
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    return {"code": text} if name == CODE_TOOL and text.strip() and not text.lstrip().startswith("{") else None
 
 
 def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
@@ -143,7 +273,9 @@ def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
     return "\n".join(parts) + turn_end
 
 
-def hermes_written(tokenizer: Tokenizer, message: dict, outputs: list[str]) -> list[tuple[list[int], bool]]:
+def hermes_written(
+    tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
+) -> list[tuple[list[int], bool]]:
     """A demonstrated turn with all of its calls, and the segment that answers them."""
     said = tokenizer.encode(policy_turn_text(message, tokenizer.family.turn_end))
     return [(said, True), *([(tool_segment(tokenizer, outputs), False)] if outputs else [])]
@@ -152,14 +284,21 @@ def hermes_written(tokenizer: Tokenizer, message: dict, outputs: list[str]) -> l
 # --- retool -----------------------------------------------------------------------------------------------------------
 
 # The errors below name no tag as it is written: shown to the policy, a mark is broken up (`chat.defuse`).
-_CODE = re.compile(r"<code>(.*?)(</code>|\Z)|</code>", re.DOTALL)
-_FENCE = "```"
 _CODE_END = "</code>"
 _FENCE_LINE = re.compile(r"^[ \t]*```", re.MULTILINE)
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
-def retool_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict]) -> list[int]:
+def tool_prompt_of(tokenizer: Tokenizer, tool_prompt: str) -> str:
+    """What stands before a question: a text of the run's own, `paper`, or by default a short one.
+
+    The miniature keeps the paper's by default: its numbers were measured with it.
+    """
+    if tool_prompt == "paper" or (not tool_prompt and tokenizer.is_miniature):
+        return PAPER_PROMPT
+    return tool_prompt.rstrip() + "\n\n" if tool_prompt else TOOL_PROMPT
+
+
+def retool_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict], tool_prompt: str = "") -> list[int]:
     """Ids of a prompt whose last message, the question, comes with the explanation of `<code>`.
 
     Raises:
@@ -172,43 +311,34 @@ def retool_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict])
             f"rollout.grammar=retool calls {CODE_TOOL} only and has no way to write a call of {', '.join(others)}; set"
             " rollout.grammar=hermes, or leave the tool out"
         )
-    question = messages[-1]
-    return prompt_ids(tokenizer, [*messages[:-1], question | {"content": RETOOL_PROMPT + question["content"]}])
+    *before, question = messages
+    asked = tool_prompt_of(tokenizer, tool_prompt) + question["content"]
+    return prompt_ids(tokenizer, [*before, question | {"content": asked}])
 
 
-def retool_calls(tokenizer: Tokenizer, turn_ids: list[int]) -> list[ToolCall]:
-    """The `<code>`s in one sampled turn, in order; empty when the turn holds none.
-
-    Inside stands one fenced block, or the bare program.
-    """
-    return _calls_in(tokenizer.decode(turn_ids))
-
-
-def _calls_in(text: str) -> list[ToolCall]:
-    calls = []
-    for match in _CODE.finditer(text):
-        if match[1] is None:
-            calls.append(ToolCall(error="malformed call: the code tag was closed and never opened"))
-        elif not match[2]:
-            calls.append(ToolCall(error="unfinished call: the code tag was opened and never closed"))
-        else:
-            calls.append(read_code(match[1]))
-    return calls
+def retool_calls(text: str) -> list[ToolCall]:
+    """The `<code>`s in the text of a turn, in order; empty when the turn holds none."""
+    faults = {
+        "closed": ToolCall(error="malformed call: the code tag was closed and never opened"),
+        "opened": ToolCall(error="unfinished call: the code tag was opened and never closed"),
+    }
+    return [faults[part.fault] if part.fault else read_code(part.inside) for part in marked(text, "code")]
 
 
 def read_code(inside: str) -> ToolCall:
-    """What stands between `<code>` and `</code>`."""
+    """What stands between `<code>` and `</code>`: one fenced block, or the bare program."""
     expected = "expected one ```python block between the code tags"
-    first, newline, rest = inside.strip().partition("\n")
-    if newline and rest.endswith(_FENCE) and first.rstrip(" \t") in (_FENCE, f"{_FENCE}python", f"{_FENCE}py"):
-        code = rest.removesuffix(_FENCE).rstrip(" \t").removesuffix("\n")
-    else:
-        code = inside.strip("\n")
+    code, word = unfenced(inside)
+    if word is None:
+        code = inside.strip("\r\n")
+    elif not _PYTHON.fullmatch(word):
+        return ToolCall(error=f"malformed call: the code block says {word[:20]!r}, and only Python runs; {expected}")
     if _FENCE_LINE.search(code):
         return ToolCall(error=f"malformed call: the code block is not closed, or not the only one; {expected}")
     if not code.strip():
         return ToolCall(error=f"malformed call: there is no code; {expected}")
-    return ToolCall(CODE_TOOL, {"code": code})
+    repaired = "" if word == "python" else f"the program stands in no ```python block; {expected}"
+    return ToolCall(CODE_TOOL, {"code": code}, repaired=repaired)
 
 
 def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]) -> list[int]:
@@ -247,8 +377,10 @@ def retool_stop_at(tokenizer: Tokenizer, turn_ids: list[int], seen: int) -> int 
     return counts[bisect_left(counts, True, key=lambda count: _CODE_END in tokenizer.decode(turn_ids[first:count]))]
 
 
-def retool_written(tokenizer: Tokenizer, message: dict, outputs: list[str]) -> list[tuple[list[int], bool]]:
-    """A demonstrated turn: each call with its answer in place; without a call the answer in its tags, and the end.
+def retool_written(
+    tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
+) -> list[tuple[list[int], bool]]:
+    """A demonstrated turn: each call with its answer in place; without a call the answer as the prompt asks for it.
 
     Raises:
         UserError: a call of another tool, or one that would not be read as it was meant.
@@ -256,13 +388,14 @@ def retool_written(tokenizer: Tokenizer, message: dict, outputs: list[str]) -> l
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     said = message.get("content") or ""
     if not calls:
-        return [(tokenizer.encode(_answer_in_tags(said) + tokenizer.family.turn_end), True)]
+        said = _answer_in_tags(said) if "<answer>" in tool_prompt_of(tokenizer, tool_prompt) else said
+        return [(tokenizer.encode(said + tokenizer.family.turn_end), True)]
     if len(outputs) != len(calls):
         raise UserError(f"a turn with {len(calls)} calls has {len(outputs)} outputs; each call needs one")
     pieces: list[tuple[list[int], bool]] = []
     for call, output in zip(calls, outputs, strict=True):
         text = "\n".join(filter(None, (said, f"<code>\n```python\n{call['arguments'].get('code')}\n```\n{_CODE_END}")))
-        if _calls_in(text) != [ToolCall(call["name"], call["arguments"])]:
+        if retool_calls(text) != [ToolCall(call["name"], call["arguments"])]:
             raise UserError(
                 "a turn cannot be written in the retool grammar: it calls another tool, or its text or code holds a"
                 " code tag or a line that begins with ```; leave the row out, or use the hermes grammar"
@@ -274,19 +407,12 @@ def retool_written(tokenizer: Tokenizer, message: dict, outputs: list[str]) -> l
 
 
 def _answer_in_tags(text: str) -> str:
-    r"""A final turn as the prompt asks for it: a `\boxed{...}` at its end stands between answer tags, on its own."""
-    begin = text.rfind("\\boxed{")
-    if begin < 0 or "<answer>" in text:
+    r"""A final turn as the paper's prompt asks for it: a `\boxed{...}` at its end between answer tags, on its own."""
+    before, box, inside = text.rstrip(" \n.").rpartition("\\boxed{")
+    depths = [*accumulate(({"{": 1, "}": -1}.get(c, 0) for c in _ESCAPE.sub("", inside)), initial=1)]
+    if not box or "<answer>" in text or depths.count(0) != 1 or depths[-1]:
         return text
-    depth = 0
-    for brace in _BRACE.finditer(text, begin + len("\\boxed")):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            if text[brace.end() :].strip(" \n."):  # something is said after it
-                return text
-            before = text[:begin].rstrip()
-            return "\n".join(filter(None, (before, f"<answer>\n{text[begin : brace.end()]}\n</answer>")))
-    return text
+    return "\n".join(filter(None, (before.rstrip(), f"<answer>\n{box}{inside}\n</answer>")))
 
 
 DEFAULT_GRAMMAR = "hermes"  # that of the chat templates
@@ -301,66 +427,3 @@ GRAMMARS = {
     ),
     "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_stop_ids, retool_stop_at, retool_written),
 }
-
-
-# --- shown to people --------------------------------------------------------------------------------------------------
-
-_MARKS = re.compile(r"<tool_call>|</tool_call>|<code>|</code>")
-_FRAMES = re.compile(
-    "|".join([r"<\|im_start\|>(?:assistant\n?)?", *(re.escape(mark) for family in FAMILIES for mark in family.stops)])
-)
-# What an answer stands between; a segment has answers of one kind.
-_OUTPUTS = (
-    *((family.output_open, family.output_close) for family in FAMILIES),
-    ("<interpreter>\n", "\n</interpreter>"),
-)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A piece of a policy's turn for people: `kind` is `said` or `call`; `fault` says why a call cannot be read."""
-
-    kind: str
-    text: str
-    fault: str = ""
-
-
-def show_turn(text: str) -> list[Shown]:
-    """A turn of either grammar, decoded, in pieces: what was said, and each call as a program or as name and arguments.
-
-    An opening mark without its end is words. Marks of turns are left out, and so are words of nothing but space.
-    """
-    pieces, last, opened = [], 0, None
-    for mark in _MARKS.finditer(text):
-        name = mark[0].strip("</>")
-        if not mark[0].startswith("</"):
-            if opened is None or name == "tool_call":
-                opened = mark
-        elif opened is not None and opened[0].strip("</>") == name:
-            pieces += [_show_words(text[last : opened.start()]), _show_call(name, text[opened.end() : mark.start()])]
-            last, opened = mark.end(), None
-    return [piece for piece in (*pieces, _show_words(text[last:])) if piece.kind == "call" or piece.text.strip()]
-
-
-def _show_words(text: str) -> Shown:
-    return Shown("said", _FRAMES.sub("", text).strip("\n"))
-
-
-def _show_call(tag: str, inside: str) -> Shown:
-    inside = inside.strip()
-    call = read_code(inside) if tag == "code" else read_call(inside)
-    if call.error or not isinstance(call.name, str) or not isinstance(call.arguments, dict):
-        return Shown("call", inside, call.error or "not a well-formed call")
-    return Shown("call", call.code if call.name == CODE_TOOL else f"{call.name} {call.code}")
-
-
-def show_outputs(text: str) -> list[str]:
-    """What the tools answered, from the decoded segment that answers a turn; the whole segment where it holds none.
-
-    An output ends at the last closing mark before the next one begins, so that a mark inside of it cuts nothing off.
-    """
-    for opening, closing in _OUTPUTS:
-        _, *pieces = text.split(opening)
-        if found := [piece.rpartition(closing)[0] for piece in pieces if closing in piece]:
-            return found
-    return [_FRAMES.sub("", text)]

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -49,7 +50,6 @@ class Family:
     output_close: str
     answer_close: str
     header_after_answer: bool
-    writes_tools: bool  # the template puts tool schemas into the prompt
 
     @property
     def turn_end(self) -> str:
@@ -73,7 +73,6 @@ QWEN = Family(
     output_close="\n</tool_response>",
     answer_close="<|im_end|>\n",
     header_after_answer=True,
-    writes_tools=True,
 )
 # DeepSeek-R1-Distill-Qwen: the marks of tool outputs are not tokens of its vocabulary. The published template opens the
 # list of outputs only at a conversation's first; here every answer is a whole one.
@@ -86,9 +85,9 @@ R1 = Family(
     output_close="<｜tool▁output▁end｜>",
     answer_close="<｜tool▁outputs▁end｜>",
     header_after_answer=False,
-    writes_tools=False,
 )
 FAMILIES = (QWEN, R1)
+_USER = {"role": "user", "content": "?"}  # to see what a template makes of it
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,45 @@ class Tokenizer:
 
     @cached_property
     def family(self) -> Family:
-        """The family whose end of turn the vocabulary has."""
-        for family in FAMILIES:
-            if family.turn_end in self.control_tokens:
+        """The family whose end of turn the vocabulary has, and which marks turns as the template does."""
+        known = [family for family in FAMILIES if family.turn_end in self.control_tokens]
+        if not known:
+            ends = " nor ".join(family.turn_end for family in FAMILIES)
+            raise UserError(f"the tokenizer has neither {ends}; use one of Qwen2.5, Qwen3 or DeepSeek-R1-Distill-Qwen")
+        if not self.hf.chat_template:  # who renders is told
+            return known[0]
+        written = self._tried([_USER, {"role": "assistant", "content": "!"}, _USER], None)
+        for family in known:
+            if f"!{family.turn_end}{family.user_open}?" in written:
                 return family
-        known = " nor ".join(family.turn_end for family in FAMILIES)
-        raise UserError(f"the tokenizer has neither {known}; use one of Qwen2.5, Qwen3 or DeepSeek-R1-Distill-Qwen")
+        raise UserError(
+            f"the vocabulary has {known[0].turn_end}, and the chat template does not write a user's next turn as"
+            f" {known[0].turn_end + known[0].user_open!r}; put a chat_template.jinja that does beside the tokenizer"
+        )
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether a prompt needs no words about tools: the template shows them, or it is the miniature's."""
+        tool = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        written = self._tried([_USER], [{"type": "function", "function": tool}])
+        return self.is_miniature or ('"probe"' in written and "<tool_call>" in written)
+
+    @cached_property
+    def writes_system(self) -> bool:
+        """Whether the template has a place for a system message."""
+        return "probe" in self._tried([{"role": "system", "content": "probe"}, _USER], None)
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether the template is the miniature's, whose policy knows its tool from demonstrations alone."""
+        return self.hf.chat_template == (MINIATURE / "chat_template.jinja").read_text(encoding="utf-8")
+
+    def _tried(self, messages: list[dict], tools: list[dict] | None) -> str:
+        """What the template makes of messages; empty where it refuses them."""
+        try:
+            return self.render(messages, tools, generation_prompt=True)
+        except UserError:
+            return ""
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -144,8 +176,7 @@ class Tokenizer:
     @cached_property
     def turn_header(self) -> str:
         """What the template writes before a turn of the policy; some thinking models' ends with `<think>`."""
-        user = [{"role": "user", "content": "?"}]
-        before, after = self.render(user, None, False), self.render(user, None, True)
+        before, after = self.render([_USER], None, False), self.render([_USER], None, True)
         if not after.startswith(before) or after == before:
             raise UserError(
                 "the chat template does not add a header for the assistant to a finished user turn; put one that"
@@ -157,9 +188,15 @@ class Tokenizer:
         """The model's own chat template as text."""
         if not self.hf.chat_template:
             raise UserError("the tokenizer has no chat template; put chat_template.jinja beside its files")
-        return self.hf.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        try:
+            return self.hf.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # a template's own, and what it does to wrong types
+            raise UserError(
+                f"the chat template refuses turns of {', '.join(message['role'] for message in messages)}"
+                f" ({_one_line(error)}); change the data, or chat_template.jinja beside the tokenizer"
+            ) from error
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -54,7 +54,7 @@ class Output:
 
     def told(self, room: int, count: Count) -> str:
         """What the policy is told: `count` of it is at most `room`."""
-        return self.fit(room, count) if self.fit else cut(writable(self.text), room, 0, count)
+        return self.fit(room, count) if self.fit else cut(writable(self.text), room, count)
 
 
 class Tool(ABC):

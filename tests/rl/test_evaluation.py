@@ -17,8 +17,7 @@ from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
 from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.evaluation import evaluate, faults, summarise
-from retool_jax.rl.loop import train
-from retool_jax.rl.parts import Parts
+from retool_jax.rl.loop import Parts, train
 from retool_jax.rl.reward import reward_of
 from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory

@@ -283,7 +283,7 @@ def test_where_turns_run_out_the_answer_is_asked_for_and_scores(tokenizer, play)
 
 
 def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tokenizer, play):
-    prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), 999)
+    prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), RolloutConfig(999))
     closing = f"<|im_end|>\n<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
     segment = tokenizer.encode(closing)
     word = tokenizer.encode("a")
@@ -300,7 +300,7 @@ def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tok
 
 def test_an_output_that_would_take_the_answers_room_is_not_shown(tokenizer, play):
     wide = replace(FORCED, tool_output_tokens=2000)
-    prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), 999)
+    prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), RolloutConfig(999))
     before = len(prompt) + len(tokenizer.encode(call("print('x' * 99)")))
     room = 256 - before - len(tool_segment(tokenizer, [""])) - len(tokenizer.encode("x" * 8))
     asking = call(f"print('x' * {room})")  # would fit, and leave no room for an answer

@@ -124,7 +124,7 @@ def test_the_prompt_shows_all_tools_in_the_templates_own_block(family):
     if "<tools>" not in family.hf.chat_template:
         return  # the miniature's has no room for schemas
     tools = load_tools(OWN)
-    text = family.decode(encode_prompt(family, Problem("p", (USER,), "6"), tools, 9999))
+    text = family.decode(encode_prompt(family, Problem("p", (USER,), "6"), tools, RolloutConfig(9999)))
     shown = text.split("<tools>\n")[1].split("\n</tools>")[0]
     assert [json.loads(line) for line in shown.split("\n")] == tools.schemas
     assert [json.loads(line)["function"]["name"] for line in shown.split("\n")] == [
@@ -136,11 +136,11 @@ def test_the_prompt_shows_all_tools_in_the_templates_own_block(family):
 
 def test_a_row_has_the_tools_that_it_names(family, tokenizer, play):
     tools, problem = load_tools(OWN), Problem("p", (USER,), "6", ("shout",))
-    prompt = family.decode(encode_prompt(family, problem, tools, 9999))
+    prompt = family.decode(encode_prompt(family, problem, tools, RolloutConfig(9999)))
     assert '"name": "code_interpreter"' not in prompt and ('"name": "shout"' in prompt) == ("<tools>" in prompt)
-    assert "<tools>" not in family.decode(encode_prompt(family, replace(problem, tools=()), tools, 9999))
+    assert "<tools>" not in family.decode(encode_prompt(family, replace(problem, tools=()), tools, RolloutConfig(9999)))
     with pytest.raises(UserError, match="problem p names the tool 'browser', and this run has code_interpreter, shout"):
-        encode_prompt(family, replace(problem, tools=("browser",)), tools, 9999)
+        encode_prompt(family, replace(problem, tools=("browser",)), tools, RolloutConfig(9999))
     if family is not tokenizer:
         return
     calls = turn(("shout", {"text": "six"}), ("code_interpreter", {"code": "print(6)"}))
@@ -236,7 +236,7 @@ def test_more_trajectories_than_interpreters_take_turns(scripted_engine, tokeniz
 def test_the_papers_grammar_shows_the_interpreter_alone(tokenizer):
     problem = Problem("p", (USER,), "6")
     with pytest.raises(UserError, match=r"rollout.grammar=retool calls code_interpreter only .* a call of shout"):
-        encode_prompt(tokenizer, problem, load_tools(OWN[:2]), 9999, "retool")
+        encode_prompt(tokenizer, problem, load_tools(OWN[:2]), RolloutConfig(9999, grammar="retool"))
     alone = Problem("p", (USER,), "6", ("python",))
-    prompt = tokenizer.decode(encode_prompt(tokenizer, alone, load_tools(OWN), 9999, "retool"))
+    prompt = tokenizer.decode(encode_prompt(tokenizer, alone, load_tools(OWN), RolloutConfig(9999, grammar="retool")))
     assert "<code>" in prompt and "shout" not in prompt

@@ -76,20 +76,14 @@ def test_ends_are_said_in_words(result: ToolResult, expected: str):
     assert tool_text(result, 200) == expected
 
 
-def test_long_output_loses_its_middle_and_says_how_much():
+def test_long_output_loses_its_middle_and_says_so_without_a_number():
+    """A policy took the number of characters for the answer."""
     text = tool_text(ToolResult("success", stdout="a" * 5000 + "b" * 5000, stdout_bytes=10000), 200)
-    assert len(text) <= 200
-    assert text.startswith("aaaa") and text.endswith("bbbb")
-    head, _, rest = text.partition("\n[... ")
-    removed, _, tail = rest.partition(" characters removed ...]\n")
-    assert int(removed) == 10_000 - len(head) - len(tail)
-
-
-def test_count_includes_what_the_sandbox_removed_before():
-    result = ToolResult("success", stdout="x" * 1000, stdout_bytes=50_000, stdout_truncated=True)
-    text = tool_text(result, 100)
-    removed = int(text.split("[... ")[1].split(" ")[0])
-    assert removed + text.split("[")[0].count("x") + text.split("]")[1].count("x") == 50_000
+    assert 190 <= len(text) <= 200
+    head, mark, tail = text.partition("\n[... characters removed ...]\n")
+    assert mark and set(head) == {"a"} and set(tail) == {"b"}
+    cut_before = ToolResult("success", stdout="x" * 1000, stdout_bytes=50_000, stdout_truncated=True)
+    assert not [c for c in tool_text(cut_before, 100) if c.isdigit()]
 
 
 def test_error_survives_long_output_and_nothing_exceeds_the_room():
@@ -99,6 +93,36 @@ def test_error_survives_long_output_and_nothing_exceeds_the_room():
     for room in (1, 10, 60, 100, 600):
         assert len(tool_text(result, room)) <= room
         assert len(tool_text(long_error, room)) <= room
+
+
+@pytest.mark.parametrize(
+    ("stderr", "name"),
+    [
+        (TRACEBACK, "ZeroDivisionError: division by zero"),
+        (
+            "".join(["Traceback (most recent call last):\n", *(f'  File "<snippet>", line {i}\n' for i in (1, 2, 3))])
+            + "ModuleNotFoundError: No module named 'scipy'\n",
+            "ModuleNotFoundError: No module named 'scipy'",
+        ),
+        (
+            "  File \"<snippet>\", line 1\n    x = (\n        ^\nSyntaxError: '(' was never closed\n",
+            "SyntaxError: '(' was",
+        ),
+        ('Traceback (most recent call last):\n  File "<snippet>", line 1\nE: one\n' + "  more\n" * 99, "E: one"),
+        ("a warning\n" * 9 + "fatal: out of disk\n", "fatal: out of disk"),
+        ("KeyError: " + "k" * 9000, "KeyError: kk"),
+    ],
+)
+@pytest.mark.parametrize("stdout", ["", "x" * 9000])
+def test_what_an_error_is_called_is_told_in_a_short_room_too(tokenizer, stdout, stderr, name):
+    def count(text: str) -> int:
+        return len(tokenizer.encode(defuse(tokenizer, text)))
+
+    result = ToolResult("user_error", stdout=stdout, stderr=stderr, return_code=1)
+    for room in (count(name) + 1, 2 * count(name), 60, 120):
+        told = tool_text(result, room, count)
+        assert name in told and count(told) <= room
+    assert name[:5] in tool_text(result, 6, count)
 
 
 def test_frames_of_a_sessions_later_cells_are_told():
@@ -142,10 +166,8 @@ def test_a_budget_of_tokens_is_exact_and_nearly_used(tokenizer):
             assert count(told) <= room
             if room >= 40 and count(text) > room and len(text) < 3 * count(text):
                 assert count(told) >= 0.8 * room
-                head, _, rest = told.partition("\n[... ")
-                removed, _, tail = rest.partition(" characters removed ...]\n")
-                assert text.startswith(head) and text.endswith(tail)
-                assert int(removed) == len(text) - len(head) - len(tail)
+                head, mark, tail = told.partition("\n[... characters removed ...]\n")
+                assert mark and text.startswith(head) and text.endswith(tail)
     error = ToolResult("user_error", stdout="x" * 9000, stderr=TRACEBACK, return_code=1)
     assert tool_text(error, 400, count).endswith("ZeroDivisionError: division by zero")
 

@@ -64,7 +64,7 @@ def test_the_miniatures_cold_start_can_be_read_by_its_policys_grammar(tokenizer)
     sizes = ["rollout.max_prompt_tokens=560", "engine.max_length=704", "rl.row_length=704", "sft.row_length=704"]
     run = cold_start_of(load(["config=grpo", "rollout.grammar=retool", *sizes]))
     batch = demonstrations_of(run, tokenizer).at(0)
-    calls = GRAMMARS["retool"].calls(tokenizer, batch.tokens[batch.sampled].tolist())
+    calls = GRAMMARS["retool"].calls(tokenizer.decode(batch.tokens[batch.sampled].tolist()))
     assert calls and not any(call.error for call in calls)
     assert all("print(" in call.code for call in calls)
 

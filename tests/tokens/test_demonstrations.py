@@ -14,7 +14,8 @@ from retool_jax.rl.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.chat import defuse, prompt_ids
 from retool_jax.tokens.demonstrations import TokenList, demonstration_ids
-from retool_jax.tokens.grammar import GRAMMARS, Shown, policy_turn_text, show_outputs, show_turn
+from retool_jax.tokens.grammar import GRAMMARS, policy_turn_text
+from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.python import Python
 from retool_jax.tools.toolbox import Toolbox
@@ -138,7 +139,7 @@ def test_the_miniatures_demonstrations_exist_in_both(tokenizer):
         for name, grammar in GRAMMARS.items():
             tokens = demonstration_ids(tokenizer, messages, SCHEMAS, name)
             said = [i for i, sampled in zip(tokens.ids, tokens.sampled, strict=True) if sampled]
-            assert [call.code for call in grammar.calls(tokenizer, said)] == codes
+            assert [call.code for call in grammar.calls(tokenizer.decode(said))] == codes
 
 
 # --- shown to people --------------------------------------------------------------------------------------------------

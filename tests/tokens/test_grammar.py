@@ -26,14 +26,14 @@ def wrap(body: str) -> str:
 
 def test_calls_of_a_turn_in_order(tokenizer):
     other = GOOD.replace("print(1)", "print(2)")
-    calls = tool_calls(tokenizer, tokenizer.encode(f"Both.\n{wrap(GOOD)}\n{wrap(other)}<|im_end|>"))
+    calls = tool_calls(f"Both.\n{wrap(GOOD)}\n{wrap(other)}<|im_end|>")
     assert [c.code for c in calls] == ["print(1)\nprint('é')", "print(2)\nprint('é')"]
     assert [c.error for c in calls] == [None, None]
 
 
 def test_raw_newlines_in_the_code_are_accepted(tokenizer):
     body = '{"name": "code_interpreter", "arguments": {"code": "a = 1\nprint(a)"}}'
-    assert tool_calls(tokenizer, tokenizer.encode(wrap(body)))[0].code == "a = 1\nprint(a)"
+    assert tool_calls(wrap(body))[0].code == "a = 1\nprint(a)"
 
 
 @pytest.mark.parametrize(
@@ -46,18 +46,18 @@ def test_raw_newlines_in_the_code_are_accepted(tokenizer):
     ],
 )
 def test_a_call_that_cannot_run_is_answered_with_the_reason(tokenizer, text, said):
-    call = tool_calls(tokenizer, tokenizer.encode(text))[0]
+    call = tool_calls(tokenizer.decode(tokenizer.encode(text)))[0]
     assert said in call.error and call.code == ""
 
 
 def test_text_without_a_call_has_none(tokenizer):
-    assert tool_calls(tokenizer, tokenizer.encode("The answer is \\boxed{4}.</tool_call><|im_end|>")) == []
-    assert tool_calls(tokenizer, []) == []
+    assert tool_calls("The answer is \\boxed{4}.</tool_call><|im_end|>") == []
+    assert tool_calls("") == []
 
 
 @pytest.mark.parametrize("body", ["[" * 100_000, '{"a":' * 50_000, "9" * 5000], ids=["brackets", "objects", "digits"])
 def test_a_call_that_the_json_reader_cannot_finish_is_answered(tokenizer, body):
-    (call,) = tool_calls(tokenizer, tokenizer.encode(wrap(body)))
+    (call,) = tool_calls(wrap(body))
     assert "malformed call" in call.error and len(call.error) < 200
 
 
@@ -98,7 +98,7 @@ def with_code(tokenizer) -> Tokenizer:
 )
 def test_retool_calls_of_a_turn_in_order(tokenizer, with_code, text, codes):
     for vocabulary in (tokenizer, with_code):  # `</code>` in seven tokens, and in one
-        calls = RETOOL.calls(vocabulary, vocabulary.encode(text))
+        calls = RETOOL.calls(vocabulary.decode(vocabulary.encode(text)))
         assert [call.code for call in calls] == codes and not any(call.error for call in calls)
 
 
@@ -114,7 +114,7 @@ def test_retool_calls_of_a_turn_in_order(tokenizer, with_code, text, codes):
     ],
 )
 def test_a_retool_call_that_cannot_run_is_answered_with_the_reason(tokenizer, text, said):
-    (call,) = RETOOL.calls(tokenizer, tokenizer.encode(text))
+    (call,) = RETOOL.calls(text)
     assert said in call.error and call.code == "" and "\n" not in call.error
 
 

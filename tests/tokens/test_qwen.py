@@ -192,7 +192,7 @@ def test_no_output_becomes_a_control_token_or_a_mark(qwen, model_type):
         assert defuse(tokenizer, defused) == defused, text
         segment = tool_segment(tokenizer, [text])
         assert [i for i in segment if i >= 151643] == own, text
-        assert tool_calls(tokenizer, segment) == []
+        assert tool_calls(tokenizer.decode(segment)) == []
         segment = GRAMMARS["retool"].segment(tokenizer, [9707], [text])
         told = tokenizer.decode(segment)
         assert max(segment) < 151643 and told.count("<interpreter>") == told.count("</interpreter>") == 1, text
@@ -206,6 +206,6 @@ def test_a_retool_turn_ends_at_the_token_that_completes_the_mark(qwen):
         assert tokenizer.decode(turn[-1:]) == f">{tail[len('</code>') :]}"
         more = tokenizer.encode("<interpreter>\n1")
         assert [grammar.stop_at(tokenizer, turn + more, seen) for seen in range(len(turn))] == [len(turn)] * len(turn)
-        assert [call.code for call in grammar.calls(tokenizer, turn)] == ["print(1)"]
+        assert [call.code for call in grammar.calls(tokenizer.decode(turn))] == ["print(1)"]
         answer = tokenizer.decode(grammar.segment(tokenizer, turn, ["1"]))
         assert answer == f"{opening}<interpreter>\n1\n</interpreter>\n"

@@ -275,7 +275,7 @@ def test_r1_prompt_turns_and_segments_equal_the_full_render(distilled, output):
     assert ids == distilled.encode(distilled.render([USER, turn, *tools], None, True))
     ids += distilled.encode(policy_turn_text(last, end))
     assert ids == distilled.encode(distilled.render([USER, turn, *tools, last], None, False))
-    assert [call.code for call in tool_calls(distilled, distilled.encode(turn["content"] + end))] == [
+    assert [call.code for call in tool_calls(turn["content"] + end)] == [
         "print(6)",
         "print(7)",
     ]

@@ -39,7 +39,7 @@ def play(tools: Toolbox, *calls: ToolCall) -> list[Output]:
 
 
 def play_text(tokenizer, tools: Toolbox, body: str) -> Output:
-    (call,) = tool_calls(tokenizer, tokenizer.encode(f"<tool_call>\n{body}\n</tool_call>"))
+    (call,) = tool_calls(f"<tool_call>\n{body}\n</tool_call>")
     return play(tools, call)[0]
 
 

@@ -1,0 +1,62 @@
+"""Turns and answers of either grammar as people are shown them, without their marks."""
+
+import re
+from dataclasses import dataclass
+
+from retool_jax.tokens.grammar import CODE_TOOL, Marked, marked, read_call, read_code
+from retool_jax.tokens.tokenizer import FAMILIES
+
+_FRAMES = re.compile(
+    "|".join([r"<\|im_start\|>(?:assistant\n?)?", *(re.escape(mark) for family in FAMILIES for mark in family.stops)])
+)
+# What an answer stands between; a segment has answers of one kind.
+_OUTPUTS = (
+    *((family.output_open, family.output_close) for family in FAMILIES),
+    ("<interpreter>\n", "\n</interpreter>"),
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A piece of a policy's turn for people: `kind` is `said` or `call`; `fault` says why a call cannot be read."""
+
+    kind: str
+    text: str
+    fault: str = ""
+
+
+def show_turn(text: str) -> list[Shown]:
+    """A turn of either grammar, decoded, in pieces: what was said, and each call as a program or as name and arguments.
+
+    A mark without its partner is words. Marks of turns are left out, and so are words of nothing but space.
+    """
+    pieces, last = [], 0
+    for part in marked(text, "tool_call", "code"):
+        if not part.fault:
+            pieces += [_show_words(text[last : part.start]), _show_call(part)]
+            last = part.stop
+    return [piece for piece in (*pieces, _show_words(text[last:])) if piece.kind == "call" or piece.text.strip()]
+
+
+def _show_words(text: str) -> Shown:
+    return Shown("said", _FRAMES.sub("", text).strip("\n"))
+
+
+def _show_call(part: Marked) -> Shown:
+    inside = part.inside.strip()
+    call = read_code(inside) if part.tag == "code" else read_call(inside)
+    if call.error or not isinstance(call.name, str) or not isinstance(call.arguments, dict):
+        return Shown("call", inside, call.error or "not a well-formed call")
+    return Shown("call", call.code if call.name == CODE_TOOL else f"{call.name} {call.code}")
+
+
+def show_outputs(text: str) -> list[str]:
+    """What the tools answered, from the decoded segment that answers a turn; the whole segment where it holds none.
+
+    An output ends at the last closing mark before the next one begins, so that a mark inside of it cuts nothing off.
+    """
+    for opening, closing in _OUTPUTS:
+        _, *pieces = text.split(opening)
+        if found := [piece.rpartition(closing)[0] for piece in pieces if closing in piece]:
+            return found
+    return [_FRAMES.sub("", text)]
