@@ -242,7 +242,7 @@ def test_a_folder_in_use(copied):
         assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
         # Who reads it needs no claim.
         weights = load_weights(load([*GRPO, f"init_from={copied}"]), copied)
-        assert len(jax.tree.leaves(weights)) > 5 and find_source(str(copied)).folder == copied
+        assert len(jax.tree.leaves(weights)) > 5 and find_source(str(copied))[1] == copied
 
 
 def test_a_run_that_is_further_than_its_steps_is_refused_before_its_config_is_written(tmp_path):

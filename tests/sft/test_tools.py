@@ -13,6 +13,7 @@ from retool_jax.errors import UserError
 from retool_jax.run.build import demonstrations_of
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.load import load
+from retool_jax.sft.config import SFTConfig
 from retool_jax.sft.demonstrations import to_example
 from retool_jax.tokens.grammar import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def test_a_header_that_opens_thinking_is_not_opened_again(tokenizer, grammar):
     opening = Tokenizer(hf)
     row = conversation()
     row["messages"][1]["reasoning_content"] = "Six times seven."
-    example = to_example(opening, messages_of(row), load_tools("python"), grammar)
+    example = to_example(opening, messages_of(row), load_tools("python"), SFTConfig(grammar=grammar))
     ids, sampled = np.asarray(example.ids), np.asarray(example.sampled)
     text, said = tokenizer.decode(ids), tokenizer.decode(ids[sampled])
     assert "<|im_start|>assistant\n<think>\nSix times seven.\n</think>\n\nI compute:\n<" in text
@@ -113,5 +114,5 @@ def test_a_header_that_opens_thinking_is_not_opened_again(tokenizer, grammar):
     assert ("<think>\n\n</think>\n\nIt is" in text) == (grammar == "hermes") and text.count("<think>") == said.count(
         "</think>"
     )
-    plain = to_example(tokenizer, messages_of(row), load_tools("python"), grammar)
+    plain = to_example(tokenizer, messages_of(row), load_tools("python"), SFTConfig(grammar=grammar))
     assert "assistant\n<think>\nSix times seven.\n</think>\n\nI compute:" in tokenizer.decode(plain.ids)
