@@ -363,5 +363,5 @@ def test_a_shape_that_a_config_sets_stays_and_needs_no_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_kind_is_refused_when_its_shape_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(UserError, match="model_type='mamba'; only qwen2 and qwen3 are supported"):
+    with pytest.raises(UserError, match="model_type='mamba'; only qwen2, qwen3, llama are supported"):
         resolve(["config=sft_retool", f"init_from={tmp_path}"])
