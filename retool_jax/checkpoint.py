@@ -127,45 +127,43 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is corrupt, or that of another model.
         """
-        if self._is_whole(step):
-            restored = self._read(step, {WHOLE: like})
-            return restored[WHOLE], restored[NOTES]
-        restored = self._read(step, _items(like))
-        return type(like)(params=restored[PARAMS], **restored[REST]), restored[NOTES]
+        parts, notes = self._read(step, _items(like))
+        return type(like)(params=parts[PARAMS], **parts[REST]), notes
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, dict]:
         """As `restore`, of the weights alone: no other bytes of the checkpoint are read."""
-        if self._is_whole(step):
-            restored = self._read(step, {WHOLE: {PARAMS: like}}, partial_restore=True)
-            return restored[WHOLE][PARAMS], restored[NOTES]
-        restored = self._read(step, {PARAMS: like})
-        return restored[PARAMS], restored[NOTES]
+        parts, notes = self._read(step, {PARAMS: like})
+        return parts[PARAMS], notes
 
-    def _is_whole(self, step: int) -> bool:
-        self.wait()
-        return (self.folder / str(step) / WHOLE).is_dir()
-
-    def _read(self, step: int, like: dict[str, Any], **how: bool) -> Any:
+    def _read(self, step: int, like: dict[str, Any]) -> tuple[dict, dict]:
         """Items of a checkpoint by their names, and its notes, after their files were found to be as written."""
+        self.wait()
         path = self.folder / str(step)
+        whole = (path / WHOLE).is_dir()
+        trees = {WHOLE: {PARAMS: like[PARAMS]} | like.get(REST, {})} if whole else like
         others = [other for other in self._manager.all_steps() if other != step]
         way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
         # Asked before orbax is: it reads some damaged arrays as if nothing had happened, and on others its threads
         # print their tracebacks past every handler.
-        if damaged := damaged_file(path, [*like, NOTES]):
+        if damaged := damaged_file(path, [*trees, NOTES]):
             raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
 
         def item(tree: Any) -> ocp.args.PyTreeRestore:
-            return ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), **how)
+            arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+            return ocp.args.PyTreeRestore(tree, arguments, partial_restore=whole)
 
-        items = {name: item(tree) for name, tree in like.items()}
+        items = {name: item(tree) for name, tree in trees.items()}
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()}))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()}))
         except Exception as error:  # tensorstore has no common kind of error
             raise UserError(
                 f"cannot read checkpoint {path} as the state of this config ({_reason(error)}):"
                 f" choose the folder of a run of this model, or remove that one{way_out}"
             ) from error
+        if whole:
+            fields = dict(restored[WHOLE])
+            return {PARAMS: fields.pop(PARAMS), REST: fields}, restored[NOTES]
+        return restored, restored[NOTES]
 
     def close(self) -> None:
         """Wait for the last save and let go of the folder.

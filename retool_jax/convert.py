@@ -93,7 +93,7 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
         UserError: what the source lacks or the target already is, before any weight is read.
     """
     from retool_jax.models.config import DTYPES
-    from retool_jax.models.huggingface import check_target, find_folder, save_params
+    from retool_jax.models.huggingface import COMPANIONS, check_target, find_folder, save_params
     from retool_jax.run.card import model_card
     from retool_jax.run.weights import load_weights
     from retool_jax.tokens.tokenizer import MINIATURE, load_tokenizer
@@ -102,15 +102,16 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
         raise UserError(f"dtype={dtype} is not one of: {', '.join(DTYPES)}")
     run, folder = find_source(name)
     words = tokenizer or run.tokenizer
-    words = MINIATURE if words == "miniature" else find_folder(words)
+    words = MINIATURE if words == "miniature" else find_folder(words, files=(*COMPANIONS, "config.json"))
     check_target(run.model, target, words)
     try:
         loaded = load_tokenizer(str(words))
         stops = {index: loaded.decode([index]) for index in loaded.stop_ids}
     except UserError:  # of a family that cannot be trained: what its own files name stays
         stops = {}
+    params = load_weights(run, folder)
     card = model_card(folder, target.name, dtype or run.model.param_dtype, stops)
-    save_params(run.model, load_weights(run, folder), target, words, dtype=dtype, stop_ids=tuple(stops), card=card)
+    save_params(run.model, params, target, words, dtype=dtype, stop_ids=tuple(stops), card=card)
 
 
 def upload(folder: Path, name: str) -> str:

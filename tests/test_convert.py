@@ -162,6 +162,9 @@ def test_the_card_names_what_is_on_the_hub_and_no_folder_of_this_machine(run, tm
     (then / "config.yaml").write_text(text)
     card = ModelCard(model_card(then, "mine", "float32", {}))
     assert (card.data.base_model, card.data.datasets) == ("acme/base", "acme/traces")
+    (then / "config.yaml").write_text(text.replace("task: sft", "task: grpo").replace("runs/first", "''"))
+    told = model_card(then, "mine", "float32", {})
+    assert "first weights: those of a cold start of its own" in told and "Only tokens that the policy sampled" in told
     (then / "config.yaml").write_text(text.replace("acme/traces", "runs/traces.jsonl").replace("runs/first", "runs/x"))
     card = ModelCard(model_card(then, "mine", "float32", {}))
     assert (card.data.base_model, card.data.datasets) == (None, None)
@@ -172,6 +175,13 @@ def test_of_a_foreign_folder_the_card_says_what_is_known(exported, tmp_path):
     told = ModelCard.load(tmp_path / "again" / "README.md").text
     assert "Weights in bfloat16, written by retool_jax from `model`. A turn ends at `<|im_end|>`" in told
     assert "## Versions" in told and "## Mask" not in told and "## Config" not in told
+
+
+def test_a_run_that_saved_nothing_yet_is_named(run, tmp_path):
+    shutil.copytree(run.run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UserError, match=r"no checkpoint at .*/new"):
+        convert(str(tmp_path / "new"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,10 @@ def is_hub_id(name: str) -> bool:
     return bool(looks_so) and not folder.exists() and not folder.parent.exists()
 
 
-def find_folder(name: str, weights: bool = True) -> Path:
+def find_folder(name: str, weights: bool = True, files: Sequence[str] = ()) -> Path:
     """The folder of a checkpoint: a local one, or that of a hub id (`Qwen/Qwen3-8B`), downloaded if need be.
 
-    Without `weights` no more than its `config.json` is fetched.
+    Without `weights` no more than its `config.json` is fetched; with `files` no more than those.
 
     Raises:
         UserError: it has to be fetched and cannot be.
@@ -107,9 +107,9 @@ def find_folder(name: str, weights: bool = True) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"] if weights else ["config.json"]
+    usual = ["*.json", "*.safetensors", "*.txt", "*.jinja"] if weights else ["config.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=list(files) or usual))
     except Exception as error:  # of the hub, of HTTP or of the network
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -39,13 +39,15 @@ def model_card(folder: Path, name: str, dtype: str, stops: Mapping[int, str]) ->
         f"Weights in {dtype}, written by retool_jax from `{folder.resolve().name}`. A turn ends at {marks or 'no id'}.",
     ]
     if config:
+        imitates = config.get("task") == "sft"
+        begins = base or ("random" if imitates else "those of a cold start of its own, as `sft` says below")
         step = max(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
         parts += [
             "## Training",
-            f"`task={config.get('task')}`, checkpoint {step}; first weights: {base or 'random'}; data: {data};"
+            f"`task={config.get('task')}`, checkpoint {step}; first weights: {begins}; data: {data};"
             f" tools: {config.get('tools')}.",
             "## Mask",
-            SFT_MASK if config.get("task") == "sft" else RL_MASK,
+            SFT_MASK if imitates else RL_MASK,
             *_metrics(folder, step),
             "## Config",
             f"```yaml\n{(folder / CONFIG).read_text().strip()}\n```",

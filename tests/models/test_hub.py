@@ -125,6 +125,12 @@ def test_an_unknown_hub_id_is_named_with_the_way_out():
     assert told.endswith("give a folder with config.json and *.safetensors")
 
 
+def test_of_a_repository_that_the_words_come_from_no_weight_is_fetched(hub, tmp_path):
+    main([f"from={tmp_path / 'repository'}", f"to={tmp_path / 'out'}", "tokenizer=acme/tiny"])
+    assert {"tokenizer.json", "chat_template.jinja"} <= set(hub) and "model.safetensors" not in hub
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 @pytest.mark.usefixtures("hub")
 def test_what_is_converted_is_pushed_as_it_is(tmp_path, capsys):
     main([f"from={tmp_path / 'repository'}", f"to={tmp_path / 'out'}", "push=acme/new"])

@@ -55,15 +55,15 @@ CASES = {
         yarn_beta_fast=24.0,
         yarn_beta_slow=2.0,
     ),
-    "llama-mha": small(3, 3, 14, **LLAMA, tie_embeddings=False),
     "llama-threes": small(9, 3, 64, **LLAMA, hidden_size=36, rope_theta=1e5, rms_norm_eps=1e-5, max_positions=8192),
     "llama3-pairs": small(4, 2, 32, **LLAMA3, tie_embeddings=False),
     "llama3-mqa": small(5, 1, 128, hidden_size=20, **(LLAMA3 | {"llama3_factor": 32.0, "llama3_low_factor": 2.0})),
-    "llama3-one-head": small(1, 1, 64, **(LLAMA3 | {"llama3_original_length": 64, "llama3_high_factor": 8.0})),
 }
 # What a cache sees of a model: heads and their sizes, norms, rotations. Biases and tied heads are not its business.
-DECODED = ("qwen2-mha", "qwen2-pairs", "qwen2-sevens", "qwen3-mqa", "qwen3-wide-heads", "qwen2-yarn", "qwen3-yarn")
-DECODED += ("llama-threes", "llama3-pairs")
+DECODED = (
+    *("qwen2-mha", "qwen2-pairs", "qwen2-sevens", "qwen3-mqa", "qwen3-wide-heads", "qwen2-yarn", "qwen3-yarn"),
+    "llama3-pairs",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
