@@ -11,7 +11,6 @@ from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_rows
-from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
@@ -87,11 +86,6 @@ def mesh_of(run: Run) -> Mesh:
     return mesh
 
 
-def attention_line(run: Run, mesh: Mesh) -> str:
-    """Which kernel reads packed rows."""
-    return f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}"
-
-
 def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
     return Demonstrations(run.sft, load_tools(run.tools), run.seed, tokenizer)
 
@@ -114,11 +108,6 @@ def sandbox_config(run: RLRun) -> SandboxConfig:
     return dataclasses.replace(
         box, queue_limit=box.queue_limit or waiting, queue_s=min(max(box.queue_s, longest_s), 86400)
     )
-
-
-def tool_lines(tools: Toolbox | None) -> list[str]:
-    """Which sandbox a run has, once its tools are open, and what they are called."""
-    return sandbox_lines(tools.sandbox if tools else None) + ([f"tools: {', '.join(tools.names)}"] if tools else [])
 
 
 def sandbox_lines(box: Sandbox | None) -> list[str]:
