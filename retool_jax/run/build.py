@@ -1,14 +1,17 @@
 """A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
@@ -84,6 +87,25 @@ def mesh_of(run: Run) -> Mesh:
         check_rows(mesh.shape, key, rows)
     param_shardings(run.model, mesh)
     return mesh
+
+
+@contextmanager
+def told_of_memory(run: Run) -> Iterator[None]:
+    """Say which sizes to lower where a device has no room for what the block computes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = {f"sft.{key}": getattr(run.sft, key) for key in ("row_length", "rows_per_micro")}
+        if isinstance(run, RLRun):
+            sizes = {f"rl.{key}": getattr(run.rl, key) for key in ("row_length", "rows_per_micro")}
+            sizes |= {f"engine.{key}": getattr(run.engine, key) for key in ("slots", "max_length")}
+        raise UserError(
+            f"a device has no room for what this run computes ({one_line(error)}); lower"
+            f" {', '.join(f'{key}={value}' for key, value in sizes.items())} (a row need be no longer than the longest"
+            " text), set model.remat=full, or split the weights over more devices with mesh.fsdp"
+        ) from error
 
 
 def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:

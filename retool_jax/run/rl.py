@@ -19,7 +19,15 @@ from retool_jax.rl import loop
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.parts import Parts
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
-from retool_jax.run.build import engine_of, mesh_of, model_for, problems_of, sandbox_config, sandbox_lines
+from retool_jax.run.build import (
+    engine_of,
+    mesh_of,
+    model_for,
+    problems_of,
+    sandbox_config,
+    sandbox_lines,
+    told_of_memory,
+)
 from retool_jax.run.folder import claim_folder, write_config
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import RLRun
@@ -45,6 +53,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     workers.pool.start()
 
     async with AsyncExitStack() as stack:
+        stack.enter_context(told_of_memory(run))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
         folder = stack.enter_context(claim_folder(run))

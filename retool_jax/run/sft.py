@@ -12,7 +12,7 @@ from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
-from retool_jax.run.build import demonstrations_of, mesh_of, model_for
+from retool_jax.run.build import demonstrations_of, mesh_of, model_for, told_of_memory
 from retool_jax.run.folder import check_folder, claim_folder, write_config
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import SFTRun
@@ -44,6 +44,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
     batches.at(0)  # of rows that are made as they are asked for, the first that do not fit are told here
     optimizer = optimizer_of(run.sft, batches.steps)
     with ExitStack() as stack:
+        stack.enter_context(told_of_memory(run))
         folder = stack.enter_context(claim_folder(run, wait))
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
