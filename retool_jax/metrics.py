@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -257,38 +257,26 @@ def summary_title(summary: Mapping) -> str:
     )
 
 
-def summary_table(summary: Mapping) -> Table:
-    """The closing table of a run: what RL changed on the held-out problems."""
-    table = Table(title=summary_title(summary), title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("before RL", justify="right")
-    table.add_column("after RL", justify="right", style="bold")
-    for row in summary_rows(summary):
-        table.add_row(*row)
-    return table
-
-
 def print_summary(summary: Mapping, console: Console | None = None) -> None:
-    """Print the closing table, the speeds and where the time went."""
+    """Print the closing table (what RL changed on the held-out problems), the speeds and where the time went."""
     console = console or Console(highlight=False)
     console.print()
-    console.print(summary_table(summary))
-    speeds = summary.get("tokens_per_s") or {}
-    if speeds:
+    _print_table(console, summary_title(summary), ("before RL", "after RL"), summary_rows(summary))
+    if speeds := summary.get("tokens_per_s"):
         console.print("tokens/s   " + "   ".join(f"{name} {format_value(rate)}" for name, rate in speeds.items()))
-    rows = time_rows(summary)
-    if not rows:
-        return
-    table = Table(title="time by part", title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("time", justify="right")
-    table.add_column("share", justify="right")
-    for name, seconds, share in rows:
-        table.add_row(name, format_seconds(seconds), f"{100 * share:.0f} %")
-    total = summary["seconds"].get("total")
-    if total:
-        table.add_section()
-        table.add_row("total", format_seconds(total), "")
+    rows = [(name, format_seconds(s), f"{100 * share:.0f} %") for name, s, share in time_rows(summary)]
+    if rows and (total := summary["seconds"].get("total")):
+        rows.append(("total", format_seconds(total), ""))
+    if rows:
+        _print_table(console, "time by part", ("time", "share"), rows)
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table("", title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 
 FORMS = "a JSONL or parquet file, a hub id"  # what error messages offer; the caller adds its own, as `arithmetic`
 
@@ -81,7 +81,7 @@ def _tensorflow_rows(source: str) -> list[dict]:
     try:
         return [_plain(row) for row in tensorflow_datasets.data_source(name, split=split)]
     except Exception as error:  # any kind, as above
-        raise UserError(f"cannot read data {source} ({_one_line(error)}); check the name and the split") from error
+        raise UserError(f"cannot read data {source} ({one_line(error)}); check the name and the split") from error
 
 
 def _plain(value: object) -> object:
@@ -96,8 +96,4 @@ def _plain(value: object) -> object:
 
 
 def _unreadable(source: str, others: str, cause: object) -> UserError:
-    return UserError(f"cannot read data {source} ({_one_line(cause)}); give {FORMS}{others}")
-
-
-def _one_line(cause: object) -> str:
-    return " ".join(str(cause).split())[:200]
+    return UserError(f"cannot read data {source} ({one_line(cause)}); give {FORMS}{others}")

@@ -1,17 +1,19 @@
 """A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_rows
-from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
@@ -87,9 +89,23 @@ def mesh_of(run: Run) -> Mesh:
     return mesh
 
 
-def attention_line(run: Run, mesh: Mesh) -> str:
-    """Which kernel reads packed rows."""
-    return f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}"
+@contextmanager
+def told_of_memory(run: Run) -> Iterator[None]:
+    """Say which sizes to lower where a device has no room for what the block computes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = {f"sft.{key}": getattr(run.sft, key) for key in ("row_length", "rows_per_micro")}
+        if isinstance(run, RLRun):
+            sizes = {f"rl.{key}": getattr(run.rl, key) for key in ("row_length", "rows_per_micro")}
+            sizes |= {f"engine.{key}": getattr(run.engine, key) for key in ("slots", "max_length")}
+        raise UserError(
+            f"a device has no room for what this run computes ({one_line(error)}); lower"
+            f" {', '.join(f'{key}={value}' for key, value in sizes.items())} (a row need be no longer than the longest"
+            " text), set model.remat=full, or split the weights over more devices with mesh.fsdp"
+        ) from error
 
 
 def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
@@ -114,11 +130,6 @@ def sandbox_config(run: RLRun) -> SandboxConfig:
     return dataclasses.replace(
         box, queue_limit=box.queue_limit or waiting, queue_s=min(max(box.queue_s, longest_s), 86400)
     )
-
-
-def tool_lines(tools: Toolbox | None) -> list[str]:
-    """Which sandbox a run has, once its tools are open, and what they are called."""
-    return sandbox_lines(tools.sandbox if tools else None) + ([f"tools: {', '.join(tools.names)}"] if tools else [])
 
 
 def sandbox_lines(box: Sandbox | None) -> list[str]:

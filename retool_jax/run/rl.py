@@ -13,18 +13,19 @@ from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import TrainState, begin_from
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress, print_summary
+from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
 from retool_jax.rl import loop
 from retool_jax.rl.loss import policy_token_loss
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
 from retool_jax.run.build import (
-    attention_line,
     engine_of,
     mesh_of,
     model_for,
     problems_of,
     sandbox_config,
-    tool_lines,
+    sandbox_lines,
+    told_of_memory,
 )
 from retool_jax.run.folder import claim_folder, write_config
 from retool_jax.run.origin import write_origin
@@ -51,6 +52,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     workers.pool.start()
 
     async with AsyncExitStack() as stack:
+        stack.enter_context(told_of_memory(run))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
         folder = stack.enter_context(claim_folder(run))
@@ -68,7 +70,11 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             return
         if start is None:
             with clock.part("cold start"):
-                params = given if given is not None else first_weights(run, make_weights)
+                if not run.init_from:
+                    params = make_weights(run)
+                else:
+                    print(f"starting from {run.init_from}")
+                    params = given if given is not None else load_weights(run, Path(run.init_from))
             state = begin_from(params, run.model, run.rl.optimizer, mesh)
             notes = {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
         else:
@@ -87,7 +93,10 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         write_config(run)
         write_origin(folder)
         (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
-        print("\n".join([*tool_lines(tools), attention_line(run, mesh)]))
+        print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
+        if tools:
+            print(f"tools: {', '.join(tools.names)}")
+        print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         engine = engine_of(run, state.params, mesh, tokenizer)
         parts = loop.Parts(
             rl=run.rl,
@@ -118,11 +127,3 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         write_summary(folder, summary)
     print_summary(summary)
     print(f"\nto look at it: python -m retool_jax.report run={folder}")
-
-
-def first_weights(run: RLRun, make_weights: Callable[[RLRun], Params]) -> Params:
-    """The weights that RL begins from: those of `init_from`, or those that are made."""
-    if not run.init_from:
-        return make_weights(run)
-    print(f"starting from {run.init_from}")
-    return load_weights(run, Path(run.init_from))

@@ -10,8 +10,9 @@ from retool_jax.errors import UserError
 from retool_jax.learn.optimizer import TrainState, begin_from, init_state
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress
+from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
-from retool_jax.run.build import attention_line, demonstrations_of, mesh_of, model_for
+from retool_jax.run.build import demonstrations_of, mesh_of, model_for, told_of_memory
 from retool_jax.run.folder import check_folder, claim_folder, write_config
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import SFTRun
@@ -40,8 +41,10 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
     # Loaded early when they will be needed: a wrong path is told before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
     batches = demonstrations_of(run, tokenizer)
+    batches.at(0)  # of rows that are made as they are asked for, the first that do not fit are told here
     optimizer = optimizer_of(run.sft, batches.steps)
     with ExitStack() as stack:
+        stack.enter_context(told_of_memory(run))
         folder = stack.enter_context(claim_folder(run, wait))
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
@@ -60,7 +63,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
             return state
         write_origin(folder)
         update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
-        print(attention_line(run, mesh))
+        print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         log = stack.enter_context(MetricsLog(folder, start or None))
         bar = stack.enter_context(Progress("cold start", batches.steps, start))
         if batches.description:

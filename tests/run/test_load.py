@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from pydantic import ValidationError
 
@@ -20,7 +21,7 @@ from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig, RolloutConfig
-from retool_jax.run.build import resolve, sandbox_config
+from retool_jax.run.build import resolve, sandbox_config, told_of_memory
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
 from retool_jax.run.schema import RLRun, SFTRun
@@ -391,6 +392,23 @@ def test_a_shape_that_a_config_sets_stays_and_needs_no_checkpoint(tmp_path):
     assert large.tokenizer == large.init_from == "Qwen/Qwen2.5-32B-Instruct" and large.model.num_layers == 64
     nowhere = resolve(["config=sft_retool", f"init_from={tmp_path / 'nowhere'}"])
     assert nowhere.model.num_layers == ModelConfig.num_layers
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ("sft", "sft.row_length=192, sft.rows_per_micro=4"),
+        ("grpo", "rl.row_length=256, rl.rows_per_micro=4, engine.slots"),
+    ],
+)
+def test_a_device_without_room_is_told_with_what_to_lower(config, sizes):
+    with pytest.raises(UserError) as caught, told_of_memory(load([f"config={config}"])):
+        jax.jit(lambda: jnp.ones((1 << 23, 1 << 21)))()  # 64 TB
+    message = str(caught.value)
+    assert message.startswith("a device has no room for what this run computes (RESOURCE_EXHAUSTED")
+    assert f"; lower {sizes}" in message and "\n" not in message
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), told_of_memory(load([f"config={config}"])):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def test_a_checkpoint_of_another_kind_is_refused_when_its_shape_is_read(tmp_path):
