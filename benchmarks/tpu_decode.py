@@ -24,7 +24,7 @@ from tpu_cycles import CLOCK_HZ, read
 
 from retool_jax.engine.compiled import Layouts, Programs
 from retool_jax.engine.config import EngineConfig
-from retool_jax.engine.programs import init_engine_state
+from retool_jax.engine.programs import CHANGES, init_engine_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.decoder import abstract_params
 from retool_jax.run.load import load
@@ -52,7 +52,7 @@ def main(words: list[str]) -> None:
 
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), layouts.everywhere)
     B, P = config.slots, layouts.sizes.reads[-1]
-    arguments = state, None, weights, key, ints(), ints(B, 6), ints(B, P), ints(B), ints()
+    arguments = state, None, weights, key, ints(), ints(B, CHANGES), ints(B, P), ints(B), ints()
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         lowered = Programs.of(model, config, layouts, stop_ids=(151643, 151645)).decode.lower(*arguments)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})

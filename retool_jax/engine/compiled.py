@@ -84,7 +84,7 @@ class Layouts(NamedTuple):
             rows = Rows((split,) * model.num_layers, (split,) * model.num_layers)
         pool = meshes.sharding(mesh, None, None, "kv_heads", "head_dim")
         by_row = meshes.sharding(mesh, batch) if batch else everywhere
-        state = EngineState(pool, *[by_row] * 4, Sampling(*[by_row] * 3))
+        state = EngineState(pool, *[by_row] * 5, Sampling(*[by_row] * 3))
         return cls(sizes(config, kernel), state, rows, weights, everywhere)
 
 

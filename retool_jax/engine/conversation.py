@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from retool_jax.engine.turns import STOPS
+
 
 class Conversation(Protocol):
     """What the scheduler asks of a trajectory in the making."""
@@ -40,7 +42,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0  # only the k most likely tokens; 0 is off
     top_p: float = 1.0  # only the most likely tokens that together reach p; 1 is off
-    stop_ids: frozenset[int] = frozenset()  # that also end a turn
+    stop_ids: frozenset[int] = frozenset()  # that also end a turn, `STOPS` at most
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -49,6 +51,8 @@ class SamplingParams:
             raise ValueError(f"top_k={self.top_k} must be at least 0, which is off")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1, which is off")
+        if len(self.stop_ids) > STOPS:
+            raise ValueError(f"stop_ids={sorted(self.stop_ids)} are {len(self.stop_ids)}; give at most {STOPS}")
 
 
 class Finish(StrEnum):

@@ -26,7 +26,8 @@ from jax.sharding import Mesh
 from retool_jax.engine.compiled import Layouts, Program, Programs, decode_mesh
 from retool_jax.engine.config import EngineConfig, bucket, calls
 from retool_jax.engine.pages import OutOfPages, Pages
-from retool_jax.engine.turns import Drawn, Parked, Prefix, Turn, Turns
+from retool_jax.engine.programs import CHANGES
+from retool_jax.engine.turns import STOPS, Drawn, Parked, Prefix, Turn, Turns
 from retool_jax.engine.weights import make_adopt
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
@@ -62,7 +63,7 @@ class Engine:
         self._length = np.zeros(config.slots, np.int64)
         self._budget = np.zeros(config.slots, np.int64)
         self._drawable = np.zeros(config.slots, bool)  # the hidden state is that behind the row's last token
-        self._changes = np.zeros((config.slots, 6), np.int32)
+        self._changes = np.zeros((config.slots, CHANGES), np.int32)
         self._unread: deque[Drawn] = deque()
         self._rows: Rows | None = None
         self._stale = np.ones(config.slots, bool)  # rows whose dense copy is not what their pages hold
@@ -164,7 +165,8 @@ class Engine:
         under_way = any(drawn.live[row] for drawn in self._unread)
         self._drawable[row] &= length == self._length[row] and not under_way
         self._end_turn(row)
-        self._changes[row] = 1, 0, 0, 0, 0, 0
+        self._changes[row] = 0
+        self._changes[row, 0] = 1
         self._length[row] = length
         self.pages.truncate(row, length)
 
@@ -260,11 +262,12 @@ class Engine:
             raise ValueError(f"row {row} was truncated to {length} tokens; append some before it can draw")
         self._budget[row] = turn.budget
         self._changes[row, :3] = 1, np.uint32(turn.request).view(np.int32), turn.budget
-        self._changes[row, 3:] = (
+        self._changes[row, 3:6] = (
             np.float32(turn.temperature).view(np.int32),
             turn.top_k,
             np.float32(turn.top_p).view(np.int32),
         )
+        self._changes[row, 6:] = [*turn.stop_ids, *[-1] * (STOPS - len(turn.stop_ids))]
 
     def decode(self, steps: int | None = None) -> Drawn:
         """Begin one fused decode of at most `steps` tokens a row; the next may begin before its results are read.
@@ -303,9 +306,9 @@ class Engine:
         counts = np.where(drawn.live, real.sum(1), 0)
         ended = np.zeros(self.config.slots, bool)
         for row in np.flatnonzero(drawn.live & (counts > 0)).tolist():
+            ended[row] = length[row] - self._length[row] < counts[row]  # a turn's last token is not written
             self._budget[row] -= counts[row]
             self._length[row] = length[row]
-            ended[row] = not self._budget[row] or int(tokens[row, counts[row] - 1]) in self.stop_ids
             if ended[row]:
                 self._end_turn(row)
             self.pages.truncate(row, self._reach(row))

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 
 from retool_jax import mesh as meshes
 from retool_jax.engine.sampling import Sampling, row_keys, sample
+from retool_jax.engine.turns import STOPS
 from retool_jax.models import decoder
 from retool_jax.models.cache import Rows, copy_pages, init_cache, refresh_rows, scatter_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
+
+CHANGES = 6 + STOPS  # columns of the turns that begin
 
 
 class EngineState(NamedTuple):
@@ -21,6 +24,7 @@ class EngineState(NamedTuple):
     length: jax.Array  # int32 [B]: tokens written
     budget: jax.Array  # int32 [B]: tokens that the row may still draw; 0 is parked
     request: jax.Array  # uint32 [B]: the stream of its random draws
+    stops: jax.Array  # int32 [B,STOPS]: ids at which its turn ends, beside the engine's; -1 is none
     sampling: Sampling
 
 
@@ -33,19 +37,21 @@ def init_engine_state(model: ModelConfig, slots: int, pages: int, page_size: int
         length=ints,
         budget=ints,
         request=ints.astype(jnp.uint32),
+        stops=jnp.full((slots, STOPS), -1, jnp.int32),
         sampling=Sampling(floats, ints, floats),
     )
 
 
-def apply_turns(state: EngineState, changes_B6: jax.Array) -> EngineState:
+def apply_turns(state: EngineState, changes_BC: jax.Array) -> EngineState:
     """Begin the turns of rows whose first column is set; the others are `Turn`'s fields, as bits."""
-    changed_B, values = changes_B6[:, 0] > 0, changes_B6[:, 1:].T
+    changed_B, values, stops = changes_BC[:, 0] > 0, changes_BC[:, 1:6].T, changes_BC[:, 6:]
 
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(changed_B, jax.lax.bitcast_convert_type(new, old.dtype), old)
 
     request, budget, *sampling = map(pick, values, (state.request, state.budget, *state.sampling))
-    return state._replace(request=request, budget=budget, sampling=Sampling(*sampling))
+    stops = jnp.where(changed_B[:, None], stops, state.stops)
+    return state._replace(request=request, budget=budget, stops=stops, sampling=Sampling(*sampling))
 
 
 def decode_steps(
@@ -58,7 +64,7 @@ def decode_steps(
     params: Params,
     run_key: jax.Array,
     steps: jax.Array,
-    changes_B6: jax.Array,
+    changes_BC: jax.Array,
     table_BP: jax.Array,
     stale_B: jax.Array,
     stale_count: jax.Array,
@@ -69,7 +75,7 @@ def decode_steps(
     what live rows hold, but for those named in `stale`; what is drawn is written to both. Returns the state, the dense
     rows and the two arrays of `Drawn`.
     """
-    state = apply_turns(state, changes_B6)
+    state = apply_turns(state, changes_BC)
     rows = state.length.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
     cache = state.cache
@@ -90,7 +96,8 @@ def decode_steps(
         live = loop.budget > 0
         logits = decoder.logits(model, params, loop.hidden)
         draw = sample(logits, row_keys(run_key, state.request, loop.length), state.sampling, shards)
-        budget = jnp.where(jnp.isin(draw.tokens, stops), 0, loop.budget - live)
+        stopped = jnp.isin(draw.tokens, stops) | jnp.any(draw.tokens[:, None] == state.stops, 1)
+        budget = jnp.where(stopped, 0, loop.budget - live)
         go = budget > 0
         cache, hidden = decoder.extend(
             model,

@@ -246,7 +246,8 @@ class Service:
             except Exception as error:  # of the conversation, which is others' code: it ends that one alone
                 self._finish(talk, error)
                 continue
-            turn = Turn(c.request, talk.budget, sampling.temperature, sampling.top_k, sampling.top_p)
+            how = sampling.temperature, sampling.top_k, sampling.top_p, sampling.stop_ids
+            turn = Turn(c.request, talk.budget, *how)
             self.engine.start(talk.slot, turn)
             self._seats.live[talk.slot] = talk
         self._stuck = not seated
@@ -303,9 +304,6 @@ class Service:
         talk.logprobs += turns.plain_logprobs[slot, :number].tolist()
         talk.budget -= number
         stop = talk.conversation.stop_at(talk.turn, seen)
-        if talk.sampling.stop_ids:
-            named = (end for end in range(seen + 1, len(talk.turn) + 1) if talk.turn[end - 1] in talk.sampling.stop_ids)
-            stop = min((end for end in (stop, next(named, None)) if end is not None), default=None)
         if stop is not None:
             del talk.turn[stop:], talk.logprobs[stop:]
         talk.ids += talk.turn[seen:]

@@ -1,11 +1,13 @@
 """What goes into an engine and comes out of it: turns to draw, what was drawn, and rows without a slot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+STOPS = 8  # ids of its own that a turn may stop at
 
 
 class Turn(NamedTuple):
@@ -16,6 +18,7 @@ class Turn(NamedTuple):
     temperature: float = 1.0
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
+    stop_ids: Collection[int] = ()  # at most `STOPS`, beside the engine's
 
 
 @dataclass(eq=False)

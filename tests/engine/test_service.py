@@ -120,20 +120,48 @@ def test_who_stops_listening_is_dropped(engines):
 # --- how a conversation draws -----------------------------------------------------------------------------------------
 
 
-def test_each_conversation_draws_in_its_own_way(engines, model):
-    """Side by side: greedy, of one token, of the stop that it names, and of its seed."""
-    greedy, top, stopped, plain, again = (Chat([9, 8, 7], request, turns=1) for request in (1, 2, 3, 4, 4))
-    some = frozenset(range(0, model.vocab_size, 3))
-    ways = [SamplingParams(0.0), SamplingParams(1.0, top_k=1), SamplingParams(stop_ids=some), None, SamplingParams()]
+def test_each_conversation_draws_in_its_own_way(engines):
+    """Side by side: greedy, of one token, and of its seed."""
+    greedy, top, plain, again = (Chat([9, 8, 7], request, turns=1) for request in (1, 2, 4, 4))
+    ways = [SamplingParams(0.0), SamplingParams(1.0, top_k=1), None, SamplingParams()]
 
     async def scenario() -> None:
         async with Service(engines()) as service:
-            together = zip((greedy, top, stopped, plain, again), ways, strict=True)
+            together = zip((greedy, top, plain, again), ways, strict=True)
             await asyncio.gather(*[service.submit(chat, way) for chat, way in together])
 
     play(scenario)
     assert drawn(greedy) == drawn(top) and drawn(plain) == drawn(again) != drawn(greedy)
-    assert drawn(stopped)[-1] in some and not some.intersection(drawn(stopped)[:-1])
+
+
+@pytest.fixture(scope="module")
+def talker(engines) -> list[int]:
+    """The longest turn of some requests, that of the first id in it: [request, *ids]."""
+    talkers = [Chat([9, 8, 7], request, turns=1) for request in range(16)]
+    run(engines(), talkers)
+    longest = max(talkers, key=lambda chat: len(chat.ids))
+    return [longest.request, *drawn(longest)]
+
+
+@pytest.mark.parametrize("which", [[0], [3], [7], [8], [-2], [-1], [2, 5, 9, 11, 12, 13, 14, 15], []])
+def test_a_turn_ends_on_the_device_at_ids_of_its_own(engines, talker, which):
+    """Wherever in a dispatch they are: nothing is drawn behind them; the next turn has them too, and others do not."""
+    request, *ids = talker
+    assert len(ids) > 16, "more than two dispatches"
+    own = frozenset(ids[place] for place in which)
+    end = next((place + 1 for place, token in enumerate(ids) if token in own), len(ids))
+    stopped, other = Chat([9, 8, 7], request, turns=2), Chat([9, 8, 7], request, turns=1)
+
+    async def scenario() -> int:
+        async with Service(engines()) as service:
+            done = service.submit(stopped, SamplingParams(stop_ids=own)), service.submit(other)
+            await asyncio.gather(*done)
+            return service.take_statistics().decoded_tokens
+
+    assert play(scenario) == len(drawn(stopped)) + len(drawn(other))
+    assert drawn(other) == ids and drawn(stopped)[:end] == ids[:end] and not stopped.sampled[3 + end]
+    second = drawn(stopped)[end:]
+    assert second and not own.intersection(second[:-1])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +172,7 @@ def test_each_conversation_draws_in_its_own_way(engines, model):
         ({"top_k": -1}, "top_k=-1 must be at least 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"stop_ids": frozenset(range(9))}, r"stop_ids=\[0, .*, 8\] are 9; give at most 8"),
     ],
 )
 def test_an_impossible_way_to_draw_is_named(changes, message):
