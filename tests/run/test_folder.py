@@ -174,6 +174,19 @@ def test_an_evaluation_that_is_older_than_its_question_asked_none(tmp_path):
     begin(load([*words, "evaluation.answer_tokens=0"]))
 
 
+def test_a_folder_that_is_older_than_the_choice_of_a_prompt_had_the_papers(tmp_path):
+    def older(name: str, *words: str) -> list[str]:
+        words = ["config=grpo", f"run={tmp_path / name}", "rollout.grammar=retool", *words]
+        folder = begin(load(words))
+        rewrite(folder, {key: value for key, value in saved(folder).items() if not key.endswith("tool_prompt")})
+        return words
+
+    begin(load(older("miniature")))  # whose default is the paper's
+    other = older("other", "tokenizer=elsewhere")
+    assert "rollout.tool_prompt is paper there and" in refusal(load(other))
+    begin(load([*other, "rollout.tool_prompt=paper"]))
+
+
 def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
     run = load(["config=grpo", f"run={tmp_path / 'r'}"])
     folder = begin(run)
