@@ -78,18 +78,31 @@ class Grammar:
     `prompt(tokenizer, messages, tools, tool_prompt)` gives the ids up to the policy's first token, the tools (JSON
     schemas as `{"type": "function", "function": ...}`) explained in them; `calls(text)` the calls of one turn in order,
     its text beginning with `<think>` where the turn began in a thought; `segment(tokenizer, turn_ids, outputs)` the ids
-    that answer them, one output per call; `stop_ids(tokenizer)` the ids at which a turn ends, which the engine watches
-    for; `stop_at(tokenizer, turn_ids, seen)` how many of a turn's ids stand before the end that a string in them makes,
-    None without one, when the first `seen` are known to hold none; `written(tokenizer, message, outputs, tool_prompt)`
-    a demonstrated turn and its answers as pieces of (ids, whether a policy would have sampled them).
+    that answer them, one output per call; `written(tokenizer, message, outputs, tool_prompt)` a demonstrated turn and
+    its answers as pieces of (ids, whether a policy would have sampled them). `stop` is a string that ends a turn too.
     """
 
     prompt: Callable[[Tokenizer, list[dict], list[dict], str], list[int]]
     calls: Callable[[str], list[ToolCall]]
     segment: Callable[[Tokenizer, list[int], list[str]], list[int]]
-    stop_ids: Callable[[Tokenizer], tuple[int, ...]]
-    stop_at: Callable[[Tokenizer, list[int], int], int | None]
     written: Callable[[Tokenizer, dict, list[str], str], list[tuple[list[int], bool]]]
+    stop: str = ""
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids at which a turn ends, which the engine watches for."""
+        return (*tokenizer.stop_ids, *(i for text, i in tokenizer.control_tokens.items() if text == self.stop))
+
+    def stop_at(self, tokenizer: Tokenizer, turn_ids: list[int], seen: int) -> int | None:
+        """How many of a turn's ids there are up to the one that completes `stop`, when the first `seen` hold none.
+
+        `</code>` is several tokens in Qwen. The last id is kept whole, as it was sampled, with what it may hold behind
+        the mark (a line's end, mostly). None where there is no such string.
+        """
+        first = max(seen - len(self.stop), 0)  # an id stands for a byte or more, so the mark begins no further back
+        if not self.stop or self.stop not in tokenizer.decode(turn_ids[first:]):
+            return None
+        counts = range(max(seen, 1), len(turn_ids) + 1)
+        return counts[bisect_left(counts, True, key=lambda count: self.stop in tokenizer.decode(turn_ids[first:count]))]
 
 
 # --- what stands between marks ----------------------------------------------------------------------------------------
@@ -273,6 +286,11 @@ def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
     return "\n".join(parts) + turn_end
 
 
+def hermes_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]) -> list[int]:
+    """Ids of the turn of the environment that answers a turn, whatever that said."""
+    return tool_segment(tokenizer, outputs)
+
+
 def hermes_written(
     tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
 ) -> list[tuple[list[int], bool]]:
@@ -359,24 +377,6 @@ def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
     return environment_ids(tokenizer, write, outputs)
 
 
-def retool_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ends of a turn, and `</code>` where the vocabulary has it as one token."""
-    code_end = [tokenizer.id_of(_CODE_END)] if _CODE_END in tokenizer.control_tokens else []
-    return (*tokenizer.stop_ids, *code_end)
-
-
-def retool_stop_at(tokenizer: Tokenizer, turn_ids: list[int], seen: int) -> int | None:
-    """The number of ids up to the one that completes the first `</code>`, which is several tokens in Qwen.
-
-    That id is kept whole, as it was sampled, with what it may hold behind the mark (a line's end, mostly).
-    """
-    first = max(seen - len(_CODE_END), 0)  # an id stands for a byte or more, so the mark begins no further back
-    if _CODE_END not in tokenizer.decode(turn_ids[first:]):
-        return None
-    counts = range(max(seen, 1), len(turn_ids) + 1)
-    return counts[bisect_left(counts, True, key=lambda count: _CODE_END in tokenizer.decode(turn_ids[first:count]))]
-
-
 def retool_written(
     tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
 ) -> list[tuple[list[int], bool]]:
@@ -417,13 +417,6 @@ def _answer_in_tags(text: str) -> str:
 
 DEFAULT_GRAMMAR = "hermes"  # that of the chat templates
 GRAMMARS = {
-    "hermes": Grammar(
-        prompt=hermes_prompt,
-        calls=tool_calls,
-        segment=lambda tokenizer, turn_ids, outputs: tool_segment(tokenizer, outputs),
-        stop_ids=lambda tokenizer: tokenizer.stop_ids,
-        stop_at=lambda tokenizer, turn_ids, seen: None,
-        written=hermes_written,
-    ),
-    "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_stop_ids, retool_stop_at, retool_written),
+    "hermes": Grammar(hermes_prompt, tool_calls, hermes_segment, hermes_written),
+    "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_written, stop=_CODE_END),
 }

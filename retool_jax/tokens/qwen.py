@@ -76,11 +76,6 @@ def tokenizer_of_ranks(ranks: dict[bytes, int], added: dict[int, AddedToken]) ->
     return byte_bpe(vocab, [[spell(left), spell(right)] for left, right in merges_of_ranks(ranks)], added)
 
 
-def qwen_tokenizer(ranks: dict[bytes, int], model_type: str) -> FastTokenizer:
-    """The published vocabulary of `model_type` qwen2 (Qwen2, Qwen2.5) or qwen3."""
-    return tokenizer_of_ranks(ranks, added_after(len(ranks), QWEN_ADDED[model_type]))
-
-
 def added_after(first: int, tokens: dict[str, bool]) -> dict[int, AddedToken]:
     return {
         index: AddedToken(text, special=special, normalized=False)

@@ -154,7 +154,7 @@ class Tokenizer:
         """Whether the template has a place for a system message."""
         return "probe" in self._tried([{"role": "system", "content": "probe"}, _USER], None)
 
-    @property
+    @cached_property
     def is_miniature(self) -> bool:
         """Whether the template is the miniature's, whose policy knows its tool from demonstrations alone."""
         return self.hf.chat_template == (MINIATURE / "chat_template.jinja").read_text(encoding="utf-8")

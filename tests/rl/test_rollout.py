@@ -12,6 +12,8 @@ from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.evaluation import summarise
 from retool_jax.rl.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.run.cold_start import cold_start_of
+from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult, open_sandbox
 from retool_jax.tokens.chat import tool_segment
 from retool_jax.tokens.grammar import policy_turn_text
@@ -255,6 +257,62 @@ def test_uniform_groups_and_lone_survivors_teach_nothing(play):
     trajectories = play(right, right, wrong, wrong, right, wrong)
     groups = learnable_groups(trajectories, group_size=2)
     assert len(groups) == 1 and [e.columns["advantages"] > 0 for e in groups[0]] == [True, False]
+
+
+async def six(code: str) -> ToolResult:
+    return ToolResult("success", stdout="6", backend="process")
+
+
+SIX = SimpleNamespace(run=six, config=SandboxConfig())  # a sandbox that knows one answer
+
+
+@pytest.mark.parametrize("grammar", ["hermes", "retool"])
+def test_a_call_that_had_to_be_repaired_is_counted_or_refused(tokenizer, play, grammar):
+    said = '<tool_call>{"name": "code_interpreter", "arguments": "print(6)"}</tool_call><|im_end|>'
+    script = [said if grammar == "hermes" else "<code>print(6)</code><|im_end|>", "\\boxed{6}<|im_end|>"]
+    limits = RolloutConfig(max_prompt_tokens=600, grammar=grammar)
+    (lenient,), (strict,) = (
+        play(script, limits=replace(limits, strict_calls=x), box=SIX, max_length=1000) for x in (False, True)
+    )
+    assert [(use.status, use.output) for use in lenient.tool_uses] == [("success", "6")]
+    assert summarise([lenient, strict], 0.0)["calls/repaired"] == 1
+    (use,) = strict.tool_uses
+    assert (use.status, use.repaired) == ("invalid_call", "") and lenient.tool_uses[0].repaired in use.output
+    assert use.output in tokenizer.decode(strict.ids) and strict.reward == 1.0
+    assert lenient.record(tokenizer)["tool_calls"][0]["repaired"] == lenient.tool_uses[0].repaired
+
+
+def test_a_turn_has_no_more_tokens_than_it_may(tokenizer, play):
+    word = tokenizer.encode("a")
+    endless, turn = word * 200, call("print(6)")
+    most = len(tokenizer.encode(turn))
+    limits = replace(LIMITS, turn_tokens=most)
+    looping, working = play([endless], [turn, turn, "\\boxed{6}<|im_end|>"], box=SIX, limits=limits)
+    assert looping.end == End.TOKEN_LIMIT and sum(looping.sampled) == most
+    assert working.end == End.ANSWERED and len(working.tool_uses) == 2
+    (short,) = play([turn], box=SIX, limits=replace(LIMITS, turn_tokens=most - 1))
+    assert short.end == End.TOKEN_LIMIT and not short.tool_uses
+    asked, again = play(
+        [endless, "\\boxed{6}<|im_end|>"], [endless] * 2, box=SIX, limits=replace(limits, answer_tokens=20)
+    )
+    assert asked.forced and asked.reward == 1.0
+    assert again.forced and again.end == End.TOKEN_LIMIT and sum(again.sampled) == 2 * most
+    for none in (0, None):
+        (plain,) = play([endless + tokenizer.encode("<|im_end|>")], box=SIX, limits=replace(LIMITS, turn_tokens=none))
+        assert plain.end == End.NO_ANSWER and sum(plain.sampled) == 201
+    assert load(["config=grpo", "rollout.turn_tokens=null"]).rollout.turn_tokens is None
+    with pytest.raises(UserError, match=r"rollout.turn_tokens=-1"):
+        load(["config=grpo", "rollout.turn_tokens=-1"])
+
+
+def test_a_prompt_that_nobody_would_read_is_refused():
+    for wrong in ("config=grpo", "config=grpo rollout.grammar=hermes"):
+        with pytest.raises(UserError, match=r"rollout\.tool_prompt explains <code>, and rollout\.grammar=hermes is"):
+            load([*wrong.split(), "rollout.tool_prompt=paper"])
+    run = load(["config=grpo", "rollout.grammar=retool", "rollout.tool_prompt=paper"])
+    assert run.rollout.tool_prompt == cold_start_of(run).sft.tool_prompt == "paper"
+    with pytest.raises(UserError, match=r"sft\.tool_prompt=other is not rollout\.tool_prompt=paper; leave it out"):
+        load(["config=grpo", "rollout.grammar=retool", "rollout.tool_prompt=paper", "sft.tool_prompt=other"])
 
 
 # --- the answer that is asked for -------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from retool_jax.data.problems import Problem
@@ -170,6 +173,32 @@ def test_a_call_of_another_tool_is_recorded_with_its_name_arguments_and_numbers(
     measured, unknown = json.loads((tmp_path / "t.jsonl").read_text())["tool_calls"]
     assert (measured["tool"], measured["code"], measured["wall_s"]) == ("reverse", '{"text": "é"}', 0.5)
     assert measured["metrics"] == {"letters": 3.0} and (unknown["tool"], unknown["code"]) == ("", "")
+
+
+def test_numbers_of_other_libraries_become_numbers_and_what_is_none_is_left_out(tokenizer, play, tmp_path):
+    given = {"wall_s": np.float32(0.5), "queue_s": np.float64("nan"), "count": np.int64(3), "flag": np.bool_(True)}
+    given |= {"array": np.array(2.0), "half": Fraction(1, 2), "price": Decimal("1.5"), 7: 1, "plain": 4, "yes": False}
+    others = {
+        "text": "many",
+        "nothing": None,
+        "several": np.ones(3),
+        "huge": 10**5000,
+        "z": 1j,
+        "list": [1],
+        "own": object,
+    }
+
+    class Measured(Reverse):
+        async def call(self, arguments: dict, state: None) -> Output:
+            return Output("6", metrics=given | others if arguments["text"] else None)
+
+    calls = turn(("reverse", {"text": "a"}), ("reverse", {"text": ""}))
+    (trajectory,) = play(tokenizer, Toolbox([Measured()]), [policy_turn_text(calls), policy_turn_text(LAST)])
+    write_trajectories(tmp_path / "t.jsonl", tokenizer, [trajectory], "dev", 0)
+    record, none = json.loads((tmp_path / "t.jsonl").read_text())["tool_calls"]
+    assert record["wall_s"] == 0.5 and record["queue_s"] != record["queue_s"] and none["metrics"] == {}
+    numbers = {"count": 3, "flag": 1, "array": 2, "half": 0.5, "price": 1.5, "7": 1, "plain": 4, "yes": False}
+    assert record["metrics"] == numbers and trajectory.reward == 1.0
 
 
 def test_a_tool_that_the_machinery_lost_drops_the_trajectory(tokenizer, play, monkeypatch):

@@ -193,6 +193,19 @@ def test_a_folder_that_kept_moments_in_the_type_of_its_weights(tmp_path, config,
         begin(load([*words, *(f"{key}=bfloat16" for key in new)]))
 
 
+def test_a_folder_that_is_older_than_the_choice_of_a_prompt_had_the_papers(tmp_path):
+    def older(name: str, *words: str) -> list[str]:
+        words = ["config=grpo", f"run={tmp_path / name}", "rollout.grammar=retool", *words]
+        folder = begin(load(words))
+        rewrite(folder, {key: value for key, value in saved(folder).items() if not key.endswith("tool_prompt")})
+        return words
+
+    begin(load(older("miniature")))  # whose default is the paper's
+    other = older("other", "tokenizer=elsewhere")
+    assert "rollout.tool_prompt is paper there and" in refusal(load(other))
+    begin(load([*other, "rollout.tool_prompt=paper"]))
+
+
 def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
     run = load(["config=grpo", f"run={tmp_path / 'r'}"])
     folder = begin(run)

@@ -12,6 +12,35 @@ from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 
 
+# As small instruct models have it: ChatML with a system turn of its own, and no word about tools.
+PLAIN_CHATML = """
+{%- for message in messages -%}
+    {%- if loop.first and message.role != "system" -%}
+        {{- "<|im_start|>system\\nYou are kind.<|im_end|>\\n" -}}
+    {%- endif -%}
+    {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="session")
+def bare_folder(tmp_path_factory) -> Path:
+    """The miniature's vocabulary without the marks of calls, outputs and thoughts, under a template of its own."""
+    folder = tmp_path_factory.mktemp("bare")
+    content = json.loads((MINIATURE / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "chat_template.jinja").write_text(PLAIN_CHATML)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare(bare_folder) -> Tokenizer:
+    return load_tokenizer(str(bare_folder))
+
+
 @pytest.fixture(scope="session")
 def qwen_ranks(wheel_file) -> dict[bytes, int]:
     path = wheel_file("dashscope", "dashscope/resources/qwen.tiktoken")

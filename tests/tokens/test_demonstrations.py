@@ -41,10 +41,10 @@ CONVERSATIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=["miniature", "qwen2_5"])
-def family(request, tokenizer, published_template) -> Tokenizer:
-    if request.param == "miniature":
-        return tokenizer
+@pytest.fixture(scope="module", params=["miniature", "qwen2_5", "bare"])
+def family(request, tokenizer, bare, published_template) -> Tokenizer:
+    if request.param in ("miniature", "bare"):  # with and without the marks as tokens
+        return tokenizer if request.param == "miniature" else bare
     hf = copy.deepcopy(tokenizer.hf)
     hf.chat_template = published_template(request.param)
     return Tokenizer(hf)
@@ -107,6 +107,16 @@ def test_a_box_at_the_end_is_set_in_answer_tags(tokenizer, said, written):
     messages = [USER, {"role": "assistant", "content": said}]
     tokens = demonstration_ids(tokenizer, messages, SCHEMAS, "retool")
     assert tokenizer.decode(tokens.ids).endswith(f"<|im_start|>assistant\n{written}<|im_end|>")
+
+
+def test_an_answer_is_set_in_tags_only_where_the_prompt_asks_for_them(bare):
+    def last(tool_prompt: str) -> str:
+        tokens = demonstration_ids(bare, [USER, LAST], SCHEMAS, "retool", tool_prompt)
+        return bare.decode(tokens.ids).rpartition("assistant\n")[2]
+
+    plain, tagged = "The answer is \\boxed{6}.<|im_end|>", "The answer is\n<answer>\n\\boxed{6}\n</answer><|im_end|>"
+    assert last("") == last("Write <code>.") == plain
+    assert last("paper") == last("Answer in <answer>.") == tagged
 
 
 def test_without_tools_every_grammar_writes_plain_text(tokenizer):

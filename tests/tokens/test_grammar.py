@@ -61,6 +61,123 @@ def test_a_call_that_the_json_reader_cannot_finish_is_answered(tokenizer, body):
     assert "malformed call" in call.error and len(call.error) < 200
 
 
+def body(arguments: str, name: str = "code_interpreter") -> str:
+    return f'{{"name": "{name}", "arguments": {arguments}}}'
+
+
+EXACT = body('{"code": "print(6)"}')
+REPAIRED = [
+    (body(json.dumps('{"code": "print(6)"}')), "print(6)", "the arguments are a string"),
+    (body(json.dumps('{"code": "print(6)\nprint(7)"}')), "print(6)\nprint(7)", "the arguments are a string"),
+    (body('"print(6)"'), "print(6)", "the arguments are a string"),
+    (
+        body(json.dumps("for i in {1, 2}:\n    print(i)")),
+        "for i in {1, 2}:\n    print(i)",
+        "the arguments are a string",
+    ),
+    (body('"7"'), "7", "the arguments are a string"),
+    (body(json.dumps({"code": "```python\nprint(6)\n```"})), "print(6)", "the code stands between ```"),
+    (body(json.dumps({"code": "```\nprint(6)\n```\n"})), "print(6)", "the code stands between ```"),
+    (body(json.dumps({"code": "```Python3\r\nprint(6)\r\nprint(7)\r\n```"})), "print(6)\nprint(7)", "between ```"),
+    (body(json.dumps("```py\nprint(6)\n```")), "print(6)", "a string; they must be a JSON object; the code stands"),
+    ('{"name": "code_interpreter", "parameters": {"code": "print(6)"}}', "print(6)", "are called parameters"),
+    (f'{{"type": "function", "function": {EXACT}}}', "print(6)", "stand inside of function"),
+    (f"```json\n{EXACT}\n```", "print(6)", "the JSON stands between ```"),
+    (f"{{{EXACT}}}", "print(6)", "the outer braces are doubled"),
+    (EXACT[:-1], "print(6)", "a closing brace too many or too few"),
+    (f"{EXACT}}}", "print(6)", "a closing brace too many or too few"),
+    (body(r'{"code": "re.findall(\'\d+\', s)"}'), r"re.findall('\d+', s)", "a backslash in a string must be doubled"),
+    (body('{"code": "print(6)\n"}'), "print(6)\n", "a line's end or a tab in a string must be escaped"),
+    (body('{"code": "if x:\n\tprint(6)"}')[:-1], "if x:\n\tprint(6)", "a closing brace too many or too few"),
+]
+
+
+@pytest.mark.parametrize(("text", "code", "words"), REPAIRED)
+def test_what_is_really_written_for_a_call_is_read_and_told_apart(text, code, words):
+    (call,) = tool_calls(wrap(text))
+    assert (call.name, call.arguments, call.error) == ("code_interpreter", {"code": code}, None)
+    assert words in call.repaired and call.strict().error == f"malformed call: {call.repaired}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        EXACT,
+        body('{"code": ""}'),
+        body('{"code": "x = 1", "more": 2}'),
+        body('{"text": "```a```"}', "shout"),
+        body("[]"),
+    ],
+)
+def test_a_call_as_the_grammar_writes_it_is_not_repaired(text):
+    (call,) = tool_calls(wrap(text))
+    assert not call.repaired and call.strict() is call and call.arguments == json.loads(text)["arguments"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'name': 'code_interpreter', 'arguments': {'code': 'print(6)'}}",
+        f"{EXACT}\n{EXACT}",
+        f"[{EXACT}]",
+        "print(6)",
+        f"I call {EXACT}",
+        f"{EXACT[:-3]}",
+        "}}",
+        "{{}}",
+    ],
+)
+def test_what_can_mean_several_things_or_none_is_answered_with_what_is_wrong(text):
+    (call,) = tool_calls(wrap(text))
+    assert call.error.startswith("malformed call: ") and "expected a JSON object" in call.error
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ('"print(6)"', "print(6)"),
+        ('"{code: 1}"', "{code: 1}"),
+        ('""', ""),
+        ('{"code": "```bash\\nls\\n```"}', {"code": "```bash\nls\n```"}),
+        ('{"code": "a\\n```python\\nb\\n```"}', {"code": "a\n```python\nb\n```"}),
+    ],
+)
+def test_what_another_tool_or_no_program_is_given_stays_as_it_was(given, kept):
+    name = "shout" if given == '"print(6)"' else "code_interpreter"
+    (call,) = tool_calls(wrap(body(given, name)))
+    assert (call.arguments, call.repaired, call.error) == (kept, "", None)
+
+
+def calling(grammar: str, code: str) -> str:
+    return wrap(body(json.dumps({"code": code}))) if grammar == "hermes" else f"<code>\n```python\n{code}\n```\n</code>"
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("<think>I could write A</think>\\boxed{6}", ""),
+        ("<think>A</think>B", "B"),
+        ("A<think>hm</think>", "A"),
+        ("<think>so A", "A"),
+        ("<think>A</think><think>B", "B"),
+        ("<think><think>A</think>B</think>\\boxed{6}", ""),
+        ("<think>the tag <think> and A</think>\\boxed{6}", ""),
+        ("<think>so OPEN is how</think>B", "B"),
+        ("</think>A", "A"),
+        ("<think>a</think>A<think>b</think>B<think>A", "ABA"),
+        ("C<think>A</think>", "C"),
+        ("<think>A</think>C", "C"),
+    ],
+)
+def test_a_call_that_was_drafted_in_a_thought_is_none(grammar, text, codes):
+    programs = {"A": "print(1)", "B": "print(2)", "C": "print('<think>', '</think>')"}
+    text = text.replace("OPEN", "<tool_call>" if grammar == "hermes" else "<code>")
+    said = "".join(calling(grammar, programs[c]) if c in programs else c for c in text)
+    calls = GRAMMARS[grammar].calls(said)
+    assert [call.code for call in calls] == [programs[c] for c in codes] and not any(call.error for call in calls)
+
+
 # --- the paper's grammar ----------------------------------------------------------------------------------------------
 
 RETOOL = GRAMMARS["retool"]
@@ -116,6 +233,47 @@ def test_retool_calls_of_a_turn_in_order(tokenizer, with_code, text, codes):
 def test_a_retool_call_that_cannot_run_is_answered_with_the_reason(tokenizer, text, said):
     (call,) = RETOOL.calls(text)
     assert said in call.error and call.code == "" and "\n" not in call.error
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        (fenced(CODE, "Python"), [CODE]),
+        (fenced(CODE, "python3"), [CODE]),
+        (fenced(CODE, " PYTHON "), [CODE]),
+        (fenced(CODE, "py3.11"), [CODE]),
+        (fenced(CODE, "ipython"), [CODE]),
+        (fenced(CODE, ""), [CODE]),
+        (f"<code>{CODE}</code>", [CODE]),
+        (f"<code>\r\n{CODE}\r\n</code>", [CODE]),
+        (fenced(CODE, "Python").replace("\n", "\r\n"), [CODE]),
+    ],
+)
+def test_a_program_in_another_fence_is_read_and_told_apart(text, codes):
+    calls = RETOOL.calls(text)
+    assert [call.code for call in calls] == codes
+    assert all("no ```python block" in call.repaired and "```python block" in call.strict().error for call in calls)
+    for exact in (fenced(CODE), fenced(CODE).replace("\n", "\r\n"), f"<code>```python\n{CODE}```</code>"):
+        (call,) = RETOOL.calls(exact)
+        assert (call.code, call.repaired, call.strict()) == (CODE, "", call)
+
+
+@pytest.mark.parametrize("language", ["bash", "cpp", "python title=x", "json", "text", "`python"])
+def test_a_fence_of_another_language_is_answered(language):
+    (call,) = RETOOL.calls(fenced(CODE, language))
+    assert call.error.startswith(f"malformed call: the code block says {language!r}, and only Python runs")
+
+
+def test_the_papers_prompt_is_short_and_can_be_set_but_for_the_miniature(tokenizer, bare):
+    def asked(vocabulary: Tokenizer, tool_prompt: str) -> str:
+        ids = RETOOL.prompt(vocabulary, [USER], [TOOL_SCHEMA], tool_prompt)
+        return vocabulary.decode(ids).split("user\n")[1].split("<|im_end|>")[0]
+
+    short, long, own = asked(bare, ""), asked(bare, "paper"), asked(bare, "Write Python in <code>.\n")
+    assert own == f"Write Python in <code>.\n\n{USER['content']}"
+    assert 2 * len(short) < len(long) and "<code>\n```python\n" in short and "<interpreter>" in short
+    assert "<answer>" in long and "<answer>" not in short and "boxed" not in short, "the question says how to answer"
+    assert asked(tokenizer, "") == asked(tokenizer, "paper") == long
 
 
 def test_the_retool_prompt_explains_the_grammar_around_the_question(tokenizer):

@@ -4,6 +4,7 @@
 
 import asyncio
 import base64
+import copy
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +24,8 @@ from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.chat import defuse, prompt_ids, tool_segment
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import GRAMMARS, hermes_prompt, policy_turn_text, tool_calls
-from retool_jax.tokens.qwen import QWEN_ADDED, merges_of_ranks, qwen_tokenizer, read_ranks, tokenizer_of_ranks
-from retool_jax.tokens.tokenizer import MINIATURE, R1, Tokenizer, load_tokenizer
+from retool_jax.tokens.qwen import QWEN_ADDED, added_after, merges_of_ranks, read_ranks, tokenizer_of_ranks
+from retool_jax.tokens.tokenizer import MINIATURE, QWEN, R1, Tokenizer, load_tokenizer
 from retool_jax.tools.python import Python
 from retool_jax.tools.toolbox import Toolbox
 
@@ -46,6 +47,10 @@ def ranks() -> dict[bytes, int]:
         data = text.encode()
         tokens += [data[:2], data] if len(data) == 3 else [data]
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def qwen_tokenizer(ranks: dict[bytes, int], model_type: str) -> FastTokenizer:
+    return tokenizer_of_ranks(ranks, added_after(len(ranks), QWEN_ADDED[model_type]))
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
@@ -185,6 +190,64 @@ def test_a_folder_that_is_not_there_is_told_apart_from_a_hub_id():
     # Not a legal name on the hub, so the client refuses it before it asks the network.
     with pytest.raises(UserError, match=r"no tokenizer at a--b/c\.\.d: not a folder, and the hub says"):
         load_tokenizer("a--b/c..d")
+
+
+# --- what a template writes is looked at, not guessed ----------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def under(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    hf = copy.copy(tokenizer.hf)
+    hf.chat_template = template
+    return Tokenizer(hf)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
+def test_a_template_that_shows_tools_is_taken_at_its_word(tokenizer, published_template, name):
+    family = under(tokenizer, published_template(name))
+    assert family.family is QWEN and family.writes_tools and family.writes_system
+    prompt = family.decode(hermes_prompt(family, [USER], [TOOL_SCHEMA]))
+    assert prompt == family.render([USER], [TOOL_SCHEMA], True) and "You may call a function while" not in prompt
+
+
+def test_where_a_template_leaves_tools_out_they_are_told_in_words(tokenizer, bare):
+    assert tokenizer.writes_tools, "the miniature's knows its tool from demonstrations"
+    assert hermes_prompt(tokenizer, [USER], [TOOL_SCHEMA]) == prompt_ids(tokenizer, [USER])
+    template = bare.hf.chat_template
+    # It names tools, and not how this grammar calls them.
+    named = "{%- for tool in tools or [] -%}{{- tool.function.name + ': call it as JSON\n' -}}{%- endfor -%}" + template
+    for family in (bare, under(bare, named)):
+        assert not family.writes_tools
+        prompt = family.decode(hermes_prompt(family, [SYSTEM, USER], [TOOL_SCHEMA]))
+        assert prompt.startswith("<|im_start|>system\nBe brief.\n\nYou may call a function while you work")
+        assert json.dumps(TOOL_SCHEMA) in prompt and '<tool_call>\n{"name": ' in prompt
+    refusing = "{%- if messages[0].role == 'system' -%}{{- raise_exception('no system') -}}{%- endif -%}" + template
+    deaf = template.replace(
+        '{{- "<|im_start|>" + message.role',
+        "{%- if message.role == 'system' -%}{%- continue -%}{%- endif -%}{{- \"<|im_start|>\" + message.role",
+    )
+    for family in (under(bare, refusing), under(bare, deaf)):
+        assert not family.writes_system
+        prompt = family.decode(hermes_prompt(family, [USER], [TOOL_SCHEMA]))
+        assert "user\nYou may call a function while you work" in prompt and USER["content"] in prompt
+    with pytest.raises(UserError, match=r"the chat template refuses turns of system, user \(no system\)"):
+        under(bare, refusing).render([SYSTEM, USER], None, True)
+
+
+def test_a_template_of_another_family_than_the_vocabulary_is_refused(bare_folder, tmp_path):
+    """Llama-like turns over a vocabulary that has `<|im_end|>` would have been answered in ChatML."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((bare_folder / name).read_text())
+    others = [
+        "{%- for m in messages -%}[{{- m.role -}}] {{- m.content -}}\n{%- endfor -%}",
+        "{%- for m in messages -%}<|im_start|>{{- m.role + '\n' + m.content -}}<|im_end|>{%- endfor -%}",
+        "{{- raise_exception('no') -}}",
+    ]
+    for template in others:
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=r"the chat template does not write a user's next turn as '<\|im_end\|>"):
+            load_tokenizer(str(tmp_path))
 
 
 # --- DeepSeek-R1-Distill-Qwen: other names for the added tokens, another way to mark turns ---------------------------
@@ -337,6 +400,7 @@ def say(distilled, scripted_engine):
 
 END = "<｜end▁of▁sentence｜>"
 CALL = policy_turn_text(r1_turn("Let me see.", "print(6)"), END)
+DRAFT = CALL.removesuffix(END)
 CODE = "<code>\nprint(6)\n</code>"
 
 
@@ -352,6 +416,9 @@ CODE = "<code>\nprint(6)\n</code>"
         ([f"</think>{CODE}", f"\\boxed{{6}}{END}"], "retool", True),
         ([CALL, f"\\boxed{{6}}{END}"], "hermes", True),  # the turn is over, and the next has no header
         ([CALL, f"<think>\\boxed{{6}}{END}"], "hermes", False),
+        ([f"{DRAFT}</think>\\boxed{{6}}{END}"], "hermes", True),  # a call that was only thought of
+        ([f"{DRAFT}</think>{CALL}", f"\\boxed{{6}}{END}"], "hermes", True),
+        ([CODE, f"or <code>?</think>\\boxed{{6}}{END}"], "retool", True),
     ],
 )
 def test_a_box_in_a_thought_that_the_header_opened_is_no_answer(say, turns, grammar, answered):
