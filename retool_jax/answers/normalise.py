@@ -8,47 +8,76 @@ _LENGTHS = "mm|cm|dm|km|in|ft|yd|mi|inch|inches|foot|feet|yards?|miles?|(?:centi
 _AMOUNTS = "kg|mg|lb|lbs|oz|ounces?|pounds?|(?:kilo)?grams?|ml|lit(?:er|re)s?|gallons?|dollars?|cents?|euros?|units?"
 _TIMES = "sec|secs|seconds?|min|mins|minutes?|hr|hrs|hours?|days?|weeks?|months?|years?|mph|degrees?|deg|radians?"
 _WORDS = f"(?:{_LENGTHS}|{_AMOUNTS}|{_TIMES})"
-_UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_WORDS}(?:\s*(?:/|per)\s*{_WORDS})?"
+_UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_WORDS}(?:\s*(?:/|per)\s*(?:{_WORDS}|[hs]))?"
 _SHORT_UNIT = r"(?:[mgshLJNWVKC]|m/s)"  # only inside \text{}: a bare 5m is a product
 _POWER = r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
-_NAME = r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{\w+\}))?(?:\([\w,\s]*\))?"
+# Words after a number that change it, or that make it one of several.
+_CHANGING = (
+    r"hundreds?|thousands?|[a-z]*illions?|dozens?|score|couple|hal(?:f|ves)|thirds?|quarters?|first|second"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|[a-z]*teen|[a-z]*tie)ths?"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|[a-z]+ty"
+    r"|per ?cent(?:age)?s?|pct|ppm|permille|more|less|fewer|greater|larger|smaller|least|most|above|below|over|under"
+    r"|between|about|around|almost|approximately|roughly|plus|minus|times|divided|by|up|down|or|and|not|but|if|when"
+    r"|for|where|unless|except|mod(?:ulo)?|base|squared?|cubed?|factorial|choose|root|power|point|negative|remainder"
+    r"|repeating|recurring|undefined|infinity|only|any|all|none|no|yes|true|false|am|pm|pi|i|each|both|either|neither"
+    r"|maybe|perhaps|possibly|probably"
+)
+_NOUNS = rf"(?i:(?!(?:[a-z'-]+\s+)*(?:{_CHANGING})\b)[a-z][a-z'-]+(?:\s+[a-z][a-z'-]*){{0,5}})"
+
+NAME = r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{\w+\}))?(?:\([\w,\s]*\))?"
+# Functions that SymPy prints, and their usual other names.
+FUNCTIONS = (
+    *("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "arcsin", "arccos", "arctan"),
+    *("sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "cbrt", "root", "Abs", "abs", "binomial", "floor"),
+    *("ceiling", "gamma", "zeta", "Rational", "Integer", "Matrix", "Eq", "Max", "Min", "re", "im", "conjugate"),
+)
+GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "mu", "sigma", "phi", "omega", "rho", "tau")
+_PLAIN = {"\u221e": r"\infty ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": "/"}
+_PLAIN |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\neq ", "\u00b1": r"\pm ", "\u2208": r"\in "}
+_PLAIN |= {"\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u03d5": r"\phi "}
 
 # In order. A lookbehind keeps the row break of a matrix, whose second backslash begins no command.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"\s+", " "),  # first, so that no later rule looks for long runs
         (r"[\u2010-\u2015\u2212]", "-"),
         (r"[\u2018\u2019\u201c\u201d\u2032]", "'"),
+        (r"\u221a\s*(?:\(([^()]*)\)|([0-9]+|[a-zA-Z]))", r"\\sqrt{\1\2}"),
         (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # math delimiters and the currency sign
         (r"\{,\}|,\s*\\!\s*", ","),
         (r"(?<!\\)\\(?:!|(?:displaystyle|textstyle|left|right|[bB]igg?[lr]?)(?![a-zA-Z]))", ""),
+        (rf"\s*,?\s*(?:(?<!\\)\\q?quad(?![a-zA-Z])\s*)+(?=(?:\\?(?:and|or)\s+)?{NAME}\s*=)", ", "),
         (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (rf"(?<=[0-9}})\s])\s*{_WRAPPER}\s*\{{\s*(?:{_UNIT}|{_SHORT_UNIT}){_POWER}\s*\.?\s*\}}{_POWER}\s*$", ""),
+        (rf"(?<=[0-9}}])\s*{_WRAPPER}\s*\{{\s*{_NOUNS}\s*\.?\s*\}}\s*$", ""),
         (rf"{_WRAPPER}\s*\{{([^{{}}]*)\}}", r"\1"),
-        (r"\s*(?:,\s*)?\b(?:and|or)\b\s*(?=[-+\\0-9(])", ", "),
-        (r"\s*\\?%", ""),
+        (rf"\s*(?:,\s*)?\b(?:and|or)\b\s*(?=[-+\\0-9(]|{NAME}\s*=)", ", "),
+        (r"\s*\\?%(?!\s*[0-9])", ""),
         (rf"(?<=[0-9}})])\s*{_UNIT}{_POWER}\s*$", ""),
+        (rf"^([-+]?[0-9][0-9,.]*)\s+(?=[a-zA-Z]{{4}}){_NOUNS}\s*$", r"\1"),
         (r"(?<!\.)[.\u3002]\s*$", ""),  # a full stop, not the end of an ellipsis
         (r"^\s+|\s+$", ""),
         (r"^([\"'`])\s*([^\"'`]*)\s*\1$|^``([^\"'`]*)''$|^\{([^{}]*)\}$", r"\2\3\4"),  # quotes, idle braces
-        (rf"^(?:{_NAME}\s*(?:=|\\in(?![a-zA-Z]))|(?i:(?:the )?(?:final )?answer)\s*(?:is|=|:)|=)\s*", ""),
-        (r"^\(([A-Z])\)$", r"\1"),  # a multiple-choice letter
+        (r"^(?:(?i:(?:the )?(?:final )?answer)\s*(?:is|=|:)|=)\s*", ""),
+        (r"^\(([^(),;]*)\)$", r"\1"),  # a letter of a choice, or idle
     ]
 ]
+_LABEL = re.compile(rf"^{NAME}\s*(?:=|\\in(?![a-zA-Z]))\s*(?=[^=]*$)")
 _DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?|\u00b0|\\degrees?(?![a-zA-Z]))\s*(?:[CF]\b)?")
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
 _THOUSANDS = re.compile(r"[+-]?\s*[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]*)?")
 _DECIMAL = re.compile(r"([+-]?)\s*([0-9]*)(?:\.([0-9]*))?(?:_\{?10\}?)?")
 
 
-def normalise(answer: str) -> str:
+def normalise(answer: str, named: bool = False) -> str:
     r"""One spelling for what means the same: `'\text{1{,}042}.'` and ` x = 01,042^\circ` both become `1042`.
 
     Removes typography (unicode variants, spacing and size commands, `$`, quotes, text wrappers, a full stop), what
-    names or measures the value (`x =`, degree sign, per cent sign, unit) and thousands separators; decimals lose
-    needless zeros. A bare letter is not taken for a unit, and the left side of an equation goes only when it is a
-    single name.
+    names or measures the value (`x =`, degree sign, per cent sign, unit, what is counted) and thousands separators;
+    decimals lose needless zeros. A bare letter is not taken for a unit, and the left side of an equation goes only
+    when it is a single name, and stays where the result is to be `named`.
     """
     if _DECIMAL.fullmatch(answer):  # most answers: a few microseconds
         return _plain_decimal(answer)
@@ -59,6 +88,8 @@ def normalise(answer: str) -> str:
             answer = pattern.sub(replacement, answer)
         if not _TRIGONOMETRIC.search(answer):  # in sin 30^\circ the sign is part of the value
             answer = _DEGREE.sub("", answer)
+        if not named:
+            answer = _LABEL.sub("", answer)
         if answer == before:
             break
     if _THOUSANDS.fullmatch(answer):
@@ -74,6 +105,8 @@ def _plain_characters(text: str) -> str:
     parts = []
     for character in text:
         kind, _, points = unicodedata.decomposition(character).partition(" ")
+        if kind == "<font>":
+            character = unicodedata.normalize("NFKC", character)
         if kind in ("<super>", "<sub>"):
             mark = "^" if kind == "<super>" else "_"
             plain = "".join(chr(int(point, 16)) for point in points.split())
@@ -84,8 +117,10 @@ def _plain_characters(text: str) -> str:
         elif kind == "<fraction>":
             over, _, under = unicodedata.normalize("NFKC", character).partition("\u2044")
             parts.append(rf"\frac{{{over}}}{{{under}}}")
+        elif name := re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", unicodedata.name(character, "")):
+            parts.append("\\" + (name[2].lower() if name[1] == "SMALL" else name[2].capitalize()) + " ")
         else:
-            parts.append(character)
+            parts.append(_PLAIN.get(character, character))
     return unicodedata.normalize("NFKC", "".join(parts))
 
 
@@ -97,12 +132,3 @@ def _plain_decimal(text: str) -> str:
     whole, part = match[2].lstrip("0") or "0", (match[3] or "").rstrip("0")
     number = f"{whole}.{part}" if part else whole
     return "-" + number if match[1] == "-" and number != "0" else number
-
-
-def right_hand_side(equation: str) -> str:
-    r"""The value an equation gives: 45 in `m + n = 45`; unchanged when it gives several, or says "not equal"."""
-    value = equation.rpartition("=")[2]
-    inside = value.count("{") != value.count("}")  # the sign of \sum_{k=1}
-    if inside or re.search(r"[,;<>!:]|\\(?:not|ne|le|ge|approx|equiv|pmod)", equation):
-        return equation
-    return normalise(value)

@@ -1,27 +1,34 @@
-"""The program that compares two answers with math-verify. `retool_jax.answers.workers` starts it and writes JSON lines.
+"""The program that compares two answers. `retool_jax.answers.workers` starts it and sends JSON through a pipe.
 
-    question  ["truth", "answer", CPU seconds]          reply  the value of an `Outcome`
+    question  [children at once, CPU seconds of each, [["truth", "answer"], ...]]
+    reply     [index of the pair, value of an `Outcome`], one for each as it is decided
 
-The first reply is an empty string, or says why math-verify cannot be imported. Each question is answered by a forked
-child. So every question finds the state that the program had when it began, whatever was asked before, and a child that
-crashes takes nothing with it. The limit of a child is CPU time and the kernel ends it: math-verify's own limit cannot
-stop a long multiplication, and a busy machine is not the answer's fault.
+The first reply is an empty string, or says why math-verify cannot be imported. Each pair is compared by a forked
+child. So every comparison finds the state that the program had when it began, whatever was asked before, and a child
+that crashes takes nothing with it. The limit of a child is CPU time and the kernel ends it: no limit inside of Python
+can stop a long multiplication, and a busy machine is not the answer's fault.
 """
 
 import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from enum import StrEnum
-from typing import IO
+from multiprocessing.connection import Connection
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space; SymPy itself needs about a fifth
 # Read once before the first question, so that no child has to build the tables of the LaTeX parser.
-_REHEARSED = [(r"\frac{\sqrt{2}}{2}", r"2^{-1}\sqrt{2}+0.0"), ("(x+1)(x-1)", "x^2-1"), (r"\{1,\pi\}", "(1,2]")]
+_REHEARSED = [
+    (r"\frac{\sqrt{2}}{2}", r"2^{-1}\sqrt{2}+0.0"),
+    (r"(x+1)(x-1)^{n}\sin x", r"x^2-\ln(x)e^{x}"),
+    (r"(1,\pi)\cup\{1,2\}", "2*pi"),
+    (r"-1<x\le 2", "x_1=3y"),
+]
+_LOG = re.compile(r"\\log(?!\s*_|[a-zA-Z])")
 
 
 class Outcome(StrEnum):
@@ -32,7 +39,7 @@ class Outcome(StrEnum):
     UNDECIDED = "undecided"  # an error inside SymPy
     TIMEOUT = "timeout"  # out of its own time or memory
     LATE = "late"  # the time for all comparisons of its step was over
-    LOST = "lost"  # no worker could be started or stayed alive; says nothing about the answer
+    LOST = "lost"  # no process could be started or stayed alive; says nothing about the answer
 
 
 _CODES = {64 + index: outcome for index, outcome in enumerate(Outcome)}
@@ -40,16 +47,16 @@ _CODES = {64 + index: outcome for index, outcome in enumerate(Outcome)}
 _SIGNALS = {signal.SIGPROF: Outcome.TIMEOUT, signal.SIGABRT: Outcome.TIMEOUT, signal.SIGKILL: Outcome.LOST}
 
 
-def serve(questions: IO[str], replies: IO[str]) -> None:
-    """One line in, one line out, until the parent closes the pipe."""
+def serve(descriptor: int) -> None:
+    """Compare what comes through the pipe with this file descriptor, until its other end is closed."""
+    connection = Connection(descriptor)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT if hard < 0 else min(MEMORY_LIMIT, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable()
 
-    def reply(value: str) -> None:
-        replies.write(json.dumps(value) + "\n")
-        replies.flush()
+    def reply(value: object) -> None:
+        connection.send_bytes(json.dumps(value).encode())
 
     try:
         compare = comparison()
@@ -59,62 +66,67 @@ def serve(questions: IO[str], replies: IO[str]) -> None:
         compare(truth, answer)
     seed_random()
     reply("")
-    for line in questions:
-        truth, answer, seconds = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                signal.setitimer(signal.ITIMER_PROF, seconds)
-                code = next(code for code, outcome in _CODES.items() if outcome == compare(truth, answer))
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        reply(_SIGNALS.get(-code) or _CODES.get(code, Outcome.UNDECIDED))
+    while True:
+        try:
+            at_once, seconds, pairs = json.loads(connection.recv_bytes())
+        except EOFError:
+            return None
+        waiting = list(enumerate(pairs))[::-1]
+        running: dict[int, int] = {}
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                index, (truth, answer) = waiting.pop()
+                child = os.fork()
+                if child == 0:
+                    connection.close()  # or the trainer would not see this program's end before the child's
+                    _be_child(compare, truth, answer, seconds)
+                running[child] = index
+            child, status = os.wait()
+            code = os.waitstatus_to_exitcode(status)
+            reply([running.pop(child), _SIGNALS.get(-code) or _CODES.get(code, Outcome.UNDECIDED)])
+
+
+def _be_child(compare: Callable[[str, str], Outcome], truth: str, answer: str, seconds: float) -> None:
+    """Compare and end, with the outcome for an exit code."""
+    code = 1
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        code = next(code for code, outcome in _CODES.items() if outcome == compare(truth, answer))
+    finally:
+        os._exit(code)
 
 
 def comparison() -> Callable[[str, str], Outcome]:
-    """The function that compares a truth with an answer, two LaTeX expressions without `$` or a box.
+    """The function that compares a truth with an answer, without `$` or a box.
 
     Raises:
         ImportError: math-verify is not there, or something that it needs.
     """
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # LaTeX only: math-verify's plain-expression reader ends in SymPy's parse_expr, which is eval().
-    # units=False: it takes any trailing m, g or d for a unit, so that 5d would equal 5.
-    rules = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
-    )
-    reader = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=rules)
-
-    def value(latex: str) -> list:
-        return parse(rf"\boxed{{{latex}}}", [reader], fallback_mode="no_fallback", parsing_timeout=None)
+    from retool_jax.answers.equality import equal
+    from retool_jax.answers.reading import read
 
     def compare(truth: str, answer: str) -> Outcome:
+        outcome = Outcome.DIFFERENT  # what cannot be read
         try:
-            left, right = value(truth), value(answer)
-            # 12 decimals, not the default 6: 0.0000672 is not 0.0000674, and 2.236 is not the square root of 5.
-            equal = bool(left and right) and verify(left, right, float_rounding=12, timeout_seconds=None)
+            for bare in (r"\log", r"\ln"):  # a logarithm without a base is of base 10 or natural, on both sides alike
+                values = [read(_LOG.sub(lambda _, bare=bare: bare, text)) for text in (truth, answer)]
+                outcome = Outcome.UNDECIDED
+                if equal(*values):
+                    return Outcome.EQUAL
+                if not _LOG.search(truth + answer):
+                    break
+            return Outcome.DIFFERENT
         except MemoryError:
             return Outcome.TIMEOUT
         except Exception:  # SymPy raises everything there is
-            return Outcome.UNDECIDED
-        return Outcome.EQUAL if equal else Outcome.DIFFERENT
+            return outcome
 
     return compare
 
 
 def seed_random() -> None:
-    """SymPy tries equalities at random points: the same ones in every worker and in every run."""
+    """SymPy tries equalities at random points: the same ones in every process and in every run."""
     from sympy.core.random import seed
 
     seed(0)
     random.seed(0)
-
-
-if __name__ == "__main__":
-    _replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not look like a reply
-    serve(sys.stdin, _replies)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from retool_jax.answers import check, normalise, workers
+from retool_jax.answers import check, check_all, normalise, workers
 from retool_jax.answers.symbolic import Outcome
 
 INTEGER, RATIONAL, TEXT, SYMBOLIC = "integer", "rational", "text", "symbolic"
@@ -205,6 +205,18 @@ def test_integer_path_costs_microseconds():
         r"\boxed{" + r"\text{" * 150 + "}" * 151,
         r"\boxed{" + "^{" * 140 + "}" * 141,
         r"\boxed{" + ", and " * 160 + "}",
+        r"\boxed{1}, " * 9000,
+        r"\boxed{1" + " " * 990 + "}",
+        r"\boxed{1" + " a" * 490 + "}",
+        r"\boxed{1\text{" + "word " * 190 + "}}",
+        r"\boxed{" + "x=1," * 240 + "}",
+        r"\boxed{" + "=(" * 490 + "}",
+        r"\boxed{" + "f(x," * 240 + "=}",
+        r"\boxed{=" + "9 " * 490 + "}",
+        r"\boxed{" + r"\quad " * 160 + "}",
+        r"\boxed{" + "x^(" * 300 + "}",
+        r"\boxed{0." + "1" * 400 + r"\overline{" + "3" * 500 + "}}",
+        r"\boxed{" + "\u03c0" * 990 + "}",
     ],
 )
 def test_hostile_text_is_cheap_to_reject(text, monkeypatch):
@@ -212,6 +224,14 @@ def test_hostile_text_is_cheap_to_reject(text, monkeypatch):
     begin = time.perf_counter()
     assert not check(text, "42").correct
     assert time.perf_counter() - begin < 0.5
+
+
+def test_hostile_expressions_are_wrong_and_cost_their_own_time_alone():
+    """Towers, huge calls, and nesting that a parser is slow at; the last one is as cheap as ever."""
+    boxes = ["2**3**2 * 9**9**9", "1e9999", "binomial(10**9, 10**8)", "(" * 90 + "x" + ")" * 90, "-" * 290 + "1", "1+1"]
+    verdicts = check_all([(rf"\boxed{{{box}}}", "2") for box in boxes])
+    assert [verdict.correct for verdict in verdicts] == [False] * 5 + [True]
+    assert {verdict.reason for verdict in verdicts} <= {"refused", "timeout", "mismatch", "symbolic"}
 
 
 # --- truths of data sets ----------------------------------------------------------------------------------------------

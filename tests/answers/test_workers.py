@@ -1,5 +1,6 @@
 r"""Comparisons by math-verify: limits, whose fault it is when there is no outcome, and nothing that is left behind."""
 
+import itertools
 import os
 import random
 import signal
@@ -16,12 +17,13 @@ import pytest
 from retool_jax import train
 from retool_jax.answers import Verdict, check, check_all, workers
 from retool_jax.answers.symbolic import Outcome
-from retool_jax.answers.workers import SymbolicPool, SymbolicWorker
+from retool_jax.answers.workers import SymbolicPool
 from retool_jax.errors import UserError
 from retool_jax.sandbox.launch.procfs import stat_fields
 
 PACKAGE_PARENT = Path(workers.__file__).resolve().parents[2]
 ENDLESS = "9^{9^{9}}"
+COUNTER = itertools.count(100)
 PAIRS = [
     ("45", "40+5"),
     ("45", "40+6"),
@@ -37,15 +39,24 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[SymbolicWorker]:
-    worker = SymbolicWorker()
-    yield worker
-    worker.close()
+def running() -> Iterator[SymbolicPool]:
+    pool = SymbolicPool(workers=2)
+    pool.start()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def warm(running, monkeypatch) -> SymbolicPool:
+    """A pool that is started, with limits for this test alone. It remembers what other tests asked."""
+    monkeypatch.setattr(running, "time_limit", 5.0)
+    monkeypatch.setattr(running, "step_limit", 60.0)
+    return running
 
 
 @pytest.fixture
 def pool(monkeypatch) -> Iterator[SymbolicPool]:
-    """A pool in the place of the process's own, which remembers nothing and whose workers are not started yet."""
+    """A pool in the place of the process's own, which remembers nothing and is not started yet."""
     pool = SymbolicPool(workers=2)
     monkeypatch.setattr(workers, "pool", pool)
     yield pool
@@ -63,8 +74,9 @@ def no_process(monkeypatch) -> Callable[[], None]:
 
 @pytest.fixture
 def no_math_verify(tmp_path, monkeypatch) -> None:
+    """Of math-verify its reader is used, which is a package of its own."""
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "math_verify.py").write_text("raise ImportError('broken install')")
+    (tmp_path / "broken" / "latex2sympy2_extended.py").write_text("raise ImportError('broken install')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
 
 
@@ -84,8 +96,17 @@ def is_gone(*pids: int) -> bool:
     return not any(map(is_running, pids))
 
 
+def endless() -> tuple[str, str]:
+    """A question that was never asked before and has no end."""
+    return str(next(COUNTER)), ENDLESS
+
+
+def ask(pool: SymbolicPool, truth: str, answer: str) -> Outcome:
+    return pool.compare([(truth, answer)])[truth, answer]
+
+
 def child_of(pid: int) -> int:
-    """The process that a worker has forked for its question."""
+    """The process that was forked for a question."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -97,66 +118,81 @@ def child_of(pid: int) -> int:
 # --- the answer's fault -----------------------------------------------------------------------------------------------
 
 
-def test_a_slow_comparison_is_ended_and_the_next_one_answered(worker):
-    assert worker.compare("45", "40+5") is Outcome.EQUAL
-    first, worker.time_limit = worker.pid, 0.3
+def test_a_slow_comparison_is_ended_and_the_next_one_answered(warm):
+    first, warm.time_limit = warm.pid, 0.3
     begin = time.perf_counter()
-    assert worker.compare("1", ENDLESS) is Outcome.TIMEOUT
+    assert ask(warm, *endless()) is Outcome.TIMEOUT
     assert time.perf_counter() - begin < 10
-    worker.time_limit = 5.0
-    assert worker.compare("45", "40+5") is Outcome.EQUAL
-    assert worker.pid == first
+    warm.time_limit = 5.0
+    assert ask(warm, "45", "41+4") is Outcome.EQUAL
+    assert warm.pid == first
 
 
-def test_a_comparison_that_wants_all_memory_is_the_answers_fault(worker):
-    worker.compare("45", "40+5")
-    first, worker.time_limit = worker.pid, 1.0
-    assert worker.compare("1", "2^{2^{40}}") in (Outcome.TIMEOUT, Outcome.UNDECIDED, Outcome.DIFFERENT)
-    worker.time_limit = 5.0
-    assert worker.compare("45", "40+5") is Outcome.EQUAL and worker.pid == first
+def test_a_comparison_that_wants_all_memory_is_the_answers_fault(warm):
+    first, warm.time_limit = warm.pid, 1.0
+    assert ask(warm, "1", "2^{2^{40}}") in (Outcome.TIMEOUT, Outcome.UNDECIDED, Outcome.DIFFERENT)
+    warm.time_limit = 5.0
+    assert ask(warm, "45", "42+3") is Outcome.EQUAL and warm.pid == first
 
 
-def test_the_time_of_a_comparison_is_its_own_and_not_the_machines(worker):
+def test_the_time_of_a_comparison_is_its_own_and_not_the_machines(warm):
     """Stopped for longer than its limit, as on a machine that is too busy, it still gets its time."""
-    worker.compare("45", "40+5")
-    worker.time_limit = 0.4
+    warm.time_limit = 0.4
     found = []
-    asking = threading.Thread(target=lambda: found.append(worker.compare("1", ENDLESS)))
+    asking = threading.Thread(target=lambda: found.append(ask(warm, *endless())))
     asking.start()
-    child = child_of(worker.pid)
+    child = child_of(warm.pid)
     os.kill(child, signal.SIGSTOP)
     time.sleep(0.8)
     assert not found and is_running(child)
     os.kill(child, signal.SIGCONT)
     asking.join()
-    worker.time_limit = 5.0
     assert found == [Outcome.TIMEOUT]
 
 
 # --- the machinery's fault --------------------------------------------------------------------------------------------
 
 
-def test_a_dead_worker_is_replaced_and_the_question_asked_again(worker):
-    assert worker.compare("45", "40+5") is Outcome.EQUAL
-    os.kill(worker.pid, signal.SIGKILL)
-    assert worker.compare("45", "40+6") is Outcome.DIFFERENT
+def test_a_dead_process_is_replaced_and_the_question_asked_again(warm):
+    first = warm.pid
+    os.kill(first, signal.SIGKILL)
+    assert ask(warm, "45", "40+6") is Outcome.DIFFERENT
+    assert warm.pid not in (first, None)
 
 
-def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_lost(worker, monkeypatch):
+def test_a_process_that_dies_over_its_questions_is_replaced_and_no_outcome_is_lost(warm):
+    """One that was decided before stays so; the others are asked again."""
+    warm.time_limit = 0.8
+    found, slow = {}, endless()
+    asking = threading.Thread(target=lambda: found.update(warm.compare([("45", "44+1"), slow])))
+    asking.start()
+    child_of(first := warm.pid)
+    os.kill(first, signal.SIGKILL)
+    asking.join()
+    assert found == {("45", "44+1"): Outcome.EQUAL, slow: Outcome.TIMEOUT} and warm.pid != first
+
+
+def test_a_process_that_hangs_is_replaced_and_the_question_asked_again(warm, monkeypatch):
+    first, warm.time_limit = warm.pid, 0.5
+    monkeypatch.setattr(workers, "STARVED", 8)
+    os.kill(first, signal.SIGSTOP)
+    assert ask(warm, "45", "40+7") is Outcome.DIFFERENT
+    assert is_gone(first)
+
+
+def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_lost(warm, monkeypatch):
     """Kills less often than there are tries change nothing."""
     monkeypatch.setattr(workers, "PAUSES", (0.0, 0.1, 0.1))
-    worker.compare("45", "40+5")
+    warm.time_limit = 1.0
     for kills, outcome in ((2, Outcome.TIMEOUT), (3, Outcome.LOST)):
-        worker.time_limit = 1.0
         found = []
-        asking = threading.Thread(target=lambda found=found: found.append(worker.compare("1", ENDLESS)))
+        asking = threading.Thread(target=lambda found=found: found.append(ask(warm, *endless())))
         asking.start()
         for _ in range(kills):
-            os.kill(child_of(worker.pid), signal.SIGKILL)
+            os.kill(child_of(warm.pid), signal.SIGKILL)
             time.sleep(0.1)
         asking.join()
         assert found == [outcome]
-    worker.time_limit = 5.0
 
 
 def test_without_a_worker_nothing_is_known_and_nothing_remembered(pool, no_process):
@@ -189,50 +225,55 @@ def test_a_run_without_math_verify_does_not_begin(pool, no_math_verify, tmp_path
 # --- many at once -----------------------------------------------------------------------------------------------------
 
 
-def test_outcomes_depend_neither_on_order_nor_on_workers():
+def test_outcomes_depend_neither_on_order_nor_on_workers(warm):
     found = []
-    for count, seed in ((1, 0), (2, 1)):
-        pairs = random.Random(seed).sample(PAIRS, len(PAIRS))
-        pool = SymbolicPool(count)
-        outcomes = pool.compare(pairs)
-        pool.close()
+    other = SymbolicPool(1)
+    for pool, seed in ((warm, 0), (other, 1)):
+        outcomes = pool.compare(random.Random(seed).sample(PAIRS, len(PAIRS)))
         found.append([outcomes[pair] for pair in PAIRS])
+    other.close()
     assert found[0] == found[1]
     assert {Outcome.EQUAL, Outcome.DIFFERENT} <= set(found[0]) and Outcome.LOST not in found[0]
 
 
-def test_comparisons_run_side_by_side_in_as_few_workers_as_are_needed(pool):
-    pool.compare([("45", "40+5")])
-    pool.compare([("45", "40+6")])
-    assert [worker.pid is None for worker in pool.workers] == [False, True]
-    pool.compare([("45", f"{n}+{n}") for n in range(8)])
-    assert None not in [worker.pid for worker in pool.workers]
+def test_comparisons_run_side_by_side_and_no_more_than_are_wanted(warm):
+    warm.time_limit = 0.5
+    asking = threading.Thread(target=warm.compare, args=([endless() for _ in range(3)],))
+    asking.start()
+    seen = set()
+    while asking.is_alive():
+        seen.add(len(Path(f"/proc/{warm.pid}/task/{warm.pid}/children").read_text().split()))
+        time.sleep(0.01)
+    assert max(seen) == 2
+
+
+def test_more_questions_than_are_sent_at_once_are_all_answered(warm, monkeypatch):
+    monkeypatch.setattr(workers, "BATCH", 3)
+    pairs = [(str(n), f"{n}+{n % 2}") for n in range(8)]
+    assert list(warm.compare(pairs).values()).count(Outcome.EQUAL) == 4
 
 
 def test_equal_questions_are_asked_once(pool):
     begin = time.perf_counter()
-    pool.workers[0].time_limit = pool.workers[1].time_limit = 0.5
+    pool.time_limit = 0.5
     assert set(pool.compare([("1", ENDLESS)] * 100).values()) == {Outcome.TIMEOUT}
     assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT}
     pool.close()
-    assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT} and pool.workers[0].pid is None
+    assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT} and pool.pid is None
     assert time.perf_counter() - begin < 30
 
 
-def test_a_step_has_a_time_after_which_what_is_left_counts_as_a_time_out(pool, caplog):
-    pool.start()
-    pool.workers[1].start()
-    pool.step_limit = 1.0
-    endless = [("1", f"{base}^{{9^{{9}}}}") for base in range(3, 6)]
+def test_a_step_has_a_time_after_which_what_is_left_counts_as_a_time_out(warm, caplog):
+    warm.step_limit = 1.0
+    slow = [("1", f"{base}^{{9^{{9}}}}") for base in range(3, 6)]
     begin = time.perf_counter()
-    outcomes = pool.compare([*endless, ("45", "40+5")])
+    outcomes = warm.compare([*slow, ("45", "39+6")])
     assert time.perf_counter() - begin < 10
-    assert outcomes.pop(("45", "40+5")) is Outcome.EQUAL, "the shortest is asked first"
+    assert outcomes.pop(("45", "39+6")) is Outcome.EQUAL, "the shortest is asked first"
     assert set(outcomes.values()) == {Outcome.LATE}
     assert "3 answers were not compared within 1 s and count as time-outs" in caplog.text
-    pool.step_limit = 60.0
-    pool.workers[0].time_limit = pool.workers[1].time_limit = 0.2
-    assert set(pool.compare(endless).values()) == {Outcome.TIMEOUT}, "being late is not remembered"
+    warm.step_limit, warm.time_limit = 60.0, 0.2
+    assert set(warm.compare(slow).values()) == {Outcome.TIMEOUT}, "being late is not remembered"
 
 
 def test_what_the_machinery_made_late_is_lost(pool, no_process, monkeypatch):
@@ -245,27 +286,25 @@ def test_what_the_machinery_made_late_is_lost(pool, no_process, monkeypatch):
 # --- nothing is left behind -------------------------------------------------------------------------------------------
 
 
-def test_a_closed_worker_is_gone_with_its_child_and_can_start_again(worker):
-    worker.compare("45", "40+5")
-    pid = worker.pid
-    worker.time_limit = 60.0
-    asking = threading.Thread(target=worker.compare, args=("1", ENDLESS, time.monotonic() + 1.0))
+def test_a_closed_process_is_gone_with_its_child_and_can_start_again(warm):
+    pid, warm.time_limit, warm.step_limit = warm.pid, 60.0, 1.0
+    asking = threading.Thread(target=warm.compare, args=([endless()],))
     asking.start()
     child = child_of(pid)
     asking.join()
-    worker.close()
-    worker.time_limit = 5.0
+    warm.close()
     assert is_gone(pid, child)
-    assert worker.compare("45", "40+5") is Outcome.EQUAL
+    warm.step_limit = 60.0
+    assert ask(warm, "45", "43+2") is Outcome.EQUAL
 
 
 def test_a_killed_trainer_leaves_no_worker_even_a_busy_one():
     program = f"""
-        from retool_jax.answers.workers import SymbolicWorker
-        worker = SymbolicWorker(time_limit=1.0)
-        worker.compare("1", "2")
-        print(worker.pid, flush=True)
-        worker.compare("1", "{ENDLESS}")
+        from retool_jax.answers.workers import SymbolicPool
+        pool = SymbolicPool(time_limit=1.0)
+        pool.start()
+        print(pool.pid, flush=True)
+        pool.compare([("1", "{ENDLESS}")])
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     with subprocess.Popen(command, cwd=PACKAGE_PARENT, stdout=subprocess.PIPE) as trainer:
@@ -279,10 +318,10 @@ def test_sympy_stays_out_of_the_trainer_and_exit_is_clean():
     program = r"""
         import sys
         from retool_jax.answers import check, workers
-        assert workers.pool.workers[0].pid is None, "started before it was needed"
+        assert workers.pool.pid is None, "started before it was needed"
         assert check(r"\boxed{40+5}", "45").correct
         assert not {"sympy", "math_verify", "jax", "numpy"} & set(sys.modules)
-        print(workers.pool.workers[0].pid)
+        print(workers.pool.pid)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, cwd=PACKAGE_PARENT, capture_output=True, text=True, timeout=60)
