@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from retool_jax import mesh as meshes
-from retool_jax.engine.config import EngineConfig, Sizes, bucket, sizes
+from retool_jax.engine.config import EngineConfig, Sizes, sizes
 from retool_jax.engine.programs import (
     EngineState,
     copy_rows,
@@ -124,7 +124,7 @@ class Program(Generic[P, R]):
 
 @dataclass(frozen=True)
 class Programs:
-    """Everything that an engine runs on the device, for its layouts; states and dense rows are donated."""
+    """What an engine runs on the device, for its layouts; states and dense rows are donated."""
 
     init_state: Callable[[], EngineState]
     init_rows: Callable[[int], Rows]  # of so many tokens
@@ -136,11 +136,11 @@ class Programs:
 
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig, layouts: Layouts, stop_ids: Sequence[int]) -> "Programs":
-        _, state, rows, _, everywhere = layouts
-        mesh, pages, page_size = everywhere.mesh, layouts.sizes.pages, layouts.sizes.page_size
+        sizes, state, rows, _, everywhere = layouts
+        mesh = everywhere.mesh
         decode = partial(decode_steps, model, config.decode_steps, tuple(stop_ids), mesh.shape["tp"])
         extend = partial(extend_rows, model, row_parts(mesh))
-        empty_state = partial(init_engine_state, model, config.slots, pages, page_size)
+        empty_state = partial(init_engine_state, model, config.slots, sizes.pages, sizes.page_size)
         empty_rows = jax.jit(partial(init_rows, model, config.slots), static_argnums=0, out_shardings=rows)
 
         def program(function: Callable, out_shardings: object, donated: int | tuple[int, ...] = 0) -> Program:
@@ -155,29 +155,3 @@ class Programs:
             place_row=program(place_row, state),
             copy_pages=program(partial(copy_state_pages, model.num_layers), state),
         )
-
-    def warm_up(
-        self,
-        model: ModelConfig,
-        slots: int,
-        sizes: Sizes,
-        state: EngineState,
-        weights: Params | dict,
-        decode_arguments: Callable[[int], tuple],
-    ) -> None:
-        """Compile every form that an engine of these sizes can need; `decode_arguments` are those of a read size."""
-
-        def ints(*shape: int) -> np.ndarray:
-            return np.zeros(shape, np.int32)
-
-        for reads in sizes.reads:
-            self.decode.form(*decode_arguments(reads))
-            longest = bucket(min(reads * sizes.page_size, sizes.tokens[-1]), sizes.tokens)
-            for tokens, row_sizes in zip(sizes.tokens, sizes.rows, strict=True):
-                for rows in row_sizes if tokens <= longest else ():
-                    self.extend.form(state, weights, ints(rows, tokens), ints(rows, 3), ints(rows, reads))
-        self.copy_rows.form(state, ints(2, slots))
-        self.copy_pages.form(state, ints(2, slots), ints())
-        for rows in {rows for row_sizes in sizes.rows for rows in row_sizes}:
-            hidden = jax.ShapeDtypeStruct((rows, model.hidden_size), model.compute_dtype)
-            self.place_row.form(state, hidden, ints(3))

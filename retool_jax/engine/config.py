@@ -52,9 +52,8 @@ class Sizes(NamedTuple):
 def sizes(config: EngineConfig, kernel: str) -> Sizes:
     """Fill in what the config leaves open for an attention kernel, and cut it to what a row can hold.
 
-    A call of a token size has `chunk_rows` rows where that is at most `CALL_TOKENS` tokens. Where it is more, it has as
-    many rows as hold `CALL_TOKENS`, or a quarter of them. So with the defaults a call has 32 rows of 16, 64 or 128
-    tokens, 16 or 4 of 256, 8 or 2 of 512, 4 or 1 of 1024: nine shapes for each size in `reads`.
+    A call has `chunk_rows` rows, or as many as hold `CALL_TOKENS` or a quarter of them. So with the defaults it has 32
+    rows of 16, 64 or 128 tokens, 16 or 4 of 256, 8 or 2 of 512, 4 or 1 of 1024: nine shapes for each size in `reads`.
     """
     page_size = min(config.page_size or (128 if kernel == "ragged" else 16), config.max_length)
     row_pages = -(-config.max_length // page_size)

@@ -1,17 +1,13 @@
 """The engine: rows of a live KV cache on the device, and the few programs that grow them.
 
-A row holds one trajectory's keys and values for as long as it lives, tool calls included. Prefill, append and decode
-are the same model call (`decoder.extend`) with different numbers of tokens. A decode step *samples first and
-forwards after*: the state keeps the hidden state behind each row's last token, a token is drawn from it and only
-then written. So a row that stops leaves nothing to repair: its last token is recorded but not yet in the cache,
-and comes with whatever is appended next.
+A row holds one trajectory's keys and values for as long as it lives, tool calls included. A decode step *samples first
+and forwards after*: a token is drawn from the hidden state behind a row's last token, and only then written. So the
+last token of a turn is recorded and not in the cache; it comes with whatever is appended next.
 
-What decides when a row stops lives on the device (lengths, budgets, stop ids), and what decides where its tokens lie
-lives on the host (`pages.py`). So a dispatch needs nothing from the one before it: the host sends a page table that
-reaches as far as a row may have come, and reads what was drawn when it likes.
+When a row stops is decided on the device (lengths, budgets, stop ids), and where its tokens lie on the host
+(`pages.py`). So the host may dispatch before it has read what was drawn, with a page table as far as a row may come.
 
 Buffers are donated to every call, so one thread at a time may use an engine: the one that built it, or took it over.
-Others hand their work to that thread, as `scheduler.Service` and `serving.jetstream` do.
 """
 
 import threading
@@ -94,15 +90,24 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile every program that this engine can need, so that none is compiled while it works."""
-        nobody = np.zeros(self.config.slots, bool)
-        self._programs.warm_up(
-            self.model,
-            self.config.slots,
-            self.sizes,
-            self._state,
-            self.weights,
-            lambda width: self._decode_arguments(0, width, nobody),
-        )
+        slots, sizes, programs = self.config.slots, self.sizes, self._programs
+
+        def ints(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.int32)
+
+        for reads in sizes.reads:
+            programs.decode.form(*self._decode_arguments(0, reads, np.zeros(slots, bool)))
+            longest = bucket(min(reads * sizes.page_size, sizes.tokens[-1]), sizes.tokens)
+            for tokens, row_sizes in zip(sizes.tokens, sizes.rows, strict=True):
+                for rows in row_sizes if tokens <= longest else ():
+                    programs.extend.form(
+                        self._state, self.weights, ints(rows, tokens), ints(rows, 3), ints(rows, reads)
+                    )
+        programs.copy_rows.form(self._state, ints(2, slots))
+        programs.copy_pages.form(self._state, ints(2, slots), ints())
+        for rows in {rows for row_sizes in sizes.rows for rows in row_sizes}:
+            hidden = jax.ShapeDtypeStruct((rows, self.model.hidden_size), self.model.compute_dtype)
+            programs.place_row.form(self._state, hidden, ints(3))
 
     def _check_thread(self) -> None:
         if threading.current_thread() is not self._thread:
@@ -118,10 +123,7 @@ class Engine:
     # --- rows ---
 
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Write tokens behind what rows hold, which parks them until `start`.
-
-        Cost is proportional to the tokens given, not to what the rows hold already; lists longer than the largest
-        bucket are written in pieces.
+        """Write tokens behind what rows hold, which parks them until `start`; long lists are written in pieces.
 
         Raises:
             OutOfPages: the cache cannot hold them; nothing was written.
@@ -156,8 +158,7 @@ class Engine:
     def truncate(self, row: int, length: int) -> None:
         """Keep the first `length` tokens of a row; it needs an append before it can draw again.
 
-        Free of device work: the next append says where it begins. What dispatches in flight still draw for the row
-        is of no account, and its rows of their results are to be ignored.
+        Free of device work: the next append says where it begins. What is in flight for the row does not count.
         """
         self._check_thread()
         if not 0 <= length <= self._reach(row):

@@ -2,16 +2,12 @@
 
 One task drives the device: seat conversations in free slots and write what their rows lack, decode a few tokens, hand
 finished turns to their conversations. A row whose conversation waits for a tool leaves its slot and keeps its pages, so
-that others decode meanwhile; its answer is appended wherever a slot is free. Tools run beside the task, in the same
-event loop, and results are read while the device works on the next dispatch.
-
-Conversations may be submitted at any time, from any thread; new weights are taken between dispatches. What goes wrong
-in a conversation or its tool ends that conversation alone.
+that others decode meanwhile. Tools run beside the task, in the same event loop, and results are read while the device
+works on the next dispatch. Conversations may be submitted at any time, from any thread; new weights are taken between
+dispatches. What goes wrong in a conversation or its tool ends that conversation alone.
 
 With `tool_lag >= 0` an answer is appended that many dispatches after its call was read, and waited for if it is late:
-the schedule then follows from the tokens and from what was submitted between which dispatches, and a run that submits
-everything at once can be repeated bit for bit. With -1 answers are appended as they come, which hides long and uneven
-tools better.
+a run that submits everything at once can then be repeated bit for bit. With -1 answers are appended as they come.
 """
 
 import asyncio
@@ -55,8 +51,7 @@ class _Dispatch(NamedTuple):
 class Service:
     """Runs conversations on an engine that nobody else uses meanwhile: `async with Service(engine) as service`.
 
-    Methods belong to the thread of the event loop, which is the engine's; `submit_from_thread` and `from_thread` are
-    for the others. `tools_at_once` is that of `converse`.
+    Methods belong to the thread of the event loop, which is the engine's, but for those named `from_thread`.
     """
 
     def __init__(self, engine: Engine, tools_at_once: int = 0) -> None:

@@ -1,8 +1,7 @@
 """Who has a slot: seats for conversations, what their rows lack, and pages where there are too few.
 
-Everything is written by one rule: a conversation knows the tokens that its row should hold and how many of them it does
-hold, and seating it appends the rest. That is the prompt at first, later the last drawn token and a tool's answer, and
-all of it again where the cache was too small and the row had to give up its pages.
+A conversation knows the tokens that its row should hold and how many of them it does hold, and seating it appends the
+rest: the prompt, later the last drawn token and a tool's answer, or all of it where the row gave up its pages.
 """
 
 import asyncio

@@ -1,8 +1,4 @@
-"""One jitted step for every kind of training: accumulate gradients over micro-batches, then step the optimiser.
-
-SFT and RL differ in one pure function, the loss of a token. Its mean is taken over all sampled tokens of the whole
-batch, so the gradient does not depend on how the batch was packed, cut into micro-batches or spread over devices.
-"""
+"""One jitted step for every kind of training: accumulate gradients over micro-batches, then step the optimiser."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,10 +72,9 @@ def token_logprobs(model: ModelConfig, params: Params, batch: Batch, temperature
 def loss_and_gradient(
     outputs: Outputs, token_loss: TokenLoss, params: Params, batch: Batch, dtype: str = "float32"
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient and metrics of the global token mean: sum over sampled tokens / number of sampled tokens.
+    """Gradient, added up in `dtype`, and metrics of the global token mean: sum over sampled tokens / their number.
 
     Micro-batches are visited by a loop of dynamic length, so memory is one micro-batch's and empty ones cost nothing.
-    Their gradients are added up in `dtype`.
     """
     tokens = jnp.maximum(jnp.sum(batch.sampled), 1).astype(jnp.float32)
 
