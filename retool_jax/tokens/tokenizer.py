@@ -28,8 +28,10 @@ if TYPE_CHECKING:  # slow to import, and who only reads texts (the report) needs
 
 MINIATURE = Path(__file__).parent.parent / "data" / "miniature"
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
-_HUB_FILES = (*_FILES, "added_tokens.json", "config.json", "qwen.tiktoken")
+_HUB_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "config.json", "qwen.tiktoken"),
+)
 _EXPECTED = "tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken"
 
 
@@ -111,13 +113,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control tokens included, nothing cleaned up."""
         return self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def id_of(self, token: str) -> int:
-        """Id of one control token."""
-        index = self.control_tokens.get(token)
-        if index is None:
-            raise UserError(f"the tokenizer has no control token {token!r}; choose a tokenizer whose vocabulary has it")
-        return index
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:

@@ -101,7 +101,7 @@ def test_the_raw_form_becomes_turns_and_calls(name, tokenizer):
     said = [index for index, sampled in zip(tokens.ids, tokens.sampled, strict=True) if sampled]
     codes = [code for _, code in wanted if code is not None]
     assert [call.code for call in tool_calls(tokenizer.decode(said))] == codes
-    assert said.count(tokenizer.id_of("<|im_end|>")) == len(codes) + 1
+    assert said.count(tokenizer.control_tokens["<|im_end|>"]) == len(codes) + 1
 
 
 @pytest.mark.parametrize(

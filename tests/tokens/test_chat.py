@@ -63,7 +63,7 @@ def test_demonstrations_have_the_ids_of_the_render_and_mask_what_a_policy_says(t
 
 def test_ids_that_no_encoder_would_produce_survive(tokenizer):
     """Sampled ids are kept: decoding and encoding them again would give others."""
-    spaces = tokenizer.encode(" ") * 2 + tokenizer.encode("a") + [tokenizer.id_of("<|im_end|>")]
+    spaces = tokenizer.encode(" ") * 2 + tokenizer.encode("a") + [tokenizer.control_tokens["<|im_end|>"]]
     canonical = tokenizer.encode(tokenizer.decode(spaces))
     word = tokenizer.encode("print")
     letters = [i for letter in "print" for i in tokenizer.encode(letter)]

@@ -68,7 +68,7 @@ def test_the_rebuilt_file_is_the_published_one(qwen_folders, qwen):
     assert (len(qwen["qwen2"]), len(qwen["qwen3"])) == (151665, 151669)
     for tokenizer in qwen.values():
         assert tokenizer.stop_ids == (151645, 151643)
-        assert (tokenizer.id_of("<tool_call>"), tokenizer.id_of("</tool_call>")) == (151657, 151658)
+        assert (tokenizer.control_tokens["<tool_call>"], tokenizer.control_tokens["</tool_call>"]) == (151657, 151658)
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: ascii(golden["text"]))

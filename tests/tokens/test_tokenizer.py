@@ -312,12 +312,11 @@ def r1_turn(content: str, *codes: str) -> dict:
 
 def test_r1_stops_and_begins_as_its_own_settings_say(distilled):
     assert distilled.family is R1
-    assert distilled.stop_ids == (distilled.id_of("<｜end▁of▁sentence｜>"),)
+    assert distilled.stop_ids == (distilled.control_tokens["<｜end▁of▁sentence｜>"],)
     ids = prompt_ids(distilled, [USER])
     assert distilled.decode(ids) == f"<｜begin▁of▁sentence｜><｜User｜>{USER['content']}<｜Assistant｜><think>\n"
-    assert ids.count(distilled.id_of("<｜begin▁of▁sentence｜>")) == 1
-    with pytest.raises(UserError, match=r"no control token '<\|im_end\|>'"):
-        distilled.id_of("<|im_end|>")
+    assert ids.count(distilled.control_tokens["<｜begin▁of▁sentence｜>"]) == 1
+    assert "<|im_end|>" not in distilled.control_tokens
 
 
 def test_r1_is_told_of_its_tools_although_the_template_leaves_them_out(distilled):
