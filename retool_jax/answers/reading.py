@@ -32,7 +32,8 @@ _OPERATORS = {
     ast.Pow: lambda a, b: a**b,
 }
 _PYTHON = re.compile(rf"[*]|[0-9]e[-+]?[0-9]|(?<![a-zA-Z])(?:{'|'.join(FUNCTIONS)}|pi|oo)(?![a-zA-Z])")
-_PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=(?!e[-+]?[0-9])[a-zA-Z(])")  # 2pi, 3(x+1)
+# 2pi, 3(x+1), pi r
+_PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=(?!e[-+]?[0-9])[a-zA-Z(])|(?<=[a-zA-Z])\s+(?=[a-zA-Z])")
 _ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 # What the library would take for something else: it drops primes and dots, and reads the letters of words as factors.
 _UNREADABLE = re.compile(r"['!]|\\(?:pmod|bmod|mod|equiv|approx|sim|text|[lc]?dots|[hv]?phantom)(?![a-zA-Z])")
