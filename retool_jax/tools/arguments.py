@@ -5,15 +5,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_SHAPES = {"string": '"..."', "integer": "0", "number": "0.0", "boolean": "true", "array": "[...]", "null": "null"}
-_WORDS = {
-    "string": "a string",
-    "integer": "a whole number",
-    "number": "a finite number",
-    "boolean": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
+# A type of JSON: the classes of its values, an example, and how it is called. A truth value is no number here.
+_TYPES: dict[str, tuple[tuple[type, ...], str, str]] = {
+    "string": ((str,), '"..."', "a string"),
+    "integer": ((int,), "0", "a whole number"),
+    "number": ((int, float), "0.0", "a finite number"),
+    "boolean": ((bool,), "true", "true or false"),
+    "array": ((list,), "[...]", "a list"),
+    "object": ((dict,), "{...}", "an object"),
+    "null": ((type(None),), "null", "null"),
 }
 
 
@@ -44,7 +44,7 @@ def shape_of(schema: Mapping[str, Any]) -> str:
         return " | ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     kinds = _kinds(schema)
     if "object" not in kinds and (kinds or "properties" not in schema):
-        return " | ".join(_SHAPES[kind] for kind in kinds) or "any value"
+        return " | ".join(_TYPES[kind][1] for kind in kinds) or "any value"
     required = schema.get("required", ())
     parts = [
         f"{json.dumps(name)}{'' if name in required else '?'}: {shape_of(value)}"
@@ -62,7 +62,7 @@ def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
     """What is wrong with a value of this name; empty if nothing is. As deep as the schema, not as the value."""
     kinds = _kinds(schema)
     if kinds and not any(_is(value, kind) for kind in kinds):
-        return f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}"
+        return f"{name} must be {' or '.join(_TYPES[kind][2] for kind in kinds)}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{name} must be one of {shape_of(schema)}"
     if _is(value, "number") and not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
@@ -70,35 +70,18 @@ def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
         limits += [f"at most {schema['maximum']}"] if "maximum" in schema else []
         return f"{name} must be {' and '.join(limits)}"
     if isinstance(value, dict):
-        return _fault_of_object(value, schema, name)
+        properties, inside = schema.get("properties", {}), f"{name}." if name else ""
+        faults = [f"{inside}{key} is missing" for key in schema.get("required", ()) if key not in value]
+        if schema.get("additionalProperties") is False:
+            faults += [f"there is no {inside}{repr(key)[:80]}" for key in value if key not in properties]
+        faults += [_fault(value[key], part, f"{inside}{key}") for key, part in properties.items() if key in value]
+        return next(filter(None, faults), "")
     if isinstance(value, list) and "items" in schema:
         return next(filter(None, (_fault(item, schema["items"], f"each of {name}") for item in value)), "")
     return ""
 
 
-def _fault_of_object(value: dict, schema: Mapping[str, Any], name: str) -> str:
-    properties, inside = schema.get("properties", {}), f"{name}." if name else ""
-    for key in schema.get("required", ()):
-        if key not in value:
-            return f"{inside}{key} is missing"
-    if schema.get("additionalProperties") is False and (others := [key for key in value if key not in properties]):
-        return f"there is no {inside}{repr(others[0])[:80]}"
-    faults = (_fault(value[key], part, f"{inside}{key}") for key, part in properties.items() if key in value)
-    return next(filter(None, faults), "")
-
-
 def _is(value: object, kind: str) -> bool:
-    match kind:
-        case "string":
-            return isinstance(value, str)
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            return _is(value, "integer") or (isinstance(value, float) and math.isfinite(value))
-        case "boolean":
-            return isinstance(value, bool)
-        case "array":
-            return isinstance(value, list)
-        case "object":
-            return isinstance(value, dict)
-    return value is None
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return kind == "boolean" and isinstance(value, bool)
+    return isinstance(value, _TYPES[kind][0])

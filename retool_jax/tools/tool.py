@@ -20,9 +20,8 @@ from typing import Any, ClassVar, Literal
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Sandbox
-from retool_jax.sandbox.text import cut, writable
+from retool_jax.sandbox.text import Count, cut, writable
 
-Count = Callable[[str], int]
 Fault = Literal["none", "program", "machinery"]
 Lifetime = Literal["call", "trajectory", "run"]
 _STATUS = {"none": "success", "program": "user_error", "machinery": "infra_error"}

@@ -15,6 +15,12 @@ from retool_jax.sandbox.launch.launchers import LAUNCHERS
 from .processes import below
 
 
+@pytest.fixture(autouse=True)
+def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker imports NumPy and SymPy ahead of need, for that costs more than most tests do."""
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.ASKED_S", 0.0)
+
+
 @pytest.fixture(params=["process", "bubblewrap", "gvisor"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each back-end that can work here."""

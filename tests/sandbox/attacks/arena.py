@@ -5,7 +5,6 @@ import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
-from unittest.mock import patch
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 
@@ -77,8 +76,6 @@ class Arena:
         self.seen: dict[int, str] = {}
         """Every process of the sandbox that was ever looked at."""
         self._stack = AsyncExitStack()
-        # Workers are lost all the time here, and a new one should not import SymPy because an attack has asked for it.
-        self._stack.enter_context(patch("retool_jax.sandbox.host.crew.ASKED_S", 0.0))
         config = SandboxConfig(backend=(backend,), slots=slots, limits=Limits(memory_mb=MEMORY_MB), probe_s=0)
         self.box: Sandbox = self.runner.run(self._stack.enter_async_context(open_sandbox(config)))
         self.census = ""
@@ -115,11 +112,17 @@ class Arena:
         """Run a case and the calls after it; returns what did not hold."""
         return await self.play(case) + await self.take_census() + self.host.complaints()
 
-    async def beside(self, *attacks: Coroutine[Any, Any, list[str]]) -> list[list[str]]:
-        """Run attacks side by side, then look at every worker; what is found there counts against each of them."""
+    async def beside(self, *attacks: Coroutine[Any, Any, list[str]], fresh: bool = False) -> list[list[str]]:
+        """Run attacks side by side, then look at every worker, and if `fresh` at a new session.
+
+        What is found there counts against each of them.
+        """
         found = await asyncio.gather(*attacks)
+        if fresh:
+            found.append(await self.converse(Session("a new session", (FRESH,))))
         censuses = await asyncio.gather(*(self.take_census() for _ in range(self.box.config.slots)))
         shared = [*(text for census in censuses for text in census), *self.host.complaints()]
+        shared += found.pop() if fresh else []
         return [wrong + shared for wrong in found]
 
     async def play(self, case: Case) -> list[str]:
@@ -166,12 +169,12 @@ class Arena:
         if key not in self.played:
             at = sessions.index(session) // CROWD * CROWD
             batch = sessions[at : at + CROWD]
-            found = self.runner.run(self.beside(*map(self.converse, batch)))
+            found = self.runner.run(self.beside(*map(self.converse, batch), fresh=True))
             self.played |= {("sessions", other.name): wrong for other, wrong in zip(batch, found, strict=True)}
         return self.played[key]
 
     async def converse(self, session: Session) -> list[str]:
-        """Run the cells of a session, then a new session; returns what did not hold."""
+        """Run the cells of a session; returns what did not hold."""
         wrong: list[str] = []
 
         async def ask(talk, cell: Cell) -> None:
@@ -184,6 +187,4 @@ class Arena:
         async with self.box.session() as talk:
             for cell in session.cells:
                 await ask(talk, cell)
-        async with self.box.session() as talk:
-            await ask(talk, FRESH)
         return wrong

@@ -114,7 +114,7 @@ def probe(category: str, name: str, code: str, **more) -> Case:
 
 def loops(category: str, name: str, code: str, **more) -> Case:
     """A program that must be stopped by the clock."""
-    return Case(category, name, code, **({"status": ("timeout",), "wall_s": 0.6, "within_s": 2.0} | more))
+    return Case(category, name, code, **({"status": ("timeout",), "wall_s": 0.4, "within_s": 2.0} | more))
 
 
 def fill(case: Case, words: Mapping[str, str]) -> Case:

@@ -202,7 +202,10 @@ async def nonsense_in(arena: Arena) -> Outcomes:
 
 
 async def owner_dies(arena: Arena) -> Outcomes:
-    """The owning process dies in different ways; nothing of its sandbox survives it for long."""
+    """The owning process dies in different ways; nothing of its sandbox survives it for long.
+
+    A stopped sandbox cannot notice that its owner has died: the next owner must sweep it.
+    """
     ways = ((signal.SIGKILL, "kill"), (signal.SIGTERM, "terminate"), (signal.SIGINT, "interrupt"))
 
     async def die(number: int) -> tuple[int, list[str]]:
@@ -215,22 +218,21 @@ async def owner_dies(arena: Arena) -> Outcomes:
         kill(*alive(tree, 0))
         return owner.pid, wrong
 
-    ends = await asyncio.gather(*(die(number) for number, _ in ways))
-    left = await swept(arena, *(pid for pid, _ in ends)) + await arena.take_census()
-    return {f"{word} the owner": wrong + left for (_, word), (_, wrong) in zip(ways, ends, strict=True)}
+    async def die_of_a_stopped_sandbox() -> tuple[int, dict[int, str]]:
+        owner = await asyncio.to_thread(start_owner, arena.backend, LOOP)
+        tree = descendants(owner.pid)
+        send(signal.SIGSTOP, *tree)
+        owner.kill()
+        await asyncio.to_thread(owner.wait, 15)
+        return owner.pid, tree
 
-
-async def owner_dies_of_a_stopped_sandbox(arena: Arena) -> Outcomes:
-    """A stopped sandbox cannot notice that its owner has died: the next owner must sweep it."""
-    owner = await asyncio.to_thread(start_owner, arena.backend, LOOP)
-    tree = descendants(owner.pid)
-    send(signal.SIGSTOP, *tree)
-    owner.kill()
-    await asyncio.to_thread(owner.wait, 15)
-    wrong = await swept(arena, owner.pid)
+    *ends, (stopped, tree) = await asyncio.gather(*(die(number) for number, _ in ways), die_of_a_stopped_sandbox())
+    left = await swept(arena, stopped, *(pid for pid, _ in ends)) + await arena.take_census()
+    outcomes = {f"{word} the owner": wrong + left for (_, word), (_, wrong) in zip(ways, ends, strict=True)}
+    wrong = [] if tree else ["no sandbox was seen"]
     wrong += [f"{text} outlived the sweep" for text in (await asyncio.to_thread(alive, tree)).values()]
     kill(*alive(tree, 0))
-    return {"kill the owner of a stopped sandbox": wrong + await arena.take_census()}
+    return outcomes | {"kill the owner of a stopped sandbox": wrong + left}
 
 
 async def swept(arena: Arena, *dead: int) -> list[str]:
@@ -306,6 +308,5 @@ SCRIPTS: dict[str, tuple[str, Script]] = {
     "the caller gives up": ("faults", give_up),
     "nonsense in the pipe": ("faults", nonsense_in),
     "the owner dies": ("faults", owner_dies),
-    "the owner dies, the sandbox stopped": ("faults", owner_dies_of_a_stopped_sandbox),
     "the owner pauses": ("faults", owner_pauses),
 }

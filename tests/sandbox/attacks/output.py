@@ -17,7 +17,7 @@ def near(limit_s: float):
 
 
 TIME = [
-    loops("time", "a loop", "while True:\n    pass", check=near(0.6)),
+    loops("time", "a loop", "while True:\n    pass", check=near(0.4)),
     loops(
         "time",
         "a loop that swallows everything",
@@ -46,6 +46,7 @@ while True:
         "a loop at exit",
         "import atexit, time\natexit.register(time.sleep, 60)\nprint('before')",
         stdout="before\n",
+        wall_s=0.8,
     ),
     loops(
         "time",
@@ -61,11 +62,14 @@ while True:
         "time",
         "a child that it waits for",
         "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'while True: pass'])",
+        wall_s=0.6,
     ),
     loops("time", "a deadlock", "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()"),
     loops("time", "vfork", "import ctypes, os\nif ctypes.CDLL(None).vfork() == 0:\n    while True:\n        pass"),
     Case("time", "a prompt without input", "input('name? ')", status=("user_error",), contains=("EOFError", "name? ")),
-    loops("time", "keeps what was printed before", "print('before')\nwhile True:\n    pass", stdout="before\n"),
+    loops(
+        "time", "keeps what was printed before", "print('before')\nwhile True:\n    pass", stdout="before\n", wall_s=0.8
+    ),
     Case(
         "time",
         "turns the clocks it can reach",
@@ -113,7 +117,7 @@ OUTPUT = [
         **FLOOD,
     ),
     Case("output", "without end", "while True:\n    print('y' * 100)", check=short, **FLOOD),
-    Case("output", "without a line's end", "import sys\nwhile True:\n    sys.stdout.write('z')", check=short, **FLOOD),
+    Case("output", "without a line's end", "import sys\nwhile True:\n    sys.stdout.write('z' * 50)", check=short, **FLOOD),
     Case(
         "output", "errors without end", "import sys\nwhile True:\n    sys.stderr.write('e' * 100)", check=short, **FLOOD
     ),
@@ -164,7 +168,8 @@ while True:
     Case(
         "output",
         "a child that goes on after the end",
-        "import os\nif os.fork() == 0:\n    while True:\n        os.write(1, b'later')\nprint('ended')",
+        "import os, time\nparent = os.getpid()\nif os.fork() == 0:\n    while os.getppid() == parent:\n"
+        "        time.sleep(0.001)\n    while True:\n        os.write(1, b'later')\nprint('ended')",
         contains=("ended",),
         status=("success", "output_limit"),
     ),

@@ -185,6 +185,7 @@ print('ended')
         "import os\nif os.fork() == 0:\n    print(input(), flush=True)\n    os._exit(0)\nwhile True:\n    pass",
         stdin="seen\n",
         stdout="seen\n",
+        wall_s=0.8,
     ),
     Case(
         "protocol",

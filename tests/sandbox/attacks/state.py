@@ -94,12 +94,14 @@ print(numpy.array([1 / 3]), numpy.pi > 3, sympy.pi, decimal.Decimal(1) / 3)
         "environment, mask, folder and language",
         """
 import locale, os, time
+print(os.nice(0), end="")
 os.environ["LEFT"] = os.environ["PATH"] = os.environ["PYTHONPATH"] = "left"
 os.umask(0o777)
 os.chdir("/")
 os.environ["TZ"] = "Asia/Tokyo"
 time.tzset()
 os.nice(10)
+None
 """,
         then=(
             (
@@ -109,7 +111,7 @@ old = os.umask(0)
 open('f', 'w')
 print('LEFT' in os.environ, 'left' in os.environ['PATH'], oct(old), time.timezone, os.nice(0), os.listdir('.'))
 """,
-                "False False 0o22 0 0 ['f']\n",
+                "False False 0o22 0 @STDOUT@ ['f']\n",
             ),
         ),
     ),

@@ -19,7 +19,7 @@ from ..processes import below, kill, send
 from ..programs import SLEEP, until
 
 OVERTIME = "retool_jax.sandbox.host.member.OVERTIME_S"
-LIMITS = Limits(wall_s=3, memory_mb=256)
+LIMITS = Limits(wall_s=3, memory_mb=256, processes=24)
 PATIENT = replace(LIMITS, wall_s=30)
 # Busy enough to keep others from their work where there is little, and no burden for the machine of a test.
 BUSY = """
@@ -41,14 +41,16 @@ while True:
 """
 QUIET_BOMB, LOUD_BOMB = BOMB.replace("PAUSE", "1"), BOMB.replace("PAUSE", "0")
 GREEDY = """
-import os
+import os, time
 for _ in range(8):
     if not os.fork():
-        break
-x = bytearray(120 << 20)
-while True:
-    for at in range(0, len(x), 4096):
-        x[at] = at >> 12 & 255
+        x = bytearray(120 << 20)
+        for at in range(0, len(x), 4096):
+            x[at] = at >> 12 & 255
+        time.sleep(30)
+        os._exit(0)
+os.wait()  # until the first of them was killed
+os._exit(1)
 """
 
 

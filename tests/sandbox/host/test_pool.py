@@ -32,49 +32,42 @@ async def kill_each_worker_of(call: asyncio.Task, box: Sandbox, worker_pids) -> 
         await asyncio.sleep(0.01)
 
 
-def test_programs_run_and_the_sandbox_says_what_it_is(backend: str):
-    async def main() -> tuple[list[ToolResult], str]:
-        async with open_sandbox(SandboxConfig(backend=(backend,), slots=2)) as box:
-            codes = ["print(2 + 2)", "6 * 7", "import numpy\nprint(numpy.eye(2).sum())", "1 / 0"]
-            return list(await asyncio.gather(*map(box.run, codes))), box.description
-
-    results, description = asyncio.run(main())
+def test_programs_run_and_the_sandbox_says_what_it_is(box):
+    results = box.run("print(2 + 2)", "6 * 7", "import numpy\nprint(numpy.eye(2).sum())", "1 / 0")
     assert [r.stdout for r in results] == ["4\n", "42\n", "2.0\n", ""]
     assert [r.status for r in results] == ["success"] * 3 + ["user_error"]
+    backend = box.sandbox.backend
     assert all((r.backend, r.attempts) == (backend, 1) and r.queue_s < 30 and r.wall_s < 10 for r in results)
-    assert description.startswith(f"{backend}:")
+    assert box.sandbox.description.startswith(f"{backend}:")
 
 
-def test_files_go_in_and_come_out(backend: str):
-    async def main() -> tuple[ToolResult, ToolResult]:
-        async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            code = (
-                "import os\n"
-                "data = open('in/a.bin', 'rb').read()\n"
-                "open('out.bin', 'wb').write(data[::-1])\n"
-                "os.symlink('/etc/passwd', 'link')\n"
-                "os.mkdir('folder')"
-            )
-            fetch = ("out.bin", "missing", "link", "folder", "in/a.bin")
-            done = await box.run(code, files={"in/a.bin": b"\x00\xff1"}, fetch=fetch)
-            return done, await box.run("print(1)", fetch=["../x"])
-
-    done, refused = asyncio.run(main())
+def test_files_go_in_and_come_out(box):
+    code = (
+        "import os\n"
+        "data = open('in/a.bin', 'rb').read()\n"
+        "open('out.bin', 'wb').write(data[::-1])\n"
+        "os.symlink('/etc/passwd', 'link')\n"
+        "os.mkdir('folder')"
+    )
+    fetch = ("out.bin", "missing", "link", "folder", "in/a.bin")
+    (done,) = box.run(code, files={"in/a.bin": b"\x00\xff1"}, fetch=fetch)
+    (refused,) = box.run("print(1)", fetch=["../x"])
     assert (done.status, done.files) == ("success", {"out.bin": b"1\xff\x00", "in/a.bin": b"\x00\xff1"})
     assert (refused.status, refused.attempts) == ("rejected", 0)
     assert "'..'" in refused.message
 
 
-def test_killed_worker_is_replaced_and_the_call_repeated(backend: str, worker_pids):
-    async def main() -> tuple[ToolResult, ToolResult]:
-        async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            call = asyncio.create_task(box.run(nap(2.5)))
-            await until(lambda: box.crew._lent)
-            await asyncio.sleep(0.15)
-            kill(worker_pids(box)[0])
-            return await call, await box.run("print(1)")
+def test_killed_worker_is_replaced_and_the_call_repeated(box, worker_pids):
+    sandbox = box.sandbox
 
-    first, second = asyncio.run(main())
+    async def main() -> tuple[ToolResult, ToolResult]:
+        call = asyncio.create_task(sandbox.run(nap(2.5)))
+        await until(lambda: sandbox.crew._lent)
+        await asyncio.sleep(0.15)
+        kill(worker_pids(sandbox)[0])
+        return await call, await sandbox.run("print(1)")
+
+    first, second = box.runner.run(main())
     assert (first.status, first.stdout, first.attempts) == ("success", "ok\n", 2)
     assert (second.status, second.attempts) == ("success", 1)
 
@@ -192,22 +185,23 @@ def test_what_an_earlier_program_was_killed_for_is_not_held_against_the_next(wor
     assert (innocent.status, innocent.stdout, innocent.attempts) == ("success", "ok\n", 2)
 
 
-def test_hung_worker_is_noticed_from_outside(backend: str, worker_pids, descendants, alive, monkeypatch):
+def test_hung_worker_is_noticed_from_outside(box, worker_pids, descendants, alive, monkeypatch):
     monkeypatch.setattr("retool_jax.sandbox.host.member.OVERTIME_S", 1.0)
+    sandbox = box.sandbox
 
     async def main() -> tuple[ToolResult, set[int]]:
-        async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            # Until a point in time, so that the second try, which comes after it, is short.
-            code = f"import time\ntime.sleep(max(0, {time.time() + 3} - time.time()))\nprint('ok')"
-            call = asyncio.create_task(box.run(code, limits=Limits(wall_s=4)))
-            await until(lambda: box.crew._lent)
-            pid = worker_pids(box)[0]
-            tree = {pid} | descendants(pid)
-            send(signal.SIGSTOP, *tree)
-            result = await call
+        # Until a point in time, so that the second try, which comes after it, is short.
+        code = f"import time\ntime.sleep(max(0, {time.time() + 3} - time.time()))\nprint('ok')"
+        call = asyncio.create_task(sandbox.run(code, limits=Limits(wall_s=4)))
+        await until(lambda: sandbox.crew._lent)
+        pid = worker_pids(sandbox)[0]
+        tree = {pid} | descendants(pid)
+        send(signal.SIGSTOP, *tree)
+        result = await call
+        await until(lambda: not sandbox.crew._stops)
         return result, tree
 
-    result, tree = asyncio.run(main())
+    result, tree = box.runner.run(main())
     assert (result.status, result.stdout, result.attempts) == ("success", "ok\n", 2)
     assert not alive(tree)
 
@@ -245,23 +239,22 @@ def test_full_queue_refuses_and_waiting_calls_are_served_in_order():
     assert 0.5 <= late.queue_s < 3
 
 
-def test_cancelling_the_caller_kills_the_program_and_frees_the_slot(backend: str, worker_pids, descendants, alive):
-    async def main() -> tuple[set[int], ToolResult]:
-        async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-            running = asyncio.create_task(box.run(SLEEP))
-            waiting = asyncio.create_task(box.run(SLEEP))
-            await until(lambda: box.crew._lent)
-            await asyncio.sleep(0.2)
-            pid = worker_pids(box)[0]
-            tree = {pid} | descendants(pid)
-            for task in (waiting, running):
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-            result = await asyncio.wait_for(box.run("print(1)"), 30)
-            return await asyncio.to_thread(alive, tree), result
+def test_cancelling_the_caller_kills_the_program_and_frees_the_slot(box, worker_pids, descendants, alive):
+    sandbox = box.sandbox
 
-    left, result = asyncio.run(main())
+    async def main() -> tuple[set[int], ToolResult]:
+        *running, waiting = (asyncio.create_task(sandbox.run(SLEEP)) for _ in range(3))
+        await until(lambda: len(sandbox.crew._lent) == 2)
+        await asyncio.sleep(0.2)
+        tree = set(worker_pids(sandbox)[:2]).union(*map(descendants, worker_pids(sandbox)[:2]))
+        for task in (waiting, *running):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        result = await asyncio.wait_for(sandbox.run("print(1)"), 60)
+        return await asyncio.to_thread(alive, tree), result
+
+    left, result = box.runner.run(main())
     assert not left
     assert (result.status, result.stdout, result.attempts) == ("success", "1\n", 1)
 
@@ -282,7 +275,8 @@ def test_closing_answers_open_calls_and_leaves_nothing(backend: str, worker_pids
     assert [r.status for r in results] == ["cancelled"] * 4
     assert len(tree) >= 4
     assert not alive(tree)
-    assert not alive(descendants(os.getpid()) - before)
+    others = before.union(*map(descendants, before))
+    assert not alive(descendants(os.getpid()) - others)
 
 
 def test_awaiting_calls_makes_no_call_that_can_block_the_loop():

@@ -1,24 +1,22 @@
 """An interpreter that stays: what survives from one cell to the next, and what ends it."""
 
-import asyncio
-
-from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
+from retool_jax.sandbox import Limits, ToolResult
 
 
-def run_cells(backend: str, *cells: str | tuple[str, dict]) -> list[ToolResult]:
+def run_cells(box, *cells: str | tuple[str, dict]) -> list[ToolResult]:
     """Results of cells that run one after the other in one session; a cell with options is a pair."""
 
     async def main() -> list[ToolResult]:
-        async with open_sandbox(SandboxConfig((backend,), slots=1, probe_s=0)) as box, box.session() as session:
+        async with box.sandbox.session() as session:
             pairs = [(cell, {}) if isinstance(cell, str) else cell for cell in cells]
             return [await session.run(code, **options) for code, options in pairs]
 
-    return asyncio.run(main())
+    return box.runner.run(main())
 
 
-def test_state_files_and_exceptions_survive(backend):
+def test_state_files_and_exceptions_survive(box):
     results = run_cells(
-        backend,
+        box,
         "import os\nx = 1\ndef f():\n    return 1 / 0\nopen('note', 'w').write('kept')\nos.getpid()",
         "x += 1\nx, open('note').read()",
         "f()",
@@ -38,9 +36,9 @@ def test_state_files_and_exceptions_survive(backend):
     assert results[6].stdout == results[0].stdout.split("\n")[-2] + "\n"
 
 
-def test_limits_hold_for_each_cell(backend):
+def test_limits_hold_for_each_cell(box):
     results = run_cells(
-        backend,
+        box,
         ("x = 5\nprint('a' * 3000)", {"limits": Limits(output_bytes=1000)}),
         ("y = [0] * 10**9", {"limits": Limits(memory_mb=64)}),
         ("print('b' * 3000, x)", {}),
@@ -52,9 +50,9 @@ def test_limits_hold_for_each_cell(backend):
     assert results[1].stderr.endswith("MemoryError\n")
 
 
-def test_a_time_out_ends_the_interpreter_and_the_next_cell_starts_afresh(backend):
+def test_a_time_out_ends_the_interpreter_and_the_next_cell_starts_afresh(box):
     before, late, after, state = run_cells(
-        backend,
+        box,
         "x = 1\nopen('f', 'w').write('x')",
         ("print('partial')\nwhile True:\n    pass", {"limits": Limits(wall_s=0.3)}),
         "import os\nprint(os.listdir('.'))",
@@ -65,9 +63,9 @@ def test_a_time_out_ends_the_interpreter_and_the_next_cell_starts_afresh(backend
     assert "NameError" in state.stderr
 
 
-def test_output_without_end_and_exit_end_it_too(backend):
+def test_output_without_end_and_exit_end_it_too(box):
     flood, gone, left, state = run_cells(
-        backend,
+        box,
         ("x = 1\nwhile True:\n    print('x' * 1000)", {"limits": Limits(raw_output_bytes=1 << 20)}),
         "x",
         "import sys\nprint('bye')\nx = 2\nsys.exit(3)",
@@ -79,10 +77,10 @@ def test_output_without_end_and_exit_end_it_too(backend):
     assert "NameError" in state.stderr
 
 
-def test_a_background_process_lives_as_long_as_the_session(backend):
+def test_a_background_process_lives_as_long_as_the_session(box):
     start = (
         "import subprocess, sys\np = subprocess.Popen([sys.executable, '-I', '-S', '-c', 'input()'], stdin=-1)\nNone"
     )
-    started, running = run_cells(backend, start, "p.poll()")
+    started, running = run_cells(box, start, "p.poll()")
     assert (started.status, started.stderr) == ("success", "")
     assert (running.status, running.stdout) == ("success", "")

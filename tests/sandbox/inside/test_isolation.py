@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,19 +25,21 @@ def processes_marked(marker: str) -> list[int]:
     return found
 
 
-def test_host_secrets_are_not_in_the_environment(backend: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOST_SECRET", "hunter2-canary")
+@pytest.fixture(scope="module", autouse=True)
+def host_secret() -> Iterator[None]:
+    """In the environment of the host before any worker starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOST_SECRET", "hunter2-canary")
+        yield
+
+
+def test_host_secrets_are_not_in_the_environment(box):
     code = (
         "import glob, os\nprint(sorted(os.environ))\n"
         "for path in glob.glob('/proc/[0-9]*/environ'):\n"
         "    try:\n        print('hunter2-canary' in open(path).read())\n    except OSError:\n        pass"
     )
-
-    async def main() -> ToolResult:
-        async with open_sandbox(SandboxConfig((backend,), slots=1)) as box:
-            return await box.run(code)
-
-    result = asyncio.run(main())
+    (result,) = box.run(code)
     assert result.status == "success"
     assert "HOST_SECRET" not in result.stdout and "True" not in result.stdout
     assert "PATH" in result.stdout

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
+from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
 
 PROGRAMS = {
     "print": ("print(2 + 2)", "4\n"),
@@ -48,27 +48,34 @@ def test_programs_that_succeed(box):
     }
 
 
-def test_options_of_the_configuration(backend):
-    programs = (
-        "1 + 1",
-        "import math\nprint(math.pi > 3)",
-        "import os",
-        "from json import loads",
-        "def f():\n import re\nf()",
-    )
+OPTED = (
+    *("1 + 1", "import math\nprint(math.pi > 3)"),
+    *("import os", "from json import loads", "def f():\n import re\nf()"),
+)
 
-    async def main():
-        config = SandboxConfig((backend,), slots=1, show_last_expression=False, allowed_modules=("math", "decimal"))
-        async with open_sandbox(config) as box:
-            return [await box.run(program) for program in programs]
 
-    silent, allowed, *refused = asyncio.run(main())
+def check_options(results: list[ToolResult]) -> None:
+    """Results of `OPTED` where the last expression is not shown and two modules are allowed."""
+    silent, allowed, *refused = results
     assert (silent.status, silent.stdout) == ("success", "")
     assert (allowed.status, allowed.stdout) == ("success", "True\n")
     for result, name in zip(refused, ("os", "json", "re"), strict=True):
         assert result.status == "user_error"
         assert result.stderr.endswith(f"ImportError: module '{name}' is not allowed here; these are: math, decimal\n")
         assert result.stderr.count("File ") == result.stderr.count('File "<snippet>"')
+
+
+def test_options_of_a_call(box):
+    check_options(box.run(*OPTED, show_last_expression=False, allowed_modules=("math", "decimal")))
+
+
+def test_options_of_the_configuration():
+    async def main() -> list[ToolResult]:
+        config = SandboxConfig(("process",), slots=1, show_last_expression=False, allowed_modules=("math", "decimal"))
+        async with open_sandbox(config) as box:
+            return [await box.run(program) for program in OPTED]
+
+    check_options(asyncio.run(main()))
 
 
 def test_stdin(box):
