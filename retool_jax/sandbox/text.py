@@ -7,6 +7,10 @@ from retool_jax.sandbox.types import ToolResult
 
 NO_OUTPUT = "[no output: use print()]"
 CUT = "\n[... characters removed ...]\n"  # without their number, which a policy would take for one of the output's
+# How Python's words end about a number of more than 4,300 digits, but for one that stands in the code itself, where a
+# call that comes after the reading is no help.
+DIGITS_ERROR = "use sys.set_int_max_str_digits() to increase the limit"
+DIGITS_HELP = "[to write longer numbers, begin with: import sys; sys.set_int_max_str_digits(0)]"
 MAX_FRAMES = 3
 MAX_ERROR_LINES = 10
 SNIPPET_FRAME = '  File "<snippet'  # a session's later cells are <snippet 2> and so on
@@ -121,7 +125,7 @@ def verdict(result: ToolResult) -> str:
 
 
 def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
-    """Output, then a short error, then how the run ended; `count` of it is at most `room`.
+    """Output, then a short error and what helps against it, then how the run ended; `count` of it is at most `room`.
 
     Args:
         result: how the program ended.
@@ -137,7 +141,8 @@ def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
     result = replace(result, **{name: writable(getattr(result, name)) for name in ("stdout", "stderr", "message")})
     output = result.stdout.rstrip("\n")
     error = short_error(result.stderr, room, count) if result.status != "success" or not output.strip() else ""
-    ending = "\n".join(filter(None, (error, verdict(result))))
+    help_ = DIGITS_HELP if error.endswith(DIGITS_ERROR) else ""
+    ending = "\n".join(filter(None, (error, help_, verdict(result))))
     if not output.strip() or not ending:
         return cut(ending or (output if output.strip() else NO_OUTPUT), room, count)
     left = room - count(f"\n{ending}")

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import math
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Sandbox, SandboxConfig, open_sandbox
+from retool_jax.sandbox.types import shown
 from retool_jax.tokens.grammar import ToolCall
 from retool_jax.tools.arguments import declared, fault_of
 from retool_jax.tools.calculator import Calculator
@@ -127,7 +129,8 @@ class Toolbox:
         """Open what lives as long as the run: the sandbox, if a tool runs programs there, and the tools' own states.
 
         Raises:
-            UserError: no sandbox works here, or it has no interpreters that stay, which a tool needs.
+            UserError: no sandbox works here, it has no interpreters that stay, which a tool needs, or a tool cannot be
+                opened.
         """
         async with AsyncExitStack() as stack:
             users = [tool for tool in self.tools.values() if tool.uses_sandbox and tool.box is None]
@@ -139,7 +142,12 @@ class Toolbox:
                         tool.open()  # says at once that a server keeps no interpreter
             for tool in self.tools.values():
                 if tool.lifetime == "run":
-                    self._run_states[tool.name] = await stack.enter_async_context(tool.open())
+                    try:
+                        self._run_states[tool.name] = await _open(tool, stack)
+                    except ConnectionError as error:
+                        raise UserError(
+                            f"the tool {tool.name} {error}; see to that, or leave it out of tools"
+                        ) from error
             try:
                 yield self
             finally:
@@ -153,7 +161,7 @@ class Toolbox:
             return Output(call.error, "program", kind=INVALID)
         tool = self.tools.get(call.name) if isinstance(call.name, str) else None
         if tool is None:
-            return Output(f"unknown tool {_shown(call.name)}; {self._known()}", "program", kind=INVALID)
+            return Output(f"unknown tool {shown(call.name)}; {self._known()}", "program", kind=INVALID)
         if fault := fault_of(call.arguments, tool.parameters):
             return Output(fault, "program", kind=INVALID)
         arguments = declared(call.arguments, tool.parameters)
@@ -204,8 +212,11 @@ async def _call(tool: Tool, arguments: dict[str, Any], state: Any) -> Output:
 async def _open(tool: Tool, stack: AsyncExitStack) -> Any:
     """The state of a tool; one that cannot be opened, or not in time, is the machinery's fault, whatever was raised."""
     try:
-        async with asyncio.timeout(tool.limit_s):
-            return await stack.enter_async_context(tool.open())
+        async with asyncio.timeout(tool.limit_s) as clock:
+            state = await stack.enter_async_context(tool.open())
+        if clock.expired() or asyncio.get_running_loop().time() > (clock.when() or math.inf):
+            raise TimeoutError  # it held up the loop, or took the end of its time for something else
+        return state
     except Exception as error:  # of others' code
         raise ConnectionError(f"cannot be opened: {error!r}") from error
 
@@ -236,10 +247,3 @@ def _own(word: str) -> Tool:
 def _raised(error: BaseException) -> str:
     """An exception as Python shows it, in one line or more."""
     return "".join(traceback.format_exception_only(error)).strip()
-
-
-def _shown(name: object) -> str:
-    try:
-        return repr(name)[:80]
-    except (RecursionError, ValueError):
-        return f"of type {type(name).__name__}"

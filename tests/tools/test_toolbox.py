@@ -4,7 +4,9 @@ import asyncio
 import errno
 import json
 import socket
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -188,20 +190,52 @@ def test_a_state_that_cannot_be_opened_says_nothing_about_the_policy(monkeypatch
     assert output.fault == "machinery" and "cannot be opened: ValueError('no licence')" in output.text
 
 
-@pytest.mark.parametrize("lifetime", ["call", "trajectory"])
-def test_a_state_that_is_not_open_in_time_says_nothing_about_the_policy(monkeypatch, lifetime):
-    monkeypatch.setattr(toolbox, "PAUSES_S", (0.0,))
+async def waits() -> None:
+    await asyncio.sleep(600)
 
+
+async def waits_on() -> None:
+    """Takes the end of its time for a fault of what it waits for, and tries something else."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(600)
+
+
+async def holds_up_the_loop() -> None:
+    time.sleep(0.1)
+
+
+def slow(lifetime: str, wait: Callable[[], Awaitable[None]]) -> Tool:
     class Slow(Count):
         limit_s = 0.05
 
         @asynccontextmanager
         async def open(self):
-            await asyncio.sleep(600)
+            self.opened += 1
+            await wait()
             yield []
+            self.closed += 1
 
-    (output,) = play(Toolbox([Slow(lifetime)]), ToolCall("count", {}))
+    return Slow(lifetime)
+
+
+@pytest.mark.parametrize("wait", [waits, waits_on, holds_up_the_loop])
+@pytest.mark.parametrize("lifetime", ["call", "trajectory"])
+def test_a_state_that_is_not_open_in_time_says_nothing_about_the_policy(monkeypatch, lifetime, wait):
+    monkeypatch.setattr(toolbox, "PAUSES_S", (0.0,))
+    tool = slow(lifetime, wait)
+    (output,) = play(Toolbox([tool]), ToolCall("count", {}))
     assert output.fault == "machinery" and "cannot be opened: TimeoutError()" in output.text
+    assert tool.closed == (0 if wait is waits else tool.opened), "what was opened late is closed all the same"
+
+
+@pytest.mark.parametrize("wait", [waits, holds_up_the_loop])
+def test_a_state_of_the_run_that_is_not_open_in_time_ends_it_at_its_start(wait):
+    async def main() -> None:
+        async with Toolbox([slow("run", wait)]).open(SandboxConfig()):
+            pytest.fail("it was opened")
+
+    with pytest.raises(UserError, match=r"the tool count cannot be opened: TimeoutError\(\); see to that, or leave it"):
+        asyncio.run(main())
 
 
 def test_a_call_that_takes_too_long_is_ended_and_told():

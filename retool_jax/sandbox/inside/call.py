@@ -37,6 +37,8 @@ class Program:
         """The wait status, once it has ended."""
         self.usage = (0.0, 0.0)
         """CPU seconds, peak resident size in MiB."""
+        self.unsent: list[bytes] = []
+        """What it had written to each stream and not sent when it ended."""
         self.gone = False
         """Whether its fork server has said that no process of the call is left."""
         self.started: float | None = None
@@ -92,7 +94,7 @@ class Program:
         if message[0] == "ready":
             self.sent = time.monotonic()
         elif message[0] == "ended":
-            _, self.status, user_s, system_s, peak_kb, self.gone = message
+            _, self.status, user_s, system_s, peak_kb, self.gone, self.unsent = message
             self.usage = user_s + system_s, peak_kb / 1024
         elif message[0] == "gone":
             self.gone = True
@@ -124,6 +126,8 @@ class Program:
     def hear_last(self) -> None:
         """Take what is left in the streams and what the child said."""
         self.streams.drain()
+        for descriptor, data in zip((self.out, self.err), self.unsent, strict=False):
+            self.streams.captures[descriptor].add(data)
         for _ in range(MOST_WORDS):  # where it lives on it may go on saying things for ever
             if not self.hear_child():
                 break

@@ -17,7 +17,6 @@ import socket
 import sys
 import time
 import traceback
-import types
 
 import seccomp
 from isolation import (
@@ -33,6 +32,8 @@ from isolation import (
     enter_user_namespace,
     mount_proc,
 )
+from main_module import Main
+from streams import Output, replace_streams
 from wire import receive_packet, unpack
 
 INSIDE = os.path.dirname(os.path.abspath(__file__))
@@ -57,16 +58,18 @@ def report(text: str) -> None:
 # done before the fork is done in `prepare`, and what remains is written plainly.
 
 
-def prepare() -> dict:
-    """What every program finds, done once per fork server; returns the namespace of the `__main__` to be."""
+def prepare() -> tuple[dict, tuple[Output, Output]]:
+    """What every program finds, done once per fork server.
+
+    Returns the namespace of the `__main__` to be, and where what it writes to stdout and stderr is kept.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot forbid new privileges")
-    # Whole lines go out at once, so that they survive a time-out. The streams are the interpreter's own, for programs
-    # that look at sys.__stdout__.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    outputs = replace_streams()
+    # Children that are ended while they run `__main__` leave semaphores, which is no news for whoever reads the output.
+    sys.warnoptions.append("ignore:resource_tracker")
     site.setquit()  # -S left out exit(), quit() and help()
     site.sethelper()
     site.setcopyright()
@@ -77,11 +80,12 @@ def prepare() -> dict:
     for _ in range(WARM_UP_RUNS):  # the interpreter rewrites a function while it is new
         execute("x = 1\nx + 1 and None", "<snippet>", True, {"__builtins__": builtins})
         LIBC.prctl(PR_SET_DUMPABLE, 0)
+        print(1)
     linecache.cache.clear()
-    main = types.ModuleType("__main__")
+    main = Main("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
-    return main.__dict__
+    return main.__dict__, outputs
 
 
 def confine(isolation: Isolation, request: dict, base_bytes: int) -> None:
@@ -281,6 +285,8 @@ def run_child(
         if filter_ is not None and isolation.nested:  # elsewhere the fork server already wears it
             seccomp.install(LIBC, filter_)
         reseed()
+        for stream in (sys.stdout, sys.stderr):
+            os.register_at_fork(after_in_child=stream.buffer.part_from_parent)
         gc.enable()
         if request["allowed_modules"]:
             restrict_imports(request["allowed_modules"], namespace)

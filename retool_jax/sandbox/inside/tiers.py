@@ -110,7 +110,7 @@ def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: secc
         preload(name)
         if filter_ is not None and not isolation.nested:
             seccomp.install(LIBC, filter_)
-        namespace = prepare()
+        namespace, outputs = prepare()
         gc.collect()
         gc.freeze()  # a collection in a child then leaves these pages alone, which saves copying them
         gc.disable()
@@ -118,9 +118,11 @@ def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: secc
         send_packet(channel, ["ready", subreaper])
         while True:
             payload, descriptors = receive_packet(channel)
+            for output in outputs:
+                output.clear()
             ended = run_program(payload, descriptors, isolation, filter_, base_bytes, namespace)
             clean = not has_children()
-            send_packet(channel, ["ended", *ended, clean])
+            send_packet(channel, ["ended", *ended, clean, [output.kept() for output in outputs]])
             if not clean:
                 reap_all()
                 send_packet(channel, ["gone"])

@@ -15,6 +15,7 @@ from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import KINDS, Limits, Status, ToolResult, is_a, shown
 
 EXTRA = "retool"
+CUT = "\n[... bytes removed ...]\n"  # as a worker writes it
 # Everything that the standard fields do not say, or say in another form.
 _EXTRA_FIELDS = (
     *("status", "message", "return_code", "signal", "stdout_bytes", "stderr_bytes", "stdout_truncated"),
@@ -198,8 +199,7 @@ def _clip(text: str, limit: int) -> tuple[str, int, bool]:
     if len(data) <= limit:
         return text, len(data), False
     head, tail = data[: limit // 2], data[len(data) - limit // 2 :]
-    marker = f"\n[... {len(data) - len(head) - len(tail)} bytes removed ...]\n"
-    return head.decode("utf-8", "replace") + marker + tail.decode("utf-8", "replace"), len(data), True
+    return head.decode("utf-8", "replace") + CUT + tail.decode("utf-8", "replace"), len(data), True
 
 
 def read_result(body: Mapping[str, Any], limits: Limits) -> ToolResult:

@@ -117,7 +117,13 @@ OUTPUT = [
         **FLOOD,
     ),
     Case("output", "without end", "while True:\n    print('y' * 100)", check=short, **FLOOD),
-    Case("output", "without a line's end", "import sys\nwhile True:\n    sys.stdout.write('z' * 50)", check=short, **FLOOD),
+    Case(
+        "output",
+        "without a line's end",
+        "import sys\nwhile True:\n    sys.stdout.write('z' * 50)",
+        check=short,
+        **FLOOD,
+    ),
     Case(
         "output", "errors without end", "import sys\nwhile True:\n    sys.stderr.write('e' * 100)", check=short, **FLOOD
     ),

@@ -1,5 +1,7 @@
 """An interpreter that stays: what survives from one cell to the next, and what ends it."""
 
+import pytest
+
 from retool_jax.sandbox import Limits, ToolResult
 
 
@@ -61,6 +63,31 @@ def test_a_time_out_ends_the_interpreter_and_the_next_cell_starts_afresh(box):
     assert (before.status, late.status, late.stdout) == ("success", "timeout", "partial\n")
     assert after.stdout == "[]\n"
     assert "NameError" in state.stderr
+
+
+def test_what_a_cell_had_written_of_a_line_is_shown_where_it_is_killed(box):
+    late, fresh, killed, after = run_cells(
+        box,
+        ("print('so far', end='')\nwhile True:\n    pass", {"limits": Limits(wall_s=1)}),
+        "print('a', end='')",
+        "import os\nprint('b', end='')\nos.kill(os.getpid(), 9)",
+        "print('c')",
+    )
+    assert (late.status, late.stdout) == ("timeout", "so far")
+    assert (fresh.status, fresh.stdout) == ("success", "a")
+    assert (killed.status, killed.stdout) == ("user_error", "b")
+    assert (after.status, after.stdout) == ("success", "c\n")
+
+
+@pytest.mark.parametrize("box", ["process"], indirect=True)
+def test_functions_of_earlier_cells_are_there_for_new_interpreters(box):
+    *_, result = run_cells(
+        box,
+        "def double(x):\n    return 2 * x",
+        "double(",
+        "import multiprocessing as m\nwith m.get_context('spawn').Pool(1) as p:\n    print(p.map(double, [1, 2]))",
+    )
+    assert (result.stdout, result.stderr) == ("[2, 4]\n", "")
 
 
 def test_output_without_end_and_exit_end_it_too(box):

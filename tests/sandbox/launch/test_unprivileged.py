@@ -53,10 +53,12 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
         "print([p for p in os.listdir('/proc') if p.isdecimal()] == ['1', str(os.getpid())])",
         "leave": "open('f', 'w').write('x')\nopen('/dev/shm/f', 'w').write('x')\nNone",
         "find": "import os\nprint(os.listdir('.'), os.listdir('/dev/shm'))",
-        "signal": "import os\nos.abort()",
+        "signal": "import os\nprint('a', end='')\nos.abort()",
         "daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint('done')",
         "exit": "import sys\nsys.exit(7)",
         "pool": "import multiprocessing as m\nwith m.Pool(2) as p:\n    print(p.map(abs, [-1, 2]))",
+        "new": "def f(x):\n    return -x\n"
+        "import multiprocessing as m\nwith m.get_context('forkserver').Pool(1) as p:\n    print(p.map(f, [-1, 2]))",
     }
 
     async def main():
@@ -75,10 +77,10 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
     assert results["who"].stdout == f"{NOBODY} False\n0000000000000000\n"
     assert results["kill"].stdout == "nobody else\nTrue\n"  # process 1 is out of its reach, and there is no other
     assert results["find"].stdout == "[] []\n"
-    assert (results["signal"].status, results["signal"].signal) == ("user_error", 6)
+    assert (results["signal"].status, results["signal"].signal, results["signal"].stdout) == ("user_error", 6, "a")
     assert results["daemon"].stdout == "done\n" and results["daemon"].wall_s < 5
     assert results["exit"].return_code == 7
-    assert results["pool"].stdout == "[1, 2]\n"
+    assert results["pool"].stdout == "[1, 2]\n" and results["new"].stdout == "[1, -2]\n"
     assert results["bomb"].status == results["odd name"].status == "timeout"
     assert results["cells"].stdout == "2\n"
     assert all(result.attempts == 1 for result in results.values())

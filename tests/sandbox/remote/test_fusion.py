@@ -71,7 +71,7 @@ def test_answers_of_other_servers_are_understood():
     assert foreign("Error", None).status == "infra_error"
     assert read_result({"status": "SandboxError", "message": "no"}, LIMITS).message == "the server: no"
     long = foreign("Finished", 0, stdout="a" * 50_000 + "b" * 50_000)
-    assert long.stdout_truncated and long.stdout_bytes == 100_000 and "[... 34464 bytes removed ...]" in long.stdout
+    assert long.stdout_truncated and long.stdout_bytes == 100_000 and "[... bytes removed ...]" in long.stdout
     assert long.stdout.startswith("aaa") and long.stdout.endswith("bbb")
 
 
