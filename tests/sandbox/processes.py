@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterable
 from contextlib import suppress
 
 from retool_jax.sandbox.launch.procfs import family
@@ -16,6 +17,12 @@ def send(number: int, *pids: int) -> None:
 
 def kill(*pids: int) -> None:
     send(signal.SIGKILL, *pids)
+
+
+def kill_whole(workers: Iterable[int]) -> None:
+    """Kill workers with all that lies below them: what is inside lives a moment longer than what holds it, and on a
+    busy machine that is long enough for an answer."""
+    kill(*(pid for worker in workers for pid in family(worker)))
 
 
 def below(pid: int) -> set[int]:

@@ -10,7 +10,7 @@ from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.launch import process
 
-from ..processes import kill, send
+from ..processes import kill, kill_whole, send
 from ..programs import SLEEP, nap, until
 
 PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
@@ -77,7 +77,7 @@ def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids, mo
             await until(lambda: box.crew.ready == 2)
             await box.run("import numpy")
             old = set(box.crew._ready)
-            kill(*worker_pids(box))
+            kill_whole(worker_pids(box))
             light = await box.run("print(1)")
             (new,) = set(box.crew._ready) - old
             return set(new.tiers), light, await box.run("import numpy\nprint(2)")
@@ -165,7 +165,7 @@ def test_starts_that_fail_open_the_breaker_and_one_that_works_closes_it(kind, wo
         async with open_sandbox(PROCESS) as box:
             await until(lambda: box.crew.ready == 2)
             monkeypatch.setattr(process, "launch", fail)
-            kill(*worker_pids(box))
+            kill_whole(worker_pids(box))
             first = await box.run("print(1)")
             quick = await asyncio.wait_for(box.run("print(1)"), 10)
             broken = False
