@@ -4,8 +4,10 @@ import asyncio
 import sys
 
 from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
+from retool_jax.sandbox.launch.procfs import look_at
 
 from ..processes import kill
+from ..programs import until
 
 LOADED = "import sys\nprint(*[name for name in ('numpy', 'sympy', 'scipy') if name in sys.modules])"
 
@@ -58,7 +60,8 @@ def test_a_fork_server_that_died_is_replaced(worker_pids, descendants):
     async def main():
         async with open_sandbox(SandboxConfig(("process",), slots=1, probe_s=0)) as box:
             first, workers = await box.run("import numpy"), worker_pids(box)
-            kill(*fork_servers(box))
+            kill(*(killed := fork_servers(box)))
+            await until(lambda: all(seen is None or seen.state == "Z" for seen in map(look_at, killed)))
             again = [await box.run("import numpy\nprint(1)"), await box.run("print(2)")]
             return [first, *again], set(workers) & set(worker_pids(box))
 
