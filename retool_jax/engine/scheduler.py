@@ -174,7 +174,7 @@ class Service:
         def attempt(function: Callable[..., object], *arguments: object) -> None:
             try:
                 function(*arguments)
-            except Exception as error:
+            except Exception as error:  # of the device or of a tool: what is behind it is closed all the same
                 errors.append(error)
 
         self._closed = self._closed or RuntimeError("the scheduler was closed")

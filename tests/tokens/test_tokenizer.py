@@ -433,9 +433,6 @@ def test_an_answer_that_was_asked_for_begins_with_a_thought_too(say, last, answe
     assert trajectory.forced and trajectory.end == (End.ANSWERED if answered else End.NO_ANSWER)
 
 
-# --- a vocabulary with gaps -------------------------------------------------------------------------------------------
-
-
 def test_an_id_behind_a_gap_is_a_real_one(tokenizer):
     """Ids of a vocabulary need not be dense: the bound on them is the largest, not how many there are."""
     content = json.loads(tokenizer.hf.backend_tokenizer.to_str())
