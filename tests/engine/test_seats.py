@@ -149,7 +149,7 @@ def test_two_thousand_trajectories_leave_nothing_behind(many, compiles):
             fate = rng.random()
             if fate < 0.1:
                 self.cancelled = True
-            await asyncio.sleep(0.01 * (fate < 0.02))
+            await asyncio.sleep(0.2 * (fate < 0.5))  # long enough for others to need its pages
             return None if fate > 0.9 else await super().answer()
 
     memory, known = [], len(compiles)
