@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retool_jax.errors import UserError, run_command
+from retool_jax.errors import UserError, one_line, run_command
 from retool_jax.fields import split_words
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def upload(folder: Path, name: str) -> str:
         address = hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights, tokenizer and card")
     except Exception as error:  # of the hub, of HTTP or of the network
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"{folder} is complete, and the hub does not take it as {name} ({type(error).__name__}: {reason}); log in"
             f" with hf auth login, then: hf upload {name} {folder}"

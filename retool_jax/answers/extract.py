@@ -5,11 +5,10 @@ import re
 _CALL = re.compile(r"<(tool_call|code)>.*?(?:</\1>|\Z)", re.DOTALL)  # a call cut short by the length limit is a call
 _BOX = re.compile(r"\\boxed\s*(?:\{|\Z)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # `\\.` first: an escaped brace is a character of the answer
-# Between two boxes that give one answer together, the second with a name or without.
-_JOINT = re.compile(
-    r"[\s$]*(?:\\[()\]])?[\s$]*(?:,|;|,?\s*(?:\\text\s*\{)?\s*(?:and|or)\b\s*\}?|\\q?quad)"
-    r"[\s$]*(?:\\[(\[])?\s*(?:\\?[a-zA-Z]\w*\s*=\s*)?[\s$]*"
-)
+# Between two boxes that give one answer together, the second with a name or without; without signs of mathematics, and
+# with single spaces, since a policy may write thousands.
+_JOINT = re.compile(r"(?:,|;|(?:, ?)?(?:\\text ?\{ ?)?(?:and|or)\b(?: ?\})?|\\q?quad)(?: ?\\?[a-zA-Z]\w* ?=)?")
+_SIGNS = re.compile(r"\$|\\[()\[\]]")
 
 
 def extract_boxed(text: str) -> tuple[str | None, str]:
@@ -30,10 +29,13 @@ def extract_boxed(text: str) -> tuple[str | None, str]:
     contents = [text[begins[-1] : end]]
     for begin, following in zip(begins[-2::-1], begins[:0:-1], strict=True):
         end = _end_of_box(text, begin, following)
-        if end is None or not _JOINT.fullmatch(text[end + 1 : following].rpartition("\\boxed")[0]):
+        if end is None:
             break
-        contents.insert(0, text[begin:end])
-    return ", ".join(contents), "boxed"
+        between = _SIGNS.sub(" ", text[end + 1 : following].rpartition("\\boxed")[0])
+        if not _JOINT.fullmatch(" ".join(between.split())):
+            break
+        contents.append(text[begin:end])
+    return ", ".join(reversed(contents)), "boxed"
 
 
 def _end_of_box(text: str, begin: int, limit: int) -> int | None:

@@ -66,8 +66,8 @@ def conversation_in(row: dict) -> list[dict] | None:
         return None
     turns = []
     for value, role in ((prompt, "user"), (completion, "assistant")):
-        found = [{"role": role, "content": value}] if messages_in(value) is None else messages_in(value)
-        turns += found
+        found = messages_in(value)
+        turns += [{"role": role, "content": value}] if found is None else found
     return turns
 
 

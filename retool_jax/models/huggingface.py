@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf, config_to_hf
 from retool_jax.models.decoder import Params, Weight, abstract_params
 from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
@@ -111,7 +111,7 @@ def find_folder(name: str, weights: bool = True, files: Sequence[str] = ()) -> P
     try:
         return Path(snapshot_download(name, allow_patterns=list(files) or usual))
     except Exception as error:  # of the hub, of HTTP or of the network
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"no folder {name} here, and not to be had from the Hugging Face hub ({type(error).__name__}: {reason});"
             " give a folder with config.json and *.safetensors"

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.tokens.qwen import QWEN_ADDED, added_after, byte_bpe, read_ranks, tokenizer_of_ranks
 
 if TYPE_CHECKING:  # slow to import, and who only reads texts (the report) needs no tokenizer
@@ -190,7 +190,7 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError) as error:  # a template's own, and what it does to wrong types
             raise UserError(
                 f"the chat template refuses turns of {', '.join(message['role'] for message in messages)}"
-                f" ({_one_line(error)}); change the data, or chat_template.jinja beside the tokenizer"
+                f" ({one_line(error)}); change the data, or chat_template.jinja beside the tokenizer"
             ) from error
 
 
@@ -208,7 +208,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         try:
             fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"cannot read {folder / 'tokenizer.json'} ({_one_line(error)}); fetch it again") from error
+            raise UserError(f"cannot read {folder / 'tokenizer.json'} ({one_line(error)}); fetch it again") from error
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         fast = _from_merges_file(folder, config)
     elif (folder / "qwen.tiktoken").is_file():
@@ -239,7 +239,7 @@ def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
         return byte_bpe(vocab, merges, added)
     except Exception as error:  # as above
         raise UserError(
-            f"cannot join vocab.json and merges.txt of {folder} ({_one_line(error)}); fetch them again"
+            f"cannot join vocab.json and merges.txt of {folder} ({one_line(error)}); fetch them again"
         ) from error
 
 
@@ -259,7 +259,7 @@ def _declared_tokens(folder: Path, config: dict) -> dict[int, AddedToken]:
         return {index: AddedToken(text, normalized=False) for text, index in listed.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"cannot read the added tokens of {folder} ({_one_line(error)}); fetch the files again"
+            f"cannot read the added tokens of {folder} ({one_line(error)}); fetch the files again"
         ) from error
 
 
@@ -315,7 +315,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the hub raises dozens of kinds
         raise UserError(
-            f"no tokenizer at {name}: not a folder, and the hub says {_one_line(error)};"
+            f"no tokenizer at {name}: not a folder, and the hub says {one_line(error)};"
             f" set tokenizer=FOLDER with {_EXPECTED}, or miniature"
         ) from error
 
@@ -327,11 +327,7 @@ def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"cannot read {path} ({_one_line(error)}); fetch it again") from error
+        raise UserError(f"cannot read {path} ({one_line(error)}); fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch it again")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -15,6 +15,11 @@ from retool_jax.answers import extract_boxed
         (r"\boxed{1} and \boxed{2}", "1, 2", "boxed"),
         (r"$\boxed{1}$, $\boxed{2}$ or $x_3 = \boxed{\frac{1}{2}}$.", r"1, 2, \frac{1}{2}", "boxed"),
         (r"\boxed{1}. So \boxed{2}, \boxed{3}", "2, 3", "boxed"),
+        (r"\boxed{1} orders=\boxed{2}", "2", "boxed"),
+        # No run of spaces or signs may cost more than its length.
+        ("\\boxed{1}" + " " * 5000 + "," + "$ " * 5000 + "\\boxed{2}", "1, 2", "boxed"),
+        ("\\boxed{1}" + " " * 5000 + "," + " " * 5000 + "x\\boxed{2}", "2", "boxed"),
+        ("\\boxed{1}" + "$" * 5000 + "\\text" + " " * 5000 + "{\\boxed{2}", "2", "boxed"),
         ("\\boxed{1}\n\\boxed{1}", "1", "boxed"),
         (r"\boxed{1, \boxed{2} and \boxed{3}", "2, 3", "boxed"),
         (r"\boxed{42}<|im_end|>", "42", "boxed"),
