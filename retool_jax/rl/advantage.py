@@ -1,6 +1,18 @@
 """Rewards to advantages."""
 
+from typing import NamedTuple
+
 import numpy as np
+
+
+class Scored(NamedTuple):
+    """The n trajectories of a step that count, in the order in which they were issued."""
+
+    rewards: np.ndarray  # [n] float64
+    groups: np.ndarray  # [n] int, equal for the samples of one prompt
+    sampled: list[np.ndarray]  # n of [T_i] bool
+    columns: dict[str, list[np.ndarray]]  # n of [T_i] float32 each, 0 where not sampled: "old_logprobs", and "values",
+    # "teacher_logprobs", "reference_logprobs" where there is such a model
 
 
 def group_relative(rewards: np.ndarray, eps: float = 1e-6) -> np.ndarray:

@@ -43,19 +43,92 @@ class ClipConfig:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class RLConfig:
-    """GRPO: groups of samples, rewards on the final answer, clipped updates."""
+class KLConfig:
+    """Keeps the policy near the run's first weights, the reference; without a coefficient there is no such model."""
 
+    coefficient: NotNegative = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # of a token's divergence (joschu.net/blog/kl-approx.html)
+    place: Literal["loss", "reward"] = "loss"  # a term of the loss, or taken from the advantage of its own token
+
+
+@dataclass(frozen=True, config=CHECKED)
+class CriticConfig:
+    """PPO's critic: the policy's first weights with one output for the value of each token's prefix."""
+
+    warmup_steps: Count = 0  # RL steps in which the critic alone learns
+    value_clip: NotNegative = 0.5  # how far a value may move from the old one at full loss; 0: as far as it likes
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclass(frozen=True, config=CHECKED)
+class TeacherConfig:
+    """On-policy distillation: a frozen model whose log-probabilities of the drawn tokens enter the advantage.
+
+    A_t + c (log p_teacher - log p_old), where c is `coefficient`, or, gated by the advantage A of the answer,
+    low + (high - low) sigmoid(-slope A).
+    """
+
+    init_from: str = ""  # a run or Hugging Face folder, or a hub id, with the policy's vocabulary and chat template
+    form: Literal["plain", "gated"] = "plain"
+    coefficient: NotNegative = 1.0  # of the plain form
+    gate_low: NotNegative = 0.0
+    gate_high: NotNegative = 0.05
+    gate_slope: NotNegative = 1.0
+
+
+@dataclass(frozen=True, config=CHECKED)
+class RewardConfig:
+    """What a trajectory is worth (docs/rewards.md)."""
+
+    name: str = "default"  # or recipe, dapo_strict, shaped, my_package.my_module:my_reward
+    guard: bool = True  # in a group without a right answer all get the lowest reward, so that none is reinforced
+    overlong_tokens: Count = 0  # at the end of the room for a response, over which a penalty grows; 0: none
+    overlong_penalty: NotNegative = 1.0  # where it ends (DAPO, arXiv 2503.14476 eq. 13)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class GroupsConfig:
+    """Which prompts a step learns from."""
+
+    dynamic: bool = False  # leave out groups that are all right or all wrong, and draw others in their place (DAPO)
+    refills: Positive = 10  # rounds of drawing others before a step makes do with what it has
+    skip_solved: Count = 0  # pass over a prompt that was solved by all samples so many times in a row; 0: never
+
+
+@dataclass(frozen=True, config=CHECKED)
+class RLConfig:
+    """Samples of the policy, rewards on the final answer, clipped updates."""
+
+    algorithm: str = "grpo"  # a name of rl/algorithms.py, or my_package.my_module:MY_ALGORITHM
     steps: Positive = 80
     prompts_per_step: Positive = 24
-    group_size: Annotated[int, Field(ge=2)] = 8  # samples per prompt, which are compared
-    minibatches: Positive = 2  # optimiser steps per rollout; divides prompts_per_step
+    group_size: Positive = 8  # samples per prompt
+    minibatches: Positive = 2  # optimiser steps per rollout and epoch; divides prompts_per_step
+    epochs: Positive = 1  # how often a rollout is learned from
     max_dropped: Annotated[float, Field(ge=0, le=0.99)] = 0.5
     """Share of a step's trajectories that the machinery may lose before the run stops."""
     temperature: Annotated[float, Field(gt=0)] = 1.0  # above 0: groups need different samples
     row_length: Positive = 256  # T of a packed row; at least engine.max_length
     rows_per_micro: Positive = 4  # B of a micro-batch
+    aggregation: Literal["", "token_mean", "sequence_token_sum", "sequence_token_mean", "fixed"] = ""
+    """How token losses become one number (rl/loss.py); empty: as the algorithm says."""
     clip: ClipConfig = ClipConfig()
+    entropy_coefficient: NotNegative = 0.0  # of a bonus for the entropy of what tokens are drawn from
+    old_logprobs: Literal["engine", "trainer"] = "engine"
+    """Whose log-probabilities are the old ones: as they were drawn, or computed again by the trainer."""
+    correction: Literal["none", "token_tis", "sequence_mask", "band", "geometric"] = "none"
+    """For the difference of the two, which needs old_logprobs=trainer (rl/correction.py)."""
+    kl: KLConfig = KLConfig()
+    discount: Share = 1.0  # gamma, of PPO
+    gae_lambda: Share = 1.0  # of PPO
+    critic: CriticConfig = CriticConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    reward: RewardConfig = RewardConfig()
+    groups: GroupsConfig = GroupsConfig()
+    ahead: Count = 0  # steps that rollouts may run ahead of the weights that learn from them; 0 is exact
+    max_staleness: Count | None = None  # drop what holds tokens of weights older than so many steps; null: nothing
+    save_rollouts: bool = False  # keep each step's trajectories with all that the update needs, for replay=FOLDER
+    rollout_only: bool = False  # draw and keep them, and train nothing
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
@@ -63,6 +136,11 @@ class RLConfig:
             raise UserError(
                 f"rl.prompts_per_step={self.prompts_per_step} does not divide into rl.minibatches={self.minibatches};"
                 f" choose prompts_per_step as a multiple of {self.minibatches}"
+            )
+        if self.correction != "none" and self.old_logprobs != "trainer":
+            raise UserError(
+                f"rl.correction={self.correction} weighs the engine's log-probabilities against the trainer's, which"
+                " rl.old_logprobs=engine does not compute; set rl.old_logprobs=trainer, or rl.correction=none"
             )
 
 

@@ -30,7 +30,7 @@ POLL_S = 0.5
 # are compared with, and has to be as it was when the folder was made.
 MAY_CHANGE = (
     # Where it lies, how far it goes, how often it looks and saves. A look changes no weights; what it measures stays.
-    *("run", "rl.steps", "rl.max_dropped", "evaluation.every", "checkpoint.*"),
+    *("run", "rl.steps", "rl.max_dropped", "rl.save_rollouts", "evaluation.every", "checkpoint.*"),
     # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
     # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
     *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),

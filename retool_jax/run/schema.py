@@ -67,6 +67,7 @@ class RLRun:
     """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as sft says
+    replay: str = ""  # a run's folder with rollouts (rl.save_rollouts): train from them, without engine and sandbox
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
     mesh: MeshConfig = MeshConfig()
     sft: SFTConfig = SFTConfig()
