@@ -1,34 +1,59 @@
-"""Scored trajectories to packed batches: advantages within groups, and one batch per optimiser step."""
+"""Scored trajectories to packed batches: what is known of their tokens as columns, one batch per optimiser step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from retool_jax.learn.packing import Batch, Example, pack
-from retool_jax.rl.advantage import group_relative
+from retool_jax.rl.advantage import Scored
 from retool_jax.rl.config import RLConfig
+from retool_jax.rl.loss import aggregation_weights
 from retool_jax.rl.trajectory import Trajectory
 
+Columns = Mapping[str, Sequence[np.ndarray]]  # by name, an array [T_i] for each trajectory
 
-def learnable_groups(trajectories: Sequence[Trajectory], group_size: int) -> list[list[Example]]:
-    """Groups with their advantages, without what cannot teach.
 
-    A trajectory that the machinery dropped is no signal about the policy. A group of equal rewards has
-    zero advantage everywhere and is left out of the batch, so the token mean is over tokens that carry a gradient.
+def counted(trajectories: Sequence[Trajectory], group_size: int) -> tuple[list[Trajectory], np.ndarray]:
+    """The trajectories that say something about the policy, and the number of each one's group.
+
+    What the machinery dropped has no part in anything that is learned.
     """
-    groups = []
-    for first in range(0, len(trajectories), group_size):
-        kept = [t for t in trajectories[first : first + group_size] if not t.dropped]
-        rewards = np.array([t.reward for t in kept])
-        if len(kept) > 1 and rewards.std() > 0:
-            pairs = zip(kept, group_relative(rewards), strict=True)
-            groups.append([trajectory.example(float(advantage)) for trajectory, advantage in pairs])
-    return groups
+    pairs = [(t, index // group_size) for index, t in enumerate(trajectories) if not t.dropped]
+    return [t for t, _ in pairs], np.array([group for _, group in pairs], np.int64)
 
 
-def batches_of(rl: RLConfig, groups: list[list[Example]]) -> list[Batch]:
-    """One packed batch per optimiser step; every one has the same shape, so one compiled update serves all."""
+def scored_of(kept: Sequence[Trajectory], groups: np.ndarray, columns: Columns) -> Scored:
+    """What advantages are computed from."""
+    rewards = np.array([t.reward for t in kept], np.float64)
+    return Scored(rewards, groups, [np.array(t.sampled, bool) for t in kept], dict(columns))
+
+
+def batches_of(
+    rl: RLConfig,
+    kept: Sequence[Trajectory],
+    groups: np.ndarray,
+    columns: Columns,
+    chosen: Sequence[bool],
+    aggregation: str,
+    longest: int,
+) -> list[Batch]:
+    """One packed batch per optimiser step, with these columns, of the chosen trajectories; whole groups are dealt out.
+
+    Every one has the same shape, so that one compiled update serves all.
+    """
     rows = rl.prompts_per_step // rl.minibatches * rl.group_size  # at worst each trajectory fills a row
     limit = -(-rows // rl.rows_per_micro)
-    dealt = [[e for group in groups[i :: rl.minibatches] for e in group] for i in range(rl.minibatches)]
-    return [pack(examples, rl.row_length, rl.rows_per_micro, limit) for examples in dealt if examples]
+    members = [[i for i in np.flatnonzero(groups == group) if chosen[i]] for group in dict.fromkeys(groups.tolist())]
+    members = [group for group in members if group]
+    dealt = [[i for group in members[part :: rl.minibatches] for i in group] for part in range(rl.minibatches)]
+    batches = []
+    for part in filter(None, dealt):
+        told = [{name: values[i] for name, values in columns.items()} for i in part]
+        weights = aggregation_weights(aggregation, np.array([sum(kept[i].sampled) for i in part]), longest)
+        if weights is not None:
+            told = [
+                row | {"weights": np.full(len(kept[i].ids), w)} for i, row, w in zip(part, told, weights, strict=True)
+            ]
+        examples = [Example(kept[i].ids, kept[i].sampled, row) for i, row in zip(part, told, strict=True)]
+        batches.append(pack(examples, rl.row_length, rl.rows_per_micro, limit))
+    return batches

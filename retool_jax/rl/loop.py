@@ -1,13 +1,12 @@
-"""GRPO with a Python interpreter. One step, in the order of `train` below:
+"""Reinforcement learning with a Python interpreter. One step, in the order of `train` below:
 
-1. Take the step's problems and draw n trajectories for each: the policy writes turns, tools answer its calls
-   (`rollout.py`). The weights are those of the last update, so the draws are on-policy.
-2. Score each by the final answer in its last turn, and by nothing else (`reward.py`).
-3. Subtract the mean reward of its group from each reward and divide by their deviation: the advantage of all tokens
-   that the policy drew there (`advantage.py`). Groups of equal rewards, and what the machinery lost, teach nothing and
-   are left out (`batches.py`).
-4. Pack the rest into one batch per optimiser step and update: a clipped policy loss, averaged over all drawn tokens of
-   the batch (`loss.py`, `learn`).
+1. Draw n trajectories for each of the step's prompts: the policy writes turns, tools answer its calls (`collector.py`,
+   `rollout.py`). With `rl.ahead=0` the weights are those of the last update, so the draws are on-policy.
+2. Score each by the final answer in its last turn (`reward.py`).
+3. Ask the models that the algorithm has beside the policy, and turn rewards into the advantage of each token that the
+   policy drew (`learner.py`, `advantage.py`). What the machinery lost has no part in it.
+4. Pack them into one batch per optimiser step and update: a loss that covers the drawn tokens and no others
+   (`batches.py`, `loss.py`, `learn`). Which advantage, which loss and which models is one record of `algorithms.py`.
 5. Hand the weights to the engine.
 6. Log; save; now and then look at held-out problems (`evaluation.py`).
 """
@@ -17,20 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from retool_jax.clock import Clock
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
-from retool_jax.learn.optimizer import TrainState
-from retool_jax.learn.packing import Batch
-from retool_jax.learn.step import Step
 from retool_jax.metrics import MetricsLog, Progress
-from retool_jax.rl.batches import batches_of, learnable_groups
+from retool_jax.rl.collector import Collector, Rollouts
 from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
 from retool_jax.rl.evaluation import evaluate, faults, looked, splits_at, summarise
-from retool_jax.rl.rollout import Sample, rollout, score
+from retool_jax.rl.learner import Learner, State, learn
+from retool_jax.rl.replay import Replay, rollouts_path, write_rollouts
 from retool_jax.rl.summary import performance
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
@@ -47,9 +41,10 @@ class Parts:
     tokenizer: Tokenizer
     problems: Mapping[str, Problems]  # by split
     tools: Toolbox | None  # open; None: a text-only run
-    engine: Engine
-    update: Step
-    save: Callable[[int, TrainState], None]  # the state after a step
+    engine: Engine | None  # None: the rollouts are those of a replay, and nothing is looked at
+    rollouts: Collector | Replay
+    learner: Learner | None  # None: trajectories are drawn and kept, and nothing is learned
+    save: Callable[[int, State, dict], None]  # the state after a step, and where the rollouts stand
     save_every: int  # steps
     log: MetricsLog
     bar: Progress
@@ -57,41 +52,45 @@ class Parts:
     tokens: dict[str, int]  # decoded, and trained on, by the run so far; the loop counts on
 
 
-async def train(p: Parts, state: TrainState, start: int | None) -> None:
+async def train(p: Parts, state: State, start: int | None) -> None:
     """Train from the state after step `start` to the last step; None is a run that has only its first weights."""
     if start is None:
-        p.save(0, state)
+        p.save(0, state, p.rollouts.state())
     await look(p, start or 0)  # what of it is not in the log: a look that was cut off, or that became due since
     for step in range((start or 0) + 1, p.rl.steps + 1):
         with p.clock.part("rollout"):
-            samples = samples_of(p.rl, p.problems["train"], step)  # 1
-            trajectories, statistics = await rollout(p.engine, p.tokenizer, p.tools, samples, p.rollout)
-            await asyncio.to_thread(score, p.tokenizer, trajectories)  # 2
-            numbers = summarise(trajectories, p.rl.max_dropped)
-        with p.clock.part("update"):
-            groups = learnable_groups(trajectories, p.rl.group_size)  # 3
-            state, learned = learn(p.update, state, batches_of(p.rl, groups))  # 4
-            p.engine.update_params(state.params)  # 5
+            drawn: Rollouts = await p.rollouts.take()  # 1, 2
+            numbers = summarise(drawn.trajectories, p.rl.max_dropped) | drawn.numbers
+        if p.rl.save_rollouts or p.rl.rollout_only:
+            write_rollouts(rollouts_path(p.folder, step), drawn.trajectories)
+        if p.learner:
+            with p.clock.part("update"):
+                # In a thread, so that rollouts that run ahead go on meanwhile.
+                learned = await asyncio.to_thread(learn, p.learner, state, drawn.trajectories, step)  # 3, 4
+                state = learned.state
+                p.rollouts.updated(state.params)  # 5
+            numbers |= learned.metrics
+            p.tokens["update"] += learned.tokens
 
-        p.tokens["decode"] += statistics.decoded_tokens  # 6
-        p.tokens["update"] += sum(len(example.ids) for group in groups for example in group)
-        numbers |= learned | {"groups_used": len(groups)}
-        p.log.write("rl", step, numbers | performance(statistics))
-        speed = statistics.decoded_tokens / statistics.total_s
+        p.tokens["decode"] += drawn.statistics.decoded_tokens  # 6
+        p.log.write("rl", step, numbers | performance(drawn.statistics))
+        speed = drawn.statistics.decoded_tokens / drawn.statistics.total_s
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
         if happened := faults(numbers):
             p.bar.say(f"step {step}: {happened}")
         # Before the look, which may take long: a start after a kill takes the look again, not the step.
         if step % p.save_every == 0 or step == p.rl.steps:
-            p.save(step, state)
+            p.save(step, state, p.rollouts.state())
         await look(p, step)
 
 
 async def look(p: Parts, step: int) -> None:
     """Measure accuracy on the splits whose turn it is after this step and whose numbers are not in the log already."""
-    for split in splits_at(p.evaluation, step, p.rl.steps):
+    due = splits_at(p.evaluation, step, p.rl.steps) if p.engine else []
+    for split in due:
         if looked(p.folder, step, split):
             continue
+        await p.rollouts.settle()  # the engine is the look's alone
         with p.clock.part("evaluation"):
             numbers = await evaluate(
                 p.engine,
@@ -111,30 +110,3 @@ async def look(p: Parts, step: int) -> None:
         )
         if happened := faults(numbers):
             p.bar.say(f"step {step}: {split}: {happened}")
-
-
-def samples_of(rl: RLConfig, problems: Problems, step: int) -> list[Sample]:
-    """The samples of a step, group by group; problems and random streams follow from the step alone."""
-    P, n = rl.prompts_per_step, rl.group_size
-    first = (step - 1) * P
-    return [
-        Sample(problems[first + group], (first + group) * n + member, rl.temperature)
-        for group in range(P)
-        for member in range(n)
-    ]
-
-
-def learn(update: Step, state: TrainState, batches: list[Batch]) -> tuple[TrainState, dict[str, float]]:
-    """One optimiser step per batch; returns their mean metrics.
-
-    The first batch is updated with the weights that sampled it, so there the difference between the engine's and
-    the trainer's log-probabilities is numerics alone; that is the one to report.
-    """
-    history = []
-    for batch in batches:
-        state, metrics = update(state, batch)
-        history.append({key: float(value) for key, value in jax.device_get(metrics).items()})
-    if not history:
-        return state, {}
-    means = {key: float(np.mean([metrics[key] for metrics in history])) for key in history[0]}
-    return state, means | {"logprob_diff_mean": history[0]["logprob_diff_mean"]}

@@ -10,13 +10,14 @@ from retool_jax.answers import workers
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
-from retool_jax.learn.optimizer import TrainState, begin_from
-from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
 from retool_jax.rl import loop
-from retool_jax.rl.loss import policy_token_loss
+from retool_jax.rl.collector import Collector
+from retool_jax.rl.learner import State
+from retool_jax.rl.replay import Replay
+from retool_jax.rl.sampler import Sampler
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
 from retool_jax.run.build import (
     engine_of,
@@ -28,9 +29,10 @@ from retool_jax.run.build import (
     told_of_memory,
 )
 from retool_jax.run.folder import claim_folder, write_config
+from retool_jax.run.learner import abstract, begin, make_learner
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import RLRun
-from retool_jax.run.weights import abstract_state, has_checkpoints, load_weights, require_checkpoint
+from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
@@ -44,12 +46,18 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     require_checkpoint(run)
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
-    tools = load_tools(run.tools)
-    problems = problems_of(run, tokenizer, tools)
+    tools = load_tools(run.tools) if not run.replay else None
+    problems = problems_of(run, tokenizer, tools) if not run.replay else {}
     mesh = mesh_of(run)
     # Loaded early when they will be needed: a wrong path is told before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
-    workers.pool.start()
+
+    def first_weights() -> Params:
+        return load_weights(run, Path(run.init_from)) if run.init_from else make_weights(run)
+
+    learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
+    if not run.replay:
+        workers.pool.start()
 
     async with AsyncExitStack() as stack:
         stack.enter_context(told_of_memory(run))
@@ -70,34 +78,38 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             return
         if start is None:
             with clock.part("cold start"):
-                if not run.init_from:
-                    params = make_weights(run)
-                else:
+                if run.init_from:
                     print(f"starting from {run.init_from}")
-                    params = given if given is not None else load_weights(run, Path(run.init_from))
-            state = begin_from(params, run.model, run.rl.optimizer, mesh)
+                state = begin(run, given if given is not None else first_weights(), mesh)
             notes = {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
-            state, notes = checkpoints.restore(start, abstract_state(run, mesh))
+            state, notes = checkpoints.restore(start, abstract(run, mesh))
             clock.seconds = notes["seconds"]
 
         def elapsed_s() -> float:
             return notes["elapsed_s"] + time.perf_counter() - began
 
-        def save(step: int, state: TrainState) -> None:
+        def save(step: int, state: State, drawn: dict) -> None:
             with clock.part("checkpoint"):
-                told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s()}
+                told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s(), "drawn": drawn}
                 checkpoints.save(step, state, told)
 
         write_config(run)
         write_origin(folder)
         (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
-        print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
-        if tools:
-            print(f"tools: {', '.join(tools.names)}")
+        engine = None
+        if run.replay:
+            print(f"rollouts: those of {run.replay}; no engine, no sandbox, and no look at held-out problems")
+            rollouts = Replay(Path(run.replay), run.rl, run.model.vocab_size, start or 0)
+        else:
+            print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
+            if tools:
+                print(f"tools: {', '.join(tools.names)}")
+            engine = engine_of(run, state.params, mesh, tokenizer)
+            sampler = Sampler(problems["train"], run.rl, notes.get("drawn"), start or 0)
+            rollouts = Collector(engine, tokenizer, tools, sampler, run.rl, run.rollout, start or 0)
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
-        engine = engine_of(run, state.params, mesh, tokenizer)
         parts = loop.Parts(
             rl=run.rl,
             rollout=run.rollout,
@@ -107,12 +119,8 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             problems=problems,
             tools=tools,
             engine=engine,
-            update=make_step(
-                Outputs(run.model, temperature=run.rl.temperature),
-                policy_token_loss(run.rl.clip),
-                run.rl.optimizer,
-                mesh,
-            ),
+            rollouts=await stack.enter_async_context(rollouts),
+            learner=learner,
             save=save,
             save_every=run.checkpoint.every,
             log=stack.enter_context(MetricsLog(folder, start)),
@@ -120,7 +128,8 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             clock=clock,
             tokens=notes["tokens"],
         )
-        engine.warm_up()
+        if engine:
+            engine.warm_up()
         await loop.train(parts, state, start)
         checkpoints.wait()  # a summary says that the run is complete, and so does a last checkpoint that is good
         summary = summarise_run(folder, run.evaluation, run.rl.steps, clock.seconds, notes["tokens"], elapsed_s())

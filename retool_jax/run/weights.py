@@ -1,5 +1,6 @@
 """A run's first weights: from another run or a Hugging Face checkpoint, if they fit its model and vocabulary."""
 
+import dataclasses
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from retool_jax.errors import UserError
 from retool_jax.fields import show
 from retool_jax.learn.optimizer import TrainState, fresh_state, state_shardings
 from retool_jax.mesh import make_mesh
-from retool_jax.models.config import ARCHITECTURE
+from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.sharding import param_shardings
@@ -47,6 +48,57 @@ def load_weights(run: Run, folder: Path) -> Params:
         return checkpoints.restore_params(latest, abstract_weights(run))[0]
 
 
+def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
+    """The frozen model that `rl.teacher.init_from` names, computed with as this run's own.
+
+    Raises:
+        UserError: there is no checkpoint, it is what the run itself begins from, or its vocabulary or its chat template
+            is another: it would score ids that mean something else to it, or texts in a form that it never saw.
+    """
+    name = run.rl.teacher.init_from
+    if run.init_from and Path(name).absolute() == Path(run.init_from).absolute():
+        raise UserError(
+            f"rl.teacher.init_from={name} is what the run begins from, and a model has nothing to learn from itself;"
+            " choose another teacher, or other first weights"
+        )
+    folder = find_folder(name)
+    if (folder / CONFIG).is_file():
+        model, tokenizer = read_model(folder)
+    elif (folder / "config.json").is_file():
+        model, tokenizer = config_from_hf(folder), name
+    else:
+        raise no_checkpoint(folder, "rl.teacher.init_from")
+    check_teacher(run, name, tokenizer)
+    shape = {key: getattr(model, key) for key in ARCHITECTURE}
+    # How it is computed with is the run's. Its table may be padded to another size than the student's.
+    model = dataclasses.replace(run.model, real_vocab=min(len(load_tokenizer(tokenizer)), model.vocab_size), **shape)
+    like = abstract_like(abstract_params(model)[1], param_shardings(model, mesh))
+    if (folder / "config.json").is_file():
+        return model, load_params(model, folder, mesh)
+    with closing(Checkpoints(folder / "checkpoints", keep=None)) as checkpoints:
+        latest = checkpoints.latest()
+        if latest is None:
+            raise no_checkpoint(folder, "rl.teacher.init_from")
+        return model, checkpoints.restore_params(latest, like)[0]
+
+
+def check_teacher(run: RLRun, name: str, tokenizer: str) -> None:
+    """Refuse a teacher that reads the student's ids, or its turns, as something else."""
+    if tokenizer == run.tokenizer:
+        return
+    theirs, ours = load_tokenizer(tokenizer).hf, load_tokenizer(run.tokenizer).hf
+    for what, differs in (
+        ("vocabulary", theirs.get_vocab() != ours.get_vocab()),
+        ("chat template", theirs.chat_template != ours.chat_template),
+    ):
+        if differs:
+            raise UserError(
+                f"rl.teacher.init_from={name} has another {what} (tokenizer={tokenizer}) than this run"
+                f" (tokenizer={run.tokenizer}): its log-probabilities would be of other texts; choose a teacher of the"
+                " student's family"
+            )
+
+
 def require_checkpoint(run: Run) -> None:
     """Refuse a run that takes its first weights, or its tokenizer, from where there is no checkpoint."""
     if not run.init_from or (has_checkpoints(run) and run.tokenizer != run.init_from):
@@ -56,10 +108,10 @@ def require_checkpoint(run: Run) -> None:
         raise no_checkpoint(folder)
 
 
-def no_checkpoint(folder: Path) -> UserError:
+def no_checkpoint(folder: Path, key: str = "init_from") -> UserError:
     return UserError(
         f"no checkpoint at {folder}: expected checkpoints of a run, or config.json of a model, there; run config=sft"
-        f" run={folder} first, choose another init_from, or leave init_from empty"
+        f" run={folder} first, choose another {key}, or leave {key} empty"
     )
 
 

@@ -1,0 +1,139 @@
+"""Scored trajectories to new weights: what models say of the tokens, advantages, batches, updates.
+
+old log-probs (the engine's, or the trainer's), values, teacher, reference -> advantage -> batches -> updates
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from retool_jax.learn.optimizer import TrainState
+from retool_jax.learn.packing import Batch, Example
+from retool_jax.learn.scorer import Scorer
+from retool_jax.learn.step import Step
+from retool_jax.models.decoder import Params
+from retool_jax.rl.algorithms import Algorithm, aggregation_of
+from retool_jax.rl.batches import batches_of, counted, scored_of
+from retool_jax.rl.config import RLConfig
+from retool_jax.rl.correction import correction
+from retool_jax.rl.trajectory import Trajectory
+
+# Of a step's first batch: it is updated with the weights that sampled it, so that there the difference between the
+# engine's and the trainer's log-probabilities is numerics alone.
+MISMATCH = ("logprob_diff_", "mismatch_")
+
+
+class ActorCritic(NamedTuple):
+    """The state of a run with a critic: that of the policy, as of a run without one, and beside it the critic's."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    critic: TrainState
+
+
+State = TrainState | ActorCritic
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model whose weights stay: a teacher, or the run's own first weights as a reference."""
+
+    scorer: Scorer
+    params: Params
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The compiled parts of an update; which of them there are follows from the algorithm."""
+
+    rl: RLConfig
+    algorithm: Algorithm
+    longest: int  # tokens of the longest trajectory that a run allows
+    update: Step
+    trainer: Scorer | None = None  # the policy's log-probabilities, where the engine's are not the old ones
+    critic: Step | None = None
+    values: Scorer | None = None
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)  # by what their log-probabilities are called
+
+
+class Learned(NamedTuple):
+    """What came of a step."""
+
+    state: State
+    metrics: dict[str, float]
+    tokens: int  # that were learned from, in each epoch
+
+
+def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: int) -> Learned:
+    """One step's updates from its scored trajectories, group by group; the first step is 1."""
+    kept, groups = counted(trajectories, p.rl.group_size)
+    if not kept:
+        return Learned(state, {"groups_used": 0}, 0)
+    columns = told(p, state, kept)
+    scored = scored_of(kept, groups, columns)
+    columns |= p.algorithm.advantage(scored, p.rl)
+    if "engine_logprobs" in columns:
+        pairs = zip(columns["old_logprobs"], columns["engine_logprobs"], scored.sampled, strict=True)
+        columns["importance"] = [correction(p.rl.correction, *pair) for pair in pairs]
+    # A trajectory without any advantage, as in a group of equal rewards, teaches nothing: with it in the batch the
+    # token mean would depend on how many of them a step happens to hold.
+    chosen = [bool(np.any(advantages)) for advantages in columns["advantages"]]
+
+    def batches(names: Sequence[str], chosen: Sequence[bool], aggregation: str) -> list[Batch]:
+        wanted = {name: columns[name] for name in names}
+        return batches_of(p.rl, kept, groups, wanted, chosen, aggregation, p.longest)
+
+    metrics: dict[str, float] = {}
+    if p.critic:
+        mine = batches(("returns", "old_values"), [True] * len(kept), "token_mean")
+        critic, metrics = updated(p.critic, state.critic, mine * p.rl.epochs)
+        state = state._replace(critic=critic)
+    if not p.critic or step > p.rl.critic.warmup_steps:
+        optional = ("reference_logprobs", "engine_logprobs", "importance")
+        names = [*p.algorithm.columns, *(name for name in optional if name in columns)]
+        mine = batches(names, chosen, aggregation_of(p.rl, p.algorithm))
+        policy, numbers = updated(p.update, TrainState(state.step, state.params, state.opt_state), mine * p.rl.epochs)
+        state, metrics = state._replace(**policy._asdict()), metrics | with_sample_size(numbers)
+    metrics["groups_used"] = len(set(groups[chosen].tolist()))
+    return Learned(state, metrics, sum(len(t.ids) for t, use in zip(kept, chosen, strict=True) if use))
+
+
+def told(p: Learner, state: State, kept: Sequence[Trajectory]) -> dict[str, list[np.ndarray]]:
+    """What is known of the tokens before the update, by name: the old log-probabilities and what other models say."""
+    recorded = [np.array(t.logprobs, np.float32) for t in kept]
+    examples = [Example(t.ids, t.sampled) for t in kept]
+    columns = {"old_logprobs": recorded}
+    if p.trainer:
+        columns |= {"old_logprobs": p.trainer(state.params, examples)["logprobs"], "engine_logprobs": recorded}
+    if p.values:
+        values = p.values(state.critic.params, examples)["values"]
+        columns |= {"values": values, "old_values": values}
+    for name, model in p.frozen.items():
+        columns[name] = model.scorer(model.params, examples)["logprobs"]
+    return columns
+
+
+def updated(update: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
+    """One optimiser step per batch, and their mean metrics; of the engine's mismatch those of the first."""
+    history: list[dict[str, float]] = []
+    for batch in batches:
+        state, metrics = update(state, batch)
+        history.append({key: float(value) for key, value in jax.device_get(metrics).items()})
+    if not history:
+        return state, {}
+    means = {key: float(np.mean([metrics[key] for metrics in history])) for key in history[0]}
+    return state, means | {key: value for key, value in history[0].items() if key.startswith(MISMATCH)}
+
+
+def with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
+    """With the effective sample size of the engine's tokens for the trainer's policy, as a share of their number.
+
+    (mean of w)^2 / mean of w^2 with w = trainer's / engine's probability (Kish, 1965).
+    """
+    mean, square = (metrics.pop(name, None) for name in ("mismatch_ratio", "mismatch_ratio_squared"))
+    return metrics | {"mismatch_ess": mean * mean / square} if square else metrics

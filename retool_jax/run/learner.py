@@ -1,0 +1,74 @@
+"""What a run learns with: its algorithm's compiled updates, and the models that it asks beside the policy."""
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from retool_jax.learn.critic import abstract_critic, begin_critic, make_critic_step
+from retool_jax.learn.optimizer import begin_from
+from retool_jax.learn.packing import Batch
+from retool_jax.learn.scorer import Scorer
+from retool_jax.learn.step import Columns, Outputs, TokenTerms, make_step
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params
+from retool_jax.rl.algorithms import algorithm_of
+from retool_jax.rl.learner import ActorCritic, Frozen, Learner, State
+from retool_jax.run.schema import RLRun
+from retool_jax.run.weights import abstract_state, load_teacher
+
+
+def make_learner(run: RLRun, mesh: Mesh, first_weights: Callable[[], Params]) -> Learner:
+    """The updates of a run, compiled when they are first used.
+
+    `first_weights` gives those that the run began from, which are its reference where its divergence counts.
+    """
+    rl, algorithm = run.rl, algorithm_of(run.rl)
+
+    def loss(outputs: Columns, batch: Batch) -> TokenTerms:
+        return algorithm.loss(outputs, batch, rl)
+
+    def scorer(model: ModelConfig, *names: str, temperature: float = rl.temperature) -> Scorer:
+        rows = -(-rl.prompts_per_step * rl.group_size // rl.rows_per_micro)
+        return Scorer(Outputs(model, names, temperature), mesh, rl.row_length, rl.rows_per_micro, rows)
+
+    frozen = {}
+    if "teacher" in algorithm.models:
+        model, params = load_teacher(run, mesh)
+        # A teacher is asked for its own distribution, whatever the student's draws are divided by.
+        frozen["teacher_logprobs"] = Frozen(scorer(model, "logprobs", temperature=1.0), params)
+    if rl.kl.coefficient:
+        frozen["reference_logprobs"] = Frozen(scorer(run.model, "logprobs"), first_weights())
+    outputs = Outputs(run.model, temperature=rl.temperature, entropy_gradient=rl.entropy_coefficient > 0)
+    return Learner(
+        rl=rl,
+        algorithm=algorithm,
+        longest=run.engine.max_length,
+        update=make_step(outputs, loss, rl.optimizer, mesh),
+        trainer=scorer(run.model, "logprobs") if rl.old_logprobs == "trainer" else None,
+        critic=make_critic_step(run.model, rl.critic.value_clip, rl.critic.optimizer, mesh)
+        if has_critic(run)
+        else None,
+        values=scorer(run.model, "values") if has_critic(run) else None,
+        frozen=frozen,
+    )
+
+
+def begin(run: RLRun, params: Params, mesh: Mesh) -> State:
+    """The state before the first step, from first weights, which are consumed."""
+    critic = None
+    if has_critic(run):
+        critic = begin_critic(params, run.model, run.rl.critic.optimizer, mesh)
+    state = begin_from(params, run.model, run.rl.optimizer, mesh)
+    return state if critic is None else ActorCritic(*state, critic)
+
+
+def abstract(run: RLRun, mesh: Mesh) -> State:
+    """Shapes and shardings of that state."""
+    state = abstract_state(run, mesh)
+    if not has_critic(run):
+        return state
+    return ActorCritic(*state, abstract_critic(run.model, run.rl.critic.optimizer, mesh))
+
+
+def has_critic(run: RLRun) -> bool:
+    return "critic" in algorithm_of(run.rl).models
