@@ -1,0 +1,88 @@
+"""Contract 9 at random moments: a run that is killed again and again writes the numbers of an unbroken one.
+
+    python benchmarks/kills.py [algorithm=grpo] [kills=10] [seed=0] [folder=runs/kills] [key=value ...]
+
+A small miniature trains to its end, and the same command in another folder, where `kill -9` comes at moments drawn with
+`seed`: in the cold start, while it compiles, in a rollout, an update, a save or a look. After the last kill it runs to
+its end; one that ends before that is compared, and the kills go on in a new folder. Every line of metrics.jsonl has to
+be equal but for what the clock decides (perf/). Prints what it found as JSON; the exit code is 1 where a line differs.
+Other words go to all runs.
+"""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SMALL = [
+    *("sandbox.backend=[bubblewrap,process]", "model.num_layers=1", "model.hidden_size=64"),
+    *("model.intermediate_size=128", "model.head_dim=16", "sft.steps=60", "rl.steps=12", "rl.prompts_per_step=4"),
+    *("rl.group_size=4", "engine.slots=16", "evaluation.every=4", "evaluation.problems=8", "checkpoint.every=3"),
+    *("evaluation.final_split=dev",),
+]
+
+
+def lines_of(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in records]
+
+
+def command_of(algorithm: str, folder: Path, teacher: Path, words: list[str]) -> list[str]:
+    own = [f"rl.teacher.init_from={teacher}"] if algorithm == "opd" else []
+    words = [f"config={algorithm}", *SMALL, *own, *words, f"run={folder}"]
+    return [sys.executable, "-m", "retool_jax.train", *words]
+
+
+def run_killed(command: list[str], after_s: float, log: Path) -> bool:
+    """Whether it was killed before it ended by itself."""
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            code = process.wait(after_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+    if code:
+        sys.exit(f"{' '.join(command)} ended with code {code}; see {log}")
+    return False
+
+
+def main(words: list[str]) -> None:
+    known = {"algorithm": "grpo", "kills": "10", "seed": "0", "folder": "runs/kills"}
+    options = known | dict(word.split("=", 1) for word in words if word.split("=")[0] in known)
+    others = [word for word in words if word.split("=")[0] not in known]
+    algorithm, root, draw = options["algorithm"], Path(options["folder"]), random.Random(int(options["seed"]))
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    log = root / "log.txt"
+    teacher = root / "teacher"
+    if algorithm == "opd":
+        run_killed(command_of("grpo", teacher, teacher, ["rl.steps=2"]), 3600, log)
+    # Cold starts lie beside the runs, so each run here makes its own.
+    whole = root / "unbroken" / "run"
+    began = time.monotonic()
+    run_killed(command_of(algorithm, whole, teacher, others), 3600, log)
+    unbroken_s = time.monotonic() - began
+    theirs, killed, folders, steps = lines_of(whole), 0, 0, []
+    while killed < int(options["kills"]):
+        folder = root / f"killed-{folders}" / "run"
+        command = command_of(algorithm, folder, teacher, others)
+        while killed < int(options["kills"]) and run_killed(command, draw.uniform(0.2, 0.8) * unbroken_s, log):
+            killed += 1
+            steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
+        run_killed(command, 3600, log)
+        folders += 1
+        if lines_of(folder) != theirs:
+            differing = next((pair for pair in zip(lines_of(folder), theirs, strict=False) if pair[0] != pair[1]), None)
+            sys.exit(f"{folder} has other lines than {whole}; the first pair: {differing}")
+    found = {"algorithm": algorithm, "kills": killed, "steps_at_kills": steps, "runs": folders, "lines": len(theirs)}
+    print(json.dumps({"benchmark": "kills", **found, "equal": True}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
