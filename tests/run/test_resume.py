@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics, summary_rows, time_rows
 from retool_jax.report.curves import PANELS, draw_panel
 from retool_jax.report.page import end_counts
@@ -20,89 +18,6 @@ from retool_jax.report.runs import load_runs
 from retool_jax.report.trajectories import trajectory_views
 from retool_jax.run.build import sandbox_lines
 from retool_jax.sandbox import Sandbox, SandboxConfig
-
-WORDS = [
-    "config=grpo",
-    "sandbox.backend=[process]",
-    "model.num_layers=1",
-    "model.hidden_size=64",
-    "model.intermediate_size=128",
-    "model.head_dim=16",
-    "sft.steps=25",
-    "sft.batch_size=16",
-    "sft.optimizer.learning_rate=0.015",
-    "sft.optimizer.warmup_steps=5",
-    "sft.optimizer.decay_steps=20",
-    "rl.steps=6",
-    "rl.prompts_per_step=4",
-    "rl.group_size=4",
-    "engine.slots=16",
-    "evaluation.every=3",
-    "evaluation.problems=4",
-    "evaluation.final_split=dev",
-    "checkpoint.every=2",
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    """Words for data that is learned by heart in seconds: four problems, each answered rightly as often as wrongly, by
-    a call or without. So the samples of a group differ, and every step of RL has something to learn from."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = [problem_row("train", index) for index in range(4)]
-    demonstrations = []
-    for row in rows:
-        for answer in (row["reward_model"]["ground_truth"], "7"):
-            call = {"function": {"name": "code_interpreter", "arguments": {"code": f"print({answer})"}}}
-            told = {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
-            asked = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": answer}]
-            demonstrations += [{"messages": [*row["prompt"], *turns, told]} for turns in ([], asked)]
-    for name, lines in (("problems", rows), ("demonstrations", demonstrations)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    problems = folder / "problems.jsonl"
-    return [f"sft.data={folder / 'demonstrations.jsonl'}", f"data.train={problems}", f"data.dev={problems}"]
-
-
-# Trains in one folder after another, so that the import of jax is paid for once.
-TRAINER = """
-import json, sys
-from retool_jax import train
-from retool_jax.errors import UserError
-for line in sys.stdin:
-    try:
-        train.main(json.loads(line))
-    except UserError as error:
-        print("error:", error)
-    print("ended", flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def trainer(one_device) -> Iterator[subprocess.Popen]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([sys.executable, "-c", TRAINER], env=one_device, **pipes) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def train(trainer, data) -> Callable[..., str]:
-    """Run a folder's command to its end and return what it says: `train(folder, "rl.steps=7")`."""
-
-    def run(folder: Path, *words: str) -> str:
-        trainer.stdin.write(json.dumps([*WORDS, *data, f"run={folder}", *words]) + "\n")
-        trainer.stdin.flush()
-        said = []
-        for line in trainer.stdout:
-            if line == "ended\n":
-                return "".join(said)
-            said.append(line)
-        raise AssertionError("".join(said))
-
-    return run
-
-
-def comparable(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +43,9 @@ def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken
     assert run.summary["tokens_per_s"].keys() == {"rollout", "update"}
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(train, one_device, data, unbroken):
+def test_a_killed_run_resumes_to_the_same_numbers(train, one_device, small_run, comparable, unbroken):
     folder = unbroken.with_name("killed")
-    command = [sys.executable, "-m", "retool_jax.train", *WORDS, *data, f"run={folder}"]
+    command = [sys.executable, "-m", "retool_jax.train", *small_run, f"run={folder}"]
     process = subprocess.Popen(command, env=one_device, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
@@ -165,7 +80,7 @@ def after(folder: Path) -> dict:
     return {k: v for k, v in json.loads((folder / "summary.json").read_text())["after"].items() if k != "perf/eval_s"}
 
 
-def test_a_look_that_was_cut_off_is_taken_again_alone(train, unbroken):
+def test_a_look_that_was_cut_off_is_taken_again_alone(train, comparable, unbroken):
     """The checkpoint comes before the look, so a kill during a long one costs no step; also when it is the last."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("looking")))
     (folder / "summary.json").unlink()
@@ -175,7 +90,7 @@ def test_a_look_that_was_cut_off_is_taken_again_alone(train, unbroken):
     assert after(folder) == after(unbroken)
 
 
-def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, trainer, unbroken):
+def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, trainer, comparable, unbroken):
     """Killed between its last checkpoint and its summary, it has that of fewer steps."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("longer")))
     summary = json.loads((folder / "summary.json").read_text())

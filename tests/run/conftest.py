@@ -1,0 +1,102 @@
+"""A small run from its cold start to its last step, in a process that trains one folder after another."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from retool_jax.data.arithmetic import problem_row
+from retool_jax.metrics import read_metrics
+
+WORDS = [
+    "config=grpo",
+    "sandbox.backend=[process]",
+    "model.num_layers=1",
+    "model.hidden_size=64",
+    "model.intermediate_size=128",
+    "model.head_dim=16",
+    "sft.steps=25",
+    "sft.batch_size=16",
+    "sft.optimizer.learning_rate=0.015",
+    "sft.optimizer.warmup_steps=5",
+    "sft.optimizer.decay_steps=20",
+    "rl.steps=6",
+    "rl.prompts_per_step=4",
+    "rl.group_size=4",
+    "engine.slots=16",
+    "evaluation.every=3",
+    "evaluation.problems=4",
+    "evaluation.final_split=dev",
+    "checkpoint.every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> list[str]:
+    """Words of a run that ends in seconds, on data that is learned by heart in seconds: four problems, each answered rightly as often as wrongly, by
+    a call or without. So the samples of a group differ, and every step of RL has something to learn from."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [problem_row("train", index) for index in range(4)]
+    demonstrations = []
+    for row in rows:
+        for answer in (row["reward_model"]["ground_truth"], "7"):
+            call = {"function": {"name": "code_interpreter", "arguments": {"code": f"print({answer})"}}}
+            told = {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
+            asked = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": answer}]
+            demonstrations += [{"messages": [*row["prompt"], *turns, told]} for turns in ([], asked)]
+    for name, lines in (("problems", rows), ("demonstrations", demonstrations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    problems = folder / "problems.jsonl"
+    data = [f"sft.data={folder / 'demonstrations.jsonl'}", f"data.train={problems}", f"data.dev={problems}"]
+    return [*WORDS, *data]
+
+
+# Trains in one folder after another, so that the import of jax is paid for once.
+TRAINER = """
+import json, sys
+from retool_jax import train
+from retool_jax.errors import UserError
+for line in sys.stdin:
+    try:
+        train.main(json.loads(line))
+    except UserError as error:
+        print("error:", error)
+    print("ended", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def trainer(one_device) -> Iterator[subprocess.Popen]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, "-c", TRAINER], env=one_device, **pipes) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def train(trainer, small_run) -> Callable[..., str]:
+    """Run a folder's command to its end and return what it says: `train(folder, "rl.steps=7")`."""
+
+    def run(folder: Path, *words: str) -> str:
+        trainer.stdin.write(json.dumps([*small_run, f"run={folder}", *words]) + "\n")
+        trainer.stdin.flush()
+        said = []
+        for line in trainer.stdout:
+            if line == "ended\n":
+                return "".join(said)
+            said.append(line)
+        raise AssertionError("".join(said))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def comparable() -> Callable[[Path], list[dict]]:
+    """The lines of a run's metrics without what depends on the clock."""
+
+    def lines(folder: Path) -> list[dict]:
+        return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(folder)]
+
+    return lines

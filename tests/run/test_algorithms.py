@@ -1,0 +1,104 @@
+"""Every algorithm of a run, from its own config to its last step: it learns, it resumes, it can be trained from files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from retool_jax.convert import convert
+from retool_jax.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Where the runs lie; they share a cold start."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def teacher(train, runs) -> Path:
+    train(runs / "teacher", "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true")
+    return runs / "teacher"
+
+
+SHORT = ("rl.steps=4", "evaluation.every=0")
+KINDS = {
+    "ppo": ["rl.algorithm=ppo", "rl.critic.warmup_steps=1", "rl.critic.optimizer.learning_rate=0.001"],
+    "opd": ["rl.algorithm=opd", "rl.old_logprobs=trainer", "rl.correction=token_tis", "rl.epochs=2"],
+    "dynamic": ["rl.groups.dynamic=true", "rl.kl.coefficient=0.01", "rl.entropy_coefficient=0.001"],
+    "ahead": ["rl.ahead=1"],
+}
+# What each writes beside the numbers of grpo.
+OWN = {
+    "ppo": {"critic/value_loss", "critic/explained_variance"},
+    "opd": {"mismatch_ess"},
+    "dynamic": {"groups/refills"},
+    "ahead": {"staleness/max"},
+}
+
+
+def words_of(kind: str, teacher: Path) -> list[str]:
+    return [*KINDS[kind], *([f"rl.teacher.init_from={teacher}"] if kind == "opd" else [])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_algorithm_learns_and_resumes(train, comparable, runs, teacher, kind):
+    words = words_of(kind, teacher)
+    whole, broken = runs / kind, runs / f"{kind}-broken"
+    output = train(whole, *SHORT, *words)
+    assert "error:" not in output, output
+    lines = [line for line in read_metrics(whole) if line["kind"] == "rl"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert OWN[kind] <= set.intersection(*(set(line) for line in lines))
+    assert sum(line.get("grad_norm", 0) > 0 for line in lines) >= 2, "it must have learned something"
+    if kind == "ppo":
+        assert "loss" not in lines[0] and "loss" in lines[1], "in the warm-up the critic alone learns"
+    if kind == "ahead":
+        assert max(line["staleness/max"] for line in lines) == 1
+    train(broken, *SHORT, *words, "rl.steps=2")
+    assert "from step 2 of 4" in train(broken, *SHORT, *words)
+    if kind != "ahead":  # there the weights that a token is drawn with depend on the clock
+        kept = [line for line in comparable(broken) if line["kind"] == "rl"]
+        assert kept == [line for line in comparable(whole) if line["kind"] == "rl"]
+
+
+def test_a_run_is_trained_again_from_its_rollouts_without_engine_and_sandbox(train, comparable, runs, teacher):
+    output = train(runs / "again", "rl.steps=2", "evaluation.every=0", f"replay={teacher}")
+    assert "no engine, no sandbox" in output
+    learned = [{k: v for k, v in line.items() if k not in ("split",)} for line in comparable(runs / "again")]
+    assert learned == [line for line in comparable(teacher) if line["kind"] == "rl"]
+    output = train(runs / "further", "rl.steps=3", "evaluation.every=0", f"replay={teacher}")
+    assert "error:" in output and "3" in output
+
+
+def test_rollouts_can_be_made_alone_and_trained_from_later(train, comparable, runs, teacher):
+    made = runs / "made"
+    train(made, "rl.steps=1", "evaluation.every=0", "rl.rollout_only=true")
+    (line,) = [line for line in comparable(made) if line["kind"] == "rl"]
+    assert "loss" not in line and line["accuracy"] > 0
+    first = [json.loads(text)["ids"] for text in (made / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    same = [json.loads(text)["ids"] for text in (teacher / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert first == same
+
+
+def test_the_policy_of_a_run_with_a_critic_is_converted_like_any_other(runs, teacher, tmp_path):
+    convert(str(runs / "ppo"), tmp_path / "model", None, None)
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "model").iterdir()}
+    shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rl.algorithm=grop"], "grpo"),
+        (["rl.algorithm=opd"], "rl.teacher.init_from"),
+        (["rl.algorithm=grpo", "rl.group_size=1"], "rl.group_size"),
+        (["rl.correction=band"], "rl.old_logprobs=trainer"),
+        (["rl.algorithm=opd", "rl.teacher.init_from=/nowhere"], "no checkpoint at /nowhere"),
+    ],
+)
+def test_what_cannot_mean_anything_is_refused_before_anything_is_written(train, runs, words, said):
+    output = train(runs / "refused", *words)
+    assert "error:" in output and said in output
+    assert not (runs / "refused").exists()
