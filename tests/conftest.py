@@ -52,7 +52,14 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 # What takes longest is begun first, so that the workers end together.
 LONGEST = (
     *("attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
-    *("test_resume.py", "test_parity.py", "test_train.py", "test_step.py", "test_huggingface.py"),
+    *(
+        "test_resume.py",
+        "test_every_algorithm.py",
+        "test_parity.py",
+        "test_train.py",
+        "test_step.py",
+        "test_huggingface.py",
+    ),
     "test_scheduler.py",
 )
 

@@ -36,8 +36,9 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory) -> list[str]:
-    """Words of a run that ends in seconds, on data that is learned by heart in seconds: four problems, each answered rightly as often as wrongly, by
-    a call or without. So the samples of a group differ, and every step of RL has something to learn from."""
+    """Words of a run that ends in seconds, on data that is learned by heart in seconds: four problems, each answered
+    rightly as often as wrongly, by a call or without. So the samples of a group differ, and every step of RL has
+    something to learn from."""
     folder = tmp_path_factory.mktemp("data")
     rows = [problem_row("train", index) for index in range(4)]
     demonstrations = []

@@ -1,4 +1,4 @@
-"""Every algorithm of a run, from its own config to its last step: it learns, it resumes, it can be trained from files."""
+"""Every algorithm from its words to its last step: it learns, it resumes, it can be trained from files."""
 
 import json
 import shutil
