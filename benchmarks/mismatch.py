@@ -1,0 +1,94 @@
+"""How far the engine's log-probabilities are from the trainer's on the tokens that it drew, by type of number.
+
+    python benchmarks/mismatch.py [init_from=FOLDER] [rows=32] [length=192] [layers=4] [width=256]
+
+Random weights of a small Qwen2, or those of a run or a Hugging Face folder. Each row of the engine draws `length` tokens
+at temperature 1 behind a prompt; then the trainer's forward scores the same ids. Prints JSON: of |difference| per token
+the mean, the standard deviation, the 99th percentile and the largest one, the estimator k3 of the divergence, and the
+effective sample size as a share, for fp32, for bf16, and for bf16 with the head's product in fp32.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from retool_jax.engine.config import EngineConfig
+from retool_jax.engine.engine import Engine, Turn
+from retool_jax.learn.packing import Example
+from retool_jax.learn.scorer import Scorer
+from retool_jax.learn.step import Outputs
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params, init_params
+from retool_jax.run.build import resolve
+from retool_jax.run.weights import load_weights
+
+KINDS = {
+    "fp32": {"compute_dtype": "float32", "cache_dtype": "float32"},
+    "bf16": {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16"},
+    "bf16, head in fp32": {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "head_dtype": "float32"},
+}
+
+
+def drawn(engine: Engine, prompt: list[int], rows: int, length: int) -> list[tuple[list[int], list[float]]]:
+    """The tokens of each row and the log-probabilities that the engine recorded of them."""
+    engine.append([0], [prompt])
+    engine.fork([0] * (rows - 1), list(range(1, rows)))
+    for row in range(rows):
+        engine.start(row, Turn(row, length))
+    ids: list[list[int]] = [[] for _ in range(rows)]
+    logprobs: list[list[float]] = [[] for _ in range(rows)]
+    while len(ids[0]) < length:
+        turns = engine.read(engine.decode())
+        for row, count in enumerate(turns.counts):
+            ids[row] += turns.tokens[row, :count].tolist()
+            logprobs[row] += turns.plain_logprobs[row, :count].tolist()
+    return list(zip(ids, logprobs, strict=True))
+
+
+def measure(model: ModelConfig, params: Params, rows: int, length: int) -> dict[str, float]:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    prompt = np.random.default_rng(0).integers(1, model.real_vocab or model.vocab_size, 64).tolist()
+    config = EngineConfig(slots=rows, max_length=len(prompt) + length + 1, chunk_rows=rows)
+    samples = drawn(Engine(model, config, params, mesh, [], seed=0), prompt, rows, length)
+    examples = [Example(prompt + ids, [False] * len(prompt) + [True] * length) for ids, _ in samples]
+    scorer = Scorer(Outputs(model, ("logprobs",)), mesh, len(prompt) + length, 4, -(-rows // 4))
+    scored = scorer(params, examples)["logprobs"]
+    trainer = np.concatenate([values[len(prompt) :] for values in scored]).astype(np.float64)
+    engine = np.concatenate([logprobs for _, logprobs in samples]).astype(np.float64)
+    off, ratio = np.abs(trainer - engine), np.exp(trainer - engine)
+    return {
+        "mean": off.mean(),
+        "std": off.std(),
+        "p99": np.quantile(off, 0.99),
+        "max": off.max(),
+        "k3": (ratio - 1 - np.log(ratio)).mean(),
+        "ess": ratio.mean() ** 2 / (ratio**2).mean(),
+    }
+
+
+def main(words: list[str]) -> None:
+    options = {"init_from": "", "rows": "32", "length": "192", "layers": "4", "width": "256"}
+    options |= dict(word.split("=", 1) for word in words)
+    rows, length, width = (int(options[name]) for name in ("rows", "length", "width"))
+    if folder := options["init_from"]:
+        run = resolve(["config=sft", f"init_from={folder}"])
+        model, params = run.model, load_weights(run, Path(folder))
+    else:
+        sizes = {"num_heads": width // 64, "num_kv_heads": max(width // 128, 1), "head_dim": 64}
+        model = ModelConfig(2048, width, 3 * width, int(options["layers"]), **sizes, tie_embeddings=False)
+        params = init_params(model, jax.random.key(0))
+    found = {
+        name: {key: float(f"{value:.3g}") for key, value in measure(own, params, rows, length).items()}
+        for name, own in ((name, dataclasses.replace(model, **kind)) for name, kind in KINDS.items())
+    }
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"benchmark": "mismatch", "tokens": rows * length, "device": device, "of": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
