@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from retool_jax.engine.compiled import Layouts
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.decoder import Params, unstack
+from retool_jax.models.decoder import Params, unstack, weight_dtype
 
 Weights = Params | dict  # a dict where the layers are unstacked
 
@@ -25,7 +25,11 @@ def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[
 
     def convert(old: Weights | None, new: Params) -> Weights:
         new = new if layouts.rows is None else unstack(new)
-        return jax.tree.map(lambda x: jnp.array(x, model.compute_dtype, copy=True), new)
+
+        def cast(path: tuple, weight: jax.Array) -> jax.Array:
+            return jnp.array(weight, weight_dtype(model, path[0].key), copy=True)
+
+        return jax.tree_util.tree_map_with_path(cast, new)
 
     if own.size == trainer.size:
         return jax.jit(convert, donate_argnums=0, out_shardings=layouts.weights, keep_unused=True)

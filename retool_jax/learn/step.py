@@ -1,6 +1,6 @@
 """One jitted step for every kind of training: accumulate gradients over micro-batches, then step the optimiser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from retool_jax.models.head import given_logprobs
 
 OUTPUTS = ("logprobs", "entropy")
 Columns = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+WEIGHTS = "weights"  # the column that multiplies the loss of each token
 
 
 class TokenTerms(NamedTuple):
@@ -27,6 +29,8 @@ class TokenTerms(NamedTuple):
 
     loss: jax.Array  # [B,T], minimised
     metrics: dict[str, jax.Array]  # [B,T] each, logged as means over sampled tokens
+    spread: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it, and a proxy would be no pytree
+    """[B,T] each, logged as NAME_mean, NAME_std, NAME_p99 and NAME_max over sampled tokens (`spread_of`)."""
 
 
 # From the outputs of a micro-batch, [B,T] each and 0 where nothing was sampled, and the micro-batch with its columns.
@@ -38,12 +42,13 @@ class Outputs:
     """What a step computes of each token for its loss, by name; both of softmax(logits / temperature).
 
     `logprobs` is the log-probability of the token given those before it in its segment. `entropy`, in nats, is that of
-    the distribution which the token was drawn from; it carries no gradient.
+    the distribution which the token was drawn from; it carries a gradient only with `entropy_gradient`.
     """
 
     model: ModelConfig
     names: tuple[str, ...] = OUTPUTS
     temperature: float = 1.0
+    entropy_gradient: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.names) - set(OUTPUTS):
@@ -51,34 +56,76 @@ class Outputs:
 
     def of(self, params: Params, batch: Batch) -> Columns:
         """The outputs for one micro-batch, [B,T] fp32 each."""
-        values = dict(zip(OUTPUTS, token_logprobs(self.model, params, batch, self.temperature), strict=True))
+        pair = token_logprobs(self.model, params, batch, self.temperature, self.entropy_gradient)
+        values = dict(zip(OUTPUTS, pair, strict=True))
         return {name: values[name] for name in self.names}
 
 
-def token_logprobs(model: ModelConfig, params: Params, batch: Batch, temperature: float) -> tuple[jax.Array, jax.Array]:
+def token_logprobs(
+    model: ModelConfig, params: Params, batch: Batch, temperature: float, entropy_gradient: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every token given those before it in its segment, and the entropy it was drawn from.
 
     Both [B,T] fp32, aligned with `batch.tokens`; the first token of a segment has none and gets 0.
     """
     hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
-    chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature)
+    chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature, entropy_gradient)
+    return _align(batch, chosen), _align(batch, entropy)
 
-    def align(x: jax.Array) -> jax.Array:
-        return jnp.pad(jnp.where(batch.positions[:, 1:] > 0, x, 0.0), ((0, 0), (1, 0)))
 
-    return align(chosen), align(entropy)
+def _align(batch: Batch, x: jax.Array) -> jax.Array:
+    """What hidden states [B,T-1] say of the token behind each, as [B,T]; 0 for the first token of a segment."""
+    return jnp.pad(jnp.where(batch.positions[:, 1:] > 0, x, 0.0), ((0, 0), (1, 0)))
+
+
+def micro_batch(batch: Batch, index: jax.Array) -> Batch:
+    """One of a batch's micro-batches, its rows split over the mesh."""
+
+    def pick(x: jax.Array) -> jax.Array:
+        return meshes.constrain(jax.lax.dynamic_index_in_dim(x, index, keepdims=False), "batch", "length")
+
+    return jax.tree.map(lambda x: pick(x) if x.ndim else x, batch)
+
+
+def spread_of(values_MBT: jax.Array, sampled_MBT: jax.Array) -> Metrics:
+    """Mean, standard deviation, 99th percentile and maximum of a batch's sampled tokens; all 0 where there are none.
+
+    The percentile is NumPy's `quantile(x, 0.99)`: linear between the two tokens beside it.
+    """
+    n = jnp.sum(sampled_MBT)
+    last = jnp.maximum(n - 1, 0)
+
+    def mean_of(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(sampled_MBT, x, 0.0)) / jnp.maximum(n, 1)
+
+    mean = mean_of(values_MBT)
+    # On every device as a whole: an array cannot be sorted in parts.
+    padded = meshes.constrain(jnp.where(sampled_MBT, values_MBT, jnp.inf), None, None, None)
+    ordered = jnp.sort(padded.reshape(-1))
+    hundreds, rest = jnp.divmod(last, 100)  # 0.99 * last in whole numbers, which fp32 is too short for
+    below = 99 * hundreds + 99 * rest // 100
+    low, high = ordered[below], ordered[jnp.minimum(below + 1, last)]
+    p99 = low + (high - low) * (99 * rest % 100 / 100)
+    result = {
+        "mean": mean,
+        "std": jnp.sqrt(mean_of(jnp.square(values_MBT - mean))),
+        "p99": jnp.where(jnp.isnan(mean), jnp.nan, p99),  # NaN is sorted behind the padding
+        "max": jnp.max(jnp.where(sampled_MBT, values_MBT, -jnp.inf)),
+    }
+    return {name: jnp.where(n > 0, x, 0.0) for name, x in result.items()}
 
 
 def loss_and_gradient(
     outputs: Outputs, token_loss: TokenLoss, params: Params, batch: Batch, dtype: str = "float32"
-) -> tuple[Params, dict[str, jax.Array]]:
+) -> tuple[Params, Metrics]:
     """Gradient, added up in `dtype`, and metrics of the global token mean: sum over sampled tokens / their number.
 
-    Micro-batches are visited by a loop of dynamic length, so memory is one micro-batch's and empty ones cost nothing.
+    A column "weights" multiplies the loss of each token, and no metric. Micro-batches are visited by a loop of dynamic
+    length, so memory is one micro-batch's and empty ones cost nothing; of a spread the whole batch's values are kept.
     """
     tokens = jnp.maximum(jnp.sum(batch.sampled), 1).astype(jnp.float32)
 
-    def micro_loss(params: Params, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def micro_loss(params: Params, micro: Batch) -> tuple[jax.Array, tuple[Metrics, Columns]]:
         def keep(x: jax.Array) -> jax.Array:
             return jnp.where(micro.sampled, x, 0.0)
 
@@ -87,27 +134,46 @@ def loss_and_gradient(
 
         # The loss's inputs are masked too: behind a mask on its value alone, 0 * NaN still reaches the gradient.
         values = jax.tree.map(keep, outputs.of(params, micro))
-        terms = token_loss(values, micro._replace(columns=jax.tree.map(keep, micro.columns)))
+        columns = jax.tree.map(keep, micro.columns)
+        terms = token_loss(values, micro._replace(columns=columns))
 
-        loss = mean(terms.loss)
+        loss = mean(terms.loss * columns[WEIGHTS] if WEIGHTS in columns else terms.loss)
         watched = {name: x for name, x in values.items() if name == "entropy"} | terms.metrics
-        return loss, {"loss": loss} | {name: mean(x) for name, x in watched.items()}
+        return loss, ({"loss": loss} | {name: mean(x) for name, x in watched.items()}, terms.spread)
 
-    def at(index: jax.Array) -> Batch:
-        def micro(x: jax.Array) -> jax.Array:
-            return meshes.constrain(jax.lax.dynamic_index_in_dim(x, index, keepdims=False), "batch", "length")
-
-        return jax.tree.map(lambda x: micro(x) if x.ndim else x, batch)
-
-    def body(index: jax.Array, total: tuple) -> tuple:
-        (_, metrics), gradient = jax.value_and_grad(micro_loss, has_aux=True)(params, at(index))
+    def body(index: jax.Array, carry: tuple) -> tuple:
+        total, seen = carry
+        micro = micro_batch(batch, index)
+        (_, (metrics, spread)), gradient = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
         gradient = jax.tree.map(lambda x: x.astype(dtype), gradient)
-        return jax.tree.map(jnp.add, total, (gradient, metrics))
+        return jax.tree.map(jnp.add, total, (gradient, metrics)), place(seen, spread, index)
 
-    shapes = jax.eval_shape(lambda: jax.value_and_grad(micro_loss, has_aux=True)(params, at(0)))
-    metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0][1])
-    gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes[1])
-    return jax.lax.fori_loop(0, batch.micro_batches, body, (gradient, metrics))
+    shapes = jax.eval_shape(lambda: jax.value_and_grad(micro_loss, has_aux=True)(params, micro_batch(batch, 0)))
+    (_, (metrics, spread)), gradient = shapes
+    total = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), gradient),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics),
+    )
+    carry = total, room_for(spread, batch)
+    (gradient, metrics), seen = jax.lax.fori_loop(0, batch.micro_batches, body, carry)
+    for name, values in seen.items():
+        metrics |= {f"{name}_{what}": x for what, x in spread_of(values, batch.sampled).items()}
+    return gradient, metrics
+
+
+def room_for(names: Iterable[str], batch: Batch) -> Columns:
+    """For each name a place for a value of every token of the batch, [M,B,T] fp32."""
+    return {name: meshes.constrain(jnp.zeros(batch.tokens.shape), "micro", "batch", "length") for name in names}
+
+
+def place(seen: Columns, values: Columns, index: jax.Array) -> Columns:
+    """What was seen, with the values [B,T] of one micro-batch in their place."""
+
+    def put(room: jax.Array, x: jax.Array) -> jax.Array:
+        room = jax.lax.dynamic_update_index_in_dim(room, x.astype(room.dtype), index, 0)
+        return meshes.constrain(room, "micro", "batch", "length")
+
+    return {name: put(seen[name], x) for name, x in values.items()}
 
 
 class Step:
@@ -119,7 +185,7 @@ class Step:
     def __init__(self, compiled: Callable, mesh: Mesh) -> None:
         self._compiled, self._mesh = compiled, mesh
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(self._mesh):
             return self._compiled(state, batch)
 
@@ -133,7 +199,7 @@ def make_step(outputs: Outputs, token_loss: TokenLoss, optimizer: OptimizerConfi
     """The step that minimises a token loss of these outputs."""
     schedule, transformation = learning_rate(optimizer), make_optimizer(optimizer)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradient, metrics = loss_and_gradient(outputs, token_loss, state.params, batch, optimizer.gradient_dtype)
         gradient = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)  # a norm is no sum for bf16
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)

@@ -99,6 +99,7 @@ class ModelConfig:
     head_chunk: Positive = 1024  # tokens of a device that have logits at the same time in training; models/head.py
     remat: Literal["none", "full", "dots"] = "none"
     """What backward computes again: none, full (whole layers), dots (all but matrix products)."""
+    fp32_head: bool = False  # keep the output matrix and its product in fp32, in the engine as in training
 
     def __post_init__(self) -> None:
         if not 0 <= self.real_vocab <= self.vocab_size:

@@ -285,9 +285,20 @@ def logits(config: ModelConfig, params: Params | dict, hidden: jax.Array) -> jax
     return logits_of(config, head_weight(config, params), hidden)
 
 
+def head_name(config: ModelConfig) -> str:
+    """Which weight is the output matrix."""
+    return "embedding" if config.tie_embeddings else "head"
+
+
+def weight_dtype(config: ModelConfig, name: str) -> str:
+    """The type that a weight has where it is computed with; `name` is that of its place in `Params`."""
+    return "float32" if config.fp32_head and name == head_name(config) else config.compute_dtype
+
+
 def head_weight(config: ModelConfig, params: Params | dict) -> jax.Array:
-    """The output matrix [V,D] in the compute dtype."""
-    return params["embedding" if config.tie_embeddings else "head"][...].astype(config.compute_dtype)
+    """The output matrix [V,D] in the type of its product."""
+    name = head_name(config)
+    return params[name][...].astype(weight_dtype(config, name))
 
 
 def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -296,7 +307,10 @@ def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> j
     Checkpoints pad the vocabulary: ids from `config.real_vocab` on stand for no text, so they are never drawn and take
     no probability.
     """
-    result = jnp.einsum("...D,VD->...V", hidden, weight_VD, preferred_element_type=jnp.float32)
+    precision = None
+    if config.fp32_head:  # a TPU rounds the factors of a product in fp32 to bf16 unless it is told not to
+        hidden, precision = hidden.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    result = jnp.einsum("...D,VD->...V", hidden, weight_VD, precision=precision, preferred_element_type=jnp.float32)
     if 0 < config.real_vocab < config.vocab_size:
         result = jnp.where(jnp.arange(config.vocab_size) < config.real_vocab, result, NEVER)
     return result

@@ -12,25 +12,31 @@ from retool_jax.models.decoder import Params, head_weight, logits_of
 
 
 def given_logprobs(
-    config: ModelConfig, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, temperature: float
+    config: ModelConfig,
+    params: Params,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    temperature: float,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the targets under softmax(logits / temperature), and its entropies; both [B,T] fp32.
 
     No more than `config.head_chunk` tokens of a device have logits at any time, forwards or backwards: longer rows are
-    visited in chunks of positions and their logits computed again for the gradient. Entropies carry no gradient.
+    visited in chunks of positions and their logits computed again for the gradient. Entropies carry a gradient only
+    where that is asked for.
     """
     weight_VD = head_weight(config, params)
     chunk = _positions_at_a_time(config, *targets_BT.shape)
     if chunk >= targets_BT.shape[1]:
-        return _given(config, weight_VD, hidden_BTD, targets_BT, temperature)
+        return _given(config, weight_VD, hidden_BTD, targets_BT, temperature, entropy_gradient)
     # Gathered once instead of in every chunk, and widened so that the chunks' gradients are added up in fp32.
-    weight_VD = meshes.constrain(weight_VD, "vocab", "model").astype(jnp.float32)
+    dtype, weight_VD = weight_VD.dtype, meshes.constrain(weight_VD, "vocab", "model").astype(jnp.float32)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def visit(weight_VD: jax.Array, hidden_BcD: jax.Array, targets_Bc: jax.Array) -> tuple[jax.Array, jax.Array]:
         # As one list of tokens: XLA's CPU gather from a batch of logits takes five more copies of them.
         flat = hidden_BcD.reshape(-1, hidden_BcD.shape[-1]), targets_Bc.reshape(-1)
-        results = _given(config, weight_VD.astype(config.compute_dtype), *flat, temperature)
+        results = _given(config, weight_VD.astype(dtype), *flat, temperature, entropy_gradient)
         return tuple(x.reshape(targets_Bc.shape) for x in results)
 
     def chunks(x: jax.Array) -> jax.Array:
@@ -55,10 +61,15 @@ def _positions_at_a_time(config: ModelConfig, rows: int, length: int) -> int:
 
 
 def _given(
-    config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array, targets: jax.Array, temperature: float
+    config: ModelConfig,
+    weight_VD: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: float,
+    entropy_gradient: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The plain form, of hidden states [..., D] and targets [...]."""
     logprobs = jax.nn.log_softmax(logits_of(config, weight_VD, hidden) / temperature, axis=-1)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-    fixed = jax.lax.stop_gradient(logprobs)
-    return chosen, -jnp.sum(jnp.exp(fixed) * fixed, axis=-1)
+    every = logprobs if entropy_gradient else jax.lax.stop_gradient(logprobs)
+    return chosen, -jnp.sum(jnp.exp(every) * every, axis=-1)
