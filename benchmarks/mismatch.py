@@ -30,7 +30,7 @@ from retool_jax.run.weights import load_weights
 KINDS = {
     "fp32": {"compute_dtype": "float32", "cache_dtype": "float32"},
     "bf16": {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16"},
-    "bf16, head in fp32": {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "head_dtype": "float32"},
+    "bf16, head in fp32": {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "fp32_head": True},
 }
 
 
