@@ -19,7 +19,7 @@ from retool_jax.models.decoder import Params
 from retool_jax.rl.algorithms import Algorithm, aggregation_of
 from retool_jax.rl.batches import batches_of, counted, scored_of
 from retool_jax.rl.config import RLConfig
-from retool_jax.rl.correction import correction
+from retool_jax.rl.correction import correction, correction_numbers
 from retool_jax.rl.trajectory import Trajectory
 
 # Of a step's first batch: it is updated with the weights that sampled it, so that there the difference between the
@@ -77,9 +77,11 @@ def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: in
     columns = told(p, state, kept)
     scored = scored_of(kept, groups, columns)
     columns |= p.algorithm.advantage(scored, p.rl)
+    metrics: dict[str, float] = {}
     if "engine_logprobs" in columns:
-        pairs = zip(columns["old_logprobs"], columns["engine_logprobs"], scored.sampled, strict=True)
-        columns["importance"] = [correction(p.rl.correction, *pair) for pair in pairs]
+        three = columns["old_logprobs"], columns["engine_logprobs"], scored.sampled
+        columns["importance"] = [correction(p.rl.correction, *one) for one in zip(*three, strict=True)]
+        metrics |= correction_numbers(p.rl.correction, *three)
     # A trajectory without any advantage, as in a group of equal rewards, teaches nothing: with it in the batch the
     # token mean would depend on how many of them a step happens to hold.
     chosen = [bool(np.any(advantages)) for advantages in columns["advantages"]]
@@ -88,11 +90,10 @@ def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: in
         wanted = {name: columns[name] for name in names}
         return batches_of(p.rl, kept, groups, wanted, chosen, aggregation, p.longest)
 
-    metrics: dict[str, float] = {}
     if p.critic:
         mine = batches(("returns", "old_values"), [True] * len(kept), "token_mean")
-        critic, metrics = updated(p.critic, state.critic, mine * p.rl.epochs)
-        state = state._replace(critic=critic)
+        critic, numbers = updated(p.critic, state.critic, mine * p.rl.epochs)
+        state, metrics = state._replace(critic=critic), metrics | numbers
     if not p.critic or step > p.rl.critic.warmup_steps:
         optional = ("reference_logprobs", "engine_logprobs", "importance")
         names = [*p.algorithm.columns, *(name for name in optional if name in columns)]
