@@ -27,6 +27,8 @@ class TokenTerms(NamedTuple):
 
     loss: jax.Array  # [B,T], minimised
     metrics: dict[str, jax.Array]  # [B,T] each, logged as means over sampled tokens
+    spread: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it, and a proxy would be no pytree
+    """[B,T] each, logged as NAME_mean, NAME_std, NAME_p99 and NAME_max over sampled tokens (`spread_of`)."""
 
 
 # From the outputs of a micro-batch, [B,T] each and 0 where nothing was sampled, and the micro-batch with its columns.
