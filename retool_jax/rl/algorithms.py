@@ -60,8 +60,10 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
     name = rl.algorithm
     algorithm = _own(name) if ":" in name else ALGORITHMS.get(name)
     if algorithm is None:
-        near = difflib.get_close_matches(name, ALGORITHMS, 1, 0.5)
+        near = difflib.get_close_matches(name, ALGORITHMS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
+        if name == "dapo":
+            hint = "it is grpo with rl.groups.dynamic=true; "
         raise UserError(
             f"rl.algorithm={name} is not known; {hint}there are: {', '.join(ALGORITHMS)}, and your own as"
             " my_package.my_module:MY_ALGORITHM"
