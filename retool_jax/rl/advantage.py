@@ -1,8 +1,12 @@
-"""Rewards to advantages."""
+"""Rewards to advantages: how much better each drawn token was than what was to be expected."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from retool_jax.rl.config import RLConfig, TeacherConfig
+from retool_jax.rl.divergence import divergence
 
 
 class Scored(NamedTuple):
@@ -15,11 +19,154 @@ class Scored(NamedTuple):
     # "teacher_logprobs", "reference_logprobs" where there is such a model
 
 
+# Columns by name, an array [T_i] float32 for each trajectory, 0 where not sampled.
+Advantage = Callable[[Scored, RLConfig], dict[str, list[np.ndarray]]]
+
+
 def group_relative(rewards: np.ndarray, eps: float = 1e-6) -> np.ndarray:
     """GRPO: (r - mean of the group) / (standard deviation of the group + eps), arXiv 2402.03300 eq. 4.1.2.
 
     Takes and returns one group [n] of samples of one prompt; the deviation is the population's. A group of equal
-    rewards says nothing about which sample was better and gets zeros.
+    rewards says nothing about which sample was better and gets exact zeros, and so does a group of one.
     """
-    centred = rewards - rewards.mean()
-    return centred / (rewards.std() + eps)
+    return group_centred(rewards) / (rewards.std() + eps)
+
+
+def group_centred(rewards: np.ndarray) -> np.ndarray:
+    """Dr. GRPO: r - mean of the group, without the deviation, which would weigh easy and hard prompts up.
+
+    arXiv 2503.20783. One group [n] to [n]; zeros where all rewards are equal.
+    """
+    if rewards.min() == rewards.max():
+        return np.zeros(len(rewards))  # a mean of equal numbers may be off by its rounding
+    return rewards - rewards.mean()
+
+
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """RLOO: r - mean of the others of the group, arXiv 2402.14740. One group [n] to [n]; a single sample gets 0."""
+    n = len(rewards)
+    return group_centred(rewards) * n / max(n - 1, 1)
+
+
+def of_groups(scored: Scored, of_group: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What a function of one group's rewards says of each trajectory, [n] float64."""
+    values = np.zeros(len(scored.rewards))
+    for group in np.unique(scored.groups):
+        members = scored.groups == group
+        values[members] = of_group(scored.rewards[members])
+    return values
+
+
+def by_group(of_group: Callable[[np.ndarray], np.ndarray]) -> Advantage:
+    """The advantage that compares the samples of a prompt: one number for all tokens of a trajectory.
+
+    With rl.kl.place=reward each token loses coefficient * its own divergence from the reference.
+    """
+
+    def advantage(scored: Scored, rl: RLConfig) -> dict[str, list[np.ndarray]]:
+        values = zip(of_groups(scored, of_group), penalties(scored, rl), strict=True)
+        return {"advantages": _columns([value - penalty for value, penalty in values], scored.sampled)}
+
+    return advantage
+
+
+def distilled(scored: Scored, rl: RLConfig) -> dict[str, list[np.ndarray]]:
+    """On-policy distillation: A + c (log p_teacher - log p_old) for each token.
+
+    A is the trajectory's `group_relative` and c its `teacher_coefficient`. The mean of the second term over the
+    policy's draws is -c KL(policy || teacher), so the policy learns what the teacher would have drawn in its place
+    (arXiv 2306.13649; thinkingmachines.ai/blog/on-policy-distillation).
+    """
+    advantages = []
+    parts = of_groups(scored, group_relative), penalties(scored, rl), *_of(scored, "teacher_logprobs", "old_logprobs")
+    for value, penalty, teacher, old in zip(*parts, strict=True):
+        advantages.append(value + teacher_coefficient(rl.teacher, value) * (teacher - old) - penalty)
+    return {"advantages": _columns(advantages, scored.sampled)}
+
+
+def teacher_coefficient(teacher: TeacherConfig, advantage: float) -> float:
+    """How much a teacher counts in a trajectory whose answer had this advantage A.
+
+    plain: `coefficient`. gated: low + (high - low) sigmoid(-slope A), so most where the answer was wrong
+    (github.com/YoungZ365/SOD, token_kl_reg).
+    """
+    if teacher.form == "plain":
+        return teacher.coefficient
+    gate = (1.0 - np.tanh(teacher.gate_slope * advantage / 2)) / 2  # sigmoid(-x), which cannot overflow in this form
+    return float(teacher.gate_low + (teacher.gate_high - teacher.gate_low) * gate)
+
+
+def generalised(scored: Scored, rl: RLConfig) -> dict[str, list[np.ndarray]]:
+    """PPO's advantages by `gae`, then `whitened` over the step, and the "returns" that a critic learns.
+
+    The reward is that of the last sampled token; with rl.kl.place=reward every token's own gets
+    - coefficient * its divergence from the reference.
+    """
+    advantages, returns = [], []
+    parts = zip(scored.rewards, penalties(scored, rl), scored.sampled, *_of(scored, "values"), strict=True)
+    for reward, penalty, sampled, values in parts:
+        rewards = np.zeros(len(sampled)) - penalty
+        rewards[np.flatnonzero(sampled)[-1:]] += reward
+        advantage = gae(rewards, values, sampled, rl.discount, rl.gae_lambda)
+        advantages.append(advantage)
+        returns.append(advantage + values)
+    return {
+        "advantages": _columns(whitened(advantages, scored.sampled), scored.sampled),
+        "returns": _columns(returns, scored.sampled),
+    }
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, sampled: np.ndarray, discount: float, lam: float) -> np.ndarray:
+    """Generalised advantage estimates over the sampled tokens alone, arXiv 1506.02438 eq. 16.
+
+        A_t = delta_t + discount lam A_next,  delta_t = r_t + discount V_next - V_t
+
+    All arrays are [T]; V_t is the value of what stands before token t. "next" is the next sampled token, and behind
+    the last one V and A are 0: tokens that were not sampled are no actions, so value and running sum pass them
+    unchanged (verl's compute_gae_advantage_return). Gives 0 where not sampled.
+    """
+    at = np.flatnonzero(sampled)
+    ahead = np.append(values[at], 0.0)[1:]
+    deltas = rewards[at] + discount * ahead - values[at]
+    running, sums = 0.0, []
+    for delta in reversed(deltas.tolist()):
+        running = delta + discount * lam * running
+        sums.append(running)
+    advantages = np.zeros(len(sampled))
+    advantages[at] = sums[::-1]
+    return advantages
+
+
+def whitened(values: Sequence[np.ndarray], sampled: Sequence[np.ndarray], eps: float = 1e-8) -> list[np.ndarray]:
+    """(x - mean) / sqrt(variance + eps) over all sampled tokens of all trajectories; 0 elsewhere.
+
+    The variance has Bessel's correction, as verl's masked_whiten; a single token gets 0.
+    """
+    pooled = np.concatenate([x[at] for x, at in zip(values, sampled, strict=True)] or [np.zeros(0)])
+    if len(pooled) < 2:
+        return [np.zeros(len(x)) for x in values]
+    mean, scale = pooled.mean(), np.sqrt(pooled.var(ddof=1) + eps)
+    return [np.where(at, (x - mean) / scale, 0.0) for x, at in zip(values, sampled, strict=True)]
+
+
+def penalties(scored: Scored, rl: RLConfig) -> list[np.ndarray | float]:
+    """What the divergence from the reference costs each token of each trajectory, [T_i]; 0 where no reward pays it."""
+    if not rl.kl.coefficient or rl.kl.place != "reward":
+        return [0.0] * len(scored.rewards)
+    pairs = zip(*_of(scored, "old_logprobs", "reference_logprobs"), strict=True)
+    return [rl.kl.coefficient * divergence(old, reference, rl.kl.estimator) for old, reference in pairs]
+
+
+def _of(scored: Scored, *names: str) -> list[list[np.ndarray]]:
+    """Columns in float64, 0 where not sampled."""
+
+    def column(name: str) -> list[np.ndarray]:
+        pairs = zip(scored.columns[name], scored.sampled, strict=True)
+        return [np.where(sampled, x, 0.0).astype(np.float64) for x, sampled in pairs]
+
+    return [column(name) for name in names]
+
+
+def _columns(values: Sequence[np.ndarray | float], sampled: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Values of trajectories or their tokens as a batch holds them."""
+    return [np.where(at, x, 0.0).astype(np.float32) for x, at in zip(values, sampled, strict=True)]

@@ -1,14 +1,24 @@
 """Algorithms as data: each is a record of its parts, and each part a pure function with its formula and its source."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
-import numpy as np
-
+from retool_jax.errors import UserError, one_line
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import Columns, TokenTerms
-from retool_jax.rl.advantage import Scored
-from retool_jax.rl.config import RLConfig
+from retool_jax.rl.advantage import (
+    Advantage,
+    by_group,
+    distilled,
+    generalised,
+    group_centred,
+    group_relative,
+    leave_one_out,
+)
+from retool_jax.rl.config import KLConfig, RLConfig
+from retool_jax.rl.loss import clipped_loss, sequence_loss, truncated_loss
 
 
 @dataclass(frozen=True)
@@ -21,9 +31,84 @@ class Algorithm:
     "teacher".
     """
 
-    advantage: Callable[[Scored, RLConfig], dict[str, list[np.ndarray]]]
+    advantage: Advantage
     loss: Callable[[Columns, Batch, RLConfig], TokenTerms]
     aggregation: str = "token_mean"
     columns: tuple[str, ...] = ("old_logprobs", "advantages")  # that the loss reads
     models: tuple[str, ...] = ()
     least_samples: int = 1  # of a prompt
+
+
+# DAPO is grpo with token_mean, clip.high above clip.low (both are defaults), groups.dynamic and reward.overlong_tokens.
+ALGORITHMS: dict[str, Algorithm] = {
+    "grpo": Algorithm(by_group(group_relative), clipped_loss, least_samples=2),
+    "dr_grpo": Algorithm(by_group(group_centred), clipped_loss, aggregation="fixed", least_samples=2),
+    "rloo": Algorithm(by_group(leave_one_out), clipped_loss, least_samples=2),
+    "gspo": Algorithm(by_group(group_relative), sequence_loss, aggregation="sequence_token_mean", least_samples=2),
+    "cispo": Algorithm(by_group(group_relative), truncated_loss, least_samples=2),
+    "ppo": Algorithm(generalised, clipped_loss, models=("critic",)),
+    "opd": Algorithm(distilled, clipped_loss, models=("teacher",)),
+}
+
+
+def algorithm_of(rl: RLConfig) -> Algorithm:
+    """The algorithm that a config names: a name of `ALGORITHMS`, or my_package.my_module:MY_ALGORITHM.
+
+    Raises:
+        UserError: there is none of that name, or the config asks of it what it does not do.
+    """
+    name = rl.algorithm
+    algorithm = _own(name) if ":" in name else ALGORITHMS.get(name)
+    if algorithm is None:
+        near = difflib.get_close_matches(name, ALGORITHMS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        if name == "dapo":
+            hint = "it is grpo with rl.groups.dynamic=true; "
+        raise UserError(
+            f"rl.algorithm={name} is not known; {hint}there are: {', '.join(ALGORITHMS)}, and your own as"
+            " my_package.my_module:MY_ALGORITHM"
+        )
+    if rl.group_size < algorithm.least_samples:
+        raise UserError(
+            f"rl.algorithm={name} compares the samples of a prompt, and rl.group_size={rl.group_size} are too few for"
+            f" that; set rl.group_size={algorithm.least_samples} or more, or take rl.algorithm=ppo"
+        )
+    teacher = rl.teacher.init_from
+    if teacher and "teacher" not in algorithm.models:
+        raise UserError(
+            f"rl.teacher.init_from={teacher} is a model that rl.algorithm={name} does not ask; set rl.algorithm=opd, or"
+            " leave rl.teacher.init_from out"
+        )
+    if not teacher and "teacher" in algorithm.models:
+        raise UserError(
+            f"rl.algorithm={name} learns from a teacher, and rl.teacher.init_from is empty; set it to a run's folder, a"
+            " Hugging Face folder or a hub id"
+        )
+    if not rl.kl.coefficient and rl.kl != KLConfig():
+        raise UserError(
+            f"rl.kl.place={rl.kl.place} and rl.kl.estimator={rl.kl.estimator} say how the divergence from the first"
+            " weights counts, and with rl.kl.coefficient=0 it does not; set that above 0, or leave rl.kl out"
+        )
+    return algorithm
+
+
+def aggregation_of(rl: RLConfig, algorithm: Algorithm) -> str:
+    """How token losses become one number (`loss.aggregation_weights`): as the run says, else as the algorithm does."""
+    return rl.aggregation or algorithm.aggregation
+
+
+def _own(name: str) -> Algorithm:
+    """The algorithm that `my_package.my_module:MY_ALGORITHM` names."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:  # what is raised while others' code is imported
+        raise UserError(
+            f"rl.algorithm={name} cannot be loaded ({one_line(repr(error))}); see that {module} can be imported from"
+            f" here and has {attribute}"
+        ) from error
+    if not isinstance(found, Algorithm):
+        raise UserError(
+            f"rl.algorithm={name} is of the type {type(found).__name__}; make it a retool_jax.rl.algorithms.Algorithm"
+        )
+    return found

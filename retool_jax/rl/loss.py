@@ -1,11 +1,14 @@
-"""Policy losses: pure functions of a token's new and old log-probability and its advantage."""
+"""Policy losses: functions of a token's new and old log-probability and its advantage; how they are averaged."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import Columns, TokenLoss, TokenTerms
-from retool_jax.rl.config import ClipConfig
+from retool_jax.rl.config import ClipConfig, RLConfig
+from retool_jax.rl.correction import EXPONENT, TIS_CAP
+from retool_jax.rl.divergence import divergence
 
 
 def clipped_policy_loss(
@@ -15,13 +18,140 @@ def clipped_policy_loss(
 
         loss = -min(r A, clip(r, 1 - low, 1 + high) A),  and for A < 0 at most dual |A|;  r = exp(new - old)
 
-    Returns the loss and whether a bound was active, both shaped like `logprobs`.
+    arXiv 1707.06347 eq. 7, 2503.14476 eq. 8 and 1912.09729 eq. 5. Returns the loss and whether a bound was active, both
+    shaped like `logprobs`.
     """
     ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, 30.0))  # beyond every bound, and finite: inf * 0 is NaN
     bounded = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
     loss = -jnp.minimum(ratio * advantages, bounded * advantages)
     capped = jnp.where(advantages < 0, jnp.minimum(loss, -clip.dual * advantages), loss)
     return capped, (loss > -ratio * advantages) | (capped < loss)
+
+
+def sequence_policy_loss(
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: ClipConfig, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """GSPO: `clipped_policy_loss` whose ratio is that of the whole sequence, s = exp(mean of new - old).
+
+    The mean is over the sequence's sampled tokens (arXiv 2507.18071 eq. 7), so a bound holds or frees all of them. In
+    the token form of eq. 14, s_t = sg(s) r_t / sg(r_t): its value is s, its gradient s times that of the token's own
+    log-probability. Averaged per sequence these add up to the gradient of eq. 10, and advantages may differ by token.
+    """
+    log_ratio = logprobs - old_logprobs
+    shared = jax.lax.stop_gradient(sequence_means(log_ratio, batch))
+    own = log_ratio - jax.lax.stop_gradient(log_ratio)  # 0, with a gradient
+    return clipped_policy_loss(shared + own, jnp.zeros_like(shared), advantages, clip)
+
+
+def truncated_policy_loss(
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: ClipConfig
+) -> tuple[jax.Array, jax.Array]:
+    """CISPO: -sg(clip(r, 1 - low, 1 + high)) A log p;  r = exp(new - old), and sg stops the gradient.
+
+    arXiv 2506.13585 eq. 4 and 5: a bound limits how much a token counts, and none stops counting. `dual` has no part in
+    it. Returns the loss and whether a bound was active.
+    """
+    ratio = jax.lax.stop_gradient(jnp.exp(jnp.minimum(logprobs - old_logprobs, 30.0)))
+    weight = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
+    return -weight * advantages * logprobs, weight != ratio
+
+
+def sequence_means(values: jax.Array, batch: Batch) -> jax.Array:
+    """Each token's mean of `values` [B,T] over the sampled tokens of its segment; 0 where a segment has none."""
+
+    def total(x: jax.Array) -> jax.Array:
+        def row(x: jax.Array, segments: jax.Array) -> jax.Array:
+            return jax.ops.segment_sum(x, segments, num_segments=x.shape[0] + 1)[segments]
+
+        return jax.vmap(row)(jnp.where(batch.sampled, x, 0.0), jnp.asarray(batch.segments))
+
+    return total(values) / jnp.maximum(total(jnp.ones_like(values)), 1.0)
+
+
+def clipped_loss(outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
+    """The loss of GRPO, PPO and their relatives: `clipped_policy_loss`, completed."""
+    columns = batch.columns
+    pair = clipped_policy_loss(outputs["logprobs"], columns["old_logprobs"], columns["advantages"], rl.clip)
+    return completed(*pair, outputs, batch, rl)
+
+
+def sequence_loss(outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
+    """GSPO's loss: `sequence_policy_loss`, completed."""
+    columns = batch.columns
+    pair = sequence_policy_loss(outputs["logprobs"], columns["old_logprobs"], columns["advantages"], rl.clip, batch)
+    return completed(*pair, outputs, batch, rl)
+
+
+def truncated_loss(outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
+    """CISPO's loss: `truncated_policy_loss`, completed."""
+    columns = batch.columns
+    pair = truncated_policy_loss(outputs["logprobs"], columns["old_logprobs"], columns["advantages"], rl.clip)
+    return completed(*pair, outputs, batch, rl)
+
+
+def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
+    """A policy loss with all that a run may add to it, and what is logged of it.
+
+        importance * policy + coefficient * KL(policy || reference) - entropy_coefficient * entropy
+
+    Column "importance" is the weight of `rl.correction`. With rl.kl.place=reward the divergence is part of the
+    advantages already and only logged.
+    """
+    logprobs, columns = outputs["logprobs"], batch.columns
+    loss = policy * columns["importance"] if "importance" in columns else policy
+    metrics = {"clip_fraction": clipped.astype(jnp.float32)}
+    if "reference_logprobs" in columns:
+        metrics["kl"] = divergence(logprobs, columns["reference_logprobs"], rl.kl.estimator)
+        if rl.kl.place == "loss":
+            loss = loss + rl.kl.coefficient * metrics["kl"]
+    if rl.entropy_coefficient:
+        loss = loss - rl.entropy_coefficient * outputs["entropy"]
+    if "engine_logprobs" in columns:  # old ones are the trainer's
+        off = columns["old_logprobs"] - columns["engine_logprobs"]
+    else:
+        off = logprobs - columns["old_logprobs"]
+    return TokenTerms(loss, metrics | mismatch(off), {"logprob_diff": jnp.abs(off)})
+
+
+def mismatch(off: jax.Array) -> dict[str, jax.Array]:
+    """How far the engine's policy is from the trainer's, of `off` = log p_trainer - log p_engine of drawn tokens.
+
+    `mismatch_k3` has KL(engine || trainer) as its mean. From the means of `mismatch_ratio` w = p_trainer / p_engine and
+    its square follows the effective sample size, (mean w)^2 / mean w^2. `mismatch_clipped` is the share of tokens that
+    the correction token_tis would cut, whatever the run's own is.
+    """
+    ratio = jnp.exp(jnp.clip(off, -EXPONENT, EXPONENT))
+    return {
+        "mismatch_k3": divergence(jnp.zeros_like(off), off, "k3"),
+        "mismatch_ratio": ratio,
+        "mismatch_ratio_squared": ratio * ratio,
+        "mismatch_clipped": (ratio > TIS_CAP).astype(jnp.float32),
+    }
+
+
+def aggregation_weights(aggregation: str, lengths: np.ndarray, longest: int) -> np.ndarray | None:
+    """How much the tokens of each trajectory count beside a plain mean over all of a batch's sampled tokens.
+
+    `lengths` [n] are the numbers of sampled tokens of its trajectories, N their sum, and `longest` the tokens that a
+    trajectory may have. The step computes sum(w loss) / N, so that the loss of a batch is
+
+    - token_mean: sum of all / N (DAPO, arXiv 2503.14476 eq. 8); None, for there is nothing to weigh.
+    - sequence_token_mean: mean over trajectories of the mean over their tokens (GRPO, arXiv 2402.03300 eq. 3).
+    - sequence_token_sum: mean over trajectories of the sum over their tokens.
+    - fixed: sum of all / (n longest), which no batch's lengths change (Dr. GRPO, arXiv 2503.20783).
+
+    Returns [n] float64. A trajectory without sampled tokens counts for nothing, n included.
+    """
+    tokens, count = int(np.sum(lengths)), max(np.count_nonzero(lengths), 1)
+    if aggregation == "token_mean":
+        return None
+    if aggregation == "sequence_token_mean":
+        return tokens / (count * np.maximum(lengths, 1))
+    if aggregation == "sequence_token_sum":
+        return np.full(len(lengths), tokens / count)
+    if aggregation == "fixed":
+        return np.full(len(lengths), tokens / (count * longest))
+    raise ValueError(f"there is no aggregation {aggregation!r}")
 
 
 def policy_token_loss(clip: ClipConfig) -> TokenLoss:
