@@ -27,8 +27,8 @@ class EngineConfig:
     read_late: Count = 1  # dispatches that may be under way while the results of an earlier one are read
     tool_lag: Annotated[int, Field(ge=-1)] = 1
     """Decode dispatches between a tool call and its answer's append; -1 appends answers as they come."""
-    stale_rows: Literal["rewrite", "discard"] = "rewrite"
-    """When weights change under a conversation: rewrite its row, or discard it."""
+    stale_rows: Literal["rewrite", "discard", "keep"] = "rewrite"
+    """When weights change under a conversation: rewrite its row, discard it, or keep what the old weights wrote."""
     page_size: Count = 0  # tokens of a page; 0: 128 where a kernel reads pages one by one (TPU), 16 elsewhere
     pages: Count = 0  # pages of the cache, shared by all rows; 0: enough for every slot's max_length
     tp: Count = 0

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
@@ -89,6 +89,10 @@ class Statistics:
     tool_s: float = 0.0  # calls were out
     total_s: float = 0.0
     turn_s: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))  # from a seat to the turn's end, each
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Counts and times of both together, as of two stretches of time one after another."""
+        return Statistics(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     @property
     def fill(self) -> float:

@@ -37,7 +37,7 @@ class Engine:
         mesh: the engine's own devices, of those of the mesh that it was given (`decode_mesh`).
         pages: who owns which pages of the cache.
         weights: its own copy, in its layout.
-        version: how often the weights were replaced.
+        version: of the weights. `update_params` counts it on; whoever knows a better beginning than 0 may set it.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class Engine:
     def update_params(self, params: Params) -> None:
         """Take new weights from the trainer, resharded and cast; nothing is recompiled.
 
-        What rows hold is of the old weights then: a scheduler at work follows `config.stale_rows`.
+        What rows hold is of the old weights then: a scheduler at work follows `config.stale_rows`. A row that is kept
+        draws its next token from the old weights' hidden state with the new weights' head.
         """
         self._check_thread()
         self.version += 1

@@ -31,14 +31,21 @@ from retool_jax.engine.turns import Drawn, Turn, Turns
 T = TypeVar("T")
 
 
-async def converse(engine: Engine, conversations: Sequence[Conversation], tools_at_once: int = 0) -> Statistics:
+async def converse(
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    tools_at_once: int = 0,
+    on_tokens: Sequence[OnTokens] | None = None,
+) -> Statistics:
     """Run every conversation to its end. Order of completion is free; each draw depends on its conversation alone.
 
     `tools_at_once` bounds the tools at work (0: no bound): further calls wait, and while twice as many wait or work no
-    new conversation begins. The first fault of a conversation ends them all and is raised.
+    new conversation begins. `on_tokens` are listeners, one for each conversation, as `Service.submit` takes them. The
+    first fault of a conversation ends them all and is raised.
     """
+    pairs = zip(conversations, on_tokens or [None] * len(conversations), strict=True)
     async with Service(engine, tools_at_once) as service:
-        await asyncio.gather(*[service.submit(conversation) for conversation in conversations])
+        await asyncio.gather(*[service.submit(each, on_tokens=listener) for each, listener in pairs])
     return service.take_statistics()
 
 
@@ -202,6 +209,7 @@ class Service:
                 self._take_weights()
                 self._drop_cancelled()
                 await self._take_answers()
+                self._take_weights()  # that came while an answer was waited for
                 self._seat()
                 if self._seats.live:
                     self._decode()
@@ -214,10 +222,16 @@ class Service:
                     talk.done.set_exception(error)
 
     def _take_weights(self) -> None:
-        """After `engine.update_params`: what rows hold is of the old weights, so they are written again or dropped."""
+        """After `engine.update_params`: rows hold what the old weights made of their tokens, see `engine.stale_rows`.
+
+        A prompt that is kept for others is let go in any case: whoever begins from now on is of the new weights alone.
+        """
         if self.engine.version == self._version:
             return
         self._version = self.engine.version
+        if self.engine.config.stale_rows == "keep":
+            self._seats.drop_prompts()
+            return
         if self.engine.config.stale_rows == "discard":
             for talk in self._seats.begun():
                 self._finish(talk, Finish.DISCARDED)

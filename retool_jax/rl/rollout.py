@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from retool_jax.answers import check_all, extract_boxed, workers
 from retool_jax.answers.check import LOST
 from retool_jax.data.problems import Problem
+from retool_jax.engine.conversation import Statistics, Tokens
 from retool_jax.engine.engine import Engine
-from retool_jax.engine.scheduler import Statistics, converse
+from retool_jax.engine.scheduler import converse
 from retool_jax.errors import UserError
 from retool_jax.rl.config import RolloutConfig
 from retool_jax.rl.reward import reward_of
@@ -50,6 +51,7 @@ class Dialogue:
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
         self._kept = Kept()
+        self._versions: list[int] = []  # of the turn that is being drawn
         self._grammar = GRAMMARS[limits.grammar]
         self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
         if limits.answer_tokens:
@@ -67,8 +69,13 @@ class Dialogue:
     def stop_at(self, ids: list[int], seen: int) -> int | None:
         return self._grammar.stop_at(self._tokenizer, ids, seen) if self._tools else None
 
+    def on_tokens(self, tokens: Tokens) -> None:
+        """Note which weights drew what; to be given to the scheduler with the conversation."""
+        self._versions += [tokens.version] * len(tokens.ids)
+
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
-        self.trajectory.add("policy", ids, logprobs)
+        self.trajectory.add("policy", ids, logprobs, self._versions)
+        self._versions = []
         if ids[-1] not in self._stops and self.stop_at(ids, len(ids) - 1) is None:
             return self._run_out(End.TOKEN_LIMIT)
         text = self.trajectory.last_turn(self._tokenizer)
@@ -148,6 +155,26 @@ async def rollout(
     Raises:
         UserError: a prompt is longer than `max_prompt_tokens`, or a problem names a tool that is not there.
     """
+    dialogues = dialogues_of(engine, tokenizer, tools, samples, limits)
+    origin = time.perf_counter()
+    # The sandbox refuses what does not fit its queue; calls beyond it wait here.
+    at_once = tools.at_once if tools else 0
+    try:
+        statistics = await converse(engine, dialogues, at_once, [dialogue.on_tokens for dialogue in dialogues])
+    finally:
+        for dialogue in dialogues:
+            await dialogue.close()
+    return trajectories_of(dialogues, origin), statistics
+
+
+def dialogues_of(
+    engine: Engine, tokenizer: Tokenizer, tools: Toolbox | None, samples: Sequence[Sample], limits: RolloutConfig
+) -> list[Dialogue]:
+    """One for each sample, with the tools that its problem names; whoever submits them closes them afterwards.
+
+    Raises:
+        UserError: as `rollout`.
+    """
     room = engine.config.max_length
     encoded: dict[str, list[int]] = {}
     dialogues = []
@@ -157,20 +184,18 @@ async def rollout(
             encoded[problem.id] = encode_prompt(tokenizer, problem, tools, limits)
         own = tools.of(problem.tools, f"problem {problem.id}") if tools else None
         dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, own, room, limits))
-    origin = time.perf_counter()
-    # The sandbox refuses what does not fit its queue; calls beyond it wait here.
-    try:
-        statistics = await converse(engine, dialogues, tools.at_once if tools else 0)
-    finally:
-        for dialogue in dialogues:
-            await dialogue.close()
+    return dialogues
+
+
+def trajectories_of(dialogues: Sequence[Dialogue], origin: float) -> list[Trajectory]:
+    """What came of dialogues that the scheduler has let go, with times since `origin` (of `time.perf_counter`)."""
     trajectories = [dialogue.trajectory for dialogue in dialogues]
     if endless := [trajectory.id for trajectory in trajectories if trajectory.end is None]:
         raise RuntimeError(f"{len(endless)} trajectories came back without an end, the first of them {endless[0]}")
     for trajectory in trajectories:
         trajectory.started_s -= origin
         trajectory.finished_s -= origin
-    return trajectories, statistics
+    return trajectories
 
 
 def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None, limits: RolloutConfig) -> list[int]:

@@ -84,6 +84,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # 0 where not sampled
+    versions: list[int] = field(default_factory=list)  # of the weights that drew each token, -1 where not sampled
     segments: list[Segment] = field(default_factory=list)
     tool_uses: list[ToolUse] = field(default_factory=list)
     forced: bool = False  # the last turn was asked for, as turns or tokens had run out
@@ -94,15 +95,23 @@ class Trajectory:
     started_s: float = 0.0
     finished_s: float = 0.0
 
-    def add(self, role: str, ids: list[int], logprobs: list[float] | None = None) -> None:
-        """Append a segment; only the policy's has log-probabilities, and only it is marked sampled."""
+    def add(
+        self, role: str, ids: list[int], logprobs: list[float] | None = None, versions: list[int] | None = None
+    ) -> None:
+        """Append a segment; only the policy's has log-probabilities, and only it is marked sampled.
+
+        Its `versions` are those of the weights that drew each id; without them it is of the first weights, 0.
+        """
         sampled = role == "policy"
         if sampled != (logprobs is not None) or (logprobs is not None and len(logprobs) != len(ids)):
             raise ValueError(f"a {role} segment of {len(ids)} ids came with log-probabilities {logprobs!r}")
+        if versions is not None and len(versions) != len(ids):
+            raise ValueError(f"a {role} segment of {len(ids)} ids came with versions {versions!r}")
         self.segments.append(Segment(role, len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
         self.sampled += [sampled] * len(ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+        self.versions += versions if versions is not None else [0 if sampled else -1] * len(ids)
 
     @property
     def dropped(self) -> bool:

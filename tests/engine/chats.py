@@ -80,6 +80,11 @@ def run(engine: Engine, conversations: Sequence[Chat]) -> Statistics:
     return asyncio.run(asyncio.wait_for(converse(engine, conversations), 60))
 
 
+def play(scenario, seconds: float = 60):
+    """Run a coroutine function, which gives up rather than hangs."""
+    return asyncio.run(asyncio.wait_for(scenario(), seconds))
+
+
 def quiet(engine: Engine) -> bool:
     """Nobody holds a page."""
     counts = engine.counts()

@@ -3,9 +3,7 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,12 +11,7 @@ from retool_jax.engine.conversation import Finish, SamplingParams, Tokens
 from retool_jax.engine.pages import OutOfPages
 from retool_jax.engine.scheduler import Service
 
-from .chats import Chat, chats, quiet, run
-
-
-def play(scenario, seconds: float = 60):
-    """Run a coroutine function, which gives up rather than hangs."""
-    return asyncio.run(asyncio.wait_for(scenario(), seconds))
+from .chats import Chat, chats, play, quiet, run
 
 
 def drawn(chat: Chat) -> list[int]:
@@ -394,47 +387,3 @@ def test_a_second_thread_runs_a_thousand_requests(many, params, compiles):
     assert many.version == version + 1 and len(compiles) == known and quiet(many)
     assert [chat.ids for chat in theirs] == 4 * [chat.ids for chat in expected]
     assert [chat.ids for chat in ours] == [chat.ids for chat in expected[:100]]
-
-
-def test_tokens_say_which_weights_drew_them(make_engine, model, params):
-    """What is submitted after new weights came is drawn with those, as on an engine that never had others."""
-    stops = range(0, model.vocab_size, 16)
-    newer = jax.tree.map(lambda x: x * 1.1, params)
-    engine, fresh = make_engine(0, stops), make_engine(0, stops)
-    fresh.update_params(newer)
-    before, after, expected = (Chat([5, 6, 7], 1, turns=2) for _ in range(3))
-    run(fresh, [expected])
-
-    async def scenario() -> tuple[list[Tokens], list[Tokens]]:
-        async with Service(engine) as service:
-            first = [piece async for piece in service.stream(before)]
-            engine.update_params(newer)
-            return first, [piece async for piece in service.stream(after)]
-
-    first, second = play(scenario)
-    assert {piece.version for piece in first} == {0} and {piece.version for piece in second} == {1}
-    assert after.ids == expected.ids != before.ids
-    np.testing.assert_allclose(after.logprobs, expected.logprobs, atol=1e-5)
-
-
-def test_a_waiting_conversation_is_told_of_new_weights_under_the_name_of_its_end(engines):
-    engine = engines(tool_lag=-1)
-    engine.config = replace(engine.config, stale_rows="discard")
-    called = asyncio.Event()
-
-    class Waiting(Chat):
-        async def answer(self) -> list[int] | None:
-            called.set()
-            await asyncio.sleep(50)
-
-    waiting, other = Waiting([1, 2], 1), Chat([3], 2, turns=1)
-
-    async def scenario() -> tuple[Finish, Finish]:
-        async with Service(engine) as service:
-            first = service.submit(waiting)
-            await called.wait()
-            engine.version += 1  # as update_params does
-            return await service.submit(other), await first
-
-    assert play(scenario) == (Finish.ENDED, Finish.DISCARDED)
-    assert waiting.dropped == "new weights came (engine.stale_rows=discard)"

@@ -103,7 +103,7 @@ def test_a_word_without_an_equals_sign(word):
         ("engine.token_buckets=[a]", "engine.token_buckets=a is of type str; it must be int"),
         ("engine.page_size=-1", "engine.page_size=-1 must be at least 0"),
         ("engine.tool_lag=-2", "engine.tool_lag=-2 must be at least -1"),
-        ("engine.stale_rows=keep", "engine.stale_rows=keep is not one of: rewrite, discard"),
+        ("engine.stale_rows=forget", "engine.stale_rows=forget is not one of: rewrite, discard, keep"),
         ("model.attention_kernel=flash", "model.attention_kernel=flash is not one of: auto, xla, splash, cudnn"),
         ("model.remat=true", "model.remat=true is not one of: none, full, dots"),
         ("model.head_chunk=0", "model.head_chunk=0 must be at least 1"),
