@@ -15,9 +15,9 @@ from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
 from retool_jax.files import replacing
 from retool_jax.metrics import METRICS_FILE, read_metrics
-from retool_jax.rl.config import EvaluationConfig, RolloutConfig
+from retool_jax.rl.config import EvaluationConfig, RewardConfig, RolloutConfig
 from retool_jax.rl.rollout import Sample, rollout, score
-from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
+from retool_jax.rl.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
@@ -43,18 +43,60 @@ def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[st
             " run's last checkpoint is good: mend the cause and start the same command again, or raise rl.max_dropped"
         )
     uses = [use for t in kept for use in t.tool_uses]
+    success = _share(uses, "success")
+    written = [len(use.code) for use in uses if use.code]
     return {
         "accuracy": float(np.mean([t.verdict.correct for t in kept])),
         "reward_mean": float(np.mean([t.reward for t in kept])),
         "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
-        "tool_success": float(np.mean([use.status == "success" for use in uses])) if uses else None,
+        "tool_success": success,
         "calls_per_sample": len(uses) / len(kept),
         "calls/repaired": sum(bool(use.repaired) for use in uses),
         "forced_answers": sum(t.forced for t in kept),
         "response_tokens": float(np.mean([t.response_tokens for t in kept])),
+        "turns_mean": float(np.mean([t.turns for t in kept])),
+        **_spread("response_tokens", [t.response_tokens for t in kept]),
+        **_spread("turns", [t.turns for t in kept]),
+        **_spread("calls", [len(t.tool_uses) for t in kept]),
         "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),
         "dropped": dropped,
         **{f"end/{end}": ends[end] for end in End},
+        # Names that dashboards of other ReTool recipes know.
+        "retool/tool_calls_per_sample": len(uses) / len(kept),
+        "retool/tool_success_rate": success,
+        "retool/avg_code_length_chars": float(np.mean(written)) if written else None,
+        "reward/exact_match": float(np.mean([t.exact for t in kept])),
+        "reward/format_bonus": float(np.mean([t.verdict.answer is not None for t in kept])),
+        "reward/guarded": float(np.mean(["guard" in t.reward_terms for t in kept])),
+        "reward/overlong": float(np.mean([t.reward_terms.get("overlong", 0.0) for t in kept])),
+        "sandbox/timeout_rate": _share(uses, "timeout"),
+        "sandbox/oom_rate": _share(uses, "oom"),
+    }
+
+
+def _share(uses: Sequence[ToolUse], status: str) -> float | None:
+    """The share of calls that ended so; None without any."""
+    return float(np.mean([use.status == status for use in uses])) if uses else None
+
+
+def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
+    """The tenth and the ninetieth percentile, for what a mean hides."""
+    low, high = np.percentile(values, (10, 90))
+    return {f"{name}_p10": float(low), f"{name}_p90": float(high)}
+
+
+def _val_names(split: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Numbers of an evaluation with one sample a problem, by the names that verl has for them.
+
+    verl counts the turns of everybody: the question, what the policy says, what tools answer.
+    """
+    kept = [t for t in trajectories if not t.dropped]
+    turns = [len(t.segments) for t in kept]
+    return {
+        f"val-core/{split}/acc/mean@1": float(np.mean([t.verdict.correct for t in kept])),
+        "val-aux/num_turns/mean": float(np.mean(turns)),
+        "val-aux/num_turns/min": min(turns),
+        "val-aux/num_turns/max": max(turns),
     }
 
 
@@ -92,11 +134,13 @@ async def evaluate(
     limits: RolloutConfig,
     folder: Path,
     max_dropped: float,
+    reward: RewardConfig | None = None,
 ) -> dict:
     """Draw one trajectory at temperature 1 and one greedily for each of the first `count` problems.
 
     The random streams depend on the split and the problem but not on the step, so two evaluations differ by the
     weights alone. Writes all trajectories under `folder/trajectories`; returns the numbers for the metrics file.
+    `reward` says what trajectories are worth there; accuracy does not depend on it.
 
     Raises:
         UserError: more than the share `max_dropped` of the trajectories was dropped.
@@ -108,7 +152,7 @@ async def evaluate(
     count = len(chosen)
     samples = [Sample(chosen[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(count)]
     trajectories, statistics = await rollout(engine, tokenizer, tools, samples, limits)
-    await asyncio.to_thread(score, tokenizer, trajectories)
+    await asyncio.to_thread(score, tokenizer, trajectories, reward)
     sampled, greedy = trajectories[:count], trajectories[count:]
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"
     write_trajectories(path, tokenizer, sampled, split, step)
@@ -120,6 +164,7 @@ async def evaluate(
         **numbers,
         "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / kept)),
         "greedy_accuracy": summarise(greedy, max_dropped)["accuracy"],
+        **_val_names(split, sampled),
         "trajectories": str(path.relative_to(folder)),
         "perf/eval_s": statistics.total_s,
     }
@@ -128,10 +173,11 @@ async def evaluate(
 def write_trajectories(
     path: Path, tokenizer: Tokenizer, trajectories: Sequence[Trajectory], split: str, step: int
 ) -> None:
-    """One JSON record per line, in UTF-8, replacing the file in one step.
+    """One JSON record per line, in UTF-8, replacing the file in one step; each is a group of its own.
 
     What no encoding can hold (a lone surrogate in a problem's text) is written as JSON's escape of it.
     """
     with replacing(path, errors="backslashreplace") as file:
-        for trajectory in trajectories:
-            file.write(json.dumps(trajectory.record(tokenizer, split=split, step=step), ensure_ascii=False) + "\n")
+        for group, trajectory in enumerate(trajectories):
+            record = trajectory.record(tokenizer, split=split, step=step, group=group)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

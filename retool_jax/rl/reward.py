@@ -1,8 +1,173 @@
-"""What a verdict is worth: the number that reinforcement learning is given for a trajectory."""
+"""What a trajectory is worth: the number that reinforcement learning is given for it (docs/rewards.md).
+
+A reward is a function of a scored trajectory and its verdict, chosen by `rl.reward.name`. What it says of a group
+without a right answer is levelled (`guarded`), and long responses may cost something (`overlong_term`).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from retool_jax.answers import Verdict
+from retool_jax.errors import UserError, one_line
+from retool_jax.rl.config import RewardConfig
+from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.tools.toolbox import INVALID, imported
+
+Reward = Callable[[Trajectory, Verdict], float]
+NOT_RUN = (INVALID, "rejected")  # statuses of calls that nothing was executed for
+STRICT_TAIL = 100  # characters in which the strict rule looks for a box
 
 
-def reward_of(verdict: Verdict) -> float:
+def strict_box(text: str) -> str | None:
+    r"""The answer by the strict rule of verl's `math_dapo`: what the last `\boxed{` of the last 100 characters holds.
+
+    Braces are counted, escaped ones too; a last box without an end is no answer, and neither is one that begins before
+    those characters. verl cuts a response to its last 300 characters first, which changes nothing.
+    """
+    _, box, content = text[-STRICT_TAIL:].rpartition(r"\boxed{")
+    depth = 1
+    for place, character in enumerate(content if box else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return content[:place]
+    return None
+
+
+def executed_calls(trajectory: Trajectory) -> int:
+    """Calls that ran, however they ended: without those that could not be read, or were refused unseen."""
+    return sum(use.status not in NOT_RUN for use in trajectory.tool_uses)
+
+
+# --- rewards by name --------------------------------------------------------------------------------------------------
+
+
+def default(trajectory: Trajectory, verdict: Verdict) -> float:
     """+1 for a correct answer, -1 for any other (ReTool, arXiv 2504.11536, section 3)."""
     return 1.0 if verdict.correct else -1.0
+
+
+def dapo_strict(trajectory: Trajectory, verdict: Verdict) -> float:
+    """+1 where `strict_box` is the ground truth, character by character, -1 elsewhere (verl's `math_dapo`)."""
+    return 1.0 if trajectory.exact else -1.0
+
+
+def recipe(trajectory: Trajectory, verdict: Verdict) -> float:
+    """As verl-recipe's `retool/retool.py`: +1 where `strict_box` is the ground truth, else min(-0.6, -1 + 0.1 k).
+
+    k is the number of executed calls; from the fourth on they add nothing.
+    """
+    return 1.0 if trajectory.exact else min(-0.6, -1.0 + 0.1 * executed_calls(trajectory))
+
+
+def shaped(trajectory: Trajectory, verdict: Verdict) -> float:
+    """1.0 for a correct answer, 0.1 for an answer in a box, 0.05 for a call, added up: 0 to 1.15.
+
+    The answer is correct as for `default`. A box counts whatever is in it, as long as it has an end and the last turn
+    ended by itself; a call counts when it was executed, however it ended, and further ones add nothing. The weights are
+    those that the documentation of miles gives for its ReTool example.
+    """
+    return 1.0 * verdict.correct + 0.1 * (verdict.answer is not None) + 0.05 * (executed_calls(trajectory) > 0)
+
+
+REWARDS: dict[str, Reward] = {"default": default, "recipe": recipe, "dapo_strict": dapo_strict, "shaped": shaped}
+BY_STRICT_RULE = ("recipe", "dapo_strict")
+
+
+def reward_named(name: str) -> Reward:
+    """The function that `rl.reward.name` chooses.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be loaded.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    if ":" not in name:
+        raise UserError(f"rl.reward.name={name} is not one of: {', '.join(REWARDS)}, or my_package.my_module:my_reward")
+    function = imported(name, "rl.reward.name")
+    if not callable(function):
+        raise UserError(f"rl.reward.name={name} is no function; it must take a trajectory and a verdict")
+    return function
+
+
+# --- a step's rewards -------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """A trajectory's reward, and the terms whose sum it is: the function's by its name, `guard` and `overlong`."""
+
+    reward: float
+    terms: dict[str, float]
+
+
+def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Given]:
+    """The rewards of trajectories that have a verdict; `groups` is equal for the samples of one prompt.
+
+    The guard levels first, and what length costs is added behind it: that is no reward for tool use.
+
+    Raises:
+        UserError: the function raised, or gave no finite number.
+    """
+    function = reward_named(config.name)
+    own = [_call(function, config.name, trajectory) for trajectory in trajectories]
+    by_rule = config.name in BY_STRICT_RULE
+    right = [trajectory.exact if by_rule else trajectory.verdict.correct for trajectory in trajectories]
+    levels = guarded(own, right, groups) if config.guard else own
+    given = []
+    for trajectory, value, level in zip(trajectories, own, levels, strict=True):
+        terms = {config.name: value}
+        if level != value:
+            terms["guard"] = level - value
+        if penalty := overlong_term(config, trajectory):
+            terms["overlong"] = penalty
+        given.append(Given(level + penalty, terms))
+    return given
+
+
+def guarded(rewards: Sequence[float], right: Sequence[bool], groups: Sequence[int]) -> list[float]:
+    """The rewards, with the lowest of its group for each sample of a group in which none is right.
+
+    Advantages compare the samples of a group: where all are wrong, the one with the most calls would be reinforced as
+    much as a single right answer elsewhere. Equal rewards teach nothing.
+    """
+    members = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    levels = list(rewards)
+    for indices in members.values():
+        if not any(right[index] for index in indices):
+            lowest = min(rewards[index] for index in indices)
+            for index in indices:
+                levels[index] = lowest
+    return levels
+
+
+def overlong_term(config: RewardConfig, trajectory: Trajectory) -> float:
+    """What a long response costs, 0 or less: p times DAPO's soft punishment (arXiv 2503.14476 eq. 13).
+
+        0                      |y| <= L - C
+        ((L - C) - |y|) / C    L - C < |y| <= L
+        -1                     where it was cut off (`token_limit`)
+
+    |y| is the response's length in tokens, with what tools answered; L the room that it had, `engine.max_length`
+    without the prompt; C `overlong_tokens`, and p `overlong_penalty`.
+    """
+    if not config.overlong_tokens:
+        return 0.0
+    over = trajectory.response_tokens - (trajectory.room - config.overlong_tokens)
+    share = 1.0 if trajectory.end is End.TOKEN_LIMIT else min(over / config.overlong_tokens, 1.0)
+    return -config.overlong_penalty * share if share > 0 else 0.0
+
+
+def _call(function: Reward, name: str, trajectory: Trajectory) -> float:
+    """What a function says of a trajectory, as a finite number."""
+    way_out = "mend the function and start the same command again, which goes on from the last checkpoint"
+    try:
+        value = float(function(trajectory, trajectory.verdict))
+    except Exception as error:  # of others' code
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"rl.reward.name={name} gave no number for {trajectory.id} ({said}); {way_out}") from error
+    if not math.isfinite(value):
+        raise UserError(f"rl.reward.name={name} gave {value} for {trajectory.id}, which is not finite; {way_out}")
+    return value

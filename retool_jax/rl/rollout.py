@@ -11,8 +11,8 @@ from retool_jax.engine.conversation import Statistics, Tokens
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.errors import UserError
-from retool_jax.rl.config import RolloutConfig
-from retool_jax.rl.reward import reward_of
+from retool_jax.rl.config import RewardConfig, RolloutConfig
+from retool_jax.rl.reward import rewards_of, strict_box
 from retool_jax.rl.trajectory import End, ToolUse, Trajectory, numbers_of
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
 from retool_jax.tokens.grammar import GRAMMARS, ToolCall
@@ -47,7 +47,8 @@ class Dialogue:
         self.request = sample.request
         self.cancelled = False
         self.temperature = sample.temperature
-        self.trajectory = Trajectory(f"{sample.problem.id}/{sample.request}", sample.problem)
+        identity = f"{sample.problem.id}/{sample.request}"
+        self.trajectory = Trajectory(identity, sample.problem, room=room - len(prompt))
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
         self._kept = Kept()
@@ -219,21 +220,42 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None,
     return ids
 
 
-def score(tokenizer: Tokenizer, trajectories: Sequence[Trajectory]) -> None:
+def score(
+    tokenizer: Tokenizer,
+    trajectories: Sequence[Trajectory],
+    reward: RewardConfig | None = None,
+    group_size: int = 1,
+) -> None:
     """Give each trajectory its verdict and reward, from the text of the policy's last turn alone.
 
     Only a turn that ended without a call is an answer; nothing that a tool printed, and no earlier turn, can score.
     One that the machinery dropped gets none, and one whose answer could not be compared is dropped here. Comparisons
     may take `workers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
+
+    Args:
+        tokenizer: of the policy.
+        trajectories: group by group.
+        reward: what they are worth; None: the default, +1 or -1.
+        group_size: samples of a prompt, for the guard of rewards.
+
+    Raises:
+        UserError: the reward's function cannot be loaded, or gave no finite number.
     """
-    kept = [trajectory for trajectory in trajectories if not trajectory.dropped]
+    groups = {index: index // group_size for index, t in enumerate(trajectories) if not t.dropped}
+    kept = [trajectories[index] for index in groups]
     texts = []
     for trajectory in kept:
         answered = trajectory.end in (End.ANSWERED, End.NO_ANSWER)
         texts.append(trajectory.last_turn(tokenizer) if answered else "")
     verdicts = check_all([(text, t.problem.ground_truth) for text, t in zip(texts, kept, strict=True)])
-    for trajectory, verdict in zip(kept, verdicts, strict=True):
+    for trajectory, text, verdict in zip(kept, texts, verdicts, strict=True):
         if verdict.reason == LOST:
             trajectory.end, trajectory.fault = End.CHECKER_LOST, workers.pool.fault
-        else:
-            trajectory.verdict, trajectory.reward = verdict, reward_of(verdict)
+            continue
+        mark = tokenizer.decode(trajectory.ids[-1:]) if trajectory.ids[-1] in tokenizer.stop_ids else ""
+        trajectory.verdict, trajectory.final_text = verdict, text.removesuffix(mark)
+        trajectory.exact = strict_box(trajectory.final_text) == trajectory.problem.ground_truth
+    judged = [(t, group) for t, group in zip(kept, groups.values(), strict=True) if not t.dropped]
+    given = rewards_of(reward or RewardConfig(), [t for t, _ in judged], [group for _, group in judged])
+    for (trajectory, _), (value, terms) in zip(judged, given, strict=True):
+        trajectory.reward, trajectory.reward_terms = value, terms

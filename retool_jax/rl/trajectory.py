@@ -90,8 +90,12 @@ class Trajectory:
     forced: bool = False  # the last turn was asked for, as turns or tokens had run out
     end: End | None = None  # None while it goes on
     fault: str = ""  # what the machinery did, where that ended it
+    room: int = 0  # tokens that there were for a response
+    final_text: str = ""  # what is scored: the last turn without its end mark; empty where that did not end by itself
     verdict: Verdict | None = None  # None, as the reward, before it is scored and where it is dropped
+    exact: bool = False  # the strict rule takes its answer too (`reward.strict_box`)
     reward: float | None = None
+    reward_terms: dict[str, float] = field(default_factory=dict)  # by name; the reward is their sum
     started_s: float = 0.0
     finished_s: float = 0.0
 
@@ -152,16 +156,23 @@ class Trajectory:
         return Example(self.ids, self.sampled, {"old_logprobs": self.logprobs, "advantages": advantage})
 
     def record(self, tokenizer: Tokenizer, **extra: object) -> dict:
-        """A JSON-ready record with everything that is needed to read, check or replay the trajectory."""
+        """A JSON-ready record with everything that is needed to read or check the trajectory.
+
+        Whether it is `correct` stands apart from its `reward`, which may be shaped. `extra` is what others know of it,
+        such as its step and its `group`.
+        """
         return {
             "id": self.id,
             **extra,
+            "prompt_id": self.problem.id,
             "problem": self.problem.question,
             "ground_truth": self.problem.ground_truth,
             "answer": self.verdict.answer if self.verdict else None,
             "correct": bool(self.verdict and self.verdict.correct),
+            "exact_match": self.exact,
             "verdict": self.verdict.reason if self.verdict else None,
             "reward": self.reward,
+            "reward_terms": self.reward_terms,
             "end": str(self.end),
             "fault": self.fault,
             "forced": self.forced,

@@ -233,15 +233,23 @@ def load_tools(tools: str | Sequence[str]) -> Toolbox | None:
 
 def _own(word: str) -> Tool:
     """The tool that `my_package.my_module:MyTool` names."""
+    return as_tool(imported(word, "tools"), f"tools={word}")
+
+
+def imported(word: str, key: str) -> Any:
+    """What `my_package.my_module:my_name` names, as a key of a config says it.
+
+    Raises:
+        UserError: the module cannot be imported, or has no such name.
+    """
     module, _, name = word.partition(":")
     try:
-        thing = getattr(import_module(module), name)
+        return getattr(import_module(module), name)
     except Exception as error:  # what is raised while others' code is imported
         raise UserError(
-            f"tools={word} cannot be loaded ({_raised(error)}); see that {module} can be imported from here and has"
+            f"{key}={word} cannot be loaded ({_raised(error)}); see that {module} can be imported from here and has"
             f" {name}"
         ) from error
-    return as_tool(thing, f"tools={word}")
 
 
 def _raised(error: BaseException) -> str:

@@ -16,11 +16,12 @@ from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
 from retool_jax.rl.batches import learnable_groups
+from retool_jax.rl.config import RewardConfig
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import Parts, train
-from retool_jax.rl.reward import reward_of
+from retool_jax.rl.reward import default
 from retool_jax.rl.rollout import RolloutConfig, score
-from retool_jax.rl.trajectory import INFRASTRUCTURE, End, Trajectory
+from retool_jax.rl.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
 from retool_jax.tokens.grammar import policy_turn_text
@@ -48,7 +49,7 @@ def scored(end: End, correct: bool = False, reason: str = "integer") -> Trajecto
         trajectory.fault = f"fault of {end}"
     else:
         trajectory.verdict = Verdict(correct, "6", reason)
-        trajectory.reward = reward_of(trajectory.verdict)
+        trajectory.reward = default(trajectory, trajectory.verdict)
     return trajectory
 
 
@@ -77,14 +78,15 @@ def broken_tools() -> Toolbox:
 def look(scripted_engine, tokenizer, problems, broken_tools, tmp_path):
     """`look(turn of problem 0, ...)`: an evaluation in which each problem is answered twice with that turn."""
 
-    def run(*turns: str, max_dropped: float = 0.5) -> dict:
+    def run(*turns: str, max_dropped: float = 0.5, reward: RewardConfig | None = None) -> dict:
         first = (1 << 31) + (SPLITS.index("dev") << 24)
         script = {first + i: [tokenizer.encode(turn)] * 2 for i, turn in enumerate(turns)}
 
         async def main() -> dict:
             engine = scripted_engine(tokenizer.stop_ids, script)
+            count, folder = len(turns), tmp_path / "run"
             return await evaluate(
-                engine, tokenizer, broken_tools, problems, 3, len(turns), LIMITS, tmp_path / "run", max_dropped
+                engine, tokenizer, broken_tools, problems, 3, count, LIMITS, folder, max_dropped, reward
             )
 
         return asyncio.run(main())
@@ -110,6 +112,54 @@ def test_ends_of_the_policys_own_are_signal():
     own = [scored(end) for end in End if end not in INFRASTRUCTURE]
     assert summarise(own, 0.0)["dropped"] == 0.0 and faults(summarise(own, 0.0)) == ""
     assert {str(end) for end in INFRASTRUCTURE} == {"sandbox_lost", "discarded", "checker_lost"}
+
+
+def told(length: int, *calls: tuple[str, str], correct: bool = False, answer: str | None = "6") -> Trajectory:
+    """A scored trajectory of a turn for each (status, program) and a last one of so many tokens."""
+    trajectory = Trajectory("p/0", Problem("p", ({"role": "user", "content": "?"},), "6"), end=End.ANSWERED)
+    trajectory.add("prompt", [1, 2])
+    for turn, (status, program) in enumerate(calls):
+        trajectory.add("policy", [3], [-0.5])
+        trajectory.add("tool", [4])
+        trajectory.tool_uses.append(ToolUse(turn, program, status, ""))
+    trajectory.add("policy", [5] * length, [-0.5] * length)
+    trajectory.verdict, trajectory.reward = Verdict(correct, answer, "integer"), 1.0 if correct else -1.0
+    return trajectory
+
+
+def test_numbers_have_the_names_that_other_recipes_give_them_too():
+    calls = [("success", "print(1)"), ("timeout", "while 1: pass"), ("oom", "x = [0]"), ("invalid_call", "")]
+    trajectories = [
+        told(4, *calls, correct=True),
+        told(8, ("success", "1")),
+        told(2, answer=None),
+        scored(End.DISCARDED),
+    ]
+    trajectories[0].exact = True
+    trajectories[1].reward_terms = {"recipe": -0.9, "guard": -0.1, "overlong": -0.6}
+    numbers = summarise(trajectories, 0.5)
+    assert numbers["retool/tool_calls_per_sample"] == numbers["calls_per_sample"] == pytest.approx(5 / 3)
+    assert numbers["retool/tool_success_rate"] == numbers["tool_success"] == 0.4
+    assert numbers["retool/avg_code_length_chars"] == pytest.approx((8 + 13 + 7 + 1) / 4), "of calls that could be read"
+    assert numbers["reward/exact_match"] == pytest.approx(1 / 3)
+    assert numbers["reward/format_bonus"] == pytest.approx(2 / 3)
+    assert numbers["reward/guarded"] == pytest.approx(1 / 3) and numbers["reward/overlong"] == pytest.approx(-0.2)
+    assert numbers["sandbox/timeout_rate"] == numbers["sandbox/oom_rate"] == 0.2
+
+
+def test_what_a_mean_hides_is_told_by_percentiles():
+    numbers = summarise([told(n, *[("success", "1")] * (n > 8)) for n in range(1, 12)], 0.0)
+    assert numbers["response_tokens"] == pytest.approx(6 + 2 * 3 / 11)
+    assert (numbers["response_tokens_p10"], numbers["response_tokens_p90"]) == (2, 12)
+    assert numbers["turns_mean"] == pytest.approx(1 + 3 / 11)
+    assert (numbers["turns_p10"], numbers["turns_p90"]) == (1, 2)
+    assert (numbers["calls_p10"], numbers["calls_p90"]) == (0, 1)
+
+
+def test_a_share_of_no_calls_is_no_number():
+    numbers = summarise([told(3)], 0.0)
+    names = ("tool_success_rate", "avg_code_length_chars")
+    assert [numbers[f"retool/{name}"] for name in names] == [None, None] and numbers["sandbox/timeout_rate"] is None
 
 
 def test_more_dropped_than_allowed_stops_with_reasons_counts_and_the_way_out():
@@ -145,6 +195,15 @@ def test_the_error_of_an_accuracy_is_that_of_the_problems_that_were_kept(look, t
     assert numbers["accuracy_stderr"] == pytest.approx(np.sqrt(0.75 * 0.25 / 4))
     records = [json.loads(line) for line in (tmp_path / "run" / numbers["trajectories"]).read_text().splitlines()]
     assert [record["end"] for record in records].count("sandbox_lost") == 1 and len(records) == 5
+    assert [record["group"] for record in records] == [0, 1, 2, 3, 4]
+    assert numbers["val-core/dev/acc/mean@1"] == 0.75, "of those that were kept"
+    assert [numbers[f"val-aux/num_turns/{what}"] for what in ("mean", "min", "max")] == [2, 2, 2], "question and answer"
+
+
+def test_an_evaluation_goes_by_the_runs_reward_and_its_accuracy_does_not(look):
+    numbers = look(RIGHT, WRONG, reward=RewardConfig(name="shaped"))
+    assert numbers["reward_mean"] == pytest.approx((1.1 + 0.1) / 2) and numbers["accuracy"] == 0.5
+    assert numbers["reward/exact_match"] == 0.0 and numbers["reward/format_bonus"] == 1.0, "40+5 is not the string 45"
 
 
 def test_an_evaluation_of_too_few_is_an_error(look):
