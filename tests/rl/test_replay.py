@@ -37,7 +37,7 @@ def trajectory(number: int, reward: float | None = 1.0, length: int = 20, end: E
     made.add("tool", [7, 8])
     made.add("policy", list(range(length)), float32_logprobs(length, number))
     made.tool_uses = [ToolUse(0, "print(2 +\r\n2) # \ud800", "success", "4", 0.1, 0.2, "python", "", {"cells": 1})]
-    made.end, made.reward, made.forced, made.started_s, made.finished_s = end, reward, number == 1, 0.1, 1 / 3
+    made.end, made.reward, made.forced, made.started_s, made.finished_s = end, reward, number == 1, 0.123456789, 1 / 3
     if reward is not None:
         made.verdict = Verdict(reward > 0, "4\ud800", "integer")
     return made
@@ -165,13 +165,13 @@ def test_a_file_that_is_damaged_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("rl", "vocabulary", "message"),
     [
-        (replace(RL, group_size=4), 100, "has 2 trajectories side by side of group 0, and rl.group_size=4"),
+        (replace(RL, group_size=1), 100, "has 2 trajectories side by side of group 0, and rl.group_size=1"),
         (replace(RL, row_length=27), 100, "of 28 tokens (p/10); the limit is rl.row_length=27: raise it to 28 or more"),
         (RL, 19, "has the id 19, and model.vocab_size=19; replay it with the vocabulary of the model that drew it"),
         (
-            replace(RL, steps=5),
+            replace(RL, steps=4),
             100,
-            "has no rollouts of step 4, only of 3 steps, 1 to 3, and rl.steps=5; lower rl.steps",
+            "has no rollouts of step 4, only of 3 steps, 1 to 3, and rl.steps=4; lower rl.steps",
         ),
     ],
 )
