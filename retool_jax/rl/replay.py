@@ -1,0 +1,259 @@
+"""Rollouts in files: what a step drew, with all that its update needs, and a reader that stands in for the engine.
+
+`rl.save_rollouts=true` writes them, `replay=FOLDER` trains from them; the format is in `docs/data.md`.
+"""
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from retool_jax.answers import Verdict
+from retool_jax.data.problems import Problem
+from retool_jax.engine.scheduler import Statistics
+from retool_jax.errors import UserError, one_line
+from retool_jax.files import replacing
+from retool_jax.models.decoder import Params
+from retool_jax.rl.config import RLConfig
+from retool_jax.rl.trajectory import End, Segment, ToolUse, Trajectory
+from retool_jax.tokens.tokenizer import Tokenizer
+
+FOLDER = "rollouts"  # in a run's folder
+NEEDED = ("group", "ids", "sampled", "logprobs", "reward")  # of a line; docs/data.md has what else there may be
+
+
+class Rollouts(NamedTuple):
+    """What a step learns from."""
+
+    trajectories: list[Trajectory]  # scored, group by group
+    statistics: Statistics
+    numbers: dict[str, float]
+
+
+def rollouts_path(run: Path, step: int) -> Path:
+    """Where a run keeps the trajectories of a step."""
+    return run / FOLDER / f"step-{step:06d}.jsonl"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_rollouts(
+    path: Path, trajectories: Sequence[Trajectory], group_size: int, tokenizer: Tokenizer | None = None
+) -> None:
+    """One JSON object a line for each trajectory, in order, replacing the file in one step.
+
+    Log-probabilities are written as float32, which is what a batch holds, and come back to the bit; everything else
+    comes back as it is. A lone surrogate is written as JSON's escape of it.
+
+    Args:
+        path: the file.
+        trajectories: of a step, group by group, those that were dropped among them.
+        group_size: trajectories of a group.
+        tokenizer: of the policy, to write the text of each segment beside its ids; nobody reads it back.
+    """
+    with replacing(path, errors="backslashreplace") as file:
+        for place, trajectory in enumerate(trajectories):
+            record = _record(trajectory, place // group_size, tokenizer)
+            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def _record(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None) -> dict:
+    t = trajectory
+    segments = [vars(segment) for segment in t.segments]
+    if tokenizer:
+        segments = [s | {"text": tokenizer.decode(t.ids[s["start"] : s["stop"]])} for s in segments]
+    return {
+        "group": group,
+        "id": t.id,
+        "problem": vars(t.problem),
+        "reward": None if t.reward is None else float(t.reward),
+        "verdict": vars(t.verdict) if t.verdict else None,
+        "end": t.end,
+        "fault": t.fault,
+        "forced": t.forced,
+        "started_s": t.started_s,
+        "finished_s": t.finished_s,
+        "tool_uses": [vars(use) for use in t.tool_uses],
+        "segments": segments,
+        "ids": t.ids,
+        "sampled": [int(x) for x in t.sampled],
+        "logprobs": [float(f"{x:.9g}") for x in t.logprobs],  # nine digits tell any two float32 apart
+        "versions": getattr(t, "versions", []),
+    }
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_rollouts(path: Path) -> list[Trajectory]:
+    """The trajectories of a file, in order.
+
+    Raises:
+        UserError: there is no such file, or a line of it is no trajectory.
+    """
+    return [trajectory for _, trajectory in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[int, Trajectory]]:
+    """Each line's group and trajectory."""
+    found: list[tuple[int, Trajectory]] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                found.append(_trajectory(json.loads(line), number))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give the file of a step's rollouts") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(
+            f"{path} line {len(found) + 1} is no trajectory ({what}); docs/data.md says what one needs, and"
+            " rl.save_rollouts=true writes them"
+        ) from error
+    if not found:
+        raise UserError(f"{path} is empty; give the file of a step's rollouts")
+    return found
+
+
+def _trajectory(record: dict, number: int) -> tuple[int, Trajectory]:
+    """A line's group and trajectory. Group, ids, sampled, logprobs and reward must be there, and no more."""
+    group, ids, sampled, logprobs, reward = (record[name] for name in NEEDED)
+    if not ids or not len(ids) == len(sampled) == len(logprobs):
+        raise ValueError(f"{len(ids)} ids, {len(sampled)} sampled and {len(logprobs)} logprobs: give as many of each")
+    for name, values in (("group", [group]), ("ids", ids)):
+        if odd := [x for x in values if type(x) is not int or x < 0]:
+            raise ValueError(f"{name} {odd[0]!r}: it must be a whole number of at least 0")
+    if odd := [x for x in sampled if x not in (0, 1)]:
+        raise ValueError(f"sampled {odd[0]!r}: it must be 0 or 1")
+    problem = {"id": f"group {group}", "messages": [{"role": "user", "content": ""}], "ground_truth": ""}
+    problem |= record.get("problem", {})
+    tools = problem.get("tools")
+    trajectory = Trajectory(
+        id=record.get("id", f"{problem['id']}/{number}"),
+        problem=Problem(
+            problem["id"], tuple(problem["messages"]), problem["ground_truth"], None if tools is None else tuple(tools)
+        ),
+        ids=ids,
+        sampled=[bool(x) for x in sampled],
+        logprobs=np.array(logprobs, np.float32).tolist(),
+        segments=[Segment(s["role"], s["start"], s["stop"]) for s in record.get("segments", _segments(sampled))],
+        tool_uses=[ToolUse(**use) for use in record.get("tool_uses", ())],
+        forced=record.get("forced", False),
+        end=End(record.get("end", End.ANSWERED)),
+        fault=record.get("fault", ""),
+        started_s=record.get("started_s", 0.0),
+        finished_s=record.get("finished_s", 0.0),
+    )
+    if record.get("versions"):
+        trajectory.versions = record["versions"]
+    if not trajectory.dropped:
+        if reward is None:
+            raise ValueError(f"its reward is null, and its end is {trajectory.end}")
+        trajectory.reward = float(reward)
+        said = record.get("verdict") or {"correct": trajectory.reward > 0, "answer": None, "reason": "recorded"}
+        trajectory.verdict = Verdict(**said)
+    return group, trajectory
+
+
+def _segments(sampled: Sequence[int]) -> Iterator[dict]:
+    """Who wrote what, as far as it follows from which ids were sampled."""
+    start = 0
+    for drawn, run in groupby(sampled):
+        stop = start + sum(1 for _ in run)
+        yield {"role": "policy" if drawn else "tool" if start else "prompt", "start": start, "stop": stop}
+        start = stop
+
+
+# --- in the place of an engine ----------------------------------------------------------------------------------------
+
+
+class Replay:
+    """The saved rollouts of a run, step by step, with the surface of the collector that drew them.
+
+    Args:
+        folder: of the run that has them.
+        rl: of the run that learns from them.
+        vocab_size: of its model.
+        step: the last step that was learned from already.
+
+    Raises:
+        UserError: there are none in the folder, or none of a step up to `rl.steps`.
+    """
+
+    def __init__(self, folder: Path, rl: RLConfig, vocab_size: int, step: int = 0) -> None:
+        self._folder, self._rl, self._vocab_size, self._step = folder, rl, vocab_size, step
+        names = [path.stem.removeprefix("step-") for path in (folder / FOLDER).glob("step-*.jsonl")]
+        there = sorted(int(name) for name in names if name.isdecimal())
+        if not there:
+            raise UserError(
+                f"replay={folder} has no {FOLDER}/{rollouts_path(folder, 1).name}; give the folder of a run that had"
+                " rl.save_rollouts=true"
+            )
+        missing = next((n for n in range(step + 1, rl.steps + 1) if n not in there), None)
+        if missing is not None:
+            raise UserError(
+                f"replay={folder} has no rollouts of step {missing}, only of {len(there)} steps, {there[0]} to"
+                f" {there[-1]}, and rl.steps={rl.steps}; lower rl.steps, or let that run go on with"
+                " rl.save_rollouts=true"
+            )
+
+    async def take(self) -> Rollouts:
+        """The next step's trajectories, as they were drawn and scored.
+
+        Raises:
+            UserError: they cannot be read, or are not what this run can learn from.
+        """
+        self._step += 1
+        began = time.perf_counter()
+        trajectories = await asyncio.to_thread(self._read, rollouts_path(self._folder, self._step))
+        # Nothing was decoded, and no turn took any time.
+        statistics = Statistics(total_s=time.perf_counter() - began, turn_s=deque([0.0]))
+        return Rollouts(trajectories, statistics, {})
+
+    def updated(self, params: Params) -> None:
+        """New weights: what is replayed does not ask for them."""
+
+    async def settle(self) -> None:
+        """Nothing is under way."""
+
+    def state(self) -> dict:
+        """What a checkpoint has to keep of it: nothing, since the step says it all."""
+        return {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing is open."""
+
+    def _read(self, path: Path) -> list[Trajectory]:
+        rl, lines = self._rl, _lines(path)
+        sizes = [(group, sum(1 for _ in run)) for group, run in groupby(group for group, _ in lines)]
+        if odd := [pair for pair in sizes if pair[1] != rl.group_size]:
+            raise UserError(
+                f"{path} has {odd[0][1]} trajectories side by side of group {odd[0][0]}, and"
+                f" rl.group_size={rl.group_size}; set it to what they were drawn with, or restore the file"
+            )
+        trajectories = [trajectory for _, trajectory in lines]
+        longest = max(trajectories, key=lambda t: len(t.ids))
+        if len(longest.ids) > rl.row_length:
+            raise UserError(
+                f"{path} holds a trajectory of {len(longest.ids)} tokens ({longest.id}); the limit is"
+                f" rl.row_length={rl.row_length}: raise it to {len(longest.ids)} or more"
+            )
+        highest = max(max(t.ids) for t in trajectories)
+        if highest >= self._vocab_size:
+            raise UserError(
+                f"{path} has the id {highest}, and model.vocab_size={self._vocab_size}; replay it with the vocabulary"
+                " of the model that drew it"
+            )
+        return trajectories
