@@ -62,15 +62,16 @@ async def train(p: Parts, state: State, start: int | None) -> None:
             drawn: Rollouts = await p.rollouts.take()  # 1, 2
             numbers = summarise(drawn.trajectories, p.rl.max_dropped) | drawn.numbers
         if p.rl.save_rollouts or p.rl.rollout_only:
-            write_rollouts(rollouts_path(p.folder, step), drawn.trajectories)
-        if p.learner:
-            with p.clock.part("update"):
+            write_rollouts(rollouts_path(p.folder, step), drawn.trajectories, p.rl.group_size, p.tokenizer)
+        with p.clock.part("update"):
+            if p.learner:
                 # In a thread, so that rollouts that run ahead go on meanwhile.
-                learned = await asyncio.to_thread(learn, p.learner, state, drawn.trajectories, step)  # 3, 4
-                state = learned.state
-                p.rollouts.updated(state.params)  # 5
-            numbers |= learned.metrics
-            p.tokens["update"] += learned.tokens
+                state, learned, tokens = await asyncio.to_thread(
+                    learn, p.learner, state, drawn.trajectories, step
+                )  # 3, 4
+                numbers |= learned
+                p.tokens["update"] += tokens
+            p.rollouts.updated(state.params)  # 5
 
         p.tokens["decode"] += drawn.statistics.decoded_tokens  # 6
         p.log.write("rl", step, numbers | performance(drawn.statistics))
