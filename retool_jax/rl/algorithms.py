@@ -47,7 +47,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gspo": Algorithm(by_group(group_relative), sequence_loss, aggregation="sequence_token_mean", least_samples=2),
     "cispo": Algorithm(by_group(group_relative), truncated_loss, least_samples=2),
     "ppo": Algorithm(generalised, clipped_loss, models=("critic",)),
-    "opd": Algorithm(distilled, clipped_loss, models=("teacher",)),
+    "opd": Algorithm(
+        distilled, clipped_loss, columns=("old_logprobs", "advantages", "teacher_logprobs"), models=("teacher",)
+    ),
 }
 
 

@@ -95,7 +95,7 @@ def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Ba
         importance * policy + coefficient * KL(policy || reference) - entropy_coefficient * entropy
 
     Column "importance" is the weight of `rl.correction`. With rl.kl.place=reward the divergence is part of the
-    advantages already and only logged.
+    advantages already and only logged, as `kl`; so is the divergence from a teacher, as `teacher_kl`.
     """
     logprobs, columns = outputs["logprobs"], batch.columns
     loss = policy * columns["importance"] if "importance" in columns else policy
@@ -104,6 +104,8 @@ def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Ba
         metrics["kl"] = divergence(logprobs, columns["reference_logprobs"], rl.kl.estimator)
         if rl.kl.place == "loss":
             loss = loss + rl.kl.coefficient * metrics["kl"]
+    if "teacher_logprobs" in columns:
+        metrics["teacher_kl"] = columns["old_logprobs"] - columns["teacher_logprobs"]
     if rl.entropy_coefficient:
         loss = loss - rl.entropy_coefficient * outputs["entropy"]
     if "engine_logprobs" in columns:  # old ones are the trainer's

@@ -148,7 +148,15 @@ def test_a_teacher_counts_in_every_token_by_its_coefficient(teacher):
         assert teacher_coefficient(teacher, value) == pytest.approx(c, rel=1e-12)
         said, old = (scored.columns[name][i].astype(float) for name in ("teacher_logprobs", "old_logprobs"))
         expected.append([value + c * (said[t] - old[t]) if at else 0.0 for t, at in enumerate(scored.sampled[i])])
-    compare(ALGORITHMS["opd"].advantage(scored, RLConfig(teacher=teacher))["advantages"], expected)
+    rl = RLConfig(teacher=teacher)
+    compare(ALGORITHMS["opd"].advantage(scored, rl)["advantages"], expected)
+
+    costs = []
+    for old, reference in zip(scored.columns["old_logprobs"], scored.columns["reference_logprobs"], strict=True):
+        costs.append([0.3 * (float(o) - float(r)) for o, r in zip(old, reference, strict=True)])
+    rl = dataclasses.replace(rl, kl=KLConfig(0.3, "k1", "reward"))
+    costly = [[x - y for x, y in zip(*rows, strict=True)] for rows in zip(expected, costs, strict=True)]
+    compare(ALGORITHMS["opd"].advantage(scored, rl)["advantages"], costly, rtol=1e-5)
 
 
 def test_a_gate_is_open_for_wrong_answers_and_shut_for_right_ones():
@@ -244,6 +252,7 @@ NOISE = st.sampled_from([0.0, -1.0, 1e30, np.nan, np.inf])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.filterwarnings("error")
 @given(seed=st.integers(0, 2**16), noise=st.fixed_dictionaries({model: NOISE for model in MODELS}))
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_what_stands_beside_tokens_that_were_not_sampled_changes_nothing(name, seed, noise):

@@ -104,7 +104,7 @@ def test_token_loss_reports_what_it_clipped_and_how_far_engine_and_trainer_are_a
     np.testing.assert_allclose(terms.metrics["logprob_diff_mean"], np.abs(new - old), rtol=1e-6)
 
 
-EXTRA = ("importance", "reference_logprobs", "engine_logprobs")
+EXTRA = ("importance", "reference_logprobs", "engine_logprobs", "teacher_logprobs")
 FULL = RLConfig(clip=CLIP, kl=KLConfig(coefficient=0.3), entropy_coefficient=0.05)
 
 
@@ -127,6 +127,7 @@ def rows(seed: int = 0, names: tuple[str, ...] = EXTRA) -> tuple[Columns, Batch]
         "importance": rng.choice([0.0, 0.7, 2.0], shape),
         "reference_logprobs": old + rng.normal(0, 0.5, shape),
         "engine_logprobs": old + rng.normal(0, 0.4, shape),
+        "teacher_logprobs": old + rng.normal(0, 0.3, shape),
     }
     outputs = {"logprobs": old + by_sequence + rng.normal(0, 0.4, shape), "entropy": rng.uniform(0, 2, shape)}
     kept = ("old_logprobs", "advantages", *names)
@@ -210,6 +211,22 @@ def test_loss_and_gradient_are_their_formula(kind, rl, names):
     np.testing.assert_allclose(gradient["entropy"], by_entropy, rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(terms.metrics["clip_fraction"])[mask], clipped[mask])
     assert 0.05 < clipped[mask].mean() < 0.95
+    for name, value in divergences(outputs, batch, rl).items():
+        assert (name in terms.metrics) == bool(names)
+        if names:
+            np.testing.assert_allclose(np.asarray(terms.metrics[name])[mask], value, rtol=2e-4, atol=1e-6)
+
+
+def divergences(outputs: Columns, batch: Batch, rl: RLConfig) -> dict[str, list[float]]:
+    """What is logged of the reference and the teacher, of each sampled token."""
+    if "teacher_logprobs" not in batch.columns:
+        return {"kl": [], "teacher_kl": []}
+    kl, teacher_kl = [], []
+    for at in sampled_of(batch):
+        d = float(outputs["logprobs"][at]) - float(batch.columns["reference_logprobs"][at])
+        kl.append({"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[rl.kl.estimator])
+        teacher_kl.append(float(batch.columns["old_logprobs"][at]) - float(batch.columns["teacher_logprobs"][at]))
+    return {"kl": kl, "teacher_kl": teacher_kl}
 
 
 def test_what_is_off_leaves_the_bits_of_the_plain_loss():
