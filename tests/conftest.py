@@ -4,6 +4,7 @@ import atexit
 import fcntl
 import importlib.metadata
 import os
+import re
 import shutil
 import tempfile
 
@@ -31,7 +32,7 @@ if "RETOOL_TESTS_FOLDER" not in os.environ:
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["RETOOL_TESTS_FOLDER"], "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,15 @@ def local_data() -> Callable[[str], Path]:
         return folder / name
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def undefined() -> Callable[[Iterable[str]], set[str]]:
+    """Which of these names of a run's numbers docs/metrics.md does not define: `undefined(names)`."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    patterns = [re.sub(r"<\w+>", r"[^/@]+", re.escape(row)) for row in rows]
+    return lambda names: {name for name in names if not any(re.fullmatch(p, name) for p in patterns)}
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,26 @@
 """The documentation agrees with the code: its examples run as they stand there, what it names exists."""
 
+import ast
+import dataclasses
 import re
 import shlex
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import retool_jax
+from retool_jax.answers import Verdict
+from retool_jax.data.problems import Problem
+from retool_jax.fields import describe
+from retool_jax.rl.evaluation import summarise
+from retool_jax.rl.reward import default
+from retool_jax.rl.trajectory import End, ToolUse, Trajectory
 from retool_jax.run.load import load
+from retool_jax.run.schema import RLRun
+from retool_jax.sandbox.types import Status
+from retool_jax.tools.toolbox import INVALID
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -59,3 +72,83 @@ def test_training_commands_of_the_pages_are_read():
             load(shlex.split(words))
             having.add(page.name)
     assert {"README.md", "grammars.md", "sandbox.md", "tools.md", "sft_retool.yaml"} <= having
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answered(tokenizer) -> Trajectory:
+    """A scored trajectory."""
+    trajectory = Trajectory("p/0", Problem("p", ({"role": "user", "content": "?"},), "6"), end=End.ANSWERED)
+    trajectory.add("prompt", [1])
+    trajectory.add("policy", [2], [-0.5])
+    trajectory.verdict = Verdict(True, "6", "integer")
+    trajectory.reward = default(trajectory, trajectory.verdict)
+    return trajectory
+
+
+def test_a_number_is_defined_once_below_the_file_that_computes_it():
+    found = []
+    for section in (DOCS / "metrics.md").read_text().split("\n## ")[1:]:
+        title, _, body = section.partition("\n")
+        source = "".join((PACKAGE / name).read_text() for name in re.findall(r"`([\w/]+\.py)`", title))
+        for row in re.findall(r"^\| `.*", body, re.MULTILINE):
+            name, *cells = row.strip("| ").split(" | ")
+            assert len(cells) == 2 and all(cells), row
+            found.append(name.strip("`"))
+            last = re.sub("<.*", "", found[-1].rpartition("/")[2])
+            assert re.sub(r"_(mean|std|p10|p90|p99|max)$", "", last) in source, f"{name} is not computed in {title}"
+    assert len(found) > 50 and sorted(found) == sorted(set(found))
+
+
+def test_numbers_of_trajectories_are_defined_and_unknown_ones_are_found(undefined, answered):
+    numbers = summarise([answered], 0.0)
+    assert undefined(numbers) == set()
+    assert undefined({"accuracy", "val-core/dev/acc/mean@1", "acuracy", "val-core/dev/acc"}) == {
+        "acuracy",
+        "val-core/dev/acc",
+    }
+    assert {f"end/{end}" for end in End} <= numbers.keys()
+
+
+# --- troubleshooting --------------------------------------------------------------------------------------------------
+
+TROUBLE = (DOCS / "troubleshooting.md").read_text()
+# What a page may name besides keys, numbers and what records hold: programs, errors and files of others, examples.
+OTHERS = {"runsc", "bwrap", "PYTHONPATH", "MemoryError", "ModuleNotFoundError", "config.yaml", "042", "42"}
+
+
+def test_keys_that_the_page_of_troubles_names_can_be_set():
+    keys, sections = {leaf.key for leaf in describe(RLRun)}, {field.name for field in dataclasses.fields(RLRun)}
+    named = set(re.findall(rf"`((?:{'|'.join(sections)})\.[\w.]+)(=[^`…]+)?`", TROUBLE))
+    assert len(named) > 20 and {key for key, _ in named} <= keys
+    for key, value in named:
+        if value:
+            load(["config=grpo", key + value])
+
+
+def test_words_that_the_page_of_troubles_names_exist(undefined, answered, tokenizer):
+    fields = (*dataclasses.fields(ToolUse), *dataclasses.fields(RLRun))
+    known = {*answered.record(tokenizer), *(field.name for field in fields), *OTHERS}
+    known |= {*End, *typing.get_args(Status), INVALID, *re.findall(r"`(\w+)`", Verdict.__doc__)}
+    words = {word for word in re.findall(r"`([^` …]+)`", TROUBLE) if not re.match(r"\w+\.\w+(\.|=|$)", word)}
+    assert undefined(word for word in words if word not in known and not word.endswith(("/", ".py"))) == set()
+
+
+def test_messages_that_the_page_of_troubles_explains_are_told():
+    shown = [text for text in re.findall(r"`([^`]+)`", TROUBLE) if "…" in text or " " in text]
+    messages = [text for text in shown if not text.startswith("python -m ")]
+    assert len(messages) > 12
+    told = list(texts())
+    assert [message for message in messages if not any(message in text for text in told)] == []
+
+
+def texts() -> Iterator[str]:
+    """Every text in the package's code, with … where a value stands."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value

@@ -43,6 +43,13 @@ def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken
     assert run.summary["tokens_per_s"].keys() == {"rollout", "update"}
 
 
+def test_every_number_that_a_run_writes_is_defined_in_the_documentation(unbroken, undefined):
+    (cold_start,) = unbroken.parent.glob("cold-start-*")
+    lines = read_metrics(unbroken) + read_metrics(cold_start)
+    assert {line["kind"] for line in lines} == {"sft", "rl", "eval"}
+    assert undefined({name for line in lines for name in line}) == set()
+
+
 def test_a_killed_run_resumes_to_the_same_numbers(train, one_device, small_run, comparable, unbroken):
     folder = unbroken.with_name("killed")
     command = [sys.executable, "-m", "retool_jax.train", *small_run, f"run={folder}"]
