@@ -14,16 +14,20 @@ from retool_jax.rl.evaluation import looked
 SUMMARY = "summary.json"
 
 
-def performance(statistics: Statistics) -> dict[str, float]:
-    """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config."""
+def performance(statistics: Statistics) -> dict[str, float | None]:
+    """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config.
+
+    Rollouts that run ahead may end no turn within a step, whose quantiles are None then.
+    """
+    turns = statistics.turn_s
     return {
         "perf/tokens_per_s": statistics.decoded_tokens / statistics.total_s,
         "perf/rollout_s": statistics.total_s,
         "perf/tool_wait_s": statistics.tool_wait_s,
         "perf/tool_hidden": statistics.tool_hidden,
         "perf/fill": statistics.fill,
-        "perf/turn_p50_s": float(np.percentile(statistics.turn_s, 50)),
-        "perf/turn_p95_s": float(np.percentile(statistics.turn_s, 95)),
+        "perf/turn_p50_s": float(np.percentile(turns, 50)) if turns else None,
+        "perf/turn_p95_s": float(np.percentile(turns, 95)) if turns else None,
         "perf/prefilled_tokens": statistics.prefilled_tokens,
         "perf/appended_tokens": statistics.appended_tokens,
         "perf/rewritten_tokens": statistics.rewritten_tokens,

@@ -1,0 +1,266 @@
+"""The trajectories of each step: drawn, scored and, where the algorithm asks for it, chosen.
+
+Groups are consumed in the order in which the sampler gave them out, whatever finished first, so neither long
+trajectories nor slow tools are seldom learned from. With `rl.ahead` = 0 a step's groups are drawn with the weights
+that learn from them, and nothing is under way when `take` returns. With k >= 1, groups of up to k further steps draw
+on while the caller updates, and take new weights between two dispatches (`engine.stale_rows`). No more are ever taken
+from the sampler than the k steps behind the present one consume at the least, so a token is never older than k steps
+when it is learned from.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from retool_jax.engine.conversation import Statistics
+from retool_jax.engine.engine import Engine
+from retool_jax.engine.scheduler import Service
+from retool_jax.models.decoder import Params
+from retool_jax.rl.config import RLConfig, RolloutConfig
+from retool_jax.rl.evaluation import summarise
+from retool_jax.rl.rollout import Dialogue, Sample, dialogues_of, rollout, score, trajectories_of
+from retool_jax.rl.sampler import Group, Sampler
+from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.toolbox import Toolbox
+
+
+class Rollouts(NamedTuple):
+    """What a step learns from."""
+
+    trajectories: list[Trajectory]  # scored, group by group in the order of issue, rl.group_size each
+    statistics: Statistics  # since the last step's
+    numbers: dict[str, float]  # for the log, under groups/ and staleness/
+
+
+class _UnderWay(NamedTuple):
+    group: Group
+    tasks: list[asyncio.Task[tuple[Trajectory, bool]]]  # one for each sample, see `Collector._play`
+
+
+class Collector:
+    """Draws the groups that a sampler gives out: `async with Collector(...) as collector`.
+
+    Methods belong to the thread of the event loop, which is the engine's. The caller's update may run in another one,
+    so that what is under way goes on meanwhile.
+
+    Args:
+        step: steps that the engine's weights have learned from. `engine.version` is set to it, and `updated` counts it
+            on, so that a token's version is a step also after a resume.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        tools: Toolbox | None,
+        sampler: Sampler,
+        rl: RLConfig,
+        limits: RolloutConfig,
+        step: int = 0,
+    ) -> None:
+        self._engine, self._tokenizer, self._tools = engine, tokenizer, tools
+        self._sampler, self._rl, self._limits = sampler, rl, limits
+        self._service: Service | None = None  # while something is, or may soon be, under way
+        self._under_way: deque[_UnderWay] = deque()  # groups that were not consumed, in order
+        self._statistics = Statistics()  # of what was drawn since the last step, the service's latest aside
+        self._origin = time.perf_counter()  # of trajectories' times, with rl.ahead > 0
+        engine.version = step
+
+    async def __aenter__(self) -> "Collector":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # --- what the loop asks for ---
+
+    async def take(self) -> Rollouts:
+        """The next step's trajectories, of weights that have learned from all steps before it.
+
+        With `rl.groups.dynamic`, groups that are all right or all wrong are left out, and as many others are drawn as
+        are missing, `rl.groups.refills` times at most. A step that finds none at all has those that it began with,
+        which have nothing to tell apart.
+
+        Raises:
+            UserError: as `rollout`, or, among all that was drawn for a choice, more was dropped than `rl.max_dropped`.
+        """
+        rl = self._rl
+        drawn: list[list[Trajectory]] = []
+        found: list[list[Trajectory]] = []
+        counts: Counter[str] = Counter()
+        stale: list[int] = []
+        for refills in range(rl.groups.refills + 1 if rl.groups.dynamic else 1):
+            groups, new, retried = await self._draw(rl.prompts_per_step - len(found))
+            stale += self._drop_stale(new)
+            retried += await self._score(new)
+            for group, trajectories in zip(groups, new, strict=True):
+                self._sampler.consumed(group, trajectories)
+                kind = _kind(trajectories)
+                counts[kind] += 1
+                if kind == "mixed" or not rl.groups.dynamic:
+                    found.append(trajectories)
+            drawn += new
+            counts["retried"] += retried
+            counts["refills"] = refills
+            if len(found) == rl.prompts_per_step:
+                break
+            summarise([t for trajectories in drawn for t in trajectories], rl.max_dropped)
+        numbers = {f"groups/{name}": counts[name] for name in ("all_right", "all_wrong", "refills", "retried")}
+        if rl.ahead:
+            mean = sum(stale) / len(stale) if stale else 0.0
+            numbers |= {"staleness/max": max(stale, default=0), "staleness/mean": mean}
+        chosen = found or drawn[: rl.prompts_per_step]
+        return Rollouts([t for trajectories in chosen for t in trajectories], self._take_statistics(), numbers)
+
+    def updated(self, params: Params) -> None:
+        """Give the engine the weights that have learned from one step more; to be called once for each step."""
+        self._engine.update_params(params)
+
+    async def settle(self) -> None:
+        """Let what is under way run to its end, so that others may use the engine; `take` has it later."""
+        if tasks := [task for under_way in self._under_way for task in under_way.tasks]:
+            await asyncio.wait(tasks)  # what one of them met is raised by the `take` that it is for
+        await self._stop()
+
+    async def close(self) -> None:
+        """Drop what is under way and give everything back; a run that goes on from `state` draws it again."""
+        tasks = [task for under_way in self._under_way for task in under_way.tasks]
+        self._under_way.clear()
+        try:
+            await self._stop()  # drops dialogues and ends their tools, and with that their tasks
+        finally:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def state(self) -> dict:
+        """For a checkpoint, see `Sampler.state`."""
+        return self._sampler.state()
+
+    # --- drawing ---
+
+    async def _draw(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
+        """The next groups with their trajectories, and how many of these were drawn a second time."""
+        if self._rl.ahead:
+            return await self._wait_for(count)
+        groups, n = self._sampler.take(count), self._rl.group_size
+        samples = [sample for group in groups for sample in group.samples]
+        trajectories = await self._rollout(samples)
+        lost = [i for i, trajectory in enumerate(trajectories) if trajectory.end == End.SANDBOX_LOST]
+        if lost:
+            again = await self._rollout([samples[i] for i in lost])
+            for i, trajectory in zip(lost, again, strict=True):
+                trajectories[i] = trajectory
+        return groups, [trajectories[i : i + n] for i in range(0, len(trajectories), n)], len(lost)
+
+    async def _rollout(self, samples: Sequence[Sample]) -> list[Trajectory]:
+        trajectories, statistics = await rollout(self._engine, self._tokenizer, self._tools, samples, self._limits)
+        self._statistics += statistics
+        return trajectories
+
+    async def _wait_for(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
+        """As `_draw`, of what is under way, once there is enough of it for the next steps as well."""
+        left = self._rl.steps - self._engine.version - 1  # steps behind this one
+        more = count + min(self._rl.ahead, max(left, 0)) * self._rl.prompts_per_step - len(self._under_way)
+        await self._submit(self._sampler.take(max(more, 0)))
+        groups, drawn, retried = [], [], 0
+        for _ in range(count):
+            group, tasks = self._under_way[0]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()  # raises what a dialogue, or the engine, met
+            self._under_way.popleft()
+            results = [task.result() for task in tasks]
+            groups.append(group)
+            drawn.append([trajectory for trajectory, _ in results])
+            retried += sum(again for _, again in results)
+        return groups, drawn, retried
+
+    async def _submit(self, groups: Sequence[Group]) -> None:
+        """Let groups draw beside those that are under way."""
+        if self._service is None:
+            self._service = await Service(self._engine, self._tools.at_once if self._tools else 0).__aenter__()
+        for group in groups:
+            pairs = zip(group.samples, self._dialogues(group.samples), strict=True)
+            tasks = [asyncio.create_task(self._play(self._service, *pair)) for pair in pairs]
+            self._under_way.append(_UnderWay(group, tasks))
+
+    async def _play(self, service: Service, sample: Sample, dialogue: Dialogue) -> tuple[Trajectory, bool]:
+        """Run a dialogue to its end, and once more where the machinery lost it; says whether that was so."""
+        trajectory = await self._run(service, dialogue)
+        if trajectory.end != End.SANDBOX_LOST:
+            return trajectory, False
+        (again,) = self._dialogues([sample])
+        return await self._run(service, again), True
+
+    async def _run(self, service: Service, dialogue: Dialogue) -> Trajectory:
+        try:
+            await service.submit(dialogue, on_tokens=dialogue.on_tokens)
+        finally:
+            await dialogue.close()
+        return trajectories_of([dialogue], self._origin)[0]
+
+    def _dialogues(self, samples: Sequence[Sample]) -> list[Dialogue]:
+        return dialogues_of(self._engine, self._tokenizer, self._tools, samples, self._limits)
+
+    async def _stop(self) -> None:
+        """Give the engine back, with nothing in flight."""
+        service, self._service = self._service, None
+        if service is not None:
+            await service.close()
+            self._statistics += service.take_statistics()
+
+    def _take_statistics(self) -> Statistics:
+        statistics, self._statistics = self._statistics, Statistics()
+        return statistics + self._service.take_statistics() if self._service is not None else statistics
+
+    # --- judging ---
+
+    async def _score(self, groups: Sequence[list[Trajectory]]) -> int:
+        """Score whole groups, and once more those with an answer that could not be compared; returns how many had one.
+
+        Comparing takes long, so it is done beside the event loop.
+        """
+        ends = await self._judge(groups)
+        again = [group for group in groups if any(trajectory.end == End.CHECKER_LOST for trajectory in group)]
+        lost = 0
+        for trajectory in (trajectory for group in again for trajectory in group):
+            trajectory.verdict = trajectory.reward = None
+            if trajectory.end == End.CHECKER_LOST:
+                trajectory.end, trajectory.fault = ends[trajectory.id], ""
+                lost += 1
+        if again:
+            await self._judge(again)
+        return lost
+
+    async def _judge(self, groups: Sequence[list[Trajectory]]) -> dict[str, End]:
+        """Score them; returns the ends of all as they were before."""
+        trajectories = [trajectory for group in groups for trajectory in group]
+        ends = {trajectory.id: trajectory.end for trajectory in trajectories}
+        await asyncio.to_thread(score, self._tokenizer, trajectories)
+        return ends
+
+    def _drop_stale(self, groups: Sequence[Sequence[Trajectory]]) -> list[int]:
+        """Drop what is older than `rl.max_staleness`; returns the staleness of what was not dropped before.
+
+        It is the number of steps between the weights that drew a trajectory's oldest token and the present ones.
+        """
+        if not self._rl.ahead:
+            return []
+        found, limit = [], self._rl.max_staleness
+        for trajectory in (trajectory for group in groups for trajectory in group if not trajectory.dropped):
+            oldest = min(version for version in trajectory.versions if version >= 0)
+            found.append(self._engine.version - oldest)
+            if limit is not None and found[-1] > limit:
+                trajectory.end = End.DISCARDED
+                trajectory.fault = f"a token is {found[-1]} steps old (rl.max_staleness={limit})"
+        return found
+
+
+def _kind(group: Sequence[Trajectory]) -> str:
+    """Whether a group's samples are all right, all wrong, or mixed; those that were dropped do not count."""
+    correct = {trajectory.verdict.correct for trajectory in group if not trajectory.dropped}
+    if not correct:
+        return "dropped"
+    return "mixed" if len(correct) == 2 else "all_right" if correct.pop() else "all_wrong"
