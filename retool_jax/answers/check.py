@@ -137,10 +137,10 @@ _PER_CENT = re.compile(r"(?:(?P<sign>\\?%)|per\s?cent)[\s}.$]*$")
 _PRINTED = {"pi": r"\pi", "E": "e", "I": "i", "oo": r"\infty"}  # by SymPy, when it is the whole answer
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]{1,3})?")
 _RECURRING = re.compile(r"(-?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
-_RATIO = re.compile(
-    r"([+-]?)\s*(?:(-?[0-9]+)\s*/\s*([0-9]+)"
-    r"|\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9])))"
-)
+_FRAC = r"\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+_RATIO = re.compile(rf"([+-]?)\s*(?:(-?[0-9]+)\s*/\s*([0-9]+)|{_FRAC})")
+# 3 1/2; before three digits a space may divide thousands.
+_MIXED = re.compile(rf"(-?)([0-9]+)(?:\s+([0-9]{{1,2}})\s*/\s*([0-9]+)|\s*{_FRAC})")
 _COMMAND = re.compile(
     r"\\(?:begin|end|operatorname)\*?\s*\{\w+\*?\}|\\[a-zA-Z]+"
     rf"|(?<![a-zA-Z])(?:{'|'.join((*FUNCTIONS, *GREEK))})(?![a-zA-Z])"
@@ -151,7 +151,7 @@ _SMALL_POWER = re.compile(r"[a-zA-Z]\s*\^\s*(?:[2-9](?![0-9])|\{[2-9]\})")  # e^
 
 
 def _number(text: str) -> int | Fraction | None:
-    """The value of a normalised integer, decimal or fraction, exactly; None for anything else."""
+    """The value of a normalised integer, decimal, fraction or mixed number, exactly; None for anything else."""
     if len(text) > MAX_ANSWER:
         return None
     if plain := _DECIMAL.fullmatch(text):
@@ -161,6 +161,11 @@ def _number(text: str) -> int | Fraction | None:
         digits = repeated[0] or repeated[1]
         value = (int((whole + part) or 0) + Fraction(int(digits), 10 ** len(digits) - 1)) / 10 ** len(part)
         value = -value if sign else value
+    elif mixed := _MIXED.fullmatch(text):
+        whole, over, under = (int(group) for group in mixed.groups()[1:] if group is not None)
+        if not 0 <= over < under:
+            return None
+        value = (whole + Fraction(over, under)) * (-1 if mixed[1] else 1)
     elif ratio := _RATIO.fullmatch(text):
         over, under = (int(group) for group in ratio.groups()[1:] if group is not None)
         if under == 0:

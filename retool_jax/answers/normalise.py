@@ -50,6 +50,7 @@ _REWRITES = [
         (rf"\s*,?\s*(?:(?<!\\)\\q?quad(?![a-zA-Z])\s*)+(?=(?:\\?(?:and|or)\s+)?{NAME}\s*=)", ", "),
         (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"(?<!\.)[.\u3002]\s*$", ""),  # a full stop, not the end of an ellipsis; before what stands in front of it
         (rf"(?<=[0-9}})\s])\s*{_WRAPPER}\s*\{{\s*(?:{_UNIT}|{_SHORT_UNIT}){_POWER}\s*\.?\s*\}}{_POWER}\s*$", ""),
         (rf"(?<=[0-9}}])\s*{_WRAPPER}\s*\{{\s*{_NOUNS}\s*\.?\s*\}}\s*$", ""),
         (rf"{_WRAPPER}\s*\{{([^{{}}]*)\}}", r"\1"),
@@ -57,7 +58,6 @@ _REWRITES = [
         (r"\s*\\?%(?!\s*[0-9])", ""),
         (rf"(?<=[0-9}})])\s*{_UNIT}{_POWER}\s*$", ""),
         (rf"^([-+]?[0-9][0-9,.]*)\s+(?=[a-zA-Z]{{4}}){_NOUNS}\s*$", r"\1"),
-        (r"(?<!\.)[.\u3002]\s*$", ""),  # a full stop, not the end of an ellipsis
         (r"^\s+|\s+$", ""),
         (r"^([\"'`])\s*([^\"'`]*)\s*\1$|^``([^\"'`]*)''$|^\{([^{}]*)\}$", r"\2\3\4"),  # quotes, idle braces
         (r"^(?:(?i:(?:the )?(?:final )?answer)\s*(?:is|=|:)|=)\s*", ""),

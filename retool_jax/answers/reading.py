@@ -34,6 +34,7 @@ _OPERATORS = {
 _PYTHON = re.compile(rf"[*]|[0-9]e[-+]?[0-9]|(?<![a-zA-Z])(?:{'|'.join(FUNCTIONS)}|pi|oo)(?![a-zA-Z])")
 # 2pi, 3(x+1), pi r
 _PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=(?!e[-+]?[0-9])[a-zA-Z(])|(?<=[a-zA-Z])\s+(?=[a-zA-Z])")
+_EXPONENT = re.compile(r"\^\s*\{([^{}]*)\}")  # of e^{2pi}, half of it LaTeX
 _ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 # What the library would take for something else: it drops primes and dots, and reads the letters of words as factors.
 _UNREADABLE = re.compile(r"['!]|\\(?:pmod|bmod|mod|equiv|approx|sim|text|[lc]?dots|[hv]?phantom)(?![a-zA-Z])")
@@ -77,7 +78,7 @@ def _flat(value: Value) -> tuple[Value, ...]:
 def _expression(text: str) -> Value:
     if "\\" not in text and _PYTHON.search(text):
         try:
-            source = _PRODUCT.sub("*", text.strip().replace("^", "**"))
+            source = _PRODUCT.sub("*", _EXPONENT.sub(r"**(\1)", text.strip()).replace("^", "**"))
             return _python(ast.parse(source, mode="eval").body, source)
         except (SyntaxError, KeyError, TypeError, ValueError):
             pass  # perhaps LaTeX after all
