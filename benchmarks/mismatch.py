@@ -2,7 +2,7 @@
 
     python benchmarks/mismatch.py [init_from=FOLDER] [rows=32] [length=192] [layers=4] [width=256]
 
-Random weights of a small Qwen2, or those of a run or a Hugging Face folder. Each row of the engine draws `length` tokens
+Random weights of a small Qwen2, or those of a run or a Hugging Face folder. Each row of the engine draws `length` ids
 at temperature 1 behind a prompt; then the trainer's forward scores the same ids. Prints JSON: of |difference| per token
 the mean, the standard deviation, the 99th percentile and the largest one, the estimator k3 of the divergence, and the
 effective sample size as a share, for fp32, for bf16, and for bf16 with the head's product in fp32.

@@ -33,6 +33,7 @@ class Rollouts(NamedTuple):
     trajectories: list[Trajectory]  # scored, group by group in the order of issue, rl.group_size each
     statistics: Statistics  # since the last step's
     numbers: dict[str, float]  # for the log, under groups/ and staleness/
+    others: Sequence[Trajectory] = ()  # of groups that were drawn and left out; accuracies are of all that was drawn
 
 
 class _UnderWay(NamedTuple):
@@ -113,7 +114,13 @@ class Collector:
             mean = sum(stale) / len(stale) if stale else 0.0
             numbers |= {"staleness/max": max(stale, default=0), "staleness/mean": mean}
         chosen = found or drawn[: rl.prompts_per_step]
-        return Rollouts([t for trajectories in chosen for t in trajectories], self._take_statistics(), numbers)
+        left = {id(trajectories) for trajectories in chosen}
+        return Rollouts(
+            [t for trajectories in chosen for t in trajectories],
+            self._take_statistics(),
+            numbers,
+            [t for trajectories in drawn if id(trajectories) not in left for t in trajectories],
+        )
 
     def updated(self, params: Params) -> None:
         """Give the engine the weights that have learned from one step more; to be called once for each step."""
@@ -238,7 +245,7 @@ class Collector:
         """Score them; returns the ends of all as they were before."""
         trajectories = [trajectory for group in groups for trajectory in group]
         ends = {trajectory.id: trajectory.end for trajectory in trajectories}
-        await asyncio.to_thread(score, self._tokenizer, trajectories)
+        await asyncio.to_thread(score, self._tokenizer, trajectories, self._rl.reward, self._rl.group_size)
         return ends
 
     def _drop_stale(self, groups: Sequence[Sequence[Trajectory]]) -> list[int]:

@@ -60,7 +60,7 @@ async def train(p: Parts, state: State, start: int | None) -> None:
     for step in range((start or 0) + 1, p.rl.steps + 1):
         with p.clock.part("rollout"):
             drawn: Rollouts = await p.rollouts.take()  # 1, 2
-            numbers = summarise(drawn.trajectories, p.rl.max_dropped) | drawn.numbers
+            numbers = summarise([*drawn.trajectories, *drawn.others], p.rl.max_dropped) | drawn.numbers
         if p.rl.save_rollouts or p.rl.rollout_only:
             write_rollouts(rollouts_path(p.folder, step), drawn.trajectories, p.rl.group_size, p.tokenizer)
         with p.clock.part("update"):
@@ -103,6 +103,7 @@ async def look(p: Parts, step: int) -> None:
                 replace(p.rollout, answer_tokens=p.evaluation.answer_tokens),
                 p.folder,
                 p.rl.max_dropped,
+                p.rl.reward,
             )
         p.log.write("eval", step, numbers)
         p.bar.say(

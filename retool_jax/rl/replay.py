@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
@@ -21,20 +21,13 @@ from retool_jax.engine.scheduler import Statistics
 from retool_jax.errors import UserError, one_line
 from retool_jax.files import replacing
 from retool_jax.models.decoder import Params
+from retool_jax.rl.collector import Rollouts
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.trajectory import End, Segment, ToolUse, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FOLDER = "rollouts"  # in a run's folder
 NEEDED = ("group", "ids", "sampled", "logprobs", "reward")  # of a line; docs/data.md has what else there may be
-
-
-class Rollouts(NamedTuple):
-    """What a step learns from."""
-
-    trajectories: list[Trajectory]  # scored, group by group
-    statistics: Statistics
-    numbers: dict[str, float]
 
 
 def rollouts_path(run: Path, step: int) -> Path:
@@ -86,7 +79,7 @@ def _record(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None) -> 
         "ids": t.ids,
         "sampled": [int(x) for x in t.sampled],
         "logprobs": [float(f"{x:.9g}") for x in t.logprobs],  # nine digits tell any two float32 apart
-        "versions": getattr(t, "versions", []),
+        "versions": t.versions,
     }
 
 
