@@ -8,6 +8,7 @@ Prints JSON. Tokens are those of trajectories, padding not counted; `packing` is
 import json
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from retool_jax.learn.optimizer import init_state
 from retool_jax.learn.packing import Example, pack
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.mesh import make_mesh
-from retool_jax.rl.loss import policy_token_loss
+from retool_jax.rl.loss import clipped_loss
 from retool_jax.run.load import load
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.tokenizer import load_tokenizer
@@ -35,7 +36,7 @@ def main(words: list[str]) -> None:
     batch = pack(examples, run.rl.row_length, run.rl.rows_per_micro)
     tokens = int((batch.segments > 0).sum())
     state = init_state(run.model, run.rl.optimizer, mesh, seed=0)
-    update = make_step(Outputs(run.model), policy_token_loss(run.rl.clip), run.rl.optimizer, mesh)
+    update = make_step(Outputs(run.model), partial(clipped_loss, rl=run.rl), run.rl.optimizer, mesh)
     state, _ = jax.block_until_ready(update(state, batch))  # compiles
     wall, cpu = [], []
     for _ in range(options["repeats"]):

@@ -8,7 +8,6 @@ from enum import StrEnum
 
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
-from retool_jax.learn.packing import Example
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -150,10 +149,6 @@ class Trajectory:
         last = self.segments[-1]
         opened = "<think>" in turn.rpartition("</think>")[2]
         return ("<think>" if opened else "") + tokenizer.decode(self.ids[last.start : last.stop])
-
-    def example(self, advantage: float) -> Example:
-        """The trajectory as training data."""
-        return Example(self.ids, self.sampled, {"old_logprobs": self.logprobs, "advantages": advantage})
 
     def record(self, tokenizer: Tokenizer, **extra: object) -> dict:
         """A JSON-ready record with everything that is needed to read or check the trajectory.

@@ -17,7 +17,8 @@ from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import abstract_params, unstack
 from retool_jax.models.sharding import param_shardings, unstacked_shardings
-from retool_jax.rl.loss import ClipConfig, policy_token_loss
+from retool_jax.rl.config import RLConfig
+from retool_jax.rl.loss import clipped_loss
 
 ROWS, LENGTH = 16, 256
 # An activation of all rows has 1 MB; a device's part of it, 131 kB, is more than any one weight.
@@ -49,7 +50,7 @@ def gradient_program(mesh: Mesh) -> str:
     rows = meshes.sharding(mesh, "micro", "batch", "length")
     shapes = [jax.ShapeDtypeStruct((2, ROWS, LENGTH), dtype) for dtype in ("i4", "i4", "i4", "?", "f4", "f4")]
     step = jax.jit(
-        partial(loss_and_gradient, Outputs(MODEL), policy_token_loss(ClipConfig())),
+        partial(loss_and_gradient, Outputs(MODEL), partial(clipped_loss, rl=RLConfig())),
         in_shardings=(weights, Batch(*[rows] * 5, everywhere)),
         out_shardings=(weights, everywhere),
     )

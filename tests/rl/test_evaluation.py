@@ -15,7 +15,6 @@ from retool_jax.clock import Clock
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
-from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.config import RewardConfig
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import Parts, train
@@ -95,7 +94,7 @@ def look(scripted_engine, tokenizer, problems, broken_tools, tmp_path):
 
 
 @pytest.mark.parametrize("end", INFRASTRUCTURE)
-def test_what_the_machinery_ended_is_counted_and_has_no_other_part(tokenizer, end):
+def test_what_the_machinery_ended_is_counted_and_has_no_other_part(tokenizer, advantages, end):
     trajectories = [scored(end), scored(End.ANSWERED, True), scored(End.NO_ANSWER), scored(End.ANSWERED, True)]
     score(tokenizer, trajectories[:1])
     assert trajectories[0].end == end and trajectories[0].verdict is None and trajectories[0].reward is None
@@ -103,8 +102,7 @@ def test_what_the_machinery_ended_is_counted_and_has_no_other_part(tokenizer, en
     assert numbers["dropped"] == 0.25 and numbers[f"end/{end}"] == 1
     assert numbers["accuracy"] == pytest.approx(2 / 3) and numbers["reward_mean"] == pytest.approx(1 / 3)
     assert faults(numbers) == f"1 trajectories {end.replace('_', ' ')}"
-    (group,) = learnable_groups(trajectories, 4)
-    assert [example.columns["advantages"] for example in group] == pytest.approx([0.7071, -1.4142, 0.7071], abs=1e-3)
+    assert advantages(trajectories, 4) == [pytest.approx([0.7071, -1.4142, 0.7071], abs=1e-3)]
     assert trajectories[0].record(tokenizer)["fault"] == f"fault of {end}"
 
 

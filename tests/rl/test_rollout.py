@@ -8,7 +8,6 @@ import pytest
 
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
-from retool_jax.rl.batches import learnable_groups
 from retool_jax.rl.evaluation import summarise
 from retool_jax.rl.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rl.trajectory import End, Trajectory
@@ -107,7 +106,7 @@ def test_sampled_ids_are_never_encoded_again(tokenizer, play):
     turn = letters + tokenizer.encode(" \\boxed{6}<|im_end|>")
     (trajectory,) = play([turn])
     assert trajectory.ids[-len(turn) :] == turn
-    assert trajectory.example(1.0).ids[-len(turn) :] == turn
+    assert trajectory.ids[-len(turn) :] == turn
 
 
 def test_every_end_has_its_reason(tokenizer, play):
@@ -172,7 +171,7 @@ def test_a_box_in_the_calls_own_code_or_in_an_earlier_turn_does_not_score(play):
     assert trajectory.end == End.NO_ANSWER and not trajectory.verdict.correct
 
 
-def test_a_lost_sandbox_is_no_signal(play):
+def test_a_lost_sandbox_is_no_signal(play, advantages):
     """Contract 7: the trajectory is counted, gets no part in its group's mean and never reaches a batch."""
 
     async def lose(code: str) -> ToolResult:
@@ -182,8 +181,7 @@ def test_a_lost_sandbox_is_no_signal(play):
     scripts = [[call("print(6)")], ["\\boxed{6}<|im_end|>"], ["\\boxed{5}<|im_end|>"]]
     trajectories = play(*scripts, box=box)
     assert [t.end for t in trajectories] == [End.SANDBOX_LOST, End.ANSWERED, End.ANSWERED]
-    (group,) = learnable_groups(trajectories, group_size=3)
-    assert [e.columns["advantages"] for e in group] == pytest.approx([1.0, -1.0], abs=1e-5)
+    assert advantages(trajectories, 3) == [pytest.approx([1.0, -1.0], abs=1e-5)]
     numbers = summarise(trajectories, 0.5)
     assert numbers["accuracy"] == 0.5 and numbers["end/sandbox_lost"] == 1
     assert numbers["dropped"] == pytest.approx(1 / 3) and trajectories[0].reward is None
@@ -252,11 +250,10 @@ def test_the_record_replays_the_trajectory(tokenizer, play):
     assert record["segments"][-1]["stop"] == len(record["ids"]) == record["prompt_tokens"] + record["response_tokens"]
 
 
-def test_uniform_groups_and_lone_survivors_teach_nothing(play):
+def test_uniform_groups_and_lone_survivors_teach_nothing(play, advantages):
     right, wrong = ["\\boxed{6}<|im_end|>"], ["\\boxed{5}<|im_end|>"]
     trajectories = play(right, right, wrong, wrong, right, wrong)
-    groups = learnable_groups(trajectories, group_size=2)
-    assert len(groups) == 1 and [e.columns["advantages"] > 0 for e in groups[0]] == [True, False]
+    assert advantages(trajectories, 2) == [pytest.approx([1.0, -1.0], abs=1e-5)]
 
 
 async def six(code: str) -> ToolResult:
