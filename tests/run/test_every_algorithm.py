@@ -69,6 +69,12 @@ def test_a_run_is_trained_again_from_its_rollouts_without_engine_and_sandbox(tra
     drawn = [line for line in comparable(teacher) if line["kind"] == "rl"]  # which also says how it was drawn
     there = [{k: v for k, v in line.items() if not k.startswith("groups/")} for line in drawn]
     assert comparable(runs / "again") == there and there[-1]["grad_norm"] > 0
+    # A step that went wrong is taken again from the checkpoint before it.
+    folder = Path(shutil.copytree(teacher, runs / "taken-again"))
+    shutil.rmtree(folder / "checkpoints" / "2")
+    (folder / "summary.json").unlink()
+    output = train(folder, "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true", f"replay={folder}")
+    assert "from step 0 of 2" in output and [x for x in comparable(folder) if x["kind"] == "rl"] == there
     output = train(runs / "further", "rl.steps=3", "evaluation.every=0", f"replay={teacher}")
     assert "error:" in output and "3" in output
 
