@@ -56,7 +56,7 @@ def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
             is another: it would score ids that mean something else to it, or texts in a form that it never saw.
     """
     name = run.rl.teacher.init_from
-    if run.init_from and Path(name).absolute() == Path(run.init_from).absolute():
+    if run.init_from and Path(name).resolve() == Path(run.init_from).resolve():
         raise UserError(
             f"rl.teacher.init_from={name} is what the run begins from, and a model has nothing to learn from itself;"
             " choose another teacher, or other first weights"

@@ -7,7 +7,7 @@ import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.run.load import load
-from retool_jax.run.weights import check_teacher
+from retool_jax.run.weights import check_teacher, load_teacher
 
 
 @pytest.fixture
@@ -47,5 +47,11 @@ def test_another_vocabulary_is_refused(run, tokenizer, folder):
     one, other = list(words)[-2:]
     words[one], words[other] = words[other], words[one]
     (folder / "tokenizer.json").write_text(json.dumps(rules))
-    with pytest.raises(UserError, match="rl.teacher.init_from=teacher has another vocabulary"):
+    with pytest.raises(UserError, match=r"rl\.teacher\.init_from=teacher has another vocabulary"):
         check_teacher(run, "teacher", str(folder))
+
+
+def test_a_model_does_not_learn_from_itself(tmp_path, mesh):
+    words = [f"init_from={tmp_path}", f"rl.teacher.init_from={tmp_path / '..' / tmp_path.name}"]
+    with pytest.raises(UserError, match="a model has nothing to learn from itself"):
+        load_teacher(load(["config=opd", *words]), mesh)
