@@ -77,6 +77,7 @@ def test_what_was_not_sampled_has_no_part_in_it(preset):
         np.testing.assert_array_equal(correction(preset, *noisy, sampled), correction(preset, old, engine, sampled))
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_ratio_beyond_floating_point_is_a_number(preset):
     old, engine, sampled = np.array([0.0, -900.0]), np.array([-900.0, 0.0]), np.ones(2, bool)
