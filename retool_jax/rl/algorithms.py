@@ -3,9 +3,8 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 
-from retool_jax.errors import UserError, one_line
+from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import Columns, TokenTerms
 from retool_jax.rl.advantage import (
@@ -19,6 +18,7 @@ from retool_jax.rl.advantage import (
 )
 from retool_jax.rl.config import KLConfig, RLConfig
 from retool_jax.rl.loss import clipped_loss, sequence_loss, truncated_loss
+from retool_jax.tools.toolbox import imported
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,7 @@ def aggregation_of(rl: RLConfig, algorithm: Algorithm) -> str:
 
 def _own(name: str) -> Algorithm:
     """The algorithm that `my_package.my_module:MY_ALGORITHM` names."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except Exception as error:  # what is raised while others' code is imported
-        raise UserError(
-            f"rl.algorithm={name} cannot be loaded ({one_line(repr(error))}); see that {module} can be imported from"
-            f" here and has {attribute}"
-        ) from error
+    found = imported(name, "rl.algorithm")
     if not isinstance(found, Algorithm):
         raise UserError(
             f"rl.algorithm={name} is of the type {type(found).__name__}; make it a retool_jax.rl.algorithms.Algorithm"

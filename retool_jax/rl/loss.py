@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.learn.packing import Batch
-from retool_jax.learn.step import Columns, TokenLoss, TokenTerms
+from retool_jax.learn.step import Columns, TokenTerms
 from retool_jax.rl.config import ClipConfig, RLConfig
 from retool_jax.rl.correction import EXPONENT, TIS_CAP
 from retool_jax.rl.divergence import divergence
@@ -154,18 +154,3 @@ def aggregation_weights(aggregation: str, lengths: np.ndarray, longest: int) -> 
     if aggregation == "fixed":
         return np.full(len(lengths), tokens / (count * longest))
     raise ValueError(f"there is no aggregation {aggregation!r}")
-
-
-def policy_token_loss(clip: ClipConfig) -> TokenLoss:
-    """The GRPO/DAPO loss for `learn.step.make_step`, of the columns `old_logprobs` and `advantages`.
-
-    Old log-probabilities are the engine's, from sampling time.
-    """
-
-    def loss(outputs: Columns, batch: Batch) -> TokenTerms:
-        logprobs, old_logprobs = outputs["logprobs"], batch.columns["old_logprobs"]
-        value, clipped = clipped_policy_loss(logprobs, old_logprobs, batch.columns["advantages"], clip)
-        off = jnp.abs(logprobs - old_logprobs)
-        return TokenTerms(value, {"clip_fraction": clipped.astype(jnp.float32), "logprob_diff_mean": off})
-
-    return loss

@@ -20,7 +20,6 @@ from retool_jax.rl.loss import (
     aggregation_weights,
     clipped_loss,
     clipped_policy_loss,
-    policy_token_loss,
     sequence_loss,
     truncated_loss,
 )
@@ -97,11 +96,11 @@ def test_token_loss_reports_what_it_clipped_and_how_far_engine_and_trainer_are_a
     nothing = np.zeros(new.shape, np.int32)
     columns = {"old_logprobs": old, "advantages": advantages}
     batch = Batch(nothing, nothing, nothing, nothing == 0, columns, np.int32(1))
-    terms = policy_token_loss(CLIP)({"logprobs": new, "entropy": np.zeros_like(new)}, batch)
+    terms = clipped_loss({"logprobs": new, "entropy": np.zeros_like(new)}, batch, RLConfig(clip=CLIP))
     loss, clipped = clipped_policy_loss(new, old, advantages, CLIP)
     np.testing.assert_array_equal(terms.loss, loss)
     np.testing.assert_array_equal(terms.metrics["clip_fraction"], np.float32(clipped))
-    np.testing.assert_allclose(terms.metrics["logprob_diff_mean"], np.abs(new - old), rtol=1e-6)
+    np.testing.assert_allclose(terms.spread["logprob_diff"], np.abs(new - old), rtol=1e-6)
 
 
 EXTRA = ("importance", "reference_logprobs", "engine_logprobs", "teacher_logprobs")
@@ -234,10 +233,11 @@ def test_what_is_off_leaves_the_bits_of_the_plain_loss():
     outputs, batch = rows(2, ("importance",))
     ones_of = batch.columns | {"importance": ones(batch)}
     _, terms = compiled("clipped", RLConfig(clip=CLIP))(outputs, batch._replace(columns=ones_of), ones(batch))
-    plain = jax.jit(policy_token_loss(CLIP))(outputs, batch)
-    np.testing.assert_array_equal(terms.loss, plain.loss)
-    np.testing.assert_array_equal(terms.metrics["clip_fraction"], plain.metrics["clip_fraction"])
-    np.testing.assert_array_equal(terms.spread["logprob_diff"], plain.metrics["logprob_diff_mean"])
+    new, old, advantages = outputs["logprobs"], batch.columns["old_logprobs"], batch.columns["advantages"]
+    loss, clipped = jax.jit(partial(clipped_policy_loss, clip=CLIP))(new, old, advantages)
+    np.testing.assert_array_equal(terms.loss, loss)
+    np.testing.assert_array_equal(terms.metrics["clip_fraction"], clipped)
+    np.testing.assert_array_equal(terms.spread["logprob_diff"], np.abs(new - old))
 
 
 def test_of_a_sequence_all_tokens_are_held_by_a_bound_or_none():
