@@ -173,7 +173,7 @@ def endless(trajectory, verdict):
     return float("nan")
 
 def broken(trajectory, verdict):
-    return {}["the\\nkey"]
+    raise ValueError("two\\nlines")
 
 number = 3
 """
@@ -198,7 +198,7 @@ def test_a_function_of_ones_own_sees_the_trajectory_and_the_verdict(own):
     ("function", "said"),
     [
         ("absent", r"gave no number for p/0 \(TypeError: .*NoneType"),
-        ("broken", r"gave no number for p/0 \(KeyError: "),
+        ("broken", r"gave no number for p/0 \(ValueError: two lines\)"),
         ("endless", "gave nan for p/0, which is not finite"),
     ],
 )
@@ -242,6 +242,7 @@ def test_scoring_gives_terms_beside_a_verdict_that_stays_apart(tokenizer):
     said = [r"\boxed{042}<|im_end|>", r"\boxed{42}<|im_end|>", r"\boxed{41}<|im_end|>", "I do not know.<|im_end|>"]
     trajectories = [spoken(tokenizer, text, printed="6") for text in said]
     trajectories[3].end = End.NO_ANSWER
+    trajectories[2].tool_uses *= 2  # which would be worth 0.1 more, were there a right answer in its group
     score(tokenizer, trajectories, RewardConfig(name="recipe"), group_size=2)
     assert [t.verdict.correct for t in trajectories] == [True, True, False, False]
     assert [t.exact for t in trajectories] == [False, True, False, False]
