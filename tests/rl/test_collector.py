@@ -398,6 +398,7 @@ class Hanging(Tool):
         try:
             yield
         finally:
+            await asyncio.sleep(0.02)
             self.closed += 1
 
     async def call(self, arguments: dict, state: None) -> Output:
@@ -419,18 +420,20 @@ def test_whoever_leaves_early_leaves_nothing_behind(scripted, collect, tokenizer
         raise RuntimeError("the device failed")
 
     async def main() -> None:
-        async with Collector(engine, tokenizer, Toolbox([tool]), sampler, rl, LIMITS) as collector:
-            taking = asyncio.create_task(collector.take())
-            await tool.called.wait()
-            if broken:
-                engine.decode = fail
-            else:
-                taking.cancel()
-            await taking
+        try:
+            async with Collector(engine, tokenizer, Toolbox([tool]), sampler, rl, LIMITS) as collector:
+                taking = asyncio.create_task(collector.take())
+                await tool.called.wait()
+                if broken:
+                    engine.decode = fail
+                else:
+                    taking.cancel()
+                await taking
+        finally:
+            assert tool.opened == tool.closed > 0
 
     with pytest.raises(RuntimeError if broken else asyncio.CancelledError):
         asyncio.run(asyncio.wait_for(main(), 60))
-    assert tool.opened == tool.closed > 0
     expected, _ = collect(scripted(), rl, Ask(quick))
     again, _ = collect(scripted(), rl, Ask(quick), state=json.loads(json.dumps(sampler.state())))
     assert [told(step) for step in again] == [told(step) for step in expected]
