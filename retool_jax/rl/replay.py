@@ -8,6 +8,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from retool_jax.rl.trajectory import End, Segment, ToolUse, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FOLDER = "rollouts"  # in a run's folder
+TOKENS = ("ids", "sampled", "logprobs", "versions")  # with an entry for each token
 NEEDED = ("group", "ids", "sampled", "logprobs", "reward")  # of a line; docs/data.md has what else there may be
 
 
@@ -55,34 +57,26 @@ def write_rollouts(
     with replacing(path, errors="backslashreplace") as file:
         for place, trajectory in enumerate(trajectories):
             record = _record(trajectory, place // group_size, tokenizer)
-            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+            # A reward of one's own may be a number of NumPy's.
+            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=float) + "\n")
 
 
 def _record(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None) -> dict:
+    """All that a trajectory holds, what is short first."""
     t = trajectory
     segments = [vars(segment) for segment in t.segments]
     if tokenizer:
         segments = [s | {"text": tokenizer.decode(t.ids[s["start"] : s["stop"]])} for s in segments]
-    return {
-        "group": group,
-        "id": t.id,
+    held = vars(t) | {
         "problem": vars(t.problem),
-        "reward": None if t.reward is None else float(t.reward),
-        "reward_terms": t.reward_terms,
-        "exact": t.exact,
-        "verdict": vars(t.verdict) if t.verdict else None,
-        "end": t.end,
-        "fault": t.fault,
-        "forced": t.forced,
-        "started_s": t.started_s,
-        "finished_s": t.finished_s,
-        "tool_uses": [vars(use) for use in t.tool_uses],
         "segments": segments,
-        "ids": t.ids,
+        "tool_uses": [vars(use) for use in t.tool_uses],
+        "verdict": vars(t.verdict) if t.verdict else None,
         "sampled": [int(x) for x in t.sampled],
         "logprobs": [float(f"{x:.9g}") for x in t.logprobs],  # nine digits tell any two float32 apart
-        "versions": t.versions,
     }
+    names = [*(name for name in held if name not in TOKENS), *(name for name in TOKENS if name in held)]
+    return {"group": group} | {name: held[name] for name in names}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -130,26 +124,21 @@ def _trajectory(record: dict, number: int) -> tuple[int, Trajectory]:
     problem = {"id": f"group {group}", "messages": [{"role": "user", "content": ""}], "ground_truth": ""}
     problem |= record.get("problem", {})
     tools = problem.get("tools")
-    trajectory = Trajectory(
-        id=record.get("id", f"{problem['id']}/{number}"),
-        problem=Problem(
+    read = {
+        "id": record.get("id", f"{problem['id']}/{number}"),
+        "problem": Problem(
             problem["id"], tuple(problem["messages"]), problem["ground_truth"], None if tools is None else tuple(tools)
         ),
-        ids=ids,
-        sampled=[bool(x) for x in sampled],
-        logprobs=np.array(logprobs, np.float32).tolist(),
-        segments=[Segment(s["role"], s["start"], s["stop"]) for s in record.get("segments", _segments(sampled))],
-        tool_uses=[ToolUse(**use) for use in record.get("tool_uses", ())],
-        forced=record.get("forced", False),
-        exact=record.get("exact", False),
-        reward_terms=record.get("reward_terms", {}),
-        end=End(record.get("end", End.ANSWERED)),
-        fault=record.get("fault", ""),
-        started_s=record.get("started_s", 0.0),
-        finished_s=record.get("finished_s", 0.0),
-    )
-    if record.get("versions"):
-        trajectory.versions = record["versions"]
+        "sampled": [bool(x) for x in sampled],
+        "logprobs": np.array(logprobs, np.float32).tolist(),
+        "segments": [Segment(s["role"], s["start"], s["stop"]) for s in record.get("segments", _segments(sampled))],
+        "tool_uses": [ToolUse(**use) for use in record.get("tool_uses", ())],
+        "end": End(record.get("end", End.ANSWERED)),
+        "reward": None,
+        "verdict": None,
+    }
+    others = [field.name for field in fields(Trajectory) if field.name in record and field.name not in read]
+    trajectory = Trajectory(**read, **{name: record[name] for name in others})
     if not trajectory.dropped:
         if reward is None:
             raise ValueError(f"its reward is null, and its end is {trajectory.end}")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,10 @@ def test_what_was_written_comes_back_to_the_bit(tmp_path):
     dropped = trajectory(2, None, end=End.SANDBOX_LOST)
     dropped.fault = "worker died\n\ud800"
     made = [trajectory(0, length=5000), trajectory(1, -0.123456789012345), dropped, trajectory(3, end=End.TOKEN_LIMIT)]
-    made[0].versions = [3] * 3 + [4] * 5000
+    others = {str: "other\ud800", int: 7, bool: True, dict: {"guard": -0.5}}  # for what is not set above
+    for field in fields(Trajectory):
+        if not (value := getattr(made[0], field.name)) and type(value) in others:
+            setattr(made[0], field.name, others[type(value)])
     write_rollouts(path, made, 2)
     found = read_rollouts(path)
     for one, other in zip(made, found, strict=True):
