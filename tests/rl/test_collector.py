@@ -247,11 +247,13 @@ def test_where_all_is_lost_the_run_ends_with_the_reason(scripted, collect, ahead
     def down(request: int, attempt: int) -> None:
         return None
 
-    engine = scripted(down, say=lambda request, plan: [call(request)] * 2)
-    said = r"6 of 6 trajectories were dropped.*6 sandbox_lost \(the connection was lost\)"
-    with pytest.raises(UserError, match=said):
-        steps, _ = collect(engine, replace(RL, groups=groups, ahead=ahead, steps=1), Ask(down))
+    engine, tool = scripted(down, say=lambda request, plan: [call(request)] * 2), Ask(down)
+    with pytest.raises(
+        UserError, match=r"6 of 6 trajectories were dropped.*6 sandbox_lost \(the connection was lost\)"
+    ):
+        steps, _ = collect(engine, replace(RL, groups=groups, ahead=ahead, steps=1), tool)
         summarise(steps[0].trajectories, RL.max_dropped)  # as the loop does
+    assert tool.attempts == dict.fromkeys(range(6), 2), "and others are not lost in their place"
 
 
 def test_an_answer_that_could_not_be_compared_is_compared_once_more(scripted, collect, tmp_path, monkeypatch):
@@ -269,10 +271,8 @@ def test_an_answer_that_could_not_be_compared_is_compared_once_more(scripted, co
 
     (step,), _ = collect(scripted(say=symbolic), replace(RL, steps=1))
     pool.close()
-    assert [(t.end, t.reward, t.fault) for t in step.trajectories] == 3 * [
-        (End.ANSWERED, 1.0, ""),
-        (End.ANSWERED, -1.0, ""),
-    ]
+    outcomes = [(t.end, t.reward, t.fault) for t in step.trajectories]
+    assert outcomes == 3 * [(End.ANSWERED, 1.0, ""), (End.ANSWERED, -1.0, "")]
     assert step.numbers["groups/retried"] == 6 and marker.exists()
 
 
