@@ -223,12 +223,12 @@ def help_text(words: list[str]) -> str:
     for leaf in describe(schema):
         value = HIDDEN if leaf.secret and resolved[leaf.key] else show(resolved[leaf.key])
         line = f"  {f'{leaf.key}={value}':<44} {leaf.comment}".rstrip()
-        lines.append(textwrap.fill(line, 110, subsequent_indent=" " * 47, break_on_hyphens=False))
+        lines.append(_folded(line, 47))
     return "\n".join(
         [
             "usage: python -m retool_jax.train config=NAME [key=value ...]",
             "",
-            f"configs: {', '.join(config_names())}; or the path of a YAML file",
+            _folded(f"configs: {', '.join(config_names())}; or the path of a YAML file", 9),
             "",
             "Later words win over earlier ones, and all of them over the config's file. An unknown key or a value of",
             "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
@@ -238,3 +238,8 @@ def help_text(words: list[str]) -> str:
             *lines,
         ]
     )
+
+
+def _folded(line: str, indent: int) -> str:
+    """Lines of at most 110 characters, the second one and what follows indented."""
+    return textwrap.fill(line, 110, subsequent_indent=" " * indent, break_on_hyphens=False)
