@@ -16,10 +16,12 @@ from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
 from retool_jax.rl.config import RewardConfig
+from retool_jax.rl.collector import Collector
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import Parts, train
 from retool_jax.rl.reward import default
 from retool_jax.rl.rollout import RolloutConfig, score
+from retool_jax.rl.sampler import Sampler
 from retool_jax.rl.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
@@ -254,24 +256,26 @@ def test_the_event_loop_turns_while_answers_are_compared(
 def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
     scripted_engine, tokenizer, broken_tools, tmp_path
 ):
-    """At `rl.max_dropped` it goes on, to the update that is not there."""
+    """At `rl.max_dropped` it goes on, to the new weights that the scripted engine cannot take."""
     call = tokenizer.encode(CALL)
 
     def step(calls: int) -> None:
         run = load(["config=grpo", f"run={tmp_path}", "rl.prompts_per_step=2", "rl.group_size=4", "rl.minibatches=1"])
         turns = [call] * calls + [tokenizer.encode(f"\\boxed{{{i}}}<|im_end|>") for i in range(8 - calls)]
-        engine = scripted_engine(tokenizer.stop_ids, {request: [turn] for request, turn in enumerate(turns, 8)})
-        clock = Clock()
+        # What is lost is drawn once more.
+        engine = scripted_engine(tokenizer.stop_ids, {request: [turn] * 2 for request, turn in enumerate(turns, 8)})
+        clock, sampler = Clock(), Sampler(Problems("arithmetic", "train", 0), run.rl, None, step=1)
         parts = Parts(
             rl=run.rl,
             rollout=run.rollout,
             evaluation=run.evaluation,
             folder=Path(tmp_path),
             tokenizer=tokenizer,
-            problems={"train": Problems("arithmetic", "train", 0)},
+            problems={},
             tools=broken_tools,
             engine=engine,
-            update=None,
+            rollouts=Collector(engine, tokenizer, broken_tools, sampler, run.rl, run.rollout, step=1),
+            learner=None,
             save=None,
             save_every=run.checkpoint.every,
             log=None,
@@ -286,5 +290,5 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
 
     with pytest.raises(UserError, match="5 of 8 trajectories were dropped, a share above"):
         step(calls=5)
-    with pytest.raises(TypeError, match="not callable"):
+    with pytest.raises(AttributeError, match="update_params"):
         step(calls=4)

@@ -111,7 +111,7 @@ def test_a_torn_config_in_the_run_folder(tmp_path):
 
 # Of each section: what may change between two starts of a run. Everything else may not.
 CHANGEABLE = {
-    "": "run",
+    "": "run replay",
     "model": "remat head_chunk attention_kernel max_positions",
     "mesh": "data fsdp tp",
     "sft": "rows_per_micro",
@@ -119,7 +119,7 @@ CHANGEABLE = {
     "engine": "slots chunk_rows decode_steps read_late page_size pages tp row_buckets token_buckets read_buckets",
     "sandbox": "backend slots urls token queue_limit queue_s retries recycle_calls recycle_s recycle_memory_mb probe_s"
     " sessions session_ttl_s",
-    "rl": "steps max_dropped rows_per_micro row_length",
+    "rl": "steps max_dropped rows_per_micro row_length save_rollouts",
     "evaluation": "every",
 }
 CHANGEABLE = {f"{section}.{key}".lstrip(".") for section, keys in CHANGEABLE.items() for key in keys.split()}
@@ -128,6 +128,8 @@ CHANGEABLE = {f"{section}.{key}".lstrip(".") for section, keys in CHANGEABLE.ite
 def another(value: object) -> object:
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return 1
     return value + {int: 1, float: 0.5, str: "x"}[type(value)] if not isinstance(value, list) else [*value, "x"]
 
 
