@@ -17,6 +17,7 @@ from retool_jax.rl import loop
 from retool_jax.rl.collector import Collector
 from retool_jax.rl.learner import State
 from retool_jax.rl.replay import Replay
+from retool_jax.rl.reward import reward_named
 from retool_jax.rl.sampler import Sampler
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
 from retool_jax.run.build import (
@@ -55,6 +56,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     def first_weights() -> Params:
         return load_weights(run, Path(run.init_from)) if run.init_from else make_weights(run)
 
+    reward_named(run.rl.reward.name)  # one that cannot be found is told before anything is written
     learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
     if not run.replay:
         workers.pool.start()

@@ -43,13 +43,14 @@ def words_of(kind: str, teacher: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_algorithm_learns_and_resumes(train, comparable, runs, teacher, kind):
+def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, teacher, kind):
     words = words_of(kind, teacher)
     whole, broken = runs / kind, runs / f"{kind}-broken"
     output = train(whole, *SHORT, *words)
     assert "error:" not in output, output
     lines = [line for line in read_metrics(whole) if line["kind"] == "rl"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert undefined({name for line in lines for name in line}) == set()
     assert OWN[kind] <= set.intersection(*(set(line) for line in lines))
     assert sum(line.get("grad_norm", 0) > 0 for line in lines) >= 2, "it must have learned something"
     if kind == "ppo":
@@ -101,6 +102,7 @@ def test_the_policy_of_a_run_with_a_critic_is_converted_like_any_other(runs, tea
         (["rl.algorithm=grop"], "grpo"),
         (["rl.algorithm=opd"], "rl.teacher.init_from"),
         (["rl.algorithm=grpo", "rl.group_size=1"], "rl.group_size"),
+        (["rl.reward.name=recipee"], "recipe"),
         (["rl.correction=band"], "rl.old_logprobs=trainer"),
         (["rl.algorithm=opd", "rl.teacher.init_from=/nowhere"], "no checkpoint at /nowhere"),
     ],
