@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
+from retool_jax.checkpoint import abstract_like
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.models import decoder
 from retool_jax.models.config import ModelConfig
@@ -92,15 +93,23 @@ def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, m
     return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, value_head: bool = False) -> TrainState:
+    """Shapes and shardings of a whole train state, as a checkpoint is restored to it; with `value_head`, a critic's."""
+    return abstract_like(_shapes(model, optimizer, value_head), state_shardings(model, optimizer, mesh, value_head))
+
+
+def _shapes(model: ModelConfig, optimizer: OptimizerConfig, value_head: bool) -> TrainState:
+    return jax.eval_shape(partial(fresh_state, optimizer=optimizer), decoder.abstract_params(model, value_head)[1])
+
+
+def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, value_head: bool = False) -> TrainState:
     """Shardings of a whole train state: moments like their weights, counters replicated."""
-    params = param_shardings(model, mesh)
-    abstract = jax.eval_shape(partial(fresh_state, optimizer=optimizer), decoder.abstract_params(model)[1])
+    params = param_shardings(model, mesh, value_head)
     everywhere = meshes.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         make_optimizer(optimizer),
         lambda _, like: like,
-        abstract.opt_state,
+        _shapes(model, optimizer, value_head).opt_state,
         params,
         transform_non_params=lambda _: everywhere,
     )

@@ -60,6 +60,34 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
+class Place(NamedTuple):
+    """Where an example stands in a batch: [start, stop) of a row of a micro-batch, as its so-manieth segment from 1."""
+
+    example: int
+    micro: int
+    row: int
+    start: int
+    stop: int
+    segment: int
+
+    @property
+    def at(self) -> tuple[int, int, slice]:
+        """Its tokens in an array [M,B,T]."""
+        return self.micro, self.row, slice(self.start, self.stop)
+
+
+def places(lengths: Sequence[int], row_length: int, rows_per_micro: int) -> list[Place]:
+    """Where `pack` puts examples of these lengths, row by row."""
+    found = []
+    for row, members in enumerate(first_fit(lengths, row_length)):
+        start = 0
+        for segment, index in enumerate(members, start=1):
+            stop = start + lengths[index]
+            found.append(Place(index, *divmod(row, rows_per_micro), start, stop, segment))
+            start = stop
+    return found
+
+
 def pack(
     examples: Sequence[Example], row_length: int, rows_per_micro: int, max_micro_batches: int | None = None
 ) -> Batch:
@@ -74,12 +102,13 @@ def pack(
     names = list(examples[0].columns) if examples else []
     if odd := next((example for example in examples if example.columns.keys() != set(names)), None):
         raise ValueError(f"examples have the columns {sorted(names)} and {sorted(odd.columns)}; give all the same ones")
-    rows = first_fit([len(example.ids) for example in examples], row_length)
-    used = -(-len(rows) // rows_per_micro)
+    where = places([len(example.ids) for example in examples], row_length, rows_per_micro)
+    rows = where[-1].micro * rows_per_micro + where[-1].row + 1 if where else 0
+    used = -(-rows // rows_per_micro)
     count = used if max_micro_batches is None else max_micro_batches
     if used > count:
         raise UserError(
-            f"{len(rows)} packed rows need {used} micro-batches of {rows_per_micro}; the limit is {count};"
+            f"{rows} packed rows need {used} micro-batches of {rows_per_micro}; the limit is {count};"
             " use longer rows, or fewer tokens per step"
         )
     shape = (count, rows_per_micro, row_length)
@@ -91,17 +120,12 @@ def pack(
         columns={name: np.zeros(shape, np.float32) for name in names},
         micro_batches=np.int32(used),
     )
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, index in enumerate(members, start=1):
-            example = examples[index]
-            end = start + len(example.ids)
-            at = *divmod(row, rows_per_micro), slice(start, end)
-            batch.tokens[at] = example.ids
-            batch.positions[at] = np.arange(len(example.ids))
-            batch.segments[at] = segment
-            batch.sampled[at] = example.sampled
-            for name, values in example.columns.items():
-                batch.columns[name][at] = np.where(example.sampled, values, 0.0)
-            start = end
+    for place in where:
+        example, at = examples[place.example], place.at
+        batch.tokens[at] = example.ids
+        batch.positions[at] = np.arange(len(example.ids))
+        batch.segments[at] = place.segment
+        batch.sampled[at] = example.sampled
+        for name, values in example.columns.items():
+            batch.columns[name][at] = np.where(example.sampled, values, 0.0)
     return batch

@@ -18,7 +18,7 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
 from retool_jax.models.head import given_logprobs
 
-OUTPUTS = ("logprobs", "entropy")
+OUTPUTS = ("logprobs", "entropy", "values")
 Columns = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 WEIGHTS = "weights"  # the column that multiplies the loss of each token
@@ -39,25 +39,38 @@ TokenLoss = Callable[[Columns, Batch], TokenTerms]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a step computes of each token for its loss, by name; both of softmax(logits / temperature).
+    """What a step computes of each token for its loss, by name.
 
-    `logprobs` is the log-probability of the token given those before it in its segment. `entropy`, in nats, is that of
-    the distribution which the token was drawn from; it carries a gradient only with `entropy_gradient`.
+    `logprobs` is the log-probability of the token given those before it in its segment, and `entropy`, in nats, that of
+    the distribution which it was drawn from; both of softmax(logits / temperature). Entropy carries a gradient only
+    with `entropy_gradient`. `values` is a critic's: the value of what stood before the token in its segment, so of the
+    state in which it was drawn. All are 0 for the first token of a segment.
     """
 
     model: ModelConfig
-    names: tuple[str, ...] = OUTPUTS
+    names: tuple[str, ...] = ("logprobs", "entropy")
     temperature: float = 1.0
     entropy_gradient: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.names) - set(OUTPUTS):
             raise ValueError(f"outputs {sorted(unknown)} are not known; there are: {', '.join(OUTPUTS)}")
+        if self.value_head and len(self.names) > 1:
+            raise ValueError(
+                f"outputs {', '.join(self.names)} are of two models: values are a critic's; ask for them alone"
+            )
+
+    @property
+    def value_head(self) -> bool:
+        """Whether the weights are a critic's."""
+        return "values" in self.names
 
     def of(self, params: Params, batch: Batch) -> Columns:
         """The outputs for one micro-batch, [B,T] fp32 each."""
-        pair = token_logprobs(self.model, params, batch, self.temperature, self.entropy_gradient)
-        values = dict(zip(OUTPUTS, pair, strict=True))
+        if self.value_head:
+            return {"values": token_values(self.model, params, batch)}
+        logprobs, entropy = token_logprobs(self.model, params, batch, self.temperature, self.entropy_gradient)
+        values = {"logprobs": logprobs, "entropy": entropy}
         return {name: values[name] for name in self.names}
 
 
@@ -71,6 +84,12 @@ def token_logprobs(
     hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
     chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature, entropy_gradient)
     return _align(batch, chosen), _align(batch, entropy)
+
+
+def token_values(model: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+    """A critic's value of what stands before each token in its segment, [B,T] fp32; the first of a segment gets 0."""
+    hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
+    return _align(batch, decoder.values(params, hidden[:, :-1]))
 
 
 def _align(batch: Batch, x: jax.Array) -> jax.Array:
@@ -146,7 +165,7 @@ def loss_and_gradient(
         micro = micro_batch(batch, index)
         (_, (metrics, spread)), gradient = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
         gradient = jax.tree.map(lambda x: x.astype(dtype), gradient)
-        return jax.tree.map(jnp.add, total, (gradient, metrics)), place(seen, spread, index)
+        return jax.tree.map(jnp.add, total, (gradient, metrics)), collect(seen, spread, index)
 
     shapes = jax.eval_shape(lambda: jax.value_and_grad(micro_loss, has_aux=True)(params, micro_batch(batch, 0)))
     (_, (metrics, spread)), gradient = shapes
@@ -166,7 +185,7 @@ def room_for(names: Iterable[str], batch: Batch) -> Columns:
     return {name: meshes.constrain(jnp.zeros(batch.tokens.shape), "micro", "batch", "length") for name in names}
 
 
-def place(seen: Columns, values: Columns, index: jax.Array) -> Columns:
+def collect(seen: Columns, values: Columns, index: jax.Array) -> Columns:
     """What was seen, with the values [B,T] of one micro-batch in their place."""
 
     def put(room: jax.Array, x: jax.Array) -> jax.Array:
@@ -195,8 +214,14 @@ class Step:
             return self._compiled.lower(state, batch)
 
 
-def make_step(outputs: Outputs, token_loss: TokenLoss, optimizer: OptimizerConfig, mesh: Mesh) -> Step:
-    """The step that minimises a token loss of these outputs."""
+def make_step(
+    outputs: Outputs,
+    token_loss: TokenLoss,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    conclude: Callable[[Metrics], Metrics] | None = None,
+) -> Step:
+    """The step that minimises a token loss of these outputs; `conclude` makes what is logged of its metrics."""
     schedule, transformation = learning_rate(optimizer), make_optimizer(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -205,11 +230,11 @@ def make_step(outputs: Outputs, token_loss: TokenLoss, optimizer: OptimizerConfi
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), conclude(metrics) if conclude else metrics
 
     rows = meshes.sharding(mesh, "micro", "batch", "length")
     everywhere = meshes.replicated(mesh)
-    shardings = state_shardings(outputs.model, optimizer, mesh)
+    shardings = state_shardings(outputs.model, optimizer, mesh, outputs.value_head)
     compiled = jax.jit(
         update,
         in_shardings=(shardings, Batch(*[rows] * 5, everywhere)),

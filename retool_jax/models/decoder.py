@@ -140,15 +140,21 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole model. `layers` is a block whose weights are stacks, or a list of blocks (see `unstack`)."""
+    """The whole model. `layers` is a block whose weights are stacks, or a list of blocks (see `unstack`).
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    With `value_head` it is a critic: one output in the place of the vocabulary's, 0 until it has learned.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, value_head: bool = False) -> None:
         c = config
         self.config = config
         self.embedding = _random(c, rngs, None, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
         self.layers = Block(c, rngs, c.num_layers)
         self.final_norm = _ones(c, None, c.hidden_size)
-        if not c.tie_embeddings:
+        if value_head:
+            self.value = _random(c, rngs, None, (c.hidden_size,), ("embed",), 0.0)
+            self.value_bias = _random(c, rngs, None, (), (), 0.0)
+        elif not c.tie_embeddings:
             self.head = _random(c, rngs, None, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
 
     def __call__(
@@ -192,14 +198,14 @@ def _cast(config: ModelConfig) -> Callable[[Weight], jax.Array]:
 
 
 @lru_cache
-def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+def _abstract(config: ModelConfig, value_head: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), value_head)))
 
 
 @lru_cache
-def abstract_params(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+def abstract_params(config: ModelConfig, value_head: bool = False) -> tuple[nnx.GraphDef, Params]:
     """The modules' structure and the weights as shapes; nothing is allocated."""
-    graph, weights = _abstract(config)
+    graph, weights = _abstract(config, value_head)
     return graph, _side_by_side(weights)
 
 
@@ -215,9 +221,9 @@ def _side_by_side(weights: nnx.State) -> Params:
 
 
 @lru_cache
-def _structure(config: ModelConfig, unstacked: bool) -> tuple[nnx.GraphDef, tuple[tuple, ...]]:
+def _structure(config: ModelConfig, unstacked: bool, value_head: bool) -> tuple[nnx.GraphDef, tuple[tuple, ...]]:
     """The modules without their weights, and the place of each weight in them."""
-    decoder = nnx.merge(*_abstract(config))
+    decoder = nnx.merge(*_abstract(config, value_head))
     if unstacked:
         graph, weights = nnx.split(decoder.layers)
         # Copies: layers that hold the same variable would have one weight.
@@ -229,7 +235,7 @@ def _structure(config: ModelConfig, unstacked: bool) -> tuple[nnx.GraphDef, tupl
 def _decoder(config: ModelConfig, params: Params | dict) -> Decoder:
     """The modules with these weights in them."""
     unstacked = isinstance(params["layers"], tuple)
-    graph, paths = _structure(config, unstacked)
+    graph, paths = _structure(config, unstacked, "value" in params)
 
     def find(path: tuple) -> Weight:
         if path[0] != "layers":
@@ -314,6 +320,13 @@ def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> j
     if 0 < config.real_vocab < config.vocab_size:
         result = jnp.where(jnp.arange(config.vocab_size) < config.real_vocab, result, NEVER)
     return result
+
+
+def values(params: Params, hidden: jax.Array) -> jax.Array:
+    """A critic's values [...] for hidden states [..., D], computed in fp32."""
+    # As a whole on every device, so that it meets hidden states where they are.
+    weight_D = meshes.constrain(params["value"][...], "model").astype(jnp.float32)
+    return jnp.sum(hidden.astype(jnp.float32) * weight_D, axis=-1) + params["value_bias"][...].astype(jnp.float32)
 
 
 def unstack(params: Params) -> dict:

@@ -26,13 +26,13 @@ def weight_sharding(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]
     return result
 
 
-def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
-    """Each weight's sharding by its logical axes.
+def param_shardings(model: ModelConfig, mesh: Mesh, value_head: bool = False) -> Params:
+    """Each weight's sharding by its logical axes; with `value_head`, those of a critic.
 
     Raises:
         UserError: a mesh axis does not divide the dimension that it splits.
     """
-    _, abstract = abstract_params(model)
+    _, abstract = abstract_params(model, value_head)
     return jax.tree.map(lambda w: w.replace(weight_sharding(mesh, w.logical, w.shape)), abstract, is_leaf=is_weight)
 
 

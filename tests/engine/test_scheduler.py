@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retool_jax.learn.packing import Example, pack
-from retool_jax.learn.step import token_logprobs
+from retool_jax.learn.step import Outputs
 
 from .chats import ROOM, Chat, chats, quiet, run
 
@@ -76,7 +76,7 @@ def test_requests_and_seeds_differ(engines, reference):
     assert all(ours.ids != expected.ids for ours, expected in zip(others, reference, strict=True))
 
 
-@pytest.mark.parametrize(("temperature", "halves"), [(1.0, False), (0.7, False), (1.0, True)])
+@pytest.mark.parametrize(("temperature", "halves"), [(1.0, False), (0.6, False), (1.4, False), (1.0, True)])
 def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temperature, halves):
     """Through tool appends and ends of several tokens, against one packed forward with the trainer's function."""
     conversations = chats(temperature=temperature, halves=halves)
@@ -84,7 +84,7 @@ def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temp
     examples = [Example(chat.ids, chat.sampled, {"old_logprobs": chat.logprobs}) for chat in conversations]
     batch = pack(examples, 2 * ROOM, 6, 1)
     rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
-    ours, _ = jax.jit(partial(token_logprobs, model, params, temperature=temperature))(batch=rows)
+    ours = jax.jit(Outputs(model, ("logprobs",), temperature).of)(params, rows)["logprobs"]
     difference = np.abs(np.asarray(ours) - rows.columns["old_logprobs"])[rows.sampled]
     assert difference.size == sum(sum(chat.sampled) for chat in conversations) > 100
     assert difference.max() <= 1e-4

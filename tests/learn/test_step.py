@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,25 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.critic import critic_outputs, critic_params, value_token_loss
 from retool_jax.learn.optimizer import TrainState, fresh_state, make_optimizer, state_shardings
 from retool_jax.learn.packing import Batch, Example, pack
-from retool_jax.learn.step import Columns, Outputs, TokenTerms, loss_and_gradient, make_step, token_logprobs
+from retool_jax.learn.step import (
+    Columns,
+    Outputs,
+    TokenLoss,
+    TokenTerms,
+    loss_and_gradient,
+    make_step,
+    spread_of,
+    token_logprobs,
+    token_values,
+)
 from retool_jax.mesh import MeshConfig, make_mesh
-from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
 
 CLIP = ClipConfig(dual=1.5)
-LOSS = policy_token_loss(CLIP)
 TEMPERATURE = 0.7
 # What XLA says when it can change a layout only by giving every device the whole array.
 REMATERIALIZATION = "Involuntary full rematerialization"
@@ -32,9 +42,50 @@ REMATERIALIZATION = "Involuntary full rematerialization"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, max_grad_norm=1e9, weight_decay=0.1)
 
 
+def watched_policy_loss(outputs: Columns, batch: Batch) -> TokenTerms:
+    """The policy's loss, and how the difference to the old log-probabilities spreads."""
+    terms = policy_token_loss(CLIP)(outputs, batch)
+    return terms._replace(spread={"off": jnp.abs(outputs["logprobs"] - batch.columns["old_logprobs"])})
+
+
+class Kind(NamedTuple):
+    """What a step trains: the policy, or a critic."""
+
+    outputs: Outputs
+    loss: TokenLoss
+    params: Params
+
+    def gradients(self, loss: TokenLoss | None = None, **numerics) -> Callable:
+        outputs = dataclasses.replace(self.outputs, model=dataclasses.replace(self.outputs.model, **numerics))
+        return jax.jit(partial(loss_and_gradient, outputs, loss or self.loss))
+
+
+@pytest.fixture(scope="module")
+def policy(model, params) -> Kind:
+    return Kind(Outputs(model, temperature=TEMPERATURE), watched_policy_loss, params)
+
+
+@pytest.fixture(scope="module")
+def critic(model, params) -> Kind:
+    params, rng = critic_params(model, params), np.random.default_rng(2)
+    params["value"][...], params["value_bias"][...] = rng.normal(0, 0.3, model.hidden_size).astype("f4"), 0.5
+    return Kind(critic_outputs(model), value_token_loss(0.5), jax.tree.map(jnp.asarray, params))
+
+
+@pytest.fixture(scope="module", params=["policy", "critic"])
+def kind(request) -> Kind:
+    return request.getfixturevalue(request.param)
+
+
+policy_alone = pytest.mark.parametrize("kind", ["policy"], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def examples(model, fresh_logits) -> list[Example]:
-    """Trajectories of prompt, turn, tool output, turn; one begins with a sampled token, one has none at all."""
+    """Trajectories of prompt, turn, tool output, turn; one begins with a sampled token, one has none at all.
+
+    Their columns are for both kinds, with a weight for each token.
+    """
     rng = np.random.default_rng(0)
     made = []
     for index, length in enumerate(rng.integers(6, 30, 12)):
@@ -48,17 +99,15 @@ def examples(model, fresh_logits) -> list[Example]:
         new = np.asarray(jax.nn.log_softmax(values[:-1] / TEMPERATURE))[np.arange(length - 1), ids[1:]]
         old = np.r_[0.0, new] + rng.normal(0, 0.3, length)
         columns = {"old_logprobs": np.where(sampled, old, 0.0), "advantages": float(rng.normal())}
+        columns |= {"weights": rng.uniform(0, 2, length)}
+        columns |= {"returns": rng.normal(size=length), "old_values": rng.normal(size=length)}
         made.append(Example(ids.tolist(), sampled, columns))
     return made
 
 
-def gradients(model: ModelConfig, loss: Callable = LOSS) -> Callable:
-    return jax.jit(partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), loss))
-
-
 @pytest.fixture(scope="module")
-def compute(model) -> Callable:
-    return gradients(model)
+def compute(kind) -> Callable:
+    return kind.gradients()
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +117,8 @@ def batch(examples) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def expected(compute, params, batch) -> tuple[Params, dict[str, jax.Array]]:
-    return compute(params, batch)
+def expected(kind, compute, batch) -> tuple[Params, dict[str, jax.Array]]:
+    return compute(kind.params, batch)
 
 
 def largest_difference(ours: Params, theirs: Params) -> float:
@@ -80,6 +129,11 @@ def largest_difference(ours: Params, theirs: Params) -> float:
         return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
     return max(jax.tree.leaves(jax.tree.map(relative, ours, theirs)))
+
+
+def difference_of_all(ours: Params, theirs: Params) -> float:
+    """|ours - theirs| / |theirs| of all weights together."""
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)) / optax.tree.norm(theirs))
 
 
 def assert_same_metrics(ours: dict, theirs: dict, rtol: float = 1e-5) -> None:
@@ -101,94 +155,123 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
+@policy_alone
 def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, expected, fresh_logits):
-    """By hand in numpy, one trajectory at a time."""
-    total = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "logprob_diff_mean": 0.0}
-    tokens = 0
+    """By hand in numpy, one trajectory at a time; a token's weight is of its loss and of nothing else."""
+    total = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
+    off = []
     for example, values in zip(examples, fresh_logits([e.ids for e in examples]), strict=True):
         scaled = values.astype(np.float64) / TEMPERATURE
         logs = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
         for t in np.flatnonzero(example.sampled):
-            tokens += 1
             new = logs[t - 1, example.ids[t]] if t else 0.0  # nothing predicts a first token
             ratio, A = np.exp(new - example.columns["old_logprobs"][t]), example.columns["advantages"]
             bound = np.clip(ratio, 1 - CLIP.low, 1 + CLIP.high)
             loss = max(-ratio * A, -bound * A)
             loss = min(loss, -CLIP.dual * A) if A < 0 else loss
-            total["loss"] += loss
+            total["loss"] += loss * example.columns["weights"][t]
             total["entropy"] += -(np.exp(logs[t - 1]) * logs[t - 1]).sum() if t else 0.0
             total["clip_fraction"] += not np.isclose(loss, -ratio * A)
-            total["logprob_diff_mean"] += abs(new - example.columns["old_logprobs"][t])
-    assert 0.05 < total["clip_fraction"] / tokens < 0.95
-    assert_same_metrics({key: value / tokens for key, value in total.items()}, expected[1], rtol=1e-4)
+            off.append(abs(new - example.columns["old_logprobs"][t]))
+    means = {key: value / len(off) for key, value in total.items()}
+    assert 0.05 < means["clip_fraction"] < 0.95
+    spread = {"off_mean": np.mean(off), "off_std": np.std(off), "off_p99": np.quantile(off, 0.99), "off_max": max(off)}
+    assert_same_metrics(means | {"logprob_diff_mean": np.mean(off)} | spread, expected[1], rtol=1e-4)
+
+
+def one_a_row(examples: list[Example], row_length: int, rows_per_micro: int) -> Batch:
+    """Each example in a padded row of its own."""
+
+    def stack(*rows: np.ndarray) -> np.ndarray:
+        count = len(examples) // rows_per_micro
+        return np.concatenate(rows).reshape(count, rows_per_micro, row_length) if rows[0].ndim else np.int32(count)
+
+    return jax.tree.map(stack, *(pack([example], row_length, 1) for example in examples))
 
 
 @pytest.mark.parametrize(
-    ("row_length", "rows_per_micro", "micro_batches", "remat"),
-    [(48, 1, None, "none"), (96, 3, 5, "dots"), (30, 4, None, "full")],
+    ("rows_per_micro", "row_length", "micro_batches", "remat"),
+    [(1, 48, None, "none"), (2, 96, 5, "dots"), (4, 30, "padded", "full")],
 )
 def test_packing_and_micro_batches_do_not_change_the_gradient(
-    model, params, examples, compute, expected, row_length, rows_per_micro, micro_batches, remat
+    kind, examples, compute, expected, rows_per_micro, row_length, micro_batches, remat
 ):
+    """Against one micro-batch of 8 packed rows."""
     order = np.random.default_rng(row_length).permutation(len(examples))
-    batch = pack([examples[i] for i in order], row_length, rows_per_micro, micro_batches)
-    run = compute if remat == "none" else gradients(dataclasses.replace(model, remat=remat))
-    gradient, metrics = run(params, batch)
+    examples = [examples[i] for i in order]
+    if micro_batches == "padded":
+        batch = one_a_row(examples, row_length, rows_per_micro)
+    else:
+        batch = pack(examples, row_length, rows_per_micro, micro_batches)
+    run = compute if remat == "none" else kind.gradients(remat=remat)
+    gradient, metrics = run(kind.params, batch)
     difference = largest_difference(gradient, expected[0])
     assert difference <= 1e-5
     assert_same_metrics(metrics, expected[1])
-    print(f"largest relative difference {difference:.1e}")
+    print(f"largest relative difference {difference:.1e}, of the whole {difference_of_all(gradient, expected[0]):.1e}")
 
 
-def test_tokens_that_were_not_sampled_have_no_effect(model, params, batch, compute, expected):
-    """Whatever stands beside them, and whatever the loss makes of them: gradient and metrics are the same bits."""
-    results = []
-    for noise in ({"old_logprobs": np.nan, "advantages": 1e30}, {"old_logprobs": 0.0, "advantages": np.nan}):
-        columns = {name: np.where(batch.sampled, x, np.float32(noise[name])) for name, x in batch.columns.items()}
-        results.append(compute(params, batch._replace(columns=columns)))
-    for gradient, metrics in results:
+def test_tokens_that_were_not_sampled_have_no_effect(kind, batch, compute, expected):
+    """Whatever stands beside them in any column: gradient and metrics are the same bits."""
+    for noise in (np.nan, 1e30):
+        columns = {name: np.where(batch.sampled, x, np.float32(noise)) for name, x in batch.columns.items()}
+        gradient, metrics = compute(kind.params, batch._replace(columns=columns))
         jax.tree.map(np.testing.assert_array_equal, gradient, expected[0])
         jax.tree.map(np.testing.assert_array_equal, metrics, expected[1])
 
-    def loud(outputs: Columns, batch: Batch) -> TokenTerms:
-        terms = LOSS(outputs, batch)
-        noise = jnp.where(batch.sampled, 1.0, jnp.nan)
-        return TokenTerms(terms.loss * noise, {key: x * noise for key, x in terms.metrics.items()})
 
-    gradient, metrics = gradients(model, loud)(params, batch)
+def test_what_a_loss_makes_of_tokens_that_were_not_sampled_has_no_effect(kind, batch, expected):
+    def loud(outputs: Columns, batch: Batch) -> TokenTerms:
+        noise = jnp.where(batch.sampled, 1.0, jnp.nan)
+        return TokenTerms(*jax.tree.map(lambda x: x * noise, tuple(kind.loss(outputs, batch))))
+
+    gradient, metrics = kind.gradients(loud)(kind.params, batch)
     assert largest_difference(gradient, expected[0]) <= 1e-6
     assert_same_metrics(metrics, expected[1], rtol=1e-6)
 
 
-def test_a_batch_without_sampled_tokens_is_a_gradient_of_zero(params, batch, compute):
-    gradient, metrics = compute(params, batch._replace(sampled=np.zeros_like(batch.sampled)))
+def test_a_batch_without_sampled_tokens_is_a_gradient_of_zero(kind, batch, compute):
+    gradient, metrics = compute(kind.params, batch._replace(sampled=np.zeros_like(batch.sampled)))
     assert not any(np.asarray(x).any() for x in jax.tree.leaves((gradient, metrics)))
 
 
-def test_logprobs_of_a_segment_do_not_see_the_one_before(model, params, examples):
+@pytest.mark.parametrize("n", [1, 2, 99, 101, 102, 500])
+def test_a_spread_is_that_of_numpy(n):
+    rng = np.random.default_rng(n)
+    values, sampled = rng.normal(size=(3, 4, 50)).astype("f4"), np.zeros((3, 4, 50), bool)
+    sampled.reshape(-1)[rng.permutation(sampled.size)[:n]] = True
+    kept = values[sampled]
+    expected = {"mean": kept.mean(), "std": kept.std(), "p99": np.quantile(kept, 0.99), "max": kept.max()}
+    assert_same_metrics(spread_of(np.where(sampled, values, np.nan), sampled), expected)
+    values[np.nonzero(sampled)[0][0], :, :] = np.nan
+    assert np.isnan(list(spread_of(values, sampled).values())).all()
+
+
+def test_outputs_of_a_segment_do_not_see_the_one_before(model, params, critic, examples):
     batch = pack(examples, 96, 4, 1)
     rows = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
-    for values in token_logprobs(model, params, rows, 1.0):
+    for values in (*token_logprobs(model, params, rows, 1.0), token_values(model, critic.params, rows)):
         first = (rows.positions == 0) | (rows.segments == 0)
         assert not np.asarray(values)[first].any() and np.asarray(values)[~first].all()
 
 
 @pytest.fixture(scope="module")
-def one_step(model, params, mesh, batch) -> tuple[Callable, TrainState, dict[str, jax.Array]]:
-    update, state, metrics = step_on(mesh, model, params, batch)
+def one_step(kind, mesh, batch) -> tuple[Callable, TrainState, dict[str, jax.Array]]:
+    update, state, metrics = step_on(mesh, kind, batch)
     return update, jax.device_get(state), metrics
 
 
-def step_on(mesh: Mesh, model: ModelConfig, params: Params, batch: Batch) -> tuple:
+def step_on(mesh: Mesh, kind: Kind, batch: Batch) -> tuple:
     """One update on a mesh; returns the update, the new state and the metrics."""
-    state = place(fresh_state(params, OPTIMIZER), model, mesh)
-    update = make_step(Outputs(model, temperature=TEMPERATURE), LOSS, OPTIMIZER, mesh)
+    state = place(fresh_state(kind.params, OPTIMIZER), kind, mesh)
+    update = make_step(kind.outputs, kind.loss, OPTIMIZER, mesh)
     return update, *update(state, batch)
 
 
-def place(state: TrainState, model: ModelConfig, mesh: Mesh) -> TrainState:
+def place(state: TrainState, kind: Kind, mesh: Mesh) -> TrainState:
     """A copy on this mesh, for an update to consume."""
-    return jax.device_put(jax.tree.map(np.array, state), state_shardings(model, OPTIMIZER, mesh))
+    shardings = state_shardings(kind.outputs.model, OPTIMIZER, mesh, kind.outputs.value_head)
+    return jax.device_put(jax.tree.map(np.array, state), shardings)
 
 
 def first_moment(state: TrainState) -> Params:
@@ -213,11 +296,11 @@ def test_a_rematerialization_would_be_seen():
         assert REMATERIALIZATION in stderr()
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=["fsdp8", "data2-fsdp2-tp2"])
-def test_a_mesh_changes_nothing(model, params, batch, expected, one_step, sizes):
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 2, 2)], ids=["fsdp2-tp2", "data2-fsdp2-tp2"])
+def test_a_mesh_changes_nothing(kind, batch, expected, one_step, sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     with captured_stderr() as stderr:
-        _, state, metrics = step_on(mesh, model, params, batch)
+        _, state, metrics = step_on(mesh, kind, batch)
         assert REMATERIALIZATION not in stderr()
     split = [x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(state.params)]
     assert sum(split) >= 8  # it was a mesh indeed
@@ -228,15 +311,17 @@ def test_a_mesh_changes_nothing(model, params, batch, expected, one_step, sizes)
     # Adam divides by the gradient's size, so an entry that is all rounding may move by some of a step.
     moved = jax.tree.map(
         lambda ours, theirs, old: np.asarray(ours - old) - np.asarray(theirs - old),
-        *(jax.device_get(x) for x in (state.params, one_step[1].params, params)),
+        *(jax.device_get(x) for x in (state.params, one_step[1].params, kind.params)),
     )
     step = float(metrics["learning_rate"])
     apart = max(np.abs(x).max() for x in jax.tree.leaves(moved)) / step
     assert apart <= 1e-2
-    print(f"gradient {difference:.1e} relative, parameters {apart:.1e} of a step")
+    whole = difference_of_all(gradient, expected[0])
+    print(f"gradient {difference:.1e} relative, {whole:.1e} of the whole, parameters {apart:.1e} of a step")
 
 
-def test_an_update_is_one_optimiser_step_and_compiles_once(model, params, mesh, batch, expected, one_step, compiles):
+@policy_alone
+def test_an_update_is_one_optimiser_step_and_compiles_once(kind, params, mesh, batch, expected, one_step, compiles):
     update, state, metrics = one_step
     assert int(state.step) == 1
     # The gradient of `loss_and_gradient`, put through the optimiser by hand.
@@ -248,7 +333,7 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(model, params, mesh, 
     for key, value in expected[1].items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
 
-    old = place(state, model, mesh)
+    old = place(state, kind, mesh)
     known = len(compiles)
     columns = batch.columns | {"advantages": -batch.columns["advantages"]}
     state, metrics = update(old, batch._replace(columns=columns))
@@ -261,12 +346,13 @@ def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def test_a_step_can_be_lowered_without_weights_or_tokens(model, params, mesh, batch, one_step):
+@policy_alone
+def test_a_step_can_be_lowered_without_weights_or_tokens(kind, params, mesh, batch, one_step):
     step, state, metrics = one_step
     shapes = jax.tree.map(abstract, fresh_state(params, OPTIMIZER)), jax.tree.map(abstract, batch)
     compiled = step.lower(*shapes).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > sum(x.nbytes for x in jax.tree.leaves(state))
-    _, ours = compiled(place(fresh_state(params, OPTIMIZER), model, mesh), batch)
+    _, ours = compiled(place(fresh_state(params, OPTIMIZER), kind, mesh), batch)
     assert_same_metrics(ours, metrics)
 
 
@@ -278,23 +364,26 @@ def test_outputs_are_the_ones_that_were_asked_for(model, params, batch):
     outputs = Outputs(model, ("logprobs",))
     _, metrics = jax.eval_shape(partial(loss_and_gradient, outputs, watch), params, batch)
     assert metrics.keys() == {"loss"}
-    with pytest.raises(ValueError, match=r"\['values'\] are not known; there are: logprobs, entropy"):
+    with pytest.raises(ValueError, match=r"\['logits'\] are not known; there are: logprobs, entropy, values"):
+        Outputs(model, ("logprobs", "logits"))
+    with pytest.raises(ValueError, match="logprobs, values are of two models"):
         Outputs(model, ("logprobs", "values"))
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gradient_is_of_its_own_type(model, params, batch, weights, dtype):
-    params = jax.tree.map(lambda x: x.astype(weights), params)
-    compute = partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), LOSS, dtype=dtype)
+def test_a_gradient_is_of_its_own_type(policy, batch, weights, dtype):
+    params = jax.tree.map(lambda x: x.astype(weights), policy.params)
+    compute = partial(loss_and_gradient, policy.outputs, policy.loss, dtype=dtype)
     gradient, metrics = jax.eval_shape(compute, params, batch)
     assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {dtype}
     assert {x.dtype.name for x in jax.tree.leaves(metrics)} == {"float32"}
 
 
-def test_a_gradient_in_bf16_is_that_in_fp32_to_its_precision(model, params, examples, expected):
-    compute = partial(loss_and_gradient, Outputs(model, temperature=TEMPERATURE), LOSS, dtype="bfloat16")
-    gradient, metrics = jax.jit(compute)(params, pack(examples, 48, 1))
+@policy_alone
+def test_a_gradient_in_bf16_is_that_in_fp32_to_its_precision(kind, examples, expected):
+    compute = partial(loss_and_gradient, kind.outputs, kind.loss, dtype="bfloat16")
+    gradient, metrics = jax.jit(compute)(kind.params, pack(examples, 48, 1))
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)
     assert 1e-5 < largest_difference(rounded, expected[0]) < 0.02
     assert_same_metrics(metrics, expected[1])

@@ -27,43 +27,50 @@ def case(model: ModelConfig) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
     return params, hidden.astype(model.compute_dtype), jnp.asarray(rng.integers(0, 80, (ROWS, LENGTH))), seen
 
 
-def values_and_gradients(model: ModelConfig, params: Params, hidden: jax.Array, *rest: jax.Array) -> tuple:
+def values_and_gradients(
+    model: ModelConfig, params: Params, hidden: jax.Array, *rest: jax.Array, entropy_gradient: bool = False
+) -> tuple:
     """Log-probs, entropies, and the gradients for the head's weight and the hidden states of a weighted sum."""
     targets, seen = rest
     name = "embedding" if model.tie_embeddings else "head"
 
     def loss(params: Params, hidden: jax.Array) -> tuple[jax.Array, tuple]:
-        logprobs, entropy = given_logprobs(model, params, hidden, targets, TEMPERATURE)
+        logprobs, entropy = given_logprobs(model, params, hidden, targets, TEMPERATURE, entropy_gradient)
         return jnp.sum(logprobs * seen) + 100 * jnp.sum(entropy), (logprobs, entropy)
 
     (_, values), (weights, states) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, hidden)
     return jax.device_get((*values, weights[name][...], states))
 
 
-def test_the_plain_form_is_the_formula_and_entropy_has_no_gradient():
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_plain_form_is_the_formula_and_entropy_has_a_gradient_if_asked_for(entropy_gradient):
     params, hidden, targets, seen = case(MODEL)
-    ours = values_and_gradients(MODEL, params, hidden, targets, seen)
+    ours = values_and_gradients(MODEL, params, hidden, targets, seen, entropy_gradient=entropy_gradient)
     weight = np.asarray(params["embedding"][...], np.float64)
     scaled = np.asarray(hidden, np.float64) @ weight.T / TEMPERATURE
     p = np.exp(scaled - scaled.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     chosen = np.eye(96)[targets]
+    entropy = -(p * np.log(p)).sum(-1)
     slope = (chosen - p) * np.asarray(seen)[..., None] / TEMPERATURE
+    if entropy_gradient:
+        slope -= 100 * p * (np.log(p) + entropy[..., None]) / TEMPERATURE
     expected = (
         np.log((p * chosen).sum(-1)),
-        -(p * np.log(p)).sum(-1),
+        entropy,
         np.einsum("BTV,BTD->VD", slope, hidden),
         slope @ weight,
     )
     for x, y in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3 if entropy_gradient else 1e-4)
 
 
 @pytest.mark.parametrize(("tied", "chunk"), [(True, 1), (True, 147), (False, 40)])  # 1, 36 and 10 of 37 positions
 def test_chunks_change_neither_values_nor_gradients(tied, chunk):
+    """Words that do not exist leave the gradient of the entropy finite."""
     model = dataclasses.replace(MODEL, tie_embeddings=tied, real_vocab=90)
-    plain = values_and_gradients(model, *case(model))
-    ours = values_and_gradients(dataclasses.replace(model, head_chunk=chunk), *case(model))
+    plain = values_and_gradients(model, *case(model), entropy_gradient=not tied)
+    ours = values_and_gradients(dataclasses.replace(model, head_chunk=chunk), *case(model), entropy_gradient=not tied)
     for x, y in zip(ours, plain, strict=True):
         assert np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
 
@@ -117,6 +124,23 @@ def test_ids_without_a_token_have_no_probability_and_no_gradient():
 def test_limits_are_refused_by_name(change, message):
     with pytest.raises((UserError, ValidationError), match=message):
         dataclasses.replace(MODEL, **change)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_fp32_is_not_rounded(tied):
+    """Beside a model in bf16 the output matrix keeps the digits of fp32, in chunks too, and so do its gradients."""
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16", tie_embeddings=tied)
+    params, hidden, targets, seen = case(model)
+    exact = dataclasses.replace(MODEL, tie_embeddings=tied)
+    exact = values_and_gradients(exact, params, hidden.astype(jnp.float32), targets, seen)
+    rounded = values_and_gradients(model, params, hidden, targets, seen)
+    assert np.abs(rounded[0] - exact[0]).max() > 1e-2
+    for chunk in (1024, 40):
+        whole = dataclasses.replace(model, fp32_head=True, head_chunk=chunk)
+        ours = values_and_gradients(whole, params, hidden, targets, seen)
+        assert ours[3].dtype == hidden.dtype
+        for x, y in zip(ours[:3], exact[:3], strict=True):
+            assert np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
 
 
 def test_memory_does_not_grow_with_the_length():

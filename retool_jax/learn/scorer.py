@@ -1,0 +1,65 @@
+"""What weights say of given tokens: those of a reference, a teacher, a critic, or the policy after a rollout."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from retool_jax import mesh as meshes
+from retool_jax.learn.packing import Batch, Example, pack, places
+from retool_jax.learn.step import Columns, Outputs, collect, micro_batch, room_for
+from retool_jax.models.decoder import Params
+from retool_jax.models.sharding import param_shardings
+
+
+class Scorer:
+    """Outputs of a model for examples: `scorer(params, examples)`.
+
+    `max_micro_batches` fixes the shape of what is computed, so that one executable serves all steps; it stops after
+    those in use.
+    """
+
+    def __init__(
+        self, outputs: Outputs, mesh: Mesh, row_length: int, rows_per_micro: int, max_micro_batches: int
+    ) -> None:
+        self.outputs = outputs
+        self._mesh = mesh
+        self._rows = row_length, rows_per_micro
+        self._max_micro_batches = max_micro_batches
+        rows, everywhere = meshes.sharding(mesh, "micro", "batch", "length"), meshes.replicated(mesh)
+        self._compiled = jax.jit(
+            self._score,
+            in_shardings=(param_shardings(outputs.model, mesh, outputs.value_head), Batch(*[rows] * 5, everywhere)),
+            out_shardings=everywhere,  # so that every process can read all of it
+        )
+
+    def _score(self, params: Params, batch: Batch) -> Columns:
+        """The outputs of a whole batch, [M,B,T] each, 0 where nothing was sampled."""
+
+        def body(index: jax.Array, seen: Columns) -> Columns:
+            micro = micro_batch(batch, index)
+            values = self.outputs.of(params, micro)
+            return collect(seen, {name: jnp.where(micro.sampled, x, 0.0) for name, x in values.items()}, index)
+
+        return jax.lax.fori_loop(0, batch.micro_batches, body, room_for(self.outputs.names, batch))
+
+    def __call__(self, params: Params, examples: Sequence[Example]) -> dict[str, list[np.ndarray]]:
+        """By the output's name, for each example a float32 array with a value for each of its tokens, 0 if not sampled.
+
+        Raises:
+            UserError: an example is longer than a row, or there are more rows than the micro-batches hold.
+        """
+        # Without columns, which are not looked at and would be part of the program's shape.
+        bare = [Example(example.ids, example.sampled) for example in examples]
+        batch = pack(bare, *self._rows, self._max_micro_batches)
+        with jax.set_mesh(self._mesh):
+            scores = jax.device_get(self._compiled(params, batch))
+        where = sorted(places([len(example.ids) for example in examples], *self._rows))
+        return {name: [values[place.at].copy() for place in where] for name, values in scores.items()}
+
+    def lower(self, params: Params, batch: Batch) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, which may be abstract; the batch has no columns."""
+        with jax.set_mesh(self._mesh):
+            return self._compiled.lower(params, batch)
