@@ -15,8 +15,8 @@ from retool_jax.clock import Clock
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
-from retool_jax.rl.config import RewardConfig
 from retool_jax.rl.collector import Collector
+from retool_jax.rl.config import RewardConfig
 from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import Parts, train
 from retool_jax.rl.reward import default
