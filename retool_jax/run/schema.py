@@ -87,6 +87,11 @@ class RLRun:
             _check_cold_start(self)
         check_micro_batches(self)
         _check_lengths(self)
+        if self.replay and self.rl.rollout_only:
+            raise UserError(
+                f"replay={self.replay} learns from rollouts that are there, and rl.rollout_only=true learns nothing;"
+                " leave one of them out"
+            )
         if 0 < self.sandbox.queue_limit < self.engine.slots:
             raise UserError(
                 f"sandbox.queue_limit={self.sandbox.queue_limit} is below engine.slots={self.engine.slots}: every slot"

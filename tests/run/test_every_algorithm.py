@@ -103,6 +103,8 @@ def test_the_policy_of_a_run_with_a_critic_is_converted_like_any_other(runs, tea
         (["rl.algorithm=opd"], "rl.teacher.init_from"),
         (["rl.algorithm=grpo", "rl.group_size=1"], "rl.group_size"),
         (["rl.reward.name=recipee"], "recipe"),
+        (["replay=there", "rl.rollout_only=true"], "leave one of them out"),
+        (["replay=/nowhere"], "/nowhere has no rollouts"),
         (["rl.correction=band"], "rl.old_logprobs=trainer"),
         (["rl.algorithm=opd", "rl.teacher.init_from=/nowhere"], "no checkpoint at /nowhere"),
     ],
