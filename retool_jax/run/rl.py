@@ -60,6 +60,8 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
     if not run.replay:
         workers.pool.start()
+    elif not has_checkpoints(run):
+        Replay(Path(run.replay), run.rl, run.model.vocab_size)  # what is missing there is told now, too
 
     async with AsyncExitStack() as stack:
         stack.enter_context(told_of_memory(run))
