@@ -72,7 +72,7 @@ def main(words: list[str]) -> None:
     while killed < int(options["kills"]):
         folder = root / f"killed-{folders}" / "run"
         command = command_of(algorithm, folder, teacher, others)
-        while killed < int(options["kills"]) and run_killed(command, draw.uniform(0.2, 0.8) * unbroken_s, log):
+        while killed < int(options["kills"]) and run_killed(command, draw.uniform(0.1, 0.6) * unbroken_s, log):
             killed += 1
             steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
         run_killed(command, 3600, log)
