@@ -47,7 +47,7 @@ from retool_jax.engine.engine import Engine, EngineConfig, Parked, Turn, Turns
 from retool_jax.engine.pages import Pages
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.decoder import forward, init_params, logits
+from retool_jax.models.decoder import Params, forward, init_params, logits
 from retool_jax.tokens.tokenizer import load_tokenizer
 
 # What takes longest is begun first, so that the workers end together.
@@ -227,15 +227,15 @@ def make_engine(model, params, mesh, tokenizer):
 def fresh_logits(model, params):
     """The oracle of everything that grows a cache: `fresh_logits(lists of ids)`, one forward over each whole list.
 
-    Returns [len(ids), V] per list, from the plain packed forward with one list a row.
+    Returns [len(ids), V] per list, from the plain packed forward with one list a row; of other weights if given.
     """
 
     @jax.jit
-    def compute(tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    def compute(params: Params, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return logits(model, params, forward(model, params, tokens, positions, segments))
 
-    def run(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def run(sequences: Sequence[Sequence[int]], params: Params = params) -> list[np.ndarray]:
         rows, length = 4, 96
         results = []
         for at in range(0, len(sequences), rows):
@@ -244,7 +244,7 @@ def fresh_logits(model, params):
             for row, ids in enumerate(part):
                 tokens[row, : len(ids)] = ids
                 segments[row, : len(ids)] = 1
-            values = np.asarray(compute(tokens, segments))
+            values = np.asarray(compute(params, tokens, segments))
             results += [values[row, : len(ids)] for row, ids in enumerate(part)]
         return results
 

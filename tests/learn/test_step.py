@@ -31,7 +31,7 @@ from retool_jax.learn.step import (
     token_values,
 )
 from retool_jax.mesh import MeshConfig, make_mesh
-from retool_jax.models.decoder import Params
+from retool_jax.models.decoder import Params, init_params
 from retool_jax.rl.loss import ClipConfig, policy_token_loss
 
 CLIP = ClipConfig(dual=1.5)
@@ -61,14 +61,21 @@ class Kind(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def policy(model, params) -> Kind:
-    return Kind(Outputs(model, temperature=TEMPERATURE), watched_policy_loss, params)
+def mild(model, params) -> Params:
+    """Nearer to those at initialisation than in other tests, so that rounding of fp32 leaves 1e-6 of a gradient."""
+    fresh = init_params(model, jax.random.key(1))
+    return jax.tree.map(lambda x, y: 0.1 * x + 0.9 * y, params, fresh)
 
 
 @pytest.fixture(scope="module")
-def critic(model, params) -> Kind:
-    params, rng = critic_params(model, params), np.random.default_rng(2)
-    params["value"][...], params["value_bias"][...] = rng.normal(0, 0.3, model.hidden_size).astype("f4"), 0.5
+def policy(model, mild) -> Kind:
+    return Kind(Outputs(model, temperature=TEMPERATURE), watched_policy_loss, mild)
+
+
+@pytest.fixture(scope="module")
+def critic(model, mild) -> Kind:
+    params, rng = critic_params(model, mild), np.random.default_rng(2)
+    params["value"][...], params["value_bias"][...] = rng.normal(0, 0.03, model.hidden_size).astype("f4"), 0.5
     return Kind(critic_outputs(model), value_token_loss(0.5), jax.tree.map(jnp.asarray, params))
 
 
@@ -81,7 +88,7 @@ policy_alone = pytest.mark.parametrize("kind", ["policy"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def examples(model, fresh_logits) -> list[Example]:
+def examples(model, mild, fresh_logits) -> list[Example]:
     """Trajectories of prompt, turn, tool output, turn; one begins with a sampled token, one has none at all.
 
     Their columns are for both kinds, with a weight for each token.
@@ -94,7 +101,7 @@ def examples(model, fresh_logits) -> list[Example]:
         sampled[0] = index == 3
         sampled &= index != 5
         ids = rng.integers(0, model.vocab_size, length)
-        (values,) = fresh_logits([ids.tolist()])
+        (values,) = fresh_logits([ids.tolist()], mild)
         # Old log-probabilities near the new ones, so that some ratios are inside the bounds and some beyond.
         new = np.asarray(jax.nn.log_softmax(values[:-1] / TEMPERATURE))[np.arange(length - 1), ids[1:]]
         old = np.r_[0.0, new] + rng.normal(0, 0.3, length)
@@ -131,9 +138,13 @@ def largest_difference(ours: Params, theirs: Params) -> float:
     return max(jax.tree.leaves(jax.tree.map(relative, ours, theirs)))
 
 
-def difference_of_all(ours: Params, theirs: Params) -> float:
-    """|ours - theirs| / |theirs| of all weights together."""
-    return float(optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)) / optax.tree.norm(theirs))
+def assert_same_gradient(ours: Params, theirs: Params) -> None:
+    """To the precision of fp32: every entry to 1e-6, of the largest where that is above 1; each weight's norm too."""
+    pairs = list(zip(*(jax.tree.leaves(jax.device_get(x)) for x in (ours, theirs)), strict=True))
+    entry = max(np.abs(x - y).max() for x, y in pairs) / max(1.0, *(np.abs(y).max() for _, y in pairs))
+    weight = largest_difference(ours, theirs)
+    assert entry <= 1e-6 and weight <= 5e-6
+    print(f"gradients differ by {entry:.1e} in an entry, and by {weight:.1e} of a weight's norm")
 
 
 def assert_same_metrics(ours: dict, theirs: dict, rtol: float = 1e-5) -> None:
@@ -156,11 +167,11 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 @policy_alone
-def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, expected, fresh_logits):
+def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, mild, expected, fresh_logits):
     """By hand in numpy, one trajectory at a time; a token's weight is of its loss and of nothing else."""
     total = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
     off = []
-    for example, values in zip(examples, fresh_logits([e.ids for e in examples]), strict=True):
+    for example, values in zip(examples, fresh_logits([e.ids for e in examples], mild), strict=True):
         scaled = values.astype(np.float64) / TEMPERATURE
         logs = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
         for t in np.flatnonzero(example.sampled):
@@ -205,10 +216,8 @@ def test_packing_and_micro_batches_do_not_change_the_gradient(
         batch = pack(examples, row_length, rows_per_micro, micro_batches)
     run = compute if remat == "none" else kind.gradients(remat=remat)
     gradient, metrics = run(kind.params, batch)
-    difference = largest_difference(gradient, expected[0])
-    assert difference <= 1e-5
-    assert_same_metrics(metrics, expected[1])
-    print(f"largest relative difference {difference:.1e}, of the whole {difference_of_all(gradient, expected[0]):.1e}")
+    assert_same_gradient(gradient, expected[0])
+    assert_same_metrics(metrics, expected[1], rtol=2e-6)
 
 
 def test_tokens_that_were_not_sampled_have_no_effect(kind, batch, compute, expected):
@@ -305,9 +314,8 @@ def test_a_mesh_changes_nothing(kind, batch, expected, one_step, sizes):
     split = [x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(state.params)]
     assert sum(split) >= 8  # it was a mesh indeed
     gradient = jax.tree.map(lambda x: x / (1 - OPTIMIZER.b1), first_moment(state))
-    difference = largest_difference(gradient, expected[0])
-    assert difference <= 1e-5
-    assert_same_metrics(metrics, one_step[2])
+    assert_same_gradient(gradient, expected[0])
+    assert_same_metrics(metrics, one_step[2], rtol=2e-6)
     # Adam divides by the gradient's size, so an entry that is all rounding may move by some of a step.
     moved = jax.tree.map(
         lambda ours, theirs, old: np.asarray(ours - old) - np.asarray(theirs - old),
@@ -315,19 +323,20 @@ def test_a_mesh_changes_nothing(kind, batch, expected, one_step, sizes):
     )
     step = float(metrics["learning_rate"])
     apart = max(np.abs(x).max() for x in jax.tree.leaves(moved)) / step
-    assert apart <= 1e-2
-    whole = difference_of_all(gradient, expected[0])
-    print(f"gradient {difference:.1e} relative, {whole:.1e} of the whole, parameters {apart:.1e} of a step")
+    assert apart <= 5e-2
+    print(f"parameters {apart:.1e} of a step apart")
 
 
 @policy_alone
-def test_an_update_is_one_optimiser_step_and_compiles_once(kind, params, mesh, batch, expected, one_step, compiles):
+def test_an_update_is_one_optimiser_step_and_compiles_once(kind, mesh, batch, expected, one_step, compiles):
     update, state, metrics = one_step
     assert int(state.step) == 1
     # The gradient of `loss_and_gradient`, put through the optimiser by hand.
     optimizer = make_optimizer(OPTIMIZER)
-    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(expected[0], params)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), state.params, optax.apply_updates(params, updates))
+    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(expected[0], kind.params)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=2e-5), state.params, optax.apply_updates(kind.params, updates)
+    )
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected[0]), rtol=1e-5)
     np.testing.assert_allclose(metrics["learning_rate"], 5e-4, rtol=1e-6)
     for key, value in expected[1].items():
@@ -347,12 +356,12 @@ def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 @policy_alone
-def test_a_step_can_be_lowered_without_weights_or_tokens(kind, params, mesh, batch, one_step):
+def test_a_step_can_be_lowered_without_weights_or_tokens(kind, mesh, batch, one_step):
     step, state, metrics = one_step
-    shapes = jax.tree.map(abstract, fresh_state(params, OPTIMIZER)), jax.tree.map(abstract, batch)
+    shapes = jax.tree.map(abstract, fresh_state(kind.params, OPTIMIZER)), jax.tree.map(abstract, batch)
     compiled = step.lower(*shapes).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > sum(x.nbytes for x in jax.tree.leaves(state))
-    _, ours = compiled(place(fresh_state(params, OPTIMIZER), kind, mesh), batch)
+    _, ours = compiled(place(fresh_state(kind.params, OPTIMIZER), kind, mesh), batch)
     assert_same_metrics(ours, metrics)
 
 
