@@ -88,7 +88,12 @@ def test_fsdp_exchanges_weights_and_no_activation():
     assert 4 * math.prod(activation) > layer_bytes
     exchanged = collectives(program)
     assert ("all-gather", (MODEL.hidden_size, MODEL.intermediate_size)) in [one[:2] for one in exchanged]
+    # But for one number of each token, which are sorted for a percentile.
+    tokens = 2, ROWS, LENGTH
+    assert [one[:2] for one in exchanged].count(("all-gather", tokens)) <= 2
     for operation, shape, size in exchanged:
+        if shape == tokens:
+            continue
         assert size <= layer_bytes and max(shape, default=1) <= MODEL.intermediate_size, (operation, shape)
     carries = [arrays(match[1]) for match in re.finditer(r" = \((.*)\) while\(", program)]
     assert any(("f32", activation) in carry for carry in carries), "the scan over layers carries a device's own rows"
