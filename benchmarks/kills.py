@@ -65,17 +65,23 @@ def main(words: list[str]) -> None:
         run_killed(command_of("grpo", teacher, teacher, ["rl.steps=2"]), 3600, log)
     # Cold starts lie beside the runs, so each run here makes its own.
     whole = root / "unbroken" / "run"
-    began = time.monotonic()
-    run_killed(command_of(algorithm, whole, teacher, others), 3600, log)
-    unbroken_s = time.monotonic() - began
+
+    def timed(folder: Path, limit_s: float) -> tuple[bool, float]:
+        began = time.monotonic()
+        return run_killed(command_of(algorithm, folder, teacher, others), limit_s, log), time.monotonic() - began
+
+    _, whole_s = timed(whole, 3600)  # of a run that compiles; later ones find what was compiled
     theirs, killed, folders, steps = lines_of(whole), 0, 0, []
     while killed < int(options["kills"]):
         folder = root / f"killed-{folders}" / "run"
-        command = command_of(algorithm, folder, teacher, others)
-        while killed < int(options["kills"]) and run_killed(command, draw.uniform(0.1, 0.6) * unbroken_s, log):
+        while killed < int(options["kills"]):
+            was_killed, took_s = timed(folder, draw.uniform(0.1, 1.0) * whole_s)
+            if not was_killed:
+                whole_s = min(whole_s, took_s)
+                break
             killed += 1
             steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
-        run_killed(command, 3600, log)
+        timed(folder, 3600)
         folders += 1
         if lines_of(folder) != theirs:
             differing = next((pair for pair in zip(lines_of(folder), theirs, strict=False) if pair[0] != pair[1]), None)
