@@ -1,7 +1,8 @@
 """Reinforcement learning with a Python interpreter. One step, in the order of `train` below:
 
 1. Draw n trajectories for each of the step's prompts: the policy writes turns, tools answer its calls (`collector.py`,
-   `rollout.py`). With `rl.ahead=0` the weights are those of the last update, so the draws are on-policy.
+   `rollout.py`). With `rl.ahead=0` the weights are those of the last update, so the draws are on-policy. A replay
+   takes those of an earlier run from files instead (`replay.py`).
 2. Score each by the final answer in its last turn (`reward.py`).
 3. Ask the models that the algorithm has beside the policy, and turn rewards into the advantage of each token that the
    policy drew (`learner.py`, `advantage.py`). What the machinery lost has no part in it.
@@ -66,9 +67,8 @@ async def train(p: Parts, state: State, start: int | None) -> None:
         with p.clock.part("update"):
             if p.learner:
                 # In a thread, so that rollouts that run ahead go on meanwhile.
-                state, learned, tokens = await asyncio.to_thread(
-                    learn, p.learner, state, drawn.trajectories, step
-                )  # 3, 4
+                work = asyncio.to_thread(learn, p.learner, state, drawn.trajectories, step)
+                state, learned, tokens = await work  # 3, 4
                 numbers |= learned
                 p.tokens["update"] += tokens
             p.rollouts.updated(state.params)  # 5
