@@ -16,11 +16,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SMALL = [
     *("sandbox.backend=[bubblewrap,process]", "model.num_layers=1", "model.hidden_size=64"),
-    *("model.intermediate_size=128", "model.head_dim=16", "sft.steps=60", "rl.steps=12", "rl.prompts_per_step=4"),
+    *("model.intermediate_size=128", "model.head_dim=16", "sft.steps=60", "rl.steps=18", "rl.prompts_per_step=4"),
     *("rl.group_size=4", "engine.slots=16", "evaluation.every=4", "evaluation.problems=8", "checkpoint.every=3"),
     *("evaluation.final_split=dev",),
 ]
@@ -38,18 +39,39 @@ def command_of(algorithm: str, folder: Path, teacher: Path, words: list[str]) ->
     return [sys.executable, "-m", "retool_jax.train", *words]
 
 
-def run_killed(command: list[str], after_s: float, log: Path) -> bool:
-    """Whether it was killed before it ended by itself."""
+def run_killed(command: list[str], log: Path, now: Callable[[float], bool] = lambda seconds: False) -> bool:
+    """Whether it was killed, when `now` said so of the seconds since its start, before it ended by itself."""
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
-        try:
-            code = process.wait(after_s)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-    if code:
-        sys.exit(f"{' '.join(command)} ended with code {code}; see {log}")
+        began = time.monotonic()
+        while process.poll() is None:
+            if now(time.monotonic() - began):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return True
+            time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with code {process.returncode}; see {log}")
     return False
+
+
+def moment(folder: Path, draw: random.Random) -> Callable[[float], bool]:
+    """When to kill: one time in four within the first seconds, else a while behind one of the next steps' lines."""
+
+    def last() -> int:
+        lines = lines_of(folder)
+        return lines[-1]["step"] if lines else 0
+
+    if draw.random() < 0.25:
+        limit = draw.uniform(0.5, 12.0)
+        return lambda seconds: seconds > limit
+    target, late, seen = last() + draw.randint(1, 4), draw.uniform(0.0, 1.0), []
+
+    def now(seconds: float) -> bool:
+        if not seen and last() >= target:
+            seen.append(seconds)
+        return bool(seen) and seconds > seen[0] + late
+
+    return now
 
 
 def main(words: list[str]) -> None:
@@ -59,29 +81,20 @@ def main(words: list[str]) -> None:
     algorithm, root, draw = options["algorithm"], Path(options["folder"]), random.Random(int(options["seed"]))
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    log = root / "log.txt"
-    teacher = root / "teacher"
+    log, teacher = root / "log.txt", root / "teacher"
     if algorithm == "opd":
-        run_killed(command_of("grpo", teacher, teacher, ["rl.steps=2"]), 3600, log)
+        run_killed(command_of("grpo", teacher, teacher, ["rl.steps=2"]), log)
     # Cold starts lie beside the runs, so each run here makes its own.
     whole = root / "unbroken" / "run"
-
-    def timed(folder: Path, limit_s: float) -> tuple[bool, float]:
-        began = time.monotonic()
-        return run_killed(command_of(algorithm, folder, teacher, others), limit_s, log), time.monotonic() - began
-
-    _, whole_s = timed(whole, 3600)  # of a run that compiles; later ones find what was compiled
+    run_killed(command_of(algorithm, whole, teacher, others), log)
     theirs, killed, folders, steps = lines_of(whole), 0, 0, []
     while killed < int(options["kills"]):
         folder = root / f"killed-{folders}" / "run"
-        while killed < int(options["kills"]):
-            was_killed, took_s = timed(folder, draw.uniform(0.1, 1.0) * whole_s)
-            if not was_killed:
-                whole_s = min(whole_s, took_s)
-                break
+        command = command_of(algorithm, folder, teacher, others)
+        while killed < int(options["kills"]) and run_killed(command, log, moment(folder, draw)):
             killed += 1
             steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
-        timed(folder, 3600)
+        run_killed(command, log)
         folders += 1
         if lines_of(folder) != theirs:
             differing = next((pair for pair in zip(lines_of(folder), theirs, strict=False) if pair[0] != pair[1]), None)
