@@ -2,16 +2,15 @@
 
 import dataclasses
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.errors import UserError
 from retool_jax.fields import show
-from retool_jax.learn.optimizer import TrainState, fresh_state, state_shardings
+from retool_jax.learn import optimizer as optimizers
+from retool_jax.learn.optimizer import TrainState
 from retool_jax.mesh import make_mesh
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, abstract_params
@@ -173,5 +172,4 @@ def abstract_weights(run: Run) -> Params:
 def abstract_state(run: Run, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the state that a run trains."""
     optimizer = run.rl.optimizer if isinstance(run, RLRun) else run.sft.optimizer
-    shapes = jax.eval_shape(partial(fresh_state, optimizer=optimizer), abstract_params(run.model)[1])
-    return abstract_like(shapes, state_shardings(run.model, optimizer, mesh))
+    return optimizers.abstract_state(run.model, optimizer, mesh)

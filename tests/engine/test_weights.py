@@ -53,6 +53,14 @@ def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, comp
     assert len(compiles) == known
 
 
+def test_an_output_matrix_in_fp32_is_not_rounded_on_its_way(model, params, mesh):
+    config = dataclasses.replace(model, compute_dtype="bfloat16", tie_embeddings=True, fp32_head=True)
+    weights = Engine(config, CONFIG, params, mesh, [], 0).weights
+    np.testing.assert_array_equal(weights["embedding"][...], params["embedding"][...])
+    others = {x.dtype.name for name in weights if name != "embedding" for x in jax.tree.leaves(weights[name])}
+    assert others == {"bfloat16"}
+
+
 def test_weights_of_another_sharding_are_taken(model, fresh):
     """The trainer's are split over fsdp and tp, the engine's over tp alone."""
     devices = jax.devices()[:4]
