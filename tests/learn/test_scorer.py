@@ -76,7 +76,7 @@ def test_scores_are_a_steps_outputs(model, params, scorer, examples):
 def test_a_mesh_and_a_critic(model, params, mesh, examples):
     """The critic's values on four devices and on one."""
     critic, rng = critic_params(model, params), np.random.default_rng(1)
-    critic["value"][...] = jnp.asarray(rng.normal(size=model.hidden_size), "f4")
+    critic["value"][...] = jnp.asarray(rng.normal(0, 0.1, model.hidden_size), "f4")
     outputs, four = critic_outputs(model), make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     placed = jax.device_put(jax.tree.map(np.array, critic), param_shardings(model, four, value_head=True))
     ours = Scorer(outputs, four, 40, 4, 3)(placed, examples)
