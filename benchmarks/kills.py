@@ -23,7 +23,8 @@ SMALL = [
     *("sandbox.backend=[bubblewrap,process]", "model.num_layers=1", "model.hidden_size=64"),
     *("model.intermediate_size=128", "model.head_dim=16", "sft.steps=60", "rl.steps=18", "rl.prompts_per_step=4"),
     *("rl.group_size=4", "engine.slots=16", "evaluation.every=4", "evaluation.problems=8", "checkpoint.every=3"),
-    *("evaluation.final_split=dev",),
+    # So small a model is never right; it is rewarded for the form of what it says, so that there is something to learn.
+    *("evaluation.final_split=dev", "rl.reward.name=shaped", "rl.reward.guard=false"),
 ]
 
 
@@ -99,7 +100,15 @@ def main(words: list[str]) -> None:
         if lines_of(folder) != theirs:
             differing = next((pair for pair in zip(lines_of(folder), theirs, strict=False) if pair[0] != pair[1]), None)
             sys.exit(f"{folder} has other lines than {whole}; the first pair: {differing}")
-    found = {"algorithm": algorithm, "kills": killed, "steps_at_kills": steps, "runs": folders, "lines": len(theirs)}
+    learned = sum(line.get("grad_norm", 0) > 0 for line in theirs)
+    found = {
+        "steps_that_learned": learned,
+        "algorithm": algorithm,
+        "kills": killed,
+        "steps_at_kills": steps,
+        "runs": folders,
+        "lines": len(theirs),
+    }
     print(json.dumps({"benchmark": "kills", **found, "equal": True}, indent=2))
 
 
