@@ -99,7 +99,7 @@ class GroupsConfig:
 class RLConfig:
     """Samples of the policy, rewards on the final answer, clipped updates."""
 
-    algorithm: str = "grpo"  # a name of rl/algorithms.py, or my_package.my_module:MY_ALGORITHM
+    algorithm: str = "grpo"  # or dr_grpo, rloo, gspo, cispo, ppo, opd, my_package.my_module:MY_ALGORITHM
     steps: Positive = 80
     prompts_per_step: Positive = 24
     group_size: Positive = 8  # samples per prompt
