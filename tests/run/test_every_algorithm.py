@@ -25,15 +25,17 @@ def teacher(train, runs) -> Path:
 SHORT = ("rl.steps=4", "evaluation.every=0")
 KINDS = {
     "ppo": ["rl.algorithm=ppo", "rl.critic.warmup_steps=1", "rl.critic.optimizer.learning_rate=0.001"],
-    "opd": ["rl.algorithm=opd", "rl.old_logprobs=trainer", "rl.correction=token_tis", "rl.epochs=2"],
-    "dynamic": ["rl.groups.dynamic=true", "rl.kl.coefficient=0.01", "rl.entropy_coefficient=0.001"],
+    # With all that a run may add to its loss and its data.
+    "opd": [
+        *("rl.algorithm=opd", "rl.old_logprobs=trainer", "rl.correction=token_tis", "rl.epochs=2"),
+        *("rl.groups.dynamic=true", "rl.kl.coefficient=0.01", "rl.entropy_coefficient=0.001"),
+    ],
     "ahead": ["rl.ahead=1"],
 }
 # What each writes beside the numbers of grpo.
 OWN = {
     "ppo": {"critic/value_loss", "critic/explained_variance"},
-    "opd": {"mismatch_ess"},
-    "dynamic": {"groups/refills"},
+    "opd": {"teacher_kl", "mismatch_ess", "correction_share", "kl", "groups/refills"},
     "ahead": {"staleness/max"},
 }
 
