@@ -138,8 +138,11 @@ with_group = pytest.mark.parametrize("backend", ["bubblewrap", "gvisor"], indire
 
 def test_a_program_that_keeps_its_worker_from_answering_is_to_blame(backend: str, monkeypatch: pytest.MonkeyPatch):
     """The host gives the worker up while the program is at it, as if the supervisor did not get through to it."""
-    monkeypatch.setattr(OVERTIME, -0.5)
-    plays = ("session", QUIET_BOMB), ("call", QUIET_BOMB), ("session", BUSY)  # a call is not tried again, nor a cell
+    # It looks for a second from the third on, when the program has long begun and its own limit has not ended it yet.
+    monkeypatch.setattr(OVERTIME, -5.0)
+    limits = replace(LIMITS, wall_s=8)
+    programs = ("session", QUIET_BOMB), ("call", QUIET_BOMB), ("session", BUSY)  # a call is not tried again, nor a cell
+    plays = [(*program, limits) for program in programs]
     for outcome in outcomes(once(backend, retries=2), *plays):
         assert (outcome.result.status, outcome.result.attempts, outcome.faults) == ("timeout", 1, {}), outcome
         assert outcome.restarts.get("overrun") == 1, outcome
