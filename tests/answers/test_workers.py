@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -105,12 +105,13 @@ def ask(pool: SymbolicPool, truth: str, answer: str) -> Outcome:
     return pool.compare([(truth, answer)])[truth, answer]
 
 
-def child_of(pid: int) -> int:
-    """The process that was forked for a question."""
+def child_of(pid: int, but: Sequence[int] = ()) -> int:
+    """The process that was forked for a question, and is none of those that are known."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            return int(children[0])
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        if others := [child for child in children if child not in but]:
+            return others[0]
         time.sleep(0.01)
     raise AssertionError("no child")
 
@@ -188,9 +189,10 @@ def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_los
         found = []
         asking = threading.Thread(target=lambda found=found: found.append(ask(warm, *endless())))
         asking.start()
+        killed: list[int] = []  # one that is not gone yet is not killed in the place of the next
         for _ in range(kills):
-            os.kill(child_of(warm.pid), signal.SIGKILL)
-            time.sleep(0.1)
+            killed.append(child_of(warm.pid, killed))
+            os.kill(killed[-1], signal.SIGKILL)
         asking.join()
         assert found == [outcome]
 
