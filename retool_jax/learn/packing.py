@@ -61,7 +61,7 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 class Place(NamedTuple):
-    """Where an example stands in a batch: [start, stop) of a row of a micro-batch, as its so-manieth segment from 1."""
+    """Where an example stands in a batch: [start, stop) of a row of a micro-batch. Segments of a row count from 1."""
 
     example: int
     micro: int

@@ -114,12 +114,12 @@ class Collector:
             mean = sum(stale) / len(stale) if stale else 0.0
             numbers |= {"staleness/max": max(stale, default=0), "staleness/mean": mean}
         chosen = found or drawn[: rl.prompts_per_step]
-        left = {id(trajectories) for trajectories in chosen}
+        taken = {id(trajectories) for trajectories in chosen}
         return Rollouts(
             [t for trajectories in chosen for t in trajectories],
             self._take_statistics(),
             numbers,
-            [t for trajectories in drawn if id(trajectories) not in left for t in trajectories],
+            [t for trajectories in drawn if id(trajectories) not in taken for t in trajectories],
         )
 
     def updated(self, params: Params) -> None:

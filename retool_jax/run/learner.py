@@ -38,6 +38,10 @@ def make_learner(run: RLRun, mesh: Mesh, first_weights: Callable[[], Params]) ->
         frozen["teacher_logprobs"] = Frozen(scorer(model, "logprobs", temperature=1.0), params)
     if rl.kl.coefficient:
         frozen["reference_logprobs"] = Frozen(scorer(run.model, "logprobs"), first_weights())
+    critic = values = None
+    if has_critic(run):
+        critic = make_critic_step(run.model, rl.critic.value_clip, rl.critic.optimizer, mesh)
+        values = scorer(run.model, "values")
     outputs = Outputs(run.model, temperature=rl.temperature, entropy_gradient=rl.entropy_coefficient > 0)
     return Learner(
         rl=rl,
@@ -45,10 +49,8 @@ def make_learner(run: RLRun, mesh: Mesh, first_weights: Callable[[], Params]) ->
         longest=run.engine.max_length,
         update=make_step(outputs, loss, rl.optimizer, mesh),
         trainer=scorer(run.model, "logprobs") if rl.old_logprobs == "trainer" else None,
-        critic=make_critic_step(run.model, rl.critic.value_clip, rl.critic.optimizer, mesh)
-        if has_critic(run)
-        else None,
-        values=scorer(run.model, "values") if has_critic(run) else None,
+        critic=critic,
+        values=values,
         frozen=frozen,
     )
 
