@@ -50,8 +50,10 @@ class Supervisor:
         self.calls = 0
         self.session: Program | None = None
         # Where other users' processes are out of sight, so that a whole user can be killed without a look at each.
-        alone = isolation.first_uid is not None and isolation.processes
-        self.reaper = Reaper(isolation) if alone else None
+        users = isolation.first_uid is not None and isolation.processes
+        self.reaper = Reaper(isolation) if users else None
+        self.alone = isolation.processes and os.getpid() == 1
+        """Whether every process seen here is this worker's or a program's."""
         # gVisor lets any program change the priority and the cores of any process.
         self.scheduling = Scheduling() if os.getpid() == 1 and not isolation.immune else None
         self.oom_kills = 0
@@ -86,12 +88,12 @@ class Supervisor:
 
     # -- killing ------------------------------------------------------------------------------------------------------
 
-    def victims(self) -> list[int]:
-        """Every process of the programs: all that are seen where only this worker is, else those below it."""
-        known = {os.getpid(), *(tier.pid for tier in self.tiers.values() if not tier.dead)}
-        if self.reaper is not None:
-            known.add(self.reaper.pid)
-        parents = {}
+    def others(self) -> tuple[dict[int, int], set[int]]:
+        """All processes seen here but this worker's own: the parent of each that lives, and those that are dead.
+
+        A dead one is a zombie, or ended between the listing of the names and the look at it.
+        """
+        known, parents, dead = self.known(), {}, set()
         for name in filter(str.isdecimal, os.listdir("/proc")):
             if int(name) in known:
                 continue
@@ -99,15 +101,43 @@ class Supervisor:
                 with open(f"/proc/{name}/stat", "rb") as file:  # a program's name need not be text
                     state, parent = file.read().rpartition(b")")[2].split()[:2]
             except OSError:
-                continue  # it ended meanwhile
-            if state not in b"ZX":
+                state, parent = b"X", b"0"
+            if state in b"ZX":
+                dead.add(int(name))
+            else:
                 parents[int(name)] = int(parent)
-        if self.isolation.processes and os.getpid() == 1:
+        return parents, dead
+
+    def known(self) -> set[int]:
+        """This worker's own processes."""
+        reaper = {self.reaper.pid} if self.reaper is not None else set()
+        return {os.getpid(), *reaper, *(tier.pid for tier in self.tiers.values() if not tier.dead)}
+
+    def victims(self) -> list[int]:
+        """Every process of the programs: all that are seen where only this worker is, else those below it."""
+        parents, _ = self.others()
+        if self.alone:
             return list(parents)
+        known = self.known()
         below = set(known)
         while more := {pid for pid, parent in parents.items() if parent in below} - below:
             below |= more
         return list(below - known)
+
+    def nothing_left(self, dead: set[int]) -> bool:
+        """Whether no process of the programs lives. `dead` is what the last look found dead, and is brought up to date.
+
+        A program that forks and ends again and again has a live process at the moment in which the names are listed,
+        but that one may be dead when it is looked at, and its child is not in the list. So one that was not among the
+        dead before counts as alive.
+        """
+        if not self.alone:
+            return not self.victims()
+        parents, found = self.others()
+        quiet = not parents and found <= dead
+        dead.clear()
+        dead.update(found)
+        return quiet
 
     def kill_all(self, uid: int | None) -> None:
         """Kill every process of the call, once; more may be forked meanwhile."""
@@ -120,17 +150,17 @@ class Supervisor:
 
     def settle(self, program: Program) -> bool:
         """Kill what is left of a program and wait until it is gone; False if something would not go."""
-        deadline, pause = time.monotonic() + SWEEP_S, 0.0005
+        deadline, pause, dead = time.monotonic() + SWEEP_S, 0.0005, set()
         # A fork server that gets the orphans knows when the last is gone. On gVisor it can miss one that is just
         # being handed over.
         trusted = program.tier.subreaper and self.isolation.immune
-        while not (program.gone and (trusted or not self.victims())):
+        while not (program.gone and (trusted or self.nothing_left(dead))):
             if time.monotonic() > deadline:
                 return False
             self.kill_all(program.uid)
             if program.tier.dead:
                 self.reap()
-                program.gone = not self.victims()
+                program.gone = self.nothing_left(dead)
                 if not program.gone:
                     time.sleep(pause)
             elif not program.gone:
@@ -150,7 +180,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(tier.pid, signal.SIGKILL)
             tier.dead = True
-        if os.getpid() == 1 and self.isolation.processes:
+        if self.alone:
             return
         deadline = time.monotonic() + SWEEP_S
         while (victims := self.victims()) and time.monotonic() < deadline:
