@@ -48,6 +48,10 @@ from retool_jax.engine.pages import Pages
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, forward, init_params, logits
+from retool_jax.rl.algorithms import ALGORITHMS
+from retool_jax.rl.batches import counted, scored_of
+from retool_jax.rl.config import RLConfig
+from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.tokens.tokenizer import load_tokenizer
 
 # What takes longest is begun first, so that the workers end together.
@@ -348,3 +352,19 @@ class ScriptedEngine:
 @pytest.fixture(scope="session")
 def scripted_engine() -> type[ScriptedEngine]:
     return ScriptedEngine
+
+
+@pytest.fixture(scope="session")
+def advantages() -> Callable[[Sequence[Trajectory], int], list[list[float]]]:
+    """The advantages that GRPO gives to trajectories, by group: of those that say something, in groups that teach."""
+
+    def of(trajectories: Sequence[Trajectory], group_size: int) -> list[list[float]]:
+        kept, groups = counted(trajectories, group_size)
+        columns = ALGORITHMS["grpo"].advantage(scored_of(kept, groups, {}), RLConfig())["advantages"]
+        found: dict[int, list[float]] = {}
+        for trajectory, group, values in zip(kept, groups.tolist(), columns, strict=True):
+            if values.any():
+                found.setdefault(group, []).append(float(values[trajectory.sampled][0]))
+        return list(found.values())
+
+    return of

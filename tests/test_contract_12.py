@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from retool_jax.answers import check
 from retool_jax.data.problems import Problem
 from retool_jax.engine.pages import Pages
+from retool_jax.evaluation.measure import write_trajectories
 from retool_jax.report.page import main, visible
 from retool_jax.report.trajectories import readable_parts
-from retool_jax.rl.evaluation import write_trajectories
-from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
-from retool_jax.rl.trajectory import End, ToolUse, Trajectory
+from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout, score
+from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox, tool_text
 from retool_jax.tokens.chat import defuse, prompt_ids
 from retool_jax.tokens.grammar import GRAMMARS, tool_calls

@@ -13,10 +13,10 @@ import pytest
 import retool_jax
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
+from retool_jax.evaluation.numbers import summarise
 from retool_jax.fields import describe
-from retool_jax.rl.evaluation import summarise
-from retool_jax.rl.reward import default
-from retool_jax.rl.trajectory import End, ToolUse, Trajectory
+from retool_jax.rollout.reward import default
+from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 from retool_jax.run.load import load
 from retool_jax.run.schema import RLRun
 from retool_jax.sandbox.types import Status

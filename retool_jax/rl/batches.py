@@ -8,7 +8,7 @@ from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.rl.advantage import Scored
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.loss import aggregation_weights
-from retool_jax.rl.trajectory import Trajectory
+from retool_jax.rollout.trajectory import Trajectory
 
 Columns = Mapping[str, Sequence[np.ndarray]]  # by name, an array [T_i] for each trajectory
 

@@ -17,12 +17,13 @@ from typing import NamedTuple
 from retool_jax.engine.conversation import Statistics
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Service
+from retool_jax.evaluation.numbers import summarise
 from retool_jax.models.decoder import Params
-from retool_jax.rl.config import RLConfig, RolloutConfig
-from retool_jax.rl.evaluation import summarise
-from retool_jax.rl.rollout import Dialogue, Sample, dialogues_of, rollout, score, trajectories_of
+from retool_jax.rl.config import RLConfig
 from retool_jax.rl.sampler import Group, Sampler
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rollout.config import RolloutConfig
+from retool_jax.rollout.rollout import Dialogue, Sample, dialogues_of, rollout, score, trajectories_of
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 

@@ -8,28 +8,7 @@ from pydantic.dataclasses import dataclass
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, NotNegative, Positive, Share
 from retool_jax.learn.config import OptimizerConfig
-
-
-@dataclass(frozen=True, config=CHECKED)
-class RolloutConfig:
-    """Limits of a trajectory; its total length is the engine's `max_length`."""
-
-    max_prompt_tokens: Positive = 40
-    max_turns: Positive = 4  # policy turns, the last of which must be the answer
-    turn_tokens: Count | None = 0  # of one turn, up to its call or its end; 0 or null: as many as there is room for
-    tool_output_tokens: Positive = 200  # of one tool output, cut in the middle
-    answer_tokens: Count = 0  # kept for a last turn, asked for where turns or tokens run out; 0: it ends there
-    grammar: Literal["hermes", "retool"] = "hermes"  # of calls: hermes (<tool_call> JSON), retool (the paper's <code>)
-    tool_prompt: str = ""
-    """What explains <code> before a question: a text; paper, for the paper's; empty: a short one."""
-    strict_calls: bool = False  # refuse, in words, calls that could be read but are not as the grammar writes them
-
-    def __post_init__(self) -> None:
-        if self.tool_prompt and self.grammar != "retool":
-            raise UserError(
-                f"rollout.tool_prompt explains <code>, and rollout.grammar={self.grammar} is explained by the chat"
-                " template; set rollout.grammar=retool, or leave rollout.tool_prompt out"
-            )
+from retool_jax.rollout.config import RewardConfig
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -74,16 +53,6 @@ class TeacherConfig:
     gate_low: NotNegative = 0.0
     gate_high: NotNegative = 0.05
     gate_slope: NotNegative = 1.0
-
-
-@dataclass(frozen=True, config=CHECKED)
-class RewardConfig:
-    """What a trajectory is worth (docs/rewards.md)."""
-
-    name: str = "default"  # or recipe, dapo_strict, shaped, my_package.my_module:my_reward
-    guard: bool = True  # in a group without a right answer all get the lowest reward, so that none is reinforced
-    overlong_tokens: Count = 0  # at the end of the room for a response, over which a penalty grows; 0: none
-    overlong_penalty: NotNegative = 1.0  # where it ends (DAPO, arXiv 2503.14476 eq. 13)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -142,13 +111,3 @@ class RLConfig:
                 f"rl.correction={self.correction} weighs the engine's log-probabilities against the trainer's, which"
                 " rl.old_logprobs=engine does not compute; set rl.old_logprobs=trainer, or rl.correction=none"
             )
-
-
-@dataclass(frozen=True, config=CHECKED)
-class EvaluationConfig:
-    """Accuracy on held-out problems, sampled at temperature 1 and greedily."""
-
-    every: Count = 10  # RL steps between looks at the dev split; 0 never looks
-    problems: Positive = 256
-    answer_tokens: Count = 256  # as rollout.answer_tokens, which is training's
-    final_split: Literal["dev", "test"] = "test"  # for the table before and after RL; use dev while tuning

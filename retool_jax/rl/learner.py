@@ -20,7 +20,7 @@ from retool_jax.rl.algorithms import Algorithm, aggregation_of
 from retool_jax.rl.batches import batches_of, counted, scored_of
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.correction import correction, correction_numbers
-from retool_jax.rl.trajectory import Trajectory
+from retool_jax.rollout.trajectory import Trajectory
 
 # Of a step's first batch: it is updated with the weights that sampled it, so that there the difference between the
 # engine's and the trainer's log-probabilities is numerics alone.

@@ -20,13 +20,16 @@ from pathlib import Path
 from retool_jax.clock import Clock
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
+from retool_jax.evaluation.config import EvaluationConfig
+from retool_jax.evaluation.measure import evaluate, looked, splits_at
+from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.collector import Collector, Rollouts
-from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
-from retool_jax.rl.evaluation import evaluate, faults, looked, splits_at, summarise
+from retool_jax.rl.config import RLConfig
 from retool_jax.rl.learner import Learner, State, learn
 from retool_jax.rl.replay import Replay, rollouts_path, write_rollouts
 from retool_jax.rl.summary import performance
+from retool_jax.rollout.config import RolloutConfig
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 

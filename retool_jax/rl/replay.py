@@ -24,7 +24,7 @@ from retool_jax.files import replacing
 from retool_jax.models.decoder import Params
 from retool_jax.rl.collector import Rollouts
 from retool_jax.rl.config import RLConfig
-from retool_jax.rl.trajectory import End, Segment, ToolUse, Trajectory
+from retool_jax.rollout.trajectory import End, Segment, ToolUse, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FOLDER = "rollouts"  # in a run's folder

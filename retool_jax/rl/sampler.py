@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.rl.config import RLConfig
-from retool_jax.rl.rollout import Sample
-from retool_jax.rl.trajectory import Trajectory
+from retool_jax.rollout.rollout import Sample
+from retool_jax.rollout.trajectory import Trajectory
 
 
 class Group(NamedTuple):

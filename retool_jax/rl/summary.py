@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from retool_jax.engine.scheduler import Statistics
+from retool_jax.evaluation.config import EvaluationConfig
+from retool_jax.evaluation.measure import looked
 from retool_jax.files import replacing
-from retool_jax.rl.config import EvaluationConfig
-from retool_jax.rl.evaluation import looked
 
 SUMMARY = "summary.json"
 

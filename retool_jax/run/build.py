@@ -18,7 +18,7 @@ from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
 from retool_jax.models.sharding import param_shardings
-from retool_jax.rl.rollout import encode_prompt
+from retool_jax.rollout.rollout import encode_prompt
 from retool_jax.run.folder import CONFIG
 from retool_jax.run.load import make, read, read_yaml
 from retool_jax.run.schema import RLRun, Run, micro_batches

@@ -17,9 +17,9 @@ from retool_jax.rl import loop
 from retool_jax.rl.collector import Collector
 from retool_jax.rl.learner import State
 from retool_jax.rl.replay import Replay
-from retool_jax.rl.reward import reward_named
 from retool_jax.rl.sampler import Sampler
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
+from retool_jax.rollout.reward import reward_named
 from retool_jax.run.build import (
     engine_of,
     mesh_of,

@@ -9,10 +9,12 @@ from pydantic.dataclasses import dataclass
 from retool_jax.data.config import DataConfig
 from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
+from retool_jax.evaluation.config import EvaluationConfig
 from retool_jax.fields import CHECKED, Positive
 from retool_jax.mesh_config import MeshConfig, check_rows
 from retool_jax.models.config import ModelConfig
-from retool_jax.rl.config import EvaluationConfig, RLConfig, RolloutConfig
+from retool_jax.rl.config import RLConfig
+from retool_jax.rollout.config import RolloutConfig
 from retool_jax.sandbox.types import Limits, SandboxConfig
 from retool_jax.sft.config import SFTConfig
 from retool_jax.tools.config import check_tools, words_of

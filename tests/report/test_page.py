@@ -13,8 +13,8 @@ import retool_jax
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.report.page import main
-from retool_jax.rl.rollout import score
-from retool_jax.rl.trajectory import INFRASTRUCTURE, Trajectory
+from retool_jax.rollout.rollout import score
+from retool_jax.rollout.trajectory import INFRASTRUCTURE, Trajectory
 
 ROOT = Path(retool_jax.__file__).parents[1]
 HOSTILE = "<script>alert('owned')</script> &amp; <img src=x onerror=alert(1)>"

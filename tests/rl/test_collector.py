@@ -16,12 +16,13 @@ from retool_jax.answers import workers
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError
+from retool_jax.evaluation.numbers import summarise
 from retool_jax.rl.collector import Collector, Rollouts
-from retool_jax.rl.config import GroupsConfig, RLConfig, RolloutConfig
-from retool_jax.rl.evaluation import summarise
-from retool_jax.rl.rollout import rollout, score
+from retool_jax.rl.config import GroupsConfig, RLConfig
 from retool_jax.rl.sampler import Sampler
-from retool_jax.rl.trajectory import End
+from retool_jax.rollout.config import RolloutConfig
+from retool_jax.rollout.rollout import rollout, score
+from retool_jax.rollout.trajectory import End
 from retool_jax.tokens.grammar import policy_turn_text
 from retool_jax.tools import Output, Tool
 from retool_jax.tools.toolbox import Toolbox

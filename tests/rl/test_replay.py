@@ -14,7 +14,7 @@ from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.replay import NEEDED, Replay, read_rollouts, rollouts_path, write_rollouts
-from retool_jax.rl.trajectory import End, ToolUse, Trajectory
+from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 
 RL = RLConfig(steps=2, prompts_per_step=2, group_size=2, row_length=64)
 VOCABULARY = 100

@@ -11,7 +11,7 @@ from retool_jax.data.arithmetic import problem_row
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.rl.config import GroupsConfig, RLConfig
 from retool_jax.rl.sampler import Group, Sampler
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rollout.trajectory import End, Trajectory
 
 RL = RLConfig(prompts_per_step=4, group_size=3, minibatches=2, temperature=0.9)
 PROBLEMS = Problems("arithmetic", "train", 5)

@@ -20,7 +20,8 @@ from retool_jax.learn.optimizer import init_state, state_shardings
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
-from retool_jax.rl.config import RLConfig, RolloutConfig
+from retool_jax.rl.config import RLConfig
+from retool_jax.rollout.config import RolloutConfig
 from retool_jax.run.build import resolve, sandbox_config, told_of_memory
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load

@@ -9,8 +9,8 @@ from retool_jax.answers import extract_boxed
 from retool_jax.data.arithmetic import demonstration
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
-from retool_jax.rl.rollout import RolloutConfig, Sample, rollout
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.chat import defuse, prompt_ids
 from retool_jax.tokens.demonstrations import TokenList, demonstration_ids

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from tokenizers import AddedToken
 
 from retool_jax.data.problems import Problem
-from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
-from retool_jax.rl.trajectory import End
+from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout, score
+from retool_jax.rollout.trajectory import End
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.grammar import GRAMMARS, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
-from retool_jax.rl.rollout import RolloutConfig, Sample, rollout, score
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout, score
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.run.build import model_for
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, open_sandbox

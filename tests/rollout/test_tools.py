@@ -13,9 +13,10 @@ import pytest
 
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
-from retool_jax.rl.evaluation import summarise, write_trajectories
-from retool_jax.rl.rollout import RolloutConfig, Sample, encode_prompt, rollout, score
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.evaluation.measure import write_trajectories
+from retool_jax.evaluation.numbers import summarise
+from retool_jax.rollout.rollout import RolloutConfig, Sample, encode_prompt, rollout, score
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig
 from retool_jax.tokens.grammar import GRAMMARS, policy_turn_text
 from retool_jax.tokens.tokenizer import Tokenizer

@@ -11,9 +11,9 @@ from retool_jax.engine.conversation import Statistics, Tokens
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.errors import UserError
-from retool_jax.rl.config import RewardConfig, RolloutConfig
-from retool_jax.rl.reward import rewards_of, strict_box
-from retool_jax.rl.trajectory import End, ToolUse, Trajectory, numbers_of
+from retool_jax.rollout.config import RewardConfig, RolloutConfig
+from retool_jax.rollout.reward import rewards_of, strict_box
+from retool_jax.rollout.trajectory import End, ToolUse, Trajectory, numbers_of
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
 from retool_jax.tokens.grammar import GRAMMARS, ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer

@@ -11,10 +11,10 @@ from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.rl.advantage import group_relative
-from retool_jax.rl.config import RewardConfig
-from retool_jax.rl.reward import reward_named, rewards_of, strict_box
-from retool_jax.rl.rollout import score
-from retool_jax.rl.trajectory import End, ToolUse, Trajectory
+from retool_jax.rollout.config import RewardConfig
+from retool_jax.rollout.reward import reward_named, rewards_of, strict_box
+from retool_jax.rollout.rollout import score
+from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 
 RIGHT, WRONG, NO_BOX = Verdict(True, "45", "integer"), Verdict(False, "44", "mismatch"), Verdict(False, None, "no_box")
 

@@ -15,14 +15,15 @@ from retool_jax.clock import Clock
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
+from retool_jax.evaluation.measure import evaluate
+from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.rl.collector import Collector
-from retool_jax.rl.config import RewardConfig
-from retool_jax.rl.evaluation import evaluate, faults, summarise
 from retool_jax.rl.loop import Parts, train
-from retool_jax.rl.reward import default
-from retool_jax.rl.rollout import RolloutConfig, score
 from retool_jax.rl.sampler import Sampler
-from retool_jax.rl.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
+from retool_jax.rollout.config import RewardConfig
+from retool_jax.rollout.reward import default
+from retool_jax.rollout.rollout import RolloutConfig, score
+from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
 from retool_jax.tokens.grammar import policy_turn_text

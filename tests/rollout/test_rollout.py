@@ -8,9 +8,9 @@ import pytest
 
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
-from retool_jax.rl.evaluation import summarise
-from retool_jax.rl.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.evaluation.numbers import summarise
+from retool_jax.rollout.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult, open_sandbox

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from retool_jax.answers import Verdict
 from retool_jax.errors import UserError, one_line
-from retool_jax.rl.config import RewardConfig
-from retool_jax.rl.trajectory import End, Trajectory
+from retool_jax.rollout.config import RewardConfig
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tools.toolbox import INVALID, imported
 
 Reward = Callable[[Trajectory, Verdict], float]

@@ -1,0 +1,81 @@
+"""What a set of trajectories amounts to: rates over trajectories and over their calls, in one dict of names."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from retool_jax.answers.check import TIMEOUT
+from retool_jax.errors import UserError
+from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
+
+
+def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[str, float | None]:
+    """Rates over trajectories and over their calls (None without any); dropped ones count under their end only.
+
+    Args:
+        trajectories: scored ones.
+        max_dropped: the share of them that the machinery may have dropped, below 1.
+
+    Raises:
+        UserError: it dropped more.
+    """
+    kept = [t for t in trajectories if not t.dropped]
+    ends = Counter(str(t.end) for t in trajectories)
+    dropped = 1 - len(kept) / len(trajectories)
+    if dropped > max_dropped:
+        faults = {t.end: f"{ends[t.end]} {t.end} ({t.fault})" for t in trajectories if t.dropped}
+        raise UserError(
+            f"{len(trajectories) - len(kept)} of {len(trajectories)} trajectories were dropped, a share above"
+            f" rl.max_dropped={max_dropped:g}: {', '.join(faults.values())}. That is no fault of the policy, and the"
+            " run's last checkpoint is good: mend the cause and start the same command again, or raise rl.max_dropped"
+        )
+    uses = [use for t in kept for use in t.tool_uses]
+    success = _share(uses, "success")
+    written = [len(use.code) for use in uses if use.code]
+    return {
+        "accuracy": float(np.mean([t.verdict.correct for t in kept])),
+        "reward_mean": float(np.mean([t.reward for t in kept])),
+        "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
+        "tool_success": success,
+        "calls_per_sample": len(uses) / len(kept),
+        "calls/repaired": sum(bool(use.repaired) for use in uses),
+        "forced_answers": sum(t.forced for t in kept),
+        "response_tokens": float(np.mean([t.response_tokens for t in kept])),
+        "turns_mean": float(np.mean([t.turns for t in kept])),
+        **_spread("response_tokens", [t.response_tokens for t in kept]),
+        **_spread("turns", [t.turns for t in kept]),
+        **_spread("calls", [len(t.tool_uses) for t in kept]),
+        "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),
+        "dropped": dropped,
+        **{f"end/{end}": ends[end] for end in End},
+        # Names that dashboards of other ReTool recipes know.
+        "retool/tool_calls_per_sample": len(uses) / len(kept),
+        "retool/tool_success_rate": success,
+        "retool/avg_code_length_chars": float(np.mean(written)) if written else None,
+        "reward/exact_match": float(np.mean([t.exact for t in kept])),
+        "reward/format_bonus": float(np.mean([t.verdict.answer is not None for t in kept])),
+        "reward/guarded": float(np.mean(["guard" in t.reward_terms for t in kept])),
+        "reward/overlong": float(np.mean([t.reward_terms.get("overlong", 0.0) for t in kept])),
+        "sandbox/timeout_rate": _share(uses, "timeout"),
+        "sandbox/oom_rate": _share(uses, "oom"),
+    }
+
+
+def _share(uses: Sequence[ToolUse], status: str) -> float | None:
+    """The share of calls that ended so; None without any."""
+    return float(np.mean([use.status == status for use in uses])) if uses else None
+
+
+def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
+    """The tenth and the ninetieth percentile, for what a mean hides."""
+    low, high = np.percentile(values, (10, 90))
+    return {f"{name}_p10": float(low), f"{name}_p90": float(high)}
+
+
+def faults(numbers: Mapping[str, float | None]) -> str:
+    """What the machinery did to the trajectories of a `summarise`, in words; empty where all went well."""
+    counts = {str(end): numbers[f"end/{end}"] for end in INFRASTRUCTURE}
+    words = [f"{count} trajectories {end.replace('_', ' ')}" for end, count in counts.items() if count]
+    late = numbers["checker_timeouts"]
+    return ", ".join(words + ([f"{late} answers not compared in time, which count as wrong"] if late else []))
