@@ -86,6 +86,12 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
             f"rl.algorithm={name} learns from a teacher, and rl.teacher.init_from is empty; set it to a run's folder, a"
             " Hugging Face folder or a hub id"
         )
+    unused = [key for key in ("discount", "gae_lambda", "critic") if getattr(rl, key) != getattr(RLConfig(), key)]
+    if unused and "critic" not in algorithm.models and ":" not in name:  # one's own may read them
+        raise UserError(
+            f"rl.algorithm={name} has no critic, so nothing reads {' and '.join(f'rl.{key}' for key in unused)}; set"
+            " rl.algorithm=ppo, or leave that out"
+        )
     if not rl.kl.coefficient and rl.kl != KLConfig():
         raise UserError(
             f"rl.kl.place={rl.kl.place} and rl.kl.estimator={rl.kl.estimator} say how the divergence from the first"

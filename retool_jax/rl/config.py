@@ -1,5 +1,6 @@
 """What a run may set of reinforcement learning."""
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -53,6 +54,17 @@ class TeacherConfig:
     gate_low: NotNegative = 0.0
     gate_high: NotNegative = 0.05
     gate_slope: NotNegative = 1.0
+
+    def __post_init__(self) -> None:
+        gate = ("gate_low", "gate_high", "gate_slope")
+        others = gate if self.form == "plain" else ("coefficient",)
+        standard = {field.name: field.default for field in dataclasses.fields(self)}
+        unused = [name for name in others if getattr(self, name) != standard[name]]
+        if unused:
+            raise UserError(
+                f"rl.teacher.{unused[0]}={getattr(self, unused[0])} is not read with rl.teacher.form={self.form}; leave"
+                f" it out, or set rl.teacher.form={'gated' if self.form == 'plain' else 'plain'}"
+            )
 
 
 @dataclass(frozen=True, config=CHECKED)

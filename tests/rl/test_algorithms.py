@@ -1,6 +1,7 @@
 """Algorithms as records: found by name, refused where they cannot mean anything, and added by one more."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch
 from retool_jax.rl.advantage import Scored
 from retool_jax.rl.algorithms import ALGORITHMS, Algorithm, aggregation_of, algorithm_of
-from retool_jax.rl.config import KLConfig, RLConfig, TeacherConfig
+from retool_jax.rl.config import CriticConfig, KLConfig, RLConfig, TeacherConfig
 from retool_jax.rl.loss import aggregation_weights
 
 TEACHER = TeacherConfig(init_from="runs/teacher")
@@ -62,6 +63,8 @@ def test_a_run_may_say_how_losses_become_one_number():
         (config("opd", teacher=TeacherConfig()), ["rl.algorithm=opd", "rl.teacher.init_from is empty"]),
         (config("grpo", kl=KLConfig(place="reward")), ["rl.kl.place=reward", "rl.kl.coefficient=0"]),
         (config("ppo", kl=KLConfig(estimator="k1")), ["rl.kl.estimator=k1", "rl.kl.coefficient=0"]),
+        (config("grpo", gae_lambda=0.9), ["rl.algorithm=grpo has no critic", "rl.gae_lambda", "rl.algorithm=ppo"]),
+        (config("opd", critic=CriticConfig(warmup_steps=1)), ["rl.algorithm=opd has no critic", "rl.critic;"]),
         (config("no_such_package.mine:MINE"), ["no_such_package.mine:MINE", "cannot be loaded", "has MINE"]),
         (config("retool_jax.rl.algorithms:NONE"), ["cannot be loaded", "has NONE"]),
         (config("retool_jax.rl.algorithms:ALGORITHMS"), ["of the type dict", "retool_jax.rl.algorithms.Algorithm"]),
@@ -74,6 +77,18 @@ def test_what_cannot_mean_anything_is_refused_in_words(rl, said):
     assert "\n" not in message
     for words in said:
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"gate_high": 0.1}, "rl.teacher.gate_high=0.1 is not read with rl.teacher.form=plain"),
+        ({"form": "gated", "coefficient": 2.0}, "rl.teacher.coefficient=2.0 is not read with rl.teacher.form=gated"),
+    ],
+)
+def test_a_number_of_the_other_form_is_refused(keys, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        TeacherConfig(init_from="runs/teacher", **keys)
 
 
 def test_one_sample_of_a_prompt_is_enough_for_a_critic_or_a_teacher():

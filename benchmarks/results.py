@@ -1,0 +1,176 @@
+"""What each way of training teaches the miniature, on several seeds: the tables and the picture of docs/results.md.
+
+    python benchmarks/results.py [seeds=0,1,2] [kinds=grpo,text,...] [runs=runs/results] [docs=docs/results.md]
+        [key=value ...]
+
+Each run is a command of its own, one after another, in a folder below `runs`; other words go to all that train. What is
+complete is read and not run again, so the tables can be asked for at any time. Runs of one seed share a cold start,
+whose time is told apart. `opd` needs its teacher, the run of `grpo` with the same seed, and `tool_at_test` the run of
+`text`. With `docs` the tables replace those between the marks of that page, and the picture is drawn beside it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from retool_jax.files import replacing
+from retool_jax.report.curves import draw_accuracy
+from retool_jax.report.runs import load_runs
+
+ABLATION = {
+    "grpo": ("cold start, then RL with the tool", ["config=grpo"]),
+    "text": ("the same without the tool", ["config=grpo_text"]),
+    "no_sft": ("RL with the tool, without a cold start", ["config=grpo_no_sft"]),
+}
+ALGORITHMS = {
+    "ppo": ("`config=ppo`", ["config=ppo"]),
+    "opd": ("`config=opd`", ["config=opd"]),
+    "ahead": ("`config=grpo rl.ahead=1`", ["config=grpo", "rl.ahead=1"]),
+    "dynamic": ("`config=grpo rl.groups.dynamic=true`", ["config=grpo", "rl.groups.dynamic=true"]),
+}
+KINDS = ABLATION | ALGORITHMS
+LOOKED_AT = {"tool_at_test": ("the run without the tool, given it for the test alone", "text")}
+OPTIONS = ("seeds", "kinds", "runs", "docs")
+COLUMNS = ("run", "seed", "T=1 before", "T=1 after", "gain", "greedy before", "greedy after", "cold start", "rest")
+
+
+def call(command: list[str], what: str) -> None:
+    """Run a command of ours; its output goes to this one's errors, so that tables can be piped."""
+    done = subprocess.run([sys.executable, "-m", *command], stdout=sys.stderr)
+    if done.returncode:
+        sys.exit(f"{what} ended with code {done.returncode}")
+
+
+def train(kind: str, seed: str, runs: Path, words: list[str]) -> dict:
+    """The summary of a run, which is trained unless it is complete."""
+    folder = runs / f"{kind}-{seed}"
+    if not (folder / "summary.json").is_file():
+        teacher = [f"rl.teacher.init_from={runs / f'grpo-{seed}'}"] if kind == "opd" else []
+        own = [*KINDS[kind][1], f"seed={seed}", f"run={folder}", *teacher, *words]
+        call(["retool_jax.train", *own], f"{kind} with seed {seed}")
+    return json.loads((folder / "summary.json").read_text())
+
+
+def percent(value: float, error: float | None = None) -> str:
+    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
+
+
+def row_of(name: str, seed: str, summary: dict) -> tuple[str, ...]:
+    before, after, seconds = summary["before"], summary["after"], summary["seconds"]
+    cold = seconds.get("cold start", 0.0)
+    return (
+        name,
+        seed,
+        *(percent(look["accuracy"], look["accuracy_stderr"]) for look in (before, after)),
+        f"{100 * (after['accuracy'] - before['accuracy']):+.1f}",
+        *(percent(look["greedy_accuracy"]) for look in (before, after)),
+        minutes(cold) if cold >= 1 else "shared",
+        minutes(seconds["total"] - cold),
+    )
+
+
+def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def means(found: dict[str, list[dict]]) -> str:
+    """The table that the claim rests on: means over seeds, sampled and greedy."""
+    rows = []
+    for kind, summaries in found.items():
+        name, after = KINDS[kind][0], [summary["after"] for summary in summaries]
+        sampled, greedy = ([look[key] for look in after] for key in ("accuracy", "greedy_accuracy"))
+        rows.append(
+            (
+                name,
+                str(len(after)),
+                spread(sampled),
+                spread(greedy),
+                f"{np.mean([look['tool_rate'] for look in after]):.2f}",
+            )
+        )
+        if kind == "grpo":
+            before = [summary["before"] for summary in summaries]
+            sampled, greedy = ([look[key] for look in before] for key in ("accuracy", "greedy_accuracy"))
+            rate = np.mean([look["tool_rate"] for look in before])
+            rows.append(("that cold start alone", str(len(before)), spread(sampled), spread(greedy), f"{rate:.2f}"))
+    return markdown(("trained by", "seeds", "T=1", "greedy", "tool rate"), rows)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range, in percent."""
+    return f"{100 * np.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f}) %"
+
+
+def gaps(found: dict[str, list[dict]]) -> str:
+    """By seed, how far RL with the tool is ahead of the two that the paper compares it with."""
+    rows = []
+    for seed, (ours, text) in enumerate(zip(found["grpo"], found["text"], strict=True)):
+        after = ours["after"]["accuracy"]
+        ahead = (after - text["after"]["accuracy"], after - ours["before"]["accuracy"])
+        rows.append((str(seed), *(f"{100 * gap:+.1f} points" for gap in ahead)))
+    return markdown(("seed", "over text-only RL", "over the cold start alone"), rows)
+
+
+def machine(run: Path) -> str:
+    """Where the runs were made, in a line."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", told)
+    versions = dict(line.split("==") for line in (run / "versions.txt").read_text().splitlines() if "==" in line)
+    with_ = ", ".join(f"{package} {versions[package]}" for package in ("jax", "flax", "optax") if package in versions)
+    return f"{os.cpu_count()} cores ({name[1] if name else 'unknown'}), {with_}."
+
+
+def insert(page: Path, tables: dict[str, str]) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- end -->` in a page."""
+    text = page.read_text()
+    for name, table in tables.items():
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
+        )
+        if not count:
+            sys.exit(f"{page} has no <!-- {name} --> with an <!-- end -->; add them where the table is to stand")
+    with replacing(page) as file:
+        file.write(text)
+
+
+def main(words: list[str]) -> None:
+    options = dict(word.split("=", 1) for word in words if word.split("=")[0] in OPTIONS)
+    others = [word for word in words if word.split("=")[0] not in options]
+    runs = Path(options.get("runs", "runs/results"))
+    seeds = options.get("seeds", "0,1,2").split(",")
+    kinds = options.get("kinds", ",".join(KINDS)).split(",")
+    found: dict[str, list[dict]] = defaultdict(list)
+    rows = []
+    for seed in seeds:
+        for kind in kinds:
+            summary = train(kind, seed, runs, others)
+            found[kind].append(summary)
+            rows.append((kind, row_of(KINDS[kind][0], seed, summary)))
+    tables = {"runs": markdown(COLUMNS, [row for _, row in sorted(rows, key=lambda row: kinds.index(row[0]))])}
+    tables["means"] = means(found)
+    if {"grpo", "text"} <= found.keys():
+        tables["gaps"] = gaps(found)
+    first = runs / f"{kinds[0]}-{seeds[0]}"
+    if (first / "versions.txt").is_file():
+        tables["machine"] = machine(first)
+    print("\n\n".join(tables.values()))
+    if "docs" in options:
+        page = Path(options["docs"])
+        insert(page, tables)
+        drawn = [runs / f"{kind}-{seed}" for kind in ABLATION if kind in found for seed in seeds]
+        draw_accuracy(load_runs(drawn)).savefig(page.with_suffix(".png"), dpi=160, facecolor="white")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
