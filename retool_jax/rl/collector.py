@@ -93,10 +93,10 @@ class Collector:
         drawn: list[list[Trajectory]] = []
         found: list[list[Trajectory]] = []
         counts: Counter[str] = Counter()
-        stale: list[int] = []
+        ages: list[tuple[int, int]] = []
         for refills in range(rl.groups.refills + 1 if rl.groups.dynamic else 1):
             groups, new, retried = await self._draw(rl.prompts_per_step - len(found))
-            stale += self._drop_stale(new)
+            ages += self._drop_stale(new)
             retried += await self._score(new)
             for group, trajectories in zip(groups, new, strict=True):
                 self._sampler.consumed(group, trajectories)
@@ -112,8 +112,9 @@ class Collector:
             summarise([t for trajectories in drawn for t in trajectories], rl.max_dropped)
         numbers = {f"groups/{name}": counts[name] for name in ("all_right", "all_wrong", "refills", "retried")}
         if rl.ahead:
-            mean = sum(stale) / len(stale) if stale else 0.0
-            numbers |= {"staleness/max": max(stale, default=0), "staleness/mean": mean}
+            old, spans = zip(*ages or [(0, 0)], strict=True)
+            numbers |= {"staleness/max": max(old), "staleness/mean": sum(old) / len(old)}
+            numbers |= {"staleness/span/max": max(spans), "staleness/span/mean": sum(spans) / len(spans)}
         chosen = found or drawn[: rl.prompts_per_step]
         taken = {id(trajectories) for trajectories in chosen}
         return Rollouts(
@@ -249,20 +250,22 @@ class Collector:
         await asyncio.to_thread(score, self._tokenizer, trajectories, self._rl.reward, self._rl.group_size)
         return ends
 
-    def _drop_stale(self, groups: Sequence[Sequence[Trajectory]]) -> list[int]:
-        """Drop what is older than `rl.max_staleness`; returns the staleness of what was not dropped before.
+    def _drop_stale(self, groups: Sequence[Sequence[Trajectory]]) -> list[tuple[int, int]]:
+        """Drop what is older than `rl.max_staleness`; returns staleness and span of what was not dropped before.
 
-        It is the number of steps between the weights that drew a trajectory's oldest token and the present ones.
+        Staleness is the number of steps between the weights that drew a trajectory's oldest token and the present ones,
+        the span that between its oldest and its newest token.
         """
         if not self._rl.ahead:
             return []
         found, limit = [], self._rl.max_staleness
         for trajectory in (trajectory for group in groups for trajectory in group if not trajectory.dropped):
-            oldest = min(version for version in trajectory.versions if version >= 0)
-            found.append(self._engine.version - oldest)
-            if limit is not None and found[-1] > limit:
+            versions = [version for version in trajectory.versions if version >= 0]
+            age = self._engine.version - min(versions)
+            found.append((age, max(versions) - min(versions)))
+            if limit is not None and age > limit:
                 trajectory.end = End.DISCARDED
-                trajectory.fault = f"a token is {found[-1]} steps old (rl.max_staleness={limit})"
+                trajectory.fault = f"a token is {age} steps old (rl.max_staleness={limit})"
         return found
 
 

@@ -313,6 +313,10 @@ def test_no_token_is_older_than_rollouts_may_run_ahead(scripted, collect, ahead)
         old = ages(step, version)
         assert step.numbers["staleness/max"] == max(old) and step.numbers["staleness/mean"] == np.mean(old)
         worst.append(max(old))
+        drew = [{v for v in t.versions if v >= 0} for t in step.trajectories]
+        spans = [max(versions) - min(versions) for versions in drew]
+        assert step.numbers["staleness/span/max"] == max(spans)
+        assert step.numbers["staleness/span/mean"] == np.mean(spans)
     assert worst[0] == 0 and worst[1] == 1 and max(worst) == worst[ahead] == ahead
     waited = [trajectory for trajectory in steps[1].trajectories if trajectory.tool_uses]
     assert len(waited) == 4 and all(set(trajectory.versions) == {-1, 0, 1} for trajectory in waited)
