@@ -356,7 +356,8 @@ def test_rows_written_again_keep_what_the_old_weights_drew(drawing, params, coll
     assert drawing.counts()["rows"] == 0
 
 
-def test_a_settled_engine_is_free_and_nothing_is_lost(drawing, tokenizer):
+def test_a_settled_engine_is_free_and_nothing_is_lost(drawing, params, tokenizer):
+    drawing.config = replace(drawing.config, stale_rows="keep")
     rl = replace(RL, steps=3, ahead=1)
 
     async def main(settling: bool) -> list[Rollouts]:
@@ -369,6 +370,7 @@ def test_a_settled_engine_is_free_and_nothing_is_lost(drawing, tokenizer):
                     assert drawing.counts()["rows"] == 0
                     looked, _ = await rollout(drawing, tokenizer, None, samples, LIMITS)
                     assert [t.ids for t in looked] == [t.ids for t in first]
+                collector.updated(params)  # what it has drawn to the last step is known by that
             return steps
 
     samples = [sample for group in Sampler(PROBLEMS, RL).take(2) for sample in group.samples]

@@ -50,7 +50,7 @@ class Member:
         """Whether its output has ended (noticed without asking it anything)."""
         return self.launched.reader.at_eof()
 
-    async def exchange(self, payload: bytes, timeout_s: float) -> dict:
+    async def exchange(self, payload: bytes, timeout_s: float | None) -> dict:
         """Send a request (none if empty) and wait for the next frame. Raises WorkerFault."""
         reader, writer = self.launched.reader, self.launched.writer
         try:
@@ -83,12 +83,29 @@ class Member:
         timeout_s = request.limits.wall_s + OVERTIME_S + (0.0 if request.tier in self.tiers else COLD_S)
         self.tiers.add(request.tier)
         begun = time.monotonic()
+        asking = asyncio.create_task(self.exchange(request.frame, None))
         try:
-            response = await self.exchange(request.frame, timeout_s)
+            await asyncio.wait([asking], timeout=timeout_s)
+            if not asking.done():
+                if time.monotonic() - begun > timeout_s + LATE_S:
+                    reason = "hung"
+                    await asyncio.wait([asking], timeout=LATE_S)  # what has come meanwhile is not read yet
+                else:
+                    reason = await self._why_hung(asking)
+                if not asking.done():
+                    raise WorkerFault(reason, f"the worker did not answer within {timeout_s:g} s")
+            response = await asking
             return to_result(response), response
-        except WorkerFault as fault:
-            if fault.kind != "hung" or time.monotonic() - begun > timeout_s + LATE_S:
-                raise
-            raise WorkerFault(await self.launched.why_hung(), str(fault)) from None
         except Nonsense as error:
             raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
+        finally:
+            asking.cancel()
+
+    async def _why_hung(self, asking: asyncio.Task[dict]) -> str:
+        """`Worker.why_hung`, unless the answer comes while it looks; then this says nothing."""
+        looking = asyncio.create_task(self.launched.why_hung())
+        try:
+            await asyncio.wait([asking, looking], return_when=asyncio.FIRST_COMPLETED)
+            return "" if asking.done() else looking.result()
+        finally:
+            looking.cancel()

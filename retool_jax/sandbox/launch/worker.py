@@ -121,7 +121,8 @@ class Worker:
         """Why there is no answer long after a program's time.
 
         "stopped" or "killed" if somebody outside did that to a process of the machinery, which no program can; else
-        "overrun" if what the program has set going keeps the processor busy or is a crowd, else "hung".
+        "overrun" if what the program has set going keeps the processor busy or is a crowd, else "hung". A crowd at the
+        first look counts: it may be on its way out at the second one.
         """
         before = await asyncio.to_thread(self._look)
         await asyncio.sleep(LOOK_S)
@@ -132,7 +133,10 @@ class Worker:
         if self.group is not None and len(ours) < len(self.machinery):
             return "killed"
         used_s = sum(seen.cpu_s - (before[pid].cpu_s if pid in before else 0.0) for pid, seen in after.items())
-        crowd = sum(seen.threads for pid, seen in after.items() if pid not in ours)
+        crowd = max(
+            sum(seen.threads for pid, seen in look.items() if self.machinery.get(pid) != seen.started)
+            for look in (before, after)
+        )
         return "overrun" if used_s >= BUSY_SHARE * LOOK_S or crowd >= CROWD else "hung"
 
     def _look(self) -> dict[int, Seen]:
