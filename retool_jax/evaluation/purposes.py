@@ -292,4 +292,4 @@ def asked(classify: Classifier, code: str, context: str) -> str:
         return FAILED
     if not isinstance(said, str):
         return OTHER
-    return re.sub(r"[^a-z0-9]+", "_", said[: 4 * NAME_LENGTH].lower()).strip("_")[:NAME_LENGTH].strip("_") or OTHER
+    return re.sub(r"[^a-z0-9]+", "_", said[: 4 * NAME_LENGTH].lower())[:NAME_LENGTH].strip("_") or OTHER

@@ -128,7 +128,7 @@ def coded(*programs: tuple[str, str], right: bool = True, **more) -> Trajectory:
     trajectory.add("prompt", [1, 2])
     trajectory.add("policy", list(range(3, 13)), [-0.5] * 10)
     trajectory.tool_uses = [
-        ToolUse(0, code, status, "6", start=2 + 2 * i, **{"tool": "code_interpreter"} | more)
+        ToolUse(0, code, status, "6", **{"start": 2 + 2 * i, "tool": "code_interpreter"} | more)
         for i, (status, code) in enumerate(programs, 1)
     ]
     trajectory.verdict, trajectory.reward = Verdict(right, "6", "integer"), 1.0 if right else -1.0
@@ -179,6 +179,8 @@ def test_records_from_before_starts_were_noted_are_read_and_have_no_timing(tmp_p
     assert behaviour([old])["behaviour/timing"] is None and behaviour([old])["behaviour/correct_codes"] == 2
     both = behaviour([old, new])
     assert both["behaviour/timing"] == both["behaviour/timing_mean_all"] == 0.2
+    new.tool_uses[0].start = 99  # of another trajectory, in a file that somebody made
+    assert behaviour([new])["behaviour/timing"] is None
 
 
 def test_dropped_trajectories_have_no_part_in_it():
@@ -203,7 +205,7 @@ def moody(code: str, context: str) -> str:
     """No two programs have one purpose, some have none and some raise."""
     if code == "0":
         raise RuntimeError("no mood")
-    return {"1": None, "2": "", "3": "\x00/\n"}.get(code, code)
+    return {"1": None, "2": "", "3": "\x00/\n", "5": "a" * 10_000}.get(code, code)
 
 
 no_function = 6
@@ -220,6 +222,8 @@ def test_a_classifier_of_ones_own_sees_each_program_once_and_what_stands_before_
     found = {name: value for name, value in numbers.items() if "/purpose" in name}
     assert found == {"behaviour/purposes": 1, "behaviour/purpose/long_division": 1.0}
     assert summarise(trajectories, 0.0, f"{__name__}:listen") and heard[-1] == (GCD, "")
+    old = coded(("success", "6"), start=-1)
+    assert behaviour([old], f"{__name__}:listen", tokenizer) and heard[-1] == ("6", "")
 
 
 def test_what_a_classifier_says_cannot_end_a_run_or_flood_its_numbers():
@@ -228,10 +232,11 @@ def test_what_a_classifier_says_cannot_end_a_run_or_flood_its_numbers():
     shares = {name.removeprefix("behaviour/purpose/"): n for name, n in numbers.items() if "/purpose/" in name}
     assert len(shares) <= MOST_NAMES and sum(shares.values()) == pytest.approx(1)
     assert shares["7"] == 6 / 105 and shares["other"] > 0.7 and numbers["behaviour/purposes"] == len(shares)
-    few = behaviour([coded(*programs[:5])], f"{__name__}:moody")
+    few = behaviour([coded(*programs[:6])], f"{__name__}:moody")
     assert {name: n for name, n in few.items() if "/purpose" in name} == {
-        "behaviour/purposes": 2,
-        "behaviour/purpose/failed": 1 / 5,
-        "behaviour/purpose/other": 3 / 5,
-        "behaviour/purpose/4": 1 / 5,
+        "behaviour/purposes": 3,
+        "behaviour/purpose/failed": 1 / 6,
+        "behaviour/purpose/other": 3 / 6,
+        "behaviour/purpose/4": 1 / 6,
+        f"behaviour/purpose/{'a' * 32}": 1 / 6,
     }

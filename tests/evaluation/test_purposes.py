@@ -55,6 +55,7 @@ PROGRAMS = {
     "search": [
         "for a in range(1, 50):\n    for b in range(a, 50):\n        if a * b == 391:\n            print(a, b)",
         "print([n for n in range(100) if n % 7 == 3])",
+        "for n in range(9):\n    if n > 4:\n        last = n * n\nprint(last)",
         "import itertools\nfor p in itertools.permutations('abc'):\n    print(p)",
         "print(next(n for n in range(100) if n % 7 == 3))",
         "n = 1\nwhile True:\n    if n % 7 == 3:\n        break\n    n += 1\nprint(n)",
@@ -69,6 +70,7 @@ PROGRAMS = {
         "a, b = 1, 1\nfor _ in range(10):\n    a, b = b, a + b\nprint(a)",
         "from sympy import factorint\nprint(factorint(2027))",
         "import numpy, random  # and neither is used\nprint(2**10)",
+        "a, best = 3 * 2, 4\nif a > best:\n    best = a\nprint(best)",
         "x = -5\nif x < 0:\n    x = -x\nprint(x + 1)",
     ],
     "other": ["print('hello')", "x = 5\nprint(x)", "import math", "# nothing at all", "def f():\n    return 1"],
@@ -123,6 +125,7 @@ def test_no_program_makes_the_rules_raise_or_warn(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert by_rules(HOSTILE[name]) in NAMES
+        assert by_rules("print('\\d' * 3)") == "calculation", "an escape that Python warns of"
 
 
 def test_what_is_too_long_is_not_parsed():
