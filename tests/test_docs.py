@@ -28,7 +28,7 @@ PACKAGE = Path(retool_jax.__file__).parent
 BLOCK = re.compile(r"^(```+)python\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["tools", "grammars", "rewards", "data"])
+@pytest.mark.parametrize("page", ["tools", "grammars", "rewards", "data", "behaviour"])
 def test_the_code_of_a_page_runs_from_its_top_to_its_end(page):
     path = DOCS / f"{page}.md"
     text = path.read_text()

@@ -14,4 +14,5 @@ class EvaluationConfig:
     every: Count = 10  # RL steps between looks at the dev split; 0 never looks
     problems: Positive = 256
     answer_tokens: Count = 256  # as rollout.answer_tokens, which is training's
+    purposes: str = "rules"  # who says what a program is for: rules, or my_package.my_module:my_classifier
     final_split: Literal["dev", "test"] = "test"  # for the table before and after RL; use dev while tuning

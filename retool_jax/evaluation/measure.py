@@ -63,12 +63,13 @@ async def evaluate(
     folder: Path,
     max_dropped: float,
     reward: RewardConfig | None = None,
+    purposes: str = "rules",
 ) -> dict:
     """Draw one trajectory at temperature 1 and one greedily for each of the first `count` problems.
 
     The random streams depend on the split and the problem but not on the step, so two evaluations differ by the
     weights alone. Writes all trajectories under `folder/trajectories`; returns the numbers for the metrics file.
-    `reward` says what trajectories are worth there; accuracy does not depend on it.
+    `reward` says what trajectories are worth there; accuracy does not depend on it. `purposes` is that of `summarise`.
 
     Raises:
         UserError: more than the share `max_dropped` of the trajectories was dropped.
@@ -85,7 +86,7 @@ async def evaluate(
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"
     write_trajectories(path, tokenizer, sampled, split, step)
     write_trajectories(path.with_name(f"{path.stem}-greedy.jsonl"), tokenizer, greedy, split, step)
-    numbers = summarise(sampled, max_dropped)
+    numbers = summarise(sampled, max_dropped, purposes, tokenizer)
     accuracy, kept = numbers["accuracy"], sum(not t.dropped for t in sampled)
     return {
         "split": split,

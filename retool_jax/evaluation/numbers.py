@@ -7,18 +7,26 @@ import numpy as np
 
 from retool_jax.answers.check import TIMEOUT
 from retool_jax.errors import UserError
+from retool_jax.evaluation.behaviour import behaviour
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
+from retool_jax.tokens.tokenizer import Tokenizer
 
 
-def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[str, float | None]:
+def summarise(
+    trajectories: Sequence[Trajectory],
+    max_dropped: float,
+    purposes: str = "rules",
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, float | None]:
     """Rates over trajectories and over their calls (None without any); dropped ones count under their end only.
 
     Args:
         trajectories: scored ones.
         max_dropped: the share of them that the machinery may have dropped, below 1.
+        purposes, tokenizer: as for `behaviour`.
 
     Raises:
-        UserError: it dropped more.
+        UserError: it dropped more, or there is no such classifier of purposes.
     """
     kept = [t for t in trajectories if not t.dropped]
     ends = Counter(str(t.end) for t in trajectories)
@@ -59,6 +67,7 @@ def summarise(trajectories: Sequence[Trajectory], max_dropped: float) -> dict[st
         "reward/overlong": float(np.mean([t.reward_terms.get("overlong", 0.0) for t in kept])),
         "sandbox/timeout_rate": _share(uses, "timeout"),
         "sandbox/oom_rate": _share(uses, "oom"),
+        **behaviour(kept, purposes, tokenizer),
     }
 
 

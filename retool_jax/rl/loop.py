@@ -64,7 +64,8 @@ async def train(p: Parts, state: State, start: int | None) -> None:
     for step in range((start or 0) + 1, p.rl.steps + 1):
         with p.clock.part("rollout"):
             drawn: Rollouts = await p.rollouts.take()  # 1, 2
-            numbers = summarise([*drawn.trajectories, *drawn.others], p.rl.max_dropped) | drawn.numbers
+            every = [*drawn.trajectories, *drawn.others]
+            numbers = summarise(every, p.rl.max_dropped, p.evaluation.purposes, p.tokenizer) | drawn.numbers
         if p.rl.save_rollouts or p.rl.rollout_only:
             write_rollouts(rollouts_path(p.folder, step), drawn.trajectories, p.rl.group_size, p.tokenizer)
         with p.clock.part("update"):
@@ -77,7 +78,7 @@ async def train(p: Parts, state: State, start: int | None) -> None:
             p.rollouts.updated(state.params)  # 5
 
         p.tokens["decode"] += drawn.statistics.decoded_tokens  # 6
-        p.log.write("rl", step, numbers | performance(drawn.statistics))
+        p.log.write("rl", step, numbers | performance(drawn.statistics, every))
         speed = drawn.statistics.decoded_tokens / drawn.statistics.total_s
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
         if happened := faults(numbers):
@@ -107,6 +108,7 @@ async def look(p: Parts, step: int) -> None:
                 p.folder,
                 p.rl.max_dropped,
                 p.rl.reward,
+                p.evaluation.purposes,
             )
         p.log.write("eval", step, numbers)
         p.bar.say(

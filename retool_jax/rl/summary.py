@@ -1,7 +1,7 @@
 """What a run says of itself: the speed of each step, and `summary.json` with what its closing table shows."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,20 @@ from retool_jax.engine.scheduler import Statistics
 from retool_jax.evaluation.config import EvaluationConfig
 from retool_jax.evaluation.measure import looked
 from retool_jax.files import replacing
+from retool_jax.rollout.reward import NOT_RUN
+from retool_jax.rollout.trajectory import Trajectory
 
 SUMMARY = "summary.json"
 
 
-def performance(statistics: Statistics) -> dict[str, float | None]:
+def performance(statistics: Statistics, trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
     """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config.
 
-    Rollouts that run ahead may end no turn within a step, whose quantiles are None then.
+    `trajectories` are those that the step drew. Rollouts that run ahead may end no turn within a step, whose quantiles
+    are None then.
     """
     turns = statistics.turn_s
+    executed = [use for t in trajectories if not t.dropped for use in t.tool_uses if use.status not in NOT_RUN]
     return {
         "perf/tokens_per_s": statistics.decoded_tokens / statistics.total_s,
         "perf/rollout_s": statistics.total_s,
@@ -28,6 +32,7 @@ def performance(statistics: Statistics) -> dict[str, float | None]:
         "perf/fill": statistics.fill,
         "perf/turn_p50_s": float(np.percentile(turns, 50)) if turns else None,
         "perf/turn_p95_s": float(np.percentile(turns, 95)) if turns else None,
+        "perf/queue_s_mean": float(np.mean([use.queue_s for use in executed])) if executed else None,
         "perf/prefilled_tokens": statistics.prefilled_tokens,
         "perf/appended_tokens": statistics.appended_tokens,
         "perf/rewritten_tokens": statistics.rewritten_tokens,

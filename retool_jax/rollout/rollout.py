@@ -15,7 +15,7 @@ from retool_jax.rollout.config import RewardConfig, RolloutConfig
 from retool_jax.rollout.reward import rewards_of, strict_box
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory, numbers_of
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
-from retool_jax.tokens.grammar import GRAMMARS, ToolCall
+from retool_jax.tokens.grammar import GRAMMARS, ToolCall, marking_ids
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import INVALID, Kept, Toolbox
 
@@ -86,7 +86,8 @@ class Dialogue:
             return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
         if self.trajectory.forced or self.trajectory.turns >= self._limits.max_turns:
             return self._run_out(End.TURN_LIMIT)
-        return self._answer(ids, [call.strict() for call in calls] if self._limits.strict_calls else calls)
+        places = marking_ids(self._tokenizer, ids, text, [call.start for call in calls])
+        return self._answer(ids, [call.strict() for call in calls] if self._limits.strict_calls else calls, places)
 
     def _run_out(self, reason: End) -> Coroutine[None, None, list[int]] | None:
         """No more turns, or no more room: ask for the answer in what was kept for it, once, or end."""
@@ -98,11 +99,14 @@ class Dialogue:
         self.trajectory.add("tool", segment)
         return segment
 
-    async def _answer(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
-        """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
-        turn = self.trajectory.turns - 1
+    async def _answer(self, turn_ids: list[int], calls: list[ToolCall], places: list[int]) -> list[int] | None:
+        """Run a turn's calls, which begin at these of its ids, in order.
+
+        Returns the environment's segment, or None when the trajectory ends here.
+        """
+        turn, turn_start = self.trajectory.turns - 1, self.trajectory.segments[-1].start
         outputs = []
-        for call in calls:
+        for call, place in zip(calls, places, strict=True):
             output = await self._tools.run(call, self._kept)
             lost, invalid = output.fault == "machinery", output.status == INVALID
             told = output.text if lost or invalid else output.told(self._limits.tool_output_tokens, self._count)
@@ -116,6 +120,7 @@ class Dialogue:
                 tool="" if invalid else call.name,
                 repaired=call.repaired,
                 metrics=numbers,
+                start=turn_start + place,
             )
             self.trajectory.tool_uses.append(use)
             if lost:

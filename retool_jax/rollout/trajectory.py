@@ -46,6 +46,7 @@ class ToolUse:
     tool: str = ""  # the name that it was called by; empty where there is no such tool
     repaired: str = ""  # what is not as the grammar writes it in a call that was read all the same
     metrics: dict[str, float] = field(default_factory=dict)
+    start: int = -1  # of the trajectory's ids, the one at which the call begins; -1 in records older than this
 
     def __post_init__(self) -> None:
         self.code, self.output = writable(self.code), writable(self.output)

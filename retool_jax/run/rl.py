@@ -10,6 +10,7 @@ from retool_jax.answers import workers
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
+from retool_jax.evaluation.purposes import classifier_named
 from retool_jax.metrics import MetricsLog, Progress, print_summary
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
@@ -56,7 +57,9 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     def first_weights() -> Params:
         return load_weights(run, Path(run.init_from)) if run.init_from else make_weights(run)
 
-    reward_named(run.rl.reward.name)  # one that cannot be found is told before anything is written
+    # What cannot be found is told before anything is written.
+    reward_named(run.rl.reward.name)
+    classifier_named(run.evaluation.purposes)
     learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
     if not run.replay:
         workers.pool.start()

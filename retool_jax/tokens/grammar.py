@@ -14,8 +14,8 @@ arguments it takes, is not known here (`retool_jax.tools`).
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -46,13 +46,15 @@ class ToolCall:
     """One call of a turn as it was written, or the error that answers what cannot be read.
 
     `name` and `arguments` are any JSON: nobody has looked yet whether there is such a tool. `repaired` says what is not
-    as the grammar writes it, where that can mean one thing only and was read so.
+    as the grammar writes it, where that can mean one thing only and was read so. `start` is where its mark begins in
+    the turn's text, which does not make two calls differ.
     """
 
     name: object = None
     arguments: object = None
     error: str | None = None
     repaired: str = ""
+    start: int = field(default=-1, compare=False)
 
     @property
     def code(self) -> str:
@@ -154,6 +156,16 @@ def marked(text: str, *tags: str) -> list[Marked]:
     return found
 
 
+def marking_ids(tokenizer: Tokenizer, turn_ids: list[int], text: str, starts: Iterable[int]) -> list[int]:
+    """Which of a turn's ids brings the first character of the mark that begins at each of these places of its text.
+
+    Marks begin with `<`, and each of these comes from one id, so they are counted and nothing is decoded again: from
+    the end, since the text may begin with a `<think>` that the ids have not.
+    """
+    bringing = [place for place, i in enumerate(turn_ids) for _ in range(tokenizer.brackets.get(i, 0))]
+    return [bringing[-text.count("<", start)] for start in starts]
+
+
 def unfenced(text: str) -> tuple[str, str | None]:
     """What the one fence around a text holds, and the word that it opens with; without one the text, and None."""
     first, newline, rest = text.strip().partition("\n")
@@ -192,7 +204,7 @@ def tool_calls(text: str) -> list[ToolCall]:
     """The `<tool_call>`s in the text of a turn, in order; empty when the turn holds none."""
     unfinished = ToolCall(error="unfinished call: <tool_call> without </tool_call>")
     found = [part for part in marked(text, "tool_call") if part.fault != "closed"]
-    return [unfinished if part.fault else read_call(part.inside) for part in found]
+    return [replace(unfinished if part.fault else read_call(part.inside), start=part.start) for part in found]
 
 
 def read_call(text: str) -> ToolCall:
@@ -340,7 +352,10 @@ def retool_calls(text: str) -> list[ToolCall]:
         "closed": ToolCall(error="malformed call: the code tag was closed and never opened"),
         "opened": ToolCall(error="unfinished call: the code tag was opened and never closed"),
     }
-    return [faults[part.fault] if part.fault else read_code(part.inside) for part in marked(text, "code")]
+    return [
+        replace(faults[part.fault] if part.fault else read_code(part.inside), start=part.start)
+        for part in marked(text, "code")
+    ]
 
 
 def read_code(inside: str) -> ToolCall:

@@ -120,6 +120,12 @@ class Tokenizer:
         return dict(self.hf.get_added_vocab())
 
     @cached_property
+    def brackets(self) -> dict[int, int]:
+        """How many `<` an id brings to a text, for the ids that bring any."""
+        having = [i for token, i in self.hf.get_vocab().items() if "<" in token]
+        return {i: count for i in having if (count := self.decode([i]).count("<"))}
+
+    @cached_property
     def family(self) -> Family:
         """The family whose end of turn the vocabulary has, and which marks turns as the template does."""
         known = [family for family in FAMILIES if family.turn_end in self.control_tokens]

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import random
 
 import pytest
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ from retool_jax.data.problems import Problem
 from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rollout.trajectory import End
 from retool_jax.sandbox import SandboxConfig, open_sandbox
-from retool_jax.tokens.grammar import GRAMMARS, tool_calls
+from retool_jax.tokens.grammar import GRAMMARS, marking_ids, tool_calls
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.python import Python
 from retool_jax.tools.toolbox import Toolbox
@@ -386,3 +387,39 @@ def test_without_a_sandbox_there_is_nothing_to_stop_for(tokenizer, play):
     alone = play(tokenizer, ["<code>1</code>\\boxed{6}<|im_end|>"], box=False)
     assert alone.end == End.ANSWERED and not alone.tool_uses
     assert "<interpreter>" not in tokenizer.decode(alone.ids), "the prompt promises no tool"
+
+
+# --- where calls begin ------------------------------------------------------------------------------------------------
+
+
+def test_a_call_in_a_thought_that_the_header_opened_begins_where_it_stands(tokenizer):
+    """The text of such a turn has a mark that its ids have not."""
+    turn = tokenizer.encode("a < b <tool_call>{}")
+    text = "<think>" + tokenizer.decode(turn)
+    (call,) = GRAMMARS["hermes"].calls(text)
+    (place,) = marking_ids(tokenizer, turn, text, [call.start])
+    assert tokenizer.decode(turn[place:]) == "<tool_call>{}"
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_a_call_begins_at_the_id_that_completes_the_text_before_its_mark(grammar, tokenizer):
+    """Also where ids hold several marks, and beside bytes that are no text."""
+    hf = copy.deepcopy(tokenizer.hf)
+    hf.add_tokens(["<<", "></", ".\n<", "<code>\n<code>"])
+    tokenizer = Tokenizer(hf)
+    pieces = [
+        tokenizer.encode(text) for text in ("<code>", "</code>", "<tool_call>", "</tool_call>", "<<", "></", "é", "{}")
+    ]
+    pieces += [[i] for i in range(len(tokenizer) - 4, len(tokenizer))]
+    rng, seen = random.Random(0), 0
+    for _ in range(60):
+        turn = [i for _ in range(12) for i in (*rng.choice(pieces), rng.randrange(len(tokenizer)))]
+        text = tokenizer.decode(turn)
+        starts = [call.start for call in GRAMMARS[grammar].calls(text)]
+        whole = [
+            next(k for k in range(len(turn)) if tokenizer.decode(turn[: k + 1]).startswith(text[: s + 1]))
+            for s in starts
+        ]
+        assert marking_ids(tokenizer, turn, text, starts) == whole
+        seen += len(starts)
+    assert seen > 30
