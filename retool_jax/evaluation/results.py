@@ -1,0 +1,131 @@
+"""What a finished evaluation says: its numbers, as JSON can hold them and as people read them, and two compared."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.table import Table
+
+from retool_jax.errors import UserError, one_line
+from retool_jax.evaluation.estimators import (
+    Estimate,
+    maj_at,
+    mean_at_n,
+    paired_difference,
+    pass_at,
+    recipe_best_worst_maj,
+)
+from retool_jax.metrics import format_percent
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A problem and what became of its samples, without those that the machinery dropped.
+
+    Attributes:
+        id: the problem's.
+        correct: the verdict of each sample.
+        answers: what each one answered, None for nothing.
+    """
+
+    id: str
+    correct: tuple[bool, ...]
+    answers: tuple[str | None, ...]
+
+
+def numbers_of(problems: Sequence[Answered], ks: Sequence[int] = (), seed: int = 0) -> dict:
+    """Accuracy, pass@k and maj@k as JSON can hold them, and verl's numbers beside them.
+
+    `accuracy`, `pass@1`, `maj@1` and so on are each the fields of an `Estimate`, None for NaN, and the number of
+    `problems` that it is a mean over; or None where no problem is left with k samples, which costs an evaluation that
+    is done no other number. `recipe` has those of `estimators.recipe_best_worst_maj`.
+
+    Args:
+        ks: of pass@k and maj@k; without any, the powers of two below the most samples of a problem, and that.
+        seed: of the intervals.
+
+    Raises:
+        UserError: no problem has a sample, or one of the `ks` is below 1.
+    """
+    correct, answers = [p.correct for p in problems], [p.answers for p in problems]
+    most = max(map(len, correct), default=0)
+    ks = ks or [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    having = {k: sum(len(samples) >= k for samples in correct) for k in (1, *ks)}
+    numbers = {"accuracy": _fields(mean_at_n(correct, seed), having[1])}
+    numbers |= {f"pass@{k}": _fields(pass_at(correct, k, seed), having[k]) if having[k] else None for k in ks}
+    numbers |= {f"maj@{k}": _fields(maj_at(correct, answers, k, seed), having[k]) if having[k] else None for k in ks}
+    return {**numbers, "recipe": recipe_best_worst_maj(correct, answers)}
+
+
+def compare(ours: Mapping, theirs: Mapping) -> dict:
+    """Two results, `{"set": str, "problems": [{"id", "correct": [bool, ...], ...}, ...]}`, over the problems of both.
+
+    Returns `set`; how many `problems` both have, `only_ours` and `only_theirs`; and `ours`, `theirs` and the paired
+    `difference` (ours less theirs) as `numbers_of` gives estimates, over the problems of both. A problem without
+    samples counts as absent.
+
+    Raises:
+        UserError: one is no such result, they are of different sets (names are equal whatever their case and
+            punctuation), or they have no problem in common.
+    """
+    (name, first), (other, second) = _read(ours, "this result"), _read(theirs, "the result to compare with")
+    plain = ["".join(filter(str.isalnum, text)).casefold() for text in (name, other)]
+    if plain[0] != plain[1]:
+        raise UserError(f"a result on {name!r} cannot be compared with one on {other!r}; choose two of one set")
+    shared = [problem for problem in first if problem in second]
+    if not shared:
+        raise UserError(
+            f"of the {len(first)} problems of this result and the {len(second)} of the other none is in both (the ids"
+            f" begin with {min(first, default='')!r} and {min(second, default='')!r}); choose two results on one"
+            " version of the set"
+        )
+    left, right = [first[problem] for problem in shared], [second[problem] for problem in shared]
+    return {
+        "set": name,
+        "problems": len(shared),
+        "only_ours": len(first) - len(shared),
+        "only_theirs": len(second) - len(shared),
+        "ours": _fields(mean_at_n(left), len(shared)),
+        "theirs": _fields(mean_at_n(right), len(shared)),
+        "difference": _fields(paired_difference(left, right), len(shared)),
+    }
+
+
+def table(numbers: Mapping, title: str | None = None) -> Table:
+    """The estimates of `numbers_of` or `compare` for the console, a row each in per cent; other entries are left out.
+
+    verl's best@k stands beside pass@k, and its maj@k beside maj@k, where there are any.
+    """
+    shown = Table("", title=title, title_justify="left", title_style="bold")
+    recipe = numbers.get("recipe") or {}
+    for column in ("mean ± standard error", "95 % interval", "problems", *(["verl's bootstrap"] if recipe else [])):
+        shown.add_column(column, justify="right")
+    for name, fields in numbers.items():
+        if isinstance(fields, Mapping) and "stderr" in fields:
+            beside = format_percent(recipe.get(name.replace("pass@", "best@")))
+            interval = f"{100 * fields['low']:.1f} to {100 * fields['high']:.1f} %"
+            cells = [format_percent(fields["value"], fields["stderr"]), interval, f"{fields['problems']:,}"]
+            shown.add_row(name, *cells, *([beside] if recipe else []))
+    return shown
+
+
+def _fields(estimate: Estimate, problems: int) -> dict[str, float | int | None]:
+    """An estimate for JSON, which has no NaN."""
+    fields = {name: None if math.isnan(value) else value for name, value in asdict(estimate).items()}
+    return {**fields, "problems": problems}
+
+
+def _read(result: Mapping, what: str) -> tuple[str, dict[str, list[bool]]]:
+    """The name of its set, and each problem's verdicts by id, of those that have any."""
+    try:
+        name, rows = result["set"], [(str(row["id"]), list(row["correct"])) for row in result["problems"]]
+        if not all(isinstance(verdict, bool) for _, correct in rows for verdict in correct):
+            raise TypeError("a verdict that is neither true nor false")
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{what} cannot be read ({type(error).__name__}: {one_line(error)}): it needs a 'set', and 'problems' with"
+            " an 'id' and a list of 'correct' each; name a file that an evaluation wrote"
+        ) from error
+    if len({problem for problem, _ in rows}) < len(rows):
+        raise UserError(f"{what} has two problems with one id, so it cannot be compared; evaluate the set again")
+    return str(name), {problem: correct for problem, correct in rows if correct}
