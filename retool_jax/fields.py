@@ -42,7 +42,7 @@ def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
     names = []
     while inside and dataclasses.is_dataclass(wanted) and inside[0] in hints_of(wanted):
         names.append(inside.pop(0))
-        wanted = hints_of(wanted)[names[-1]]
+        wanted = _without_none(hints_of(wanted)[names[-1]])
     key, secret = prefix + ".".join(names), holds_secret(schema, ".".join(names))
     shown = HIDDEN if secret else show(value)
     if kind == "unexpected_keyword_argument":
@@ -64,6 +64,12 @@ def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
         is_what = "is empty" if value is None else f"is of type {type(value).__name__}"
         return f"{key}={shown} {is_what}; it must be {_type_name(wanted)}"
     return f"{key}={shown}: {found['msg']}"
+
+
+def _without_none(hint: object) -> object:
+    """What a field holds that may be left empty (`int | None`); any other type as it is."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(kinds) == 1 else hint
 
 
 def _limit(hint: object) -> str:
@@ -107,7 +113,7 @@ def describe(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
             leaves += describe(wanted, f"{key}.")
         else:
             comment, secret = comments.get(item.name, ""), bool(item.metadata.get("secret"))
-            leaves.append(Leaf(key, _type_name(wanted), item.default, comment, secret))
+            leaves.append(Leaf(key, _type_name(_without_none(wanted)), item.default, comment, secret))
     return tuple(leaves)
 
 

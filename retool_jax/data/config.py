@@ -1,5 +1,7 @@
 """What a run may set of its problems."""
 
+from typing import Literal
+
 from pydantic.dataclasses import dataclass
 
 from retool_jax.fields import CHECKED
@@ -14,3 +16,14 @@ class DataConfig:
     retool_jax.prepare` first."""
     dev: str = "arithmetic"  # looked at while tuning
     test: str = "arithmetic"  # looked at once, for the final table
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SetConfig:
+    """The problems that an evaluation asks, and what a set of one's own calls its columns."""
+
+    source: str = "arithmetic"  # or a JSONL or parquet file, a hub id as ID:SPLIT or ID:CONFIG/SPLIT, tfds:NAME/SPLIT
+    split: Literal["dev", "test"] = "test"  # of arithmetic; other sources say theirs themselves
+    question: str = ""  # the column that asks; empty: those that published sets have (docs/data.md)
+    answer: str = ""  # the column with the answer that scores; empty: as above
+    id: str = ""  # the column that names a problem; empty: as above, or its place in the set

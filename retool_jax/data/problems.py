@@ -6,14 +6,15 @@ in two forms at once.
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from retool_jax.data import arithmetic
+from retool_jax.data.config import SetConfig
 from retool_jax.data.instructions import prompt_of, question_of, without_instructions
-from retool_jax.data.rows import IDS, asked, object_in, tools_of, true_answer
+from retool_jax.data.rows import IDS, asked, object_in, tools_of, true_answer, with_our_names
 from retool_jax.data.sources import read_rows
 from retool_jax.errors import UserError
 from retool_jax.tokens.demonstrations import holds_control
@@ -59,11 +60,15 @@ class Problems:
         return [self[i] for i in range(count if self.finite is None else min(count, len(self.finite)))]
 
 
-def load_problems(source: str) -> list[Problem]:
-    """The rows of a source (see `sources.read_rows`), checked; one that is repeated (DAPO-Math-17k's are) once."""
+def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list[Problem]:
+    """The rows of a source (see `sources.read_rows`), checked; one that is repeated (DAPO-Math-17k's are) once.
+
+    `columns` are those that a config names for the `question`, the `answer` and the `id`.
+    """
     problems: dict[str, Problem] = {}
     for number, row in enumerate(read_rows(source, ", or arithmetic"), start=1):
-        problem = to_problem(row, f"{source} row {number}")
+        where = f"{source} row {number}"
+        problem = to_problem(with_our_names(row, where, columns) if columns else row, where)
         if problems.setdefault(problem.id, problem) != problem:
             raise UserError(
                 f"{source} row {number} has the extra_info.index {problem.id!r} of another problem; make them unique"
@@ -71,6 +76,21 @@ def load_problems(source: str) -> list[Problem]:
     if not problems:
         raise UserError(f"data {source} has no rows; give at least one problem")
     return list(problems.values())
+
+
+def problems_of_set(config: SetConfig, count: int) -> list[Problem]:
+    """The first `count` problems of an evaluation's set, in its order; 0: all of them.
+
+    Raises:
+        UserError: as `load_problems`, or `arithmetic`, which does not end, is asked for all.
+    """
+    if config.source != "arithmetic":
+        columns = {"question": config.question, "answer": config.answer, "id": config.id}
+        found = load_problems(config.source, columns)
+        return found[:count] if count else found
+    if not count:
+        raise UserError("data.source=arithmetic has no end; set evaluation.problems to how many of it to ask")
+    return Problems(config.source, config.split, 0).head(count)
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------

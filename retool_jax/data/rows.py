@@ -6,6 +6,7 @@ A row is read, or refused with the name of what cannot be meant; docs/data.md ha
 import json
 import math
 import re
+from collections.abc import Mapping
 
 from retool_jax.answers import extract_boxed
 from retool_jax.errors import UserError
@@ -14,6 +15,12 @@ QUESTIONS = ("problem", "question", "Problem", "input")  # a bare question each
 # In the order in which they count: a label beside an answer may be a class, and a solution is longer than its answer.
 ANSWERS = ("answer", "Answer", "final_answer", "reference_answer", "ground_truth", "label", "solution", "output")
 IDS = ("ID", "unique_id", "uuid", "id")
+# The columns that a config's own choice stands in the place of.
+_MEANT = {
+    "question": ("prompt", *QUESTIONS, "messages", "conversations"),
+    "answer": ("reward_model", *ANSWERS),
+    "id": ("extra_info",),
+}
 TEXTS = ("text", "input_text", "output_text")  # parts of a content that are its words
 # In the terms of chat templates; the others are OpenAI's newest and oldest ones, and those of ShareGPT.
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
@@ -51,6 +58,33 @@ def messages_in(value: object) -> list[dict] | None:
         role = ROLES.get(role, role) if isinstance(role, str) else role
         messages.append(message | {"role": role, "content": content})
     return messages
+
+
+def with_our_names(row: dict, where: str, columns: Mapping[str, str]) -> dict:
+    """A row whose columns for the `question`, the `answer` and the `id` are those that a config names.
+
+    What would count in their place elsewhere is left out; where a config names none, the row is as it is.
+
+    Raises:
+        UserError: it has no such column.
+    """
+    taken = {}
+    for part, column in columns.items():
+        if not column:
+            continue
+        if row.get(column) is None:
+            kind = "an empty" if column in row else "no"
+            raise UserError(
+                f"{where} has {kind} {column!r}, which data.{part}={column} names; it has"
+                f" {', '.join(sorted(map(str, row)))}"
+            )
+        taken[part] = row[column]
+    left = {column: value for column, value in row.items() if not any(column in _MEANT[part] for part in taken)}
+    if "question" in taken:
+        left["problem" if is_text(taken["question"]) else "prompt"] = taken["question"]
+    if "answer" in taken:
+        left["answer"] = taken["answer"]
+    return left | ({"extra_info": {"index": taken["id"]}} if "id" in taken else {})
 
 
 def conversation_in(row: dict) -> list[dict] | None:

@@ -36,16 +36,18 @@ async def converse(
     conversations: Sequence[Conversation],
     tools_at_once: int = 0,
     on_tokens: Sequence[OnTokens] | None = None,
+    sampling: Sequence[SamplingParams] | None = None,
 ) -> Statistics:
     """Run every conversation to its end. Order of completion is free; each draw depends on its conversation alone.
 
     `tools_at_once` bounds the tools at work (0: no bound): further calls wait, and while twice as many wait or work no
-    new conversation begins. `on_tokens` are listeners, one for each conversation, as `Service.submit` takes them. The
-    first fault of a conversation ends them all and is raised.
+    new conversation begins. `on_tokens` and `sampling` have one entry for each conversation, as `Service.submit` takes
+    them. The first fault of a conversation ends them all and is raised.
     """
-    pairs = zip(conversations, on_tokens or [None] * len(conversations), strict=True)
+    none = [None] * len(conversations)
     async with Service(engine, tools_at_once) as service:
-        await asyncio.gather(*[service.submit(each, on_tokens=listener) for each, listener in pairs])
+        every = zip(conversations, sampling or none, on_tokens or none, strict=True)
+        await asyncio.gather(*[service.submit(*each) for each in every])
     return service.take_statistics()
 
 

@@ -1,10 +1,22 @@
-"""What a run may set of its looks at held-out problems."""
+"""What a run may set of its looks at held-out problems, and an evaluation of how it samples."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from retool_jax.fields import CHECKED, Count, Positive
+from retool_jax.errors import UserError
+from retool_jax.fields import CHECKED, Count, NotNegative, Positive
+
+MOST_PROBLEMS, MOST_SAMPLES = 1 << 18, 1 << 12  # each sample of each problem has a stream of draws, see `request_of`
+# Samples of each problem, temperature and top-p, as others report their numbers.
+PRESETS: dict[str, dict[str, float]] = {
+    "recipe": {"samples": 30, "temperature": 1.0, "top_p": 0.6},  # verl-recipe, retool/run_qwen2-32b_dapo.sh
+    "paper": {"samples": 32, "temperature": 1.0, "top_p": 0.7},  # ReTool, arXiv 2504.11536
+    "open": {"samples": 16, "temperature": 1.0, "top_p": 1.0},  # slime and miles, their ReTool examples
+    "greedy": {"samples": 1, "temperature": 0.0, "top_p": 1.0},
+}
+OWN = {"samples": 8, "temperature": 1.0, "top_p": 1.0}  # without a preset
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -16,3 +28,40 @@ class EvaluationConfig:
     answer_tokens: Count = 256  # as rollout.answer_tokens, which is training's
     purposes: str = "rules"  # who says what a program is for: rules, or my_package.my_module:my_classifier
     final_split: Literal["dev", "test"] = "test"  # for the table before and after RL; use dev while tuning
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SampledConfig:
+    """How an evaluation samples. What is not set is the preset's, and is a number once the section is made."""
+
+    preset: Literal["", "recipe", "paper", "open", "greedy"] = ""
+    """How others sample: recipe (30, top-p 0.6), paper (32, top-p 0.7), open (16), each at temperature 1, or greedy."""
+    problems: Annotated[int, Field(ge=0, le=MOST_PROBLEMS)] = 0  # the first so many of the set; 0: all
+    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None  # of each problem; null: the preset's, or 8
+    temperature: NotNegative | None = None  # 0 is greedy; null: the preset's, or 1
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # 1 is off; null: the preset's, or 1
+    top_k: Count = 0  # only the k most likely tokens; 0 is off
+    pass_k: tuple[Positive, ...] = ()  # the k of pass@k and maj@k; empty: 1, 2, 4, ... and all samples
+    max_dropped: Annotated[float, Field(ge=0, le=0.99)] = 0.1
+    """The share of samples that the machinery may lose, each after a second try, before the evaluation ends."""
+
+    def __post_init__(self) -> None:
+        for key, value in (PRESETS[self.preset] if self.preset else OWN).items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        if self.temperature == 0 and self.samples > 1:
+            raise UserError(
+                f"evaluation.samples={self.samples} at evaluation.temperature=0 are one and the same; set"
+                " evaluation.samples=1, or a temperature above 0"
+            )
+        if above := [k for k in self.pass_k if k > self.samples]:
+            raise UserError(
+                f"evaluation.pass_k={above[0]} is above evaluation.samples={self.samples}, the samples of a problem;"
+                " lower it, or draw more"
+            )
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The k of pass@k and maj@k, ascending."""
+        powers = {1 << i for i in range(self.samples.bit_length())}
+        return tuple(sorted(set(self.pass_k) or powers | {self.samples}))

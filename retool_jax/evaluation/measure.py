@@ -1,24 +1,170 @@
-"""Accuracy on held-out problems: when it is due, what it is, and every trajectory to read."""
+"""Accuracy on held-out problems: how it is drawn, when it is due, what it is, and every trajectory to read."""
 
 import asyncio
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
+from retool_jax.engine.conversation import Statistics
 from retool_jax.engine.engine import Engine
-from retool_jax.evaluation.config import EvaluationConfig
+from retool_jax.engine.scheduler import Service
+from retool_jax.errors import one_line
+from retool_jax.evaluation.config import MOST_PROBLEMS, MOST_SAMPLES, EvaluationConfig
 from retool_jax.evaluation.numbers import summarise
 from retool_jax.files import replacing
 from retool_jax.metrics import METRICS_FILE, read_metrics
 from retool_jax.rollout.config import RewardConfig, RolloutConfig
-from retool_jax.rollout.rollout import Sample, rollout, score
-from retool_jax.rollout.trajectory import Trajectory
+from retool_jax.rollout.rollout import Dialogue, Sample, dialogues_of, score, trajectories_of
+from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
+
+HOLD_S = 1.0  # for which trajectories that have ended are kept together, to be scored and handed over as one
+FIRST_REQUEST = 3 << 30  # behind those of training, from 0 on, and those of its looks, from 1 << 31 on
+
+Take = Callable[[list[tuple[int, Trajectory]]], object]
+
+
+def request_of(problem: int, sample: int) -> int:
+    """The request of a sample, which names its stream of draws, from its numbers alone: 12 bits for the sample, 18 for
+    the problem's place in its set. So neither how many samples there are nor which others are drawn plays a part.
+    """
+    if not (0 <= problem < MOST_PROBLEMS and 0 <= sample < MOST_SAMPLES):
+        raise ValueError(f"problem {problem}, sample {sample}: below {MOST_PROBLEMS} and {MOST_SAMPLES} have a stream")
+    return FIRST_REQUEST + problem * MOST_SAMPLES + sample
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+class _UnderWay(NamedTuple):
+    number: int
+    sample: Sample
+    dialogue: Dialogue
+    again: bool  # drawn a second time
+
+
+async def draw(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    tools: Toolbox | None,
+    samples: Iterable[Sample],
+    limits: RolloutConfig,
+    take: Take,
+    reward: RewardConfig | None = None,
+    stream: bool = False,
+) -> Statistics:
+    """Draw a trajectory for each sample and score it.
+
+    Args:
+        samples: in order of their numbers, from 0 on.
+        take: is given (number, trajectory) of all that were scored together, in another thread, one call at a time.
+        reward: what trajectories are worth; accuracy does not depend on it.
+        stream: samples are taken from the iterable as seats become free, scored and handed over while others draw,
+            and what the machinery lost is drawn once more; a fault of a conversation ends that one alone. Otherwise
+            all are submitted at once and scored together in the end, and the first fault of one is raised.
+
+    Raises:
+        UserError: as `rollout`.
+    """
+    origin, chunk = time.perf_counter(), 2 * engine.config.slots if stream else None
+    left = enumerate(samples)
+    ended: asyncio.Queue[tuple[_UnderWay, BaseException | None]] = asyncio.Queue()  # each with its fault
+    under_way: set[Dialogue] = set()
+    scored: list[tuple[int, Trajectory]] = []  # to be
+    over = asyncio.Event()  # nothing will be added to them
+    judge = asyncio.create_task(_judge(tokenizer, scored, over, take, reward, stream))
+
+    async with Service(engine, tools.at_once if tools else 0) as service:
+
+        def begin(pairs: Sequence[tuple[int, Sample]], again: bool = False) -> None:
+            dialogues = dialogues_of(engine, tokenizer, tools, [sample for _, sample in pairs], limits)
+            for (number, sample), dialogue in zip(pairs, dialogues, strict=True):
+                one = _UnderWay(number, sample, dialogue, again)
+                future = service.submit(dialogue, dialogue.sampling, dialogue.on_tokens)
+                future.add_done_callback(lambda done, one=one: ended.put_nowait((one, done.exception())))
+                under_way.add(dialogue)
+
+        try:
+            while True:
+                if len(under_way) <= (chunk or 0):
+                    begin(list(islice(left, chunk)))
+                if not under_way:
+                    break
+                one, error = await ended.get()
+                if judge.done():
+                    judge.result()
+                await one.dialogue.close()
+                under_way.discard(one.dialogue)
+                if stream and not one.again and (error or one.dialogue.trajectory.end is End.SANDBOX_LOST):
+                    try:
+                        begin([(one.number, one.sample)], again=True)
+                    except RuntimeError as refused:  # the engine's fault, so that nothing goes on
+                        raise error or refused from None
+                    continue
+                if error and not stream:
+                    raise error
+                if error:
+                    one.dialogue.drop(f"{type(error).__name__}: {one_line(error)}")
+                scored.append((one.number, trajectories_of([one.dialogue], origin)[0]))
+        except BaseException:
+            if not stream:
+                scored.clear()
+            over.set()  # of a stream, what has ended by now is kept
+            await asyncio.wait([judge])
+            raise
+        finally:
+            for dialogue in under_way:
+                await dialogue.close()
+    statistics = service.take_statistics()
+    over.set()
+    await judge
+    return statistics
+
+
+async def _judge(
+    tokenizer: Tokenizer,
+    scored: list[tuple[int, Trajectory]],
+    over: asyncio.Event,
+    take: Take,
+    reward: RewardConfig | None,
+    stream: bool,
+) -> None:
+    """Score what has ended and hand it over, all that there is at once, in a thread: comparing takes long."""
+
+    def work(found: list[tuple[int, Trajectory]]) -> None:
+        found.sort(key=lambda pair: pair[0])
+        _score([trajectory for _, trajectory in found], again=stream)
+        take(found)
+
+    def _score(trajectories: list[Trajectory], again: bool) -> None:
+        ends = [trajectory.end for trajectory in trajectories]
+        score(tokenizer, trajectories, reward)
+        lost = [(t, end) for t, end in zip(trajectories, ends, strict=True) if t.end is not end]
+        if again and lost:
+            for trajectory, end in lost:
+                trajectory.end, trajectory.fault = end, ""
+            _score([trajectory for trajectory, _ in lost], again=False)
+
+    while scored or not over.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HOLD_S if stream else None):
+                await over.wait()
+        if scored:
+            found = scored.copy()
+            scored.clear()
+            await asyncio.to_thread(work, found)
+
+
+# --- looks while a run trains -----------------------------------------------------------------------------------------
 
 
 def _val_names(split: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -80,8 +226,9 @@ async def evaluate(
     chosen = problems.head(count)
     count = len(chosen)
     samples = [Sample(chosen[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(count)]
-    trajectories, statistics = await rollout(engine, tokenizer, tools, samples, limits)
-    await asyncio.to_thread(score, tokenizer, trajectories, reward)
+    found: dict[int, Trajectory] = {}
+    statistics = await draw(engine, tokenizer, tools, samples, limits, found.update, reward)
+    trajectories = [found[i] for i in range(len(samples))]
     sampled, greedy = trajectories[:count], trajectories[count:]
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"
     write_trajectories(path, tokenizer, sampled, split, step)

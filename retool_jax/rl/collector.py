@@ -205,7 +205,7 @@ class Collector:
 
     async def _run(self, service: Service, dialogue: Dialogue) -> Trajectory:
         try:
-            await service.submit(dialogue, on_tokens=dialogue.on_tokens)
+            await service.submit(dialogue, dialogue.sampling, dialogue.on_tokens)
         finally:
             await dialogue.close()
         return trajectories_of([dialogue], self._origin)[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from retool_jax.answers import check_all, extract_boxed, workers
 from retool_jax.answers.check import LOST
 from retool_jax.data.problems import Problem
-from retool_jax.engine.conversation import Statistics, Tokens
+from retool_jax.engine.conversation import SamplingParams, Statistics, Tokens
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
 from retool_jax.errors import UserError
@@ -29,6 +29,8 @@ class Sample:
     problem: Problem
     request: int
     temperature: float = 1.0
+    top_p: float = 1.0  # 1 is off
+    top_k: int = 0  # 0 is off
 
 
 class Dialogue:
@@ -47,6 +49,7 @@ class Dialogue:
         self.request = sample.request
         self.cancelled = False
         self.temperature = sample.temperature
+        self.sampling = SamplingParams(sample.temperature, sample.top_k, sample.top_p)
         identity = f"{sample.problem.id}/{sample.request}"
         self.trajectory = Trajectory(identity, sample.problem, room=room - len(prompt))
         self.trajectory.add("prompt", prompt)
@@ -166,7 +169,8 @@ async def rollout(
     # The sandbox refuses what does not fit its queue; calls beyond it wait here.
     at_once = tools.at_once if tools else 0
     try:
-        statistics = await converse(engine, dialogues, at_once, [dialogue.on_tokens for dialogue in dialogues])
+        listeners, sampling = [each.on_tokens for each in dialogues], [each.sampling for each in dialogues]
+        statistics = await converse(engine, dialogues, at_once, listeners, sampling)
     finally:
         for dialogue in dialogues:
             await dialogue.close()

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
     *("engine.pages", "engine.*_buckets", "engine.tp"),
     "model.max_positions",  # nothing is computed with it
+    *("compare", "evaluation.max_dropped"),  # what an evaluation is compared with, and when it gives up
     "replay",  # the same trajectories, from a file
     # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
     # sees and may use (image, modules, limits) decides what it prints, and stays.

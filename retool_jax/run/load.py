@@ -146,7 +146,8 @@ def folder_name(config: str, overrides: dict[str, str], schema: type[Run]) -> st
             shown |= {name: show(part) for name, part in flat.items() if not holds_secret(schema, name)}
         else:
             shown[key] = value
-    words = [config, *(f"{key}={value}" for key, value in sorted(shown.items()) if key != "run")]
+    # Where it lies, and what it is compared with afterwards, make no other run of it.
+    words = [config, *(f"{key}={value}" for key, value in sorted(shown.items()) if key not in ("run", "compare"))]
     clean = [re.sub(r"[^\w.=+-]+", "_", word) for word in [Path(config).stem, *words[1:]]]
     name = "-".join(clean)
     if clean != words or len(name) > 120:  # what was lost may be all that tells two commands apart
@@ -213,9 +214,9 @@ def _nearest(key: str, root: type) -> str | None:
     return f"did you mean {match[0]}?" if match else None
 
 
-def help_text(words: list[str]) -> str:
-    """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
-    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
+def help_text(words: list[str], command: str = "train", config: str = "grpo") -> str:
+    """What `--help` prints: how to call, which configs exist, and the keys of the one named, or of `config`."""
+    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), config)
     schema = schema_of(values := read_yaml(name), name)
     del values["task"]
     resolved = flatten(make(schema, values))
@@ -226,18 +227,29 @@ def help_text(words: list[str]) -> str:
         lines.append(_folded(line, 47))
     return "\n".join(
         [
-            "usage: python -m retool_jax.train config=NAME [key=value ...]",
+            f"usage: python -m retool_jax.{command} config=NAME [key=value ...]",
             "",
             _folded(f"configs: {', '.join(config_names())}; or the path of a YAML file", 9),
             "",
             "Later words win over earlier ones, and all of them over the config's file. An unknown key or a value of",
-            "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
-            "trajectories and checkpoints; the same command again resumes it.",
+            *_ENDINGS[command],
             "",
             f"keys of config={name} and their values there:",
             *lines,
         ]
     )
+
+
+_ENDINGS = {  # of what help says of a command
+    "train": (
+        "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
+        "trajectories and checkpoints; the same command again resumes it.",
+    ),
+    "evaluate": (
+        "the wrong type is an error. The folder holds config.yaml, samples.jsonl, with every trajectory, and in the",
+        "end result.json; the same command again goes on, or prints the result that is there.",
+    ),
+}
 
 
 def _folded(line: str, indent: int) -> str:

@@ -6,10 +6,10 @@ from typing import Annotated
 from pydantic import Field, with_config
 from pydantic.dataclasses import dataclass
 
-from retool_jax.data.config import DataConfig
+from retool_jax.data.config import DataConfig, SetConfig
 from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
-from retool_jax.evaluation.config import EvaluationConfig
+from retool_jax.evaluation.config import EvaluationConfig, SampledConfig
 from retool_jax.fields import CHECKED, Positive
 from retool_jax.mesh_config import MeshConfig, check_rows
 from retool_jax.models.config import ModelConfig
@@ -94,15 +94,38 @@ class RLRun:
                 f"replay={self.replay} learns from rollouts that are there, and rl.rollout_only=true learns nothing;"
                 " leave one of them out"
             )
-        if 0 < self.sandbox.queue_limit < self.engine.slots:
-            raise UserError(
-                f"sandbox.queue_limit={self.sandbox.queue_limit} is below engine.slots={self.engine.slots}: every slot"
-                " may wait for a tool at once; raise it, or 0 lets all of them wait"
-            )
+        _check_queue(self)
 
 
-Run = SFTRun | RLRun
-TASKS = {"sft": SFTRun, "grpo": RLRun}
+@dataclass(frozen=True, config=CHECKED)
+class EvaluateRun:
+    """Everything that a config of task evaluate may set."""
+
+    run: str = ""  # folder of the evaluation; empty: runs/ and the command's words
+    seed: Seed = 0  # of the draws
+    tools: Tools = "python"
+    """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
+    tokenizer: str = ""  # miniature, a folder with tokenizer.json, or a hub id; empty: that of init_from
+    init_from: str = ""  # the weights to evaluate: a run or Hugging Face folder, or a hub id
+    compare: str = ""  # result.json of another evaluation, to print the difference to it
+    model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
+    mesh: MeshConfig = MeshConfig()
+    data: SetConfig = SetConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    evaluation: SampledConfig = SampledConfig()
+
+    def __post_init__(self) -> None:
+        _one_spelling(self)
+        check_tools(self.tools, self.rollout.grammar)
+        _check_sessions(self)
+        _check_room(self, {"rollout": self.rollout.answer_tokens})
+        _check_queue(self)
+
+
+Run = SFTRun | RLRun | EvaluateRun
+TASKS = {"sft": SFTRun, "grpo": RLRun, "evaluate": EvaluateRun}
 
 
 def task_of(schema: type[Run]) -> str:
@@ -114,6 +137,8 @@ def micro_batches(run: Run) -> dict[str, int]:
     """The rows of each kind of micro-batch that a run trains on, by their key."""
     if isinstance(run, SFTRun):
         return {"sft.rows_per_micro": run.sft.rows_per_micro}
+    if isinstance(run, EvaluateRun):
+        return {}
     own = {"rl.rows_per_micro": run.rl.rows_per_micro}
     return own if run.init_from else {"sft.rows_per_micro": run.sft.rows_per_micro} | own
 
@@ -130,7 +155,16 @@ def _one_spelling(run: Run) -> None:
         object.__setattr__(run, "tools", run.tools[0])
 
 
-def _check_sessions(run: RLRun) -> None:
+def _check_queue(run: RLRun | EvaluateRun) -> None:
+    """A `UserError` where the sandbox would refuse calls that the engine can have open at once."""
+    if 0 < run.sandbox.queue_limit < run.engine.slots:
+        raise UserError(
+            f"sandbox.queue_limit={run.sandbox.queue_limit} is below engine.slots={run.engine.slots}: every slot"
+            " may wait for a tool at once; raise it, or 0 lets all of them wait"
+        )
+
+
+def _check_sessions(run: RLRun | EvaluateRun) -> None:
     """A `UserError` where a call could wait for an interpreter that another trajectory holds, and hold that one up."""
     if "python_session" in words_of(run.tools) and run.engine.tool_lag >= 0:
         raise UserError(
@@ -163,14 +197,20 @@ def _check_lengths(run: RLRun) -> None:
             f"rl.row_length={run.rl.row_length} is shorter than engine.max_length={longest};"
             " a packed row must hold the longest trajectory"
         )
+    _check_room(run, {"rollout": run.rollout.answer_tokens, "evaluation": run.evaluation.answer_tokens})
+
+
+def _check_room(run: RLRun | EvaluateRun, answers: dict[str, int]) -> None:
+    """A `UserError` where a prompt, or the tokens that a section keeps for an answer with it, leave a row no room."""
+    longest = run.engine.max_length
     room = longest - run.rollout.max_prompt_tokens
     if room <= 0:
         raise UserError(
             f"rollout.max_prompt_tokens={run.rollout.max_prompt_tokens} leaves no room in engine.max_length={longest}"
         )
-    for name, section in (("rollout", run.rollout), ("evaluation", run.evaluation)):
-        if section.answer_tokens >= room:
+    for name, tokens in answers.items():
+        if tokens >= room:
             raise UserError(
-                f"{name}.answer_tokens={section.answer_tokens} must lie between 0 (none) and {room - 1}, what"
+                f"{name}.answer_tokens={tokens} must lie between 0 (none) and {room - 1}, what"
                 f" engine.max_length={longest} leaves beside rollout.max_prompt_tokens; lower it"
             )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,15 @@ from retool_jax.clock import Clock
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
-from retool_jax.evaluation.measure import evaluate
+from retool_jax.evaluation.config import MOST_PROBLEMS, MOST_SAMPLES
+from retool_jax.evaluation.measure import draw, evaluate, request_of
 from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.rl.collector import Collector
 from retool_jax.rl.loop import Parts, train
 from retool_jax.rl.sampler import Sampler
 from retool_jax.rollout.config import RewardConfig
 from retool_jax.rollout.reward import default
-from retool_jax.rollout.rollout import RolloutConfig, score
+from retool_jax.rollout.rollout import RolloutConfig, Sample, score
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
@@ -290,3 +292,110 @@ def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
         step(calls=5)
     with pytest.raises(AttributeError, match="no attribute 'params'"):
         step(calls=4)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_sample_has_a_request_of_its_own_behind_those_of_training():
+    first, last = request_of(0, 0), request_of(MOST_PROBLEMS - 1, MOST_SAMPLES - 1)
+    assert first == request_of(1, 0) - MOST_SAMPLES and last == (1 << 32) - 1, "all that the engine takes"
+    assert first > (1 << 31) + (len(SPLITS) << 24), "and behind the looks"
+    assert len({request_of(i, j) for i in range(300) for j in range(40)}) == 300 * 40
+    for problem, sample in ((MOST_PROBLEMS, 0), (0, MOST_SAMPLES), (-1, 0)):
+        with pytest.raises(ValueError, match=f"problem {problem}, sample {sample}: below"):
+            request_of(problem, sample)
+
+
+def drawn(engine, tokenizer, tools, samples: list[Sample], stream: bool = True) -> list[tuple[int, Trajectory]]:
+    """What `draw` hands over, in that order."""
+    found: list[tuple[int, Trajectory]] = []
+    asyncio.run(draw(engine, tokenizer, tools, iter(samples), LIMITS, found.extend, stream=stream))
+    return found
+
+
+def test_a_sample_is_what_its_request_draws_whatever_is_drawn_beside_it(make_engine, tokenizer, problems):
+    engine = make_engine(slots=2)
+    samples = [Sample(problems[i], request_of(i, j), 1.0, 0.9) for i in range(5) for j in range(3)]
+    every = {t.id: t for _, t in drawn(engine, tokenizer, None, samples)}
+    assert len(every) == 15 and len({tuple(t.ids) for t in every.values()}) == 15
+    some = drawn(engine, tokenizer, None, samples[::-4], stream=False)
+    for number, one in some:
+        assert one.id.endswith(f"/{samples[::-4][number].request}"), "numbered as they were given"
+        assert (one.ids, one.end) == (every[one.id].ids, every[one.id].end)
+        assert one.logprobs == pytest.approx(every[one.id].logprobs, abs=1e-5)
+    plain = drawn(engine, tokenizer, None, [replace(sample, top_p=1.0) for sample in samples[:3]])
+    assert any(one.ids != every[one.id].ids for _, one in plain), "top_p reaches the engine"
+
+
+def test_a_stream_of_samples_is_taken_as_seats_become_free(scripted_engine, tokenizer, problems):
+    found: list[tuple[int, Trajectory]] = []
+    engine = scripted_engine(tokenizer.stop_ids, {r: [tokenizer.encode(RIGHT)] for r in range(40)}, slots=2)
+    under_way = []
+
+    def samples():
+        for request in range(40):
+            under_way.append(request - len(engine.left))  # rows that were let go, and a kept prompt at times
+            yield Sample(problems[0], request)
+
+    asyncio.run(draw(engine, tokenizer, None, samples(), LIMITS, found.extend, stream=True))
+    assert sorted(number for number, _ in found) == list(range(40)) and all(t.verdict.correct for _, t in found)
+    assert max(under_way) < 20
+
+
+def test_what_the_machinery_lost_is_drawn_once_more(scripted_engine, tokenizer, problems):
+    """The first call of request 0 and both of request 1 are lost, the last one without a way out."""
+    lost = ["print(1)", "print(2)"]
+
+    async def run(code: str) -> ToolResult:
+        if code == "print(2)" or code in lost:
+            lost.remove(code) if code == "print(1)" else None
+            return ToolResult("infra_error", backend="process", message="worker died")
+        return ToolResult("success", stdout="1\n", backend="process")
+
+    tools = Toolbox([Python(SimpleNamespace(run=run, config=SandboxConfig()))])
+    call = [tokenizer.encode(called(f"print({i})")) for i in (1, 2)]
+    right = tokenizer.encode(RIGHT)
+    script = {0: [call[0], call[0], right], 1: [call[1]] * 2, 2: [right]}
+    samples = [Sample(problems[0], request) for request in range(3)]
+    found = dict(drawn(scripted_engine(tokenizer.stop_ids, script), tokenizer, tools, samples))
+    assert [found[i].end for i in range(3)] == [End.ANSWERED, End.SANDBOX_LOST, End.ANSWERED]
+    assert len(found[0].tool_uses) == 1 and found[0].verdict.correct and found[1].verdict is None
+    lost.append("print(1)")
+    ends = [t.end for _, t in drawn(scripted_engine(tokenizer.stop_ids, script), tokenizer, tools, samples, False)]
+    assert ends == [End.SANDBOX_LOST, End.SANDBOX_LOST, End.ANSWERED], "not in a look while a run trains"
+
+
+class Raising(Toolbox):
+    """A toolbox with a fault of its own, which no tool's fault is."""
+
+    async def run(self, call, kept):
+        raise ZeroDivisionError("of the toolbox")
+
+    def of(self, names, where):
+        return self
+
+
+def test_a_fault_of_one_conversation_ends_no_other_but_the_engines_ends_all(scripted_engine, tokenizer, problems):
+    right, call = tokenizer.encode(RIGHT), tokenizer.encode(CALL)
+    samples = [Sample(problems[0], request) for request in range(3)]
+    tools = Raising([Python(SimpleNamespace(run=None, config=SandboxConfig()))])
+    engine = scripted_engine(tokenizer.stop_ids, {0: [right], 1: [call] * 2, 2: [right]})
+    found = dict(drawn(engine, tokenizer, tools, samples))
+    assert [found[i].end for i in range(3)] == [End.ANSWERED, End.DISCARDED, End.ANSWERED]
+    assert found[1].fault == "ZeroDivisionError: of the toolbox"
+    with pytest.raises(ZeroDivisionError):
+        drawn(
+            scripted_engine(tokenizer.stop_ids, {0: [right], 1: [call], 2: [right]}), tokenizer, tools, samples, False
+        )
+    with pytest.raises(KeyError):  # a script that is not there: a fault of the engine
+        drawn(scripted_engine(tokenizer.stop_ids, {0: [right], 1: [right]}), tokenizer, None, samples)
+
+
+def test_a_fault_of_whoever_takes_ends_the_drawing(scripted_engine, tokenizer, problems):
+    def full(scored) -> None:
+        raise OSError(28, "No space left on device")
+
+    engine = scripted_engine(tokenizer.stop_ids, {0: [tokenizer.encode(RIGHT)]})
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(draw(engine, tokenizer, None, [Sample(problems[0], 0)], LIMITS, full, stream=True))

@@ -1,0 +1,30 @@
+"""`python -m retool_jax.evaluate config=NAME init_from=FOLDER key=value ...`: measure a checkpoint on a problem set.
+
+The same command goes on with an evaluation that was interrupted (docs/evaluation.md).
+"""
+
+import asyncio
+
+from retool_jax.errors import UserError, run_command
+from retool_jax.run import load
+from retool_jax.run.schema import EvaluateRun
+
+
+def main(words: list[str]) -> None:
+    if not words or {"-h", "--help"} & set(words):
+        print(load.help_text(words, "evaluate", "eval"))
+        return
+    run = load.load(words)
+    if not isinstance(run, EvaluateRun):
+        raise UserError("this config trains; run python -m retool_jax.train with it, or choose one of task evaluate")
+    if not run.init_from:
+        raise UserError("there is nothing to evaluate; set init_from to a run or Hugging Face folder, or a hub id")
+    # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    from retool_jax.run.build import resolve
+    from retool_jax.run.evaluate import evaluate
+
+    asyncio.run(evaluate(resolve(words)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,127 @@
+"""The samples of an evaluation in a file that grows: what was finished before a kill is not drawn again.
+
+Each line of `samples.jsonl` is a record of one trajectory (`Trajectory.record`) with its problem's place in the set as
+`group` and its number among the samples of that problem as `sample`. Lines are added in batches and are on the disk
+when `add` returns. A kill can tear no line but the last, which is taken away at the next start. A sample that the
+machinery lost has a line to read, and is drawn again; the last line of a sample is the one that counts.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from retool_jax.answers import Verdict
+from retool_jax.data.problems import Problem
+from retool_jax.errors import UserError
+from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, Segment, ToolUse, Trajectory
+
+SAMPLES = "samples.jsonl"
+
+
+class Done(NamedTuple):
+    """A sample that is in the file."""
+
+    at: int  # byte of its line
+    correct: bool
+    dropped: bool
+
+
+class Store:
+    """The samples in a folder: `with Store(folder) as store`.
+
+    Attributes:
+        done: by (place of the problem in its set, number of the sample).
+
+    Raises:
+        UserError: a line before the last cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SAMPLES
+        self.done: dict[tuple[int, int], Done] = {}
+        self._file = self._path.open("ab+")
+        self._size = 0
+        try:
+            for at, line, record in _records(self._path):
+                self._note(record, at)
+                self._size = at + len(line)
+            self._file.truncate(self._size)  # what is behind the last whole line was being written
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, records: Sequence[dict]) -> None:
+        """Write records; they are on the disk when this returns.
+
+        What no encoding can hold (a lone surrogate in a problem's text) is written as JSON's escape of it.
+        """
+        lines = [
+            (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace") for record in records
+        ]
+        self._file.write(b"".join(lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for record, line in zip(records, lines, strict=True):
+            self._note(record, self._size)
+            self._size += len(line)
+
+    def finished(self, problem: int, sample: int) -> bool:
+        """Whether a sample need not be drawn (again)."""
+        found = self.done.get((problem, sample))
+        return found is not None and not found.dropped
+
+    def trajectories(self, problems: Sequence[Problem]) -> Iterator[tuple[tuple[int, int], Trajectory]]:
+        """Each sample's key and its trajectory, in the order of keys."""
+        with self._path.open("rb") as file:
+            for key in sorted(self.done):
+                file.seek(self.done[key].at)
+                yield key, trajectory_of(json.loads(file.readline()), problems[key[0]])
+
+    def _note(self, record: dict, at: int) -> None:
+        dropped = record["end"] in INFRASTRUCTURE
+        self.done[record["group"], record["sample"]] = Done(at, record["correct"], dropped)
+
+
+def _records(path: Path) -> Iterator[tuple[int, bytes, dict]]:
+    """The whole lines of a file: where each begins, and what it holds."""
+    at = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if file.peek(1):
+                    raise UserError(f"{path} line {number} is not JSON; remove that line, to draw it again") from error
+                return
+            yield at, line, record
+            at += len(line)
+
+
+def trajectory_of(record: dict, problem: Problem) -> Trajectory:
+    """The trajectory of a record, without log-probabilities and versions, which no number asks for."""
+    dropped = record["end"] in INFRASTRUCTURE
+    return Trajectory(
+        id=record["id"],
+        problem=problem,
+        ids=record["ids"],
+        sampled=record["sampled"],
+        segments=[Segment(s["role"], s["start"], s["stop"]) for s in record["segments"]],
+        tool_uses=[ToolUse(**use) for use in record["tool_calls"]],
+        forced=record["forced"],
+        end=End(record["end"]),
+        fault=record["fault"],
+        verdict=None if dropped else Verdict(record["correct"], record["answer"], record["verdict"]),
+        exact=record["exact_match"],
+        reward=record["reward"],
+        reward_terms=record["reward_terms"],
+    )

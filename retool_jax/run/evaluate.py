@@ -1,0 +1,323 @@
+"""An evaluation from its folder to its result: which samples are missing, drawing them, and what all of them say."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from retool_jax.answers import workers
+from retool_jax.checkpoint import PARAMS, WHOLE, Checkpoints
+from retool_jax.data.problems import Problem
+from retool_jax.engine.conversation import Statistics
+from retool_jax.errors import UserError, one_line
+from retool_jax.evaluation.measure import draw, request_of
+from retool_jax.evaluation.numbers import faults, summarise
+from retool_jax.evaluation.results import Answered, compare, numbers_of, table
+from retool_jax.evaluation.store import Store
+from retool_jax.files import replacing
+from retool_jax.metrics import Progress, format_percent
+from retool_jax.models.attention import resolve_kernel
+from retool_jax.models.huggingface import find_folder
+from retool_jax.rl.summary import performance
+from retool_jax.rollout.rollout import Sample
+from retool_jax.rollout.trajectory import Trajectory
+from retool_jax.run.build import (
+    engine_of,
+    mesh_of,
+    model_for,
+    problems_to_evaluate,
+    sandbox_config,
+    sandbox_lines,
+    told_of_memory,
+)
+from retool_jax.run.folder import check_folder, claim_folder, to_flat, write_config
+from retool_jax.run.origin import versions, write_origin
+from retool_jax.run.schema import EvaluateRun
+from retool_jax.run.weights import load_weights, no_checkpoint, require_checkpoint
+from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+from retool_jax.tools.toolbox import load_tools
+
+RESULT = "result.json"
+ASKED = "asked.json"  # whose weights and which problems the samples are of
+PERFORMANCE = "perf.json"  # all that the clock decides, of the process that drew last
+
+
+async def evaluate(run: EvaluateRun) -> dict:
+    """Draw what the folder lacks, and return the result, which is written there and printed.
+
+    A finished evaluation is printed as it is, and nothing is drawn.
+
+    Raises:
+        UserError: what is to be evaluated, or compared with, is not there or does not fit; the folder holds something
+            else; or the machinery lost too many samples.
+    """
+    theirs = read_result(Path(run.compare)) if run.compare else None
+    require_checkpoint(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    run = replace(run, model=model_for(run, tokenizer))
+    tools = load_tools(run.tools)
+    problems = problems_to_evaluate(run, tokenizer, tools)
+    folder = Path(run.run)
+    check_folder(run)
+    check_writable(folder)
+    if theirs:  # so that one of another set is told now
+        compare({"set": set_name(run), "problems": [{"id": p.id, "correct": [False]} for p in problems]}, theirs)
+    asked = {"set": set_name(run), "problems": digest_of(problems), "weights": weights_of(run.init_from)}
+    check_asked(folder, asked)
+    if (folder / RESULT).is_file() and not (result := read_result(folder / RESULT))["dropped"]:
+        print(f"{folder} is complete; nothing to draw")
+        show(result, theirs)
+        return result
+    mesh = mesh_of(run)
+    params = load_weights(run, Path(run.init_from))
+    workers.pool.start()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(told_of_memory(run))
+        if tools:
+            await stack.enter_async_context(tools.open(sandbox_config(run)))
+        stack.enter_context(claim_folder(run))
+        check_asked(folder, asked)
+        store = stack.enter_context(Store(folder))
+        write_json(folder / ASKED, asked)
+        write_config(run)
+        write_origin(folder)
+        every = keys(len(problems), run.evaluation.samples)
+        missing, total = [key for key in every if not store.finished(*key)], len(every)
+        if missing:
+            print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
+            how = run.evaluation
+            preset = f", as evaluation.preset={how.preset}" if how.preset else ""
+            print(
+                f"{len(problems)} problems x {how.samples}, temperature {how.temperature:g}, top-p {how.top_p:g}{preset}"
+            )
+            print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
+            if len(missing) < total:
+                print(f"{folder}: {total - len(missing)} of {total} samples are there already")
+            engine = engine_of(run, params, mesh, tokenizer)
+            del params  # the engine has its own
+            engine.warm_up()
+            bar = stack.enter_context(Progress("evaluation", total, total - len(missing)))
+            taking = Taking(tokenizer, store, missing, total, run.evaluation.max_dropped, asked, bar)
+            samples = (sample_of(run, problems, *key) for key in missing)
+            statistics = await draw(engine, tokenizer, tools, samples, run.rollout, taking, stream=True)
+            write_json(folder / PERFORMANCE, performance_of(statistics, len(missing)))
+        result = result_of(run, problems, store, asked)
+        write_json(folder / RESULT, result)
+    show(result, theirs)
+    print(f"{folder / RESULT} has these numbers; every trajectory is in samples.jsonl beside it")
+    return result
+
+
+def keys(problems: int, samples: int) -> list[tuple[int, int]]:
+    """(place of a problem, number of a sample) in the order of drawing: a problem's side by side, since they share its
+    prompt."""
+    return [(i, j) for i in range(problems) for j in range(samples)]
+
+
+def sample_of(run: EvaluateRun, problems: Sequence[Problem], problem: int, sample: int) -> Sample:
+    how = run.evaluation
+    return Sample(problems[problem], request_of(problem, sample), how.temperature, how.top_p, how.top_k)
+
+
+class Taking:
+    """Takes trajectories as they are scored: writes them, counts, shows how far it is.
+
+    Raises:
+        UserError: the machinery lost more than `evaluation.max_dropped` of the samples.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        store: Store,
+        missing: Sequence[tuple[int, int]],
+        total: int,
+        max_dropped: float,
+        asked: dict,
+        bar: Progress,
+    ) -> None:
+        self._tokenizer, self._store, self._missing, self._bar = tokenizer, store, missing, bar
+        self._about = {"split": asked["set"], "step": asked["weights"]["step"] or 0}
+        self._max_dropped = max_dropped
+        kept = [done for done in store.done.values() if not done.dropped]
+        self._total, self._kept, self._right = total, len(kept), sum(done.correct for done in kept)
+        self._tokens = self._dropped = 0
+        self._began = time.perf_counter()
+
+    def __call__(self, scored: list[tuple[int, Trajectory]]) -> None:
+        records = []
+        for number, trajectory in scored:
+            problem, sample = self._missing[number]
+            records.append(trajectory.record(self._tokenizer, **self._about, group=problem, sample=sample))
+        self._store.add(records)
+        lost = [trajectory for _, trajectory in scored if trajectory.dropped]
+        before = self._kept
+        self._dropped += len(lost)
+        self._kept += len(scored) - len(lost)
+        self._right += sum(record["correct"] for record in records)
+        self._tokens += sum(sum(trajectory.sampled) for _, trajectory in scored)
+        speed = self._tokens / (time.perf_counter() - self._began)
+        for kept in range(before + 1, self._kept + 1):  # each of them, for the lines of a log
+            self._bar.step(kept, {"accuracy": self._right / self._kept, "tokens/s": speed})
+        if lost and self._dropped > self._max_dropped * self._total:
+            raise UserError(
+                f"the machinery lost {self._dropped} of {self._total} samples, a share above evaluation.max_dropped="
+                f"{self._max_dropped:g}, the last as {lost[-1].end} ({one_line(lost[-1].fault)}); mend"
+                " the cause and start the same command again, which draws them anew"
+            )
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def set_name(run: EvaluateRun) -> str:
+    """What a set is called in results."""
+    return f"arithmetic:{run.data.split}" if run.data.source == "arithmetic" else run.data.source
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """SHA-256 of all that problems say, in their order."""
+    said = [(p.id, p.messages, p.ground_truth, p.tools) for p in problems]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def weights_of(name: str) -> dict:
+    """Which weights a folder or hub id holds: their `step` in a run, and `sha256` of the names and digests of files.
+
+    The files are the `*.safetensors` of a Hugging Face folder, or those of the newest checkpoint's weights without the
+    optimiser's state.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    folder, step = find_folder(name), None
+    if (folder / "config.json").is_file():
+        top, files = folder, folder.glob("*.safetensors")
+    else:
+        with closing(Checkpoints(folder / "checkpoints", keep=None)) as checkpoints:
+            step = checkpoints.latest()
+        if step is None:
+            raise no_checkpoint(folder)
+        top = folder / "checkpoints" / str(step)
+        top = top / WHOLE if (top / WHOLE).is_dir() else top / PARAMS
+        files = (path for path in top.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            own = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(top)} {own}\n".encode())
+    return {"init_from": name, "step": step, "sha256": digest.hexdigest()}
+
+
+def check_asked(folder: Path, asked: dict) -> None:
+    """A `UserError` where a folder's samples are of other problems, or of weights that have changed since."""
+    if not (folder / ASKED).is_file():
+        return
+    there = json.loads((folder / ASKED).read_text())
+    for what, key in (("weights", "init_from"), ("problems", "data.source")):
+        if there[what] != asked[what]:
+            raise UserError(
+                f"{folder} has samples of other {what}: {key} is not what it was when they were drawn; restore it, or"
+                " choose another run=FOLDER"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """A `UserError` where a folder can be neither made nor written to; nothing is made."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written to" if above.is_dir() else "is no folder"
+        raise UserError(f"cannot write run={folder}: {above} {why}; choose another run=FOLDER")
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked: dict) -> dict:
+    """All that an evaluation found, from the samples in its folder alone, so that nothing of it is the clock's.
+
+    Raises:
+        UserError: the machinery lost every sample.
+    """
+    found: list[list[Trajectory]] = [[] for _ in problems]
+    for (problem, _), trajectory in store.trajectories(problems):
+        found[problem].append(trajectory)
+    everything = [trajectory for trajectories in found for trajectory in trajectories]
+    kept = [[trajectory for trajectory in trajectories if not trajectory.dropped] for trajectories in found]
+    answered = [
+        Answered(problem.id, tuple(t.verdict.correct for t in own), tuple(t.verdict.answer for t in own))
+        for problem, own in zip(problems, kept, strict=True)
+    ]
+    count = sum(map(len, kept))
+    if not count:
+        raise UserError(
+            f"the machinery lost all {len(everything)} samples ({one_line(everything[0].fault)}); mend the cause and"
+            " start the same command again"
+        )
+    differing = sum(t.exact != t.verdict.correct for own in kept for t in own)
+    summary = summarise(everything, 1.0)
+    ks = [k for k in run.evaluation.ks if any(len(own) >= k for own in kept)]
+    config = {key: value for key, value in to_flat(run).items() if key not in ("run", "compare")}
+    return {
+        "set": asked["set"],
+        "weights": asked["weights"],
+        "samples": run.evaluation.samples,
+        "dropped": len(everything) - count,
+        "numbers": numbers_of(answered, ks, run.seed),
+        "strict_differs": {"count": differing, "share": differing / count},
+        "trajectories": {key: value for key, value in summary.items() if not key.startswith("perf/")},
+        "problems": [asdict(one) for one in answered],
+        "problems_sha256": asked["problems"],
+        "config": config,
+        "versions": [line for line in versions().decode().splitlines() if line],
+    }
+
+
+def performance_of(statistics: Statistics, samples: int) -> dict:
+    """Wall-clock numbers of what a process drew."""
+    return {"samples": samples, **{key.removeprefix("perf/"): value for key, value in performance(statistics).items()}}
+
+
+def read_result(path: Path) -> dict:
+    """A result that an evaluation wrote.
+
+    Raises:
+        UserError: it is not there, or is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or not {"set", "problems", "numbers", "dropped"} <= result.keys():
+            raise ValueError("it has no set, problems, numbers and dropped")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}); give the {RESULT} of an evaluation") from error
+    return result
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Replace a file in one step; a lone surrogate of an answer is written as its escape."""
+    with replacing(path, errors="backslashreplace") as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def show(result: dict, theirs: dict | None) -> None:
+    """Print the table of a result, what its trajectories were like, and the difference to another one."""
+    console, numbers = Console(highlight=False), result["trajectories"]
+    console.print(table(result["numbers"], f"{result['set']}, {result['samples']} samples of each problem"))
+    ends = {name.removeprefix("end/"): count for name, count in numbers.items() if name.startswith("end/") and count}
+    strict = result["strict_differs"]
+    print(
+        f"turns {numbers['turns_mean']:.2f}, calls {numbers['calls_per_sample']:.2f}, response tokens"
+        f" {numbers['response_tokens']:.1f}, tool rate {format_percent(numbers['tool_rate'])}, tool success"
+        f" {format_percent(numbers['tool_success'])}\nends: {', '.join(f'{name} {n}' for name, n in ends.items())}\n"
+        f"the strict box rule says otherwise of {strict['count']} answers ({format_percent(strict['share'])})"
+    )
+    if happened := faults(numbers):
+        print(f"{happened}; the same command again draws what was lost anew")
+    if theirs:
+        console.print(table(compare(result, theirs), f"{result['set']}: this one and the other, on the same problems"))
