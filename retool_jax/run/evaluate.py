@@ -281,7 +281,10 @@ def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked
 
 def performance_of(statistics: Statistics, samples: int) -> dict:
     """Wall-clock numbers of what a process drew."""
-    return {"samples": samples, **{key.removeprefix("perf/"): value for key, value in performance(statistics).items()}}
+    return {
+        "samples": samples,
+        **{key.removeprefix("perf/"): value for key, value in performance(statistics, ()).items()},
+    }
 
 
 def read_result(path: Path) -> dict:
