@@ -200,11 +200,12 @@ def _majority(correct: Sequence[bool], answers: Sequence[str | None], k: int, rn
     for is_right, answer in zip(correct, answers, strict=True):
         if answer and (spelled := _spelled(answer)):
             verdicts.setdefault(spelled, []).append(is_right)
-    right = sorted(len(votes) for votes in verdicts.values() if 2 * sum(votes) > len(votes))
-    wrong = sorted(len(votes) for votes in verdicts.values() if 2 * sum(votes) <= len(votes))
+    right, wrong = [], []  # how many samples gave each answer
+    for votes in verdicts.values():
+        (right if 2 * sum(votes) > len(votes) else wrong).append(len(votes))
     silent = len(correct) - sum(right) - sum(wrong)
     if len(correct) <= EXACT_SAMPLES:
-        return float(_majority_by_k(tuple(right), tuple(wrong), silent)[k])
+        return float(_majority_by_k(tuple(sorted(right)), tuple(sorted(wrong)), silent)[k])
     votes = rng.multivariate_hypergeometric([*right, *wrong, silent], k, size=SUBSETS)[:, :-1]
     ahead = (votes > 0) & (votes == votes.max(axis=1, keepdims=True, initial=0))
     return float(np.mean(ahead[:, : len(right)].sum(axis=1) / np.maximum(ahead.sum(axis=1), 1)))
@@ -244,12 +245,18 @@ def _majority_by_k(right: tuple[int, ...], wrong: tuple[int, ...], silent: int) 
     return np.minimum(found / [math.comb(n, k) for k in range(n + 1)], 1.0)
 
 
+@lru_cache(maxsize=16)
+def _recipe_draws(count: int, size: int) -> np.ndarray:
+    """[size, draws] of indices below `count`: those of every problem with so many samples, as verl seeds for each."""
+    rng = np.random.RandomState(RECIPE_SEED)
+    return np.ascontiguousarray(rng.choice(count, size=(RECIPE_DRAWS, size), replace=True).T)
+
+
 def _recipe_shares(correct: Sequence[bool], answers: Sequence[str | None], size: int) -> tuple[float, float, float]:
     """Of one problem's draws of `size` samples: the shares with a right one, without a wrong one, with a right vote."""
-    drawn = np.random.RandomState(RECIPE_SEED).choice(len(correct), size=(RECIPE_DRAWS, size), replace=True)
+    drawn, draws = _recipe_draws(len(correct), size), np.arange(RECIPE_DRAWS)
     verdicts = np.asarray(correct)[drawn]
     numbers = {answer: number for number, answer in enumerate(dict.fromkeys(answer or "" for answer in answers))}
-    rows = np.arange(RECIPE_DRAWS)
-    votes = np.array([numbers[answer or ""] for answer in answers])[drawn] + len(numbers) * rows[:, None]
-    first = np.bincount(votes.ravel())[votes].argmax(axis=1)  # where a draw first has the answer with the most votes
-    return verdicts.any(axis=1).mean(), verdicts.all(axis=1).mean(), verdicts[rows, first].mean()
+    votes = np.array([numbers[answer or ""] for answer in answers])[drawn] + len(numbers) * draws
+    first = np.bincount(votes.ravel())[votes].argmax(axis=0)  # where a draw first has the answer with the most votes
+    return verdicts.any(axis=0).mean(), verdicts.all(axis=0).mean(), verdicts[first, draws].mean()

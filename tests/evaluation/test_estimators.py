@@ -141,6 +141,7 @@ def test_ties_are_shared_whatever_the_order():
 
 def test_an_answer_is_right_where_most_of_its_samples_were_judged_so():
     assert maj_at([[True, True, False]], [["7", "7", "7"]], 3).value == 1
+    assert maj_at([[True, False, False]], [["7", "7", "7"]], 3).value == 0
     assert maj_at([[True, False]], [["7", "7"]], 2).value == 0, "in doubt it is wrong"
 
 
@@ -175,6 +176,8 @@ def test_maj_at_k_of_many_samples():
         assert two(60, 41, k, problems=20) == pytest.approx(two_answers(60, 41, k), abs=4 * 0.5 / math.sqrt(20_000))
     assert two(60, 41, 9) == two(60, 41, 9), "the draws are seeded"
     assert maj_at([[False] * 80], [[None] * 80], 7).value == 0
+    alone = maj_at([[True] + [False] * 79], [["7"] + [None] * 79], 1).value
+    assert alone == pytest.approx(1 / 80, abs=4 * math.sqrt(1 / 80 / 1000)), "a draw without a vote is wrong"
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
