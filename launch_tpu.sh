@@ -62,8 +62,9 @@ END
 
 # What every setting is unless it is given. An empty one has no value that fits all.
 settings=(PROJECT= ZONE= TYPE=v5p-64 SLICES=1 NAME=retool BACKEND=queued BUCKET= SPOT= RESERVATION= MAX_REQUEUES=10
-    MAX_WAIT_MINUTES=1440 POLL_SECONDS=60 RUNTIME= NETWORK=default CLUSTER= IMAGE=python:3.12-bookworm PYTHON_VERSION=3.12
-    PINNED_AT= UV_VERSION=0.13.9 RUNSC_RELEASE=20261005 SECRETS="HF_TOKEN WANDB_API_KEY" WORKER=0 IAP=0 ALLOW_DIRTY=0 DRY_RUN=0)
+    MAX_WAIT_MINUTES=1440 POLL_SECONDS=60 RUNTIME= NETWORK=default CLUSTER= IMAGE=python:3.12-bookworm
+    PYTHON_VERSION=3.12 PINNED_AT= UV_VERSION=0.13.9 RUNSC_RELEASE=20261005 SECRETS="HF_TOKEN WANDB_API_KEY" WORKER=0
+    IAP=0 ALLOW_DIRTY=0 DRY_RUN=0)
 
 read_words() {
     local setting name word names=' '
@@ -96,9 +97,11 @@ check_settings() {
     [ "$SLICES" -gt 0 ] || refuse "SLICES=$SLICES: a run has at least one slice"
     [[ $NAME =~ ^[a-z][a-z0-9-]{0,18}[a-z0-9]$ ]] ||
         refuse "NAME=$NAME: 2 to 20 small letters, digits and -, a letter first"
-    [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] || refuse "ZONE=$ZONE is no zone; one is called us-east5-a, a region us-east5"
+    [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] ||
+        refuse "ZONE=$ZONE is no zone; one is called us-east5-a, a region us-east5"
     [[ $BACKEND =~ ^(queued|mig|gke)$ ]] || refuse "BACKEND=$BACKEND is none of queued, mig and gke"
-    [ -z "$RESERVATION" ] || [ "$SPOT" != 1 ] || refuse "SPOT=1 and RESERVATION=$RESERVATION exclude each other; set one"
+    [ -z "$RESERVATION" ] || [ "$SPOT" != 1 ] ||
+        refuse "SPOT=1 and RESERVATION=$RESERVATION exclude each other; set one"
     [ -n "$SPOT" ] || SPOT=$([ -n "$RESERVATION" ] && echo 0 || echo 1)
     [[ $WORKER =~ ^([0-9]+/)?[0-9]+$ ]] || refuse "WORKER=$WORKER is neither a number nor SLICE/WORKER"
     [[ $WORKER == */* ]] || WORKER=0/$WORKER
@@ -167,7 +170,8 @@ up() {
     [ "$BACKEND" = gke ] || store_secrets
     "${BACKEND}_up"
     [ "$BACKEND" != gke ] || store_secrets # they are kept in the cluster
-    note "$NAME is up: $SLICES x $TYPE, $hosts machines of $chips_per_host chips each. It costs money until ./launch_tpu.sh down"
+    note "$NAME is up: $SLICES x $TYPE, $hosts machines of $chips_per_host chips each. It costs money until" \
+        "./launch_tpu.sh down"
 }
 
 down() {
@@ -202,8 +206,8 @@ ready() {
         GONE*) again "$state" ;;
         esac
         [ "$SECONDS" -lt "$until" ] ||
-            fail "no TPU after MAX_WAIT_MINUTES=$MAX_WAIT_MINUTES: $state. The request stays, and ./launch_tpu.sh up waits on;" \
-                "or down, and another ZONE, a smaller TYPE, SPOT=0 or a RESERVATION"
+            fail "no TPU after MAX_WAIT_MINUTES=$MAX_WAIT_MINUTES: $state. The request stays, and ./launch_tpu.sh up" \
+                "waits on; or down, and another ZONE, a smaller TYPE, SPOT=0 or a RESERVATION"
         sleep "$POLL_SECONDS"
     done
 }
@@ -211,8 +215,8 @@ ready() {
 requeues=0
 again() {
     [ "$requeues" -lt "$MAX_REQUEUES" ] ||
-        fail "$NAME was taken away: $1, and asked for again $requeues times (MAX_REQUEUES). The same run goes on from its last" \
-            "checkpoint; SPOT=0 or a RESERVATION is not taken away"
+        fail "$NAME was taken away: $1, and asked for again $requeues times (MAX_REQUEUES). The same run goes on from" \
+            "its last checkpoint; SPOT=0 or a RESERVATION is not taken away"
     requeues=$((requeues + 1))
     note "$NAME was taken away: $1. Asking again, $requeues of at most $MAX_REQUEUES"
     "${BACKEND}_delete"
@@ -226,14 +230,16 @@ send_code() {
     local changes
     changes=$(git status --porcelain)
     if [ -n "$changes" ] && [ "$ALLOW_DIRTY" != 1 ]; then
-        refuse "what is not committed would not be sent:"$'\n'"$(head -10 <<<"$changes")"$'\n'"commit it, or say ALLOW_DIRTY=1"
+        refuse "what is not committed would not be sent:"$'\n'"$(head -10 <<<"$changes")"$'\n'"commit it, or say" \
+            "ALLOW_DIRTY=1"
     fi
     code=$(git rev-parse --short=12 HEAD)
     PINNED_AT=${PINNED_AT:-$(git log -1 --format=%cI HEAD)}
     piped git archive --format=tar.gz HEAD :: gcloud storage cp - "$at/code/$code.tar.gz"
     call gcloud storage cp deploy/tpu/worker.sh "$at/worker.sh"
     worker_words=(BUCKET="$BUCKET" NAME="$NAME" CODE="$code" PINNED_AT="$PINNED_AT"
-        PYTHON_VERSION="$PYTHON_VERSION" UV_VERSION="$UV_VERSION" RUNSC_RELEASE="$RUNSC_RELEASE" SECRETS="$SECRETS" -- python -m retool_jax.train "${train[@]}")
+        PYTHON_VERSION="$PYTHON_VERSION" UV_VERSION="$UV_VERSION" RUNSC_RELEASE="$RUNSC_RELEASE" SECRETS="$SECRETS"
+        -- python -m retool_jax.train "${train[@]}")
 }
 
 # The line that begins the work on a virtual machine.

@@ -10,6 +10,7 @@ gke_check() {
     own_cluster=0
     [ -n "$CLUSTER" ] || own_cluster=1 CLUSTER=$NAME
     kube=(kubectl --context="gke_${PROJECT}_${ZONE}_$CLUSTER")
+    cluster=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
     workload=$NAME-$topology
 }
 
@@ -31,8 +32,8 @@ gke_pools() {
     fi
     for ((slice = 0; slice < SLICES; slice++)); do
         ensure "node pool $NAME-$slice" \
-            gcloud container node-pools describe "$NAME-$slice" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" :: \
-            gcloud container node-pools create "$NAME-$slice" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
+            gcloud container node-pools describe "$NAME-$slice" "${cluster[@]}" :: \
+            gcloud container node-pools create "$NAME-$slice" "${cluster[@]}" \
             --quiet --node-locations="$ZONE" --machine-type="$machine" --num-nodes="$hosts" --disk-size=200 \
             --workload-metadata=GKE_METADATA "${words[@]}"
     done
@@ -41,9 +42,9 @@ gke_pools() {
 gke_up() {
     [ "$own_cluster" = 0 ] || ensure "cluster $CLUSTER" \
         gcloud container clusters describe "$CLUSTER" --project="$PROJECT" --zone="$ZONE" :: \
-        gcloud container clusters create "$CLUSTER" --project="$PROJECT" --zone="$ZONE" --quiet --release-channel=rapid \
-        --num-nodes=1 --machine-type=e2-standard-4 --workload-pool="$PROJECT.svc.id.goog" --addons=GcsFuseCsiDriver \
-        --network="$NETWORK"
+        gcloud container clusters create "$CLUSTER" --project="$PROJECT" --zone="$ZONE" --quiet \
+        --release-channel=rapid --num-nodes=1 --machine-type=e2-standard-4 --network="$NETWORK" \
+        --workload-pool="$PROJECT.svc.id.goog" --addons=GcsFuseCsiDriver
     gke_pools
     call gcloud container clusters get-credentials "$CLUSTER" --project="$PROJECT" --zone="$ZONE" --quiet
     call "${kube[@]}" apply --server-side -f "$JOBSET"
@@ -112,8 +113,8 @@ gke_down() {
         for secret in $SECRETS; do try "${kube[@]}" delete secret "$(secret_name "$secret")" --ignore-not-found; done
         for ((slice = 0; slice < SLICES; slice++)); do
             remove "node pool $NAME-$slice" \
-                gcloud container node-pools describe "$NAME-$slice" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" :: \
-                gcloud container node-pools delete "$NAME-$slice" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" --quiet
+                gcloud container node-pools describe "$NAME-$slice" "${cluster[@]}" :: \
+                gcloud container node-pools delete "$NAME-$slice" "${cluster[@]}" --quiet
         done
     fi
     remove "workload policy $workload" \
@@ -139,7 +140,7 @@ in_pod() { # WORDS of kubectl, with POD where the pod's name belongs
     take_over "${kube[@]}" "${@/POD/$pod}"
 }
 
-gke_ssh() { if [ $# = 0 ]; then in_pod exec -it POD -c train -- bash; else in_pod exec POD -c train -- bash -c "$1"; fi; }
+gke_ssh() { in_pod exec -it POD -c train -- bash; }
 
 gke_follow() { in_pod logs -f POD -c train; }
 

@@ -6,7 +6,9 @@ mig_check() {
     [ "$generation" != v5e ] ||
         refuse "managed instance groups serve v5p, v6e and tpu7x, not v5e; choose BACKEND=queued or BACKEND=gke"
     workload=$NAME-$topology
-    template=$NAME-$machine-$([ -n "$RESERVATION" ] && echo reserved || { [ "$SPOT" = 1 ] && echo spot || echo standard; })
+    template=$NAME-$machine-standard
+    [ "$SPOT" = 0 ] || template=$NAME-$machine-spot
+    [ -z "$RESERVATION" ] || template=$NAME-$machine-reserved
 }
 
 groups() { # VERB SLICE WORDS
@@ -117,9 +119,10 @@ mig_start() {
         fi
         mapfile -t names < <(machines "$slice")
         [ "${#names[@]}" -ge "$hosts" ] ||
-            fail "slice $slice has ${#names[@]} of $hosts machines; run the same again once ./launch_tpu.sh status shows all"
+            fail "slice $slice has ${#names[@]} of $hosts machines; run the same again once status shows all"
         for machine in "${names[@]}"; do
-            through gcloud compute ssh "$machine" --project="$PROJECT" --zone="$ZONE" --quiet "${tunnel[@]}" --command="$line"
+            through gcloud compute ssh "$machine" --project="$PROJECT" --zone="$ZONE" --quiet "${tunnel[@]}" \
+                --command="$line"
         done
     done
 }
@@ -128,7 +131,8 @@ mig_ssh() { # COMMAND, or none to type there
     local machine names slice=${WORKER%%/*} number=${WORKER##*/}
     local words=(--project="$PROJECT" --zone="$ZONE" --quiet "${tunnel[@]}" ${1:+"--command=$1"})
     if dry; then
-        printf 'gcloud compute ssh "$(%s | sort | sed -n %sp)" %s\n' "$(machines "$slice")" $((number + 1)) "$(quoted "${words[@]}")"
+        printf 'gcloud compute ssh "$(%s | sort | sed -n %sp)" %s\n' \
+            "$(machines "$slice")" $((number + 1)) "$(quoted "${words[@]}")"
         return
     fi
     names=$(machines "$slice" | sort)

@@ -157,17 +157,17 @@ meaning() {
     shift
     case $errors in
     *[Qq]uota*)
-        echo "no quota for $TYPE in $ZONE. Ask for it at $quotas (spot TPUs have a quota of their own, the preemptible" \
-            "one), or choose another TYPE, ZONE or SPOT" ;;
+        echo "no quota for $TYPE in $ZONE. Ask for it at $quotas (spot TPUs have a quota of their own, the" \
+            "preemptible one), or choose another TYPE, ZONE or SPOT" ;;
     *RESOURCE_POOL_EXHAUSTED* | *STOCKOUT* | *"more capacity"* | *"enough resources"* | *"nsufficient capacity"*)
         echo "no $TYPE is free in $ZONE now. Try again later, or another ZONE, a smaller TYPE, or a RESERVATION" ;;
     *SERVICE_DISABLED* | *"has not been used in project"*)
-        echo "an API is off in $PROJECT. ./launch_tpu.sh up turns on what it needs; a new one takes some minutes to act" ;;
+        echo "an API is off in $PROJECT. ./launch_tpu.sh up turns on what it needs, which takes some minutes to act" ;;
     *"active account"* | *"auth login"* | *eauthentication*)
         echo "gcloud has no valid login: gcloud auth login" ;;
     *"Permission denied on 'locations"* | *"nknown zone"* | *"zones/$ZONE' was not found"* | *"ccelerator type"*)
-        echo "$ZONE has no $TYPE, or is no zone. These have: gcloud compute tpus locations list --project=$PROJECT, and" \
-            "gcloud compute tpus accelerator-types list --zone=$ZONE --project=$PROJECT" ;;
+        echo "$ZONE has no $TYPE, or is no zone. These have: gcloud compute tpus locations list --project=$PROJECT," \
+            "and gcloud compute tpus accelerator-types list --zone=$ZONE --project=$PROJECT" ;;
     *"ervice account"*"does not exist"*)
         echo "a new service account is not known everywhere yet: wait a minute and call the same again" ;;
     *PERMISSION_DENIED* | *"not have permission"*)

@@ -84,8 +84,8 @@ mount_bucket() {
     return 1
 }
 
-# The code of one commit in an environment of its own. Packages are those that there were when it was made, so every host
-# and every restart has the same versions.
+# The code of one commit in an environment of its own. Packages are those that there were when it was made, so every
+# host and every restart has the same versions.
 install_code() {
     local to=$local_at/$CODE
     [ ! -e "$to/ready" ] || return 0
@@ -105,7 +105,8 @@ install_code() {
 
 install_runsc() {
     command -v runsc >/dev/null && return
-    repository gvisor https://gvisor.dev/archive.key "https://storage.googleapis.com/gvisor/releases $RUNSC_RELEASE main"
+    repository gvisor https://gvisor.dev/archive.key \
+        "https://storage.googleapis.com/gvisor/releases $RUNSC_RELEASE main"
     refresh
     packages runsc
 }
@@ -122,11 +123,11 @@ prepare() {
 
 # Secrets become variables of the training process, and stand nowhere else.
 read_secrets() {
-    local key value
+    local key value object
     for key in $SECRETS; do
         on_machine || continue # a pod has them already
-        value=$(gcloud secrets versions access latest --secret="$NAME-$(tr '[:upper:]_' '[:lower:]-' <<<"$key")" 2>/dev/null) ||
-            continue # none was stored
+        object=$NAME-$(tr '[:upper:]_' '[:lower:]-' <<<"$key")
+        value=$(gcloud secrets versions access latest --secret="$object" 2>/dev/null) || continue # none was stored
         export "$key=$value"
     done
 }
@@ -135,8 +136,8 @@ attribute() { # of this machine's metadata
     curl -fsS -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
 
-# Queued resources and GKE say which slices there are. Of instance groups the first machine of the first slice says where
-# it is, and all others wait for that.
+# Queued resources and GKE say which slices there are. Of instance groups the first machine of the first slice says
+# where it is, and all others wait for that.
 join_slices() {
     local address=$here/status/coordinator
     [ "$SLICES" -gt 1 ] || return 0
