@@ -103,6 +103,9 @@ check_settings() {
     [ -z "$RESERVATION" ] || [ "$SPOT" != 1 ] ||
         refuse "SPOT=1 and RESERVATION=$RESERVATION exclude each other; set one"
     [ -n "$SPOT" ] || SPOT=$([ -n "$RESERVATION" ] && echo 0 || echo 1)
+    for name in SPOT IAP ALLOW_DIRTY DRY_RUN; do
+        [[ ${!name} =~ ^[01]$ ]] || refuse "$name=${!name} is neither 0 nor 1"
+    done
     [[ $WORKER =~ ^([0-9]+/)?[0-9]+$ ]] || refuse "WORKER=$WORKER is neither a number nor SLICE/WORKER"
     [[ $WORKER == */* ]] || WORKER=0/$WORKER
     BUCKET=${BUCKET:-$PROJECT-retool}
@@ -157,6 +160,7 @@ store_secrets() {
 
 up() {
     local names
+    trap 'fail interrupted' INT
     mapfile -t names < <(apis)
     call gcloud services enable "${names[@]}" --project="$PROJECT" --quiet
     # Folders that are renamed in one step, as checkpoints are, need a hierarchical namespace.
@@ -213,6 +217,7 @@ ready() {
 }
 
 requeues=0
+worker_words=()
 again() {
     [ "$requeues" -lt "$MAX_REQUEUES" ] ||
         fail "$NAME was taken away: $1, and asked for again $requeues times (MAX_REQUEUES). The same run goes on from" \
@@ -299,6 +304,8 @@ watch() {
                     "./launch_tpu.sh logs shows all; the same command goes on from the last checkpoint"
             } ;;
         *)
+            [ "${#worker_words[@]}" -gt 0 ] ||
+                fail "$NAME was taken away: $state. The same run asks for another, and goes on from its last checkpoint"
             again "$state"
             ready
             begin

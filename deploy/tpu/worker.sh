@@ -92,7 +92,7 @@ install_code() {
     rm -rf "$to"
     mkdir -p "$to/code"
     tar -xzf "$here/code/$CODE.tar.gz" -C "$to/code"
-    packages python3-venv python3-pip
+    if on_machine; then packages python3-venv; fi # the pod's Python has it
     [ -x "$local_at/uv/bin/uv-$UV_VERSION" ] || {
         python3 -m venv --clear "$local_at/uv"
         "$local_at/uv/bin/pip" install -q "uv==$UV_VERSION"

@@ -138,6 +138,14 @@ def test_a_dead_line_of_the_watcher_removes_nothing(cloud):
     assert not any(" delete " in line for line in cloud.lines())
 
 
+def test_who_only_watches_asks_for_no_other_tpu(cloud):
+    cloud.has(REQUEST)
+    cloud.plan({STATE: [LOST]})
+    done = cloud.run("watch")
+    assert done.returncode == 1 and "The same run asks for another" in done.stderr
+    assert not any(" delete " in line for line in cloud.lines())
+
+
 def test_lost_ssh_is_tried_again_and_then_explained(cloud):
     cloud.has(REQUEST)
     cloud.ended(0)

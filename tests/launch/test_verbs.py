@@ -1,6 +1,7 @@
 """What launch_tpu.sh calls for each verb on each back-end, and what it refuses before it calls anything."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_words_with_blanks_and_quotes_arrive_as_they_were(cloud):
         ("v5p-64", "queued", ["--accelerator-type=v5p-64 ", "--runtime-version=v2-alpha-tpuv5 ", "--spot"]),
         ("v6e-8", "queued", ["--accelerator-type=v6e-8 ", "--runtime-version=v2-alpha-tpuv6e "]),
         ("v5e-256", "queued", ["--accelerator-type=v5litepod-256 ", "--runtime-version=v2-alpha-tpuv5-lite "]),
-        ("v5p-64", "mig", ["--machine-type=ct5p-hightpu-4t", "--size=8 ", "--accelerator-topology=2x4x4"]),
+        ("v5p-64", "mig", ["--machine-type=ct5p-hightpu-4t", "--size=8 --target-size-policy-mode=bulk ", "=2x4x4"]),
         ("v6e-8", "mig", ["--machine-type=ct6e-standard-8t", "--size=1\n"]),
         ("tpu7x-128", "mig", ["--machine-type=tpu7x-standard-4t", "--size=16 ", "=4x4x4", "tpu-tpu7x"]),
         ("v5e-16", "gke", ["--machine-type=ct5lp-hightpu-4t", "--num-nodes=4 ", "--tpu-topology=4x4 "]),
@@ -115,6 +116,7 @@ def test_spot_is_the_default_and_a_reservation_is_named(cloud, backend, words, h
         (["up", "BACKEND=slurm"], "queued, mig and gke"),
         (["up", "SLICES=two"], "SLICES=two is no number"),
         (["up", "SLICES=0"], "at least one"),
+        (["up", "DRY_RUN=yes"], "DRY_RUN=yes is neither 0 nor 1"),
         (["up", "SPOT=1", "RESERVATION=mine"], "exclude each other"),
         (["up", "ZONES=us-east5-a"], "ZONES is no setting"),
         (["run"], "config="),
@@ -131,8 +133,10 @@ def test_a_mistake_is_told_before_anything_is_called(cloud, words, said):
 def test_help_names_every_setting_with_its_default(cloud, checkout):
     shown = cloud.paste("./launch_tpu.sh --help").stdout
     settings = (checkout / "launch_tpu.sh").read_text().split("\nsettings=(")[1].split(")")[0].replace("\n", " ")
-    names = cloud.paste(f"for word in {settings}; do echo ${{word%%=*}}; done").stdout.split()
-    assert len(names) > 20 and [name for name in names if f"\n    {name}" not in shown] == []
+    defaults = [word.partition("=") for word in shlex.split(settings)]
+    lines = [f"\n    {name}=" + (f'"{value}"' if " " in value else value) for name, _, value in defaults if value]
+    lines += [f"\n    {name}" for name, _, value in defaults if not value]
+    assert len(lines) > 20 and [line for line in lines if line not in shown] == []
     assert cloud.paste("./launch_tpu.sh").stdout == shown
 
 
