@@ -271,7 +271,7 @@ run() {
 }
 
 watch() {
-    local state said ended failed total=$((hosts * SLICES))
+    local state said ended failed look total=$((hosts * SLICES))
     if [ "$BACKEND" = gke ]; then
         gke_watch
         return
@@ -290,10 +290,12 @@ watch() {
             note "all $total workers are done; gs://$BUCKET/runs holds the run"
             return
         fi
-        if [ -n "$failed" ] && [ "$state" = ACTIVE ]; then
-            sleep "$POLL_SECONDS" # a worker may know that another is gone before the cloud says so
+        # A spot TPU that is taken away ends its workers before the cloud says so. Bad input, 2, is no sign of that.
+        for ((look = 0; look < 5; look++)); do
+            if [ -z "$failed" ] || [ "${failed##* }" = 2 ] || [ "$SPOT" = 0 ] || [ "$state" != ACTIVE ]; then break; fi
+            sleep "$POLL_SECONDS"
             state=$("${BACKEND}_state")
-        fi
+        done
         case $state in
         UNKNOWN*) note "$NAME: $state" ;;
         ACTIVE)

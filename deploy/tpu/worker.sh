@@ -11,8 +11,8 @@ local_at=$root/opt/retool
 log=$root/var/log/retool.log
 words=("${@:2}")
 BUCKET='' NAME='' CODE='' PINNED_AT='' PYTHON_VERSION='' UV_VERSION='' RUNSC_RELEASE='' SECRETS='' SLICE='' SLICES=1
-verb=${1:?start or work}
-shift
+verb=${1-}
+case $verb in start | work) shift ;; *) echo "error: worker.sh start or worker.sh work" >&2 && exit 2 ;; esac
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case ${1%%=*} in
     BUCKET | NAME | CODE | PINNED_AT | PYTHON_VERSION | UV_VERSION | RUNSC_RELEASE | SECRETS | SLICE | SLICES)

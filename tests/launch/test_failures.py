@@ -115,9 +115,13 @@ def test_a_preempted_run_gets_a_new_tpu_and_the_same_command(cloud, backend, los
 
 def test_a_worker_that_fails_as_its_peer_is_taken_away_is_no_failure(cloud):
     cloud.has(REQUEST)
-    cloud.plan({STATE: [ACTIVE, ACTIVE, LOST, None], ENDS: [("host-0 exit 1\n", "", 0), ("host-0 exit 0\n", "", 0)]})
+    ends = [("host-0 exit 143\n", "", 0), ("host-0 exit 0\n", "", 0)]
+    cloud.plan({STATE: [ACTIVE, ACTIVE, ACTIVE, ACTIVE, LOST, None], ENDS: ends})
     done = cloud.run("run", "TYPE=v5p-8", *TRAINING)
     assert done.returncode == 0 and "was taken away: GONE (SUSPENDED)" in done.stderr
+    cloud.plan({STATE: [ACTIVE, ACTIVE, LOST], ENDS: [("host-0 exit 143\n", "", 0)]})
+    done = cloud.run("run", "TYPE=v5p-8", "SPOT=0", *TRAINING)
+    assert done.returncode == 1 and "host-0 ended with status 143" in done.stderr  # nothing takes this one away
 
 
 def test_a_worker_that_fails_ends_the_run_by_its_name(cloud):
