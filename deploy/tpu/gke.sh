@@ -72,13 +72,13 @@ gke_start() {
 }
 
 gke_state() {
-    local words=("${kube[@]}" get jobset "$NAME" -o 'jsonpath={.status.terminalState}') said
+    local words=("${kube[@]}" get jobset "$NAME" -o 'jsonpath={.status.terminalState}') answer
     if dry; then
         quoted "${words[@]}"
         return
     fi
-    said=$("${words[@]}" 2>&1) || said=$(unanswered "$said")
-    echo "${said:-ACTIVE}"
+    ask "${words[@]}" || true
+    echo "${answer:-ACTIVE}"
 }
 
 # The JobSet starts again what fails, until it gives up.

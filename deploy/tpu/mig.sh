@@ -54,7 +54,7 @@ mig_up() {
 }
 
 mig_state() {
-    local how=() slice said running
+    local how=(ask) slice answer running
     for ((slice = 0; slice < SLICES; slice++)); do
         if dry; then
             how=(quoted)
@@ -62,11 +62,11 @@ mig_state() {
             groups list-instances "$slice" '--format=value(instanceStatus)'
             continue
         fi
-        said=$(groups list-instances "$slice" '--format=value(instanceStatus)' 2>&1) || {
-            unanswered "$said"
+        groups list-instances "$slice" '--format=value(instanceStatus)' || {
+            echo "$answer"
             return
         }
-        running=$(grep -c RUNNING <<<"$said" || true)
+        running=$(grep -c RUNNING <<<"$answer" || true)
         [ "$running" -ge "$hosts" ] || {
             # While it waits for machines and once it has lost some it looks the same: who asks knows which it is.
             echo "WAITING ($running of $hosts machines of slice $slice run)"

@@ -37,17 +37,18 @@ queued_up() {
 }
 
 queued_state() {
-    local how=() said
+    local how=(ask) answer
     if dry; then
         how=(quoted)
         queued describe '--format=value(state.state)'
         return
     fi
-    said=$(queued describe '--format=value(state.state)' 2>&1) || said=$(unanswered "$said")
-    case $said in
-    ACTIVE | GONE* | UNKNOWN*) echo "$said" ;;
-    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) echo "WAITING ($said)" ;;
-    *) echo "GONE ($said)" ;;
+    queued describe '--format=value(state.state)' || true
+    case $answer in
+    ACTIVE | GONE* | UNKNOWN*) echo "$answer" ;;
+    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) echo "WAITING ($answer)" ;;
+    FAILED | SUSPENDING | SUSPENDED | DELETING) echo "GONE ($answer)" ;;
+    *) echo "UNKNOWN ($answer)" ;;
     esac
 }
 

@@ -89,12 +89,22 @@ through() {
     done
 }
 
-# The state of something that gcloud could not be asked for: gone, or unknown as the line is down.
+# The state of something that could not be asked for: gone, or unknown as the line is down.
 unanswered() {
     case $1 in
-    *NOT_FOUND* | *NotFound* | *"ot found"* | *404* | *SERVICE_DISABLED*) echo "GONE (there is none)" ;;
+    *NOT_FOUND* | *NotFound* | *"was not found"* | *code=404* | *SERVICE_DISABLED*) echo "GONE (there is none)" ;;
     *) echo "UNKNOWN (${1##*$'\n'})" ;;
     esac
+}
+
+# Ask for a state: what the command prints, without its warnings, or why it could not, as `answer`.
+ask() {
+    local kept code=0
+    kept=$(mktemp)
+    answer=$("$@" 2>"$kept") || code=$?
+    [ "$code" = 0 ] || answer=$(unanswered "$(<"$kept")")
+    rm -f "$kept"
+    return "$code"
 }
 
 # piped COMMAND :: COMMAND

@@ -142,6 +142,15 @@ def test_a_dead_line_of_the_watcher_removes_nothing(cloud):
     assert not any(" delete " in line for line in cloud.lines())
 
 
+def test_a_warning_of_gcloud_is_no_state_and_a_new_state_is_no_loss(cloud):
+    cloud.has(REQUEST)
+    warned, new = ("ACTIVE\n", "WARNING: updates are available", 0), ("REPAIRING\n", "", 0)
+    cloud.plan({STATE: [warned, new, warned], ENDS: [DEAD_LINE, DEAD_LINE, ("host-0 exit 0\n", "", 0)]})
+    done = cloud.run("run", "TYPE=v5p-8", *TRAINING)
+    assert done.returncode == 0 and "UNKNOWN (REPAIRING)" in done.stderr
+    assert not any(" delete " in line for line in cloud.lines())
+
+
 def test_who_only_watches_asks_for_no_other_tpu(cloud):
     cloud.has(REQUEST)
     cloud.plan({STATE: [LOST]})
