@@ -9,7 +9,7 @@ Splits are disjoint by the numbers in a problem, as the miniature's are (`arithm
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -281,11 +281,8 @@ def exercise(split: str, index: int, seed: int = 0, held_out: bool = False) -> E
     rng = np.random.default_rng([seed if split == "train" else 0, SPLITS.index(split), index])
     kinds = HELD_OUT if held_out else TRAINED
     kind = kinds[rng.integers(len(kinds))]
-    lowest, highest = np.array([*kind.numbers.values()]).T
-    while True:
-        numbers = dict(zip(kind.numbers, rng.integers(lowest, highest + 1).tolist(), strict=True))
-        if _comes_out_even(kind.steps, numbers) and split_of(tuple(numbers.values())) == split:
-            break
+    candidates = _draws(kind, rng)
+    numbers = next(n for n in candidates if _comes_out_even(kind.steps, n) and split_of(tuple(n.values())) == split)
     name, other = rng.choice(_NAMES, 2, replace=False)
     words = {"name": name, "other": other, "thing": _THINGS[rng.integers(len(_THINGS))]}
     return Exercise(kind, numbers, kind.asks[rng.integers(len(kind.asks))].format(**numbers, **words))
@@ -320,6 +317,14 @@ def demonstration(index: int, tools: bool, seed: int = 0) -> list[dict]:
         steps = _with_a_mistake(steps, rng.integers(len(steps)))
     printed = str([*values_of(steps, item.numbers).values()][-1])
     return trace_of(item.question, program_of(steps, item.numbers), printed, printed)
+
+
+def _draws(kind: Kind, rng: np.random.Generator) -> Iterator[dict[str, int]]:
+    """Numbers of a kind without end, drawn many at a time: few divide without a remainder."""
+    lowest, highest = np.array([*kind.numbers.values()]).T
+    while True:
+        for row in rng.integers(lowest, highest + 1, (64, len(lowest))).tolist():
+            yield dict(zip(kind.numbers, row, strict=True))
 
 
 def _value(word: str, values: dict[str, int]) -> int:

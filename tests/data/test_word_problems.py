@@ -33,7 +33,7 @@ from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import CODE_TOOL, retool_calls
 from retool_jax.tools.python import Python
 
-COUNT = 300
+COUNT = 200
 SOURCES = ("word_problems", "word_problems:held_out")
 # What each kind asks, worked out by hand from its words and not from its steps.
 ANSWERS = {
@@ -90,7 +90,7 @@ def test_every_kind_asks_what_its_program_computes(drawn):
         assert str(item.answer) == printed(program_of(item.kind.steps, item.numbers)), item
         assert item.answer not in item.numbers.values(), "or a number of the question would be the answer"
     assert set(seen) == set(ANSWERS) == {kind.name for kind in (*TRAINED, *HELD_OUT)}
-    assert min(seen.values()) > 20
+    assert min(seen.values()) > 10
 
 
 def test_every_phrasing_says_each_number_of_its_kind_once():
@@ -169,7 +169,7 @@ print(json.dumps(rows + [demonstration(i, tools, 3) for i in range(20) for tools
     rows = [problem_row(s, i, 3, held) for held in (0, 1) for s in SPLITS for i in (0, 7, 1 << 20)]
     here = json.dumps(rows + [demonstration(i, tools, 3) for i in range(20) for tools in (True, False)])
     assert done.stdout.strip() == here
-    assert hashlib.blake2b(here.encode(), digest_size=8).hexdigest() == "089d3868c2f07b6a"
+    assert hashlib.blake2b(here.encode(), digest_size=8).hexdigest() == "be32133068aea8b7"
 
 
 def test_demonstrations_state_what_their_program_prints_and_are_flawed_in_the_documented_share(drawn):
