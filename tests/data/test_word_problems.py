@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from retool_jax.answers import check
-from retool_jax.data.arithmetic import SPLITS
+from retool_jax.data.arithmetic import SPLITS, split_of
 from retool_jax.data.instructions import question_of
 from retool_jax.data.problems import Problems, to_problem
 from retool_jax.data.traces import boxed_answer
@@ -125,6 +125,8 @@ def test_splits_share_no_numbers_and_kinds_are_held_out(drawn):
     assert not numbers["train"] & numbers["dev"]
     assert not numbers["train"] & numbers["test"]
     assert not numbers["dev"] & numbers["test"]
+    for (split, _), items in drawn.items():
+        assert {split_of(tuple(reversed(item.numbers.values()))) for item in items} == {split}
     demonstrated = {
         question_of(demonstration(index, tools)[0]["content"]) for index in range(COUNT) for tools in (0, 1)
     }
