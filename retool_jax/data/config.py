@@ -9,11 +9,11 @@ from retool_jax.fields import CHECKED
 
 @dataclass(frozen=True, config=CHECKED)
 class DataConfig:
-    """Where problems come from: `arithmetic`, a JSONL or parquet file, a data set id of the hub, `tfds:NAME/SPLIT`."""
+    """Where problems come from: made here, a JSONL or parquet file, a data set id of the hub, `tfds:NAME/SPLIT`."""
 
     train: str = "arithmetic"
-    """Or a JSONL or parquet file, a hub id, or tfds:NAME/SPLIT; a published set is best cleaned by `python -m
-    retool_jax.prepare` first."""
+    """Or word_problems, word_problems:held_out, a JSONL or parquet file, a hub id, tfds:NAME/SPLIT; a published set is
+    best cleaned by `python -m retool_jax.prepare` first."""
     dev: str = "arithmetic"  # looked at while tuning
     test: str = "arithmetic"  # looked at once, for the final table
 
@@ -22,8 +22,10 @@ class DataConfig:
 class SetConfig:
     """The problems that an evaluation asks, and what a set of one's own calls its columns."""
 
-    source: str = "arithmetic"  # or a JSONL or parquet file, a hub id as ID:SPLIT or ID:CONFIG/SPLIT, tfds:NAME/SPLIT
-    split: Literal["dev", "test"] = "test"  # of arithmetic; other sources say theirs themselves
+    source: str = "arithmetic"
+    """Or word_problems, word_problems:held_out, a JSONL or parquet file, a hub id as ID:SPLIT or ID:CONFIG/SPLIT, or
+    tfds:NAME/SPLIT."""
+    split: Literal["dev", "test"] = "test"  # of what is made here; other sources say theirs themselves
     question: str = ""  # the column that asks; empty: those that published sets have (docs/data.md)
     answer: str = ""  # the column with the answer that scores; empty: as above
     id: str = ""  # the column that names a problem; empty: as above, or its place in the set

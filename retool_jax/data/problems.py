@@ -1,4 +1,4 @@
-r"""Problems to learn from: the miniature's, or published rows from a file or the hub.
+r"""Problems to learn from: the miniature's, word problems, or published rows from a file or the hub.
 
 `clean` repairs what is wrong with published sets: repeats, contradicting answers, and prompts that ask for the answer
 in two forms at once.
@@ -6,18 +6,26 @@ in two forms at once.
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from retool_jax.data import arithmetic
+from retool_jax.data import arithmetic, word_problems
 from retool_jax.data.config import SetConfig
 from retool_jax.data.instructions import prompt_of, question_of, without_instructions
 from retool_jax.data.rows import IDS, asked, object_in, tools_of, true_answer, with_our_names
 from retool_jax.data.sources import read_rows
 from retool_jax.errors import UserError
 from retool_jax.tokens.demonstrations import holds_control
+
+# Sources whose rows are made as they are asked for, by (split, index, seed).
+MADE: dict[str, Callable[[str, int, int], dict]] = {
+    "arithmetic": arithmetic.problem_row,
+    "word_problems": word_problems.problem_row,
+    "word_problems:held_out": partial(word_problems.problem_row, held_out=True),
+}
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,19 @@ class Problem:
 class Problems:
     """An endless, reproducible stream: position i holds the same problem in every run with this seed.
 
-    A finite data set is repeated, the train split in a new order each epoch; the miniature never repeats. The dev and
-    test splits do not depend on the seed.
+    A finite data set is repeated, the train split in a new order each epoch; what is made here never repeats. The dev
+    and test splits do not depend on the seed.
     """
 
     def __init__(self, source: str, split: str, seed: int) -> None:
         self.split = split
-        self._seed = seed
-        self.finite = None if source == "arithmetic" else load_problems(source)
+        self._source, self._seed = source, seed
+        self.finite = None if source in MADE else load_problems(source)
 
     def __getitem__(self, index: int) -> Problem:
         if self.finite is None:
-            row = arithmetic.problem_row(self.split, index, self._seed)
-            return to_problem(row, f"arithmetic {self.split} {index}")
+            row = MADE[self._source](self.split, index, self._seed)
+            return to_problem(row, f"{self._source} {self.split} {index}")
         epoch, position = divmod(index, len(self.finite))
         if self.split == "train":
             position = np.random.default_rng([self._seed, epoch]).permutation(len(self.finite))[position]
@@ -66,7 +74,7 @@ def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list
     `columns` are those that a config names for the `question`, the `answer` and the `id`.
     """
     problems: dict[str, Problem] = {}
-    for number, row in enumerate(read_rows(source, ", or arithmetic"), start=1):
+    for number, row in enumerate(read_rows(source, f", or one of {', '.join(MADE)}"), start=1):
         where = f"{source} row {number}"
         problem = to_problem(with_our_names(row, where, columns) if columns else row, where)
         if problems.setdefault(problem.id, problem) != problem:
@@ -82,14 +90,14 @@ def problems_of_set(config: SetConfig, count: int) -> list[Problem]:
     """The first `count` problems of an evaluation's set, in its order; 0: all of them.
 
     Raises:
-        UserError: as `load_problems`, or `arithmetic`, which does not end, is asked for all.
+        UserError: as `load_problems`, or all are asked for of a set that is made here, which does not end.
     """
-    if config.source != "arithmetic":
+    if config.source not in MADE:
         columns = {"question": config.question, "answer": config.answer, "id": config.id}
         found = load_problems(config.source, columns)
         return found[:count] if count else found
     if not count:
-        raise UserError("data.source=arithmetic has no end; set evaluation.problems to how many of it to ask")
+        raise UserError(f"data.source={config.source} has no end; set evaluation.problems to how many of it to ask")
     return Problems(config.source, config.split, 0).head(count)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from retool_jax.answers import workers
 from retool_jax.checkpoint import PARAMS, WHOLE, Checkpoints
-from retool_jax.data.problems import Problem
+from retool_jax.data.problems import MADE, Problem
 from retool_jax.engine.conversation import Statistics
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.measure import draw, request_of
@@ -178,7 +178,7 @@ class Taking:
 
 def set_name(run: EvaluateRun) -> str:
     """What a set is called in results."""
-    return f"arithmetic:{run.data.split}" if run.data.source == "arithmetic" else run.data.source
+    return f"{run.data.source}:{run.data.split}" if run.data.source in MADE else run.data.source
 
 
 def digest_of(problems: Sequence[Problem]) -> str:

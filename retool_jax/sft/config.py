@@ -9,12 +9,14 @@ from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, Positive
 from retool_jax.learn.config import OptimizerConfig
 
+ENDLESS = ("arithmetic", "word_problems")  # demonstrations that are made as they are asked for
+
 
 @dataclass(frozen=True, config=CHECKED)
 class SFTConfig:
     """The cold start: imitation of demonstrations."""
 
-    data: str = "arithmetic"  # or a JSONL or parquet file, or a hub id, with rows of `messages`
+    data: str = "arithmetic"  # or word_problems, a JSONL or parquet file, or a hub id, with rows of `messages`
     grammar: Literal["", "hermes", "retool"] = ""
     """How calls are written: hermes, or retool; empty: as in RL's rollout.grammar, else hermes."""
     tool_prompt: str = ""  # as in RL's rollout.tool_prompt, which is what a cold start of its own takes
@@ -36,8 +38,10 @@ class SFTConfig:
             raise UserError(
                 f"sft.steps={self.steps} and sft.epochs={self.epochs} are {state}; set one of them, and 0 for the other"
             )
-        if self.epochs and self.data == "arithmetic":
-            raise UserError(f"sft.epochs={self.epochs}: sft.data=arithmetic has no end; use sft.steps, or other data")
+        if self.data == "word_problems:held_out":
+            raise UserError(f"sft.data={self.data}: these kinds are kept out of training; use sft.data=word_problems")
+        if self.epochs and self.data in ENDLESS:
+            raise UserError(f"sft.epochs={self.epochs}: sft.data={self.data} has no end; use sft.steps, or other data")
         if self.warmup_fraction and (self.optimizer.warmup_steps or self.optimizer.decay_steps):
             raise UserError(
                 f"sft.warmup_fraction={self.warmup_fraction} decides sft.optimizer.warmup_steps and decay_steps; set"

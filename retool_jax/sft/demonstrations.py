@@ -1,21 +1,23 @@
-"""Demonstrations to packed batches: from the miniature or a file, in an order that the seed decides."""
+"""Demonstrations to packed batches: made here or from a file, in an order that the seed decides."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from retool_jax.data import arithmetic
+from retool_jax.data import arithmetic, word_problems
 from retool_jax.data.rows import tools_of
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch, Example, pack
-from retool_jax.sft.config import SFTConfig
+from retool_jax.sft.config import ENDLESS, SFTConfig
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import CODE_TOOL, DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
+
+_MADE = dict(zip(ENDLESS, (arithmetic.demonstration, word_problems.demonstration), strict=True))
 
 
 class Demonstrations:
@@ -29,18 +31,18 @@ class Demonstrations:
             attention costs the square of it, in memory too where no kernel of its own computes it.
         per_step: demonstrations in each batch. A fixed number keeps batches a function of the step.
         steps: batches that the run takes.
-        digest: of finite data, as ids and mask; empty for the miniature.
-        description: finite data in a sentence; empty for the miniature.
+        digest: of finite data, as ids and mask; empty for what is made here.
+        description: finite data in a sentence; empty for what is made here.
     """
 
     def __init__(self, sft: SFTConfig, tools: Toolbox | None, seed: int, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._tools, self._seed, self._config = tokenizer, tools, seed, sft
-        if sft.data == "arithmetic" and tools and CODE_TOOL not in tools.names:
+        if sft.data in _MADE and tools and CODE_TOOL not in tools.names:
             raise UserError(
-                f"sft.data=arithmetic calls {CODE_TOOL}, and tools has {', '.join(tools.names)}; add python to it, or"
+                f"sft.data={sft.data} calls {CODE_TOOL}, and tools has {', '.join(tools.names)}; add python to it, or"
                 " give other sft.data, or init_from"
             )
-        self._finite = None if sft.data == "arithmetic" else read_demonstrations(sft, tokenizer, self._tools)
+        self._finite = None if sft.data in _MADE else read_demonstrations(sft, tokenizer, self._tools)
         # Its number follows from their mean length, so that runs with shorter ones (text only) see as many tokens, and
         # cost as much.
         known = [self._example(i) for i in range(256)] if self._finite is None else self._finite
@@ -84,7 +86,7 @@ class Demonstrations:
     def _example(self, index: int) -> Example:
         if self._finite is not None:
             return self._finite[index]
-        messages = arithmetic.demonstration(index, self._tools is not None, self._seed)
+        messages = _MADE[self._config.data](index, self._tools is not None, self._seed)
         return to_example(self._tokenizer, messages, self._tools, self._config)
 
 
@@ -125,7 +127,7 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
             long; or none is left.
     """
     examples, too_long = [], []
-    for number, row in enumerate(read_rows(sft.data, ", or arithmetic"), start=1):
+    for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(ENDLESS)}"), start=1):
         where = f"sft.data={sft.data} row {number}"
         own = tools.of(tools_of(row, where), where) if tools else None
         try:

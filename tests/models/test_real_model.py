@@ -17,11 +17,17 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool_jax.convert import compare, convert
+from retool_jax.data.problems import Problems
+from retool_jax.data.word_problems import demonstration
 from retool_jax.engine.engine import Engine, EngineConfig
 from retool_jax.models.config import ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, forward, logits
 from retool_jax.models.huggingface import load_params
+from retool_jax.rollout.rollout import encode_prompt
+from retool_jax.run.load import load
+from retool_jax.sft.demonstrations import to_example
 from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.tools.toolbox import load_tools
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf", reason="reading a GGUF file needs gguf: pip install gguf accelerate")
@@ -101,6 +107,18 @@ def test_texts_and_ids_are_those_of_transformers(folder):
             assert mine.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert len(mine.encode("20250")) == 5  # as the model was trained: a digit at a time
     assert [mine.decode([index]) for index in mine.stop_ids] == ["<|im_end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("config", ["grpo_smollm2", "grpo_smollm2_text"])
+def test_its_word_problems_fit_into_the_rows_of_its_configs(folder, config):
+    tokenizer, run = load_tokenizer(str(folder)), load([f"config={config}"])
+    tools = load_tools(run.tools)
+    for source in ("word_problems", "word_problems:held_out"):
+        for problem in Problems(source, "train", 0).head(400):
+            encode_prompt(tokenizer, problem, tools, run.rollout)  # which refuses one that is too long
+    sft = load(["config=sft_smollm2"]).sft
+    examples = [to_example(tokenizer, demonstration(index, bool(tools)), tools, sft) for index in range(400)]
+    assert max(len(example.ids) for example in examples) <= run.engine.max_length - 8  # with a line to spare
 
 
 def test_logits_of_a_packed_row_are_those_of_transformers(theirs, ours, prompts):

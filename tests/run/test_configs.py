@@ -134,7 +134,7 @@ SAID = {
     "grpo_qwen3_4b": ("Qwen3-4B-Instruct-2507", MILES),
     "opd_qwen3_4b": ("Qwen3-4B-Instruct-2507", DISTILLED),
 }
-OURS = [*SAID, "grpo_smollm2"]
+OURS = [*SAID, "sft_smollm2", "grpo_smollm2", "grpo_smollm2_text"]
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -194,8 +194,15 @@ def test_the_update_of_a_config_can_be_lowered_and_its_state_is_split_over_all_d
 
 def test_a_small_model_takes_its_shape_from_its_cold_start():
     run = load(["config=grpo_smollm2"])
-    assert (run.tokenizer, run.rollout.grammar, run.init_from) == ("", "retool", "runs/sft_smollm2")
-    assert run.engine.max_length == run.rl.row_length == 1024
+    cold = load(["config=sft_smollm2"])
+    assert (run.tokenizer, run.rollout.grammar, run.init_from) == ("", "retool", cold.run)
+    assert (run.rollout.grammar, run.rollout.tool_prompt) == (cold.sft.grammar, cold.sft.tool_prompt)
+    assert run.engine.max_length == 256 and run.rl.row_length == cold.sft.row_length == 512
+
+
+def test_the_control_without_tools_differs_in_nothing_else():
+    run, control = flatten(load(["config=grpo_smollm2"])), flatten(load(["config=grpo_smollm2_text"]))
+    assert {key for key in run if run[key] != control[key]} == {"run", "tools", "init_from"}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -203,4 +210,4 @@ def test_every_value_has_its_source_on_its_line(name):
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
     bare = [line for line in lines if line and not line.startswith("#") and not re.search(r"\S\s+# \w", line)]
-    assert all(re.fullmatch(r"\s*\w+:|task: grpo", line) for line in bare), bare
+    assert all(re.fullmatch(r"\s*\w+:|task: \w+", line) for line in bare), bare

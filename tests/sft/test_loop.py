@@ -179,7 +179,7 @@ def test_rows_that_are_no_conversations_are_named(tmp_path, data, tokenizer):
     rows = [conversation(100), {"messages": conversation(100)["messages"][:2]}]
     with pytest.raises(UserError, match=r"rows.jsonl row 2: no final answer; python -m retool_jax.prepare"):
         demonstrations_of(run_of(write(data, rows)), tokenizer)
-    with pytest.raises(UserError, match=r"no data file nowhere.jsonl; .* or arithmetic"):
+    with pytest.raises(UserError, match=r"no data file nowhere.jsonl; .* or one of arithmetic, word_problems"):
         demonstrations_of(run_of(Path("nowhere.jsonl")), tokenizer)
     with pytest.raises(UserError, match=r"has 2 demonstrations, fewer than the 4 of one step; lower sft.batch_size"):
         demonstrations_of(run_of(write(data, [conversation(100)] * 2)), tokenizer)
