@@ -93,9 +93,7 @@ async def evaluate(run: EvaluateRun) -> dict:
             print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
             how = run.evaluation
             preset = f", as evaluation.preset={how.preset}" if how.preset else ""
-            print(
-                f"{len(problems)} problems x {how.samples}, temperature {how.temperature:g}, top-p {how.top_p:g}{preset}"
-            )
+            print(f"{len(problems)} problems x {how.samples}, T={how.temperature:g}, top-p {how.top_p:g}{preset}")
             print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
             if len(missing) < total:
                 print(f"{folder}: {total - len(missing)} of {total} samples are there already")

@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset
 
 from retool_jax.data.arithmetic import problem_row
+from retool_jax.data.config import SetConfig
 from retool_jax.data.instructions import INSTRUCTION
-from retool_jax.data.problems import Problems, clean, load_problems, to_problem
+from retool_jax.data.problems import Problems, clean, load_problems, problems_of_set, to_problem
 from retool_jax.errors import UserError
 
 DAPO_PROMPT = (
@@ -264,3 +265,21 @@ def test_the_published_prompt_is_repaired(tmp_path):
     for problem in kept:
         assert problem.question.count("boxed") == 1
         assert "Answer:" not in problem.question and "step by step. The last line" not in problem.question
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_set_of_an_evaluation_is_read_in_its_order_with_its_own_columns(tmp_path, suffix):
+    rows = [{"nr": i, "frage": asked, "gold": answer} for i, (asked, answer) in enumerate(QUESTIONS)]
+    config = SetConfig(write(tmp_path / f"own.{suffix}", rows), question="frage", answer="gold", id="nr")
+    found = problems_of_set(config, 0)
+    assert [(p.id, p.ground_truth) for p in found] == [(str(i), answer) for i, (_, answer) in enumerate(QUESTIONS)]
+    assert problems_of_set(config, 5) == found[:5]
+    with pytest.raises(UserError, match="row 1 has no 'id', which data.id=id names; it has frage, gold, nr"):
+        problems_of_set(SetConfig(config.source, question="frage", answer="gold", id="id"), 0)
+
+
+def test_the_miniatures_set_is_as_long_as_is_asked_for():
+    found = problems_of_set(SetConfig(split="dev"), 3)
+    assert found == Problems("arithmetic", "dev", 5).head(3)
+    with pytest.raises(UserError, match="data.source=arithmetic has no end; set evaluation.problems"):
+        problems_of_set(SetConfig(), 0)

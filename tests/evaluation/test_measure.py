@@ -23,7 +23,7 @@ from retool_jax.rl.loop import Parts, train
 from retool_jax.rl.sampler import Sampler
 from retool_jax.rollout.config import RewardConfig
 from retool_jax.rollout.reward import default
-from retool_jax.rollout.rollout import RolloutConfig, Sample, score
+from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.run.load import load
 from retool_jax.sandbox import SandboxConfig, ToolResult
@@ -399,3 +399,19 @@ def test_a_fault_of_whoever_takes_ends_the_drawing(scripted_engine, tokenizer, p
     engine = scripted_engine(tokenizer.stop_ids, {0: [tokenizer.encode(RIGHT)]})
     with pytest.raises(OSError, match="No space left"):
         asyncio.run(draw(engine, tokenizer, None, [Sample(problems[0], 0)], LIMITS, full, stream=True))
+
+
+def test_a_look_is_what_a_rollout_of_its_requests_is(make_engine, tokenizer, problems, tmp_path):
+    """To the bit, with log-probabilities: one function serves looks and evaluations, and has changed no look."""
+    engine, first = make_engine(slots=4), (1 << 31) + (SPLITS.index("dev") << 24)
+    asyncio.run(evaluate(engine, tokenizer, None, problems, 7, 5, LIMITS, tmp_path, 0.0))
+    samples = [Sample(problems[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(5)]
+    expected, _ = asyncio.run(rollout(engine, tokenizer, None, samples, LIMITS))
+    score(tokenizer, expected)
+    written = []
+    for name in ("dev-000007", "dev-000007-greedy"):
+        lines = (tmp_path / "trajectories" / f"{name}.jsonl").read_text().splitlines()
+        written += [json.loads(line) for line in lines]
+    for group, (record, trajectory) in enumerate(zip(written, expected, strict=True)):
+        theirs = trajectory.record(tokenizer, split="dev", step=7, group=group % 5)
+        assert record | {"timings": 0} == json.loads(json.dumps(theirs)) | {"timings": 0}

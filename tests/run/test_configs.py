@@ -134,6 +134,8 @@ SAID = {
     "grpo_qwen3_4b": ("Qwen3-4B-Instruct-2507", MILES),
     "opd_qwen3_4b": ("Qwen3-4B-Instruct-2507", DISTILLED),
 }
+# What an evaluation has of the recipe's validation, whatever its set.
+EVALUATED = [f"eval_{name}" for name in ("aime24", "aime25", "aime26", "math500", "gsm8k")]
 OURS = [*SAID, "sft_smollm2", "grpo_smollm2", "grpo_smollm2_text"]
 
 
@@ -211,3 +213,21 @@ def test_every_value_has_its_source_on_its_line(name):
     assert lines[0].startswith("# ")
     bare = [line for line in lines if line and not line.startswith("#") and not re.search(r"\S\s+# \w", line)]
     assert all(re.fullmatch(r"\s*\w+:|task: \w+", line) for line in bare), bare
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_an_evaluation_has_the_budget_of_the_recipe_and_the_samples_of_its_source(name):
+    run = load([f"config={name}", "init_from=runs/mine"])
+    flat = flatten(run)
+    shared = RECIPE.keys() & flat.keys() - {"evaluation.problems"}
+    assert "engine.max_length" in shared and "rollout.max_turns" in shared
+    assert {key: flat[key] for key in shared} == {key: RECIPE[key] for key in shared}
+    samples, top_p = {"eval_math500": (4, 0.7), "eval_gsm8k": (2, 0.7)}.get(name, (30, 0.6))
+    assert (run.evaluation.samples, run.evaluation.top_p, run.evaluation.problems) == (samples, top_p, 0)
+    assert run.data.source != "arithmetic" and "process" not in run.sandbox.backend
+    paper = ["evaluation.preset=paper", "rollout.grammar=retool", "rollout.tool_prompt=paper"]
+    published = load([f"config={name}", "init_from=JoeYing/ReTool-Qwen-32B", *paper])
+    assert published.evaluation.top_p == 0.7 and published.evaluation.temperature == 1.0
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    bare = [line for line in lines if line and not line.startswith("#") and not re.search(r"\S\s+# \w", line)]
+    assert all(re.fullmatch(r"\s*\w+:|task: evaluate|base: eval_aime24", line) for line in bare), bare

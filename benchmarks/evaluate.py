@@ -1,0 +1,100 @@
+"""CPU time of a sample: an evaluation against the rollout path of training, on the same slots and problems.
+
+    python benchmarks/evaluate.py [init_from=runs/grpo] [problems=256] [samples=8] [repeats=3] [key=value ...]
+
+All draw `problems` x `samples` trajectories of the miniature with the same requests, temperatures and tools. `evaluate`
+draws them as a stream, writes every record and computes the result. `rollout` submits all of them at once and scores
+them, and `steps` does so with as many at a time as there are slots, as a step of config=grpo does. Repeats alternate.
+Prints JSON: seconds of CPU time of this process per sample, medians. The sandbox's workers are processes of their own,
+which do the same for all three and are left out. Other words go to the run.
+"""
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from retool_jax.answers import workers
+from retool_jax.evaluation.measure import draw
+from retool_jax.evaluation.store import Store
+from retool_jax.metrics import Progress
+from retool_jax.rollout.rollout import rollout, score
+from retool_jax.run.build import engine_of, mesh_of, model_for, problems_to_evaluate, resolve, sandbox_config
+from retool_jax.run.evaluate import Taking, keys, result_of, sample_of
+from retool_jax.run.weights import load_weights
+from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.tools.toolbox import load_tools
+
+
+async def measure(words: list[str], repeats: int) -> dict:
+    run = resolve(["config=eval", *words])
+    tokenizer = load_tokenizer(run.tokenizer)
+    run = replace(run, model=model_for(run, tokenizer))
+    tools, mesh = load_tools(run.tools), mesh_of(run)
+    problems = problems_to_evaluate(run, tokenizer, tools)
+    engine = engine_of(run, load_weights(run, Path(run.init_from)), mesh, tokenizer)
+    engine.warm_up()
+    workers.pool.start()
+    every = keys(len(problems), run.evaluation.samples)
+    samples = [sample_of(run, problems, *key) for key in every]
+    asked = {"set": "arithmetic:test", "problems": "", "weights": {"step": None}}
+
+    async def evaluated() -> list:
+        with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store, Progress("", len(every)) as bar:
+            bar.say = lambda text: None
+            taking = Taking(tokenizer, store, every, len(every), 0.1, asked, bar)
+            statistics = await draw(engine, tokenizer, tools, iter(samples), run.rollout, taking, stream=True)
+            result = result_of(run, problems, store, asked)
+        return [result["numbers"]["accuracy"]["value"], statistics.fill]
+
+    async def rolled_out(together: int) -> list:
+        right, fills = 0, []
+        for at in range(0, len(samples), together):
+            drawn, statistics = await rollout(engine, tokenizer, tools, samples[at : at + together], run.rollout)
+            await asyncio.to_thread(score, tokenizer, drawn)
+            right += sum(t.verdict.correct for t in drawn)
+            fills.append(statistics.fill)
+        return [right / len(samples), float(np.mean(fills))]
+
+    ways = {
+        "evaluate": evaluated,
+        "rollout": lambda: rolled_out(len(samples)),
+        "steps": lambda: rolled_out(run.engine.slots),
+    }
+    found: dict[str, list] = {name: [] for name in ways}
+    async with tools.open(sandbox_config(run)):
+        for repeat in range(repeats + 1):  # the first one warms up
+            for name, work in ways.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                accuracy, fill = await work()
+                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                if repeat:
+                    found[name].append((cpu / len(every), wall / len(every), accuracy, fill))
+    rows = {
+        name: dict(
+            zip(("cpu_s", "wall_s", "accuracy", "fill"), np.median(values, axis=0).round(6).tolist(), strict=True)
+        )
+        for name, values in found.items()
+    }
+    ratios = {name: round(rows["evaluate"]["cpu_s"] / rows[name]["cpu_s"], 3) for name in ("rollout", "steps")}
+    return {"samples": len(every), **rows, "ratios": ratios}
+
+
+def main(words: list[str]) -> None:
+    known = {"init_from": "runs/grpo", "problems": "256", "samples": "8", "repeats": "3"}
+    options = known | dict(word.split("=", 1) for word in words if word.split("=")[0] in known)
+    others = [word for word in words if word.split("=")[0] not in known]
+    own = [f"init_from={options['init_from']}"]
+    own += [f"evaluation.{key}={options[key]}" for key in ("problems", "samples")]
+    numbers = asyncio.run(measure([*own, *others], int(options["repeats"])))
+    print(json.dumps({"benchmark": "evaluate", **numbers, "jax": jax.__version__}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
