@@ -1,10 +1,11 @@
 """Which trajectories a report shows, and in which pieces."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from retool_jax.report.trajectories import choose_trajectories, readable_parts
+from retool_jax.report.trajectories import Source, choose_trajectories, readable_parts, share_out
 
 
 def test_calls_and_outputs_are_set_apart():
@@ -69,3 +70,18 @@ def test_right_and_wrong_trajectories_are_both_chosen(tmp_path, right, wrong, dr
     path.write_text("".join(json.dumps({"correct": reward == 1.0, "reward": reward}) + "\n" for reward in rewards))
     chosen = [t["reward"] for t in choose_trajectories(path, 10)]
     assert tuple(map(chosen.count, (1.0, -1.0, None))) == shown
+
+
+@pytest.mark.parametrize(
+    ("sampled", "greedy", "limit", "places"),
+    [
+        ([5, 5], [5], 15, [5, 5, 5]),
+        ([5, 5], [5], 12, [5, 5, 2]),
+        ([5, 50], [50], 20, [5, 15, 0]),
+        ([9, 9, 9], [], 10, [3, 3, 4]),
+        ([9], [9], 0, [0, 0]),
+    ],
+)
+def test_files_share_the_places_and_greedy_ones_come_second(sampled, greedy, limit, places):
+    sources = [Source(0, Path("a"), count) for count in sampled] + [Source(0, Path("b"), n, True) for n in greedy]
+    assert share_out(sources, limit) == places
