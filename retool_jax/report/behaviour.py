@@ -14,9 +14,14 @@ from retool_jax.report.runs import Run, by_setting
 # Section 3.3 of the paper (arXiv 2504.11536), in its order; its seventh curve is the shares of PURPOSES.
 BEHAVIOUR = (
     Panel("Response length", "Tokens behind the prompt, with what tools answered.", "rl", "response_tokens"),
-    Panel("Code ratio", "Share of trajectories with code.", "rl", "behaviour/code_ratio", percent=True),
-    Panel("Code lines", "Mean number of lines of code of a trajectory.", "rl", "behaviour/code_lines"),
-    Panel("Correct codes", "Mean number of programs that ran, of a trajectory.", "rl", "behaviour/correct_codes"),
+    Panel("Code ratio", "Share of trajectories with at least one program.", "rl", "behaviour/code_ratio", percent=True),
+    Panel("Code lines", "Lines of all programs of a trajectory together, mean.", "rl", "behaviour/code_lines"),
+    Panel(
+        "Correct codes",
+        "Programs of a step that ran without an error.",
+        "rl",
+        "behaviour/correct_codes",
+    ),
     Panel(
         "Last code runs",
         "Share of last programs that ran: solid where the answer is right, dashed where it is wrong.",
@@ -27,7 +32,7 @@ BEHAVIOUR = (
     ),
     Panel(
         "Timing of code",
-        "Where in its response the policy calls: 0 start, 100 % end.",
+        "Share of a response that stands before its first program.",
         "rl",
         "behaviour/timing",
         percent=True,

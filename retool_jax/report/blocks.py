@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from retool_jax.report.trajectories import (
     Source,
     choose_trajectories,
     outcome,
-    read_lines,
+    read_records,
     readable_parts,
     share_out,
     sources_of,
@@ -147,8 +148,10 @@ def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
         for number, (source, count) in enumerate(zip(sources, places, strict=True), start=1):
             if not count:
                 continue
-            with_texts = isinstance(tokenizers[source.run], str)
-            chosen = choose_trajectories(source.path, count) if count < source.count else read_lines(source.path)
+            tokenizer = tokenizers[source.run]
+            with_texts = isinstance(tokenizer, str)
+            chosen = read_records(source, tokenizer)
+            chosen = choose_trajectories(chosen, count) if count < source.count else chosen
             for batch in _batches((record, detail(record, with_texts)) for record in chosen):
                 block = to_block([shown for _, shown in batch])
                 size += len(block)
@@ -173,8 +176,9 @@ def _fitting(sources: Sequence[Source], tokenizers: Sequence[Tokenizer | str]) -
     """About how many trajectories fit a page, by the size of some of the first, the middle and the last file."""
     shown = []
     for source in {s.path: s for s in (sources[:1] + sources[len(sources) // 2 :][:1] + sources[-1:])}.values():
-        with_texts = isinstance(tokenizers[source.run], str)
-        shown += [detail(record, with_texts) for record, _ in zip(read_lines(source.path), range(20), strict=False)]
+        tokenizer = tokenizers[source.run]
+        some = islice(read_records(source, tokenizer), 20)
+        shown += [detail(record, isinstance(tokenizer, str)) for record in some]
     return int(EXPECTED_SHARE * PAGE_BYTES * len(shown) / len(to_block(shown))) if shown else 0
 
 

@@ -142,10 +142,26 @@ def times_table(runs: Sequence[Run]) -> dict | None:
     return {"columns": list(columns), "rows": rows, "totals": totals}
 
 
-def result_rows(result: dict) -> list[tuple[str, object]]:
-    """The numbers of an evaluation's result, by name; what it says of its config and of versions left out."""
-    flat = flatten_dict({key: value for key, value in result.items() if key not in ("config", "versions")})
-    return [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
+def result_tables(result: dict) -> tuple[list[tuple], list[tuple]]:
+    """An evaluation's estimates as (name, mean ± standard error, 95 % interval, problems), and what else it counted."""
+    numbers = result.get("numbers") or {}
+    estimates = {name: one for name, one in numbers.items() if isinstance(one, dict) and "stderr" in one}
+    rows = [
+        (
+            name,
+            format_percent(one["value"], one["stderr"]),
+            _from_to(one.get("low"), one.get("high")),
+            one.get("problems"),
+        )
+        for name, one in estimates.items()
+    ]
+    others = {key: result.get(key) for key in ("set", "samples", "dropped", "strict_differs", "trajectories")}
+    flat = flatten_dict(others)
+    return rows, [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
+
+
+def _from_to(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -193,7 +209,7 @@ def build_page(runs: Sequence[Run], accuracy: Figure | None, blocks: Blocks) -> 
         ends=[table for run in runs if (table := end_counts(run))],
         comparison=comparison(runs) if several else [],
         times=times_table(runs),
-        results=[(run.label, result_rows(run.result)) for run in runs if run.result],
+        results=[(run.label, *result_tables(run.result)) for run in runs if run.result],
         evaluations=[(run.label, run.evaluations(run.curve_split)) for run in runs],
         blocks=blocks,
         index_block=index and to_block(index),

@@ -1,7 +1,7 @@
 """Trajectories as a reader wants them: where they are, which ones to show, taken apart into words, code and output."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 from retool_jax.errors import UserError
 from retool_jax.report.runs import SAMPLES_FILE, Run
 from retool_jax.tokens.shown import Shown, show_outputs, show_turn
+from retool_jax.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,29 @@ def outcome(trajectory: dict) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of trajectories: the number of its run, how many it holds, and whether they are the greedy ones."""
+    """A file of trajectories: the number of its run, how many it holds, and whether they are the greedy ones.
+
+    `step` is that of saved rollouts (`rl.save_rollouts`), whose lines do not say it.
+    """
 
     run: int
     path: Path
     count: int
     greedy: bool = False
+    step: int | None = None
 
 
 def sources_of(runs: Sequence[Run]) -> list[Source]:
-    """The files of every evaluation: those that were sampled, in the order of their steps, and then the greedy ones."""
+    """The files of every evaluation and of saved rollouts: what was sampled, by step, and then the greedy ones."""
     found = []
     for number, run in enumerate(runs):
         evaluations = sorted((e for e in run.records if e["kind"] == "eval"), key=lambda e: e["step"])
         names = [str(e["trajectories"]) for e in evaluations if e.get("trajectories")] or [SAMPLES_FILE]
         for path in (run.folder / name for name in dict.fromkeys(names)):
-            found += [(number, path, False), (number, path.with_name(f"{path.stem}-greedy.jsonl"), True)]
-    kept = [Source(number, path, _lines(path), greedy) for number, path, greedy in found if path.is_file()]
+            found += [(number, path, False, None), (number, path.with_name(f"{path.stem}-greedy.jsonl"), True, None)]
+        for path in sorted(run.folder.glob("rollouts/step-*.jsonl")):
+            found.append((number, path, False, int(path.stem.removeprefix("step-"))))
+    kept = [Source(number, path, _lines(path), *kind) for number, path, *kind in found if path.is_file()]
     return sorted(kept, key=lambda source: source.greedy)
 
 
@@ -78,8 +85,19 @@ def _lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def read_lines(path: Path) -> Iterator[dict]:
-    """The records of a file. Raises UserError for a line that is not JSON."""
+def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
+    """The records of a file. Raises UserError for a line that is not JSON.
+
+    Saved rollouts have no texts, so without a tokenizer they have no records.
+    """
+    if source.step is not None:
+        if not isinstance(tokenizer, str):
+            from retool_jax.rl.replay import read_rollouts  # with jax, which nothing else here needs
+
+            for trajectory in read_rollouts(source.path):
+                yield trajectory.record(tokenizer, split="training", step=source.step)
+        return
+    path = source.path
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -88,14 +106,14 @@ def read_lines(path: Path) -> Iterator[dict]:
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
 
 
-def choose_trajectories(path: Path, limit: int) -> list[dict]:
-    """Up to `limit` trajectories of a file, the first of each outcome.
+def choose_trajectories(records: Iterable[dict], limit: int) -> list[dict]:
+    """Up to `limit` trajectories, the first of each outcome.
 
     Dropped ones take a tenth of the places, and right and wrong ones share the rest half and half; places that one
     outcome does not fill go to the others.
     """
     kept: dict[str, list] = {"right": [], "wrong": [], "dropped": []}
-    for number, trajectory in enumerate(read_lines(path)):
+    for number, trajectory in enumerate(records):
         same = kept[outcome(trajectory)]
         if len(same) < limit:
             same.append((number, trajectory))

@@ -64,11 +64,10 @@ def test_calls_of_any_tool_and_grammar_are_shown_without_their_marks():
         (2, 3, 50, (2, 3, 5)),
     ],
 )
-def test_right_and_wrong_trajectories_are_both_chosen(tmp_path, right, wrong, dropped, shown):
-    path = tmp_path / "t.jsonl"
+def test_right_and_wrong_trajectories_are_both_chosen(right, wrong, dropped, shown):
     rewards = [1.0] * right + [-1.0] * wrong + [None] * dropped
-    path.write_text("".join(json.dumps({"correct": reward == 1.0, "reward": reward}) + "\n" for reward in rewards))
-    chosen = [t["reward"] for t in choose_trajectories(path, 10)]
+    records = ({"correct": reward == 1.0, "reward": reward} for reward in rewards)
+    chosen = [t["reward"] for t in choose_trajectories(records, 10)]
     assert tuple(map(chosen.count, (1.0, -1.0, None))) == shown
 
 
