@@ -129,7 +129,7 @@ function timeline(detail) {
     ]) {
       if (!value) continue;
       const piece = make("i", kind);
-      piece.style.flexGrow = value;
+      piece.style.flexGrow = 1000 * value / (stop - start);
       piece.title = title;
       track.append(piece);
     }
@@ -177,7 +177,7 @@ class Reader {
     fill("run", "all runs", this.runs.map((_, i) => i), i => this.runs[i]);
     fill("split", "all splits", distinct("split"));
     fill("step", "all steps", distinct("step").filter(step => step !== null).sort((a, b) => a - b), step => `step ${step}`);
-    fill("outcome", "right or wrong", distinct("outcome").sort(), i => this.outcomes[i]);
+    fill("outcome", "any verdict", distinct("outcome").sort(), i => this.outcomes[i]);
     fill("end", "any end", distinct("end").sort());
   }
 
@@ -188,7 +188,7 @@ class Reader {
       clearTimeout(typing);
       typing = setTimeout(() => this.filter(), event.target.type === "search" ? 200 : 0);
     });
-    this.form.elements.reset.addEventListener("click", () => { this.form.reset(); this.filter(); });
+    this.form.elements.clear.addEventListener("click", () => { this.form.reset(); this.filter(); });
     this.list.addEventListener("scroll", () => requestAnimationFrame(() => this.drawRows()));
     new ResizeObserver(() => this.drawRows()).observe(this.list);
     this.list.addEventListener("click", event => {
@@ -291,6 +291,7 @@ class Reader {
       row.setAttribute("aria-selected", String(i === this.opened));
       return row;
     }));
+    if (!this.shown.length) $("rows").append(make("p", "muted empty", "No trajectory is like that."));
     this.list.setAttribute("aria-activedescendant", `row-${this.opened}`);
   }
 
@@ -299,15 +300,14 @@ class Reader {
   move(by) {
     if (!this.shown.length) return;
     const at = this.shown.indexOf(this.opened);
-    const next = at < 0 ? 0 : Math.min(this.shown.length - 1, Math.max(0, at + by));
-    const top = next * this.rowHeight, bottom = top + this.rowHeight;
-    if (top < this.list.scrollTop) this.list.scrollTop = top;
-    if (bottom > this.list.scrollTop + this.list.clientHeight) this.list.scrollTop = bottom - this.list.clientHeight;
-    this.open(this.shown[next]);
+    this.open(this.shown[at < 0 ? 0 : Math.min(this.shown.length - 1, Math.max(0, at + by))]);
   }
 
   async open(number) {
     this.opened = number;
+    const top = this.shown.indexOf(number) * this.rowHeight, bottom = top + this.rowHeight;
+    if (top >= 0 && top < this.list.scrollTop) this.list.scrollTop = top;
+    if (bottom > this.list.scrollTop + this.list.clientHeight) this.list.scrollTop = bottom - this.list.clientHeight;
     this.drawRows();
     let block = this.starts.findLastIndex(start => start <= number);
     if (this.block !== block) {
@@ -360,7 +360,7 @@ class Reader {
       ["reward", detail.reward ?? "-"], ["terms", terms.length > 1 ? terms.map(([name, value]) => `${name} ${value}`).join(", ") : null],
       ["end", c.end[number]], ["fault", detail.fault], ["forced", detail.forced ? "yes" : null], ["turns", detail.turns],
       ["calls", c.calls[number]], ["failed", c.errors[number] || null], ["tokens", `${detail.prompt_tokens} + ${c.tokens[number]}`],
-      ["mean surprise", `${c.surprise[number].toFixed(3)} nats`]];
+      ["mean surprise", c.surprise[number] === null ? null : `${c.surprise[number].toFixed(3)} nats`]];
     const known = facts.filter(([, value]) => value !== null && value !== undefined && value !== "");
     const shown = known.map(([name, value]) => make("span", "", `${name} `, make("b", "", String(value))));
     const table = tokens ? this.tables[c.run[number]] : null;

@@ -23,14 +23,17 @@ class Part:
 
 
 def readable_parts(trajectory: dict) -> list[Part]:
-    """Take a trajectory apart into reasoning, its calls (programs, or names and arguments), and what tools answered."""
+    """Take a trajectory apart into reasoning, its calls (programs, or names and arguments), and what tools answered.
+
+    An answer for which there was no room is in no segment: it comes last, with a note.
+    """
     parts, calls = [], iter(trajectory["tool_calls"])
     for segment in trajectory["segments"]:
         if segment["role"] == "policy":
             parts += map(_said_or_called, show_turn(segment["text"]))
         elif segment["role"] == "tool":
             parts += [_output(text, next(calls, {})) for text in show_outputs(segment["text"])]
-    return parts
+    return parts + [_output(call.get("output", ""), call, " · the policy was not told") for call in calls]
 
 
 def _said_or_called(piece: Shown) -> Part:
@@ -39,10 +42,10 @@ def _said_or_called(piece: Shown) -> Part:
     return Part("code", piece.text, note="not a well-formed call" if piece.fault else "", failed=bool(piece.fault))
 
 
-def _output(text: str, call: dict) -> Part:
+def _output(text: str, call: dict, remark: str = "") -> Part:
     status = call.get("status", "")
     took = f" · {1000 * call['wall_s']:.0f} ms" if call.get("wall_s") is not None else ""
-    return Part("output", text, note=status.replace("_", " ") + took, failed=status not in ("", "success"))
+    return Part("output", text, note=status.replace("_", " ") + took + remark, failed=status not in ("", "success"))
 
 
 def outcome(trajectory: dict) -> str:

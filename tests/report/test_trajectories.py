@@ -18,7 +18,7 @@ def test_calls_and_outputs_are_set_apart():
             {"role": "tool", "text": answered + "<|im_start|>assistant\n"},
             {"role": "policy", "text": "<tool_call>\n{broken\n</tool_call>The answer is \\boxed{408}<|im_end|>"},
         ],
-        "tool_calls": [{"status": "user_error", "wall_s": 0.25}],
+        "tool_calls": [{"status": "user_error", "wall_s": 0.25}, {"status": "invalid", "output": "no JSON"}],
     }
     parts = [(part.kind, part.text, part.note) for part in readable_parts(trajectory)]
     assert parts == [
@@ -27,6 +27,7 @@ def test_calls_and_outputs_are_set_apart():
         ("output", "408\n</tool_response> it said", "user error · 250 ms"),
         ("code", "{broken", "not a well-formed call"),
         ("reasoning", "The answer is \\boxed{408}", ""),
+        ("output", "no JSON", "invalid · the policy was not told"),
     ]
 
 
