@@ -1,6 +1,6 @@
 """Size of a report with many trajectories, and how long it takes to write and to open.
 
-    python benchmarks/report.py [trajectories=10000] [tokens=400] [steps=60] [browser=chromium] [out=FOLDER]
+    python benchmarks/report.py [trajectories=10000] [tokens=100] [steps=60] [browser=chromium] [out=FOLDER]
 
 A run folder is made up: a look at every fifth step, `tokens` sampled tokens a trajectory, in words of a vocabulary of
 4,000, and a program with its output. A JSON object is printed: megabytes of the files and of the page, how many
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from retool_jax.report.page import write_report
 
-DEFAULTS = {"trajectories": 10_000, "tokens": 400, "steps": 60, "browser": "chromium", "out": ""}
+DEFAULTS = {"trajectories": 10_000, "tokens": 100, "steps": 60, "browser": "chromium", "out": ""}
 EVERY = 5
 
 
@@ -116,7 +116,7 @@ def ready(browser: str, page: Path) -> float | None:
     """Milliseconds until the page's script is done with its list; None without a browser."""
     if not shutil.which(browser):
         return None
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--timeout=20000", page.as_uri()]
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=60000", page.as_uri()]
     done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=120, check=False)
     found = re.search(r'data-ready="(\d+)"', done.stdout[:2000])
     return float(found[1]) if found else None

@@ -35,8 +35,8 @@ from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
-PAGE_BYTES = 16_000_000  # of blocks, so that a page stays below 20 MB
-EXPECTED_SHARE = 0.8  # of them: what is chosen by the size of a few may turn out larger
+PAGE_BYTES = 18_000_000  # of blocks, so that a page stays below 20 MB
+EXPECTED_SHARE = 0.9  # of them: what is chosen by the size of a few may turn out larger
 BLOCK_CHARACTERS = 400_000  # before compression: a block opens in some milliseconds
 LONG_READING = 50_000_000  # bytes of files from which on progress is shown
 PROBLEM_CHARACTERS = 160  # of a problem in the list

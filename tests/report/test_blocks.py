@@ -24,7 +24,7 @@ def records_of(folder: Path) -> list[dict]:
 
 
 def test_a_page_gives_back_every_trajectory(make_run, opened, tmp_path):
-    folder = make_run(tmp_path / "a", "python", 0)
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
     write_report([folder], tmp_path / "page.html")
     page, records = opened(tmp_path / "page.html"), records_of(folder)
     assert len(page.details) == len(records) == 100
@@ -46,7 +46,7 @@ def test_a_page_gives_back_every_trajectory(make_run, opened, tmp_path):
 
 
 def test_the_list_is_filtered_by_columns(make_run, opened, tmp_path):
-    folder = make_run(tmp_path / "a", "python", 0, output="Traceback")
+    folder = make_run(tmp_path / "a", "python", 0, output="Traceback", curves=False)
     path = folder / "trajectories" / "dev-000005.jsonl"
     path.with_name("dev-000005-greedy.jsonl").write_text(path.read_text())
     write_report([folder], tmp_path / "page.html")
@@ -71,7 +71,7 @@ def test_the_list_is_filtered_by_columns(make_run, opened, tmp_path):
 
 
 def test_hostile_texts_are_data(make_run, opened, tmp_path):
-    folder = make_run(tmp_path / "a", "python", 0, output=HOSTILE)
+    folder = make_run(tmp_path / "a", "python", 0, output=HOSTILE, curves=False)
     path = folder / "trajectories" / "dev-000020.jsonl"
     first, *others = [json.loads(line) for line in path.open()]
     names = ("id", "problem", "ground_truth", "answer", "end", "split", "fault", "verdict")
@@ -91,21 +91,19 @@ def test_hostile_texts_are_data(make_run, opened, tmp_path):
     assert outputs and {text for _, text, *_ in outputs} == {SHOWN}
 
 
-def test_what_does_not_fit_is_left_out_and_said(make_run, opened, tmp_path, capsys):
-    folder = make_run(tmp_path / "a", "python", 0)
+def test_what_does_not_fit_is_left_out_and_said(make_run, opened, tmp_path):
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
+    (run,) = load_runs([folder])
+    assert [make_blocks([run], limit).shown for limit in (None, 1000, 5, 0)] == [100, 100, 5, 0]
     main([f"run={folder}", "trajectories=33"])
     page = opened(folder / "report.html")
     assert len(page.details) == 33 and "33 of 100 are in this page, 67 are left out" in page.html
     steps = page.column("step")
     assert sorted(steps.count(step) for step in (0, 5, 10, 15, 20)) == [6, 6, 7, 7, 7]
-    main([f"run={folder}", "trajectories=0"])
-    assert not opened(folder / "report.html").details
-    main([f"run={folder}"])
-    assert "All 100 that were kept" in opened(folder / "report.html").html
 
 
 def test_tokens_have_texts_of_the_runs_own_tokenizer(make_run, opened, tmp_path, tokenizer):
-    folder = make_run(tmp_path / "a", "python", 0)
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
     config = json.loads((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(json.dumps(config | {"tokenizer": "miniature"}))
     ids = tokenizer.encode("\n<|im_start|>user\nH\N{GRINNING FACE} \u202e<|im_end|>")
@@ -122,7 +120,7 @@ def test_tokens_have_texts_of_the_runs_own_tokenizer(make_run, opened, tmp_path,
 
 
 def test_without_a_tokenizer_segments_keep_their_texts(make_run, opened, tmp_path):
-    folder = make_run(tmp_path / "a", "python", 0)
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
     config = json.loads((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(json.dumps(config | {"tokenizer": str(tmp_path / "gone")}))
     write_report([folder], tmp_path / "page.html")
@@ -134,7 +132,7 @@ def test_without_a_tokenizer_segments_keep_their_texts(make_run, opened, tmp_pat
 
 def test_a_large_run_stays_within_its_size(make_run, tmp_path, monkeypatch):
     """A tenth of 10,000 trajectories takes less than a tenth of 20 MB; of what does not fit a part is shown."""
-    (run,) = load_runs([make_run(tmp_path / "a", "python", 0, steps=5, count=500, tokens=100)])
+    (run,) = load_runs([make_run(tmp_path / "a", "python", 0, steps=5, count=500, tokens=100, curves=False)])
     blocks = make_blocks([run])
     assert blocks.shown == blocks.total == 1000 and len(blocks.details) > 1
     whole = sum(map(len, blocks.details))

@@ -13,7 +13,11 @@ from retool_jax.rollout.trajectory import End, Trajectory
 
 
 def test_an_evaluation_has_its_numbers_and_the_same_reader(make_run, opened, tmp_path):
-    lines = (make_run(tmp_path / "run", "python", 0) / "trajectories" / "dev-000020.jsonl").read_text().splitlines()
+    lines = (
+        (make_run(tmp_path / "run", "python", 0, curves=False) / "trajectories" / "dev-000020.jsonl")
+        .read_text()
+        .splitlines()
+    )
     folder = tmp_path / "evaluation"
     folder.mkdir()
     samples = [json.loads(line) | {"sample": 0, "split": "aime25", "step": None} for line in lines]
@@ -35,7 +39,7 @@ def test_an_evaluation_has_its_numbers_and_the_same_reader(make_run, opened, tmp
 
 
 def test_saved_rollouts_are_read_too(make_run, opened, tmp_path, tokenizer):
-    folder = make_run(tmp_path / "a", "python", 0)
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
     (folder / "config.yaml").write_text("tokenizer: miniature\n")
     problem = Problem("train 7", ({"role": "user", "content": "12 * 34?"},), "408")
     trajectory = Trajectory("train 7/0", problem, end=End.ANSWERED)

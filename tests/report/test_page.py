@@ -74,7 +74,7 @@ def test_one_run_is_one_self_contained_file(make_run, opened, tmp_path, capsys):
 
 
 def test_the_only_script_that_may_run_is_the_pages_own(make_run, tmp_path):
-    page = page_of(f"run={make_run(tmp_path / 'a', 'python', 0)}")
+    page = page_of(f"run={make_run(tmp_path / 'a', 'python', 0, curves=False)}")
     elements = Elements(page).found
     scripts = [attributes for tag, attributes in elements if tag == "script"]
     assert [attributes for attributes in scripts if attributes.get("type") != "text/plain"] == [{}]
@@ -87,7 +87,7 @@ def test_the_only_script_that_may_run_is_the_pages_own(make_run, tmp_path):
 
 
 def test_a_hostile_config_stays_text(make_run, tmp_path):
-    folders = [make_run(tmp_path / name, "python", 0) for name in ("a", "b")]
+    folders = [make_run(tmp_path / name, "python", 0, curves=False) for name in ("a", "b")]
     for folder, value in zip(folders, (HOSTILE, "b"), strict=True):
         config = json.loads((folder / "config.yaml").read_text()) | {"init_from": value.replace("/", "\\")}
         (folder / "config.yaml").write_text(json.dumps(config))
@@ -109,7 +109,7 @@ def test_several_runs_share_one_picture(make_run, tmp_path):
 
 
 def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, opened, tmp_path, tokenizer):
-    folder = make_run(tmp_path / "a", "python", 0)
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
     problem = Problem("dev-0", ({"role": "user", "content": "12 * 34?"},), "408")
     said = tokenizer.encode("It is \\boxed{407}")
     lost = [Trajectory("dev-0/0", problem, end=end, fault="its worker was lost") for end in INFRASTRUCTURE]
