@@ -52,7 +52,8 @@ class Blocks:
     index: dict[str, list] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)  # number of the first trajectory of each block of details
-    tables: list[dict[int, str] | str] = field(default_factory=list)  # of each run: id -> text, or why there is none
+    tables: list[dict[int, str] | str] = field(default_factory=list)  # of a tokenizer: id -> text, or why there is none
+    table_of_run: list[int] = field(default_factory=list)  # place in `tables`
 
     @property
     def shown(self) -> int:
@@ -135,12 +136,16 @@ def row(run: int, record: dict, greedy: bool) -> dict:
 def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
     """The trajectories of runs for a page: all, or `limit` of them, or as many as keep it below 20 MB."""
     sources = sources_of(runs)
+    names = [str(run.config.get("tokenizer") or "") for run in runs]
+    loaded = {name: _load(name) for name in names} if sources else {}
+    tokenizers = [loaded[name] for name in names] if sources else []
+    # Saved rollouts have no texts, so without a tokenizer there is nothing to read in them.
+    sources = [s for s in sources if s.step is None or not isinstance(tokenizers[s.run], str)]
     blocks = Blocks(total=sum(source.count for source in sources))
-    tokenizers = [_tokenizer_of(run) for run in runs] if sources else []
     places = share_out(sources, blocks.total if limit is None else limit)
     if limit is None:
         places = share_out(sources, _fitting(sources, tokenizers))
-    rows, ids = [], [set() for _ in runs]
+    rows, ids = [], {name: set() for name in names}
     with ExitStack() as stack:
         long = sum(source.path.stat().st_size for source in sources) > LONG_READING
         bar = stack.enter_context(Progress("reading trajectories", len(sources))) if long else None
@@ -161,14 +166,12 @@ def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
                 blocks.details.append(block)
                 for record, shown in batch:
                     rows.append(row(source.run, record, source.greedy))
-                    ids[source.run].update(shown["ids"])
+                    ids[names[source.run]].update(shown["ids"])
             if bar:
                 bar.step(number, {"shown": f"{len(rows):,}"})
     blocks.index = {name: [one[name] for one in rows] for name in rows[0]} if rows else {}
-    blocks.tables = [
-        tokenizer if isinstance(tokenizer, str) else token_texts(tokenizer, found)
-        for tokenizer, found in zip(tokenizers, ids, strict=False)
-    ]
+    blocks.tables = [one if isinstance(one, str) else token_texts(one, ids[name]) for name, one in loaded.items()]
+    blocks.table_of_run = [list(loaded).index(name) for name in names if loaded]
     return blocks
 
 
@@ -198,13 +201,12 @@ def _batches(details: Iterable[tuple[dict, dict]]) -> Iterator[list[tuple[dict, 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer_of(run: Run) -> Tokenizer | str:
-    """The run's tokenizer, or why there is none."""
-    name = run.config.get("tokenizer")
+def _load(name: str) -> Tokenizer | str:
+    """A run's tokenizer, or why there is none."""
     if not name:
         return "its config names no tokenizer"
     try:
-        return load_tokenizer(str(name))
+        return load_tokenizer(name)
     except UserError as error:
         return str(error)
 

@@ -186,6 +186,7 @@ def build_page(runs: Sequence[Run], accuracy: Figure | None, blocks: Blocks) -> 
         "runs": [visible(run.label) for run in runs] if several else [""],
         "outcomes": OUTCOMES,
         "starts": blocks.starts,
+        "tables": blocks.table_of_run,
         "columns": blocks.index,
     }
     return environment.from_string(template).render(

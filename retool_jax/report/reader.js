@@ -157,6 +157,7 @@ class Reader {
     this.runs = index.runs;
     this.outcomes = index.outcomes;
     this.starts = index.starts;
+    this.tableOf = index.tables;
     this.count = index.columns.id.length;
     this.blocks = [...document.querySelectorAll("script.details")];
     this.shown = Array.from({ length: this.count }, (_, i) => i);
@@ -363,7 +364,7 @@ class Reader {
       ["mean surprise", c.surprise[number] === null ? null : `${c.surprise[number].toFixed(3)} nats`]];
     const known = facts.filter(([, value]) => value !== null && value !== undefined && value !== "");
     const shown = known.map(([name, value]) => make("span", "", `${name} `, make("b", "", String(value))));
-    const table = tokens ? this.tables[c.run[number]] : null;
+    const table = tokens ? this.tables[this.tableOf[c.run[number]]] : null;
     const body = tokens ? [tokenNodes(detail, typeof table === "string" ? null : table, heat)] : partNodes(detail);
     if (typeof table === "string") body.unshift(make("p", "muted", `Segments as a whole, since there is no tokenizer to take them apart: ${table}`));
     this.detail.replaceChildren(top, make("h3", "", String(detail.problem)), make("div", "facts", ...shown),

@@ -89,16 +89,16 @@ def _lines(path: Path) -> int:
 
 
 def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
-    """The records of a file. Raises UserError for a line that is not JSON.
+    """The records of a file; the tokenizer writes the texts of saved rollouts, which have none.
 
-    Saved rollouts have no texts, so without a tokenizer they have no records.
+    Raises:
+        UserError: a line is not JSON.
     """
     if source.step is not None:
-        if not isinstance(tokenizer, str):
-            from retool_jax.rl.replay import read_rollouts  # with jax, which nothing else here needs
+        from retool_jax.rl.replay import read_rollouts  # with jax, which nothing else here needs
 
-            for trajectory in read_rollouts(source.path):
-                yield trajectory.record(tokenizer, split="training", step=source.step)
+        for trajectory in read_rollouts(source.path):
+            yield trajectory.record(tokenizer, split="training", step=source.step)
         return
     path = source.path
     with path.open(encoding="utf-8", errors="replace") as lines:

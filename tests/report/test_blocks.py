@@ -125,7 +125,7 @@ def test_without_a_tokenizer_segments_keep_their_texts(make_run, opened, tmp_pat
     (folder / "config.yaml").write_text(json.dumps(config | {"tokenizer": str(tmp_path / "gone")}))
     write_report([folder], tmp_path / "page.html")
     page = opened(tmp_path / "page.html")
-    assert "no tokenizer at" in page.tables[0]
+    assert "no tokenizer at" in page.tables[0] and page.index["tables"] == [0]
     segments = [[s["role"], s["start"], s["stop"], s["text"]] for s in records_of(folder)[0]["segments"]]
     assert page.details[0]["segments"] == segments
 
