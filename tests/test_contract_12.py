@@ -1,10 +1,13 @@
 """Contract 12: whatever a policy says, the run goes on and its files can be written, read and shown."""
 
 import asyncio
+import base64
 import json
+import re
 import time
 import unicodedata
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from retool_jax.answers import check
 from retool_jax.data.problems import Problem
 from retool_jax.engine.pages import Pages
 from retool_jax.evaluation.measure import write_trajectories
-from retool_jax.report.page import main, visible
+from retool_jax.report.blocks import visible
+from retool_jax.report.page import main
 from retool_jax.report.trajectories import readable_parts
 from retool_jax.rollout.rollout import RolloutConfig, Sample, rollout, score
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
@@ -153,6 +157,14 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in a JSON value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from texts_in(item)
+
+
 @pytest.fixture(scope="module")
 def play(tokenizer, scripted_engine, all_turns) -> Callable[[str], dict[str, Trajectory]]:
     """`play(grammar)`: each hostile turn of a whole rollout, in a real sandbox, and an answer after it."""
@@ -203,12 +215,15 @@ def test_a_run_goes_on_whatever_the_policy_says_and_its_files_and_page_can_be_re
     main([f"run={folder}"])
     page = (folder / "report.html").read_bytes().decode()
     tags = Tags(page)
-    assert not tags.open and tags.seen.count("script") == 1 and "img" not in tags.seen
-    assert page.count('<details class="card trajectory"') == 2 * len(all_turns)
+    blocks = re.findall(r'<script type="text/plain"[^>]*>([^<]*)</script>', page)
+    assert not tags.open and tags.seen.count("script") == len(blocks) + 1 and "img" not in tags.seen
+    shown = [json.loads(zlib.decompress(base64.b64decode(block))) for block in blocks]
+    assert sum(map(len, shown[2:])) == 2 * len(all_turns)  # behind the index and the tokens' texts
+    page = "\n".join([page, *texts_in(shown)])
     turning = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
     for c in set(page) - {*"\n\t\r"}:
         assert unicodedata.category(c) not in ("Cc", "Zl", "Zp") and unicodedata.bidirectional(c) not in turning
-    assert r"\u202e" in page and r"print(&#34;\ud800&#34;, 1)" in page
+    assert r"\u202e" in page and r'print("\ud800", 1)' in page
 
 
 PROGRAMS = {

@@ -131,9 +131,14 @@ def command(installed, one_device, tmp_path):
 def test_the_archives_hold_every_file_of_the_package(built):
     archive, wheel = built
     expected = files_below(ROOT / PACKAGE)
-    assert {"run/load.py", "report/page.html.jinja", "configs/grpo.yaml", "data/miniature/tokenizer.json"} <= {
-        name.removeprefix(f"{PACKAGE}/") for name in expected
-    }
+    assert {
+        "run/load.py",
+        "report/page.html.jinja",
+        "report/reader.js",
+        "report/page.css",
+        "configs/grpo.yaml",
+        "data/miniature/tokenizer.json",
+    } <= {name.removeprefix(f"{PACKAGE}/") for name in expected}
     with tarfile.open(archive) as file:
         members = [member for member in file.getmembers() if not member.isdir()]
         assert all(member.isreg() for member in members)

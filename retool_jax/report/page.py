@@ -1,10 +1,13 @@
 """One self-contained HTML page of a run, or of several side by side: the outcome, the learning curves, the
 trajectories to read.
 
-Everything a run wrote is data here: the page is rendered with autoescaping on, and it loads nothing from anywhere.
+Everything a run wrote is data here: the page is rendered with autoescaping on, trajectories lie in it as blocks that
+its script writes out as text, no other script may run in it, and it loads nothing from anywhere.
 """
 
-import re
+import base64
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -12,31 +15,34 @@ from itertools import chain
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup, escape
+import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from retool_jax.errors import UserError
-from retool_jax.fields import split_words
+from retool_jax.fields import flatten_dict, split_words
 from retool_jax.files import replacing
 from retool_jax.metrics import format_percent, format_seconds, format_value, summary_rows, summary_title, time_rows
+from retool_jax.report.behaviour import BEHAVIOUR, ENDS, PURPOSES, draw_behaviour, draw_shares
+from retool_jax.report.blocks import OUTCOMES, Blocks, make_blocks, to_block, visible
 from retool_jax.report.curves import COLOURS, LIGHT, PANELS, draw_accuracy, draw_panel, setting_colours, to_svg
-from retool_jax.report.runs import Run, load_runs
-from retool_jax.report.trajectories import trajectory_views
+from retool_jax.report.runs import Run, by_setting, load_runs
 
 USAGE = """\
 Write one HTML page with a run's learning curves and its trajectories to read.
 
-    python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]
+    python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE] [trajectories=N]
 
-run=DIR    a run folder; give it again (or run=A,B) to draw several runs in one picture
-out=FILE   the page to write; default DIR/report.html of the first run
+run=DIR         a run folder, or one of an evaluation; give it again (or run=A,B) to draw several runs in one picture:
+                those that differ in their seed alone become a mean with a band
+out=FILE        the page to write; default DIR/report.html of the first run
+trajectories=N  how many trajectories to put into the page; by default all, or as many as keep it below 20 MB
 
-The main picture is also written beside the page as curves.png, for a README."""
+Pictures for documents are written beside the page: curves.png, and behaviour.png where the run has its numbers."""
 
-# What a page may not hold, what ends a line in some readers, and what turns the direction of the text around it.
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
-)
+# Student's t at 97.5 % for the mean of 2, 3, ... seeds; more have the last one.
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+NORMAL_QUANTILE = 1.96
 
 
 def end_counts(run: Run) -> dict | None:
@@ -60,57 +66,188 @@ def _sum_ends(records: Iterable[dict]) -> Counter[str]:
     return counts
 
 
-def mark_boxed(text: str) -> Markup:
-    """Escape a text and set its \\boxed{...} apart."""
-    return Markup(re.sub(r"\\boxed\{[^{}]*\}", lambda match: f"<mark>{match[0]}</mark>", str(escape(text))))
+# --- runs side by side ------------------------------------------------------------------------------------------------
 
 
-def visible(value: object) -> object:
-    """A value as the page shows it: in texts, characters that nobody could see become escapes like `\\u202e`."""
-    if not isinstance(value, str):
-        return value
-    return type(value)(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value))  # markup stays markup
+def interval(values: Sequence[float], errors: Sequence[float | None]) -> tuple[float, float, float] | None:
+    """Mean of runs and its 95 % interval, as (mean, low, high); None where nothing was measured.
+
+    Of one run it is the mean ± 1.96 standard errors of it (`errors`), of several seeds Student's of their mean.
+    """
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    if len(values) > 1:
+        quantile = T_QUANTILES[min(len(values) - 2, len(T_QUANTILES) - 1)]
+        half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    elif errors[0] is None:
+        return mean, math.nan, math.nan
+    else:
+        half = NORMAL_QUANTILE * errors[0]
+    return mean, mean - half, mean + half
 
 
-def build_page(runs: Sequence[Run], accuracy: Figure | None) -> str:
+def comparison(runs: Sequence[Run]) -> list[dict]:
+    """A row for each setting with summaries: accuracy before and after, and what was gained, with their intervals."""
+    rows = []
+    for setting, seeds in by_setting(runs).items():
+        pairs = [(run.summary.get("before") or {}, run.summary.get("after") or {}) for run in seeds]
+        pairs = [pair for pair in pairs if all(column.get("accuracy") is not None for column in pair)]
+        if not pairs:
+            continue
+        accuracy = [[column["accuracy"] for column in columns] for columns in zip(*pairs, strict=True)]
+        errors = [[column.get("accuracy_stderr") for column in columns] for columns in zip(*pairs, strict=True)]
+        gains = [after - before for before, after in zip(*accuracy, strict=True)]
+        both = [None if None in pair else math.hypot(*pair) for pair in zip(*errors, strict=True)]
+        after = [pair[1] for pair in pairs]
+        means = {
+            name: _mean(column.get(name) for column in after)
+            for name in ("greedy_accuracy", "tool_rate", "response_tokens")
+        }
+        rows.append(
+            {"setting": setting, "seeds": len(pairs), "split": seeds[0].summary.get("split", ""), **means}
+            | {"before": interval(accuracy[0], errors[0]), "after": interval(accuracy[1], errors[1])}
+            | {"gain": interval(gains, both)}
+        )
+    return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def format_interval(estimate: tuple[float, float, float] | None, points: bool = False) -> str:
+    """'97.7 % (95.8 to 99.5)', or with `points` '+53.5 (47.1 to 59.9)'."""
+    if estimate is None:
+        return "-"
+    mean, low, high = (100 * value for value in estimate)
+    if not points:
+        low, high = max(low, 0.0), min(high, 100.0)
+    shown = f"{mean:+.1f}" if points else f"{mean:.1f} %"
+    return shown if math.isnan(estimate[1]) else f"{shown} ({low:.1f} to {high:.1f})"
+
+
+def times_table(runs: Sequence[Run]) -> dict | None:
+    """Seconds by part: a row for each part with (seconds, share of the run's time) of each run, the longest first."""
+    columns = {run.label: {name: (s, share) for name, s, share in time_rows(run.summary)} for run in runs}
+    columns = {label: times for label, times in columns.items() if times}
+    if not columns:
+        return None
+    longest: Counter[str] = Counter()
+    for times in columns.values():
+        longest.update({name: share for name, (_, share) in times.items()})
+    rows = [(name, [times.get(name) for times in columns.values()]) for name, _ in longest.most_common()]
+    totals = [sum(seconds for seconds, _ in times.values()) for times in columns.values()]
+    return {"columns": list(columns), "rows": rows, "totals": totals}
+
+
+def result_tables(result: dict) -> tuple[list[tuple], list[tuple]]:
+    """An evaluation's estimates as (name, mean ± standard error, 95 % interval, problems), and what else it counted."""
+    numbers = result.get("numbers") or {}
+    estimates = {name: one for name, one in numbers.items() if isinstance(one, dict) and "stderr" in one}
+    rows = [
+        (
+            name,
+            format_percent(one["value"], one["stderr"]),
+            _from_to(one.get("low"), one.get("high")),
+            one.get("problems"),
+        )
+        for name, one in estimates.items()
+    ]
+    others = {key: result.get(key) for key in ("set", "samples", "dropped", "strict_differs", "trajectories")}
+    flat = flatten_dict(others)
+    return rows, [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
+
+
+def _from_to(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def build_page(runs: Sequence[Run], accuracy: Figure | None, blocks: Blocks) -> str:
     """The whole report as HTML, with the main picture if there is one."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible)
     environment.filters |= {
         "percent": format_percent,
         "seconds": format_seconds,
         "number": format_value,
-        "mark_boxed": mark_boxed,
+        "interval": format_interval,
     }
-    template = resources.files("retool_jax.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    panels = [(panel, draw_panel(panel, runs)) for panel in PANELS]
+    files = resources.files("retool_jax.report")
+    template, style, script = (
+        files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.jinja", "page.css", "reader.js")
+    )
+    several, settings = len(runs) > 1, by_setting(runs)
     colours = {light: f"var(--{name})" for name, light in LIGHT.items()}
+    index = blocks.index and {
+        "runs": [visible(run.label) for run in runs] if several else [""],
+        "outcomes": OUTCOMES,
+        "starts": blocks.starts,
+        "tables": blocks.table_of_run,
+        "columns": blocks.index,
+    }
     return environment.from_string(template).render(
         runs=runs,
         colours=COLOURS,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         settings={setting: colours[colour] for setting, colour in setting_colours(runs).items()},
         accuracy=accuracy and to_svg(accuracy, "accuracy"),
-        panels=[(panel, to_svg(figure, panel.title)) for panel, figure in panels if figure],
+        panels=_svgs((panel.title, panel.caption, draw_panel(panel, runs)) for panel in PANELS),
+        behaviour=_svgs(
+            chain(
+                ((panel.title, panel.caption, draw_panel(panel, runs)) for panel in BEHAVIOUR),
+                _shares(settings, PURPOSES, "Purposes of code", "What programs are for, as shares of each step's."),
+            )
+        ),
+        end_shares=_svgs(
+            _shares(settings, ENDS, "Ends by step", "Why the trajectories of each step ended, as shares.")
+        ),
         ends=[table for run in runs if (table := end_counts(run))],
+        comparison=comparison(runs) if several else [],
+        times=times_table(runs),
+        results=[(run.label, *result_tables(run.result)) for run in runs if run.result],
         evaluations=[(run.label, run.evaluations(run.curve_split)) for run in runs],
-        trajectories=trajectory_views(runs),
-        several=len(runs) > 1,
+        blocks=blocks,
+        index_block=index and to_block(index),
+        token_block=index and to_block(blocks.tables),
+        several=several,
         summary_rows=summary_rows,
         summary_title=summary_title,
-        time_rows=time_rows,
     )
 
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write the page, and beside it curves.png where something was evaluated. Returns what was written."""
+def _shares(settings: dict[str, list[Run]], prefix: str, title: str, caption: str) -> Iterable[tuple]:
+    for setting, seeds in settings.items():
+        yield title, f"{setting}. {caption}" if len(settings) > 1 else caption, draw_shares(seeds, prefix)
+
+
+def _svgs(panels: Iterable[tuple[str, str, Figure | None]]) -> list[tuple[str, str, Markup]]:
+    return [(title, caption, to_svg(figure, title + caption)) for title, caption, figure in panels if figure]
+
+
+def write_report(folders: Sequence[Path], out: Path, trajectories: int | None = None) -> list[Path]:
+    """Write the page, and beside it curves.png and behaviour.png where there is something to draw.
+
+    `trajectories` says how many to show at most; None shows all that keep the page below 20 MB. Returns what was
+    written.
+    """
     runs = load_runs(folders)
-    picture, written = draw_accuracy(runs), [out]
-    page = build_page(runs, picture)
+    accuracy = draw_accuracy(runs)
+    page = build_page(runs, accuracy, make_blocks(runs, trajectories))
+    pictures = {"curves.png": accuracy, "behaviour.png": draw_behaviour(runs)}
+    written = [out]
     try:
         with replacing(out, errors="replace") as file:
             file.write(page)
-        if picture:
-            written.append(out.with_name("curves.png"))
-            picture.savefig(written[-1], dpi=160, facecolor="white")
+        for name, picture in pictures.items():
+            if picture:
+                written.append(out.with_name(name))
+                picture.savefig(written[-1], dpi=160, facecolor="white")
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or out}: {error.strerror}; choose another file with out="
@@ -122,10 +259,16 @@ def main(words: list[str]) -> None:
     if {"-h", "--help"} & set(words):
         print(USAGE)
         return
-    pairs = split_words(words, ("run", "out"))
+    pairs = split_words(words, ("run", "out", "trajectories"))
     folders = [Path(name) for key, names in pairs if key == "run" for name in names.split(",") if name]
     if not folders:
         raise UserError("no run to report on; usage: python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]")
-    out = dict(pairs).get("out", folders[0] / "report.html")
-    for path in write_report(folders, Path(out)):
+    given = dict(pairs)
+    limit = given.get("trajectories")
+    if limit is not None and not (limit.isascii() and limit.isdigit()):
+        raise UserError(
+            f"trajectories={limit} is not a number; give how many to show, or leave it out for all that fit"
+        )
+    out = Path(given.get("out", folders[0] / "report.html"))
+    for path in write_report(folders, out, None if limit is None else int(limit)):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

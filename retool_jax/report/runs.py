@@ -2,22 +2,28 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.fields import flatten_dict
 from retool_jax.metrics import METRICS_FILE, read_metrics
 
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
 
 
+RESULT_FILE, SAMPLES_FILE = "result.json", "samples.jsonl"  # of `retool_jax.evaluate`
+
+
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. `label` tells the run from its neighbours, `setting` is the label without the seed."""
+    """What a run folder holds. `label` tells the run from its neighbours, `setting` is the label without the seed.
+
+    The folder of an evaluation has a `result` in the place of records and summary.
+    """
 
     folder: Path
     records: list[dict]
@@ -25,6 +31,8 @@ class Run:
     finished: bool
     label: str
     setting: str
+    config: dict = field(default_factory=dict)
+    result: dict = field(default_factory=dict)
 
     def series(self, kind: str, key: str, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one number, where it was measured."""
@@ -46,8 +54,16 @@ class Run:
         return max(("dev", "test"), key=lambda split: len(self.evaluations(split)))
 
 
+def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each setting, which differ in their seed alone."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.setting, []).append(run)
+    return groups
+
+
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders. Raises UserError for one that is missing or has no metrics yet."""
+    """Read folders of runs and evaluations. Raises UserError for one that is missing or has no numbers yet."""
     configs = []
     for folder in folders:
         if not folder.is_dir():
@@ -57,19 +73,29 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     names = [folder.resolve().name for folder in folders]
     labels = config_labels(configs, names)
     settings = config_labels([{**config, "seed": None} for config in configs], [""] * len(names))
-    return [_load_run(*arguments) for arguments in zip(folders, labels, settings, strict=True)]
+    return [_load_run(*arguments) for arguments in zip(folders, labels, settings, configs, strict=True)]
 
 
-def _load_run(folder: Path, label: str, setting: str) -> Run:
-    path = folder / METRICS_FILE
+def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
+    path, result = folder / METRICS_FILE, folder / RESULT_FILE
+    if result.exists() and not path.exists():
+        return Run(folder, [], {}, True, label, setting, config, _read_object(result))
     records = read_metrics(folder) if path.exists() else []
     if not records:
         state = "is empty" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}; start or resume the run with `python -m retool_jax.train config=grpo`")
     summary_path = folder / "summary.json"
     finished = summary_path.exists()
-    summary = json.loads(summary_path.read_text(encoding="utf-8")) if finished else summary_so_far(records)
-    return Run(folder, records, summary, finished, label, setting)
+    summary = _read_object(summary_path) if finished else summary_so_far(records)
+    return Run(folder, records, summary, finished, label, setting, config)
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}); move it away, or write it again") from error
+    return value if isinstance(value, dict) else {}
 
 
 def summary_so_far(records: Iterable[dict]) -> dict:
@@ -85,15 +111,19 @@ def summary_so_far(records: Iterable[dict]) -> dict:
 def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
     """Tell runs apart by what differs in their configs: 'tools=none', 'rl.clip_high=0.2, seed 1'.
 
-    A key that splits the runs just as an earlier one does adds nothing and is left out, and so are paths. Runs whose
-    configs agree go by the names of their folders.
+    A key that splits the runs just as an earlier one does, or less finely than another, adds nothing and is left out,
+    and so are paths. Runs whose configs agree go by the names of their folders.
     """
     flat = [flatten_dict(config) for config in configs]
     keys = sorted({key for config in flat for key in config}, key=lambda key: (key == "seed", key != "tools", key))
     chosen, splits = [], set()
-    for key in keys:
+
+    def split_of(key: str) -> tuple[int, ...]:
         values = [str(config.get(key)) for config in flat]
-        split = tuple(values.index(value) for value in values)
+        return tuple(values.index(value) for value in values)
+
+    for key in keys:
+        values, split = [str(config.get(key)) for config in flat], split_of(key)
         if (
             len(set(values)) > 1
             and not any("/" in value for value in values)
@@ -101,13 +131,22 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
         ):
             chosen.append(key)
             splits.add(split)
-    shown = [key for key in chosen if key != "seed"][:3] + [key for key in chosen if key == "seed"]
+    finer = {key: split_of(key) for key in chosen if key != "seed"}
+    shown = [key for key in finer if not any(_coarser(finer[key], other) for other in finer.values())][:3]
+    shown += [key for key in chosen if key == "seed"]
     labels = [", ".join(_setting(key, config.get(key)) for key in shown) for config in flat]
     if len(set(labels)) == len(labels) and all(labels):
         return labels
     return [" · ".join(filter(None, pair)) for pair in zip(labels, names, strict=True)]
 
 
+def _coarser(split: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether the parts of one split are made of several parts of another."""
+    return len(set(split)) < len(set(other)) == len(set(zip(split, other, strict=True)))
+
+
 def _setting(key: str, value: object) -> str:
+    if value is None:  # of a config that is older than the key
+        return f"no {key}"
     words = f"seed {value}" if key == "seed" else f"{key}={value}"
     return READABLE.get(words, words)

@@ -67,7 +67,7 @@ def merges_of_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 def tokenizer_of_ranks(ranks: dict[bytes, int], added: dict[int, AddedToken]) -> FastTokenizer:
     """Qwen's tokenizer from its ranks and added tokens, the same as the published `tokenizer.json`."""
-    alphabet = str.maketrans(_byte_alphabet())
+    alphabet = str.maketrans(byte_alphabet())
 
     def spell(token: bytes) -> str:
         return token.decode("latin-1").translate(alphabet)
@@ -83,7 +83,7 @@ def added_after(first: int, tokens: dict[str, bool]) -> dict[int, AddedToken]:
     }
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the rest are moved up."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     moved = iter(range(256, 512))

@@ -1,9 +1,13 @@
 """A run folder that these tests make up, as the trainer leaves one."""
 
+import base64
 import json
 import math
 import random
+import re
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,8 @@ def accuracy_at(step: int, tools: str) -> float:
     return 0.88 - 0.42 * math.exp(-step / 12) if tools == "python" else 0.18 + 0.02 * math.sin(step)
 
 
-def make_trajectory(rng: random.Random, index: int, step: int, tools: str, output: str | None) -> dict:
+def make_trajectory(rng: random.Random, index: int, step: int, tools: str, output: str | None, tokens: int = 0) -> dict:
+    """A record of a trajectory; with `tokens` it thinks for so many first."""
     a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
     truth, correct = a * b, rng.random() < accuracy_at(step, tools)
     answer = truth if correct else truth + 10 * rng.randrange(1, 90)
@@ -25,16 +30,17 @@ def make_trajectory(rng: random.Random, index: int, step: int, tools: str, outpu
         segments.append({"role": role, "start": start, "stop": start + max(1, len(text) // 4), "text": text})
 
     add("prompt", f"<|im_start|>user\nWhat is the product of {a} and {b}?<|im_end|>\n<|im_start|>assistant\n")
+    thought = " ".join(str(rng.randrange(1000)) for _ in range(tokens))
     if called:
         code = f"x = {a}\ny = {b}\nprint(x * y)" if correct else f"print({a} * {b} + {answer - truth})"
         status = "success" if output is None or index else "user_error"
         text = str(answer) if output is None else output
         call = json.dumps({"name": "code_interpreter", "arguments": {"code": code}})
-        add("policy", f"I multiply {a} and {b} with code.\n<tool_call>\n{call}\n</tool_call><|im_end|>")
+        add("policy", thought + f"I multiply {a} and {b} with code.\n<tool_call>\n{call}\n</tool_call><|im_end|>")
         inside = f"\n<|im_start|>user\n<tool_response>\n{text}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
         add("tool", inside)
         calls.append({"turn": 0, "code": code, "status": status, "output": text, "wall_s": 0.004, "queue_s": 0.001})
-    add("policy", f"The answer is \\boxed{{{answer}}}.<|im_end|>")
+    add("policy", ("" if called else thought) + f"The answer is \\boxed{{{answer}}}.<|im_end|>")
     sampled = [int(s["role"] == "policy") for s in segments for _ in range(s["stop"] - s["start"])]
     prompt_tokens = segments[0]["stop"]
     return {
@@ -47,7 +53,7 @@ def make_trajectory(rng: random.Random, index: int, step: int, tools: str, outpu
         "end": "answered",
         "split": "dev",
         "step": step,
-        "ids": [1] * len(sampled),
+        "ids": [rng.randrange(100_000) for _ in sampled] if tokens else [1] * len(sampled),
         "sampled": sampled,
         "logprobs": [-rng.expovariate(6) if on else 0.0 for on in sampled],
         "segments": segments,
@@ -59,8 +65,20 @@ def make_trajectory(rng: random.Random, index: int, step: int, tools: str, outpu
     }
 
 
-def make_run(folder: Path, tools: str, seed: int, steps: int = 20, count: int = 20, output: str | None = None) -> Path:
-    """A run folder as the trainer leaves it."""
+def make_run(
+    folder: Path,
+    tools: str,
+    seed: int,
+    steps: int = 20,
+    count: int = 20,
+    output: str | None = None,
+    tokens: int = 0,
+    curves: bool = True,
+) -> Path:
+    """A run folder as the trainer leaves it: `count` trajectories each of every fifth step's evaluation.
+
+    Without `curves` its metrics are of evaluations alone, and a page of it is made in half the time.
+    """
     rng = random.Random(f"{tools}{seed}")
     (folder / "trajectories").mkdir(parents=True)
     with_tool, records = tools == "python", []
@@ -90,12 +108,13 @@ def make_run(folder: Path, tools: str, seed: int, steps: int = 20, count: int = 
             records.append(record | {"perf/tokens_per_s": 21000.0})
         if step % 5 == 0:
             name = f"trajectories/dev-{step:06d}.jsonl"
-            made = [make_trajectory(rng, index, step, tools, output) for index in range(count)]
+            made = [make_trajectory(rng, index, step, tools, output, tokens) for index in range(count)]
             (folder / name).write_text("".join(json.dumps(t) + "\n" for t in made))
             record = {"kind": "eval", "step": step, "split": "dev", "accuracy": accuracy, "accuracy_stderr": 0.03}
             record |= {"tool_rate": rate, "tool_success": 0.98 if with_tool else None, "response_tokens": 60.0}
             record |= {"greedy_accuracy": min(1, accuracy + 0.1)} if step % 10 == 0 else {}
             records.append(record | {"end/answered": count - 1, "end/no_answer": 1, "trajectories": name})
+    records = [record for record in records if curves or record["kind"] == "eval"]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     columns = [
         {"accuracy": accuracy_at(step, tools), "accuracy_stderr": 0.03, "greedy_accuracy": 0.95, "tool_rate": 0.7}
@@ -114,3 +133,31 @@ def make_run(folder: Path, tools: str, seed: int, steps: int = 20, count: int = 
 def make_run_fixture() -> Callable[..., Path]:
     """`make_run(folder, "python", seed)`."""
     return make_run
+
+
+@dataclass
+class Opened:
+    """What a browser would find in a page: its HTML without the blocks, and what these hold."""
+
+    html: str
+    index: dict
+    tables: list
+    details: list[dict]
+
+    def column(self, name: str) -> list:
+        return self.index["columns"][name]
+
+
+@pytest.fixture(scope="session", name="opened")
+def opened_fixture() -> Callable[[Path], Opened]:
+    """`opened(path)`: a page taken apart."""
+    block = re.compile(r'<script type="text/plain"[^>]*>([A-Za-z0-9+/=]*)</script>')
+
+    def opened(path: Path) -> Opened:
+        page = path.read_text()
+        found = [json.loads(zlib.decompress(base64.b64decode(text))) for text in block.findall(page)]
+        index, tables, *details = found or ({}, [])
+        assert index.get("starts", []) == [sum(map(len, details[:i])) for i in range(len(details))]
+        return Opened(block.sub("", page), index, tables, [detail for block in details for detail in block])
+
+    return opened

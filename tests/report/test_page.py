@@ -1,6 +1,9 @@
 """The report of a run that these tests make up: complete, self-contained, and deaf to hostile tool output."""
 
+import base64
+import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,12 +15,13 @@ import pytest
 import retool_jax
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
-from retool_jax.report.page import main
+from retool_jax.report.page import comparison, interval, main
+from retool_jax.report.runs import load_runs
 from retool_jax.rollout.rollout import score
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, Trajectory
 
 ROOT = Path(retool_jax.__file__).parents[1]
-HOSTILE = "<script>alert('owned')</script> &amp; <img src=x onerror=alert(1)>"
+HOSTILE = "</title><script>alert('owned')</script> &amp; <img src=x onerror=alert(1)>"
 
 
 class Elements(HTMLParser):
@@ -45,8 +49,10 @@ def page_of(*words: str) -> str:
     return Path(words[0].removeprefix("run=").split(",")[0], "report.html").read_text()
 
 
-def test_one_run_is_one_self_contained_file(make_run, tmp_path, capsys):
-    page = page_of(f"run={make_run(tmp_path / 'a', 'python', 0)}")
+def test_one_run_is_one_self_contained_file(make_run, opened, tmp_path, capsys):
+    folder = make_run(tmp_path / "a", "python", 0)
+    main([f"run={folder}"])
+    page = opened(folder / "report.html").html
     assert not re.search(r"https?:|//\w|@import|url\((?!#)", page)
     elements = Elements(page)
     assert not elements.open
@@ -57,7 +63,7 @@ def test_one_run_is_one_self_contained_file(make_run, tmp_path, capsys):
     for words in (
         "46.0 % <span>→</span>",
         "256 test problems",
-        "time by part",
+        "Time by part",
         "Tool-call rate",
         "Cold-start loss",
         "answered",
@@ -67,19 +73,28 @@ def test_one_run_is_one_self_contained_file(make_run, tmp_path, capsys):
     assert len(page) < 1_000_000 and "wrote" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def hostile_page(make_run, tmp_path_factory) -> str:
-    """Of a run whose tool said something hostile, and much of it."""
-    folder = tmp_path_factory.mktemp("hostile") / "a"
-    return page_of(f"run={make_run(folder, 'python', 0, output=HOSTILE + 'x' * 50_000)}")
+def test_the_only_script_that_may_run_is_the_pages_own(make_run, tmp_path):
+    page = page_of(f"run={make_run(tmp_path / 'a', 'python', 0, curves=False)}")
+    elements = Elements(page).found
+    scripts = [attributes for tag, attributes in elements if tag == "script"]
+    assert [attributes for attributes in scripts if attributes.get("type") != "text/plain"] == [{}]
+    assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
+    (policy,) = (a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy and "default-src 'none';" in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function\(", script)
 
 
-def test_hostile_tool_output_stays_text(hostile_page):
-    page = hostile_page
-    assert "&lt;script&gt;alert" in page
+def test_a_hostile_config_stays_text(make_run, tmp_path):
+    folders = [make_run(tmp_path / name, "python", 0, curves=False) for name in ("a", "b")]
+    for folder, value in zip(folders, (HOSTILE, "b"), strict=True):
+        config = json.loads((folder / "config.yaml").read_text()) | {"init_from": value.replace("/", "\\")}
+        (folder / "config.yaml").write_text(json.dumps(config))
+    page = page_of(f"run={folders[0]},{folders[1]}")
     tags = Elements(page).found
-    assert sum(tag == "script" for tag, _ in tags) == 1
-    assert not any(tag == "img" or any(name.startswith("onerror") for name in attributes) for tag, attributes in tags)
+    assert "&lt;script&gt;alert" in page
+    assert [tag for tag, attributes in tags if tag in ("script", "img") and "type" not in attributes] == ["script"]
 
 
 def test_several_runs_share_one_picture(make_run, tmp_path):
@@ -93,8 +108,8 @@ def test_several_runs_share_one_picture(make_run, tmp_path):
         main([f"run={folders[0]},{folders[1]},nowhere"])
 
 
-def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, tokenizer):
-    folder = make_run(tmp_path / "a", "python", 0)
+def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, opened, tmp_path, tokenizer):
+    folder = make_run(tmp_path / "a", "python", 0, curves=False)
     problem = Problem("dev-0", ({"role": "user", "content": "12 * 34?"},), "408")
     said = tokenizer.encode("It is \\boxed{407}")
     lost = [Trajectory("dev-0/0", problem, end=end, fault="its worker was lost") for end in INFRASTRUCTURE]
@@ -105,20 +120,12 @@ def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, tmp_path, 
     lines = [json.dumps(trajectory.record(tokenizer, split="dev", step=0)) + "\n" for trajectory in lost]
     for path in (folder / "trajectories").iterdir():
         path.write_text("".join(lines))
-    page = page_of(f"run={folder}")
-    cards = [attributes for _, attributes in Elements(page).found if "trajectory" in attributes.get("class", "")]
-    assert [card["data-result"] for card in cards] == ["dropped"] * 2 * len(lost)
-    facts = page[page.index('<details class="card trajectory"') :]
-    for end in INFRASTRUCTURE:
-        shown = f"<span>reward <b>-</b></span><span>end <b>{end.replace('_', ' ')}</b></span>"
-        assert facts.count(shown) == 2
-    assert "wrong" not in facts and "None" not in facts
-    choices = page[page.index('<select name="result"') :].partition("</select>")[0]
-    assert choices.endswith('<option value="">all results</option><option>dropped</option>')
-
-
-def test_long_texts_are_cut_in_the_middle(hostile_page):
-    assert "characters left out" in hostile_page and len(hostile_page) < 3_000_000
+    main([f"run={folder}"])
+    page = opened(folder / "report.html")
+    ends = [end.replace("_", " ") for end in INFRASTRUCTURE]
+    assert page.column("end") == ends * 5
+    assert {page.index["outcomes"][outcome] for outcome in page.column("outcome")} == {"dropped"}
+    assert [(shown["reward"], shown["fault"]) for shown in page.details] == [(None, "its worker was lost")] * 15
 
 
 def test_a_run_in_its_first_minutes_and_a_cold_start_have_a_report(make_run, tmp_path):
@@ -139,6 +146,7 @@ def test_bad_input_is_one_line_with_the_way_out(make_run, tmp_path):
     for words, message in (
         ([], "usage"),
         (["runs=x"], "did you mean run="),
+        (["run=x", "trajectories=some"], "trajectories=some is not a number"),
         ([f"run={tmp_path}/empty"], r"metrics.jsonl does not exist; .*retool_jax.train"),
         ([f"run={tmp_path}/torn"], "metrics.jsonl is empty"),
     ):
@@ -164,3 +172,32 @@ def test_the_command_exits_with_2_and_imports_nothing_slow(tmp_path):
         done.stderr
         == f"error: run folder {tmp_path}/nowhere does not exist; `python -m retool_jax.train config=grpo` makes one\n"
     )
+
+
+# --- runs side by side ------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_a_band_and_a_row_with_an_interval(make_run, tmp_path):
+    folders = [make_run(tmp_path / f"{tools}{seed}", tools, seed) for tools in ("python", "none") for seed in (0, 1)]
+    for folder, accuracy in zip(folders, (0.8, 0.9, 0.2, 0.2), strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["before"]["accuracy"], summary["after"]["accuracy"] = 0.1, accuracy
+        (folder / "summary.json").write_text(json.dumps(summary))
+    rows = comparison(load_runs(folders))
+    assert [(row["setting"], row["seeds"]) for row in rows] == [
+        ("with tool (tools=python)", 2),
+        ("text only (tools=none)", 2),
+    ]
+    half = 12.71 * 0.05  # Student's t with one degree of freedom, standard error of two seeds that are 0.1 apart
+    assert rows[0]["after"] == pytest.approx((0.85, 0.85 - half, 0.85 + half))
+    assert rows[0]["gain"] == pytest.approx((0.75, 0.75 - half, 0.75 + half))
+    assert rows[1]["after"] == pytest.approx((0.2, 0.2, 0.2))
+    page = page_of(f"run={','.join(map(str, folders))}")
+    assert "85.0 % (21." in page and "lowest to highest seed" in page
+
+
+def test_a_run_alone_has_the_interval_of_its_problems():
+    assert interval([0.5], [0.1]) == pytest.approx((0.5, 0.304, 0.696))
+    assert interval([], []) is None
+    mean, *bounds = interval([0.5], [None])
+    assert mean == 0.5 and all(map(math.isnan, bounds))

@@ -1,10 +1,11 @@
 """Which trajectories a report shows, and in which pieces."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from retool_jax.report.trajectories import choose_trajectories, readable_parts
+from retool_jax.report.trajectories import Source, choose_trajectories, readable_parts, share_out
 
 
 def test_calls_and_outputs_are_set_apart():
@@ -17,7 +18,7 @@ def test_calls_and_outputs_are_set_apart():
             {"role": "tool", "text": answered + "<|im_start|>assistant\n"},
             {"role": "policy", "text": "<tool_call>\n{broken\n</tool_call>The answer is \\boxed{408}<|im_end|>"},
         ],
-        "tool_calls": [{"status": "user_error", "wall_s": 0.25}],
+        "tool_calls": [{"status": "user_error", "wall_s": 0.25}, {"status": "invalid", "output": "no JSON"}],
     }
     parts = [(part.kind, part.text, part.note) for part in readable_parts(trajectory)]
     assert parts == [
@@ -26,6 +27,7 @@ def test_calls_and_outputs_are_set_apart():
         ("output", "408\n</tool_response> it said", "user error · 250 ms"),
         ("code", "{broken", "not a well-formed call"),
         ("reasoning", "The answer is \\boxed{408}", ""),
+        ("output", "no JSON", "invalid · the policy was not told"),
     ]
 
 
@@ -63,9 +65,23 @@ def test_calls_of_any_tool_and_grammar_are_shown_without_their_marks():
         (2, 3, 50, (2, 3, 5)),
     ],
 )
-def test_right_and_wrong_trajectories_are_both_chosen(tmp_path, right, wrong, dropped, shown):
-    path = tmp_path / "t.jsonl"
+def test_right_and_wrong_trajectories_are_both_chosen(right, wrong, dropped, shown):
     rewards = [1.0] * right + [-1.0] * wrong + [None] * dropped
-    path.write_text("".join(json.dumps({"correct": reward == 1.0, "reward": reward}) + "\n" for reward in rewards))
-    chosen = [t["reward"] for t in choose_trajectories(path, 10)]
+    records = ({"correct": reward == 1.0, "reward": reward} for reward in rewards)
+    chosen = [t["reward"] for t in choose_trajectories(records, 10)]
     assert tuple(map(chosen.count, (1.0, -1.0, None))) == shown
+
+
+@pytest.mark.parametrize(
+    ("sampled", "greedy", "limit", "places"),
+    [
+        ([5, 5], [5], 15, [5, 5, 5]),
+        ([5, 5], [5], 12, [5, 5, 2]),
+        ([5, 50], [50], 20, [5, 15, 0]),
+        ([9, 9, 9], [], 10, [3, 3, 4]),
+        ([9], [9], 0, [0, 0]),
+    ],
+)
+def test_files_share_the_places_and_greedy_ones_come_second(sampled, greedy, limit, places):
+    sources = [Source(0, Path("a"), count) for count in sampled] + [Source(0, Path("b"), n, True) for n in greedy]
+    assert share_out(sources, limit) == places

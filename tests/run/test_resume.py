@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from retool_jax.metrics import read_metrics, summary_rows, time_rows
+from retool_jax.report.blocks import make_blocks
 from retool_jax.report.curves import PANELS, draw_panel
 from retool_jax.report.page import end_counts
 from retool_jax.report.runs import load_runs
-from retool_jax.report.trajectories import trajectory_views
 from retool_jax.run.build import sandbox_lines
 from retool_jax.sandbox import Sandbox, SandboxConfig
 
@@ -36,7 +36,7 @@ def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken
     run = runs["rl"]
     for key in ("accuracy", "accuracy_stderr", "greedy_accuracy"):
         assert len(run.series("eval", key, run.curve_split)[0]) == 3, key
-    assert end_counts(run)["rows"] and trajectory_views([run])
+    assert end_counts(run)["rows"] and make_blocks([run]).shown
     assert not [row for row in summary_rows(run.summary) if "-" in row]
     parts = {name for name, *_ in time_rows(run.summary)}
     assert {"cold start", "compile", "rollout", "update", "evaluation"} <= parts

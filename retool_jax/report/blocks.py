@@ -1,0 +1,226 @@
+r"""Trajectories inside of a page: an index of all that it shows, and their details in blocks that open one by one.
+
+A block is JSON, compressed and in base64, which no text of a model can leave: the page's script takes it apart and
+writes what it finds as text. Characters that nobody could see are escapes like `\u202e` in it (`visible`).
+"""
+
+import base64
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from retool_jax.errors import UserError
+from retool_jax.metrics import Progress
+from retool_jax.report.runs import Run
+from retool_jax.report.trajectories import (
+    Source,
+    choose_trajectories,
+    outcome,
+    read_records,
+    readable_parts,
+    share_out,
+    sources_of,
+)
+from retool_jax.tokens.qwen import byte_alphabet
+from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+
+# What a page may not hold, what ends a line in some readers, and what turns the direction of the text around it.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+PAGE_BYTES = 18_000_000  # of blocks, so that a page stays below 20 MB
+EXPECTED_SHARE = 0.9  # of them: what is chosen by the size of a few may turn out larger
+BLOCK_CHARACTERS = 400_000  # before compression: a block opens in some milliseconds
+LONG_READING = 50_000_000  # bytes of files from which on progress is shown
+PROBLEM_CHARACTERS = 160  # of a problem in the list
+LOGPROB_SCALE = 64
+OUTCOMES = ("right", "wrong", "dropped")
+
+
+@dataclass
+class Blocks:
+    """What a page holds of trajectories: `index`, `details` and `tokens` are blocks, `total` how many there are."""
+
+    total: int
+    index: dict[str, list] = field(default_factory=dict)
+    details: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # number of the first trajectory of each block of details
+    tables: list[dict[int, str] | str] = field(default_factory=list)  # of a tokenizer: id -> text, or why there is none
+    table_of_run: list[int] = field(default_factory=list)  # place in `tables`
+
+    @property
+    def shown(self) -> int:
+        return len(self.index.get("id", ()))
+
+
+def visible(value: object) -> object:
+    """A value as the page shows it: in texts, characters that nobody could see become escapes like `\\u202e`."""
+    if not isinstance(value, str):
+        return value
+    return type(value)(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value))  # markup stays markup
+
+
+def to_block(value: object) -> str:
+    """Any JSON as text for a page, compressed as zlib does, in base64."""
+    return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()
+
+
+def clean(value: object) -> object:
+    """A value with its texts `visible` and without numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {visible(str(key)): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else visible(value)
+
+
+def run_lengths(flags: Sequence[int]) -> list[int]:
+    """Lengths of the runs of 0 and 1 in turn, that of 0 first."""
+    edges = np.flatnonzero(np.diff([0, *map(bool, flags)])) if len(flags) else np.zeros(0, int)
+    return np.diff([0, *edges, len(flags)]).tolist()
+
+
+def logprob_codes(logprobs: Sequence[float]) -> list[int]:
+    """Log-probabilities in a byte each, to about 3 %: 64 times the root of their negative; 255 from -15.8, and NaN."""
+    roots = np.sqrt(np.maximum(-np.asarray(logprobs, float), 0))
+    return np.nan_to_num(np.rint(LOGPROB_SCALE * roots), nan=255).clip(0, 255).astype(int).tolist()
+
+
+def detail(record: dict, with_texts: bool) -> dict:
+    """What the page shows of a trajectory when it is opened, the texts of its segments only where tokens have none."""
+    names = ("answer", "verdict", "reward", "reward_terms", "fault", "forced", "turns", "prompt_tokens")
+    timings = record.get("timings") or {}
+    drawn = [p for p, sampled in zip(record["logprobs"], record["sampled"], strict=True) if sampled]
+    segments = [[s["role"], s["start"], s["stop"]] + [s["text"]] * with_texts for s in record["segments"]]
+    return clean(
+        {name: record.get(name) for name in names}
+        | {
+            "problem": record["problem"],
+            "truth": record["ground_truth"],
+            "parts": [[part.kind, part.text, part.note, part.failed] for part in readable_parts(record)],
+            "calls": [[c.get(name) for name in ("turn", "status", "queue_s", "wall_s")] for c in record["tool_calls"]],
+            "times": [timings.get("started_s"), timings.get("finished_s")],
+            "segments": segments,
+        }
+    ) | {"ids": record["ids"], "mask": run_lengths(record["sampled"]), "logprobs": logprob_codes(drawn)}
+
+
+def row(run: int, record: dict, greedy: bool) -> dict:
+    """What the list shows and filters by; `surprise` is the mean of -log-prob over sampled tokens."""
+    drawn = [p for p, sampled in zip(record["logprobs"], record["sampled"], strict=True) if sampled]
+    calls = record["tool_calls"]
+    return clean(
+        {
+            "run": run,
+            "split": f"{record.get('split') or 'samples'}{', greedy' if greedy else ''}",
+            "step": record.get("step"),
+            "id": str(record["id"]),
+            "problem": " ".join(str(record["problem"])[: 4 * PROBLEM_CHARACTERS].split())[:PROBLEM_CHARACTERS],
+            "outcome": OUTCOMES.index(outcome(record)),
+            "end": record["end"].replace("_", " "),
+            "tokens": record["response_tokens"],
+            "calls": len(calls),
+            "errors": sum(call.get("status") != "success" for call in calls),
+            "surprise": round(-float(np.mean(drawn)), 4) if drawn else 0.0,
+        }
+    )
+
+
+def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
+    """The trajectories of runs for a page: all, or `limit` of them, or as many as keep it below 20 MB."""
+    sources = sources_of(runs)
+    names = [str(run.config.get("tokenizer") or "") for run in runs]
+    loaded = {name: _load(name) for name in names} if sources else {}
+    tokenizers = [loaded[name] for name in names] if sources else []
+    # Saved rollouts have no texts, so without a tokenizer there is nothing to read in them.
+    sources = [s for s in sources if s.step is None or not isinstance(tokenizers[s.run], str)]
+    blocks = Blocks(total=sum(source.count for source in sources))
+    places = share_out(sources, blocks.total if limit is None else limit)
+    if limit is None:
+        places = share_out(sources, _fitting(sources, tokenizers))
+    rows, ids = [], {name: set() for name in names}
+    with ExitStack() as stack:
+        long = sum(source.path.stat().st_size for source in sources) > LONG_READING
+        bar = stack.enter_context(Progress("reading trajectories", len(sources))) if long else None
+        size = 0
+        for number, (source, count) in enumerate(zip(sources, places, strict=True), start=1):
+            if not count:
+                continue
+            tokenizer = tokenizers[source.run]
+            with_texts = isinstance(tokenizer, str)
+            chosen = read_records(source, tokenizer)
+            chosen = choose_trajectories(chosen, count) if count < source.count else chosen
+            for batch in _batches((record, detail(record, with_texts)) for record in chosen):
+                block = to_block([shown for _, shown in batch])
+                size += len(block)
+                if limit is None and size > PAGE_BYTES:
+                    break
+                blocks.starts.append(len(rows))
+                blocks.details.append(block)
+                for record, shown in batch:
+                    rows.append(row(source.run, record, source.greedy))
+                    ids[names[source.run]].update(shown["ids"])
+            if bar:
+                bar.step(number, {"shown": f"{len(rows):,}"})
+    blocks.index = {name: [one[name] for one in rows] for name in rows[0]} if rows else {}
+    blocks.tables = [one if isinstance(one, str) else token_texts(one, ids[name]) for name, one in loaded.items()]
+    blocks.table_of_run = [list(loaded).index(name) for name in names if loaded]
+    return blocks
+
+
+def _fitting(sources: Sequence[Source], tokenizers: Sequence[Tokenizer | str]) -> int:
+    """About how many trajectories fit a page, by the size of some of the first, the middle and the last file."""
+    shown = []
+    for source in {s.path: s for s in (sources[:1] + sources[len(sources) // 2 :][:1] + sources[-1:])}.values():
+        tokenizer = tokenizers[source.run]
+        some = islice(read_records(source, tokenizer), 20)
+        shown += [detail(record, isinstance(tokenizer, str)) for record in some]
+    return int(EXPECTED_SHARE * PAGE_BYTES * len(shown) / len(to_block(shown))) if shown else 0
+
+
+def _batches(details: Iterable[tuple[dict, dict]]) -> Iterator[list[tuple[dict, dict]]]:
+    """Groups that fill a block each."""
+    batch, size = [], 0
+    for record, shown in details:
+        batch.append((record, shown))
+        size += 5 * len(shown["ids"]) + sum(len(part[1]) for part in shown["parts"])
+        if size > BLOCK_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _load(name: str) -> Tokenizer | str:
+    """A run's tokenizer, or why there is none."""
+    if not name:
+        return "its config names no tokenizer"
+    try:
+        return load_tokenizer(name)
+    except UserError as error:
+        return str(error)
+
+
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
+    r"""The text of each id by itself; bytes that are no whole character are escapes like `\xe2`."""
+    letters = str.maketrans({letter: chr(byte) for byte, letter in byte_alphabet().items()})
+    added = {number: text for text, number in tokenizer.control_tokens.items()}
+    texts = {}
+    for number in sorted(ids):
+        piece = tokenizer.hf.backend_tokenizer.id_to_token(number) if 0 <= number < len(tokenizer) else None
+        try:
+            text = (piece or "").translate(letters).encode("latin-1").decode("utf-8", "backslashreplace")
+        except UnicodeEncodeError:  # of a vocabulary that is not spelt in bytes
+            text = piece
+        texts[number] = visible(added.get(number, text if piece is not None else f"[{number}]"))
+    return texts
