@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("train", "train a model, or resume the run: retool train config=grpo"),
     "evaluate": ("evaluate", "measure a checkpoint on a set of problems: retool evaluate config=eval"),
     "report": ("report", "write one HTML page with a run's curves and trajectories"),
+    "export": ("export", "write trajectories as parquet, traces, ATIF or a log of Inspect"),
     "prepare": ("prepare", "convert and check published demonstrations and problems"),
     "convert": ("convert", "write a Hugging Face checkpoint, or compare two"),
     "sandbox-server": ("sandbox.server", "serve the sandbox over HTTP"),

@@ -1,4 +1,4 @@
-"""A run's numbers on their way out: the metrics file, TensorBoard, the progress line and the closing table.
+"""A run's numbers on their way out: the metrics file, trackers, the progress line and the closing table.
 
 `metrics.jsonl` holds one JSON object a line, `{"kind": "sft" | "rl" | "eval", "step": int, ...}`. Rates are shares of
 one, times are seconds, and every key that depends on the wall clock begins with "perf/", so that two runs of one
@@ -8,10 +8,8 @@ config can be compared line by line without those.
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from retool_jax.errors import UserError
 from retool_jax.files import replacing
+from retool_jax.trackers import SERVICES, TensorBoard, Tracker, known_names, open_service, tell_once
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINES_PER_PHASE = 15
@@ -30,59 +29,71 @@ PLAIN_LINES_PER_PHASE = 15
 
 
 class MetricsLog:
-    """Appends a run's numbers to `folder/metrics.jsonl` and to TensorBoard in `folder/tensorboard`.
+    """Appends a run's numbers to `folder/metrics.jsonl`, and gives them to the trackers that `loggers` names.
 
     With `resume_step` the run goes on from the checkpoint of that step: lines beyond it are from steps that are about
-    to be taken again and are dropped, so the finished file has each step once. With None the run is new and whatever
-    an earlier attempt left is dropped. All kinds share one step axis, so a log holds one phase of training.
+    to be taken again and are dropped, so the finished file has each step once, and services are not told of those steps
+    again. With None the run is new and whatever an earlier attempt left is dropped. All kinds share one step axis, so a
+    log holds one phase of training. `config` is what services show of the run, without secrets.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None):
-        # Imported here, since readers of metrics need none of it. tensorboardX's SummaryWriter would write from a
-        # thread of its own; one that met a full disk is dead, and blocks writers.
-        with _without_torch():
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.proto.summary_pb2 import Summary
-
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int | None,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, object] | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         last_kept = -1 if resume_step is None else resume_step
+        services = [name for name in dict.fromkeys(loggers) if name in SERVICES]
+        known = known_names(folder) if services else {}
         path = folder / METRICS_FILE
+        self._told: dict[str, set[tuple]] = {}
         if path.exists():
-            kept = read_metrics(folder) if resume_step is not None else []
+            records = read_metrics(folder) if known or resume_step is not None else []
             with replacing(path) as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept if record["step"] <= last_kept)
+                file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= last_kept)
+            written = {_place(record["kind"], record["step"], record) for record in records}
+            self._told = {name: written for name in known}
         self._file = path.open("a", encoding="utf-8")
-        self._event, self._summary = Event, Summary
-        first = last_kept + 1
-        # The suffix keeps two files apart that were begun within one second, which is all that their names resolve.
-        board = folder / "tensorboard"
-        board.mkdir(exist_ok=True)
-        self._board = EventsWriter(str(board / "events"), filename_suffix=f".from-{first:08d}")
-        # TensorBoard hides what earlier event files say about this step and later ones.
-        self._board.write_event(
-            Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START))
-        )
+        self._board = TensorBoard(folder, last_kept + 1) if "tensorboard" in loggers else None
+        opened = {name: open_service(name, folder, config or {}) for name in services}
+        self._services: dict[str, Tracker] = {name: service for name, service in opened.items() if service}
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """Write one line and its scalars; both are on the disk when this returns. Non-finite numbers become null."""
+        """Write one line and its scalars, both to the disk before this returns, and tell the services.
+
+        Non-finite numbers become null. A service that fails gets no more numbers.
+        """
         plain = {key: _plain(value) for key, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **plain}, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         # dev and test are measured at the same step and need a name each.
         prefix = f"{kind}/{plain['split']}" if "split" in plain else kind
-        scalars = [
-            self._summary.Value(tag=f"{prefix}/{key}", simple_value=value)
-            for key, value in plain.items()
-            if isinstance(value, int | float)
-        ]
-        self._board.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
-        self._board.flush()
+        scalars = {f"{prefix}/{key}": value for key, value in plain.items() if isinstance(value, int | float)}
+        if self._board:
+            self._board.write(step, scalars)
+        for name, service in list(self._services.items()):
+            if _place(kind, step, plain) not in self._told.get(name, ()):
+                self._try(name, service.write, step, scalars)
+
+    def _try(self, name: str, call: Callable[..., None], *arguments: object) -> None:
+        """Call a service; one that fails is told of once and left out from then on."""
+        try:
+            call(*arguments)
+        except Exception as error:  # of a package of others: the network, its disk, its own mistakes
+            self._services.pop(name, None)
+            tell_once(name, error)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
+        for name, service in list(self._services.items()):
+            self._try(name, service.close)
+        self._services = {}
 
     def __enter__(self) -> Self:
         return self
@@ -91,18 +102,9 @@ class MetricsLog:
         self.close()
 
 
-@contextmanager
-def _without_torch() -> Iterator[None]:
-    """Let `import torch` fail meanwhile: tensorboardX imports it where it is installed, for tensors that it is not
-    given here, and a run would start four seconds later."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # how Python marks a module that must not be imported
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
+def _place(kind: str, step: int, values: Mapping[str, object]) -> tuple:
+    """What tells a line from every other one of its file."""
+    return kind, step, values.get("split")
 
 
 def read_metrics(folder: Path) -> list[dict]:

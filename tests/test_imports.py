@@ -15,7 +15,7 @@ LONGEST = 450  # lines of a file
 # From the ground up: a room knows those of its own floor and of the floors below it.
 FLOORS = (
     {"errors", "fields", "files"},
-    {"mesh_config", "mesh", "clock", "metrics", "checkpoint"},
+    {"mesh_config", "mesh", "clock", "trackers", "metrics", "checkpoint"},
     {"models", "tokens"},
     {"sandbox"},
     {"answers"},
@@ -27,7 +27,7 @@ FLOORS = (
     {"learn"},
     {"sft", "rl"},
     {"serving", "plan"},
-    {"report"},
+    {"report", "export"},
     {"run"},
     {"train", "evaluate", "serve", "prepare", "convert", "__main__"},
 )

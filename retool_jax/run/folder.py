@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "model.max_positions",  # nothing is computed with it
     *("compare", "evaluation.max_dropped"),  # what an evaluation is compared with, and when it gives up
     "replay",  # the same trajectories, from a file
+    "logger",  # who is told of the numbers
     # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
     # sees and may use (image, modules, limits) decides what it prints, and stays.
     *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),

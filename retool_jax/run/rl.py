@@ -30,13 +30,14 @@ from retool_jax.run.build import (
     sandbox_lines,
     told_of_memory,
 )
-from retool_jax.run.folder import claim_folder, write_config
+from retool_jax.run.folder import claim_folder, to_flat, write_config
 from retool_jax.run.learner import abstract, begin, make_learner
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import RLRun
 from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
+from retool_jax.trackers import check_loggers
 
 
 async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
@@ -46,6 +47,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     """
     began = time.perf_counter()
     require_checkpoint(run)
+    check_loggers(run.logger)
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools) if not run.replay else None
@@ -130,7 +132,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             learner=learner,
             save=save,
             save_every=run.checkpoint.every,
-            log=stack.enter_context(MetricsLog(folder, start)),
+            log=stack.enter_context(MetricsLog(folder, start, run.logger, to_flat(run))),
             bar=stack.enter_context(Progress("RL", run.rl.steps, start or 0)),
             clock=clock,
             tokens=notes["tokens"],

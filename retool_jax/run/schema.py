@@ -1,7 +1,7 @@
 """Everything that a run may set, by task: the sections of the rooms that read them, put together."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, with_config
 from pydantic.dataclasses import dataclass
@@ -21,6 +21,7 @@ from retool_jax.tools.config import check_tools, words_of
 
 Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 Tools = str | tuple[str, ...]
+Loggers = tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...]
 
 # The sandbox's are ordinary dataclasses that check their ranges by themselves, since it is used without the rest, too.
 for section in (Limits, SandboxConfig):
@@ -43,6 +44,8 @@ class SFTRun:
     seed: Seed = 0
     tools: Tools = "python"
     """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
+    logger: Loggers = ("tensorboard",)
+    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio; several as [tensorboard,wandb]; or none."""
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
@@ -67,6 +70,8 @@ class RLRun:
     seed: Seed = 0
     tools: Tools = "python"
     """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
+    logger: Loggers = ("tensorboard",)
+    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio; several as [tensorboard,wandb]; or none."""
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as sft says
     replay: str = ""  # a run's folder with rollouts (rl.save_rollouts): train from them, without engine and sandbox
@@ -150,7 +155,11 @@ def check_micro_batches(run: Run) -> None:
 
 
 def _one_spelling(run: Run) -> None:
-    """A list of one tool becomes its word, so that whoever compares two runs finds them alike."""
+    """A list of one tool becomes its word, and no logger an empty list, so that who compares runs finds them alike."""
+    if "none" in run.logger:
+        if len(run.logger) > 1:
+            raise UserError(f"logger=[{','.join(run.logger)}] is none and more; leave none out, or the others")
+        object.__setattr__(run, "logger", ())
     if isinstance(run.tools, tuple) and len(run.tools) == 1:
         object.__setattr__(run, "tools", run.tools[0])
 

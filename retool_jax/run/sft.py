@@ -13,7 +13,7 @@ from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
 from retool_jax.run.build import demonstrations_of, mesh_of, model_for, told_of_memory
-from retool_jax.run.folder import check_folder, claim_folder, write_config
+from retool_jax.run.folder import check_folder, claim_folder, to_flat, write_config
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import SFTRun
 from retool_jax.run.weights import (
@@ -27,6 +27,7 @@ from retool_jax.sft import loop
 from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.sft.loop import imitation_loss, optimizer_of
 from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.trackers import check_loggers
 
 
 def train(run: SFTRun, wait: bool = False) -> TrainState:
@@ -35,6 +36,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
     With `wait` a folder that another process is training in is waited for; else it is refused.
     """
     require_checkpoint(run)
+    check_loggers(run.logger)
     tokenizer = load_tokenizer(run.tokenizer)
     run = dataclasses.replace(run, model=model_for(run, tokenizer))
     mesh = mesh_of(run)
@@ -64,7 +66,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         write_origin(folder)
         update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
-        log = stack.enter_context(MetricsLog(folder, start or None))
+        log = stack.enter_context(MetricsLog(folder, start or None, run.logger, to_flat(run)))
         bar = stack.enter_context(Progress("cold start", batches.steps, start))
         if batches.description:
             bar.say(batches.description)

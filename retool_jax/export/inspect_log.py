@@ -1,0 +1,140 @@
+"""Trajectories as a log of Inspect (inspect_ai), which its viewer and its data frames read.
+
+A log is of one evaluation: a sample is a trajectory, several of one problem are its epochs. What the machinery ended is
+a sample with an error and without a score. Inspect writes a log from memory, so the whole of it has to fit there.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import inspect_ai
+from inspect_ai.log import (
+    EvalConfig,
+    EvalDataset,
+    EvalError,
+    EvalLog,
+    EvalMetric,
+    EvalResults,
+    EvalSample,
+    EvalScore,
+    EvalSpec,
+    write_eval_log,
+)
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageTool,
+    ChatMessageUser,
+    ContentReasoning,
+    ContentText,
+    ModelOutput,
+)
+from inspect_ai.scorer import Score
+from inspect_ai.tool import ToolCall
+
+from retool_jax.errors import UserError
+from retool_jax.export.records import Message, Record, messages_of
+
+SCORER = "retool_jax"
+TOLD = ("id", "prompt_tokens", "response_tokens", "turns", "end", "reward", "reward_terms", "forced", "exact_match")
+
+
+def write(records: Iterable[Record], path: Path, run: str) -> int:
+    """Write the log, compressed where its name ends in .eval; how many samples it has.
+
+    Raises:
+        UserError: trajectories are of more than one evaluation.
+    """
+    sets: set[str] = set()
+    epochs: Counter[str] = Counter()
+    samples = []
+    for record in records:
+        sets.add(record.source)
+        if len(sets) > 1:
+            raise UserError(
+                f"format=inspect holds one evaluation, and there are more of them: {', '.join(sorted(sets))}; choose"
+                " one with split=, step= and greedy="
+            )
+        problem = str(record.values.get("prompt_id") or record.values["id"])
+        epochs[problem] += 1
+        samples.append(sample_of(record.values, problem, epochs[problem], run))
+    write_eval_log(log_of(samples, run, *sets), str(path))
+    return len(samples)
+
+
+def sample_of(values: dict, problem: str, epoch: int, run: str) -> EvalSample:
+    """A trajectory as a sample: its input is what stands before the policy's first turn."""
+    messages = [said for message in messages_of(values) for said in _messages(message, run)]
+    prompt = next((index for index, said in enumerate(messages) if said.role == "assistant"), len(messages))
+    last = next((said for said in reversed(messages) if said.role == "assistant"), None)
+    dropped = values.get("reward") is None
+    error = f"{values.get('end')}: {values.get('fault') or 'ended by the machinery'}" if dropped else ""
+    score = Score(
+        value="C" if values.get("correct") else "I",
+        answer=None if values.get("answer") is None else str(values["answer"]),
+        explanation=values.get("verdict"),
+    )
+    timings = values.get("timings") or {}
+    return EvalSample(
+        id=problem,
+        epoch=epoch,
+        input=messages[:prompt],
+        target=str(values.get("ground_truth") or ""),
+        messages=messages,
+        output=ModelOutput.from_message(last) if last else ModelOutput(model=run),
+        scores=None if dropped else {SCORER: score},
+        error=EvalError(message=error, traceback="", traceback_ansi="") if dropped else None,
+        metadata={key: values[key] for key in TOLD if values.get(key) is not None},
+        total_time=max(timings.get("finished_s", 0.0) - timings.get("started_s", 0.0), 0.0),
+    )
+
+
+def _messages(message: Message, run: str) -> list[ChatMessage]:
+    """What was said, and the answers to its calls, as Inspect's messages."""
+    if message.role == "system":
+        return [ChatMessageSystem(content=message.text)]
+    if message.role == "user":
+        return [ChatMessageUser(content=message.text)]
+    content: str | list = message.text
+    if message.reasoning:
+        content = [ContentReasoning(reasoning=message.reasoning), ContentText(text=message.text)]
+    calls = [ToolCall(id=call.id, function=call.name, arguments=call.arguments) for call in message.calls]
+    answers = [
+        ChatMessageTool(content=call.output, tool_call_id=call.id, function=call.name)
+        for call in message.calls
+        if call.output is not None
+    ]
+    return [ChatMessageAssistant(content=content, tool_calls=calls or None, model=run), *answers]
+
+
+def log_of(samples: list[EvalSample], run: str, source: str) -> EvalLog:
+    """The log of one evaluation: accuracy over what was scored, and its standard error over trajectories."""
+    right = [sample.scores[SCORER].value == "C" for sample in samples if sample.scores]
+    metrics = {}
+    if right:
+        accuracy = sum(right) / len(right)
+        spread = math.sqrt(accuracy * (1 - accuracy) / len(right))
+        metrics = {
+            name: EvalMetric(name=name, value=value) for name, value in (("accuracy", accuracy), ("stderr", spread))
+        }
+    score = EvalScore(
+        name=SCORER,
+        scorer=SCORER,
+        scored_samples=len(right),
+        unscored_samples=len(samples) - len(right),
+        metrics=metrics,
+    )
+    spec = EvalSpec(
+        created=datetime.now(UTC).isoformat(),
+        task=source,
+        dataset=EvalDataset(name=source, samples=len({sample.id for sample in samples})),
+        model=f"{SCORER}/{run}",
+        config=EvalConfig(epochs=max((sample.epoch for sample in samples), default=1)),
+        packages={"inspect_ai": inspect_ai.__version__},
+    )
+    results = EvalResults(total_samples=len(samples), completed_samples=len(right), scores=[score])
+    return EvalLog(status="success", eval=spec, results=results, samples=samples)
