@@ -55,6 +55,7 @@ class SFTRun:
 
     def __post_init__(self) -> None:
         _one_spelling(self)
+        _no_logger(self)
         check_tools(self.tools, self.sft.grammar)
         check_micro_batches(self)
 
@@ -88,6 +89,7 @@ class RLRun:
 
     def __post_init__(self) -> None:
         _one_spelling(self)
+        _no_logger(self)
         check_tools(self.tools, self.rollout.grammar)
         _check_sessions(self)
         if not self.init_from:
@@ -155,13 +157,17 @@ def check_micro_batches(run: Run) -> None:
 
 
 def _one_spelling(run: Run) -> None:
-    """A list of one tool becomes its word, and no logger an empty list, so that who compares runs finds them alike."""
+    """A list of one tool becomes its word, so that whoever compares two runs finds them alike."""
+    if isinstance(run.tools, tuple) and len(run.tools) == 1:
+        object.__setattr__(run, "tools", run.tools[0])
+
+
+def _no_logger(run: SFTRun | RLRun) -> None:
+    """The word none becomes an empty list, as `_one_spelling`."""
     if "none" in run.logger:
         if len(run.logger) > 1:
             raise UserError(f"logger=[{','.join(run.logger)}] is none and more; leave none out, or the others")
         object.__setattr__(run, "logger", ())
-    if isinstance(run.tools, tuple) and len(run.tools) == 1:
-        object.__setattr__(run, "tools", run.tools[0])
 
 
 def _check_queue(run: RLRun | EvaluateRun) -> None:
