@@ -18,7 +18,7 @@ from retool_jax.data.arithmetic import SPLITS, split_of
 from retool_jax.data.gsm8k import trace_of, twin_of
 from retool_jax.data.instructions import prompt_of
 
-FLAWED = 0.5
+FLAWED = 0.2
 """Share of demonstrations with tools whose program has a wrong operator in it: it runs, and answers another question.
 They tell the form of a call as well as the others do, and leave it to the reward which program is right."""
 
