@@ -274,12 +274,12 @@ def test_the_set_of_an_evaluation_is_read_in_its_order_with_its_own_columns(tmp_
     found = problems_of_set(config, 0)
     assert [(p.id, p.ground_truth) for p in found] == [(str(i), answer) for i, (_, answer) in enumerate(QUESTIONS)]
     assert problems_of_set(config, 5) == found[:5]
-    with pytest.raises(UserError, match=r"row 1 has no 'id', which data.id=id names; it has frage, gold, nr"):
+    with pytest.raises(UserError, match=r"row 1 has no .id., which data\.id=id names; it has frage, gold, nr"):
         problems_of_set(SetConfig(config.source, question="frage", answer="gold", id="id"), 0)
 
 
 def test_the_miniatures_set_is_as_long_as_is_asked_for():
     found = problems_of_set(SetConfig(split="dev"), 3)
     assert found == Problems("arithmetic", "dev", 5).head(3)
-    with pytest.raises(UserError, match=r"data.source=arithmetic has no end; set evaluation.problems"):
+    with pytest.raises(UserError, match=r"data\.source=arithmetic has no end; set evaluation\.problems"):
         problems_of_set(SetConfig(), 0)
