@@ -8,6 +8,7 @@ from retool_jax.errors import UserError, run_command
 # Name -> (module below retool_jax, what it does). `python -m` and the module's full name run the same command.
 COMMANDS = {
     "train": ("train", "train a model, or resume the run: retool train config=grpo"),
+    "serve": ("serve", "serve a checkpoint over OpenAI's endpoints: retool serve config=serve"),
     "report": ("report", "write one HTML page with a run's curves and trajectories"),
     "prepare": ("prepare", "convert and check published demonstrations and problems"),
     "convert": ("convert", "write a Hugging Face checkpoint, or compare two"),

@@ -2,16 +2,17 @@
 
 import asyncio
 
-from retool_jax.errors import run_command
+from retool_jax.errors import UserError, run_command
 from retool_jax.run import load
-from retool_jax.run.schema import RLRun
+from retool_jax.run.schema import RLRun, ServeRun
 
 
 def main(words: list[str]) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(load.help_text(words))
         return
-    load.load(words)
+    if isinstance(load.load(words), ServeRun):
+        raise UserError("this config is of task serve and trains nothing; run python -m retool_jax.serve with it")
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.run.build import resolve
     from retool_jax.run.cold_start import make_cold_start

@@ -21,7 +21,7 @@ from retool_jax.models.sharding import param_shardings
 from retool_jax.rollout.rollout import encode_prompt
 from retool_jax.run.folder import CONFIG
 from retool_jax.run.load import make, read, read_yaml
-from retool_jax.run.schema import RLRun, Run, micro_batches
+from retool_jax.run.schema import RLRun, Run, ServeRun, SFTRun, micro_batches
 from retool_jax.sandbox import Sandbox, SandboxConfig
 from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.tokens.grammar import GRAMMARS
@@ -39,7 +39,7 @@ def resolve(words: list[str]) -> Run:
     """
     schema, values = read(words)
     said = make(schema, values)  # what is wrong with the words is told before anything is fetched
-    run = make(schema, with_checkpoint(values))
+    run = make(schema, with_checkpoint(values | {"tokenizer": said.tokenizer}))
     if taken := " and ".join(part for part in ("model", "tokenizer") if getattr(run, part) != getattr(said, part)):
         print(f"{taken}: of {run.init_from}, since nothing else is set here")
     return run
@@ -97,9 +97,12 @@ def told_of_memory(run: Run) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sizes = {f"sft.{key}": getattr(run.sft, key) for key in ("row_length", "rows_per_micro")}
+        sizes, rows = {}, ("row_length", "rows_per_micro")
+        if isinstance(run, SFTRun):
+            sizes = {f"sft.{key}": getattr(run.sft, key) for key in rows}
         if isinstance(run, RLRun):
-            sizes = {f"rl.{key}": getattr(run.rl, key) for key in ("row_length", "rows_per_micro")}
+            sizes = {f"rl.{key}": getattr(run.rl, key) for key in rows}
+        if isinstance(run, RLRun | ServeRun):
             sizes |= {f"engine.{key}": getattr(run.engine, key) for key in ("slots", "max_length")}
         raise UserError(
             f"a device has no room for what this run computes ({one_line(error)}); lower"
@@ -121,7 +124,7 @@ def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict
     return problems
 
 
-def sandbox_config(run: RLRun) -> SandboxConfig:
+def sandbox_config(run: RLRun | ServeRun) -> SandboxConfig:
     """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain, even
     if each of them runs to its time limit."""
     box, slots = run.sandbox, run.engine.slots
@@ -145,7 +148,7 @@ def sandbox_lines(box: Sandbox | None) -> list[str]:
     return lines
 
 
-def engine_of(run: RLRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
+def engine_of(run: RLRun | ServeRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
     """The engine over a run's weights; a turn ends at the model family's own stop ids, and with tools at a call."""
     stops = tokenizer.stop_ids if not words_of(run.tools) else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer)
     return Engine(run.model, run.engine, params, mesh, tuple(stops), run.seed)

@@ -75,7 +75,7 @@ def read(words: list[str]) -> tuple[type[Run], dict]:
             raise UserError(f"cannot read {key}={value}: {one_line(error, 1000)}") from error
     values = over_each_other([*files, said])
     del values["task"]
-    if not values.get("run"):
+    if "run" in hints_of(schema) and not values.get("run"):
         values["run"] = str(Path("runs") / folder_name(names[-1], overrides, schema))
     return schema, values
 
@@ -213,9 +213,9 @@ def _nearest(key: str, root: type) -> str | None:
     return f"did you mean {match[0]}?" if match else None
 
 
-def help_text(words: list[str]) -> str:
-    """What `--help` prints: how to call, which configs exist, and the keys of the one named (or of grpo)."""
-    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), "grpo")
+def help_text(words: list[str], command: str = "train", config: str = "grpo") -> str:
+    """What `--help` prints: how to call, which configs exist, the keys of the one named (or of the command's own)."""
+    name = next((word.split("=", 1)[1] for word in words if word.startswith("config=")), config)
     schema = schema_of(values := read_yaml(name), name)
     del values["task"]
     resolved = flatten(make(schema, values))
@@ -226,18 +226,29 @@ def help_text(words: list[str]) -> str:
         lines.append(_folded(line, 47))
     return "\n".join(
         [
-            "usage: python -m retool_jax.train config=NAME [key=value ...]",
+            f"usage: python -m retool_jax.{command} config=NAME [key=value ...]",
             "",
             _folded(f"configs: {', '.join(config_names())}; or the path of a YAML file", 9),
             "",
             "Later words win over earlier ones, and all of them over the config's file. An unknown key or a value of",
-            "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
-            "trajectories and checkpoints; the same command again resumes it.",
+            *_ENDINGS[command],
             "",
             f"keys of config={name} and their values there:",
             *lines,
         ]
     )
+
+
+_ENDINGS = {  # of what help says of a command
+    "train": (
+        "the wrong type is an error. The run's folder holds config.yaml, metrics.jsonl, TensorBoard files,",
+        "trajectories and checkpoints; the same command again resumes it.",
+    ),
+    "serve": (
+        "the wrong type is an error. port=8000 is short for serve.port=8000, and so is host; nothing is written. A",
+        "bearer token that clients must send is read from $RETOOL_SERVE_TOKEN.",
+    ),
+}
 
 
 def _folded(line: str, indent: int) -> str:
