@@ -51,7 +51,7 @@ class Dialogue:
         self.trajectory = Trajectory(identity, sample.problem, room=room - len(prompt))
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
-        self._kept = Kept()
+        self._kept, self._closes = Kept(), True
         self._versions: list[int] = []  # of the turn that is being drawn
         self._grammar = GRAMMARS[limits.grammar]
         self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
@@ -163,9 +163,14 @@ class Dialogue:
     def drop(self, reason: str) -> None:
         self.end(End.DISCARDED, reason)
 
+    def keep_in(self, kept: Kept) -> None:
+        """Let tools keep their states for others too, from before the first turn on; who gives these closes them."""
+        self._kept, self._closes = kept, False
+
     async def close(self) -> None:
         """Close what tools keep for it."""
-        await self._kept.close()
+        if self._closes:
+            await self._kept.close()
 
     def end(self, reason: End, fault: str = "") -> None:
         """The first end counts: a conversation may be dropped while its last call is answered."""
@@ -173,7 +178,8 @@ class Dialogue:
             self.trajectory.end, self.trajectory.fault = reason, fault
             self.trajectory.finished_s = time.perf_counter()
             self.trajectory.started_s = self.trajectory.started_s or self.trajectory.finished_s
-            self._kept.begin_to_close()
+            if self._closes:
+                self._kept.begin_to_close()
 
 
 async def rollout(

@@ -40,8 +40,10 @@ async def serve(run: ServeRun) -> None:
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools)
     mesh = mesh_of(run)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("retool_jax.serving").setLevel(logging.INFO)
+    log = logging.getLogger("retool_jax.serving")  # one line for each answer, and what went wrong
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(run.serve))
         stack.enter_context(told_of_memory(run))
@@ -68,6 +70,7 @@ async def serve(run: ServeRun) -> None:
         )
         print(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         await until_told(web, server, listener)
+        server.containers.close()
     print("closed", flush=True)
 
 

@@ -51,6 +51,7 @@ class Responses:
         self.previous = self._previous()
         self.wish = self._wish()
         self.container = self._container()
+        self.visit.container = self.container if self.wish.tools else ""
         self.items = Items(server.tokenizer, self.container, LOGS in include, LOGPROBS in include)
         self.instructions = read(body, "instructions", str, None)
         given = body.get("input")
@@ -105,9 +106,11 @@ class Responses:
         """The id of the container: a new one, or the one that the request names."""
         for tool in self.tools:
             if tool.get("type") == "code_interpreter" and isinstance(tool.get("container"), str):
-                if all(kept.container != tool["container"] for kept in self.server.kept.values()):
+                if tool["container"] not in self.server.containers:
                     raise Refused(
-                        404, f"there is no container {tool['container'][:100]!r}; say {{'type': 'auto'}}", "tools"
+                        404,
+                        f"there is no container {tool['container'][:100]!r}, or not any more; say {{'type': 'auto'}}",
+                        "tools",
                     )
                 return tool["container"]
         return self.previous.container if self.previous is not None else new_id("cntr")

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from retool_jax.data.problems import Problem
 from retool_jax.engine.conversation import SamplingParams
@@ -16,8 +17,10 @@ from retool_jax.errors import UserError
 from retool_jax.rollout.config import RolloutConfig
 from retool_jax.rollout.rollout import Dialogue, Sample
 from retool_jax.rollout.trajectory import End, Trajectory
+from retool_jax.sandbox import SandboxConfig
 from retool_jax.serving.answer import Answer, Drawn, Event, ToolRan
 from retool_jax.serving.config import ServeConfig
+from retool_jax.serving.containers import Containers
 from retool_jax.serving.metrics import Metrics
 from retool_jax.serving.requests import Refused
 from retool_jax.tokens.chat import prompt_ids
@@ -37,6 +40,7 @@ class Visit:
     id: str
     path: str
     keep: bool = True
+    container: str = ""  # whose states the tools have, which stay; empty: states of the answer's own
     began: float = field(default_factory=time.perf_counter)
     first_s: float | None = None  # until its first token
     fault: str = ""
@@ -96,6 +100,10 @@ class Server:
         self.closing = False
         self.open = 0  # requests that are being answered
         self.kept: OrderedDict[str, Kept] = OrderedDict()
+        box = tools.sandbox.config if tools and tools.sandbox else SandboxConfig()
+        stays = any(tool.lifetime == "trajectory" for tool in tools.tools.values()) if tools else False
+        # Half of the interpreters that may stay are for answers that have none yet.
+        self.containers = Containers(box.sessions // 2 if stays else config.keep, box.session_ttl_s)
         self._grammar = GRAMMARS[rollout.grammar]
 
     # --- what a request becomes ---
@@ -171,8 +179,11 @@ class Server:
         queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
         done = []
         deadline = visit.began + self.config.answer_s
+        kept = self.containers.take(visit.container) if visit.container else None
         try:
             for number, answer in enumerate(answers):
+                if kept is not None:
+                    answer.dialogue.keep_in(kept)
                 answer.tell = lambda event, number=number: queue.put_nowait((number, event))
                 done.append(self._submit(answer))
                 done[-1].add_done_callback(lambda _, number=number: queue.put_nowait((number, None)))
@@ -201,6 +212,8 @@ class Server:
                 future.cancel()
             for answer in answers:
                 await answer.close()
+            if visit.container:
+                self.containers.give(visit.container, lost=any(answer.finish is None for answer in answers))
             self._record(visit, answers)
 
     def _submit(self, answer: Answer) -> asyncio.Future:
@@ -226,7 +239,8 @@ class Server:
                 self.metrics.tokens[kind] += tokens
         ends = [answer.finish or visit.fault or "gone" for answer in answers]
         self.metrics.ends.update(ends)
-        said = {"id": visit.id, "path": visit.path, "ends": ends, "tokens": usage, "seconds": round(visit.seconds, 3)}
+        said: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": visit.id}
+        said |= {"path": visit.path, "ends": ends, "tokens": usage, "seconds": round(visit.seconds, 3)}
         said |= {"first_token_s": visit.first_s and round(visit.first_s, 3)}
         said |= {"tools": [use.status for answer in answers for use in answer.trajectory.tool_uses]}
         if self.config.log_text:

@@ -50,9 +50,10 @@ class Client:
         return [json.loads(each["data"]) for each in events]
 
     async def becomes(self, holds: Callable[[], bool]) -> None:
-        """Wait until something holds, for as long as a test may last."""
-        while not holds():
-            await asyncio.sleep(0.005)
+        """Wait until something holds."""
+        async with asyncio.timeout(120):
+            while not holds():
+                await asyncio.sleep(0.005)
 
 
 @pytest.fixture

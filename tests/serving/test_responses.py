@@ -228,6 +228,37 @@ def test_a_fault_of_the_machinery_ends_the_stream_as_failed(serve, scripted):
     assert response["output"][-1]["status"] == "incomplete"
 
 
+def test_a_container_keeps_an_interpreter_for_those_who_name_it(serve, scripted):
+    """A program that ends its interpreter, or is stopped with its request, takes what it held along."""
+    programs = ["x = 6", "print(x)", "print('x' in globals())", "print(x)", "while True: pass"]
+    engine = scripted({n: [python(program), ANSWER] for n, program in enumerate(programs)}, slots=1)
+
+    async def main() -> list[str]:
+        async with serve(engine, ["python_session"], answer_s=20) as client:
+
+            async def said(seed: int, container: object = CODE["container"], **fields: Any) -> tuple[str, dict]:
+                tools = [] if container is None else [CODE | {"container": container}]
+                response = await client.ask(body(seed=seed, tools=tools, include=[LOGS], **fields), PATH)
+                call = next(item for item in response["output"] if item["type"] == "code_interpreter_call")
+                return call["outputs"][0]["logs"], response | {"container": call["container_id"]}
+
+            _, first = await said(0)
+            logs = [(await said(1, first["container"]))[0], (await said(2))[0]]
+            logs.append((await said(3, None, previous_response_id=first["id"]))[0])
+            box = client.server.tools.sandbox
+            task = asyncio.create_task(said(4, first["container"]))
+            await client.becomes(lambda: box.gauges()["slots_busy"] == 1)
+            task.cancel()
+            await client.becomes(lambda: client.server.open == 0)
+            gone = await client.ask(body(tools=[CODE | {"container": first["container"]}]), PATH, status=404)
+            assert "there is no container" in gone["error"]["message"]
+            client.server.containers.close()
+            await client.becomes(lambda: box.gauges()["sessions_open"] == 0)
+            return logs
+
+    assert asyncio.run(main()) == ["6", "False", "6"]
+
+
 REFUSED: dict[str, tuple[dict, int, str]] = {
     "an unknown response": ({"previous_response_id": "resp_x"}, 404, "is no response that is kept"),
     "no input": ({"input": None}, 400, "input is None; it must be a list"),
