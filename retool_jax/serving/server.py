@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -256,7 +256,7 @@ class Server:
 
     def metrics_text(self) -> str:
         self.metrics.engine += self.service.take_statistics()
-        gauges: dict[str, Callable | float] = dict(self.service.gauges())
+        gauges = self.service.gauges()
         gauges |= {"slots": self.service.engine.config.slots, "open_requests": self.open, "kept": len(self.kept)}
         return self.metrics.text(gauges)
 

@@ -12,11 +12,13 @@ import pytest
 
 from retool_jax.engine.scheduler import Service
 from retool_jax.rollout.config import RolloutConfig
-from retool_jax.sandbox import SandboxConfig
+from retool_jax.sandbox import Limits, SandboxConfig
 from retool_jax.serving.config import ServeConfig
 from retool_jax.tokens.grammar import GRAMMARS, policy_turn_text
+from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox, load_tools
 
+WAIT_S = 120
 LIMITS = RolloutConfig(max_prompt_tokens=2000, max_turns=4)
 
 
@@ -51,7 +53,7 @@ class Client:
 
     async def becomes(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds."""
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(WAIT_S):
             while not holds():
                 await asyncio.sleep(0.005)
 
@@ -70,15 +72,19 @@ def serve(tokenizer):
         tools: list[str] | Toolbox | None = None,
         rollout: RolloutConfig = LIMITS,
         token: str = "",
+        words: Tokenizer = tokenizer,
         **config: Any,
     ) -> AsyncIterator[Client]:
         box = load_tools(tools) if isinstance(tools, list) else tools
         async with contextlib.AsyncExitStack() as stack:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             if box:
-                await stack.enter_async_context(box.open(SandboxConfig(backend=("process",), slots=1, probe_s=0)))
+                # A program that nobody stops outlives what a test waits for.
+                limits = Limits(wall_s=2.0 * WAIT_S)
+                sandbox = SandboxConfig(backend=("process",), slots=1, probe_s=0, limits=limits)
+                await stack.enter_async_context(box.open(sandbox))
             service = await stack.enter_async_context(Service(engine))
-            server = Server(service, tokenizer, box, rollout, ServeConfig(**config), "tiny")
+            server = Server(service, words, box, rollout, ServeConfig(**config), "tiny")
             web = uvicorn.Server(uvicorn.Config(build_app(server, token), log_level="warning", lifespan="off"))
             serving = asyncio.create_task(web.serve(sockets=[listener]))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,5 +1,7 @@
 """What clients see of sampled ids, whatever the pieces in which these come."""
 
+import random
+
 import pytest
 
 from retool_jax.serving.reader import Called, Reader
@@ -67,6 +69,26 @@ def test_words_thoughts_and_calls_are_told_apart(read):
     assert read(TEXTS["another spelling"])["calls"] == [["shout", '{"text": "x"}', True]]
     assert read(TEXTS["not for the client"]) == {"content": " end", "reasoning": "", "calls": []}
     assert read(TEXTS["a list for a name"])["calls"] == []
+
+
+def test_nothing_that_a_policy_writes_stops_a_reader(read):
+    """Marks in any order, halves of them, and what JSON allows: read to their end, the same in all pieces."""
+    marks = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<code>", "</code>", "<tool_", "call>", "STOP", "\n"]
+    heads = [
+        '{"name": "shout", "arguments": ',
+        '{"text": "',
+        '"}',
+        "}",
+        "[",
+        '{"name": [], "arguments": 3}',
+        "\\",
+        '"',
+        "é",
+    ]
+    drawn = random.Random(0)
+    for _ in range(150):
+        text = "".join(drawn.choices(marks + heads, k=drawn.randint(1, 12)))
+        assert read(text, stops=["STOP"]) == read(text, 1000, stops=["STOP"]), text
 
 
 def test_arguments_come_as_they_are_sampled(tokenizer):
