@@ -4,15 +4,16 @@ import asyncio
 
 from retool_jax.errors import UserError, run_command
 from retool_jax.run import load
-from retool_jax.run.schema import EvaluateRun, RLRun
+from retool_jax.run.schema import RLRun, task_of
 
 
 def main(words: list[str]) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(load.help_text(words))
         return
-    if isinstance(load.load(words), EvaluateRun):
-        raise UserError("this config is of task evaluate and trains nothing; run python -m retool_jax.evaluate with it")
+    task = task_of(type(load.load(words)))
+    if task in ("evaluate", "serve"):
+        raise UserError(f"this config is of task {task} and trains nothing; run python -m retool_jax.{task} with it")
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.run.build import resolve
     from retool_jax.run.cold_start import make_cold_start

@@ -39,7 +39,13 @@ def test_help_and_a_misspelt_command_load_nothing():
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("Prepair", "prepare"), ("server", "sandbox-server"), ("sandbox.image", "sandbox-image"), ("config=grpo", None)],
+    [
+        ("Prepair", "prepare"),
+        ("server", "serve"),
+        ("sandbox.server", "sandbox-server"),
+        ("sandbox.image", "sandbox-image"),
+        ("config=grpo", None),
+    ],
 )
 def test_an_unknown_command_is_told_the_nearest_one(word, meant):
     with pytest.raises(UserError) as caught:

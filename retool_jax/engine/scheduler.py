@@ -171,6 +171,19 @@ class Service:
         statistics.total_s, self._began = now - self._began, now
         return statistics
 
+    @property
+    def working(self) -> bool:
+        """Whether it takes conversations: it was not closed, and the device has not failed."""
+        return self._closed is None
+
+    def gauges(self) -> dict[str, int]:
+        """Conversations by where they are: waiting for their first seat, drawing, or with a tool at work."""
+        return {
+            "waiting": len(self._seats.waiting),
+            "drawing": len(self._seats.live),
+            "calling": len(self._seats.calls),
+        }
+
     async def close(self) -> None:
         """Give everything back: who has not ended is dropped, tools are cancelled, results in flight waited for.
 

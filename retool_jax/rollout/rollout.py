@@ -54,7 +54,7 @@ class Dialogue:
         self.trajectory = Trajectory(identity, sample.problem, room=room - len(prompt))
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
-        self._kept = Kept()
+        self._kept, self._closes = Kept(), True
         self._versions: list[int] = []  # of the turn that is being drawn
         self._grammar = GRAMMARS[limits.grammar]
         self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
@@ -78,23 +78,50 @@ class Dialogue:
         self._versions += [tokens.version] * len(tokens.ids)
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
+        self.take(ids, logprobs)
+        return self.go_on()
+
+    def take(self, ids: list[int], logprobs: list[float]) -> None:
+        """Record a turn that was drawn."""
         self.trajectory.add("policy", ids, logprobs, self._versions)
         self._versions = []
-        if ids[-1] not in self._stops and self.stop_at(ids, len(ids) - 1) is None:
+
+    @property
+    def turn(self) -> list[int]:
+        """The ids of the last turn."""
+        return self.trajectory.ids[self.trajectory.segments[-1].start :]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last turn ended by itself."""
+        ids = self.turn
+        return ids[-1] in self._stops or self.stop_at(ids, len(ids) - 1) is not None
+
+    @property
+    def may_call(self) -> bool:
+        """Whether calls of the last turn are run: one that must be the answer runs none."""
+        return not self.trajectory.forced and self.trajectory.turns < self._limits.max_turns
+
+    def calls(self) -> list[ToolCall]:
+        """Those of the last turn, in order."""
+        if not self._tools:
+            return []
+        calls = self._grammar.calls(self.trajectory.last_turn(self._tokenizer))
+        return [call.strict() for call in calls] if self._limits.strict_calls else calls
+
+    def go_on(self) -> Coroutine[None, None, list[int] | None] | None:
+        """What follows the last turn, as `Conversation.end_turn` says it."""
+        if not self.is_whole:
             return self._run_out(End.TOKEN_LIMIT)
-        text = self.trajectory.last_turn(self._tokenizer)
-        calls = self._grammar.calls(text) if self._tools else []
+        calls = self.calls()
         if not calls:
-            boxed, _ = extract_boxed(text)
-            return self._end(End.NO_ANSWER if boxed is None else End.ANSWERED)
-        if self.trajectory.forced or self.trajectory.turns >= self._limits.max_turns:
-            return self._run_out(End.TURN_LIMIT)
-        places = marking_ids(self._tokenizer, ids, text, [call.start for call in calls])
-        return self._answer(ids, [call.strict() for call in calls] if self._limits.strict_calls else calls, places)
+            boxed, _ = extract_boxed(self.trajectory.last_turn(self._tokenizer))
+            return self.end(End.NO_ANSWER if boxed is None else End.ANSWERED)
+        return self._answer(self.turn, calls) if self.may_call else self._run_out(End.TURN_LIMIT)
 
     def _run_out(self, reason: End) -> Coroutine[None, None, list[int]] | None:
         """No more turns, or no more room: ask for the answer in what was kept for it, once, or end."""
-        return self._end(reason) if self.trajectory.forced or not self._reserve else self._ask()
+        return self.end(reason) if self.trajectory.forced or not self._reserve else self._ask()
 
     async def _ask(self) -> list[int]:
         segment = user_segment(self._tokenizer, FINAL_REQUEST, self.trajectory.ids[-1] in self._tokenizer.stop_ids)
@@ -102,12 +129,11 @@ class Dialogue:
         self.trajectory.add("tool", segment)
         return segment
 
-    async def _answer(self, turn_ids: list[int], calls: list[ToolCall], places: list[int]) -> list[int] | None:
-        """Run a turn's calls, which begin at these of its ids, in order.
-
-        Returns the environment's segment, or None when the trajectory ends here.
-        """
+    async def _answer(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
+        """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
         turn, turn_start = self.trajectory.turns - 1, self.trajectory.segments[-1].start
+        text = self.trajectory.last_turn(self._tokenizer)
+        places = marking_ids(self._tokenizer, turn_ids, text, [call.start for call in calls])
         outputs = []
         for call, place in zip(calls, places, strict=True):
             output = await self._tools.run(call, self._kept)
@@ -127,12 +153,12 @@ class Dialogue:
             )
             self.trajectory.tool_uses.append(use)
             if lost:
-                return self._end(End.SANDBOX_LOST, output.text)
+                return self.end(End.SANDBOX_LOST, output.text)
             outputs.append(use.output)
         segment = self._grammar.segment(self._tokenizer, turn_ids, outputs)
         # Half a segment, or one without room for an answer, teaches nothing.
         if len(self.trajectory.ids) + len(segment) + self._reserve >= self._room:
-            return await self._ask() if self._reserve else self._end(End.TOKEN_LIMIT)
+            return await self._ask() if self._reserve else self.end(End.TOKEN_LIMIT)
         self.trajectory.add("tool", segment)
         return segment
 
@@ -141,19 +167,25 @@ class Dialogue:
         return len(self._tokenizer.encode(defuse(self._tokenizer, text)))
 
     def drop(self, reason: str) -> None:
-        self._end(End.DISCARDED, reason)
+        self.end(End.DISCARDED, reason)
+
+    def keep_in(self, kept: Kept) -> None:
+        """Let tools keep their states for others too, from before the first turn on; who gives these closes them."""
+        self._kept, self._closes = kept, False
 
     async def close(self) -> None:
         """Close what tools keep for it."""
-        await self._kept.close()
+        if self._closes:
+            await self._kept.close()
 
-    def _end(self, reason: End, fault: str = "") -> None:
+    def end(self, reason: End, fault: str = "") -> None:
         """The first end counts: a conversation may be dropped while its last call is answered."""
         if self.trajectory.end is None:
             self.trajectory.end, self.trajectory.fault = reason, fault
             self.trajectory.finished_s = time.perf_counter()
             self.trajectory.started_s = self.trajectory.started_s or self.trajectory.finished_s
-            self._kept.begin_to_close()
+            if self._closes:
+                self._kept.begin_to_close()
 
 
 async def rollout(

@@ -22,7 +22,7 @@ from retool_jax.models.sharding import param_shardings
 from retool_jax.rollout.rollout import encode_prompt
 from retool_jax.run.folder import CONFIG
 from retool_jax.run.load import make, read, read_yaml
-from retool_jax.run.schema import EvaluateRun, RLRun, Run, SFTRun, micro_batches
+from retool_jax.run.schema import EngineRun, EvaluateRun, RLRun, Run, SFTRun, micro_batches
 from retool_jax.sandbox import Sandbox, SandboxConfig
 from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.tokens.grammar import GRAMMARS
@@ -103,7 +103,7 @@ def told_of_memory(run: Run) -> Iterator[None]:
             sizes = {f"sft.{key}": getattr(run.sft, key) for key in rows}
         if isinstance(run, RLRun):
             sizes = {f"rl.{key}": getattr(run.rl, key) for key in rows}
-        if isinstance(run, RLRun | EvaluateRun):
+        if isinstance(run, EngineRun):
             sizes |= {f"engine.{key}": getattr(run.engine, key) for key in ("slots", "max_length")}
         raise UserError(
             f"a device has no room for what this run computes ({one_line(error)}); lower"
@@ -138,7 +138,7 @@ def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox 
     return problems
 
 
-def sandbox_config(run: RLRun | EvaluateRun) -> SandboxConfig:
+def sandbox_config(run: EngineRun) -> SandboxConfig:
     """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain, even
     if each of them runs to its time limit."""
     box, slots = run.sandbox, run.engine.slots
@@ -162,7 +162,7 @@ def sandbox_lines(box: Sandbox | None) -> list[str]:
     return lines
 
 
-def engine_of(run: RLRun | EvaluateRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
+def engine_of(run: EngineRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
     """The engine over a run's weights; a turn ends at the model family's own stop ids, and with tools at a call."""
     stops = tokenizer.stop_ids if not words_of(run.tools) else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer)
     return Engine(run.model, run.engine, params, mesh, tuple(stops), run.seed)

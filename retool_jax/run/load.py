@@ -75,7 +75,7 @@ def read(words: list[str]) -> tuple[type[Run], dict]:
             raise UserError(f"cannot read {key}={value}: {one_line(error, 1000)}") from error
     values = over_each_other([*files, said])
     del values["task"]
-    if not values.get("run"):
+    if "run" in hints_of(schema) and not values.get("run"):
         values["run"] = str(Path("runs") / folder_name(names[-1], overrides, schema))
     return schema, values
 
@@ -248,6 +248,10 @@ _ENDINGS = {  # of what help says of a command
     "evaluate": (
         "the wrong type is an error. The folder holds config.yaml, samples.jsonl, with every trajectory, and in the",
         "end result.json; the same command again goes on, or prints the result that is there.",
+    ),
+    "serve": (
+        "the wrong type is an error. port=8000 is short for serve.port=8000, and so is host; nothing is written. A",
+        "bearer token that clients must send is read from $RETOOL_SERVE_TOKEN.",
     ),
 }
 

@@ -16,6 +16,7 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
 from retool_jax.sandbox.types import Limits, SandboxConfig
+from retool_jax.serving.config import ServeConfig
 from retool_jax.sft.config import SFTConfig
 from retool_jax.tools.config import check_tools, words_of
 
@@ -131,8 +132,45 @@ class EvaluateRun:
         _check_queue(self)
 
 
-Run = SFTRun | RLRun | EvaluateRun
-TASKS = {"sft": SFTRun, "grpo": RLRun, "evaluate": EvaluateRun}
+@dataclass(frozen=True, config=CHECKED)
+class ServeRun:
+    """Everything that a config of task serve may set."""
+
+    seed: Seed = 0  # of the engine; with the seed of a request it decides what is drawn
+    tools: Tools = "python"
+    """Or none (text only), python_session, calculator, my_package.my_module:MyTool; several as [python,calculator]."""
+    tokenizer: str = ""  # miniature, a folder with tokenizer.json, or a hub id; empty: that of init_from
+    init_from: str = ""  # the weights to serve: a run or Hugging Face folder, or a hub id
+    model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
+    mesh: MeshConfig = MeshConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    serve: ServeConfig = ServeConfig()
+
+    def __post_init__(self) -> None:
+        _one_spelling(self)
+        check_tools(self.tools, self.rollout.grammar)
+        if not self.init_from:
+            raise UserError(
+                "init_from is empty, and a server needs weights; name a run's folder, a model's, or a hub id"
+            )
+        if self.engine.tool_lag >= 0:
+            raise UserError(
+                f"engine.tool_lag={self.engine.tool_lag} lets every stream wait for the slowest tool; set"
+                " engine.tool_lag=-1"
+            )
+        if self.rollout.max_prompt_tokens >= self.engine.max_length:
+            raise UserError(
+                f"rollout.max_prompt_tokens={self.rollout.max_prompt_tokens} leaves no room in"
+                f" engine.max_length={self.engine.max_length}; lower it"
+            )
+
+
+EngineRun = RLRun | EvaluateRun | ServeRun
+"""Those that draw."""
+Run = SFTRun | EngineRun
+TASKS = {"sft": SFTRun, "grpo": RLRun, "evaluate": EvaluateRun, "serve": ServeRun}
 
 
 def task_of(schema: type[Run]) -> str:
@@ -144,7 +182,7 @@ def micro_batches(run: Run) -> dict[str, int]:
     """The rows of each kind of micro-batch that a run trains on, by their key."""
     if isinstance(run, SFTRun):
         return {"sft.rows_per_micro": run.sft.rows_per_micro}
-    if isinstance(run, EvaluateRun):
+    if isinstance(run, EvaluateRun | ServeRun):
         return {}
     own = {"rl.rows_per_micro": run.rl.rows_per_micro}
     return own if run.init_from else {"sft.rows_per_micro": run.sft.rows_per_micro} | own

@@ -17,7 +17,7 @@ from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.sharding import param_shardings
 from retool_jax.run.folder import CONFIG, read_model, saved
-from retool_jax.run.schema import EvaluateRun, RLRun, Run
+from retool_jax.run.schema import EngineRun, RLRun, Run
 from retool_jax.tokens.grammar import DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.config import words_of
@@ -128,7 +128,7 @@ def check_model(run: Run, folder: Path) -> None:
                 " make them equal"
             )
     check_vocabulary(run, name, folder)
-    if isinstance(run, RLRun | EvaluateRun):
+    if isinstance(run, EngineRun):
         check_grammar(run, folder)
 
 
@@ -148,7 +148,7 @@ def check_vocabulary(run: Run, name: str, folder: Path) -> None:
         )
 
 
-def check_grammar(run: RLRun | EvaluateRun, folder: Path) -> None:
+def check_grammar(run: EngineRun, folder: Path) -> None:
     """Refuse the weights of a run that learned to call tools in a grammar that this run does not read."""
     there = saved(folder)
     key = "sft.grammar" if there.get("task") == "sft" else "rollout.grammar"

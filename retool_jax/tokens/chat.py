@@ -34,23 +34,31 @@ def tool_segment(tokenizer: Tokenizer, outputs: list[str]) -> list[int]:
     written. Qwen3's does not always: it takes thinking out of earlier turns. Segments never re-render, so the thinking
     of a trajectory stays in its context.
     """
-    family = tokenizer.family
-    header = tokenizer.turn_header if family.header_after_answer else ""
-
-    def write(outputs: list[str]) -> str:
-        wrapped = "\n".join(f"{family.output_open}{output}{family.output_close}" for output in outputs)
-        return f"{family.answer_open}{wrapped}{family.answer_close}{header}"
-
-    return environment_ids(tokenizer, write, outputs)
+    return next_segment(tokenizer, outputs, None, turn_ended=True)
 
 
 def user_segment(tokenizer: Tokenizer, text: str, turn_ended: bool) -> list[int]:
     """Ids of the user's words after a policy's turn, which they close if it is open, up to the next turn's header."""
+    return next_segment(tokenizer, [], text, turn_ended)
+
+
+def next_segment(tokenizer: Tokenizer, outputs: list[str], text: str | None, turn_ended: bool) -> list[int]:
+    """Ids of what follows a policy's turn: answers to its calls, if it has any, then the user's words, if there are."""
     family = tokenizer.family
-    opening = family.user_open if turn_ended else family.turn_end + family.user_open
-    return environment_ids(
-        tokenizer, lambda said: opening + said[0] + family.user_close + tokenizer.turn_header, [text]
-    )
+    header = tokenizer.turn_header if text is not None or family.header_after_answer else ""
+
+    def write(parts: list[str]) -> str:
+        told, said = parts[: len(outputs)], parts[len(outputs) :]
+        written = "" if turn_ended else family.turn_end
+        if told:
+            wrapped = "\n".join(f"{family.output_open}{output}{family.output_close}" for output in told)
+            written += f"{family.answer_open}{wrapped}{family.answer_close}"
+        for words in said:  # the newline that follows a turn is there already behind answers
+            opening = family.user_open.removeprefix("\n") if told else family.user_open
+            written += opening + words + family.user_close
+        return written + header
+
+    return environment_ids(tokenizer, write, [*outputs, *([] if text is None else [text])])
 
 
 def environment_ids(tokenizer: Tokenizer, write: Callable[[list[str]], str], outputs: list[str]) -> list[int]:

@@ -70,7 +70,7 @@ class ToolCall:
 
     def strict(self) -> "ToolCall":
         """The same without leniency: a call that had to be repaired is answered with what is wrong with it."""
-        return ToolCall(error=f"malformed call: {self.repaired}") if self.repaired else self
+        return ToolCall(error=f"malformed call: {self.repaired}", start=self.start) if self.repaired else self
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,16 @@ class Grammar:
         `</code>` is several tokens in Qwen. The last id is kept whole, as it was sampled, with what it may hold behind
         the mark (a line's end, mostly). None where there is no such string.
         """
-        first = max(seen - len(self.stop), 0)  # an id stands for a byte or more, so the mark begins no further back
-        if not self.stop or self.stop not in tokenizer.decode(turn_ids[first:]):
-            return None
-        counts = range(max(seen, 1), len(turn_ids) + 1)
-        return counts[bisect_left(counts, True, key=lambda count: self.stop in tokenizer.decode(turn_ids[first:count]))]
+        return end_of(tokenizer, turn_ids, seen, self.stop) if self.stop else None
+
+
+def end_of(tokenizer: Tokenizer, ids: list[int], seen: int, string: str) -> int | None:
+    """How many ids there are up to the one that completes a string, when the first `seen` hold none; None without."""
+    first = max(seen - len(string.encode()), 0)  # an id stands for a byte or more, so it begins no further back
+    if string not in tokenizer.decode(ids[first:]):
+        return None
+    counts = range(max(seen, 1), len(ids) + 1)
+    return counts[bisect_left(counts, True, key=lambda count: string in tokenizer.decode(ids[first:count]))]
 
 
 # --- what stands between marks ----------------------------------------------------------------------------------------

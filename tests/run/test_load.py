@@ -25,7 +25,7 @@ from retool_jax.rollout.config import RolloutConfig
 from retool_jax.run.build import resolve, sandbox_config, told_of_memory
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
-from retool_jax.run.schema import EvaluateRun, RLRun, SFTRun
+from retool_jax.run.schema import EvaluateRun, RLRun, ServeRun, SFTRun
 from retool_jax.tokens.grammar import GRAMMARS
 
 
@@ -216,7 +216,7 @@ def test_later_words_win():
 def test_every_shipped_config_builds_its_model(name):
     run = load([f"config={name}"])
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
-    optimizer = OptimizerConfig() if isinstance(run, EvaluateRun) else run.sft.optimizer
+    optimizer = OptimizerConfig() if isinstance(run, EvaluateRun | ServeRun) else run.sft.optimizer
     shapes = jax.eval_shape(lambda: init_state(run.model, optimizer, mesh, run.seed))
     for shape, sharding in zip(
         jax.tree.leaves(shapes), jax.tree.leaves(state_shardings(run.model, optimizer, mesh)), strict=True

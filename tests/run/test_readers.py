@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 import retool_jax
 from retool_jax.fields import CHECKED
 from retool_jax.mesh_config import AXES, MeshConfig
-from retool_jax.run.schema import CheckpointConfig, EvaluateRun, RLRun, SFTRun
+from retool_jax.run.schema import CheckpointConfig, EvaluateRun, RLRun, ServeRun, SFTRun
 
 hints_of = functools.cache(typing.get_type_hints)
 
@@ -149,7 +149,7 @@ class RunWithUnusedKeys(RLRun):
 
 
 def test_every_key_has_a_reader_and_one_without_is_found():
-    assert unread_keys(SFTRun) == unread_keys(EvaluateRun) == set()
+    assert unread_keys(SFTRun) == unread_keys(EvaluateRun) == unread_keys(ServeRun) == set()
     # That of RL with two keys more.
     assert unread_keys(RunWithUnusedKeys) == {("Unused", "group_size"), ("Unused", "nobody")}
 

@@ -23,6 +23,13 @@ class Histogram:
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.total_s += seconds
 
+    def samples(self) -> dict[str, float]:
+        """As Prometheus has them: counts up to each bound, the sum and the count, by what follows the name."""
+        bounds = [f"{bound:g}" for bound in BOUNDS_S] + ["+Inf"]
+        sums = accumulate(self.counts)
+        below = {f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums, strict=True)}
+        return below | {"_sum": self.total_s, "_count": sum(self.counts)}
+
 
 @dataclass
 class Metrics:
@@ -70,12 +77,7 @@ def prometheus(metrics: Metrics, gauges: Mapping[str, float]) -> str:
     family("retries_total", "counter", {"": metrics.retries})
     family("truncated_total", "counter", {"": metrics.truncated})
     for name in ("queue_s", "wall_s", "start_s"):
-        histogram: Histogram = getattr(metrics, name)
-        bounds = [f"{bound:g}" for bound in BOUNDS_S] + ["+Inf"]
-        sums = accumulate(histogram.counts)
-        samples = {f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums, strict=True)}
-        samples |= {"_sum": histogram.total_s, "_count": sum(histogram.counts)}
-        family(name.replace("_s", "_seconds"), "histogram", samples)
+        family(name.replace("_s", "_seconds"), "histogram", getattr(metrics, name).samples())
     for name, value in gauges.items():
         family(name, "gauge", {"": value})
     return "\n".join(lines) + "\n"

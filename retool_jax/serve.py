@@ -1,0 +1,29 @@
+"""`python -m retool_jax.serve config=NAME init_from=FOLDER key=value ...`: serve a checkpoint over HTTP."""
+
+import asyncio
+from contextlib import suppress
+
+from retool_jax.errors import UserError, run_command
+from retool_jax.run import load
+from retool_jax.run.schema import ServeRun, task_of
+
+_SHORT = ("host", "port")  # said without their section
+
+
+def main(words: list[str]) -> None:
+    words = [f"serve.{word}" if word.partition("=")[0] in _SHORT else word for word in words]
+    if not words or {"-h", "--help"} & set(words):
+        print(load.help_text(words, "serve", "serve"))
+        return
+    if not isinstance(run := load.load(words), ServeRun):
+        raise UserError(f"this config is of task {task_of(type(run))} and serves nothing; use config=serve")
+    # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    from retool_jax.run.build import resolve
+    from retool_jax.run.serve import serve
+
+    with suppress(asyncio.CancelledError):
+        asyncio.run(serve(resolve(words)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,213 @@
+"""`/v1/chat/completions`: messages in, an answer out, at once or as it comes.
+
+Without `tools` the policy calls the server's own, which are run inside of the request: the message then has a list
+`server_tool_calls` (an extension), and ends with `stop`. With `tools` of the client calls of these are handed back, and
+`"tool_choice": "none"` leaves both out. Both forms of an answer are made of the same pieces, `deltas`.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from retool_jax.data.problems import Problem
+from retool_jax.engine.conversation import SamplingParams
+from retool_jax.sandbox.text import writable
+from retool_jax.serving.answer import Answer, Drawn, Event, ToolRan, ToolRuns
+from retool_jax.serving.messages import functions_of, messages_of, stops_of
+from retool_jax.serving.reader import Called, Said
+from retool_jax.serving.requests import Refused, an_object, read, refuse_unserved
+from retool_jax.serving.server import Kept, Server, Visit, Wish, usage_of
+from retool_jax.serving.wire import DONE, event, logprobs_of
+
+PATH = "/v1/chat/completions"
+# Values of fields that would change the answer, and that are served.
+_SERVED = {
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (False,),
+    "functions": ([],),
+    "modalities": (["text"],),
+}
+_LEAST_TEMPERATURE = 0.01  # below it logits overflow
+
+
+class Chat:
+    """One request, read and begun."""
+
+    def __init__(self, server: Server, body: dict[str, Any]) -> None:
+        self.server, self.visit = server, Visit(f"chatcmpl-{uuid.uuid4().hex}", PATH)
+        refuse_unserved(body, _SERVED)
+        self.messages = messages_of(server.tokenizer, body.get("messages"))
+        self.wish = wish_of(server, body)
+        self.count = read(body, "n", int, 1, 1, server.config.choices)
+        self.stream = read(body, "stream", bool, False)
+        self.visit.keep = read(body, "store", bool, True)
+        options = an_object(body.get("stream_options") or {}, "stream_options")
+        self.with_usage = read(options, "include_usage", bool, False)
+        self.with_logprobs = read(body, "logprobs", bool, False)
+        self.with_ids = read(body, "return_token_ids", bool, False)
+        self.answers: list[Answer] = []
+        self._head = {"id": self.visit.id, "created": int(time.time()), "model": server.model}
+
+    async def begin(self) -> None:
+        """Encode the prompt. Raises Refused."""
+        prompt = await self.server.prompt(self.messages, self.wish)
+        problem = Problem(self.visit.id, tuple(self.messages), "")
+        self.answers = self.server.answers(problem, prompt, self.wish, self.count)
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """The answer as it comes."""
+        server, usage = self.server, {"usage": None} if self.with_usage else {}
+        head = self._head | {"object": "chat.completion.chunk"}
+        first = {"prompt_token_ids": self.answers[0].prompt} if self.with_ids else {}
+        for number in range(self.count):
+            yield event(head | first | {"choices": [_choice(number, {"role": "assistant", "content": ""})]} | usage)
+        try:
+            async with aclosing(server.run(self.visit, self.answers)) as run:
+                async for number, happened in run:
+                    if happened is None:
+                        choices = [_choice(number, {}, self.answers[number].finish)]
+                        yield event(head | {"choices": choices} | usage)
+                        continue
+                    pieces = deltas(happened)
+                    told = self._told(happened)
+                    if told and not pieces:
+                        pieces = [{}]
+                    for place, delta in enumerate(pieces, 1):
+                        choice = _choice(number, delta) | (told if place == len(pieces) else {})
+                        yield event(head | {"choices": [choice]} | usage)
+        except Refused as refused:
+            yield event(refused.body()) + DONE
+            return
+        self._keep()
+        if self.with_usage:
+            yield event(head | {"choices": [], "usage": usage_written(self.answers)})
+        yield DONE
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when it is there. Raises Refused."""
+        choices: list[dict] = [
+            {"index": number, "message": {"role": "assistant", "content": None}} for number in range(self.count)
+        ]
+        async with aclosing(self.server.run(self.visit, self.answers)) as run:
+            async for number, happened in run:
+                choice = choices[number]
+                if happened is None:
+                    choice["finish_reason"] = self.answers[number].finish
+                    continue
+                for delta in deltas(happened):
+                    merge(choice["message"], delta)
+                merge(choice, self._told(happened))
+        for choice in choices:
+            choice.setdefault("logprobs", None)
+            if choice["message"]["content"] is None and not choice["message"].get("tool_calls"):
+                choice["message"]["content"] = ""
+        self._keep()
+        ids = {"prompt_token_ids": self.answers[0].prompt} if self.with_ids else {}
+        head = self._head | {"object": "chat.completion", "choices": choices}
+        return head | ids | {"usage": usage_written(self.answers)}
+
+    def _told(self, happened: Event) -> dict[str, Any]:
+        """What is said of the tokens behind an event, where a client asks for it."""
+        if not isinstance(happened, Drawn) or not happened.ids:
+            return {}
+        told: dict[str, Any] = {"token_ids": happened.ids} if self.with_ids else {}
+        if self.with_logprobs:
+            told["logprobs"] = {"content": logprobs_of(self.server.tokenizer, happened.ids, happened.logprobs)}
+        return told
+
+    def _keep(self) -> None:
+        if self.visit.keep:
+            self.server.keep(self.visit.id, Kept([answer.trajectory for answer in self.answers]))
+
+
+def _choice(number: int, delta: dict, finish: str | None = None) -> dict[str, Any]:
+    return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+def wish_of(server: Server, body: dict[str, Any]) -> Wish:
+    """How an answer is drawn and what it may call. Raises Refused."""
+    temperature = read(body, "temperature", float, 1.0, 0, 2)
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        limit = f"0, which is greedy, or {_LEAST_TEMPERATURE} to 2"
+        raise Refused(400, f"temperature is {temperature}; it must be {limit}", "temperature")
+    top_p = read(body, "top_p", float, 1.0, 0.001, 1)
+    sampling = SamplingParams(temperature, read(body, "top_k", int, 0, 0, 1 << 30), top_p)
+    names = ("max_completion_tokens", "max_output_tokens")
+    most = next((name for name in names if body.get(name) is not None), "max_tokens")
+    wish = Wish(
+        sampling,
+        read(body, "seed", int, None, -(2**63), 2**63 - 1),
+        read(body, most, int, None, 1),
+        stops_of(body.get("stop")),
+    )
+    if body.get("tool_choice") == "none":
+        return wish
+    if body.get("tools"):
+        wish.functions = functions_of(server.tokenizer, body["tools"], nested=True)
+    elif body.get("tools") is None:
+        wish.tools = server.tools
+    return wish
+
+
+def deltas(happened: Event) -> list[dict[str, Any]]:
+    """What an event adds to a message."""
+    if isinstance(happened, ToolRuns):
+        call = happened.call
+        name = call.name if isinstance(call.name, str) else ""
+        begun = {"index": happened.index, "name": name, "arguments": writable(call.code), "status": "in_progress"}
+        return [{"server_tool_calls": [begun]}]
+    if isinstance(happened, ToolRan):
+        ended = {"index": happened.index, "status": happened.use.status, "output": happened.use.output}
+        return [{"server_tool_calls": [ended]}]
+    return [_written(seen) for _, seen in happened.seen if not (isinstance(seen, Called) and seen.what == "ends")]
+
+
+def _written(seen: Said | Called) -> dict[str, Any]:
+    if isinstance(seen, Said):
+        if seen.channel == "content":
+            return {"content": seen.text}
+        return {"reasoning": seen.text, "reasoning_content": seen.text}  # clients read either
+    call = {"index": seen.call.index}
+    if seen.what == "begins":
+        call |= {"id": seen.call.id, "type": "function", "function": {"name": seen.call.name, "arguments": ""}}
+    else:
+        call |= {"function": {"arguments": seen.piece}}
+    return {"tool_calls": [call]}
+
+
+def merge(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add a delta to what there is: texts and lists go on, and parts with an index go on by it."""
+    for key, value in delta.items():
+        if key in ("tool_calls", "server_tool_calls"):
+            for part in value:
+                calls = message.setdefault(key, [])
+                if part["index"] == len(calls):
+                    calls.append({})
+                merge(calls[part["index"]], part)
+        elif isinstance(value, dict):
+            merge(message.setdefault(key, {}), value)
+        elif key in ("index", "status") or message.get(key) is None:
+            message[key] = value[:] if isinstance(value, list) else value
+        else:
+            message[key] = message[key] + value
+
+
+def usage_written(answers: Sequence[Answer]) -> dict[str, Any]:
+    """As OpenAI writes it. What tools wrote into the context counts as prompt; no token of a prompt was cached."""
+    usage = usage_of(answers)
+    read_in = usage["prompt"] + usage["tool"]
+    return {
+        "prompt_tokens": read_in,
+        "completion_tokens": usage["policy"],
+        "total_tokens": read_in + usage["policy"],
+        "prompt_tokens_details": {"cached_tokens": 0, "tool_tokens": usage["tool"]},
+        "completion_tokens_details": {"reasoning_tokens": usage["thought"]},
+    }

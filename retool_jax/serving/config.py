@@ -1,0 +1,28 @@
+"""What a run may set of its HTTP server."""
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from retool_jax.fields import CHECKED, Count, Positive
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=CHECKED)
+class ServeConfig:
+    """Where the server listens, and its limits; its bearer token is $RETOOL_SERVE_TOKEN, which stands in no command."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
+    port: Port = 8000  # 0 takes a free one and prints it
+    name: str = ""  # of the model, as clients are told; empty: the last part of init_from
+    streams: Positive = 256  # requests that are answered at once; further ones are refused with 429
+    queue: Positive = 1024  # conversations that may wait for a slot of the engine; further ones are refused with 503
+    choices: Positive = 16  # the largest n of a request
+    body_kb: Positive = 1024  # of a request; larger ones are refused with 413
+    answer_s: Seconds = 600.0  # for one answer, tools and waiting for a slot included
+    keep: Count = 1024  # answers that stay for previous_response_id and /v1/trajectories, the newest; 0: none
+    drain_s: Count = 60  # after SIGTERM, how long answers that have begun may take to end
+    log_text: bool = False  # write prompts and answers into the log too

@@ -1,0 +1,227 @@
+"""Sampled ids to what clients see of them: words, thoughts, and calls of the client's functions, as they come.
+
+Ids are taken one by one, so what is shown does not depend on the pieces in which they arrive, and a streamed answer is
+the other one. Text is held back while it may be half of a character, of a mark or of a stop string.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from retool_jax.tokens.grammar import Grammar, ToolCall, read_call
+from retool_jax.tokens.tokenizer import Tokenizer
+
+# A call as the template writes it, up to its arguments. They are handed on as they are sampled from there on; calls in
+# another spelling are read when they have ended.
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_HEAD_CHARACTERS = 500  # no head is longer
+_CHARACTER_IDS = 8  # no character has more ids; what has is not UTF-8
+
+Channel = Literal["content", "reasoning"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """Words of the policy."""
+
+    channel: Channel
+    text: str
+
+
+@dataclass
+class FunctionCall:
+    """A call of a function of the client's: `arguments` grows while it is sampled."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str = ""
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call has begun, has grown by a piece of its arguments, or has ended."""
+
+    call: FunctionCall
+    what: Literal["begins", "grows", "ends"]
+    piece: str = ""
+
+
+class Reader:
+    """Reads the turns of one answer.
+
+    Args:
+        grammar: whose calls are no words; None where the policy has nothing to call.
+        functions: names of the client's own.
+        stops: strings of the request at which the answer ends; they are not shown, nor is what follows.
+
+    Attributes:
+        calls: of the client's functions, all turns together.
+        stopped: a stop string has come.
+        thought: ids that were sampled while the policy was thinking.
+        inside: what the call that is being read holds so far; None outside of calls.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, grammar: Grammar | None, functions: Collection[str] = (), stops: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer, self._functions, self._stops = tokenizer, functions, stops
+        tag = ("code" if grammar.stop else "tool_call") if grammar else ""
+        self._open, self._close = f"<{tag}>", f"</{tag}>"
+        self._has_calls = grammar is not None
+        self.calls: list[FunctionCall] = []
+        self.stopped = False
+        self.thought = 0
+        self.inside: str | None = None
+        self._call: FunctionCall | None = None
+        self._held: dict[Channel, str] = {"content": "", "reasoning": ""}  # newlines that nothing follows yet
+        self._begun: set[Channel] = set()
+        self._thinking = False
+        self.begin_turn(new=True)
+
+    def begin_turn(self, new: bool) -> None:
+        """Another turn follows: a new one, or the same after an answer in place, where a thought goes on."""
+        self._ids: list[int] = []  # half of a character
+        self._buffer = ""
+        self.inside = self._call = None
+        if new:
+            self._thinking = self._tokenizer.turn_header.rstrip("\n").endswith("<think>")
+
+    def feed(self, ids: Sequence[int]) -> list[Said | Called]:
+        """What becomes visible with these ids."""
+        events: list[Said | Called] = []
+        for index in ids:
+            self.thought += self._thinking
+            if index in self._tokenizer.stop_ids:
+                continue
+            self._ids.append(index)
+            text = self._tokenizer.decode(self._ids)
+            if not text.endswith("\ufffd") or len(self._ids) >= _CHARACTER_IDS:
+                self._ids = []
+                events += self._take(text)
+        return events
+
+    def end_turn(self) -> list[Said | Called]:
+        """What was held back and is not what it might have become."""
+        events = [] if self.stopped else self._show(self._buffer + self._tokenizer.decode(self._ids))
+        self._ids, self._buffer = [], ""
+        return events
+
+    def hand_over(self, name: str, arguments: dict) -> list[Called]:
+        """A call that was read when its turn had ended, in the events of one that came at once."""
+        call = self._begin(name)
+        call.arguments, call.ended = json.dumps(arguments), True
+        return [Called(call, "begins"), Called(call, "grows", call.arguments), Called(call, "ends")]
+
+    # --- marks ---
+
+    def _marks(self) -> tuple[str, ...]:
+        if self.inside is not None:
+            return (self._close, self._open)
+        if self._thinking:
+            return ("</think>",)
+        return ("<think>", self._open) if self._has_calls else ("<think>",)
+
+    def _take(self, text: str) -> list[Said | Called]:
+        events: list[Said | Called] = []
+        self._buffer += text
+        while not self.stopped:
+            strings = (*self._stops, *self._marks())
+            found = [(self._buffer.find(each), each) for each in strings if each in self._buffer]
+            if not found:
+                held = max(_overlap(self._buffer, each) for each in strings)
+                at = len(self._buffer) - held
+                return events + self._show(self._cut(at))
+            at, mark = min(found, key=lambda each: each[0])
+            events += self._show(self._cut(at))
+            self._cut(len(mark))
+            if mark in self._stops:
+                self.stopped = True
+            elif mark in ("<think>", "</think>"):
+                self._thinking = mark == "<think>"
+            else:
+                events += self._end_call() if self.inside is not None else []
+                self.inside = "" if mark == self._open else None
+        self._buffer = ""
+        return events
+
+    def _cut(self, count: int) -> str:
+        text, self._buffer = self._buffer[:count], self._buffer[count:]
+        return text
+
+    def _show(self, text: str) -> list[Said | Called]:
+        if not text:
+            return []
+        if self.inside is not None:
+            return self._grow(text)
+        channel: Channel = "reasoning" if self._thinking else "content"
+        text = self._held[channel] + text
+        words = text.rstrip("\n")
+        self._held[channel] = text[len(words) :]
+        if channel not in self._begun:
+            words = words.lstrip("\n")
+        if not words:
+            self._held[channel] = self._held[channel] if channel in self._begun else ""
+            return []
+        self._begun.add(channel)
+        return [Said(channel, words)]
+
+    # --- calls of the client's functions ---
+
+    def _begin(self, name: str) -> FunctionCall:
+        self.calls.append(FunctionCall(len(self.calls), f"call_{uuid.uuid4().hex[:24]}", name))
+        return self.calls[-1]
+
+    def _grow(self, text: str) -> list[Called]:
+        self.inside += text
+        if self._call is not None:
+            return self._arguments(text)
+        head = _HEAD.match(self.inside) if len(self.inside) <= _HEAD_CHARACTERS + len(text) else None
+        if head is None or head[1] not in self._functions:
+            return []
+        self._call, self._depth, self._quoted, self._escaped = self._begin(head[1]), 0, False, False
+        return [Called(self._call, "begins"), *self._arguments(self.inside[head.end() :])]
+
+    def _arguments(self, text: str) -> list[Called]:
+        """Hand on an object's text up to the brace that closes it."""
+        call, count = self._call, 0
+        for character in text:
+            if call.ended:
+                break
+            count += 1
+            if self._quoted:
+                self._quoted = character != '"' or self._escaped
+                self._escaped = character == "\\" and not self._escaped
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                call.ended = not self._depth
+        call.arguments += text[:count]
+        grown = [Called(call, "grows", text[:count])] if count else []
+        return grown + ([Called(call, "ends")] if call.ended and count else [])
+
+    def _end_call(self) -> list[Called]:
+        if self._call is not None:
+            call, self._call = self._call, None
+            ended, call.ended = call.ended, True
+            return [] if ended else [Called(call, "ends")]
+        call = read_call(self.inside) if self._functions else None
+        return self.hand_over(call.name, call.arguments) if call and self.is_for_client(call) else []
+
+    def is_for_client(self, call: ToolCall) -> bool:
+        """Whether a call is of one of the client's functions, and can be handed over."""
+        named = not call.error and isinstance(call.name, str) and call.name in self._functions
+        return named and isinstance(call.arguments, dict)
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of a text are the beginning of a string, and not all of it."""
+    most = min(len(text), len(string) - 1)
+    return next((count for count in range(most, 0, -1) if string.startswith(text[len(text) - count :])), 0)

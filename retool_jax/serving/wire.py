@@ -1,0 +1,76 @@
+"""What goes out over HTTP: answers that end when nobody reads them any more, and tokens as OpenAI writes them."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from retool_jax.tokens.tokenizer import Tokenizer
+
+T = TypeVar("T")
+DONE = "data: [DONE]\n\n"
+_LEAST_LOGPROB = -9999.0  # of JSON, which has no infinity
+
+
+def event(data: dict[str, Any], name: str = "") -> str:
+    """One server-sent event."""
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
+
+
+def as_json(data: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An object as HTTP says it, escaped: a text of a client's may hold half of a surrogate pair."""
+    return Response(json.dumps(data), status, headers, "application/json")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Do something for as long as somebody waits for it; None if nobody did to the end."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()  # no effect on one that is done
+        leaving.cancel()
+        await asyncio.wait((task, leaving))
+
+
+class Events(Response):
+    """Server-sent events, one text each, until they end or the client goes; then `close` is called."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.close = events, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write() -> None:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for text in self.events:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        try:
+            await while_connected(receive, write())
+        finally:
+            await self.events.aclose()
+            self.close()
+
+
+def logprobs_of(tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
+    """One entry for each token drawn, marks included."""
+    entries = []
+    for index, logprob in zip(ids, logprobs, strict=True):
+        token = tokenizer.decode([index])
+        entry = {"token": token, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(token.encode())}
+        entries.append(entry | {"top_logprobs": []})
+    return entries
