@@ -142,6 +142,9 @@ def test_a_large_run_stays_within_its_size(make_run, tmp_path, monkeypatch):
     blocks = make_blocks([run])
     assert whole // 4 < sum(map(len, blocks.details)) <= whole // 2
     assert 250 < blocks.shown < 500 and sorted(set(blocks.index["step"])) == [0, 5]
+    monkeypatch.setattr("retool_jax.report.blocks.EXPECTED_SHARE", 9.0)  # a guess that is far too high
+    blocks = make_blocks([run])
+    assert sum(map(len, blocks.details)) <= whole // 2 and len(blocks.index["id"]) == blocks.shown > 250
 
 
 @pytest.mark.parametrize("flags", [[], [0], [1], [1, 1, 0], [0, 0, 1, 0, 1, 1]])

@@ -14,3 +14,15 @@ def test_labels_are_what_differs():
     text_only = base | {"tools": "none", "rl": {"clip": 0.2, "turns": 1}}
     assert labels(base, text_only) == ["with tool (tools=python)", "text only (tools=none)"]
     assert labels(base, base | {"rl": {"clip": 0.3, "turns": 2}})[1] == "rl.clip=0.3"
+
+
+def test_a_key_that_tells_fewer_runs_apart_than_another_is_left_out():
+    configs = [{"head": False, "rl": {"algorithm": "ppo"}}, {"head": False, "rl": {"algorithm": "grpo"}}, {"rl": {}}]
+    labels = ["rl.algorithm=ppo", "rl.algorithm=grpo", "no rl.algorithm"]
+    assert config_labels(configs, ["a", "b", "c"]) == labels
+    seeds = [config | {"seed": seed} for config in configs for seed in (0, 1)]
+    assert config_labels(seeds, list("abcdef"))[:3] == [
+        f"{labels[0]}, seed 0",
+        f"{labels[0]}, seed 1",
+        f"{labels[1]}, seed 0",
+    ]
