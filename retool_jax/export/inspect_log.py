@@ -68,8 +68,9 @@ def write(records: Iterable[Record], path: Path, run: str) -> int:
 
 def sample_of(values: dict, problem: str, epoch: int, run: str) -> EvalSample:
     """A trajectory as a sample: its input is what stands before the policy's first turn."""
-    messages = [said for message in messages_of(values) for said in _messages(message, run)]
-    prompt = next((index for index, said in enumerate(messages) if said.role == "assistant"), len(messages))
+    parts = messages_of(values)
+    prompt = next((index for index, part in enumerate(parts) if part.stop), len(parts))
+    messages = [said for part in parts for said in _messages(part, run)]
     last = next((said for said in reversed(messages) if said.role == "assistant"), None)
     dropped = values.get("reward") is None
     error = f"{values.get('end')}: {values.get('fault') or 'ended by the machinery'}" if dropped else ""

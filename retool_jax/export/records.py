@@ -74,12 +74,18 @@ def files_of(folder: Path) -> list[Path]:
 def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
     """The selected trajectories of a folder, one by one. A last line that a kill tore is left out.
 
+    An evaluation draws again what the machinery lost: of the lines of one sample the last one counts.
+
     Raises:
         UserError: a line is no trajectory, or none is selected; it names what there is.
     """
     found, there = 0, set()
     for path in files_of(folder):
-        for values in _lines(path):
+        redrawn = path.name == SAMPLES_FILE
+        last = {values["id"]: number for number, values in _lines(path)} if redrawn else {}
+        for number, values in _lines(path):
+            if redrawn and last[values["id"]] != number:
+                continue
             there.add(f"split={values.get('split')} step={values.get('step')}")
             if selection.takes(values, path.stem):
                 found += 1
@@ -89,7 +95,8 @@ def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
         raise UserError(f"no trajectory of {folder} is of split, step and greedy as asked; there are: {listed}")
 
 
-def _lines(path: Path) -> Iterator[dict]:
+def _lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """The lines of a file, by their numbers."""
     fault = None  # of the line before
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
@@ -103,7 +110,7 @@ def _lines(path: Path) -> Iterator[dict]:
             if not isinstance(values, dict) or any(key not in values for key in NEEDED):
                 needed = ", ".join(NEEDED)
                 raise UserError(f"{path} line {number} is no trajectory, which has {needed}; remove that line")
-            yield {key: value if key in TOKENS else clean(value) for key, value in values.items()}
+            yield number, {key: value if key in TOKENS else clean(value) for key, value in values.items()}
 
 
 def clean(value: object) -> object:

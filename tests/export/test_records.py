@@ -31,6 +31,14 @@ def test_an_evaluation_is_read_up_to_a_line_that_a_kill_tore(hostile):
     assert record.values["tool_calls"][0]["metrics"] == {"peak": None}
 
 
+def test_of_a_sample_that_was_drawn_again_the_last_line_counts(hostile, tmp_path):
+    line = json.loads((hostile / "samples.jsonl").read_text().splitlines()[0])
+    drawn = [line | {"id": "a", "end": "sandbox_lost"}, line | {"id": "b"}, line | {"id": "a", "end": "answered"}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in drawn))
+    found = [(record.values["id"], record.values["end"]) for record in read_records(tmp_path, Selection())]
+    assert found == [("b", "answered"), ("a", "answered")]
+
+
 def test_a_line_that_is_no_trajectory_is_named(run, tmp_path):
     (tmp_path / "trajectories").mkdir()
     path = tmp_path / "trajectories" / "dev-000000.jsonl"
