@@ -107,7 +107,13 @@ class Answer:
     def on_tokens(self, tokens: Tokens) -> None:
         self.dialogue.on_tokens(tokens)
         self.drawn += len(tokens.ids)
-        seen = [(count, each) for count, index in enumerate(tokens.ids, 1) for each in self.reader.feed([index])]
+        seen: list[tuple[int, Said | Called]] = []
+        for count, index in enumerate(tokens.ids, 1):
+            for each in self.reader.feed([index]):
+                longer = seen and each.behind(seen[-1][1])
+                if longer:  # one piece for a client where there may be one
+                    seen.pop()
+                seen.append((count, longer or each))
         self.tell(Drawn(tokens.ids, tokens.logprobs, seen))
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:

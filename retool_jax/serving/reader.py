@@ -30,6 +30,11 @@ class Said:
     channel: Channel
     text: str
 
+    def behind(self, other: "Said | Called") -> "Said | None":
+        """Both as one, where they are words of one channel."""
+        same = isinstance(other, Said) and other.channel == self.channel
+        return Said(self.channel, other.text + self.text) if same else None
+
 
 @dataclass
 class FunctionCall:
@@ -49,6 +54,11 @@ class Called:
     call: FunctionCall
     what: Literal["begins", "grows", "ends"]
     piece: str = ""
+
+    def behind(self, other: "Said | Called") -> "Called | None":
+        """Both as one, where a call grows twice."""
+        same = isinstance(other, Called) and self.what == other.what == "grows" and other.call is self.call
+        return Called(self.call, "grows", other.piece + self.piece) if same else None
 
 
 class Reader:
