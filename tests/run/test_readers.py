@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 import retool_jax
 from retool_jax.fields import CHECKED
 from retool_jax.mesh_config import AXES, MeshConfig
-from retool_jax.run.schema import CheckpointConfig, EvaluateRun, RLRun, ServeRun, SFTRun
+from retool_jax.run.schema import CheckpointConfig, EngineRun, EvaluateRun, RLRun, ServeRun, SFTRun
 
 hints_of = functools.cache(typing.get_type_hints)
 
@@ -29,7 +29,7 @@ class Readers(ast.NodeVisitor):
     """Which fields of which config class the package reads, by following annotated arguments and attributes.
 
     Checks of a value (`__post_init__`) do not count. `attributes` knows what ordinary classes keep of a config. What is
-    read of a run of any task (`Run`) is read of each.
+    read of a run of any task (`Run`, or `EngineRun` for those that draw) is read of each.
     """
 
     def __init__(self, sections: dict[str, type]) -> None:
@@ -125,7 +125,7 @@ def syntax_trees() -> list[ast.Module]:
 
 def unread_keys(run: type) -> set[tuple[str, str]]:
     sections = sections_of(run)
-    readers = Readers(sections | {"Run": run})
+    readers = Readers(sections | {"Run": run} | ({"EngineRun": run} if issubclass(run, EngineRun) else {}))
     trees = syntax_trees()
     for _ in range(3):  # until what classes keep of a config is known to those that use them
         for tree in trees:
