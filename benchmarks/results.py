@@ -5,8 +5,9 @@
 
 Each run is a command of its own, one after another, in a folder below `runs`; other words go to all that train. What is
 complete is read and not run again, so the tables can be asked for at any time. Runs of one seed share a cold start,
-whose time is told apart. `opd` needs its teacher, the run of `grpo` with the same seed, and `tool_at_test` the run of
-`text`. With `docs` the tables replace those between the marks of that page, and the picture is drawn beside it.
+whose time is told apart. `opd` needs its teacher, the run of `grpo` with the same seed. The runs of `text` are
+also evaluated with the tool in their hands. With `docs` the tables replace those between the marks of that page, and
+the picture is drawn beside it.
 """
 
 import json
@@ -35,7 +36,7 @@ ALGORITHMS = {
     "dynamic": ("`config=grpo rl.groups.dynamic=true`", ["config=grpo", "rl.groups.dynamic=true"]),
 }
 KINDS = ABLATION | ALGORITHMS
-LOOKED_AT = {"tool_at_test": ("the run without the tool, given it for the test alone", "text")}
+AT_TEST = "the run without the tool, given it for the test alone"
 OPTIONS = ("seeds", "kinds", "runs", "docs")
 COLUMNS = ("run", "seed", "T=1 before", "T=1 after", "gain", "greedy before", "greedy after", "cold start", "rest")
 
@@ -55,6 +56,15 @@ def train(kind: str, seed: str, runs: Path, words: list[str]) -> dict:
         own = [*KINDS[kind][1], f"seed={seed}", f"run={folder}", *teacher, *words]
         call(["retool_jax.train", *own], f"{kind} with seed {seed}")
     return json.loads((folder / "summary.json").read_text())
+
+
+def evaluate_with_tool(seed: str, runs: Path, words: list[str]) -> dict:
+    """The result of the run without the tool when it is given it, as an evaluation that is made unless it is there."""
+    folder = runs / f"tool-at-test-{seed}"
+    if not (folder / "result.json").is_file():
+        own = ["config=eval", f"init_from={runs / f'text-{seed}'}", "tools=python", f"run={folder}", f"seed={seed}"]
+        call(["retool_jax.evaluate", *own, "evaluation.problems=256", "evaluation.samples=1", *words], AT_TEST)
+    return json.loads((folder / "result.json").read_text())
 
 
 def percent(value: float, error: float | None = None) -> str:
@@ -84,8 +94,11 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def means(found: dict[str, list[dict]]) -> str:
-    """The table that the claim rests on: means over seeds, sampled and greedy."""
+def means(found: dict[str, list[dict]], at_test: list[dict]) -> str:
+    """The table that the claim rests on: means over seeds, sampled and greedy.
+
+    `at_test` are results of evaluations of the run without the tool, with it.
+    """
     rows = []
     for kind, summaries in found.items():
         name, after = KINDS[kind][0], [summary["after"] for summary in summaries]
@@ -104,6 +117,10 @@ def means(found: dict[str, list[dict]]) -> str:
             sampled, greedy = ([look[key] for look in before] for key in ("accuracy", "greedy_accuracy"))
             rate = np.mean([look["tool_rate"] for look in before])
             rows.append(("that cold start alone", str(len(before)), spread(sampled), spread(greedy), f"{rate:.2f}"))
+    if at_test:
+        sampled = [result["numbers"]["accuracy"]["value"] for result in at_test]
+        rate = np.mean([result["trajectories"]["tool_rate"] for result in at_test])
+        rows.append((AT_TEST, str(len(at_test)), spread(sampled), "", f"{rate:.2f}"))
     return markdown(("trained by", "seeds", "T=1", "greedy", "tool rate"), rows)
 
 
@@ -158,7 +175,8 @@ def main(words: list[str]) -> None:
             found[kind].append(summary)
             rows.append((kind, row_of(KINDS[kind][0], seed, summary)))
     tables = {"runs": markdown(COLUMNS, [row for _, row in sorted(rows, key=lambda row: kinds.index(row[0]))])}
-    tables["means"] = means(found)
+    at_test = [evaluate_with_tool(seed, runs, others) for seed in seeds] if "text" in kinds else []
+    tables["means"] = means(found, at_test)
     if {"grpo", "text"} <= found.keys():
         tables["gaps"] = gaps(found)
     first = runs / f"{kinds[0]}-{seeds[0]}"
