@@ -27,8 +27,8 @@ FLOORS = (
     {"learn"},
     {"sft", "rl"},
     {"serving", "plan"},
-    {"report", "export"},
     {"run"},
+    {"report", "export"},
     {"train", "evaluate", "serve", "prepare", "convert", "__main__"},
 )
 

@@ -233,12 +233,15 @@ def percent_axis(axes: Axes) -> None:
 
 def _spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     """Move heights apart, so that neighbours are `gap` from each other and none is above `top`."""
-    placed, floor = [0.0] * len(heights), gap / 2
-    for index in sorted(range(len(heights)), key=lambda index: heights[index]):
+    placed, floor, ceiling = [0.0] * len(heights), gap / 2, top
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    for index in order:
         placed[index] = max(heights[index], floor)
         floor = placed[index] + gap
-    excess = max(0.0, max(placed) - top)
-    return [height - excess for height in placed]
+    for index in reversed(order):  # down again, as far as those above need it
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
 
 
 def to_svg(figure: Figure, salt: str) -> Markup:

@@ -9,12 +9,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.fields import flatten_dict
+from retool_jax.fields import defaults_of, flatten_dict
 from retool_jax.metrics import METRICS_FILE, read_metrics
+from retool_jax.run.schema import TASKS
 
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
-
-
 RESULT_FILE, SAMPLES_FILE = "result.json", "samples.jsonl"  # of `retool_jax.evaluate`
 
 
@@ -71,9 +70,16 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         path = folder / "config.yaml"
         configs.append(OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {})
     names = [folder.resolve().name for folder in folders]
-    labels = config_labels(configs, names)
-    settings = config_labels([{**config, "seed": None} for config in configs], [""] * len(names))
+    complete = [with_defaults(config) for config in configs]
+    labels = config_labels(complete, names)
+    settings = config_labels([{**config, "seed": None} for config in complete], [""] * len(names))
     return [_load_run(*arguments) for arguments in zip(folders, labels, settings, configs, strict=True)]
+
+
+def with_defaults(config: dict) -> dict:
+    """A run's config by dotted keys; one that is newer than the run has its default, which is what the run did."""
+    schema = TASKS.get(str(config.get("task")))
+    return (defaults_of(schema) if schema else {}) | flatten_dict(config)
 
 
 def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:

@@ -1,6 +1,6 @@
 """Names that tell runs apart."""
 
-from retool_jax.report.runs import config_labels
+from retool_jax.report.runs import config_labels, with_defaults
 
 
 def test_labels_are_what_differs():
@@ -26,3 +26,10 @@ def test_a_key_that_tells_fewer_runs_apart_than_another_is_left_out():
         f"{labels[0]}, seed 1",
         f"{labels[1]}, seed 0",
     ]
+
+
+def test_a_key_that_is_newer_than_a_run_has_its_default():
+    old, new = {"task": "grpo", "rl": {"steps": 80}}, {"task": "grpo", "rl": {"steps": 80, "ahead": 0}}
+    assert config_labels([with_defaults(old), with_defaults(new)], ["a", "b"]) == ["a", "b"]
+    ahead = {"task": "grpo", "rl": {"steps": 80, "ahead": 1}}
+    assert config_labels([with_defaults(old), with_defaults(ahead)], ["a", "b"]) == ["rl.ahead=0", "rl.ahead=1"]
