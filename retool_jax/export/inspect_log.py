@@ -21,6 +21,7 @@ from inspect_ai.log import (
     EvalSample,
     EvalScore,
     EvalSpec,
+    EvalStats,
     write_eval_log,
 )
 from inspect_ai.model import (
@@ -129,8 +130,9 @@ def log_of(samples: list[EvalSample], run: str, source: str) -> EvalLog:
         unscored_samples=len(samples) - len(right),
         metrics=metrics,
     )
+    now = datetime.now(UTC).isoformat()
     spec = EvalSpec(
-        created=datetime.now(UTC).isoformat(),
+        created=now,
         task=source,
         dataset=EvalDataset(name=source, samples=len({sample.id for sample in samples})),
         model=f"{SCORER}/{run}",
@@ -138,4 +140,5 @@ def log_of(samples: list[EvalSample], run: str, source: str) -> EvalLog:
         packages={"inspect_ai": inspect_ai.__version__},
     )
     results = EvalResults(total_samples=len(samples), completed_samples=len(right), scores=[score])
-    return EvalLog(status="success", eval=spec, results=results, samples=samples)
+    stats = EvalStats(started_at=now, completed_at=now)  # when it ran is in no record, and the viewer wants a number
+    return EvalLog(status="success", eval=spec, results=results, stats=stats, samples=samples)
