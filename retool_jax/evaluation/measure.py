@@ -83,17 +83,18 @@ async def draw(
     over = asyncio.Event()  # nothing will be added to them
     judge = asyncio.create_task(_judge(tokenizer, scored, over, take, reward, stream))
 
-    async with Service(engine, tools.at_once if tools else 0) as service:
+    service = Service(engine, tools.at_once if tools else 0)
 
-        def begin(pairs: Sequence[tuple[int, Sample]], again: bool = False) -> None:
-            dialogues = dialogues_of(engine, tokenizer, tools, [sample for _, sample in pairs], limits)
-            for (number, sample), dialogue in zip(pairs, dialogues, strict=True):
-                one = _UnderWay(number, sample, dialogue, again)
-                future = service.submit(dialogue, dialogue.sampling, dialogue.on_tokens)
-                future.add_done_callback(lambda done, one=one: ended.put_nowait((one, done.exception())))
-                under_way.add(dialogue)
+    def begin(pairs: Sequence[tuple[int, Sample]], again: bool = False) -> None:
+        dialogues = dialogues_of(engine, tokenizer, tools, [sample for _, sample in pairs], limits)
+        for (number, sample), dialogue in zip(pairs, dialogues, strict=True):
+            one = _UnderWay(number, sample, dialogue, again)
+            future = service.submit(dialogue, dialogue.sampling, dialogue.on_tokens)
+            future.add_done_callback(lambda done, one=one: ended.put_nowait((one, done.exception())))
+            under_way.add(dialogue)
 
-        try:
+    try:
+        async with service:
             while True:
                 if len(under_way) <= (chunk or 0):
                     begin(list(islice(left, chunk)))
@@ -115,15 +116,15 @@ async def draw(
                 if error:
                     one.dialogue.drop(f"{type(error).__name__}: {one_line(error)}")
                 scored.append((one.number, trajectories_of([one.dialogue], origin)[0]))
-        except BaseException:
-            if not stream:
-                scored.clear()
-            over.set()  # of a stream, what has ended by now is kept
-            await asyncio.wait([judge])
-            raise
-        finally:
-            for dialogue in under_way:
-                await dialogue.close()
+    except BaseException:
+        if not stream:
+            scored.clear()
+        over.set()  # of a stream, what has ended by now is kept
+        await asyncio.wait([judge])
+        raise
+    finally:
+        for dialogue in under_way:
+            await dialogue.close()
     statistics = service.take_statistics()
     over.set()
     await judge
