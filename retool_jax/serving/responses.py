@@ -97,7 +97,8 @@ class Responses:
             raise Refused(
                 400,
                 f"tools are {names_of(wish)}, and the previous response's prompt, which is kept, has"
-                f" {names_of(self.previous.wish)}; leave tools out, or send the whole conversation as input",
+                f" {names_of(self.previous.wish)}; leave tools and tool_choice out, or send the whole conversation as"
+                " input",
                 "tools",
             )
         return wish

@@ -286,7 +286,8 @@ def test_what_is_not_served_is_refused(serve, scripted):
             first = await client.ask(body(tools=[SHOUT], instructions="Be kind."), PATH)
             previous = {"previous_response_id": first["id"]}
             for fields, words in (
-                ({"tools": [CODE]}, "leave tools out"),
+                ({"tools": [CODE]}, "leave tools and tool_choice out"),
+                ({"tool_choice": "none"}, "leave tools and tool_choice out"),
                 ({"instructions": "Be brief."}, "instructions differ"),
                 ({"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]}, "waits for []"),
                 ({"input": []}, "input is empty"),
