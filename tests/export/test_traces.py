@@ -16,6 +16,7 @@ def sessions(folder) -> list[list[dict]]:
 
 
 def test_a_session_is_a_header_and_messages(run, tmp_path):
+    (tmp_path / "traces").mkdir()  # an empty folder is as good as none
     main([f"run={run}", f"out={tmp_path / 'traces'}", "format=traces", "step=0"])
     found = sessions(tmp_path / "traces")
     assert len(found) == 4 and len({header["id"] for header, *_ in found}) == 4
