@@ -82,4 +82,4 @@ def test_a_run_without_numbers_of_behaviour_has_its_other_curves(make_run, tmp_p
 def test_the_numbers_that_figures_show_and_these_tests_make_up_are_defined(make_run, tmp_path, undefined):
     (run,) = load_runs([make_run(tmp_path / "a", "python", 0)])
     assert undefined({name for record in run.records for name in record}) == set()
-    assert undefined({name for panel in PANELS for name in (panel.key, panel.dashed) if name}) == set()
+    assert undefined({name for panel in (*PANELS, *BEHAVIOUR) for name in (panel.key, panel.dashed) if name}) == set()

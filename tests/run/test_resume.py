@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.metrics import read_metrics, summary_rows, time_rows
+from retool_jax.report.behaviour import BEHAVIOUR
 from retool_jax.report.blocks import make_blocks
 from retool_jax.report.curves import PANELS, draw_panel
 from retool_jax.report.page import end_counts
@@ -31,7 +32,7 @@ def unbroken(train, tmp_path_factory) -> Path:
 def test_everything_that_the_report_draws_and_tells_is_written_by_a_run(unbroken):
     (cold_start,) = unbroken.parent.glob("cold-start-*")
     runs = dict(zip(("rl", "sft"), load_runs([unbroken, cold_start]), strict=True))
-    missing = [panel.title for panel in PANELS if draw_panel(panel, [runs[panel.kind]]) is None]
+    missing = [panel.title for panel in (*PANELS, *BEHAVIOUR) if draw_panel(panel, [runs[panel.kind]]) is None]
     assert missing == []
     run = runs["rl"]
     for key in ("accuracy", "accuracy_stderr", "greedy_accuracy"):
