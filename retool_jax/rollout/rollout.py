@@ -56,6 +56,7 @@ class Dialogue:
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
         self._kept, self._closes = Kept(), True
         self._versions: list[int] = []  # of the turn that is being drawn
+        self._text = ""  # of the last turn
         self._grammar = GRAMMARS[limits.grammar]
         self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
         if limits.answer_tokens:
@@ -85,6 +86,7 @@ class Dialogue:
         """Record a turn that was drawn."""
         self.trajectory.add("policy", ids, logprobs, self._versions)
         self._versions = []
+        self._text = self.trajectory.last_turn(self._tokenizer)
 
     @property
     def turn(self) -> list[int]:
@@ -106,7 +108,7 @@ class Dialogue:
         """Those of the last turn, in order."""
         if not self._tools:
             return []
-        calls = self._grammar.calls(self.trajectory.last_turn(self._tokenizer))
+        calls = self._grammar.calls(self._text)
         return [call.strict() for call in calls] if self._limits.strict_calls else calls
 
     def go_on(self) -> Coroutine[None, None, list[int] | None] | None:
@@ -115,7 +117,7 @@ class Dialogue:
             return self._run_out(End.TOKEN_LIMIT)
         calls = self.calls()
         if not calls:
-            boxed, _ = extract_boxed(self.trajectory.last_turn(self._tokenizer))
+            boxed, _ = extract_boxed(self._text)
             return self.end(End.NO_ANSWER if boxed is None else End.ANSWERED)
         return self._answer(self.turn, calls) if self.may_call else self._run_out(End.TURN_LIMIT)
 
@@ -132,8 +134,7 @@ class Dialogue:
     async def _answer(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
         """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
         turn, turn_start = self.trajectory.turns - 1, self.trajectory.segments[-1].start
-        text = self.trajectory.last_turn(self._tokenizer)
-        places = marking_ids(self._tokenizer, turn_ids, text, [call.start for call in calls])
+        places = marking_ids(self._tokenizer, turn_ids, self._text, [call.start for call in calls])
         outputs = []
         for call, place in zip(calls, places, strict=True):
             output = await self._tools.run(call, self._kept)
