@@ -18,7 +18,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Service
 from retool_jax.errors import one_line
 from retool_jax.evaluation.config import MOST_PROBLEMS, MOST_SAMPLES, EvaluationConfig
-from retool_jax.evaluation.numbers import summarise
+from retool_jax.evaluation.numbers import require_kept, summarise
 from retool_jax.files import replacing
 from retool_jax.metrics import METRICS_FILE, read_metrics
 from retool_jax.rollout.config import RewardConfig, RolloutConfig
@@ -240,7 +240,7 @@ async def evaluate(
         "split": split,
         **numbers,
         "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / kept)),
-        "greedy_accuracy": summarise(greedy, max_dropped)["accuracy"],
+        "greedy_accuracy": float(np.mean([t.verdict.correct for t in require_kept(greedy, max_dropped)])),
         **_val_names(split, sampled),
         "trajectories": str(path.relative_to(folder)),
         "perf/eval_s": statistics.total_s,

@@ -12,6 +12,24 @@ from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajecto
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
+def require_kept(trajectories: Sequence[Trajectory], max_dropped: float) -> list[Trajectory]:
+    """Those that the machinery has not dropped.
+
+    Raises:
+        UserError: it dropped more than that share.
+    """
+    kept = [t for t in trajectories if not t.dropped]
+    if 1 - len(kept) / len(trajectories) > max_dropped:
+        ends = Counter(t.end for t in trajectories)
+        faults = {t.end: f"{ends[t.end]} {t.end} ({t.fault})" for t in trajectories if t.dropped}
+        raise UserError(
+            f"{len(trajectories) - len(kept)} of {len(trajectories)} trajectories were dropped, a share above"
+            f" rl.max_dropped={max_dropped:g}: {', '.join(faults.values())}. That is no fault of the policy, and the"
+            " run's last checkpoint is good: mend the cause and start the same command again, or raise rl.max_dropped"
+        )
+    return kept
+
+
 def summarise(
     trajectories: Sequence[Trajectory],
     max_dropped: float,
@@ -28,16 +46,8 @@ def summarise(
     Raises:
         UserError: it dropped more, or there is no such classifier of purposes.
     """
-    kept = [t for t in trajectories if not t.dropped]
+    kept = require_kept(trajectories, max_dropped)
     ends = Counter(str(t.end) for t in trajectories)
-    dropped = 1 - len(kept) / len(trajectories)
-    if dropped > max_dropped:
-        faults = {t.end: f"{ends[t.end]} {t.end} ({t.fault})" for t in trajectories if t.dropped}
-        raise UserError(
-            f"{len(trajectories) - len(kept)} of {len(trajectories)} trajectories were dropped, a share above"
-            f" rl.max_dropped={max_dropped:g}: {', '.join(faults.values())}. That is no fault of the policy, and the"
-            " run's last checkpoint is good: mend the cause and start the same command again, or raise rl.max_dropped"
-        )
     uses = [use for t in kept for use in t.tool_uses]
     success = _share(uses, "success")
     written = [len(use.code) for use in uses if use.code]
@@ -55,7 +65,7 @@ def summarise(
         **_spread("turns", [t.turns for t in kept]),
         **_spread("calls", [len(t.tool_uses) for t in kept]),
         "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),
-        "dropped": dropped,
+        "dropped": 1 - len(kept) / len(trajectories),
         **{f"end/{end}": ends[end] for end in End},
         # Names that dashboards of other ReTool recipes know.
         "retool/tool_calls_per_sample": len(uses) / len(kept),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from retool_jax.engine.conversation import Statistics
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Service
-from retool_jax.evaluation.numbers import summarise
+from retool_jax.evaluation.numbers import require_kept
 from retool_jax.models.decoder import Params
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.sampler import Group, Sampler
@@ -109,7 +109,7 @@ class Collector:
             counts["refills"] = refills
             if len(found) == rl.prompts_per_step:
                 break
-            summarise([t for trajectories in drawn for t in trajectories], rl.max_dropped)
+            require_kept([t for trajectories in drawn for t in trajectories], rl.max_dropped)
         numbers = {f"groups/{name}": counts[name] for name in ("all_right", "all_wrong", "refills", "retried")}
         if rl.ahead:
             old, spans = zip(*ages or [(0, 0)], strict=True)
