@@ -149,6 +149,7 @@ class Progress:
         self._console = console or Console(highlight=False)
         self._every = math.ceil(total / PLAIN_LINES_PER_PHASE)
         self._first: tuple[int, float] | None = None
+        self._last = start  # step that was reported
         self._bar = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = LiveBar(
@@ -171,7 +172,7 @@ class Progress:
             self._bar.stop()
 
     def step(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """Report that `step` of `total` is done, with the numbers to show beside it."""
+        """Report that `step` of `total` is done, with the numbers to show beside it; several may be done at once."""
         now = time.monotonic()
         self._first = self._first or (step, now)
         left = seconds_left(self._first, (step, now), self._total)
@@ -180,8 +181,9 @@ class Progress:
             status += f"  {format_seconds(left)} left"
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
-        elif step % self._every == 0 or step == self._total:
+        elif step // self._every > self._last // self._every or step == self._total:
             self.say(f"{self._title} {step}/{self._total}  {status}")
+        self._last = step
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the bar."""

@@ -18,6 +18,7 @@ from retool_jax.errors import UserError
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, Segment, ToolUse, Trajectory
 
 SAMPLES = "samples.jsonl"
+RESULT = "result.json"  # what came of them, beside it
 
 
 class Done(NamedTuple):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retool_jax.errors import UserError
+from retool_jax.evaluation.store import SAMPLES
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.grammar import CODE_TOOL
 from retool_jax.tokens.shown import show_outputs, show_turn
 
-SAMPLES_FILE = "samples.jsonl"  # of an evaluation's folder
 GREEDY = "-greedy"  # how the names of files end whose trajectories were drawn greedily
 TOKENS = ("ids", "sampled", "logprobs", "versions")  # lists of numbers, one for each id
 NEEDED = ("id", "ids", "sampled", "logprobs", "segments", "tool_calls")
@@ -61,11 +61,11 @@ def files_of(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give that of a run or of an evaluation as run=DIR")
-    samples = folder / SAMPLES_FILE
+    samples = folder / SAMPLES
     found = sorted((folder / "trajectories").glob("*.jsonl")) + ([samples] if samples.is_file() else [])
     if not found:
         raise UserError(
-            f"{folder} holds no trajectories: neither trajectories/*.jsonl of a run nor {SAMPLES_FILE} of an"
+            f"{folder} holds no trajectories: neither trajectories/*.jsonl of a run nor {SAMPLES} of an"
             " evaluation; a run writes some at each evaluation (evaluation.every)"
         )
     return found
@@ -81,7 +81,7 @@ def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
     """
     found, there = 0, set()
     for path in files_of(folder):
-        redrawn = path.name == SAMPLES_FILE
+        redrawn = path.name == SAMPLES
         last = {values["id"]: number for number, values in _lines(path)} if redrawn else {}
         for number, values in _lines(path):
             if redrawn and last[values["id"]] != number:

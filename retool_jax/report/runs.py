@@ -9,12 +9,12 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError, one_line
+from retool_jax.evaluation.store import RESULT
 from retool_jax.fields import defaults_of, flatten_dict
 from retool_jax.metrics import METRICS_FILE, read_metrics
 from retool_jax.run.schema import TASKS
 
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
-RESULT_FILE, SAMPLES_FILE = "result.json", "samples.jsonl"  # of `retool_jax.evaluate`
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def with_defaults(config: dict) -> dict:
 
 
 def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
-    path, result = folder / METRICS_FILE, folder / RESULT_FILE
+    path, result = folder / METRICS_FILE, folder / RESULT
     if result.exists() and not path.exists():
         return Run(folder, [], {}, True, label, setting, config, _read_object(result))
     records = read_metrics(folder) if path.exists() else []

@@ -7,7 +7,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from retool_jax.errors import UserError
-from retool_jax.report.runs import SAMPLES_FILE, Run
+from retool_jax.evaluation.store import SAMPLES
+from retool_jax.report.runs import Run
 from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -74,7 +75,7 @@ def sources_of(runs: Sequence[Run]) -> list[Source]:
     found = []
     for number, run in enumerate(runs):
         evaluations = sorted((e for e in run.records if e["kind"] == "eval"), key=lambda e: e["step"])
-        names = [str(e["trajectories"]) for e in evaluations if e.get("trajectories")] or [SAMPLES_FILE]
+        names = [str(e["trajectories"]) for e in evaluations if e.get("trajectories")] or [SAMPLES]
         for path in (run.folder / name for name in dict.fromkeys(names)):
             found += [(number, path, False, None), (number, path.with_name(f"{path.stem}-greedy.jsonl"), True, None)]
         for path in sorted(run.folder.glob("rollouts/step-*.jsonl")):

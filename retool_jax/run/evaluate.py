@@ -19,7 +19,7 @@ from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.measure import draw, request_of
 from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.evaluation.results import Answered, compare, numbers_of, table
-from retool_jax.evaluation.store import Store
+from retool_jax.evaluation.store import RESULT, Store
 from retool_jax.files import replacing
 from retool_jax.metrics import Progress, format_percent
 from retool_jax.models.attention import resolve_kernel
@@ -43,7 +43,6 @@ from retool_jax.run.weights import load_weights, no_checkpoint, require_checkpoi
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
-RESULT = "result.json"
 ASKED = "asked.json"  # whose weights and which problems the samples are of
 PERFORMANCE = "perf.json"  # all that the clock decides, of the process that drew last
 
@@ -155,14 +154,13 @@ class Taking:
             records.append(trajectory.record(self._tokenizer, **self._about, group=problem, sample=sample))
         self._store.add(records)
         lost = [trajectory for _, trajectory in scored if trajectory.dropped]
-        before = self._kept
         self._dropped += len(lost)
         self._kept += len(scored) - len(lost)
         self._right += sum(record["correct"] for record in records)
         self._tokens += sum(sum(trajectory.sampled) for _, trajectory in scored)
         speed = self._tokens / (time.perf_counter() - self._began)
-        for kept in range(before + 1, self._kept + 1):  # each of them, for the lines of a log
-            self._bar.step(kept, {"accuracy": self._right / self._kept, "tokens/s": speed})
+        if self._kept:
+            self._bar.step(self._kept, {"accuracy": self._right / self._kept, "tokens/s": speed})
         if lost and self._dropped > self._max_dropped * self._total:
             raise UserError(
                 f"the machinery lost {self._dropped} of {self._total} samples, a share above evaluation.max_dropped="
