@@ -100,13 +100,24 @@ def table(numbers: Mapping, title: str | None = None) -> Table:
     recipe = numbers.get("recipe") or {}
     for column in ("mean ± standard error", "95 % interval", "problems", *(["verl's bootstrap"] if recipe else [])):
         shown.add_column(column, justify="right")
-    for name, fields in numbers.items():
-        if isinstance(fields, Mapping) and "stderr" in fields:
-            beside = format_percent(recipe.get(name.replace("pass@", "best@")))
-            interval = f"{100 * fields['low']:.1f} to {100 * fields['high']:.1f} %"
-            cells = [format_percent(fields["value"], fields["stderr"]), interval, f"{fields['problems']:,}"]
-            shown.add_row(name, *cells, *([beside] if recipe else []))
+    for name, *cells in rows_of(numbers):
+        beside = format_percent(recipe.get(name.replace("pass@", "best@")))
+        shown.add_row(name, *cells, *([beside] if recipe else []))
     return shown
+
+
+def rows_of(numbers: Mapping) -> list[tuple[str, str, str, str]]:
+    """Each estimate as (name, mean ± standard error, 95 % interval, problems), in per cent; other entries are left out."""
+    return [
+        (
+            name,
+            format_percent(fields["value"], fields["stderr"]),
+            f"{100 * fields['low']:.1f} to {100 * fields['high']:.1f} %",
+            f"{fields['problems']:,}",
+        )
+        for name, fields in numbers.items()
+        if isinstance(fields, Mapping) and "stderr" in fields
+    ]
 
 
 def _fields(estimate: Estimate, problems: int) -> dict[str, float | int | None]:

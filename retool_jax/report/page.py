@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from retool_jax.errors import UserError
+from retool_jax.evaluation.results import rows_of
 from retool_jax.fields import flatten_dict, split_words
 from retool_jax.files import replacing
 from retool_jax.metrics import format_percent, format_seconds, format_value, summary_rows, summary_title, time_rows
@@ -143,25 +144,11 @@ def times_table(runs: Sequence[Run]) -> dict | None:
 
 
 def result_tables(result: dict) -> tuple[list[tuple], list[tuple]]:
-    """An evaluation's estimates as (name, mean ± standard error, 95 % interval, problems), and what else it counted."""
-    numbers = result.get("numbers") or {}
-    estimates = {name: one for name, one in numbers.items() if isinstance(one, dict) and "stderr" in one}
-    rows = [
-        (
-            name,
-            format_percent(one["value"], one["stderr"]),
-            _from_to(one.get("low"), one.get("high")),
-            one.get("problems"),
-        )
-        for name, one in estimates.items()
-    ]
+    """An evaluation's estimates, as `rows_of` has them, and what else it counted."""
     others = {key: result.get(key) for key in ("set", "samples", "dropped", "strict_differs", "trajectories")}
     flat = flatten_dict(others)
-    return rows, [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
-
-
-def _from_to(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"
+    counted = [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
+    return rows_of(result.get("numbers") or {}), counted
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
