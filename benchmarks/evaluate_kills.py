@@ -11,32 +11,16 @@ JSON; the exit code is 1 where a result differs by a byte. Other words go to bot
 import json
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from kills import run_killed
 
 
 def lines_in(folder: Path) -> int:
     path = folder / "samples.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def run_killed(command: list[str], log: Path, now: Callable[[float], bool] = lambda seconds: False) -> bool:
-    """Whether it was killed, when `now` said so of the seconds since its start, before it ended by itself."""
-    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
-        began = time.monotonic()
-        while process.poll() is None:
-            if now(time.monotonic() - began):
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return True
-            time.sleep(0.01)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with code {process.returncode}; see {log}")
-    return False
 
 
 def moment(folder: Path, draw: random.Random, total: int) -> Callable[[float], bool]:
