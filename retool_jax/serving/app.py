@@ -59,7 +59,7 @@ def build_app(server: Server, token: str = "") -> Starlette:
                 response = Response(status_code=CLOSED_REQUEST)
             except RecursionError:
                 response = refusal(Refused(400, "the body is nested too deeply; send a flatter one"))
-            except Exception:
+            except Exception:  # a fault of the server's own, which ends no other request
                 logger.exception("a request failed")
                 response = refusal(Refused(503, "the request failed by a fault of the server, which its log tells"))
             server.metrics.requests[path, response.status_code] += 1
