@@ -107,7 +107,7 @@ def table(numbers: Mapping, title: str | None = None) -> Table:
 
 
 def rows_of(numbers: Mapping) -> list[tuple[str, str, str, str]]:
-    """Each estimate as (name, mean ± standard error, 95 % interval, problems), in per cent; other entries are left out."""
+    """Each estimate as (name, mean ± standard error, 95 % interval, problems), in per cent, without other entries."""
     return [
         (
             name,
