@@ -1,8 +1,8 @@
 """Grouped-query attention and rotary positions, as pure functions.
 
-`attend` is the plain form, which every other kernel is tested against. Packed rows go through `packed_attention`,
-which runs the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, the plain form elsewhere. Tokens behind
-a cache go through `paged_attention` (ragged on TPU) or, one at a time, through `row_attention`.
+`attend` is the plain form, which every kernel is tested against. Packed rows go through `packed_attention`, which runs
+the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, blocks of plain products (`blocks.py`) elsewhere.
+Tokens behind a cache go through `paged_attention` (ragged on TPU) or, one at a time, through `row_attention`.
 """
 
 import math
@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
+from retool_jax.models.blocks import blocked_attention
 from retool_jax.models.cache import Rows, read_pages, write_pages, write_row
 from retool_jax.models.config import ModelConfig
 
@@ -57,7 +58,7 @@ def resolve_kernel(config: ModelConfig, backend: str) -> str:
     """The attention kernel of packed rows on a backend (cpu, gpu or tpu): xla, splash or cudnn.
 
     `attention_kernel=auto` takes the backend's own kernel where that is exact for the model's dtype and head size,
-    and the plain form (xla) elsewhere.
+    and blocks of plain products (xla) elsewhere.
 
     Raises:
         UserError: the kernel that the config names cannot run there.
@@ -92,25 +93,32 @@ def packed_attention(
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Causal attention within the segments of packed rows, as a function of (q [B,T,N,H], k and v [B,T,K,H]).
 
-    What all layers share is made here, once. Under a mesh the fused kernels run on each device's own rows and heads;
-    `interpret` runs splash without a TPU, which is for tests.
+    A segment is a run of neighbours with one number. What all layers share is made here, once. Under a mesh kernels run
+    on each device's own rows and heads; `interpret` runs splash without a TPU, which is for tests.
     """
-    if kernel == "xla":
-        mask_BTT = packed_mask(segments_BT)
-        return lambda q, k, v: attend(q, k, v, mask_BTT)
+    rows_BT = segment_starts(segments_BT) if kernel == "xla" else segments_BT
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return _cudnn(q, k, v, segments) if kernel == "cudnn" else _splash(q, k, v, segments, interpret)
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> jax.Array:
+        if kernel == "xla":
+            return blocked_attention(q, k, v, rows, current_backend() == "cpu")
+        return _cudnn(q, k, v, rows) if kernel == "cudnn" else _splash(q, k, v, rows, interpret)
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if jax.sharding.get_abstract_mesh().empty:
-            return local(q, k, v, segments_BT)
+            return local(q, k, v, rows_BT)
         rows = meshes.spec("batch", "length")
         queries, keys = (meshes.spec("batch", "length", heads, "head_dim") for heads in ("heads", "kv_heads"))
         split = jax.shard_map(local, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
-        return split(q, k, v, segments_BT)
+        return split(q, k, v, rows_BT)
 
     return apply
+
+
+def segment_starts(segments_BT: jax.Array) -> jax.Array:
+    """Where each token's segment begins in its row, [B,T] int32: the first key that a query sees."""
+    before = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
+    places = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    return jax.lax.cummax(jnp.where(segments_BT != before, places, 0), axis=1)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:

@@ -1,0 +1,152 @@
+"""Causal attention of packed rows in blocks of plain products, for any backend without a kernel of its own.
+
+Scores exist for one block of queries and one of keys at a time, forwards and backwards (arXiv 2205.14135, algorithm 1,
+and 2307.08691, algorithm 2): blocks that no query sees are not visited, and nothing has the size of T x T. Products have
+their batch dimensions in front, which is the form that XLA's CPU backend does not copy.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+CPU_BLOCK, BLOCK = 64, 512  # queries and keys at a time
+CPU_SCORES = 1 << 16  # of all heads and rows at a time: with what is made of them they stay in a core's cache
+UNSEEN = jnp.finfo(jnp.float32).min
+
+
+def blocked_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_BT: jax.Array, on_cpu: bool = True
+) -> jax.Array:
+    """What `attention.attend` gives where query t sees the keys from `starts`[t] to t of its row; [B,T,N,H]."""
+    B, T, N, H = q_BTNH.shape
+    count = -(-T // (CPU_BLOCK if on_cpu else BLOCK))
+    block = -(-T // (8 * count)) * 8  # even parts, in whole vectors
+    padding = count * block - T
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+    starts = jnp.pad(starts_BT, ((0, 0), (0, padding)), constant_values=T)
+    most = max(CPU_SCORES // (N * block * block), 1) if on_cpu else B
+    rows = next(size for size in range(min(most, B), 0, -1) if B % size == 0)
+
+    def visit(group: tuple[jax.Array, ...]) -> jax.Array:
+        return _attend(block, *group)
+
+    if rows == B:
+        mixed = visit((q, k, v, starts))
+    else:
+        groups = [x.reshape(B // rows, rows, *x.shape[1:]) for x in (q, k, v, starts)]
+        mixed = jax.lax.map(visit, groups).reshape(q.shape)
+    return mixed[:, :T]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(block: int, q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array) -> jax.Array:
+    return _forward(block, q, k, v, starts)[0]
+
+
+def _forward(
+    block: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_BT: jax.Array
+) -> tuple[jax.Array, tuple]:
+    """The attention, and for the gradient what it was made of and the logarithm of each softmax's denominator."""
+    q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
+    B, K, G, T, H = q.shape
+
+    def of_queries(i: jax.Array, made: tuple) -> tuple:
+        mixed_all, denominators = made
+        q_i, seen = _part(q, i, block, 3), partial(_seen, starts_BT, block, i)
+
+        def of_keys(j: jax.Array, carry: tuple) -> tuple:
+            mixed, highest, total = carry
+            scores = jnp.where(seen(j), _scores(q_i, _part(k, j, block, 2)), UNSEEN)
+            new = jnp.maximum(highest, scores.max(-1, keepdims=True))
+            weights, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
+            part = _product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), _part(v, j, block, 2))
+            return mixed * shrunk + part, new, total * shrunk + weights.sum(-1, keepdims=True)
+
+        column = jnp.zeros((B, K, G, block, 1))
+        carry = jnp.zeros((B, K, G, block, H)), column + UNSEEN, column
+        mixed, highest, total = jax.lax.fori_loop(_first(starts_BT, block, i), i + 1, of_keys, carry)
+        mixed_all = _put(mixed_all, (mixed / total).astype(q.dtype), i, block, 3)
+        return mixed_all, _put(denominators, highest + jnp.log(total), i, block, 3)
+
+    made = jnp.zeros_like(q), jnp.zeros((B, K, G, T, 1))
+    mixed, denominators = jax.lax.fori_loop(0, T // block, of_queries, made)
+    mixed_BTNH = mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    return mixed_BTNH, (q_BTNH, k_BTKH, v_BTKH, starts_BT, mixed_BTNH, denominators)
+
+
+def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
+    """Gradients of q, k and v. Those of keys and values are added up as [H,T], so that no block of scores is turned."""
+    q_BTNH, k_BTKH, v_BTKH, starts_BT, mixed_BTNH, denominators = kept
+    q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
+    gradient, mixed = (_queries_first(x, k.shape[1]) for x in (gradient_BTNH, mixed_BTNH))
+    (B, K, G, T, H), scale = q.shape, q.shape[-1] ** -0.5
+    # The softmax's gradient is weight x (gradient - sum of weight x gradient), and that sum is this product.
+    sums = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), -1, keepdims=True)
+
+    def of_queries(i: jax.Array, made: tuple) -> tuple:
+        dq, dk, dv = made
+        q_i, gradient_i, sums_i, denominators_i = (_part(x, i, block, 3) for x in (q, gradient, sums, denominators))
+
+        def of_keys(j: jax.Array, carry: tuple) -> tuple:
+            dq_i, dk, dv = carry
+            k_j, v_j = _part(k, j, block, 2), _part(v, j, block, 2)
+            scores = _scores(q_i, k_j) - denominators_i
+            weights = jnp.where(_seen(starts_BT, block, i, j), jnp.exp(scores), 0.0)
+            d_weights = _product("BKGTH,BKSH->BKGTS", gradient_i, v_j)
+            d_scores = (weights * (d_weights - sums_i) * scale).astype(q.dtype)
+            dk_j = _product("BKGTS,BKGTH->BKHS", d_scores, q_i)
+            dv_j = _product("BKGTS,BKGTH->BKHS", weights.astype(v.dtype), gradient_i)
+            dk = _put(dk, _part(dk, j, block, 3) + dk_j, j, block, 3)
+            dv = _put(dv, _part(dv, j, block, 3) + dv_j, j, block, 3)
+            return dq_i + _product("BKGTS,BKSH->BKGTH", d_scores, k_j), dk, dv
+
+        carry = jnp.zeros((B, K, G, block, H)), dk, dv
+        dq_i, dk, dv = jax.lax.fori_loop(_first(starts_BT, block, i), i + 1, of_keys, carry)
+        return _put(dq, dq_i.astype(q.dtype), i, block, 3), dk, dv
+
+    made = jnp.zeros_like(q), jnp.zeros((B, K, H, T)), jnp.zeros((B, K, H, T))
+    dq, dk, dv = jax.lax.fori_loop(0, T // block, of_queries, made)
+    dq_BTNH = dq.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    return dq_BTNH, *(x.transpose(0, 3, 1, 2).astype(k.dtype) for x in (dk, dv)), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _queries_first(x_BTNH: jax.Array, K: int) -> jax.Array:
+    """[B,K,G,T,H]: the queries of each key head together."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_first(x_BTKH: jax.Array) -> jax.Array:
+    return x_BTKH.transpose(0, 2, 1, 3)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    return _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * q_BKGTH.shape[-1] ** -0.5
+
+
+def _part(x: jax.Array, i: jax.Array, block: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
+
+
+def _put(x: jax.Array, part: jax.Array, i: jax.Array, block: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, i * block, axis)
+
+
+def _first(starts_BT: jax.Array, block: int, i: jax.Array) -> jax.Array:
+    """The first block of keys that queries of block i see in any row: none of them sees farther than the first one."""
+    return jnp.min(jax.lax.dynamic_index_in_dim(starts_BT, i * block, 1)) // block
+
+
+def _seen(starts_BT: jax.Array, block: int, i: jax.Array, j: jax.Array) -> jax.Array:
+    """Which keys of block j queries of block i see, [B,1,1,T,S]."""
+    queries, keys = i * block + jnp.arange(block)[:, None], j * block + jnp.arange(block)
+    seen_BTS = (keys <= queries) & (keys >= _part(starts_BT, i, block, 1)[:, :, None])
+    return seen_BTS[:, None, None]
