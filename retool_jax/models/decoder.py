@@ -5,6 +5,7 @@ Modules declare weights by their logical axes and say how they compute. Everywhe
 layer lie side by side whatever module holds them, and those of all layers are stacked on a leading L axis.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -95,16 +96,14 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
         """`mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
         c, cast = self.config, _cast(self.config)
-        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, cast(self.q))
-        k = jnp.einsum("BTD,DKH->BTKH", x_BTD, cast(self.k))
-        v = jnp.einsum("BTD,DKH->BTKH", x_BTD, cast(self.v))
+        q, k, v = (_product(x_BTD, cast(weight)) for weight in (self.q, self.k, self.v))
         if c.qkv_bias:
             q, k, v = q + cast(self.q_bias), k + cast(self.k_bias), v + cast(self.v_bias)
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed_BTNH, cache = mix(rotate(q, turn), rotate(k, turn), v)
-        return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, cast(self.o)), cache
+        return _product(mixed_BTNH, cast(self.o)), cache
 
 
 class MLP(nnx.Module):
@@ -119,7 +118,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cast = _cast(self.config)
-        return (jax.nn.silu(x_BTD @ cast(self.gate)) * (x_BTD @ cast(self.up))) @ cast(self.down)
+        gate, up = (_product(x_BTD, cast(weight)) for weight in (self.gate, self.up))
+        return _product(jax.nn.silu(gate) * up, cast(self.down))
 
 
 class Block(nnx.Module):
@@ -191,6 +191,17 @@ class Decoder(nnx.Module):
             carry, _ = jax.lax.scan(REMAT[c.remat](body), carry, (stacks, jnp.arange(c.num_layers)))
         x_BTD, cache = carry
         return rms_norm(x_BTD, self.final_norm[...], c.rms_norm_eps), cache
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Activations [B,T,...] times a weight that begins with their inner axes.
+
+    As one list of tokens: of [B,T,D] XLA's CPU backend makes transposed copies for the gradient of the weight.
+    """
+    B, T = x.shape[:2]
+    inner = x.ndim - 2
+    flat = x.reshape(B * T, -1) @ weight.reshape(math.prod(weight.shape[:inner]), -1)
+    return flat.reshape(B, T, *weight.shape[inner:])
 
 
 def _cast(config: ModelConfig) -> Callable[[Weight], jax.Array]:
