@@ -45,7 +45,7 @@ def ours(options: dict, temperature: float) -> Callable[[], int]:
         head_dim=MODEL["head_dim"],
     )
     rows, room = options["rows"], options["prompt"] + options["new"]
-    config = EngineConfig(slots=rows, max_length=room, decode_steps=32, chunk_rows=rows)
+    config = EngineConfig(slots=rows, max_length=room, decode_steps=32)
     engine = Engine(model, config, init_params(model, jax.random.key(0)), make_mesh(MeshConfig()), [], seed=0)
     engine.warm_up()
     ids = prompts(options)

@@ -7,6 +7,8 @@
   3,400 and 49,600; `of_ideal` compares the two ratios.
 - `fork`: one prompt for a group of 16, forked, against 16 prefills.
 - `fused`: decode of 32 steps a dispatch against one step a dispatch.
+- `rollout`: 4 prompts of 261 tokens for groups of 8, 4 turns of 36 sampled tokens with answers of 29: CPU seconds of
+  the start and of the rollout, and which share of the places that were written was padding.
 - `tools`: tokens per second and fill with tools that take 0, 0.1, 1 and 5 s, with twice as many trajectories as slots.
 
 `scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`): ratios hold,
@@ -72,7 +74,7 @@ def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, sampled, tool = (round(n * scale) for n in (PROMPT, SAMPLED, TOOL))
     length = prompt + TURNS * (sampled + tool)
     reads = [round(scale * n) for n in (2048, 4096, 6144, 8192, 10240)]
-    engine = make_engine(model, slots=1, max_length=length, chunk_rows=1, decode_steps=1, read_buckets=tuple(reads))
+    engine = make_engine(model, slots=1, max_length=length, decode_steps=1, read_buckets=tuple(reads))
 
     def live() -> float:
         engine.free(0)
@@ -106,8 +108,7 @@ def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
 
 def fork(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, group = tokens(round(1000 * scale)), 16
-    sizes = {"slots": group, "max_length": len(prompt) + 16, "chunk_rows": group, "decode_steps": 1}
-    engine = make_engine(model, **sizes, row_buckets=(1,))  # one prompt is not padded to a chunk of sixteen
+    engine = make_engine(model, slots=group, max_length=len(prompt) + 16, decode_steps=1)
     rows = list(range(group))
 
     def clear() -> None:
@@ -134,7 +135,7 @@ def fork(model: ModelConfig, scale: float, repeats: int) -> dict:
 
 def fused(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, drawn = tokens(64), max(round(192 * scale) // 32 * 32, 32)
-    engine = make_engine(model, slots=32, max_length=len(prompt) + drawn + 1, chunk_rows=32, decode_steps=32)
+    engine = make_engine(model, slots=32, max_length=len(prompt) + drawn + 1, decode_steps=32)
     rows = list(range(32))
 
     def rate(steps: int) -> float:
@@ -162,6 +163,7 @@ class Trajectory:
     latency_s: float
     turn: int
     turns: int = 3
+    answer: int = 20  # tokens
     prompt: list[int] = field(default_factory=lambda: tokens(64))
     temperature: float = 1.0
     cancelled: bool = False
@@ -181,14 +183,30 @@ class Trajectory:
 
     async def _tool(self) -> list[int]:
         await asyncio.sleep(self.latency_s)
-        return tokens(20)
+        return tokens(self.answer)
+
+
+def rollout(model: ModelConfig, repeats: int) -> dict:
+    prompts = [tokens(261 + group)[:261] for group in range(4)]
+    engine = make_engine(model, slots=32, max_length=512)
+    began = time.process_time()
+    engine.warm_up()
+    numbers = {"warm_up_cpu_s": round(time.process_time() - began, 1)}
+    spent = []
+    for _ in range(repeats + 1):  # the first one is not like the others
+        began = time.process_time()
+        group = [Trajectory(i, 0.0, 36, turns=4, answer=29, prompt=prompts[i // 8]) for i in range(32)]
+        stats = asyncio.run(converse(engine, group))
+        spent.append(time.process_time() - began)
+    numbers |= {"cpu_s": round(min(spent[1:]), 2), "written": stats.written_tokens, "places": stats.written_places}
+    return numbers | {"waste": round(stats.write_waste, 3)}
 
 
 def tools(model: ModelConfig, scale: float) -> list[dict]:
     slots, turn = 16, max(round(256 * scale), 8)
     length = 64 + 3 * (turn + 20)
     pages = 2 * slots * -(-length // 16)  # those that wait for a tool keep theirs
-    engine = make_engine(model, slots=slots, max_length=length, chunk_rows=16, page_size=16, pages=pages, tool_lag=-1)
+    engine = make_engine(model, slots=slots, max_length=length, page_size=16, pages=pages, tool_lag=-1)
 
     def run(latency: float) -> Statistics:
         return asyncio.run(converse(engine, [Trajectory(i, latency * scale, turn) for i in range(2 * slots)]))
@@ -214,6 +232,7 @@ def main(words: list[str]) -> None:
         "live_cache": live_cache(model, scale, repeats),
         "fork": fork(model, scale, repeats),
         "fused": fused(model, scale, repeats),
+        "rollout": rollout(model, repeats),
         "tools": tools(model, scale),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,

@@ -53,7 +53,7 @@ def drawn(engine: Engine, prompt: list[int], rows: int, length: int) -> list[tup
 def measure(model: ModelConfig, params: Params, rows: int, length: int) -> dict[str, float]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     prompt = np.random.default_rng(0).integers(1, model.real_vocab or model.vocab_size, 64).tolist()
-    config = EngineConfig(slots=rows, max_length=len(prompt) + length + 1, chunk_rows=rows)
+    config = EngineConfig(slots=rows, max_length=len(prompt) + length + 1)
     samples = drawn(Engine(model, config, params, mesh, [], seed=0), prompt, rows, length)
     examples = [Example(prompt + ids, [False] * len(prompt) + [True] * length) for ids, _ in samples]
     scorer = Scorer(Outputs(model, ("logprobs",)), mesh, len(prompt) + length, 4, -(-rows // 4))

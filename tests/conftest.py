@@ -220,7 +220,7 @@ def make_engine(model, params, mesh, tokenizer):
     """Build an engine on one device: `make_engine(slots=4, seed=7)`."""
 
     def make(seed: int = 0, stop_ids: Sequence[int] | None = None, **config) -> Engine:
-        sizes = {"slots": 4, "max_length": 96, "decode_steps": 8, "chunk_rows": 4} | config
+        sizes = {"slots": 4, "max_length": 96, "decode_steps": 8} | config
         stops = tokenizer.stop_ids if stop_ids is None else stop_ids
         return Engine(model, EngineConfig(**sizes), params, mesh, stops, seed)
 

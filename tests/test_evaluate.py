@@ -48,7 +48,7 @@ def words(weights, problems) -> list[str]:
     return [
         *("config=eval", "tools=none", f"init_from={weights}", "tokenizer=miniature", "rollout.max_prompt_tokens=60"),
         *(f"data.source={problems}", "data.question=frage", "data.answer=lösung", "data.id=nr"),
-        *("evaluation.problems=0", "evaluation.samples=3", "engine.slots=4", "engine.chunk_rows=4"),
+        *("evaluation.problems=0", "evaluation.samples=3", "engine.slots=4"),
     ]
 
 

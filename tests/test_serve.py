@@ -17,7 +17,7 @@ from retool_jax.run.load import load
 from retool_jax.tokens.tokenizer import MINIATURE
 
 SMALL = ["sandbox.backend=[process]", "sandbox.slots=1", "engine.slots=2", "engine.max_length=64", "engine.pages=8"]
-SMALL += ["rollout.max_prompt_tokens=40", "engine.chunk_rows=1", "engine.decode_steps=2", "engine.token_buckets=[64]"]
+SMALL += ["rollout.max_prompt_tokens=40", "engine.decode_steps=2", "engine.token_buckets=[64]"]
 
 
 def error_of(main, *words: str) -> str:

@@ -73,7 +73,8 @@ class Layouts(NamedTuple):
 
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig, mesh: Mesh) -> "Layouts":
-        kernel = resolve_cache_kernel(model, mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
+        kernel = resolve_cache_kernel(model, platform)
         weights, everywhere = param_shardings(model, mesh), meshes.replicated(mesh)
         parts = row_parts(mesh)
         batch = "batch" if parts > 1 and config.slots % parts == 0 else None
@@ -85,7 +86,7 @@ class Layouts(NamedTuple):
         pool = meshes.sharding(mesh, None, None, "kv_heads", "head_dim")
         by_row = meshes.sharding(mesh, batch) if batch else everywhere
         state = EngineState(pool, *[by_row] * 5, Sampling(*[by_row] * 3))
-        return cls(sizes(config, kernel), state, rows, weights, everywhere)
+        return cls(sizes(config, kernel, platform, parts), state, rows, weights, everywhere)
 
 
 def row_parts(mesh: Mesh) -> int:
@@ -129,7 +130,7 @@ class Programs:
     init_state: Callable[[], EngineState]
     init_rows: Callable[[int], Rows]  # of so many tokens
     decode: Program[..., tuple[EngineState, Rows | None, jax.Array, jax.Array]]
-    extend: Program[..., tuple[EngineState, jax.Array]]
+    extend: tuple[Program[..., tuple[EngineState, jax.Array]], ...]  # one for each size of a block
     copy_rows: Program[[EngineState, np.ndarray], EngineState]
     place_row: Program[[EngineState, jax.Array, np.ndarray], EngineState]
     copy_pages: Program[[EngineState, np.ndarray, np.ndarray], EngineState]
@@ -139,7 +140,6 @@ class Programs:
         sizes, state, rows, _, everywhere = layouts
         mesh = everywhere.mesh
         decode = partial(decode_steps, model, config.decode_steps, tuple(stop_ids), mesh.shape["tp"])
-        extend = partial(extend_rows, model, row_parts(mesh))
         empty_state = partial(init_engine_state, model, config.slots, sizes.pages, sizes.page_size)
         empty_rows = jax.jit(partial(init_rows, model, config.slots), static_argnums=0, out_shardings=rows)
 
@@ -150,7 +150,10 @@ class Programs:
             init_state=jax.jit(empty_state, out_shardings=state),
             init_rows=empty_rows,
             decode=program(decode, (state, rows, everywhere, everywhere), donated=(0, 1)),
-            extend=program(extend, (state, everywhere)),
+            extend=tuple(
+                program(partial(extend_rows, model, row_parts(mesh), some), (state, everywhere))
+                for some in sizes.at_once
+            ),
             copy_rows=program(copy_rows, state),
             place_row=program(place_row, state),
             copy_pages=program(partial(copy_state_pages, model.num_layers), state),

@@ -83,6 +83,8 @@ class Statistics:
     prefilled_tokens: int = 0  # of prompts; a group's is written once
     appended_tokens: int = 0  # of tools' answers
     rewritten_tokens: int = 0  # of rows that gave up their pages and came back
+    written_tokens: int = 0  # of all these, and the last one of each turn
+    written_places: int = 0  # that the model was run on for them, padding included
     row_steps: int = 0  # slots x decode steps: decoded / row_steps is the fill
     decode_s: float = 0.0  # waiting for the device
     tool_wait_s: float = 0.0  # the device had nothing to do but wait for tools
@@ -98,6 +100,11 @@ class Statistics:
     def fill(self) -> float:
         """Share of the decode steps' rows that drew a token."""
         return self.decoded_tokens / max(self.row_steps, 1)
+
+    @property
+    def write_waste(self) -> float:
+        """Share of the places that were written from known tokens, and were padding."""
+        return 1.0 - self.written_tokens / self.written_places if self.written_places else 0.0
 
     @property
     def tool_hidden(self) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from retool_jax.engine.compiled import Layouts, Program, Programs, decode_mesh
-from retool_jax.engine.config import EngineConfig, bucket, calls
+from retool_jax.engine.config import FILLED, EngineConfig, bucket, calls
 from retool_jax.engine.pages import OutOfPages, Pages
 from retool_jax.engine.programs import CHANGES
 from retool_jax.engine.turns import STOPS, Drawn, Parked, Prefix, Turn, Turns
@@ -37,6 +37,8 @@ class Engine:
         mesh: the engine's own devices, of those of the mesh that it was given (`decode_mesh`).
         pages: who owns which pages of the cache.
         weights: its own copy, in its layout.
+        written: tokens that were given to `append` and `write_prefix`, up to now.
+        places: that the model was run on for them, padding included.
         version: of the weights. `update_params` counts it on; whoever knows a better beginning than 0 may set it.
     """
 
@@ -51,6 +53,7 @@ class Engine:
         self.sizes = self.layouts.sizes
         self.pages = Pages(self.sizes.pages, self.sizes.page_size)
         self.version = 0
+        self.written = self.places = 0
         self._programs = Programs.of(model, config, self.layouts, stop_ids)
         self._adopt = make_adopt(model, self.layouts, mesh)
         self._let_go: deque[Hashable] = deque()  # names of prefixes, from any thread
@@ -98,15 +101,12 @@ class Engine:
 
         for reads in sizes.reads:
             programs.decode.form(*self._decode_arguments(0, reads, np.zeros(slots, bool)))
-            longest = bucket(min(reads * sizes.page_size, sizes.tokens[-1]), sizes.tokens)
-            for tokens, row_sizes in zip(sizes.tokens, sizes.rows, strict=True):
-                for rows in row_sizes if tokens <= longest else ():
-                    programs.extend.form(
-                        self._state, self.weights, ints(rows, tokens), ints(rows, 3), ints(rows, reads)
-                    )
+            for extend, tokens, rows in zip(programs.extend, sizes.tokens, sizes.rows, strict=True):
+                if tokens == sizes.tokens[0] or FILLED * tokens <= reads * sizes.page_size:
+                    extend.form(self._state, self.weights, ints(rows, tokens), ints(rows, 3), ints(rows, reads))
         programs.copy_rows.form(self._state, ints(2, slots))
         programs.copy_pages.form(self._state, ints(2, slots), ints())
-        for rows in {rows for row_sizes in sizes.rows for rows in row_sizes}:
+        for rows in set(sizes.rows):
             hidden = jax.ShapeDtypeStruct((rows, self.model.hidden_size), self.model.compute_dtype)
             programs.place_row.form(self._state, hidden, ints(3))
 
@@ -124,7 +124,7 @@ class Engine:
     # --- rows ---
 
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Write tokens behind what rows hold, which parks them until `start`; long lists are written in pieces.
+        """Write tokens behind what rows hold, which parks them until `start`.
 
         Raises:
             OutOfPages: the cache cannot hold them; nothing was written.
@@ -370,29 +370,25 @@ class Engine:
         reaches = [start + len(ids) for start, ids in zip(starts, tokens, strict=True)]
         self._take_pages(names, starts, reaches, starts)
         found: list = [None] * len(names)
-        piece = self.sizes.tokens[-1]
-        left = list(range(len(names)))
-        done = 0
-        while left:
-            pieces = {i: tokens[i][done : done + piece] for i in left}
-            for call in calls(self.sizes, [len(pieces[i]) for i in left]):
-                padded = np.zeros((call.rows, call.tokens), np.int32)
-                where = np.zeros((call.rows, 3), np.int32)
-                where[:, 2] = self.config.slots  # no such row: dropped
-                part = [left[member] for member in call.members]
-                for place, i in enumerate(part):
-                    ids = pieces[i]
-                    padded[place, : len(ids)] = ids
-                    where[place] = starts[i] + done, len(ids), slots[i]
-                width = bucket(self.pages.pages_for(int((where[:, 0] + where[:, 1]).max())), self.sizes.reads)
-                table = np.zeros((call.rows, width), np.int32)
-                table[: len(part)] = self.pages.table([names[i] for i in part], width)
-                arguments = self._state, self.weights, padded, where, table
-                self._state, hidden = self._run(self._programs.extend, *arguments)
-                for place, i in enumerate(part):
-                    found[i] = hidden, place
-            done += piece
-            left = [i for i in left if len(tokens[i]) > done]
+        for size, blocks in calls(self.sizes, [len(ids) for ids in tokens]):
+            rows = self.sizes.rows[size]
+            padded = np.zeros((rows, self.sizes.tokens[size]), np.int32)
+            where = np.zeros((rows, 3), np.int32)
+            where[:, 2] = self.config.slots  # no such row: dropped
+            for place, (i, start, count) in enumerate(blocks):
+                padded[place, :count] = tokens[i][start : start + count]
+                last = start + count == len(tokens[i])
+                where[place] = starts[i] + start, count, slots[i] if last else self.config.slots
+            width = bucket(self.pages.pages_for(int((where[:, 0] + where[:, 1]).max())), self.sizes.reads)
+            table = np.zeros((rows, width), np.int32)
+            table[: len(blocks)] = self.pages.table([names[block.text] for block in blocks], width)
+            arguments = self._state, self.weights, padded, where, table
+            self._state, hidden = self._run(self._programs.extend[size], *arguments)
+            some = self.sizes.at_once[size]
+            self.written += int(where[:, 1].sum())
+            self.places += -(-len(blocks) // some) * some * self.sizes.tokens[size]
+            for place, block in enumerate(blocks):
+                found[block.text] = hidden, place
         return found
 
     def _take_pages(

@@ -136,6 +136,7 @@ def decode_steps(
 def extend_rows(
     model: ModelConfig,
     parts: int,
+    at_once: int,
     state: EngineState,
     params: Params,
     tokens_bT: jax.Array,
@@ -144,14 +145,27 @@ def extend_rows(
 ) -> tuple[EngineState, jax.Array]:
     """Write known tokens behind the first `start` of some rows and park them: a prompt, or what the environment said.
 
-    `where` has start, count and slot of each row; a slot that does not exist is a prefix outside the slots, or
-    padding with a count of 0. `parts` is the number of devices that the rows are dealt out to, where they divide.
-    Returns the state and the rows' last hidden states [b,D].
+    `where` has start, count and slot of each block of tokens; a slot that does not exist is a prefix outside the
+    slots, or a block that others of its row follow. Real blocks stand first, padding has a count of 0. `at_once` of
+    them go through the model together, a divisor of b, so those that are not there cost nothing and a row's numbers do
+    not depend on how many others a call has. `parts` is the number of devices that they are dealt out to.
+    Returns the state and the blocks' last hidden states [b,D].
     """
-    if parts > 1 and tokens_bT.shape[0] % parts == 0:
-        tokens_bT = meshes.constrain(tokens_bT, "batch", "length")
     start_b, count_b, slot_b = where_b3.T
-    cache, hidden_bD = decoder.extend(model, params, state.cache, tokens_bT, start_b, count_b, table_bP)
+
+    def write(i: jax.Array, written: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        cache, hidden_bD = written
+        tokens, start, count, table = (
+            jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once) for x in (tokens_bT, start_b, count_b, table_bP)
+        )
+        if parts > 1:
+            tokens = meshes.constrain(tokens, "batch", "length")
+        cache, new = decoder.extend(model, params, cache, tokens, start, count, table)
+        return cache, jax.lax.dynamic_update_slice_in_dim(hidden_bD, new, i * at_once, 0)
+
+    none = jnp.zeros((len(tokens_bT), model.hidden_size), state.hidden.dtype)
+    rounds = -(-jnp.sum(count_b > 0) // at_once)
+    cache, hidden_bD = jax.lax.fori_loop(0, rounds, write, (state.cache, none))
     state = state._replace(
         cache=cache,
         hidden=state.hidden.at[slot_b].set(hidden_bD, mode="drop"),

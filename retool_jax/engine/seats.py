@@ -134,7 +134,10 @@ class Seats:
             rows.append(talk)
             self._count(talk)
         if rows:
+            tokens, places = self.engine.written, self.engine.places
             self.engine.append([talk.slot for talk in rows], [talk.ids[talk.written :] for talk in rows])
+            self.stats.written_tokens += self.engine.written - tokens
+            self.stats.written_places += self.engine.places - places
         self.engine.fork([owners[tuple(talk.conversation.prompt)].slot for talk in forks], [t.slot for t in forks])
         for talk in seated:
             talk.written = len(talk.ids)

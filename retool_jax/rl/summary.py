@@ -36,6 +36,7 @@ def performance(statistics: Statistics, trajectories: Sequence[Trajectory]) -> d
         "perf/prefilled_tokens": statistics.prefilled_tokens,
         "perf/appended_tokens": statistics.appended_tokens,
         "perf/rewritten_tokens": statistics.rewritten_tokens,
+        "perf/write_waste": statistics.write_waste,
     }
 
 

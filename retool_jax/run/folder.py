@@ -35,7 +35,7 @@ MAY_CHANGE = (
     # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
     *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
     *("model.remat", "model.head_chunk", "model.attention_kernel"),
-    *("engine.slots", "engine.chunk_rows", "engine.decode_steps", "engine.read_late", "engine.page_size"),
+    *("engine.slots", "engine.chunk_*", "engine.decode_steps", "engine.read_late", "engine.page_size"),
     *("engine.pages", "engine.*_buckets", "engine.tp"),
     "model.max_positions",  # nothing is computed with it
     *("compare", "evaluation.max_dropped"),  # what an evaluation is compared with, and when it gives up

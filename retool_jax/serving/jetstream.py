@@ -64,7 +64,7 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
         self._lengths = lengths
 
     def encode(self, s: str, *, max_prefill_length: int | None = None, **kwargs: Any) -> tuple[np.ndarray, int]:
-        """Ids [bucket] int32, padded to the engine's next compiled length, and how many are real.
+        """Ids [bucket] int32, padded to the next of JetStream's lengths, and how many are real.
 
         Of a text that is longer than `max_prefill_length` tokens the end is kept, as JetStream does.
         """
@@ -166,7 +166,7 @@ class JetStreamEngine(engine_api.Engine):
         return tokenizer_pb2.TokenizerParameters(path=self._tokenizer)
 
     def build_tokenizer(self, metadata: tokenizer_pb2.TokenizerParameters) -> JetStreamTokenizer:
-        return JetStreamTokenizer(load_tokenizer(metadata.path), self.engine.sizes.tokens)
+        return JetStreamTokenizer(load_tokenizer(metadata.path), LENGTHS)
 
     @property
     def max_concurrent_decodes(self) -> int:
@@ -202,7 +202,6 @@ def make_driver(engine: JetStreamEngine) -> "Driver":
 
     Version 0.2.2 deletes the arrays of a prefix that was inserted, with a function that jax has no more; here the
     prefix gives its pages back instead. It also opens the root logger to everything, which is undone.
-    Prompts are written one by one: `engine.chunk_rows=1`, or 1 among `engine.row_buckets`, spares their padding.
 
     Raises:
         UserError: the cache is too small for what the orchestrator keeps, which ends the process when it runs out.

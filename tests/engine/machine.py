@@ -15,9 +15,7 @@ from retool_jax.models.decoder import forward, init_params, logits
 
 ROOM = 96
 
-CONFIG = EngineConfig(
-    slots=4, max_length=ROOM, decode_steps=8, chunk_rows=4, page_size=8, token_buckets=(32,), read_buckets=(40,)
-)
+CONFIG = EngineConfig(slots=4, max_length=ROOM, decode_steps=8, page_size=8, token_buckets=(8,), read_buckets=(40,))
 
 
 def random_weights(config, key: int):

@@ -1,23 +1,34 @@
-"""Every program is compiled before the engine works, in few shapes, and calls have little padding."""
+"""Every program is compiled before the engine works, in few shapes, and what is written has little padding."""
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from retool_jax.engine.config import CALL_TOKENS, Call, EngineConfig, calls, sizes
+from retool_jax.engine.config import CALL_TOKENS, FILLED, EngineConfig, Sizes, calls, sizes
 from retool_jax.engine.turns import Turn
 
 from .machine import ROOM
 
 
+def waste(sizes: Sizes, counts: list[int]) -> float:
+    """Share of padding when texts of so many tokens are written together."""
+    places = 0
+    for size, blocks in calls(sizes, counts):
+        some = sizes.at_once[size]
+        places += -(-len(blocks) // some) * some * sizes.tokens[size]
+    return 1 - sum(counts) / places
+
+
 def test_warm_up_knows_every_program(make_engine, compiles):
     """Lengths around every size, any number of rows: nothing is compiled after it, by XLA's own count."""
-    engine = make_engine(slots=5, chunk_rows=3, row_buckets=(1,), token_buckets=(4, 40), read_buckets=(40,))
-    assert engine.sizes.reads == (3, 6) and engine.sizes.rows == ((1, 3), (1, 3)) and engine.sizes.tokens == (4, 40)
+    engine = make_engine(slots=5, chunk_tokens=8, token_buckets=(4, 80), read_buckets=(40,))
+    assert engine.sizes.reads == (3, 6) and engine.sizes.tokens == (4, 80)
     engine.warm_up()
     known = len(compiles)
-    for length in (1, 4, 5, 8, 16, 32, 33, 39, 40, 41, 44, 45, 47, 48, 49, 63, 64, 80, 94, ROOM - 1):
+    for length in (1, 4, 5, 8, 16, 32, 33, 39, 40, 41, 44, 45, 47, 48, 49, 59, 60, 61, 64, 80, 94, ROOM - 1):
         for row in range(5):
             engine.free(row)
         many = 1 + length % 5
@@ -29,43 +40,66 @@ def test_warm_up_knows_every_program(make_engine, compiles):
 
 
 def test_sizes_are_cut_to_what_a_row_can_hold():
-    assert sizes(EngineConfig(slots=192, max_length=128), "xla") == (16, 192 * 8, ((32,),) * 3, (16, 64, 128), (8,))
+    miniature = sizes(EngineConfig(slots=192, max_length=128), "xla")
+    assert miniature == (16, 192 * 8, (4, 16), (512, 128), (16, 4), (8,))
     large = EngineConfig(slots=64, max_length=16_384)
-    assert sizes(large, "ragged")[:2] == (128, 64 * 128) and sizes(large, "ragged").reads == (128,)
+    assert sizes(large, "ragged", "tpu") == (128, 64 * 128, (32,), (64,), (4,), (128,))
     assert sizes(large, "xla").reads == tuple(16 << i for i in range(7))
     assert sizes(EngineConfig(2, 100, page_size=64, pages=3), "xla")[:2] == (64, 3)
-    for bad in ({"page_size": -1}, {"token_buckets": (0,)}):
+    assert sizes(EngineConfig(2, 3), "xla").tokens == (3,)
+    assert sizes(large, "xla", "gpu", parts=4).at_once == (4 * 32, 4 * 8)
+    for bad in ({"page_size": -1}, {"token_buckets": (0,)}, {"chunk_tokens": -1}):
         with pytest.raises(ValidationError, match=next(iter(bad))):
             EngineConfig(**bad)
 
 
-def test_few_long_prompts_are_padded_to_little_more_than_they_are():
-    """Four prompts of 261 tokens were 32 x 512 before; short ones share one size of call, whatever their number."""
-    known = sizes(EngineConfig(max_length=512), "xla")
-    assert calls(known, [261] * 4) == [Call(2, 512, [0, 1]), Call(2, 512, [2, 3])]
-    assert calls(known, [9, 60, 2, 33]) == [Call(32, 64, [0, 1, 2, 3])]
+def test_a_call_costs_what_is_written():
+    """A tool rollout, the miniature's step, and the recipe's prompts and answers: at most a quarter is padding."""
+    cpu = sizes(EngineConfig(max_length=512), "xla")
+    assert waste(cpu, [261] * 4) < 0.05 and waste(cpu, [29] * 32) < 0.1
+    miniature = sizes(EngineConfig(slots=192, max_length=128), "xla")
+    assert waste(miniature, [20] * 24) < 0.1 and waste(miniature, [18] * 40 + [19] * 24) < 0.15
+    recipe = sizes(EngineConfig(slots=64, max_length=18_432), "ragged", "tpu")
+    rng = np.random.default_rng(0)
+    prompts = rng.lognormal(np.log(180), 0.5, 512).astype(int).clip(1, 2048).tolist()
+    answers = rng.integers(20, 256, 2048).tolist()
+    for texts in (prompts, answers):
+        for at in range(0, len(texts), 4):  # few come together
+            assert waste(recipe, texts[at : at + 4]) < 0.4
+        assert np.mean([waste(recipe, texts[at : at + 4]) for at in range(0, len(texts), 4)]) < 0.25
 
 
-def test_rows_of_a_call_follow_from_its_tokens():
-    default = sizes(EngineConfig(max_length=16_384), "ragged")
-    assert default.tokens == (16, 64, 128, 256, 512, 1024)
-    assert default.rows == ((32,), (32,), (32,), (4, 16), (2, 8), (1, 4))
-    assert sizes(EngineConfig(max_length=300), "xla").rows[-1] == (3, 13)
-    assert sizes(EngineConfig(max_length=300, row_buckets=(8,)), "xla").rows == ((8, 32),) * 5
-    assert sizes(EngineConfig(max_length=1024, chunk_rows=1), "xla").rows == ((1,),) * 6
+@given(st.lists(st.integers(1, 1100), min_size=1, max_size=100), st.sampled_from(["xla", "ragged"]))
+def test_blocks_hold_every_token_once_in_order_and_little_else(counts, kernel):
+    known = sizes(EngineConfig(max_length=2048), kernel)
+    done = [0] * len(counts)
+    for size, blocks in calls(known, counts):
+        tokens = known.tokens[size]
+        assert 1 <= len(blocks) <= known.rows[size] and known.rows[size] * tokens <= CALL_TOKENS
+        assert known.rows[size] % known.at_once[size] == 0
+        for text, start, count in blocks:
+            assert start == done[text], "a block comes behind those that it sees"
+            assert (FILLED * tokens if size else 1) <= count <= tokens
+            done[text] += count
+    assert done == counts
 
 
-@given(st.lists(st.integers(1, 1024), min_size=1, max_size=100), st.sampled_from([1, 3, 32, 192]))
-def test_calls_hold_every_row_once_in_compiled_shapes_with_bounded_padding(counts, chunk_rows):
-    known = sizes(EngineConfig(max_length=2048, chunk_rows=chunk_rows), "ragged")
-    shapes = {(rows, tokens) for tokens, each in zip(known.tokens, known.rows, strict=True) for rows in each}
-    found = calls(known, counts)
-    assert sorted(row for call in found for row in call.members) == list(range(len(counts)))
-    for call in found:
-        assert (call.rows, call.tokens) in shapes and call.rows * call.tokens <= CALL_TOKENS
-        assert 1 <= len(call.members) <= call.rows
-        assert max(counts[row] for row in call.members) <= call.tokens
-    # One call of each size may be nearly empty; the others are at least half full of rows, and those half of tokens.
-    long = [call for call in found if call.tokens > 128]
-    padded = sum(call.rows * call.tokens for call in long)
-    assert padded <= 4 * sum(counts[row] for call in long for row in call.members) + 3 * CALL_TOKENS // 4
+def test_numbers_of_a_row_do_not_depend_on_its_neighbours(make_engine):
+    """The same bits of the hidden state, alone and among others, whatever chunk a block comes to lie in."""
+    engine = make_engine(slots=4, chunk_tokens=16)
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 64, length).tolist() for length in (61, 30, 77, 9)]
+    engine.append(range(4), lists)
+    together = jax.device_get(engine._state.hidden)
+    for row, ids in enumerate(lists):
+        engine.clear()
+        engine.append([3 - row], [ids])
+        np.testing.assert_array_equal(jax.device_get(engine._state.hidden)[3 - row], together[row])
+
+
+def test_what_is_written_is_counted_with_its_padding(make_engine):
+    engine = make_engine(slots=4, chunk_tokens=16, token_buckets=(4, 16))
+    engine.append([0, 1], [[7] * 21, [7] * 3])  # blocks of 16, 4, 1 and 3: one chunk of 16 and one of four times 4
+    assert (engine.written, engine.places) == (24, 32)
+    engine.append([0], [[7]])
+    assert (engine.written, engine.places) == (25, 48)

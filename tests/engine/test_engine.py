@@ -196,7 +196,7 @@ def test_appends_and_decodes_leave_other_rows_alone(fresh, model):
 def test_one_append_may_name_more_rows_than_a_chunk_holds_and_longer_lists_than_a_bucket(make_engine, fresh_logits):
     rng = np.random.default_rng(0)
     lists = [rng.integers(0, 64, n).tolist() for n in (90, 3, 33, 16)]
-    engine = make_engine(chunk_rows=3, token_buckets=(16,))
+    engine = make_engine(chunk_tokens=12, token_buckets=(4,))
     engine.append([2, 0, 3, 1], lists)
     ours = logits(engine.model, engine.weights, jax.device_get(engine._state.hidden))
     for row, expected in zip([2, 0, 3, 1], fresh_logits(lists), strict=True):

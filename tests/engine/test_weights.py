@@ -80,7 +80,7 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
     params = jax.tree.map(jnp.array, params)
     params["embedding"][...] = params["embedding"][...].at[60:].mul(20.0)
     config = dataclasses.replace(model, real_vocab=60)
-    engine = Engine(config, EngineConfig(4, 96, decode_steps=40, chunk_rows=4), params, mesh, [], 0)
+    engine = Engine(config, EngineConfig(4, 96, decode_steps=40), params, mesh, [], 0)
     prompts = {row: [row + 1, 17] for row in range(4)}
     even = jax.nn.softmax(logits(model, params, engine._state.hidden + 1.0))
     assert even[:, 60:].sum() > 0.5 * even.sum()
@@ -108,7 +108,7 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
 def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params, engines):
     """Heads are split in two, as many as keys have, and rows are dealt out to two: nothing is held four times."""
     trainer = make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
-    config = EngineConfig(slots=4, max_length=ROOM, decode_steps=8, chunk_rows=4)
+    config = EngineConfig(slots=4, max_length=ROOM, decode_steps=8)
     placed = jax.device_put(params, param_shardings(model, trainer))
     stops = range(0, model.vocab_size, 16)
     engine = Engine(model, config, placed, trainer, stops, 0)

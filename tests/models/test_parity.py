@@ -232,7 +232,7 @@ def test_left_padded_batches_are_what_transformers_masks(pair):
 @pytest.mark.parametrize("name", DECODED)
 def test_greedy_decoding_equals_generate_token_by_token(name, pair, greedy, mesh):
     theirs, config, params, _ = pair(name)
-    sizes = EngineConfig(slots=4, max_length=80, decode_steps=16, chunk_rows=4, row_buckets=(4,), token_buckets=(16,))
+    sizes = EngineConfig(slots=4, max_length=80, decode_steps=16, token_buckets=(16,))
     engine = Engine(config, sizes, params, mesh, [], 0)
     rng = np.random.default_rng(4)
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 11, 16)]

@@ -84,8 +84,8 @@ def decoded(ours, prompts, greedy, mesh) -> list[list[int]]:
     """The 64 most probable next tokens of each prompt, wherever a turn ends among them."""
     config, params = ours
     most = max(map(len, prompts))
-    sizes = {"token_buckets": (most,), "row_buckets": (len(prompts),), "chunk_rows": len(prompts)}
-    engine = Engine(config, EngineConfig(slots=10, max_length=most + 64, decode_steps=16, **sizes), params, mesh, [], 0)
+    sizes = EngineConfig(slots=10, max_length=most + 64, decode_steps=16, token_buckets=(16,))
+    engine = Engine(config, sizes, params, mesh, [], 0)
     return greedy(engine, prompts, 64)
 
 

@@ -115,7 +115,7 @@ class Greedy:
         self.ids = ids
 
 
-engine = Engine(model, EngineConfig(slots=2, max_length=32, chunk_rows=2), weights(0), trainer, [], 0)
+engine = Engine(model, EngineConfig(slots=2, max_length=32), weights(0), trainer, [], 0)
 assert dict(engine.mesh.shape) == {"data": 1, "fsdp": 1, "tp": 2}
 assert set(engine.mesh.devices.flat) == set(jax.local_devices())
 for seed in (0, 1):

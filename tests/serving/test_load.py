@@ -21,7 +21,7 @@ def body(seed: int = 7, **fields: Any) -> dict:
 @pytest.fixture(scope="module")
 def engine(make_engine) -> Engine:
     """The tiny model."""
-    return make_engine(tool_lag=-1, chunk_rows=2, token_buckets=(64,))
+    return make_engine(tool_lag=-1, token_buckets=(64,))
 
 
 def ids_of(chunks: list[dict]) -> list[int]:
