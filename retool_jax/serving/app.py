@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from retool_jax.serving.chat import PATH as CHAT
 from retool_jax.serving.chat import Chat
+from retool_jax.serving.page import page_routes
 from retool_jax.serving.requests import Refused, read_body
 from retool_jax.serving.responses import PATH as RESPONSES
 from retool_jax.serving.responses import Responses
@@ -97,11 +98,16 @@ def build_app(server: Server, token: str = "") -> Starlette:
                 "id",
             )
         records = [each.record(server.tokenizer, versions=each.versions) for each in kept.trajectories]
+        if http.query_params.get("tokens") == "true":
+            records = [
+                each | {"tokens": [server.tokenizer.decode([index]) for index in each["ids"]]} for each in records
+            ]
         return as_json({"id": name, "object": "list", "data": records})
 
     async def models(_: HTTPRequest) -> Response:
         about = {"id": server.model, "object": "model", "created": server.created, "owned_by": "retool_jax"}
-        about |= {"max_model_len": server.service.engine.config.max_length}
+        tools = list(server.tools.names) if server.tools else []
+        about |= {"max_model_len": server.service.engine.config.max_length, "tools": tools}
         return as_json({"object": "list", "data": [about]})
 
     async def health(_: HTTPRequest) -> Response:
@@ -123,6 +129,7 @@ def build_app(server: Server, token: str = "") -> Starlette:
         Route(f"{TRAJECTORIES}/{{name}}", guarded(TRAJECTORIES, trajectory)),
         Route("/health", health),
         Route("/metrics", metrics),
+        *page_routes(),
     ]
     return Starlette(routes=routes, exception_handlers={404: unknown, 405: unknown})
 

@@ -7,7 +7,7 @@ Without `tools` the policy calls the server's own, which are run inside of the r
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -63,33 +63,43 @@ class Chat:
         self.answers = self.server.answers(problem, prompt, self.wish, self.count)
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """The answer as it comes."""
-        server, usage = self.server, {"usage": None} if self.with_usage else {}
-        head = self._head | {"object": "chat.completion.chunk"}
-        first = {"prompt_token_ids": self.answers[0].prompt} if self.with_ids else {}
-        for number in range(self.count):
-            yield event(head | first | {"choices": [_choice(number, {"role": "assistant", "content": ""})]} | usage)
+        """The answer as it comes: what came together is one text."""
+        yield "".join(self._begins())
+        left, text = self.count, ""
         try:
-            async with aclosing(server.run(self.visit, self.answers)) as run:
-                async for number, happened in run:
-                    if happened is None:
-                        choices = [_choice(number, {}, self.answers[number].finish)]
-                        yield event(head | {"choices": choices} | usage)
-                        continue
-                    pieces = deltas(happened)
-                    told = self._told(happened)
-                    if told and not pieces:
-                        pieces = [{}]
-                    for place, delta in enumerate(pieces, 1):
-                        choice = _choice(number, delta) | (told if place == len(pieces) else {})
-                        yield event(head | {"choices": [choice]} | usage)
+            async with aclosing(self.server.batches(self.visit, self.answers)) as batches:
+                async for batch in batches:
+                    text = "".join(chunk for number, happened in batch for chunk in self._chunks(number, happened))
+                    left -= sum(happened is None for _, happened in batch)
+                    if left:
+                        yield text
         except Refused as refused:
             yield event(refused.body()) + DONE
             return
         self._keep()
         if self.with_usage:
-            yield event(head | {"choices": [], "usage": usage_written(self.answers)})
-        yield DONE
+            text += self._chunk([], usage_written(self.answers))
+        yield text + DONE
+
+    def _begins(self) -> Iterator[str]:
+        first = {"prompt_token_ids": self.answers[0].prompt} if self.with_ids else {}
+        for number in range(self.count):
+            yield self._chunk([_choice(number, {"role": "assistant", "content": ""})], **first)
+
+    def _chunks(self, number: int, happened: Event | None) -> Iterator[str]:
+        """The chunks that tell of an event."""
+        if happened is None:
+            yield self._chunk([_choice(number, {}, self.answers[number].finish)])
+            return
+        pieces, told = deltas(happened), self._told(happened)
+        if told and not pieces:
+            pieces = [{}]
+        for place, delta in enumerate(pieces, 1):
+            yield self._chunk([_choice(number, delta) | (told if place == len(pieces) else {})])
+
+    def _chunk(self, choices: list[dict], usage: dict | None = None, **fields: Any) -> str:
+        head = self._head | {"object": "chat.completion.chunk"} | fields | {"choices": choices}
+        return event(head | {"usage": usage} if self.with_usage else head)
 
     async def whole(self) -> dict[str, Any]:
         """The answer when it is there. Raises Refused."""

@@ -233,5 +233,7 @@ class Reader:
 
 def _overlap(text: str, string: str) -> int:
     """How many characters at the end of a text are the beginning of a string, and not all of it."""
+    if string[0] not in text:
+        return 0
     most = min(len(text), len(string) - 1)
     return next((count for count in range(most, 0, -1) if string.startswith(text[len(text) - count :])), 0)

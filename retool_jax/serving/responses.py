@@ -25,6 +25,7 @@ from retool_jax.tokens.grammar import CODE_TOOL
 PATH = "/v1/responses"
 LOGS, LOGPROBS = "code_interpreter_call.outputs", "message.output_text.logprobs"
 NOT_RUN = "not run: a turn that calls a function of the caller's runs no other call; call it again"
+_ENDS = {"response.completed", "response.incomplete", "response.failed"}
 _SERVED = {
     "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
@@ -169,40 +170,39 @@ class Responses:
     # --- the answer ---
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """The answer as it comes."""
+        """The answer as it comes: what came together is one text."""
         async with aclosing(self._told()) as told:
-            async for each in told:
-                yield event(each, each["type"])
-        yield DONE
+            async for batch in told:
+                text = "".join(event(each, each["type"]) for each in batch)
+                yield text + DONE if batch[-1]["type"] in _ENDS else text
 
     async def whole(self) -> dict[str, Any]:
         """The answer when it is there. Raises Refused."""
-        last: Told = {}
+        last: list[Told] = []
         async with aclosing(self._told(refuse=True)) as told:
-            async for each in told:
-                last = each
-        return last["response"]
+            async for batch in told:
+                last = batch
+        return last[-1]["response"]
 
-    async def _told(self, refuse: bool = False) -> AsyncGenerator[Told, None]:
+    async def _told(self, refuse: bool = False) -> AsyncGenerator[list[Told], None]:
         """Every event, the last with the whole response. With `refuse` a fault is raised and not told."""
         items, answer = self.items, self.answer
-        yield items.event("created", response=self._response("in_progress"))
-        yield items.event("in_progress", response=self._response("in_progress"))
+        yield [items.event(kind, response=self._response("in_progress")) for kind in ("created", "in_progress")]
+        batch: list[Told] = []
         try:
-            async with aclosing(self.server.run(self.visit, [answer])) as run:
-                async for _, happened in run:
-                    for each in items.take(happened) if happened is not None else ():
-                        yield each
+            async with aclosing(self.server.batches(self.visit, [answer])) as batches:
+                async for happened in batches:
+                    batch = [each for _, event in happened if event is not None for each in items.take(event)]
+                    if batch and happened[-1][1] is not None:
+                        yield batch
         except Refused as refused:
             if refuse:
                 raise
-            for each in items.close(whole=False):
-                yield each
             error = {"code": refused.code or "server_error", "message": str(refused)}
-            yield items.event("failed", response=self._response("failed", error=error))
+            failed = [*items.close(whole=False)]
+            yield [*failed, items.event("failed", response=self._response("failed", error=error))]
             return
-        for each in self._closed():
-            yield each
+        yield [*batch, *self._closed()]
 
     def _closed(self) -> Iterator[Told]:
         """The last events of an answer that ended by itself or for want of tokens."""

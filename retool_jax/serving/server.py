@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -31,6 +32,10 @@ from retool_jax.tools.toolbox import Toolbox
 logger = logging.getLogger(__name__)
 
 _APART = 2654435761  # between the draws of two choices of a request
+_TOO_LONG = -1  # in the place of an answer's number: time is up
+_AT_ONCE = 4000  # characters that are encoded in less time than it takes to hand them to a thread
+
+Happened = tuple[int, Event | None]
 
 
 @dataclass
@@ -133,7 +138,8 @@ class Server:
             return self._grammar.prompt(self.tokenizer, messages, schemas, self.rollout.tool_prompt)
 
         try:
-            return await asyncio.to_thread(encode)  # a long text takes a while
+            short = sum(len(str(message)) for message in messages) + len(str(schemas)) < _AT_ONCE
+            return encode() if short else await asyncio.to_thread(encode)  # a long text takes a while
         except UserError as error:
             raise Refused(400, str(error), "messages") from None
 
@@ -168,17 +174,26 @@ class Server:
 
     # --- answering ---
 
-    async def run(self, visit: Visit, answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Event | None], None]:
+    async def run(self, visit: Visit, answers: Sequence[Answer]) -> AsyncGenerator[Happened, None]:
+        """`batches`, one event at a time."""
+        async with aclosing(self.batches(visit, answers)) as batches:
+            async for batch in batches:
+                for happened in batch:
+                    yield happened
+
+    async def batches(self, visit: Visit, answers: Sequence[Answer]) -> AsyncGenerator[list[Happened], None]:
         """Events of the answers as they come, each with its answer's number; None when that one has ended.
 
-        Whoever closes this early drops the answers: their rows are given back, and programs at work are stopped.
+        Those that come of one dispatch are together, so that a stream writes once for all of them. Whoever closes this
+        early drops the answers: their rows are given back, and programs at work are stopped.
 
         Raises:
             Refused: the machinery failed, or it took too long.
         """
-        queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+        queue: asyncio.Queue[Happened] = asyncio.Queue()
         done = []
-        deadline = visit.began + self.config.answer_s
+        left_s = visit.began + self.config.answer_s - time.perf_counter()
+        too_long = asyncio.get_running_loop().call_later(max(left_s, 0), queue.put_nowait, (_TOO_LONG, None))
         kept = self.containers.take(visit.container) if visit.container else None
         try:
             for number, answer in enumerate(answers):
@@ -189,25 +204,27 @@ class Server:
                 done[-1].add_done_callback(lambda _, number=number: queue.put_nowait((number, None)))
             left = len(answers)
             while left:
-                try:
-                    async with asyncio.timeout(max(deadline - time.perf_counter(), 0)):
-                        number, event = await queue.get()
-                except TimeoutError:
-                    raise Refused(
-                        503,
-                        f"the answer took more than {self.config.answer_s:g} s (serve.answer_s); ask for fewer tokens,"
-                        " or send it again when the server is less busy",
-                        code="timeout",
-                    ) from None
-                self._count(visit, event)
-                if event is None:
-                    left -= 1
-                    _check(answers[number], done[number])
-                yield number, event
+                batch = [await queue.get()]
+                await asyncio.sleep(0)  # an answer that ends says so right behind its last tokens
+                batch += [queue.get_nowait() for _ in range(queue.qsize())]
+                for number, event in batch:
+                    if number == _TOO_LONG:
+                        raise Refused(
+                            503,
+                            f"the answer took more than {self.config.answer_s:g} s (serve.answer_s); ask for fewer"
+                            " tokens, or send it again when the server is less busy",
+                            code="timeout",
+                        )
+                    self._count(visit, event)
+                    if event is None:
+                        left -= 1
+                        _check(answers[number], done[number])
+                yield batch
         except Refused as refused:
             visit.fault = refused.code or "fault"
             raise
         finally:
+            too_long.cancel()
             for future in done:
                 future.cancel()
             for answer in answers:

@@ -55,9 +55,9 @@ class Events(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for text in self.events:
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async for text in self.events:  # whose last text ends with DONE
+                more = not text.endswith(DONE)
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         try:
             await while_connected(receive, write())

@@ -1,0 +1,270 @@
+"""Endurance and speed of the HTTP server: hundreds of streams, clients that leave or send nonsense, dead workers.
+
+    python benchmarks/serve_soak.py [init_from=runs/grpo] [streams=200] [seconds=60] [requests=400] [repeats=2] [seed=0]
+
+The server of `config=serve` runs in this process, and its clients in another one, over HTTP. First the same `requests`
+questions are answered by the scheduler without a server (`rollout`), and by `streams` streams at once, with the Python
+tool and, apart from that, without tools; in turns, `repeats` times, of which the fastest counts. `share` is tokens/s of
+the served ones over those of the others, `cpu_share` the same for the processor time of this process.
+Then, for `seconds`, every stream asks again and again: some leave in the middle, some send what is no request or
+too large a one, and each second the outermost process of a sandbox's worker is killed.
+
+Prints JSON, and exits with 1 unless every request ended with a status, no stream broke off, and rows, pages and places
+are as many as before. `backend=NAME` chooses the sandbox. Linux only.
+"""
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvicorn
+from sandbox_soak import kill_one
+
+from retool_jax.data.arithmetic import exercise
+from retool_jax.data.problems import Problem
+from retool_jax.engine.scheduler import Service
+from retool_jax.rollout.rollout import Sample, rollout
+from retool_jax.run.build import engine_of, mesh_of, model_for, resolve, sandbox_config
+from retool_jax.run.serve import listen
+from retool_jax.run.weights import load_weights
+from retool_jax.serving.app import build_app
+from retool_jax.serving.server import Server
+from retool_jax.tokens.tokenizer import load_tokenizer
+from retool_jax.tools.toolbox import load_tools
+
+DEFAULTS: dict[str, Any] = {"init_from": "runs/grpo", "streams": 200, "seconds": 60.0, "requests": 400}
+DEFAULTS |= {"repeats": 2, "backend": "", "seed": 0, "client": ""}
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+HANGS_S = 120.0  # an answer that takes longer hangs
+CODE = {"type": "code_interpreter", "container": {"type": "auto"}}
+BROKEN = (b"{", b"[]", b'{"messages": "x"}', b"\xff\xfe", b"[" * 20_000, b'{"messages": [{"role": "user"}], "n": -1}')
+
+
+def question(number: int) -> str:
+    return exercise("dev", number).question
+
+
+def asked(number: int, tools: bool) -> dict:
+    """A request whose draws are those of sample `number`."""
+    body = {"messages": [{"role": "user", "content": question(number)}], "seed": number, "stream": True}
+    return body if tools else body | {"tools": []}
+
+
+# --- the clients, in a process of their own ---
+
+
+async def read_stream(session: aiohttp.ClientSession, path: str, data: Any, leave_after: float) -> str:
+    """What became of a stream: `done`, an HTTP status, `left`, `error` (an event says so) or `broken`."""
+    async with session.post(path, data=data, headers={"Content-Type": "application/json"}) as response:
+        if response.status != 200:
+            await response.read()
+            return str(response.status)
+        text, began = b"", time.monotonic()
+        async for piece in response.content.iter_any():
+            text += piece
+            if time.monotonic() - began > leave_after:
+                return "left"
+    if not text.endswith(b"data: [DONE]\n\n"):
+        return "broken"
+    return "error" if b'\ndata: {"error"' in text or b"event: response.failed" in text else "done"
+
+
+async def ended(session: aiohttp.ClientSession, path: str, data: Any, leave_after: float = 1e9) -> str:
+    try:
+        async with asyncio.timeout(HANGS_S):
+            return await read_stream(session, path, data, leave_after)
+    except TimeoutError:
+        return "hung"
+    except aiohttp.ClientError as error:
+        return type(error).__name__
+
+
+async def race(session: aiohttp.ClientSession, options: dict, tools: bool) -> dict:
+    """All questions once, by so many streams; what they came to."""
+    numbers, ends = iter(range(options["requests"])), Counter()
+
+    async def stream() -> None:
+        for number in numbers:
+            ends[await ended(session, CHAT, json.dumps(asked(number, tools)))] += 1
+
+    await asyncio.gather(*(stream() for _ in range(options["streams"])))
+    return dict(ends)
+
+
+async def havoc(session: aiohttp.ClientSession, options: dict) -> dict:
+    """Streams of all kinds for so many seconds; the ends of each kind."""
+    draw, until = random.Random(options["seed"]), time.monotonic() + options["seconds"]
+    ends: dict[str, Counter] = {kind: Counter() for kind in ("chat", "response", "left", "broken", "large")}
+
+    async def stream() -> None:
+        while time.monotonic() < until:
+            (kind,) = draw.choices(list(ends), [50, 25, 15, 7, 3])
+            body, path, leave = asked(draw.randrange(100_000), draw.random() < 0.8), CHAT, 1e9
+            if kind == "response":
+                body, path = {"input": question(body["seed"]), "tools": [CODE], "stream": True}, RESPONSES
+            data = json.dumps(body).encode()
+            if kind == "left":
+                leave = draw.uniform(0, 0.5)
+            elif kind == "broken":
+                data = draw.choice(BROKEN)
+            elif kind == "large":
+                data = b'{"messages": "' + b"x" * 1_100_000 + b'"}'
+            ends[kind][await ended(session, path, data, leave)] += 1
+
+    await asyncio.gather(*(stream() for _ in range(options["streams"])))
+    return {kind: dict(counts) for kind, counts in ends.items()}
+
+
+async def clients(options: dict) -> None:
+    """Do what each line of the input says, and answer with a line of JSON."""
+    async with aiohttp.ClientSession(options["client"], connector=aiohttp.TCPConnector(limit=0)) as session:
+        for line in sys.stdin:
+            word = line.strip()
+            if word == "havoc":
+                answer = await havoc(session, options)
+            else:
+                answer = {} if word == "ready" else await race(session, options, word == "python")
+            print(json.dumps(answer), flush=True)
+
+
+# --- the server, in this one ---
+
+
+class Soak:
+    """A run of `config=serve` with its engine, which schedulers have one after another, with and without a server."""
+
+    def __init__(self, options: dict) -> None:
+        words = ["config=serve", "serve.port=0", f"init_from={options['init_from']}"]
+        run = resolve(words + [f"sandbox.backend=[{options['backend']}]"] * bool(options["backend"]))
+        self.tokenizer = load_tokenizer(run.tokenizer)
+        self.run = replace(run, model=model_for(run, self.tokenizer))
+        self.tools = load_tools(self.run.tools)
+        weights = load_weights(self.run, Path(run.init_from))
+        self.engine = engine_of(self.run, weights, mesh_of(self.run), self.tokenizer)
+        self.options = options
+
+    async def alone(self, tools: bool) -> dict:
+        """The questions by the scheduler, without a server; tokens and seconds."""
+        samples = []
+        for number in range(self.options["requests"]):
+            message = {"role": "user", "content": question(number)}
+            samples.append(Sample(Problem(str(number), (message,), ""), number))
+        began, cpu = time.perf_counter(), time.process_time()
+        box = self.tools if tools else None
+        trajectories, _ = await rollout(self.engine, self.tokenizer, box, samples, self.run.rollout)
+        tokens = sum(sum(trajectory.sampled) for trajectory in trajectories)
+        return {"tokens": tokens, "s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[tuple[Server, Callable[[str], Awaitable[dict]]]]:
+        """A server, and a function that lets the clients do something."""
+        async with AsyncExitStack() as stack:
+            listener = stack.enter_context(listen(self.run.serve))
+            service = await stack.enter_async_context(Service(self.engine, self.tools.at_once))
+            server = Server(service, self.tokenizer, self.tools, self.run.rollout, self.run.serve, "soak")
+            config = uvicorn.Config(build_app(server), log_level="warning", access_log=False, lifespan="off")
+            web = uvicorn.Server(config)
+            serving = asyncio.create_task(web.serve(sockets=[listener]))
+            words = [f"{key}={value}" for key, value in self.options.items()]
+            words.append(f"client=http://127.0.0.1:{listener.getsockname()[1]}")
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec(sys.executable, __file__, *words, stdin=pipe, stdout=pipe)
+
+            async def let(word: str) -> dict:
+                process.stdin.write(f"{word}\n".encode())
+                return json.loads(await process.stdout.readline())
+
+            try:
+                await let("ready")
+                yield server, let
+            finally:
+                process.stdin.close()
+                await process.wait()
+                web.should_exit = True
+                await serving
+                server.containers.close()
+
+    async def over_http(self, server: Server, let: Callable[[str], Awaitable[dict]], word: str) -> dict:
+        """The questions by the server; tokens, seconds, and what the streams came to."""
+        before, began, cpu = server.metrics.tokens["policy"], time.perf_counter(), time.process_time()
+        ends = await let(word)
+        took = {"s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+        return {"tokens": server.metrics.tokens["policy"] - before, "ends": ends} | took
+
+    async def kill(self, draw: random.Random) -> None:
+        while True:
+            await asyncio.sleep(1)
+            kill_one(draw, self.tools.sandbox)
+
+
+def ratios(alone: list[dict], served: list[dict]) -> dict:
+    """The best of either, and how they compare."""
+    best = {name: min(numbers, key=lambda each: each["s"]) for name, numbers in (("alone", alone), ("served", served))}
+    rate = {name: each["tokens"] / each["s"] for name, each in best.items()}
+    cpu = {name: each["tokens"] / each["cpu_s"] for name, each in best.items()}
+    return {
+        "tokens": {name: each["tokens"] for name, each in best.items()},
+        "tokens_per_s": {name: round(each) for name, each in rate.items()},
+        "tokens_per_cpu_s": {name: round(each) for name, each in cpu.items()},
+        "share": round(rate["served"] / rate["alone"], 3),
+        "cpu_share": round(cpu["served"] / cpu["alone"], 3),
+        "ends": [each["ends"] for each in served],
+    }
+
+
+async def soak(options: dict) -> dict:
+    """Run everything; the numbers."""
+    soak = Soak(options)
+    kinds = {"python": True, "text": False}
+    alone, served = defaultdict(list), defaultdict(list)
+    async with soak.tools.open(sandbox_config(soak.run)):
+        soak.engine.warm_up()
+        await soak.alone(True)  # what is compiled or read at first use
+        before = soak.engine.counts()
+        for _ in range(options["repeats"]):
+            for kind, tools in kinds.items():
+                alone[kind].append(await soak.alone(tools))
+            async with soak.served() as (server, let):
+                for kind in kinds:
+                    served[kind].append(await soak.over_http(server, let, kind))
+        speed = {kind: ratios(alone[kind], served[kind]) for kind in kinds}
+        async with soak.served() as (server, let):
+            killer = asyncio.create_task(soak.kill(random.Random(options["seed"])))
+            ends = await let("havoc")
+            killer.cancel()
+            with suppress(TimeoutError):  # a program that was stopped takes a while to end
+                async with asyncio.timeout(HANGS_S):
+                    while server.open or soak.engine.counts() != before:
+                        await asyncio.sleep(0.05)
+            after, places, restarts = soak.engine.counts(), server.open, soak.tools.sandbox.metrics.restarts
+    good = {"chat": {"done", "error"}, "response": {"done", "error"}, "left": {"left", "done", "error"}}
+    good |= {"broken": {"400"}, "large": {"413"}}
+    held = all(set(counts) <= good[kind] for kind, counts in ends.items()) and after == before and not places
+    held &= all(set(each) == {"done"} for numbers in speed.values() for each in numbers["ends"])
+    numbers = {"benchmark": "serve_soak", **options, "speed": speed, "havoc": ends, "restarts": restarts}
+    numbers |= {"rows_and_pages": {"before": before, "after": after}, "open_requests": places}
+    return numbers | {"load": round(os.getloadavg()[0], 2), "held": held}
+
+
+def main(words: list[str]) -> None:
+    options = DEFAULTS | {key: type(DEFAULTS[key])(value) for key, value in (word.split("=", 1) for word in words)}
+    if options["client"]:
+        asyncio.run(clients(options))
+        return
+    numbers = asyncio.run(soak(options))
+    print(json.dumps(numbers))
+    sys.exit(int(not numbers["held"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
