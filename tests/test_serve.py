@@ -1,5 +1,6 @@
 """The serve command: wrong words are told at once, and what is served answers over HTTP until it is told to end."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from retool_jax.models.huggingface import save_params
 from retool_jax.run.load import load
 from retool_jax.tokens.tokenizer import MINIATURE
 
+GRPC = all(map(importlib.util.find_spec, ("grpc", "jetstream")))  # what the second protocol needs
 SMALL = ["sandbox.backend=[process]", "sandbox.slots=1", "engine.slots=2", "engine.max_length=64", "engine.pages=8"]
 SMALL += ["rollout.max_prompt_tokens=40", "engine.decode_steps=2", "engine.token_buckets=[64]"]
 
@@ -60,12 +62,24 @@ def test_help_names_every_key_and_words_are_read(capsys):
 def test_a_checkpoint_is_served_until_sigterm(tmp_path, model, params, one_device):
     save_params(model, params, tmp_path / "tiny", MINIATURE)
     command = [sys.executable, "-m", "retool_jax.serve", "config=serve", f"init_from={tmp_path / 'tiny'}", "port=0"]
+    command += ["serve.grpc_port=0"] if GRPC else []
     environment = one_device | {"RETOOL_SERVE_TOKEN": "secret"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, *SMALL], env=environment, cwd=Path(__file__).parents[1], **pipes) as process:
         try:
-            address = next((line.split()[-1] for line in process.stdout if line.startswith("serving tiny on ")), None)
-            assert address, process.stderr.read()
+            said = {}
+            while not said.keys() & {"serving", ""}:
+                line = process.stdout.readline()
+                said[line.partition(" ")[0]] = line.split()[-1:]
+            assert "serving" in said, process.stderr.read()
+            (address,) = said["serving"]
+            if GRPC:
+                import grpc
+                from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
+
+                with grpc.insecure_channel(*said["JetStream's"]) as channel:
+                    stub = jetstream_pb2_grpc.OrchestratorStub(channel)
+                    assert stub.HealthCheck(jetstream_pb2.HealthCheckRequest(), timeout=60).is_live
             asked = {"messages": [{"role": "user", "content": "2+2?"}], "max_tokens": 5, "seed": 1}
 
             def ask(token: str) -> dict:

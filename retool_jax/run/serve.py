@@ -1,13 +1,17 @@
 """A server from its checkpoint to its last answer."""
 
+import asyncio
+import importlib
 import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from retool_jax.engine.scheduler import Service
 from retool_jax.errors import UserError
@@ -36,6 +40,7 @@ async def serve(run: ServeRun) -> None:
         UserError: no checkpoint, no sandbox, or an address that cannot be listened on, all before a request is taken.
     """
     token = os.environ.pop(TOKEN_VARIABLE, "")
+    rpc = rpc_module() if run.serve.grpc_port is not None else None
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools)
@@ -58,6 +63,10 @@ async def serve(run: ServeRun) -> None:
         host, port = run.serve.host, listener.getsockname()[1]
         if not token and host not in ("127.0.0.1", "::1", "localhost"):
             print(f"whoever reaches {host} can ask and run programs here; set ${TOKEN_VARIABLE}", flush=True)
+        close_rpc = nothing
+        if rpc:
+            rpc_port, close_rpc = await stack.enter_async_context(rpc.listening(server, token))
+            print(f"JetStream's gRPC: {host}:{rpc_port}", flush=True)
         web = uvicorn.Server(
             uvicorn.Config(
                 build_app(server, token),
@@ -69,16 +78,38 @@ async def serve(run: ServeRun) -> None:
             )
         )
         print(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-        await until_told(web, server, listener)
+        await until_told(web, server, listener, close_rpc)
         server.containers.close()
     print("closed", flush=True)
 
 
-async def until_told(web: "uvicorn.Server", server: "Server", listener: socket.socket) -> None:
-    """Serve until a signal comes; answers that have begun go on for as long as the server waits for them."""
+def rpc_module() -> ModuleType:
+    """`serving.grpc`. Raises UserError where what it needs is not installed."""
+    try:
+        return importlib.import_module("retool_jax.serving.grpc")
+    except ModuleNotFoundError as missing:
+        raise UserError(
+            f"serve.grpc_port needs {missing.name}; pip install grpcio protobuf and pip install --no-deps"
+            " google-jetstream==0.2.2, or leave serve.grpc_port out"
+        ) from None
+
+
+def nothing() -> None:
+    """There is nothing to do."""
+
+
+async def until_told(
+    web: "uvicorn.Server", server: "Server", listener: socket.socket, told: Callable[[], object] = nothing
+) -> None:
+    """Serve until a signal comes; answers that have begun go on for as long as the server waits for them.
+
+    `told` is called on the event loop when the signal has come.
+    """
+    loop = asyncio.get_running_loop()
 
     def close(number: int, frame: object) -> None:
         server.closing = True
+        loop.call_soon_threadsafe(told)
         handle_exit(number, frame)
 
     handle_exit, web.handle_exit = web.handle_exit, close

@@ -17,6 +17,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
     port: Port = 8000  # 0 takes a free one and prints it
+    grpc_port: Port | None = None  # of JetStream's gRPC, in the same process; 0 takes a free one; null: not served
     name: str = ""  # of the model, as clients are told; empty: the last part of init_from
     streams: Positive = 256  # requests that are answered at once; further ones are refused with 429
     queue: Positive = 1024  # conversations that may wait for a slot of the engine; further ones are refused with 503

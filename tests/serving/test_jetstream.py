@@ -1,8 +1,10 @@
 """The engine through google-jetstream's own abstract class, as its test of the mock engine uses one."""
 
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,7 +173,21 @@ async def main():
 found = asyncio.run(main())
 threads = [thread.name for thread in threading.enumerate()]
 assert {"prefill-0", "generate-0", "detokenize-0", "engine_0"} <= set(threads), threads
-driver.stop()
+
+import socket
+
+import grpc
+from jetstream.core.server_lib import JetStreamServer
+from requester import jetstreams_requester
+
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+server = JetStreamServer(driver, 8, port, grpc.insecure_server_credentials())
+server.start()
+request = DecodeRequest(token_content=DecodeRequest.TokenContent(token_ids=chats[500].prompt), max_tokens=4)
+drawn, _, _ = asyncio.run(jetstreams_requester()(f"127.0.0.1:{port}", request))
+assert drawn == chats[500].ids, (drawn, chats[500].ids)
+server.stop()  # and the driver
 wrong = [number for number in range(1000) if found[number] != chats[number].ids]
 assert not wrong, (wrong, found[wrong[0]], chats[wrong[0]].ids)
 engine.init_decode_state()
@@ -179,10 +195,12 @@ print("right:", len(found), "tokens:", sum(map(len, found)), "left:", engine.cal
 """
 
 
-def test_jetstreams_own_driver_answers_a_thousand_requests(one_device):
+def test_jetstreams_own_driver_answers_a_thousand_requests_and_its_own_server_its_requester(one_device):
     """Its threads prefill, insert and generate at once. In a process of its own, which a failing thread would kill."""
     pytest.importorskip("grpc", reason="JetStream's orchestrator: pip install grpcio prometheus-client shortuuid")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=one_device, capture_output=True, text=True, timeout=300)
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = one_device | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     words = done.stdout.splitlines()[-1].split()
     assert words[:2] == ["right:", "1000"] and int(words[3]) > 3000 and "'used': 0" in done.stdout
