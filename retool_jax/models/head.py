@@ -1,6 +1,7 @@
 """What training asks of the vocabulary: log-probability and entropy of given tokens, without logits of whole rows."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -67,9 +68,17 @@ def _devices(rows: int) -> int:
     return parts if rows % parts == 0 else 1
 
 
+def _on_each(function: Callable, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+    """A function of each device's part of arrays [devices,...]."""
+    if arrays[0].shape[0] > 1:
+        return jax.vmap(function)(*arrays)
+    # Sums over the last axis of [1,c,V] take XLA's CPU backend ten times as long as those of [c,V].
+    return jax.tree.map(lambda x: x[None], function(*(x[0] for x in arrays)))
+
+
 def _take(x: jax.Array, order: jax.Array) -> jax.Array:
     """Entries of [devices,tokens,...] in this order, for each device its own."""
-    return jax.vmap(lambda values, places: values[places])(x, order)
+    return _on_each(lambda values, places: values[places], x, order)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -94,8 +103,8 @@ def _forward(
 
     def body(index: jax.Array, seen: jax.Array) -> jax.Array:
         here = _part(parts, index, chunk)
-        one_device = partial(_given, numerics, weight_VD)
-        results = jnp.stack(jax.vmap(one_device)(_take(hidden, here), _take(targets, here)))
+        given = partial(_given, numerics, weight_VD)
+        results = jnp.stack(_on_each(given, _take(hidden, here), _take(targets, here)))
         return jax.lax.dynamic_update_slice_in_dim(seen, results, index * chunk, 2)
 
     room = meshes.constrain(jnp.zeros((3, *parts.shape)), None, "batch", "length")
@@ -110,22 +119,19 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
     more = parts.shape[1] - order.shape[1]
     values = jnp.pad(jnp.stack([*values, *gradients]), ((0, 0), (0, 0), (0, more)))
 
-    def one_device(
-        hidden: jax.Array, targets: jax.Array, order: jax.Array, values: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        states = hidden[order]
-        scaled = logits_of(numerics.config, weight_VD, states) / numerics.temperature
-        slope_cV = _slope(numerics, scaled, targets[order], *values) / numerics.temperature
+    def one_device(hidden: jax.Array, targets: jax.Array, *values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scaled = logits_of(numerics.config, weight_VD, hidden) / numerics.temperature
+        slope_cV = _slope(numerics, scaled, targets, *values) / numerics.temperature
         precision = head_precision(numerics.config)
         # Written as products whose factors XLA's CPU backend takes as they lie.
-        d_weight = jnp.einsum("cV,cD->VD", slope_cV, states.astype(jnp.float32), precision=precision)
+        d_weight = jnp.einsum("cV,cD->VD", slope_cV, hidden.astype(jnp.float32), precision=precision)
         return d_weight, jnp.einsum("cV,VD->cD", slope_cV, weight_VD.astype(jnp.float32), precision=precision)
 
     def body(index: jax.Array, made: tuple) -> tuple:
         d_weight, d_hidden = made
         here = _part(parts, index, chunk)
         of_values = jax.lax.dynamic_slice_in_dim(values, index * chunk, chunk, 2)
-        weight, states = jax.vmap(one_device, (0, 0, 0, 1))(hidden, targets, here, of_values)
+        weight, states = _on_each(one_device, _take(hidden, here), _take(targets, here), *of_values)
         d_weight = meshes.constrain(d_weight + weight, "batch", "vocab", "model")
         return d_weight, jax.lax.dynamic_update_slice_in_dim(d_hidden, states.astype(hidden.dtype), index * chunk, 1)
 
