@@ -1,4 +1,4 @@
-"""Peak memory of log-probs, entropy and their gradient over a real vocabulary: chunked against plain.
+"""Peak memory of log-probs, entropy and their gradient over a real vocabulary: in chunks against all logits at once.
 
     python benchmarks/head.py [vocabulary=152064] [length=4096] [hidden=64] [chunk=512]
 
@@ -23,17 +23,20 @@ def resident() -> int:
 
 
 def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
-    """Value and gradient once, in this process."""
+    """Value and gradient once, in this process; chunk 0: the plain form."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from retool_jax.models.config import ModelConfig
-    from retool_jax.models.decoder import init_params
+    from retool_jax.models.decoder import init_params, logits
     from retool_jax.models.head import given_logprobs
 
     model = ModelConfig(
-        vocab_size=options["vocabulary"], hidden_size=options["hidden"], intermediate_size=8, head_chunk=chunk
+        vocab_size=options["vocabulary"],
+        hidden_size=options["hidden"],
+        intermediate_size=8,
+        head_chunk=chunk or options["length"],
     )
     params = jax.block_until_ready(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
     rng = np.random.default_rng(0)
@@ -41,7 +44,12 @@ def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
     targets = jnp.asarray(rng.integers(0, options["vocabulary"], (1, options["length"])), jnp.int32)
 
     def loss(weight: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logprobs, entropy = given_logprobs(model, {"embedding": weight}, hidden, targets, 0.7)
+        if chunk:
+            logprobs, entropy = given_logprobs(model, {"embedding": weight}, hidden, targets, 0.7)
+        else:
+            every = jax.nn.log_softmax(logits(model, {"embedding": weight}, hidden) / 0.7, axis=-1)
+            logprobs = jnp.take_along_axis(every, targets[..., None], axis=-1)
+            entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
         return logprobs.mean(), entropy.mean()
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(params["embedding"], hidden).compile()
@@ -70,13 +78,13 @@ def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
 
 
 def main(words: list[str]) -> None:
-    options = {"vocabulary": 152_064, "length": 4096, "hidden": 64, "chunk": 512, "only": 0}
+    options = {"vocabulary": 152_064, "length": 4096, "hidden": 64, "chunk": 512, "only": -1}
     options |= {key: int(value) for key, value in (word.split("=") for word in words)}
-    if options["only"]:
+    if options["only"] >= 0:
         print(json.dumps(measure(options, options["only"])))
         return
     results = {}
-    for name, chunk in (("plain", options["length"]), ("chunked", options["chunk"])):
+    for name, chunk in (("plain", 0), ("chunked", options["chunk"])):
         command = [sys.executable, __file__, *words, f"only={chunk}"]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[name] = json.loads(run.stdout)

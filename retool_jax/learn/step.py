@@ -41,10 +41,10 @@ TokenLoss = Callable[[Columns, Batch], TokenTerms]
 class Outputs:
     """What a step computes of each token for its loss, by name.
 
-    `logprobs` is the log-probability of the token given those before it in its segment, and `entropy`, in nats, that of
-    the distribution which it was drawn from; both of softmax(logits / temperature). Entropy carries a gradient only
-    with `entropy_gradient`. `values` is a critic's: the value of what stood before the token in its segment, so of the
-    state in which it was drawn. All are 0 for the first token of a segment.
+    `logprobs` is the log-probability of a sampled token given those before it in its segment, and `entropy`, in nats,
+    that of the distribution which it was drawn from; both of softmax(logits / temperature), and 0 where nothing was
+    sampled. Entropy carries a gradient only with `entropy_gradient`. `values` is a critic's: the value of what stood
+    before the token in its segment, so of the state in which it was drawn. All are 0 for the first token of a segment.
     """
 
     model: ModelConfig
@@ -77,13 +77,21 @@ class Outputs:
 def token_logprobs(
     model: ModelConfig, params: Params, batch: Batch, temperature: float, entropy_gradient: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token given those before it in its segment, and the entropy it was drawn from.
+    """Log-probability of every sampled token given those before it in its segment, and the entropy it was drawn from.
 
-    Both [B,T] fp32, aligned with `batch.tokens`; the first token of a segment has none and gets 0.
+    Both [B,T] fp32, aligned with `batch.tokens`. What was not sampled has none and gets 0, as the first token of a
+    segment does.
     """
     hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
-    chosen, entropy = given_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], temperature, entropy_gradient)
-    return _align(batch, chosen), _align(batch, entropy)
+
+    def next_one(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+    wanted = next_one(batch.sampled & (batch.positions > 0))
+    results = given_logprobs(
+        model, params, hidden, next_one(batch.tokens), temperature, entropy_gradient, wanted_BT=wanted
+    )
+    return _align(batch, results[0][:, :-1]), _align(batch, results[1][:, :-1])
 
 
 def token_values(model: ModelConfig, params: Params, batch: Batch) -> jax.Array:

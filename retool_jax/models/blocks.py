@@ -1,8 +1,8 @@
 """Causal attention of packed rows in blocks of plain products, for any backend without a kernel of its own.
 
-Scores exist for one block of queries and one of keys at a time, forwards and backwards (arXiv 2205.14135, algorithm 1,
-and 2307.08691, algorithm 2): blocks that no query sees are not visited, and nothing has the size of T x T. Products have
-their batch dimensions in front, which is the form that XLA's CPU backend does not copy.
+Scores exist for one block of queries and one of keys at a time, forwards (arXiv 2307.08691, algorithm 1) and backwards
+(algorithm 2): blocks that no query sees are not visited, and nothing has the size of T x T. Products have their batch
+dimensions in front, which is the form that XLA's CPU backend does not copy.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ def blocked_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_BT: jax.Array, on_cpu: bool = True
 ) -> jax.Array:
     """What `attention.attend` gives where query t sees the keys from `starts`[t] to t of its row; [B,T,N,H]."""
-    B, T, N, H = q_BTNH.shape
+    B, T, N = q_BTNH.shape[:3]
     count = -(-T // (CPU_BLOCK if on_cpu else BLOCK))
     block = -(-T // (8 * count)) * 8  # even parts, in whole vectors
     padding = count * block - T

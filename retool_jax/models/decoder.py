@@ -318,15 +318,20 @@ def head_weight(config: ModelConfig, params: Params | dict) -> jax.Array:
     return params[name][...].astype(weight_dtype(config, name))
 
 
+def head_precision(config: ModelConfig) -> jax.lax.Precision | None:
+    """Of the head's products: a TPU rounds their factors in fp32 to bf16 unless it is told not to."""
+    return jax.lax.Precision.HIGHEST if config.fp32_head else None
+
+
 def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> jax.Array:
     """`logits` with the head's weight in hand; engine and trainer both end here, so they share its mask.
 
     Checkpoints pad the vocabulary: ids from `config.real_vocab` on stand for no text, so they are never drawn and take
     no probability.
     """
-    precision = None
-    if config.fp32_head:  # a TPU rounds the factors of a product in fp32 to bf16 unless it is told not to
-        hidden, precision = hidden.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    if config.fp32_head:
+        hidden = hidden.astype(jnp.float32)
+    precision = head_precision(config)
     result = jnp.einsum("...D,VD->...V", hidden, weight_VD, precision=precision, preferred_element_type=jnp.float32)
     if 0 < config.real_vocab < config.vocab_size:
         result = jnp.where(jnp.arange(config.vocab_size) < config.real_vocab, result, NEVER)

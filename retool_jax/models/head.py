@@ -1,14 +1,29 @@
 """What training asks of the vocabulary: log-probability and entropy of given tokens, without logits of whole rows."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from retool_jax import mesh as meshes
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.decoder import Params, head_weight, logits_of
+from retool_jax.models.decoder import Params, head_precision, head_weight, logits_of
+
+CHUNKS, LEAST_CHUNK = (
+    8,
+    128,
+)  # into how many chunks a device's tokens are cut, and what a product is worth its while for
+
+
+class Numerics(NamedTuple):
+    """What the numbers depend on beside arrays."""
+
+    config: ModelConfig
+    temperature: float
+    entropy_gradient: bool
 
 
 def given_logprobs(
@@ -18,58 +33,161 @@ def given_logprobs(
     targets_BT: jax.Array,
     temperature: float,
     entropy_gradient: bool = False,
+    wanted_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the targets under softmax(logits / temperature), and its entropies; both [B,T] fp32.
 
-    No more than `config.head_chunk` tokens of a device have logits at any time, forwards or backwards: longer rows are
-    visited in chunks of positions and their logits computed again for the gradient. Entropies carry a gradient only
-    where that is asked for.
+    Where `wanted` is false both are 0 and nothing is computed: each device visits the tokens that are wanted of its own
+    rows, in chunks, as many as it takes. No more than `config.head_chunk` tokens of a device have logits at any time;
+    for the gradient they are computed again. Entropies carry a gradient only where that is asked for.
     """
-    weight_VD = head_weight(config, params)
-    chunk = _positions_at_a_time(config, *targets_BT.shape)
-    if chunk >= targets_BT.shape[1]:
-        return _given(config, weight_VD, hidden_BTD, targets_BT, temperature, entropy_gradient)
-    # Gathered once instead of in every chunk, and widened so that the chunks' gradients are added up in fp32.
-    dtype, weight_VD = weight_VD.dtype, meshes.constrain(weight_VD, "vocab", "model").astype(jnp.float32)
+    (B, T), devices = targets_BT.shape, _devices(targets_BT.shape[0])
+    tokens = B * T // devices
+    chunk = min(config.head_chunk, max(-(-tokens // CHUNKS), LEAST_CHUNK), tokens)
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def visit(weight_VD: jax.Array, hidden_BcD: jax.Array, targets_Bc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # As one list of tokens: XLA's CPU gather from a batch of logits takes five more copies of them.
-        flat = hidden_BcD.reshape(-1, hidden_BcD.shape[-1]), targets_Bc.reshape(-1)
-        results = _given(config, weight_VD.astype(dtype), *flat, temperature, entropy_gradient)
-        return tuple(x.reshape(targets_Bc.shape) for x in results)
+    def by_device(x: jax.Array) -> jax.Array:
+        """[B,T,...] to [devices,tokens,...]; a device's rows stand side by side."""
+        return x.reshape(devices, tokens, *x.shape[2:])
 
-    def chunks(x: jax.Array) -> jax.Array:
-        """[B,T,...] to [T/c,B,c,...], padded behind."""
-        B, T = x.shape[:2]
-        x = jnp.pad(x, ((0, 0), (0, -T % chunk), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
-
-    _, results = jax.lax.scan(
-        lambda _, part: (None, visit(weight_VD, *part)), None, (chunks(hidden_BTD), chunks(targets_BT))
-    )
-    B, T = targets_BT.shape
-    logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in results)
+    wanted = jnp.ones((devices, tokens), bool) if wanted_BT is None else by_device(wanted_BT)
+    order = jnp.argsort(~wanted, axis=1)  # which is stable
+    # Gathered once, in the place of once for every chunk.
+    weight_VD = meshes.constrain(head_weight(config, params), "vocab", "model")
+    numerics = Numerics(config, temperature, entropy_gradient)
+    rows = by_device(hidden_BTD), by_device(targets_BT), order, jnp.max(jnp.sum(wanted, 1))
+    sorted_results = _visit(numerics, chunk, weight_VD, *rows)
+    back = jnp.argsort(order, axis=1)
+    logprobs, entropy = (jnp.where(wanted, _take(x, back), 0.0).reshape(B, T) for x in sorted_results)
     return logprobs, entropy
 
 
-def _positions_at_a_time(config: ModelConfig, rows: int, length: int) -> int:
-    """Positions of every row that make `head_chunk` tokens on each device that holds rows."""
+def _devices(rows: int) -> int:
+    """How many parts the rows of a batch are in on the mesh in use."""
     mesh, axes = jax.sharding.get_abstract_mesh(), meshes.RULES["batch"]
     parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
-    return min(length, max(1, config.head_chunk * parts // rows))
+    return parts if rows % parts == 0 else 1
 
 
-def _given(
-    config: ModelConfig,
+def _on_each(function: Callable, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+    """A function of each device's part of arrays [devices,...]."""
+    if arrays[0].shape[0] > 1:
+        return jax.vmap(function)(*arrays)
+    # Sums over the last axis of [1,c,V] take XLA's CPU backend ten times as long as those of [c,V].
+    return jax.tree.map(lambda x: x[None], function(*(x[0] for x in arrays)))
+
+
+def _take(x: jax.Array, order: jax.Array) -> jax.Array:
+    """Entries of [devices,tokens,...] in this order, for each device its own."""
+    return _on_each(lambda values, places: values[places], x, order)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _visit(numerics: Numerics, chunk: int, weight_VD: jax.Array, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies of the first `count` tokens in the given order, [devices,tokens] each, and 0 behind them.
+
+    `rows` are hidden states [devices,tokens,D], targets and order [devices,tokens], and the count.
+    """
+    return _forward(numerics, chunk, weight_VD, *rows)[0]
+
+
+def _forward(
+    numerics: Numerics,
+    chunk: int,
     weight_VD: jax.Array,
     hidden: jax.Array,
     targets: jax.Array,
-    temperature: float,
-    entropy_gradient: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The plain form, of hidden states [..., D] and targets [...]."""
-    logprobs = jax.nn.log_softmax(logits_of(config, weight_VD, hidden) / temperature, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-    every = logprobs if entropy_gradient else jax.lax.stop_gradient(logprobs)
-    return chosen, -jnp.sum(jnp.exp(every) * every, axis=-1)
+    order: jax.Array,
+    count: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    parts = _chunks(chunk, order)
+
+    def body(index: jax.Array, seen: jax.Array) -> jax.Array:
+        here = _part(parts, index, chunk)
+        given = partial(_given, numerics, weight_VD)
+        results = jnp.stack(_on_each(given, _take(hidden, here), _take(targets, here)))
+        return jax.lax.dynamic_update_slice_in_dim(seen, results, index * chunk, 2)
+
+    room = meshes.constrain(jnp.zeros((3, *parts.shape)), None, "batch", "length")
+    seen = jax.lax.fori_loop(0, -(-count // chunk), body, room)
+    logprobs, entropy, normaliser = seen[:, :, : order.shape[1]]
+    return (logprobs, entropy), (weight_VD, hidden, targets, order, count, normaliser, entropy)
+
+
+def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
+    weight_VD, hidden, targets, order, count, *values = kept
+    parts = _chunks(chunk, order)
+    more = parts.shape[1] - order.shape[1]
+    values = jnp.pad(jnp.stack([*values, *gradients]), ((0, 0), (0, 0), (0, more)))
+
+    def one_device(hidden: jax.Array, targets: jax.Array, *values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scaled = logits_of(numerics.config, weight_VD, hidden) / numerics.temperature
+        slope_cV = _slope(numerics, scaled, targets, *values) / numerics.temperature
+        precision = head_precision(numerics.config)
+        # Written as products whose factors XLA's CPU backend takes as they lie.
+        d_weight = jnp.einsum("cV,cD->VD", slope_cV, hidden.astype(jnp.float32), precision=precision)
+        return d_weight, jnp.einsum("cV,VD->cD", slope_cV, weight_VD.astype(jnp.float32), precision=precision)
+
+    def body(index: jax.Array, made: tuple) -> tuple:
+        d_weight, d_hidden = made
+        here = _part(parts, index, chunk)
+        of_values = jax.lax.dynamic_slice_in_dim(values, index * chunk, chunk, 2)
+        weight, states = _on_each(one_device, _take(hidden, here), _take(targets, here), *of_values)
+        d_weight = meshes.constrain(d_weight + weight, "batch", "vocab", "model")
+        return d_weight, jax.lax.dynamic_update_slice_in_dim(d_hidden, states.astype(hidden.dtype), index * chunk, 1)
+
+    devices, D = order.shape[0], hidden.shape[-1]
+    # Each device adds up its own tokens' gradients, in fp32, and they are exchanged once.
+    d_weight = meshes.constrain(jnp.zeros((devices, *weight_VD.shape)), "batch", "vocab", "model")
+    d_hidden = meshes.constrain(jnp.zeros((*parts.shape, D), hidden.dtype), "batch", "length", "model")
+    d_weight, d_hidden = jax.lax.fori_loop(0, -(-count // chunk), body, (d_weight, d_hidden))
+    d_hidden = _take(d_hidden, jnp.argsort(order, axis=1))  # back to where each token stands
+    return d_weight.sum(0).astype(weight_VD.dtype), d_hidden, None, None, None
+
+
+_visit.defvjp(_forward, _backward)
+
+
+def _chunks(chunk: int, order: jax.Array) -> jax.Array:
+    """The order in whole chunks; what is added is the first token again, whose gradient there is 0."""
+    return jnp.pad(order, ((0, 0), (0, -order.shape[1] % chunk)))
+
+
+def _part(parts: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(parts, index * chunk, chunk, 1)
+
+
+def _given(
+    numerics: Numerics, weight_VD: jax.Array, hidden_cD: jax.Array, targets_c: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability, entropy and the logarithm of the softmax's denominator of each token, [c] each."""
+    scaled = logits_of(numerics.config, weight_VD, hidden_cD) / numerics.temperature
+    normaliser = jax.nn.logsumexp(scaled, axis=-1)
+    logprobs = scaled - normaliser[:, None]
+    # A sum over the vocabulary that is one number: a gather would be of logits that were written out for it.
+    chosen = jnp.sum(jnp.where(_is_target(scaled, targets_c), logprobs, 0.0), axis=-1)
+    return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1), normaliser
+
+
+def _is_target(scaled_cV: jax.Array, targets_c: jax.Array) -> jax.Array:
+    return jnp.arange(scaled_cV.shape[1]) == targets_c[:, None]
+
+
+def _slope(
+    numerics: Numerics,
+    scaled_cV: jax.Array,
+    targets_c: jax.Array,
+    normaliser_c: jax.Array,
+    entropy_c: jax.Array,
+    d_logprobs_c: jax.Array,
+    d_entropy_c: jax.Array,
+) -> jax.Array:
+    """The gradient of scaled logits z, [c,V]: with p = softmax(z) and its entropy H,
+
+    d log p(target) / dz = [v = target] - p   and   dH / dz = -p (log p + H).
+    """
+    logprobs = scaled_cV - normaliser_c[:, None]
+    p = jnp.exp(logprobs)
+    slope = jnp.where(_is_target(scaled_cV, targets_c), d_logprobs_c[:, None], 0.0) - p * d_logprobs_c[:, None]
+    if numerics.entropy_gradient:
+        slope -= d_entropy_c[:, None] * p * (logprobs + entropy_c[:, None])
+    return slope

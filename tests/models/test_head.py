@@ -1,6 +1,7 @@
 """Log-probs and entropies in chunks equal the plain ones, need less memory, and see the same words as the engine."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -28,15 +29,21 @@ def case(model: ModelConfig) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
 
 
 def values_and_gradients(
-    model: ModelConfig, params: Params, hidden: jax.Array, *rest: jax.Array, entropy_gradient: bool = False
+    model: ModelConfig,
+    params: Params,
+    hidden: jax.Array,
+    *rest: jax.Array,
+    entropy_gradient: bool = False,
+    entropy_weight: float = 100.0,
+    wanted_BT: jax.Array | None = None,
 ) -> tuple:
     """Log-probs, entropies, and the gradients for the head's weight and the hidden states of a weighted sum."""
     targets, seen = rest
     name = "embedding" if model.tie_embeddings else "head"
 
     def loss(params: Params, hidden: jax.Array) -> tuple[jax.Array, tuple]:
-        logprobs, entropy = given_logprobs(model, params, hidden, targets, TEMPERATURE, entropy_gradient)
-        return jnp.sum(logprobs * seen) + 100 * jnp.sum(entropy), (logprobs, entropy)
+        logprobs, entropy = given_logprobs(model, params, hidden, targets, TEMPERATURE, entropy_gradient, wanted_BT)
+        return jnp.sum(logprobs * seen) + entropy_weight * jnp.sum(entropy), (logprobs, entropy)
 
     (_, values), (weights, states) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, hidden)
     return jax.device_get((*values, weights[name][...], states))
@@ -81,6 +88,43 @@ def test_chunks_on_a_mesh_change_nothing():
         ours = values_and_gradients(dataclasses.replace(MODEL, head_chunk=10), *case(MODEL))
     for x, y in zip(ours, plain, strict=True):
         assert np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
+
+
+def wanted_case(share: float) -> jax.Array:
+    """Which tokens are wanted: of the rows a very different number, of the last one none."""
+    wanted = np.random.default_rng(1).random((ROWS, LENGTH)) < share * np.array([1.5, 0.2, 1.0, 0.0])[:, None]
+    return jnp.asarray(wanted)
+
+
+@pytest.mark.parametrize(("sizes", "share", "chunk"), [((), 0.5, 1024), ((), 0.5, 7), ((2, 2, 2), 0.3, 7)])
+def test_only_what_is_wanted_has_values_and_a_gradient(sizes, share, chunk):
+    """As if all had been computed and the rest were masked; a mesh's devices have different numbers of them."""
+    params, hidden, targets, seen = case(MODEL)
+    wanted = wanted_case(share)
+    *values, weight, states = values_and_gradients(MODEL, params, hidden, targets, seen * wanted, entropy_weight=0.0)
+    expected = *(np.where(wanted, x, 0.0) for x in values), weight, states
+    model = dataclasses.replace(MODEL, head_chunk=chunk)
+    with jax.set_mesh(make_mesh(MeshConfig(*sizes))) if sizes else nullcontext():
+        ours = values_and_gradients(model, params, hidden, targets, seen * wanted, entropy_weight=0.0, wanted_BT=wanted)
+    for x, y in zip(ours, expected, strict=True):
+        assert np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
+
+
+def test_what_is_not_wanted_is_not_visited():
+    """20 tokens in two chunks of 10; all others have states without a number."""
+    params, hidden, targets, seen = case(MODEL)
+    wanted = np.zeros((ROWS, LENGTH), bool)
+    wanted.reshape(-1)[np.random.default_rng(2).permutation(ROWS * LENGTH)[:20]] = True
+    hidden = jnp.where(wanted[..., None], hidden, jnp.nan)
+    model = dataclasses.replace(MODEL, head_chunk=10)
+    ours = values_and_gradients(model, params, hidden, targets, seen * wanted, wanted_BT=jnp.asarray(wanted))
+    assert all(np.isfinite(x).all() for x in ours)
+    assert np.asarray(ours[0] != 0).sum() == 20 and not ours[3][~wanted].any()
+
+
+def test_where_nothing_is_wanted_all_is_0():
+    ours = values_and_gradients(MODEL, *case(MODEL), wanted_BT=jnp.zeros((ROWS, LENGTH), bool))
+    assert not any(np.asarray(x).any() for x in ours)
 
 
 def test_in_bfloat16_the_chunks_gradients_add_up_in_fp32():
@@ -159,4 +203,5 @@ def test_memory_does_not_grow_with_the_length():
 
     short, long = temporary(model, 256), temporary(model, 2048)
     assert long < 1.2 * short
-    assert long < temporary(dataclasses.replace(model, head_chunk=4096), 2048) / 10
+    assert long < 4 * 4096 * 2048 / 8  # of the bytes that all logits have
+    assert long < temporary(dataclasses.replace(model, head_chunk=4096), 2048) / 3
