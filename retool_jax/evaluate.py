@@ -20,10 +20,13 @@ def main(words: list[str]) -> None:
     if not run.init_from:
         raise UserError("there is nothing to evaluate; set init_from to a run or Hugging Face folder, or a hub id")
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve
     from retool_jax.run.evaluate import evaluate
 
-    asyncio.run(evaluate(resolve(words)))
+    run = resolve(words)
+    keep_programs()
+    asyncio.run(evaluate(run))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ def main(words: list[str]) -> None:
     if not isinstance(run := load.load(words), ServeRun):
         raise UserError(f"this config is of task {task_of(type(run))} and serves nothing; use config=serve")
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve
     from retool_jax.run.serve import serve
 
+    run = resolve(words)
+    keep_programs()
     with suppress(asyncio.CancelledError):
-        asyncio.run(serve(resolve(words)))
+        asyncio.run(serve(run))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ def main(words: list[str]) -> None:
     if task in ("evaluate", "serve"):
         raise UserError(f"this config is of task {task} and trains nothing; run python -m retool_jax.{task} with it")
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve
     from retool_jax.run.cold_start import make_cold_start
 
     run = resolve(words)
+    keep_programs()
     if isinstance(run, RLRun):
         from retool_jax.run import rl
 

@@ -33,7 +33,10 @@ class EngineConfig:
     stale_rows: Literal["rewrite", "discard", "keep"] = "rewrite"
     """When weights change under a conversation: rewrite its row, discard it, or keep what the old weights wrote."""
     page_size: Count = 0  # tokens of a page; 0: 128 where a kernel reads pages one by one (TPU), 16 elsewhere
-    pages: Count = 0  # pages of the cache, shared by all rows; 0: enough for every slot's max_length
+    pages: Count = 0
+    """Pages of the cache, shared by all rows; 0: enough for every slot's max_length, and for prefix_tokens."""
+    prefix_tokens: Count = 0
+    """Tokens of conversations that have ended whose pages are kept for those that go on from them; 0: none."""
     tp: Count = 0
     """Devices of this process that split a row's heads; 0: the most that divide them and the vocabulary."""
     token_buckets: tuple[Positive, ...] = ()
@@ -70,7 +73,7 @@ def sizes(config: EngineConfig, kernel: str, platform: str = "cpu", parts: int =
     at_once = tuple(max(chunk // size, 1) * parts for size in tokens)
     rows = tuple(max(CALL_TOKENS // (size * some), 1) * some for size, some in zip(tokens, at_once, strict=True))
     reads = config.read_buckets or (() if kernel == "ragged" else [256 << i for i in range(16)])
-    pages = config.pages or config.slots * row_pages
+    pages = config.pages or config.slots * row_pages + -(-config.prefix_tokens // page_size)
     if pages < row_pages:
         raise UserError(
             f"engine.pages={pages} of {page_size} tokens do not hold one row of engine.max_length={config.max_length};"

@@ -17,6 +17,7 @@ class Conversation(Protocol):
     request: int  # names the stream of random draws: unique in a run
     temperature: float
     cancelled: bool  # may be set at any time: nobody wants the rest, and it is dropped
+    cached: int  # set by the scheduler: tokens of the prompt that an earlier conversation had written
 
     def turn_budget(self) -> int:
         """Tokens that the next turn may draw, at least 1."""
@@ -81,6 +82,7 @@ class Statistics:
 
     decoded_tokens: int = 0  # with those behind a stop string, which are given back
     prefilled_tokens: int = 0  # of prompts; a group's is written once
+    reused_tokens: int = 0  # of prompts, that an earlier conversation had written
     appended_tokens: int = 0  # of tools' answers
     rewritten_tokens: int = 0  # of rows that gave up their pages and came back
     written_tokens: int = 0  # of all these, and the last one of each turn

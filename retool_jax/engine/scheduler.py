@@ -209,7 +209,7 @@ class Service:
         await asyncio.gather(*tools, return_exceptions=True)
         while self._in_flight:
             attempt(self.engine.read, self._in_flight.popleft().drawn)
-        attempt(self._seats.drop_prompts)
+        attempt(self._seats.drop_kept)
         if errors:
             raise errors[0]
 
@@ -245,7 +245,7 @@ class Service:
             return
         self._version = self.engine.version
         if self.engine.config.stale_rows == "keep":
-            self._seats.drop_prompts()
+            self._seats.drop_kept()
             return
         if self.engine.config.stale_rows == "discard":
             for talk in self._seats.begun():
@@ -445,4 +445,4 @@ class Service:
                 talk.done.set_result(how)
             else:
                 talk.done.set_exception(how)
-        self._seats.leave(talk)  # at last, since the engine may have failed
+        self._seats.leave(talk, ended=how is Finish.ENDED)  # at last, since the engine may have failed

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from retool_jax.engine.conversation import Conversation, Finish, OnTokens, SamplingParams, Statistics
 from retool_jax.engine.engine import Engine
+from retool_jax.engine.prefixes import Prefixes
 from retool_jax.engine.turns import Parked
 
 
@@ -31,6 +32,7 @@ class Talk:
     turn: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     lost: int = 0  # tokens that were written before its pages were taken
+    version: int = 0  # of the weights that wrote its row
     seated_s: float = 0.0
 
 
@@ -56,6 +58,7 @@ class Seats:
         # state along.
         self._prompts: dict[tuple[int, ...], Parked] = {}
         self._wanted: Counter[tuple[int, ...]] = Counter()
+        self._prefixes = Prefixes(engine)
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.ready or self.live or self.calls)
@@ -86,19 +89,25 @@ class Seats:
         """The next conversation to seat, if the cache has `pages` left for it, and what is left then.
 
         The oldest that has begun is next, and may take the pages of younger ones; a new one waits until there are
-        enough, and while calls pile up.
+        enough, and while calls pile up. Rows that are kept for later make way for both.
         """
         queue = self.ready or (() if piled_up else self.waiting)
         if not queue:
             return None, pages
         talk = min(queue, key=lambda talk: talk.order) if queue is self.ready else queue[0]
+        if queue is self.waiting and (shared := self._prefixes.share(talk.ids)):
+            talk.parked, talk.written = shared, shared.length
         needed = self._pages_for(talk, in_flight)
+        while needed > pages and (gained := self._drop_prefixes()):
+            pages += gained
         while needed > pages and (queue is self.ready or not (self.live or others)):
             gained = self.evict(talk)
             if not gained:
                 break
             pages += gained
         if needed > pages:
+            if queue is self.waiting:
+                self._let_go(talk)
             return None, pages
         queue.remove(talk)
         return talk, pages - needed
@@ -120,17 +129,25 @@ class Seats:
             fresh = talk.ids == talk.conversation.prompt and not talk.lost
             if fresh:
                 self._want_no_more(prompt)
-            if talk.parked is not None:
-                self.engine.resume(talk.parked, talk.slot)
-                talk.parked = None
-            elif fresh and prompt in owners:
+                if talk.parked is not None and (prompt in owners or prompt in self._prompts):  # which have all of it
+                    self.engine.drop(talk.parked)
+                    talk.parked, talk.written = None, 0
+            if not talk.written:
+                talk.version = self.engine.version
+            if fresh and prompt in owners:
                 forks.append(talk)
                 continue
-            elif fresh and prompt in self._prompts:
+            if fresh and prompt in self._prompts:
                 talk.written = self._prompts[prompt].length
                 self.engine.resume(self.engine.share(self._prompts[prompt], talk.written), talk.slot)
             elif fresh:
                 owners[prompt] = talk
+            if talk.parked is not None:
+                self.engine.resume(talk.parked, talk.slot)
+                talk.parked = None
+                if fresh:
+                    talk.version, talk.conversation.cached = self.engine.version, talk.written
+                    self.stats.reused_tokens += talk.written
             rows.append(talk)
             self._count(talk)
         if rows:
@@ -162,15 +179,29 @@ class Seats:
         if not self._wanted[prompt]:
             del self._wanted[prompt]
 
+    def drop_kept(self) -> None:
+        """Let go of everything that is kept for conversations to come."""
+        self.drop_prompts()
+        self._prefixes.clear()
+
+    def _drop_prefixes(self) -> int:
+        """Let go of rows that are kept for later until that frees a page; returns how many pages it freed."""
+        before = self.engine.pages.free_count
+        while self.engine.pages.free_count == before and self._prefixes.drop_oldest():
+            pass
+        return self.engine.pages.free_count - before
+
     def drop_prompts(self, unwanted: bool = False) -> None:
         """Let go of kept prompts: of all, or of those that nobody waits for."""
         for prompt in [prompt for prompt in self._prompts if not (unwanted and prompt in self._wanted)]:
             self.engine.drop(self._prompts.pop(prompt))
 
     def evict(self, keep: Talk) -> int:
-        """Take the pages of kept prompts, then of the youngest row that is younger than `keep`; returns how many."""
+        """Take the pages of kept rows and prompts, then of the youngest row that is younger than `keep`; returns how
+        many."""
         before = self.engine.pages.free_count
-        self.drop_prompts()
+        if not self._drop_prefixes():
+            self.drop_prompts()
         youngest = max(self._holders(), key=lambda talk: talk.order, default=keep)
         if self.engine.pages.free_count == before and youngest.order > keep.order:
             self._give_up(youngest)
@@ -193,7 +224,7 @@ class Seats:
 
     def rewrite(self) -> None:
         """Let every row give up what it holds, which is of old weights."""
-        self.drop_prompts()
+        self.drop_kept()
         for talk in self.begun():
             if talk.written:
                 self._give_up(talk)
@@ -202,8 +233,11 @@ class Seats:
         """Conversations that had a seat, also where they have given up their pages."""
         return [*self.live.values(), *self.ready, *self.calls]
 
-    def leave(self, talk: Talk) -> None:
-        """Take a conversation out, wherever it is, with what it holds; a call is the caller's to cancel."""
+    def leave(self, talk: Talk, ended: bool = False) -> None:
+        """Take a conversation out, wherever it is, with what it holds; a call is the caller's to cancel.
+
+        The row of one that has `ended` may be kept for those that go on from it.
+        """
         self.calls.pop(talk, None)
         if talk in self.ready:
             self.ready.remove(talk)
@@ -211,6 +245,9 @@ class Seats:
             self.waiting.remove(talk)
             self._want_no_more(tuple(talk.conversation.prompt))
             self.drop_prompts(unwanted=True)
+        if ended and talk.parked and self.engine.config.prefix_tokens and talk.version == self.engine.version:
+            self._prefixes.keep(talk.ids[: talk.written], talk.parked)
+            talk.parked = None
         self._let_go(talk)
 
     def park(self, talk: Talk) -> None:

@@ -36,7 +36,7 @@ MAY_CHANGE = (
     *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
     *("model.remat", "model.head_chunk", "model.attention_kernel"),
     *("engine.slots", "engine.chunk_*", "engine.decode_steps", "engine.read_late", "engine.page_size"),
-    *("engine.pages", "engine.*_buckets", "engine.tp"),
+    *("engine.pages", "engine.prefix_tokens", "engine.*_buckets", "engine.tp"),
     "model.max_positions",  # nothing is computed with it
     *("compare", "evaluation.max_dropped"),  # what an evaluation is compared with, and when it gives up
     "replay",  # the same trajectories, from a file

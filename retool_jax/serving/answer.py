@@ -59,6 +59,7 @@ class Answer:
     Attributes:
         finish: why it ended, as OpenAI says it: stop, length or tool_calls; None while it goes on and after a fault.
         drawn: tokens of the policy so far.
+        cached: tokens of the prompt that an earlier answer had written.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Answer:
         self.dialogue, self.sampling, self.tell = dialogue, sampling, tell
         self.reader = Reader(tokenizer, grammar, functions, stops)
         self.finish: str | None = None
-        self.drawn = 0
+        self.drawn = self.cached = 0
         self._tokenizer, self._stops, self._max_tokens = tokenizer, stops, max_tokens
         self._stopped = False  # at a string of the request
         self._to_run: Coroutine | None = None  # tools that have not begun

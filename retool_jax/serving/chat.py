@@ -211,13 +211,13 @@ def merge(message: dict[str, Any], delta: dict[str, Any]) -> None:
 
 
 def usage_written(answers: Sequence[Answer]) -> dict[str, Any]:
-    """As OpenAI writes it. What tools wrote into the context counts as prompt; no token of a prompt was cached."""
+    """As OpenAI writes it. What tools wrote into the context counts as prompt."""
     usage = usage_of(answers)
     read_in = usage["prompt"] + usage["tool"]
     return {
         "prompt_tokens": read_in,
         "completion_tokens": usage["policy"],
         "total_tokens": read_in + usage["policy"],
-        "prompt_tokens_details": {"cached_tokens": 0, "tool_tokens": usage["tool"]},
+        "prompt_tokens_details": {"cached_tokens": usage["cached"], "tool_tokens": usage["tool"]},
         "completion_tokens_details": {"reasoning_tokens": usage["thought"]},
     }

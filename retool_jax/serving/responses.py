@@ -318,12 +318,12 @@ def joined(before: Trajectory, after: Trajectory) -> Trajectory:
 
 
 def usage_written(answer: Answer) -> dict[str, Any]:
-    """What tools wrote into the context counts as input; no token of it was cached."""
+    """What tools wrote into the context counts as input."""
     usage = usage_of([answer])
     read_in = usage["prompt"] + usage["tool"]
     return {
         "input_tokens": read_in,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": usage["cached"]},
         "output_tokens": usage["policy"],
         "output_tokens_details": {"reasoning_tokens": usage["thought"]},
         "total_tokens": read_in + usage["policy"],

@@ -252,7 +252,7 @@ class Server:
         self.metrics.answer_s.add(visit.seconds)
         usage = usage_of(answers)
         for kind, tokens in usage.items():
-            if kind != "thought":
+            if kind not in ("cached", "thought"):
                 self.metrics.tokens[kind] += tokens
         ends = [answer.finish or visit.fault or "gone" for answer in answers]
         self.metrics.ends.update(ends)
@@ -290,10 +290,12 @@ def _check(answer: Answer, done: asyncio.Future) -> None:
 
 
 def usage_of(answers: Sequence[Answer]) -> dict[str, int]:
-    """Tokens of answers: of the prompt, which they share, drawn by the policy, written by tools, thought."""
+    """Tokens of answers: of the prompt, which they share, and of it those that an earlier answer had written; drawn by
+    the policy, written by tools, thought."""
     segments = [(s.role, s.stop - s.start) for answer in answers for s in answer.trajectory.segments]
     return {
         "prompt": len(answers[0].prompt),
+        "cached": answers[0].cached,
         "policy": sum(answer.drawn for answer in answers),
         "tool": sum(length for role, length in segments if role == "tool"),
         "thought": sum(answer.reader.thought for answer in answers),

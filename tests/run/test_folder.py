@@ -116,7 +116,7 @@ CHANGEABLE = {
     "mesh": "data fsdp tp",
     "sft": "rows_per_micro",
     "checkpoint": "every keep",
-    "engine": "slots chunk_tokens decode_steps read_late page_size pages tp token_buckets read_buckets",
+    "engine": "slots chunk_tokens decode_steps read_late page_size pages prefix_tokens tp token_buckets read_buckets",
     "sandbox": "backend slots urls token queue_limit queue_s retries recycle_calls recycle_s recycle_memory_mb probe_s"
     " sessions session_ttl_s",
     "rl": "steps max_dropped rows_per_micro row_length save_rollouts",

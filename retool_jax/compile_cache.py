@@ -1,0 +1,40 @@
+"""Compiled programs on the disk, so that the next start of a command does not compile them again."""
+
+import os
+import zlib
+from pathlib import Path
+
+import jax
+
+LEAST_S = 0.1  # a program that compiles faster than this is not kept
+
+
+def keep_programs() -> None:
+    """Keep what XLA compiles below ~/.cache/retool_jax, unless jax was told a folder, and say where.
+
+    jax's own variables decide: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=0 is none.
+    Where the folder cannot be made the run goes on without.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(cache) / "retool_jax" / f"compiled-{_processor():08x}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"compiled programs are not kept: {folder} cannot be made ({error.strerror})")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
+    print(f"compiled programs: {jax.config.jax_compilation_cache_dir} (JAX_ENABLE_COMPILATION_CACHE=0 keeps none)")
+
+
+def _processor() -> int:
+    """A number for what this processor can do: a home folder may be shared by machines whose programs differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return zlib.crc32(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").encode())
