@@ -64,17 +64,17 @@ class Chat:
 
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as it comes: what came together is one text."""
-        yield "".join(self._begins())
-        left, text = self.count, ""
+        left, text = self.count, "".join(self._begins())  # which goes out with the first tokens
         try:
             async with aclosing(self.server.batches(self.visit, self.answers)) as batches:
                 async for batch in batches:
-                    text = "".join(chunk for number, happened in batch for chunk in self._chunks(number, happened))
+                    text += "".join(chunk for number, happened in batch for chunk in self._chunks(number, happened))
                     left -= sum(happened is None for _, happened in batch)
-                    if left:
+                    if left and text:
                         yield text
+                        text = ""
         except Refused as refused:
-            yield event(refused.body()) + DONE
+            yield text + event(refused.body()) + DONE
             return
         self._keep()
         if self.with_usage:

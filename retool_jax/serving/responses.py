@@ -25,6 +25,7 @@ from retool_jax.tokens.grammar import CODE_TOOL
 PATH = "/v1/responses"
 LOGS, LOGPROBS = "code_interpreter_call.outputs", "message.output_text.logprobs"
 NOT_RUN = "not run: a turn that calls a function of the caller's runs no other call; call it again"
+_FUNCTION = {"description": None, "parameters": None, "strict": None}  # what a response says of each in any case
 _ENDS = {"response.completed", "response.incomplete", "response.failed"}
 _SERVED = {
     "tool_choice": ("auto", "none"),
@@ -263,7 +264,7 @@ class Responses:
             "frequency_penalty": 0.0,
             "text": {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto",
-            "tools": self.tools,
+            "tools": [_FUNCTION | tool if tool.get("type") == "function" else tool for tool in self.tools],
             "truncation": "disabled",
             "safety_identifier": body.get("safety_identifier"),
             "prompt_cache_key": body.get("prompt_cache_key"),
