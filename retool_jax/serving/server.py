@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 from retool_jax.data.problems import Problem
@@ -23,6 +24,7 @@ from retool_jax.serving.answer import Answer, Drawn, Event, ToolRan
 from retool_jax.serving.config import ServeConfig
 from retool_jax.serving.containers import Containers
 from retool_jax.serving.metrics import Metrics
+from retool_jax.serving.prompts import PromptScorer
 from retool_jax.serving.record import add_sessions, begin_record
 from retool_jax.serving.requests import Refused
 from retool_jax.tokens.chat import prompt_ids
@@ -171,6 +173,11 @@ class Server:
                 Answer(dialogue, self.tokenizer, grammar, wish.sampling, most_drawn, wish.stops, wish.functions)
             )
         return answers
+
+    @cached_property
+    def score_prompt(self) -> PromptScorer:
+        """What the weights say of a prompt's own tokens."""
+        return PromptScorer(self.service.engine)
 
     # --- answering ---
 
