@@ -56,13 +56,13 @@ def write_rollouts(
     """
     with replacing(path, errors="backslashreplace") as file:
         for place, trajectory in enumerate(trajectories):
-            record = _record(trajectory, place // group_size, tokenizer)
+            record = record_of(trajectory, place // group_size, tokenizer)
             # A reward of one's own may be a number of NumPy's.
             file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=float) + "\n")
 
 
-def _record(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None) -> dict:
-    """All that a trajectory holds, what is short first."""
+def record_of(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None = None) -> dict:
+    """A line of a file: all that a trajectory holds, what is short first."""
     t = trajectory
     segments = [vars(segment) for segment in t.segments]
     if tokenizer:
@@ -97,7 +97,7 @@ def _lines(path: Path) -> list[tuple[int, Trajectory]]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
-                found.append(_trajectory(json.loads(line), number))
+                found.append(read_record(json.loads(line), number))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); give the file of a step's rollouts") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -111,8 +111,12 @@ def _lines(path: Path) -> list[tuple[int, Trajectory]]:
     return found
 
 
-def _trajectory(record: dict, number: int) -> tuple[int, Trajectory]:
-    """A line's group and trajectory. Group, ids, sampled, logprobs and reward must be there, and no more."""
+def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
+    """A line's group and trajectory. Group, ids, sampled, logprobs and reward must be there, and no more.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is no trajectory.
+    """
     group, ids, sampled, logprobs, reward = (record[name] for name in NEEDED)
     if not ids or not len(ids) == len(sampled) == len(logprobs):
         raise ValueError(f"{len(ids)} ids, {len(sampled)} sampled and {len(logprobs)} logprobs: give as many of each")
@@ -230,6 +234,18 @@ class Replay:
                 f" rl.group_size={rl.group_size}; set it to what they were drawn with, or restore the file"
             )
         trajectories = [trajectory for _, trajectory in lines]
+        for t in trajectories:
+            if t.temperature not in (None, rl.temperature):
+                raise UserError(
+                    f"{path} holds a trajectory that was drawn at temperature {t.temperature:g} ({t.id}), and"
+                    f" rl.temperature={rl.temperature:g}; set rl.temperature={t.temperature:g}, or draw anew where that"
+                    " is 0"
+                )
+            if t.top_p < 1 or t.top_k:
+                raise UserError(
+                    f"{path} holds a trajectory that was drawn with top_p={t.top_p:g} top_k={t.top_k} ({t.id}), and an"
+                    " update knows the whole distribution; draw it with top_p=1 top_k=0"
+                )
         longest = max(trajectories, key=lambda t: len(t.ids))
         if len(longest.ids) > rl.row_length:
             raise UserError(

@@ -51,7 +51,14 @@ class Dialogue:
         self.temperature = sample.temperature
         self.sampling = SamplingParams(sample.temperature, sample.top_k, sample.top_p)
         identity = f"{sample.problem.id}/{sample.request}"
-        self.trajectory = Trajectory(identity, sample.problem, room=room - len(prompt))
+        self.trajectory = Trajectory(
+            identity,
+            sample.problem,
+            room=room - len(prompt),
+            temperature=sample.temperature,
+            top_p=sample.top_p,
+            top_k=sample.top_k,
+        )
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
         self._kept, self._closes = Kept(), True

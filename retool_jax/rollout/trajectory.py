@@ -91,6 +91,9 @@ class Trajectory:
     end: End | None = None  # None while it goes on
     fault: str = ""  # what the machinery did, where that ended it
     room: int = 0  # tokens that there were for a response
+    temperature: float | None = None  # at which it was drawn; None where that is not known
+    top_p: float = 1.0  # 1 is off
+    top_k: int = 0  # 0 is off
     final_text: str = ""  # what is scored: the last turn without its end mark; empty where that did not end by itself
     verdict: Verdict | None = None  # None, as the reward, before it is scored and where it is dropped
     exact: bool = False  # the strict rule takes its answer too (`reward.strict_box`)

@@ -66,7 +66,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     if not run.replay:
         workers.pool.start()
     elif not has_checkpoints(run):
-        Replay(Path(run.replay), run.rl, run.model.vocab_size)  # what is missing there is told now, too
+        await Replay(Path(run.replay), run.rl, run.model.vocab_size).take()  # what is wrong there is told now, too
 
     async with AsyncExitStack() as stack:
         stack.enter_context(told_of_memory(run))

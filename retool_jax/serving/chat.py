@@ -16,6 +16,7 @@ from retool_jax.engine.conversation import SamplingParams
 from retool_jax.sandbox.text import writable
 from retool_jax.serving.answer import Answer, Drawn, Event, ToolRan, ToolRuns
 from retool_jax.serving.messages import functions_of, messages_of, stops_of
+from retool_jax.serving.prompts import MOST, prompt_logprobs
 from retool_jax.serving.reader import Called, Said
 from retool_jax.serving.requests import Refused, an_object, read, refuse_unserved
 from retool_jax.serving.server import Kept, Server, Visit, Wish, usage_of
@@ -31,7 +32,6 @@ _SERVED = {
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "top_logprobs": (0,),
-    "prompt_logprobs": (False,),
     "functions": ([],),
     "modalities": (["text"],),
 }
@@ -53,6 +53,10 @@ class Chat:
         self.with_usage = read(options, "include_usage", bool, False)
         self.with_logprobs = read(body, "logprobs", bool, False)
         self.with_ids = read(body, "return_token_ids", bool, False)
+        self.prompt_top = read(body, "prompt_logprobs", int, None, 0, MOST)
+        if self.prompt_top is not None and self.stream:
+            told = "prompt_logprobs is not served with stream=true; leave one of them out"
+            raise Refused(400, told, "prompt_logprobs")
         self.answers: list[Answer] = []
         self._head = {"id": self.visit.id, "created": int(time.time()), "model": server.model}
 
@@ -106,6 +110,7 @@ class Chat:
         choices: list[dict] = [
             {"index": number, "message": {"role": "assistant", "content": None}} for number in range(self.count)
         ]
+        about_prompt = await self._about_prompt()
         async with aclosing(self.server.run(self.visit, self.answers)) as run:
             async for number, happened in run:
                 choice = choices[number]
@@ -120,9 +125,17 @@ class Chat:
             if choice["message"]["content"] is None and not choice["message"].get("tool_calls"):
                 choice["message"]["content"] = ""
         self._keep()
-        ids = {"prompt_token_ids": self.answers[0].prompt} if self.with_ids else {}
         head = self._head | {"object": "chat.completion", "choices": choices}
-        return head | ids | {"usage": usage_written(self.answers)}
+        return head | about_prompt | {"usage": usage_written(self.answers)}
+
+    async def _about_prompt(self) -> dict[str, Any]:
+        """What is said of the prompt's tokens, where a client asks for it."""
+        prompt = self.answers[0].prompt
+        told: dict[str, Any] = {"prompt_token_ids": prompt} if self.with_ids else {}
+        if self.prompt_top is not None:
+            scores = await self.server.score_prompt(prompt)
+            told["prompt_logprobs"] = prompt_logprobs(self.server.tokenizer, prompt, scores, self.prompt_top)
+        return told
 
     def _told(self, happened: Event) -> dict[str, Any]:
         """What is said of the tokens behind an event, where a client asks for it."""

@@ -25,5 +25,6 @@ class ServeConfig:
     body_kb: Positive = 1024  # of a request; larger ones are refused with 413
     answer_s: Seconds = 600.0  # for one answer, tools and waiting for a slot included
     keep: Count = 1024  # answers that stay for previous_response_id and /v1/trajectories, the newest; 0: none
+    record: str = ""  # folder for finished conversations, prompts and answers, to learn from them; empty: none
     drain_s: Count = 60  # after SIGTERM, how long answers that have begun may take to end
     log_text: bool = False  # write prompts and answers into the log too

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
 
 from retool_jax.data.problems import Problem
 from retool_jax.engine.conversation import SamplingParams
@@ -23,6 +25,8 @@ from retool_jax.serving.answer import Answer, Drawn, Event, ToolRan
 from retool_jax.serving.config import ServeConfig
 from retool_jax.serving.containers import Containers
 from retool_jax.serving.metrics import Metrics
+from retool_jax.serving.prompts import PromptScorer
+from retool_jax.serving.record import add_sessions, begin_record
 from retool_jax.serving.requests import Refused
 from retool_jax.tokens.chat import prompt_ids
 from retool_jax.tokens.grammar import GRAMMARS
@@ -110,6 +114,8 @@ class Server:
         # Half of the interpreters that may stay are for answers that have none yet.
         self.containers = Containers(box.sessions // 2 if stays else config.keep, box.session_ttl_s)
         self._grammar = GRAMMARS[rollout.grammar]
+        if config.record:
+            begin_record(Path(config.record))
 
     # --- what a request becomes ---
 
@@ -163,7 +169,9 @@ class Server:
         tools = wish.tools or (Toolbox([]) if wish.functions else None)  # answers calls that cannot be read
         answers = []
         for index in range(count):
-            sample = Sample(problem, (seed + index * _APART) % 2**32, wish.sampling.temperature)
+            how = wish.sampling
+            request = (seed + index * _APART) % 2**32
+            sample = Sample(problem, request, how.temperature, how.top_p, how.top_k)
             dialogue = Dialogue(sample, prompt, self.tokenizer, tools, room, self.rollout)
             most_drawn = room if wish.max_tokens is None else wish.max_tokens
             grammar = self._grammar if calls else None
@@ -171,6 +179,11 @@ class Server:
                 Answer(dialogue, self.tokenizer, grammar, wish.sampling, most_drawn, wish.stops, wish.functions)
             )
         return answers
+
+    @cached_property
+    def score_prompt(self) -> PromptScorer:
+        """What the weights say of a prompt's own tokens."""
+        return PromptScorer(self.service.engine)
 
     # --- answering ---
 
@@ -265,7 +278,9 @@ class Server:
         logger.info("%s", json.dumps(said, ensure_ascii=False))
 
     def keep(self, name: str, thing: Kept) -> None:
-        """Keep an answer for those who ask for it later, as long as newer ones leave it a place."""
+        """Keep an answer for those who ask for it later, as long as newer ones leave it a place; and record it."""
+        if self.config.record:
+            add_sessions(Path(self.config.record), name, thing.trajectories)
         if self.config.keep:
             self.kept[name] = thing
             while len(self.kept) > self.config.keep:

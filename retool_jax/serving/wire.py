@@ -12,7 +12,7 @@ from retool_jax.tokens.tokenizer import Tokenizer
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
-_LEAST_LOGPROB = -9999.0  # of JSON, which has no infinity
+LEAST_LOGPROB = -9999.0  # of JSON, which has no infinity
 
 
 def event(data: dict[str, Any], name: str = "") -> str:
@@ -71,6 +71,6 @@ def logprobs_of(tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[flo
     entries = []
     for index, logprob in zip(ids, logprobs, strict=True):
         token = tokenizer.decode([index])
-        entry = {"token": token, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(token.encode())}
+        entry = {"token": token, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(token.encode())}
         entries.append(entry | {"top_logprobs": []})
     return entries

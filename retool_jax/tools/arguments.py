@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # A type of JSON: the classes of its values, an example, and how it is called. A truth value is no number here.
-_TYPES: dict[str, tuple[tuple[type, ...], str, str]] = {
+TYPES: dict[str, tuple[tuple[type, ...], str, str]] = {
     "string": ((str,), '"..."', "a string"),
     "integer": ((int,), "0", "a whole number"),
     "number": ((int, float), "0.0", "a finite number"),
@@ -44,7 +44,7 @@ def shape_of(schema: Mapping[str, Any]) -> str:
         return " | ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     kinds = _kinds(schema)
     if "object" not in kinds and (kinds or "properties" not in schema):
-        return " | ".join(_TYPES[kind][1] for kind in kinds) or "any value"
+        return " | ".join(TYPES[kind][1] for kind in kinds) or "any value"
     required = schema.get("required", ())
     parts = [
         f"{json.dumps(name)}{'' if name in required else '?'}: {shape_of(value)}"
@@ -62,7 +62,7 @@ def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
     """What is wrong with a value of this name; empty if nothing is. As deep as the schema, not as the value."""
     kinds = _kinds(schema)
     if kinds and not any(_is(value, kind) for kind in kinds):
-        return f"{name} must be {' or '.join(_TYPES[kind][2] for kind in kinds)}"
+        return f"{name} must be {' or '.join(TYPES[kind][2] for kind in kinds)}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{name} must be one of {shape_of(schema)}"
     if _is(value, "number") and not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
@@ -84,4 +84,4 @@ def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
 def _is(value: object, kind: str) -> bool:
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return kind == "boolean" and isinstance(value, bool)
-    return isinstance(value, _TYPES[kind][0])
+    return isinstance(value, TYPES[kind][0])

@@ -8,6 +8,8 @@ from retool_jax.errors import UserError
 NONE = "none"  # a run without tools, where a call is only text
 INTERPRETERS = ("python", "python_session")
 BUILT_IN = (*INTERPRETERS, "calculator")
+MCP = "mcp:"  # before the URL of a server
+_URL = re.compile(r"https?://[^\s/]+\S*")
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # my_package.my_module:MyTool
 
 
@@ -27,7 +29,10 @@ def check_tools(tools: str | Sequence[str], grammar: str) -> None:
     if not words and tools != NONE and list(tools) != [NONE]:
         raise UserError(f"tools is empty; name at least one, for example tools=[python], or tools={NONE}")
     for word in words:
-        if word not in BUILT_IN and not _OWN.fullmatch(word):
+        if word.startswith(MCP):
+            if not _URL.fullmatch(word.removeprefix(MCP)):
+                raise UserError(f"tools={word} names no server; write {MCP}http://HOST:PORT/PATH")
+        elif word not in BUILT_IN and not _OWN.fullmatch(word):
             known = ", ".join(dict.fromkeys(["python", NONE, *BUILT_IN]))
             alone = f"; {NONE} stands alone" if word == NONE else ""
             raise UserError(f"tools={word} is not one of: {known}, or my_package.my_module:MyTool{alone}")

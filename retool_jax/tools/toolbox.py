@@ -17,7 +17,7 @@ from retool_jax.sandbox.types import shown
 from retool_jax.tokens.grammar import ToolCall
 from retool_jax.tools.arguments import declared, fault_of
 from retool_jax.tools.calculator import Calculator
-from retool_jax.tools.config import words_of
+from retool_jax.tools.config import MCP, words_of
 from retool_jax.tools.python import Python
 from retool_jax.tools.tool import Output, Tool, as_tool
 
@@ -225,10 +225,17 @@ def load_tools(tools: str | Sequence[str]) -> Toolbox | None:
     """The tools that a config names, not opened yet; None for a run without any.
 
     Raises:
-        UserError: a module cannot be imported, or holds no such tool.
+        UserError: a module cannot be imported, or holds no such tool, or a server cannot be asked for its own.
     """
     words = words_of(tools)
-    return Toolbox([_BUILT_IN[word]() if word in _BUILT_IN else _own(word) for word in words]) if words else None
+    return Toolbox([tool for word in words for tool in _named(word)]) if words else None
+
+
+def _named(word: str) -> Sequence[Tool]:
+    """The tools that a word names: one, or those of a server."""
+    if word.startswith(MCP):
+        return import_module("retool_jax.tools.mcp").tools_at(word.removeprefix(MCP))
+    return [_BUILT_IN[word]() if word in _BUILT_IN else _own(word)]
 
 
 def _own(word: str) -> Tool:

@@ -146,6 +146,9 @@ def changed(folder: Path, **fields: object) -> None:
         ({"reward": None}, "(its reward is null, and its end is answered)"),
         ({"end": "tired"}, "('tired' is not a valid End)"),
         ({"tool_uses": [{"turns": 1}]}, "line 2 is no trajectory ("),
+        ({"temperature": 0.7}, "was drawn at temperature 0.7 (p/11), and rl.temperature=1; set rl.temperature=0.7"),
+        ({"top_p": 0.9}, "was drawn with top_p=0.9 top_k=0 (p/11), and an update knows the whole distribution"),
+        ({"top_k": 5}, "was drawn with top_p=1 top_k=5 (p/11)"),
         ({"group": 7}, "has 1 trajectories side by side of group 0, and rl.group_size=2; set it to what they were"),
     ],
 )

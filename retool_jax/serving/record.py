@@ -1,0 +1,179 @@
+"""Finished conversations in a file, and rollouts made of them: what a server answered becomes what a run learns from.
+
+`serve.record=FOLDER` writes them, and `python -m retool_jax.serving.sessions` makes a folder for `replay` of them
+(docs/serving.md).
+"""
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from retool_jax.errors import UserError, one_line
+from retool_jax.rl.replay import FOLDER, read_record, record_of, rollouts_path, write_rollouts
+from retool_jax.rollout.rollout import score
+from retool_jax.rollout.trajectory import Trajectory
+from retool_jax.tokens.tokenizer import Tokenizer
+
+SESSIONS = "sessions.jsonl"
+logger = logging.getLogger(__name__)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def begin_record(folder: Path) -> None:
+    """See that conversations can be added to a folder's file. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / SESSIONS).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read() != b"\n":  # a kill tore the last line; the next one stands for itself
+                    file.write(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write serve.record={folder} ({error.strerror}); choose a folder that can be written"
+        ) from None
+
+
+def add_sessions(folder: Path, name: str, trajectories: Sequence[Trajectory]) -> None:
+    """Add the conversations of an answer, one line for each choice; a disk that refuses them is told in the log."""
+    lines = []
+    for choice, trajectory in enumerate(trajectories):
+        line = {"session": name, "choice": choice} | record_of(trajectory, group=0)
+        lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":"), default=float) + "\n")
+    try:
+        with (folder / SESSIONS).open("ab") as file:
+            file.write("".join(lines).encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        logger.error("%s was not recorded: %s", name, error)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Judgement(NamedTuple):
+    """What a caller says of a conversation: what it is worth, or which answer would be right."""
+
+    reward: float | None
+    answer: str | None
+
+
+def read_judgements(path: Path) -> dict[tuple[str, int | None], Judgement]:
+    """By session and choice, None standing for all choices: lines with `session`, and `reward` or `answer`.
+
+    Raises:
+        UserError: there is no such file, or a line says neither or both.
+    """
+    found: dict[tuple[str, int | None], Judgement] = {}
+    number = 0
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            number += 1
+            said = json.loads(line)
+            session, choice, reward, answer = (said.get(key) for key in ("session", "choice", "reward", "answer"))
+            given = isinstance(session, str) and (choice is None or type(choice) is int)
+            if not given or (reward is None) == (answer is None) or not isinstance(answer, str | None):
+                raise ValueError('it needs a "session", and either a "reward" or an "answer" in a text')
+            worth = None if reward is None else float(reward)
+            if worth is not None and not math.isfinite(worth):
+                raise ValueError(f"the reward is {worth}, and must be finite")
+            found[session, choice] = Judgement(worth, answer)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give a file of rewards") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{path} line {number} is no reward ({one_line(error)}); write {{"session": ID, "reward": 1}} or'
+            ' {"session": ID, "answer": "6"}, with "choice": N for one of several'
+        ) from None
+    return found
+
+
+class Made(NamedTuple):
+    """What came of sessions: how many stand in groups, in how many steps, and how many were left out and why."""
+
+    used: int
+    steps: int
+    temperatures: tuple[float | None, ...]
+    left_out: Counter[str]
+
+
+def make_rollouts(
+    sessions: Path, rewards: Path, out: Path, group_size: int, prompts_per_step: int, tokenizer: Tokenizer
+) -> Made:
+    """Write the sessions that somebody judged as rollouts of steps, for `replay`.
+
+    Those that begin with the same ids are samples of one prompt, and stand in groups of `group_size` in the order in
+    which they were recorded.
+
+    Args:
+        sessions: a server's file.
+        rewards: a file for `read_judgements`; an answer is compared as a run's are (`rollout.score`), +1 or -1.
+        out: a folder that holds no rollouts.
+        group_size: `rl.group_size` of the run that is to learn from them.
+        prompts_per_step: its `rl.prompts_per_step`; the last step may have fewer.
+        tokenizer: of the policy that was served.
+
+    Raises:
+        UserError: a file cannot be read, the folder has rollouts, or nothing would be written.
+    """
+    if (out / FOLDER).exists():
+        raise UserError(f"out={out} has {FOLDER}/ already; choose another folder")
+    judgements, left_out = read_judgements(rewards), Counter()
+    groups: dict[tuple[int, ...], list[Trajectory]] = {}
+    judged: list[Trajectory] = []  # by the answers that are right
+    for trajectory, judgement in _judged(sessions, judgements, left_out):
+        if trajectory.temperature == 0 or trajectory.top_p < 1 or trajectory.top_k:
+            left_out["drawn greedily, with top_p or with top_k, which no update knows"] += 1
+            continue
+        groups.setdefault(tuple(trajectory.ids[: trajectory.segments[0].stop]), []).append(trajectory)
+        judged += [trajectory] if judgement.answer is not None else []
+    score(tokenizer, judged)
+    whole: list[list[Trajectory]] = []
+    for samples in groups.values():
+        kept = len(samples) // group_size * group_size
+        left_out[f"no {group_size} of their prompt together"] += len(samples) - kept
+        whole += [samples[at : at + group_size] for at in range(0, kept, group_size)]
+    if not whole:
+        raise UserError(
+            f"{sessions} has no {group_size} judged sessions of one prompt ({described(left_out)}); lower group_size,"
+            ' or ask for several choices of each answer ("n")'
+        )
+    steps = [whole[at : at + prompts_per_step] for at in range(0, len(whole), prompts_per_step)]
+    for number, step in enumerate(steps, start=1):
+        write_rollouts(rollouts_path(out, number), [t for group in step for t in group], group_size, tokenizer)
+    used = [t for group in whole for t in group]
+    temperatures = dict.fromkeys(t.temperature for t in used)
+    return Made(len(used), len(steps), tuple(temperatures), +left_out)
+
+
+def described(left_out: Counter[str]) -> str:
+    """How many were left out, and why."""
+    return "; ".join(f"{count} left out: {why}" for why, count in left_out.items() if count) or "none left out"
+
+
+def _judged(path: Path, judgements: dict, left_out: Counter[str]) -> list[tuple[Trajectory, Judgement]]:
+    """The sessions of a file that somebody judged, with what was said of them."""
+    found = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = json.loads(line)
+                    of, choice = record["session"], record["choice"]
+                    judgement = judgements.get((of, choice)) or judgements.get((of, None))
+                    if judgement is None:
+                        left_out["nobody judged them"] += 1
+                        continue
+                    record["reward"] = judgement.reward or 0.0
+                    record["problem"]["ground_truth"] = judgement.answer or ""
+                    found.append((read_record(record, number)[1], judgement))
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    left_out["no whole line"] += 1
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give the folder of serve.record") from None
+    return found

@@ -1,0 +1,54 @@
+"""`python -m retool_jax.serving.sessions`: recorded conversations and their rewards to rollouts for `replay`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from retool_jax.errors import UserError, run_command
+from retool_jax.sandbox.words import help_text, read_words, word
+
+ABOUT = "Make rollouts that `train ... replay=OUT` learns from of what a server recorded and somebody judged."
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    record: str = word("", "folder of serve.record")
+    rewards: str = word("", 'file with {"session": ID, "reward": 1} or {"session": ID, "answer": "6"} on each line')
+    out: str = word("", "folder to write rollouts/ into; it must hold none")
+    group_size: int = word(8, "sessions of a prompt that stand together, as rl.group_size")
+    prompts_per_step: int = word(24, "groups of a step, as rl.prompts_per_step")
+    tokenizer: str = word("miniature", "of the policy that was served")
+
+
+def main(words: list[str]) -> None:
+    if not words or {"-h", "--help"} & set(words):
+        print(help_text("python -m retool_jax.serving.sessions", ABOUT, Options))
+        return
+    options = read_words(words, Options)
+    for key in ("record", "rewards", "out"):
+        if not getattr(options, key):
+            raise UserError(f"{key} is empty; say {key}=..., see --help")
+    for key in ("group_size", "prompts_per_step"):
+        if getattr(options, key) < 1:
+            raise UserError(f"{key} is {getattr(options, key)}; it must be at least 1")
+    # Imported now, so that a mistake in the words is told at once.
+    from retool_jax.serving.record import SESSIONS, described, make_rollouts
+    from retool_jax.tokens.tokenizer import load_tokenizer
+
+    size, prompts = options.group_size, options.prompts_per_step
+    made = make_rollouts(
+        Path(options.record) / SESSIONS,
+        Path(options.rewards),
+        Path(options.out),
+        size,
+        prompts,
+        load_tokenizer(options.tokenizer),
+    )
+    print(f"{made.used} sessions in {made.used // size} groups and {made.steps} steps; {described(made.left_out)}")
+    drawn = ", ".join(map(str, made.temperatures))
+    print(f"learn from them: replay={options.out} rl.group_size={size} rl.steps={made.steps} rl.temperature={drawn}")
+
+
+if __name__ == "__main__":
+    run_command(main)
