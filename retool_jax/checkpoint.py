@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
+from retool_jax import hosts
 from retool_jax.errors import UserError
 
 # Orbax reports every file it touches, and every error several times before it raises it.
@@ -46,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int | None) -> None:
         self.folder = epath.Path(folder)
-        if keep is not None and jax.process_index() == 0:
+        if keep is not None and hosts.is_first():
             _sweep(self.folder, "*")  # orbax leaves one that was killed between its last file and its new name
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -67,7 +68,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         self.wait()
-        return self._manager.latest_step()
+        return hosts.agreed(self._manager.latest_step())
 
     def save(self, step: int, state: Any, notes: dict) -> None:
         """Write the train state (a NamedTuple with `params`) and `notes` (JSON) as checkpoint `step`.

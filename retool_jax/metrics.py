@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -34,16 +34,22 @@ class MetricsLog:
     With `resume_step` the run goes on from the checkpoint of that step: lines beyond it are from steps that are about
     to be taken again and are dropped, so the finished file has each step once, and services are not told of those steps
     again. With None the run is new and whatever an earlier attempt left is dropped. All kinds share one step axis, so a
-    log holds one phase of training. `config` is what services show of the run, without secrets.
+    log holds one phase of training. `config` is what services show of the run, without secrets. Without a folder, on
+    hosts that are not the first, nothing is written.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         resume_step: int | None,
         loggers: Sequence[str] = ("tensorboard",),
         config: Mapping[str, object] | None = None,
     ):
+        self._file: TextIO | None = None
+        self._board: TensorBoard | None = None
+        self._services: dict[str, Tracker] = {}
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         last_kept = -1 if resume_step is None else resume_step
         services = [name for name in dict.fromkeys(loggers) if name in SERVICES]
@@ -59,13 +65,15 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._board = TensorBoard(folder, last_kept + 1) if "tensorboard" in loggers else None
         opened = {name: open_service(name, folder, config or {}) for name in services}
-        self._services: dict[str, Tracker] = {name: service for name, service in opened.items() if service}
+        self._services = {name: service for name, service in opened.items() if service}
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Write one line and its scalars, both to the disk before this returns, and tell the services.
 
         Non-finite numbers become null. A service that fails gets no more numbers.
         """
+        if self._file is None:
+            return
         plain = {key: _plain(value) for key, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **plain}, allow_nan=False) + "\n")
         self._file.flush()
@@ -88,7 +96,8 @@ class MetricsLog:
             tell_once(name, error)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
         for name, service in list(self._services.items()):
@@ -137,16 +146,18 @@ def _plain(value: object) -> object:
 
 
 class Progress:
-    """Shows how far a phase is: a live bar on a terminal, about fifteen plain lines in a log file.
+    """Shows how far a phase is: a live bar on a terminal, about fifteen plain lines in a log file; `quiet`, nothing.
 
     with Progress("RL", total=80, start=12) as bar:      # steps 1..12 were done before this process started
         bar.step(13, {"accuracy": 0.51, "tool rate": 0.9, "tokens/s": 21500.0})
         bar.say("step 13: dev accuracy 51.2 %")
     """
 
-    def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None):
+    def __init__(
+        self, title: str, total: int, start: int = 0, console: Console | None = None, quiet: bool = False
+    ) -> None:
         self._title, self._total, self._start = title, total, start
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(highlight=False, quiet=quiet)
         self._every = math.ceil(total / PLAIN_LINES_PER_PHASE)
         self._first: tuple[int, float] | None = None
         self._last = start  # step that was reported

@@ -4,7 +4,7 @@ import asyncio
 
 from retool_jax.errors import UserError, run_command
 from retool_jax.run import load
-from retool_jax.run.schema import RLRun, task_of
+from retool_jax.run.schema import RLRun, SFTRun, task_of
 
 
 def main(words: list[str]) -> None:
@@ -17,19 +17,27 @@ def main(words: list[str]) -> None:
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve
-    from retool_jax.run.cold_start import make_cold_start
 
     run = resolve(words)
     keep_programs()
-    if isinstance(run, RLRun):
-        from retool_jax.run import rl
+    train(run)
 
-        asyncio.run(rl.train(run, make_cold_start))
-    else:
-        from retool_jax.run import sft
 
-        sft.train(run)
-        print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={run.run} goes on from it")
+def train(run: SFTRun | RLRun) -> None:
+    """Train a run to its end, with the other hosts of its job where the environment says that there are some."""
+    from retool_jax import hosts
+
+    with hosts.joined(run.hosts):
+        if isinstance(run, RLRun):
+            from retool_jax.run import rl
+            from retool_jax.run.cold_start import make_cold_start
+
+            asyncio.run(rl.train(run, make_cold_start))
+        else:
+            from retool_jax.run import sft
+
+            sft.train(run)
+            print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={run.run} goes on from it")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ LONGEST = 450  # lines of a file
 # From the ground up: a room knows those of its own floor and of the floors below it.
 FLOORS = (
     {"errors", "fields", "files"},
+    {"hosts_config", "hosts"},
     {"mesh_config", "mesh", "clock", "compile_cache", "trackers", "metrics", "checkpoint"},
     {"models", "tokens"},
     {"sandbox"},

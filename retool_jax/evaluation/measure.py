@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from retool_jax import hosts
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problems
 from retool_jax.engine.conversation import Statistics
@@ -227,13 +228,18 @@ async def evaluate(
     chosen = problems.head(count)
     count = len(chosen)
     samples = [Sample(chosen[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(count)]
+    own = [i for i in range(len(samples)) if hosts.is_mine(i)]
+    drawn: dict[int, Trajectory] = {}
+    statistics = await draw(engine, tokenizer, tools, [samples[i] for i in own], limits, drawn.update, reward)
     found: dict[int, Trajectory] = {}
-    statistics = await draw(engine, tokenizer, tools, samples, limits, found.update, reward)
+    for theirs in hosts.gather({own[number]: trajectory for number, trajectory in drawn.items()}):
+        found |= theirs
     trajectories = [found[i] for i in range(len(samples))]
     sampled, greedy = trajectories[:count], trajectories[count:]
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"
-    write_trajectories(path, tokenizer, sampled, split, step)
-    write_trajectories(path.with_name(f"{path.stem}-greedy.jsonl"), tokenizer, greedy, split, step)
+    if hosts.is_first():
+        write_trajectories(path, tokenizer, sampled, split, step)
+        write_trajectories(path.with_name(f"{path.stem}-greedy.jsonl"), tokenizer, greedy, split, step)
     numbers = summarise(sampled, max_dropped, purposes, tokenizer)
     accuracy, kept = numbers["accuracy"], sum(not t.dropped for t in sampled)
     return {

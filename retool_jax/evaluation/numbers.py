@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from retool_jax.answers.check import TIMEOUT
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.behaviour import behaviour
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, ToolUse, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -79,6 +79,12 @@ def summarise(
         "sandbox/oom_rate": _share(uses, "oom"),
         **behaviour(kept, purposes, tokenizer),
     }
+
+
+def reasons(trajectories: Sequence[Trajectory]) -> str:
+    """What the machinery said of trajectories that it dropped, the first four of it in brackets; empty without any."""
+    said = list(dict.fromkeys(one_line(t.fault) for t in trajectories if t.dropped and t.fault))
+    return f" ({'; '.join(said[:4])})" if said else ""
 
 
 def _share(uses: Sequence[ToolUse], status: str) -> float | None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.learn.packing import Batch, Example, pack, places
-from retool_jax.learn.step import Columns, Outputs, collect, micro_batch, room_for
+from retool_jax.learn.step import Columns, Outputs, collect, micro_batch, on_mesh, room_for
 from retool_jax.models.decoder import Params
 from retool_jax.models.sharding import param_shardings
 
@@ -55,7 +55,7 @@ class Scorer:
         bare = [Example(example.ids, example.sampled) for example in examples]
         batch = pack(bare, *self._rows, self._max_micro_batches)
         with jax.set_mesh(self._mesh):
-            scores = jax.device_get(self._compiled(params, batch))
+            scores = jax.device_get(self._compiled(params, on_mesh(batch, self._mesh)))
         where = sorted(places([len(example.ids) for example in examples], *self._rows))
         return {name: [values[place.at].copy() for place in where] for name, values in scores.items()}
 

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from retool_jax import hosts
 from retool_jax import mesh as meshes
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import TrainState, learning_rate, make_optimizer, state_shardings
@@ -203,6 +205,12 @@ def collect(seen: Columns, values: Columns, index: jax.Array) -> Columns:
     return {name: put(seen[name], x) for name, x in values.items()}
 
 
+def on_mesh(batch: Batch, mesh: Mesh) -> Batch:
+    """A batch, the same on all hosts, with the rows of each host on its own devices; with one process as it is."""
+    rows, everywhere = meshes.sharding(mesh, "micro", "batch", "length"), meshes.replicated(mesh)
+    return hosts.placed(batch, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, batch))
+
+
 class Step:
     """A compiled step: `step(state, batch)` gives the new state and metrics as fp32 scalars. It consumes the old state.
 
@@ -214,7 +222,7 @@ class Step:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(self._mesh):
-            return self._compiled(state, batch)
+            return self._compiled(state, on_mesh(batch, self._mesh))
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The program for arguments of these shapes, which may be abstract: compiled and measured, not run."""

@@ -9,11 +9,16 @@ when it is learned from.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
+import jax
+
+from retool_jax import hosts
 from retool_jax.engine.conversation import Statistics
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import Service
@@ -27,6 +32,8 @@ from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
+T = TypeVar("T")
+
 
 class Rollouts(NamedTuple):
     """What a step learns from."""
@@ -39,7 +46,7 @@ class Rollouts(NamedTuple):
 
 class _UnderWay(NamedTuple):
     group: Group
-    tasks: list[asyncio.Task[tuple[Trajectory, bool]]]  # one for each sample, see `Collector._play`
+    tasks: list[asyncio.Task[tuple[Trajectory, bool]]]  # one for each sample of this host's, see `Collector._play`
 
 
 class Collector:
@@ -95,9 +102,14 @@ class Collector:
         counts: Counter[str] = Counter()
         ages: list[tuple[int, int]] = []
         for refills in range(rl.groups.refills + 1 if rl.groups.dynamic else 1):
-            groups, new, retried = await self._draw(rl.prompts_per_step - len(found))
-            ages += self._drop_stale(new)
-            retried += await self._score(new)
+            groups, own, retried = await self._draw(rl.prompts_per_step - len(found))
+            new_ages = self._drop_stale(own)
+            retried += await self._score(own)
+            every = await _from_all((_named(own), new_ages, retried))
+            # Each group is one host's; here they stand in the order of issue again.
+            new = [next(filter(None, parts)) for parts in zip(*(told[0] for told in every), strict=True)]
+            ages += [age for told in every for age in told[1]]
+            retried = sum(told[2] for told in every)
             for group, trajectories in zip(groups, new, strict=True):
                 self._sampler.consumed(group, trajectories)
                 kind = _kind(trajectories)
@@ -119,7 +131,7 @@ class Collector:
         taken = {id(trajectories) for trajectories in chosen}
         return Rollouts(
             [t for trajectories in chosen for t in trajectories],
-            self._take_statistics(),
+            together(await _from_all(self._take_statistics())),
             numbers,
             [t for trajectories in drawn if id(trajectories) not in taken for t in trajectories],
         )
@@ -150,18 +162,22 @@ class Collector:
     # --- drawing ---
 
     async def _draw(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
-        """The next groups with their trajectories, and how many of these were drawn a second time."""
+        """The next groups with their trajectories, and how many of these were drawn a second time.
+
+        A group that another host draws has none here.
+        """
         if self._rl.ahead:
             return await self._wait_for(count)
-        groups, n = self._sampler.take(count), self._rl.group_size
-        samples = [sample for group in groups for sample in group.samples]
+        groups = self._sampler.take(count)
+        samples = [sample for group in groups for sample in _own_samples(group)]
         trajectories = await self._rollout(samples)
         lost = [i for i, trajectory in enumerate(trajectories) if trajectory.end == End.SANDBOX_LOST]
         if lost:
             again = await self._rollout([samples[i] for i in lost])
             for i, trajectory in zip(lost, again, strict=True):
                 trajectories[i] = trajectory
-        return groups, [trajectories[i : i + n] for i in range(0, len(trajectories), n)], len(lost)
+        drawn = iter(trajectories)
+        return groups, [list(islice(drawn, len(_own_samples(group)))) for group in groups], len(lost)
 
     async def _rollout(self, samples: Sequence[Sample]) -> list[Trajectory]:
         trajectories, statistics = await rollout(self._engine, self._tokenizer, self._tools, samples, self._limits)
@@ -176,9 +192,10 @@ class Collector:
         groups, drawn, retried = [], [], 0
         for _ in range(count):
             group, tasks = self._under_way[0]
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()  # raises what a dialogue, or the engine, met
+            if tasks:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()  # raises what a dialogue, or the engine, met
             self._under_way.popleft()
             results = [task.result() for task in tasks]
             groups.append(group)
@@ -191,7 +208,8 @@ class Collector:
         if self._service is None:
             self._service = await Service(self._engine, self._tools.at_once if self._tools else 0).__aenter__()
         for group in groups:
-            pairs = zip(group.samples, self._dialogues(group.samples), strict=True)
+            samples = _own_samples(group)
+            pairs = zip(samples, self._dialogues(samples), strict=True)
             tasks = [asyncio.create_task(self._play(self._service, *pair)) for pair in pairs]
             self._under_way.append(_UnderWay(group, tasks))
 
@@ -267,6 +285,29 @@ class Collector:
                 trajectory.end = End.DISCARDED
                 trajectory.fault = f"a token is {age} steps old (rl.max_staleness={limit})"
         return found
+
+
+def _own_samples(group: Group) -> list[Sample]:
+    """What this host draws of a group: all of it or nothing, since its samples share a prompt."""
+    return group.samples if hosts.is_mine(group.number) else []
+
+
+def _named(groups: Sequence[list[Trajectory]]) -> Sequence[list[Trajectory]]:
+    """Groups with the host in the fault of each trajectory that its machinery lost."""
+    for trajectory in (trajectory for group in groups for trajectory in group if trajectory.dropped):
+        trajectory.fault = hosts.here(trajectory.fault)
+    return groups
+
+
+async def _from_all(value: T) -> list[T]:
+    """`hosts.gather` beside the event loop, so that what is under way here goes on while another host is waited for."""
+    return await asyncio.to_thread(hosts.gather, value) if jax.process_count() > 1 else [value]
+
+
+def together(every: Sequence[Statistics]) -> Statistics:
+    """The statistics of all hosts, which worked side by side: their counts, and the time of the longest."""
+    total = sum(every[1:], every[0])
+    return dataclasses.replace(total, total_s=max(one.total_s for one in every))
 
 
 def _kind(group: Sequence[Trajectory]) -> str:

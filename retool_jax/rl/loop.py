@@ -10,6 +10,9 @@
    (`batches.py`, `loss.py`, `learn`). Which advantage, which loss and which models is one record of `algorithms.py`.
 5. Hand the weights to the engine.
 6. Log; save; now and then look at held-out problems (`evaluation.py`).
+
+Of several hosts each draws its share of 1 and of the looks, and the trajectories of all come together there. So each
+does the rest with the same batch, and the update is one computation on the devices of all (`hosts.py`).
 """
 
 import asyncio
@@ -17,12 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from retool_jax import hosts
 from retool_jax.clock import Clock
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.evaluation.config import EvaluationConfig
 from retool_jax.evaluation.measure import evaluate, looked, splits_at
-from retool_jax.evaluation.numbers import faults, summarise
+from retool_jax.evaluation.numbers import faults, reasons, summarise
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.collector import Collector, Rollouts
 from retool_jax.rl.config import RLConfig
@@ -66,7 +70,7 @@ async def train(p: Parts, state: State, start: int | None) -> None:
             drawn: Rollouts = await p.rollouts.take()  # 1, 2
             every = [*drawn.trajectories, *drawn.others]
             numbers = summarise(every, p.rl.max_dropped, p.evaluation.purposes, p.tokenizer) | drawn.numbers
-        if p.rl.save_rollouts or p.rl.rollout_only:
+        if (p.rl.save_rollouts or p.rl.rollout_only) and hosts.is_first():
             write_rollouts(rollouts_path(p.folder, step), drawn.trajectories, p.rl.group_size, p.tokenizer)
         with p.clock.part("update"):
             if p.learner:
@@ -82,7 +86,7 @@ async def train(p: Parts, state: State, start: int | None) -> None:
         speed = drawn.statistics.decoded_tokens / drawn.statistics.total_s
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
         if happened := faults(numbers):
-            p.bar.say(f"step {step}: {happened}")
+            p.bar.say(f"step {step}: {happened}{reasons(every)}")
         # Before the look, which may take long: a start after a kill takes the look again, not the step.
         if step % p.save_every == 0 or step == p.rl.steps:
             p.save(step, state, p.rollouts.state())
@@ -93,7 +97,7 @@ async def look(p: Parts, step: int) -> None:
     """Measure accuracy on the splits whose turn it is after this step and whose numbers are not in the log already."""
     due = splits_at(p.evaluation, step, p.rl.steps) if p.engine else []
     for split in due:
-        if looked(p.folder, step, split):
+        if hosts.agreed(bool(looked(p.folder, step, split))):
             continue
         await p.rollouts.settle()  # the engine is the look's alone
         with p.clock.part("evaluation"):

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import jax
 from omegaconf import OmegaConf
 
+from retool_jax import hosts
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten, flatten_dict, secret_keys, show
 from retool_jax.files import replacing
@@ -33,7 +33,7 @@ MAY_CHANGE = (
     *("run", "rl.steps", "rl.max_dropped", "rl.save_rollouts", "evaluation.every", "checkpoint.*"),
     # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
     # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
-    *("mesh.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
+    *("mesh.*", "hosts.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
     *("model.remat", "model.head_chunk", "model.attention_kernel"),
     *("engine.slots", "engine.chunk_*", "engine.decode_steps", "engine.read_late", "engine.page_size"),
     *("engine.pages", "engine.prefix_tokens", "engine.*_buckets", "engine.tp"),
@@ -58,14 +58,15 @@ def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
 
     A new folder gets its `config.yaml`. In one that holds this run nothing is changed: `write_config` does that, when
     nothing can be refused any more. Of several processes of one run the first holds it for all. With `wait` a folder
-    that is in use is waited for.
+    that is in use is waited for. Of the hosts of a job the first one holds it for all.
 
     Raises:
         UserError: the folder holds a run of another config, or no run, or is in use.
     """
     folder = Path(run.run)
     check_folder(run)  # before it gets a lock: in a folder of something else nothing is written
-    if jax.process_index():
+    if not hosts.is_first():
+        hosts.agreed(None)  # waits until the first one has it
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,7 @@ def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
         check_folder(run)  # another process may have begun another run here meanwhile
         if not (folder / CONFIG).is_file():
             write_config(run)
+        hosts.agreed(None)
         yield folder
         with suppress(OSError):
             os.ftruncate(descriptor, 0)
@@ -172,7 +174,7 @@ def before_it_existed(there: dict[str, object]) -> dict[str, object]:
 
 def write_config(run: Run) -> None:
     """Save the resolved config in the run's folder, without secrets; the file is replaced in one step."""
-    if jax.process_index():
+    if not hosts.is_first():
         return
     folder = Path(run.run)
     if (folder / CONFIG).is_file():

@@ -8,9 +8,8 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-import jax
-
 import retool_jax
+from retool_jax import hosts
 
 SOURCE = Path(retool_jax.__file__).parent
 CODE, VERSIONS = "code.diff", "versions.txt"
@@ -21,7 +20,7 @@ def write_origin(folder: Path) -> None:
 
     A run that goes on with another program adds that one behind those before it. Nothing of this can end a run.
     """
-    if jax.process_index():
+    if not hosts.is_first():
         return
     for name, of_it in ((CODE, code_diff), (VERSIONS, versions)):
         with suppress(Exception):  # of the disk, or of a package that is half installed

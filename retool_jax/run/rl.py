@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+from retool_jax import hosts
 from retool_jax.answers import workers
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
@@ -81,7 +82,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
                 f"{folder} is at step {start} already, beyond rl.steps={run.rl.steps}; set rl.steps={start} or more, or"
                 " choose another run=FOLDER"
             )
-        if start == run.rl.steps and (summary := read_summary(folder, run.rl.steps)):
+        if start == run.rl.steps and (summary := hosts.agreed(read_summary(folder, run.rl.steps))):
             print(f"{folder} is complete; nothing to do")
             print_summary(summary)
             return
@@ -106,7 +107,8 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
 
         write_config(run)
         write_origin(folder)
-        (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
+        if first := hosts.is_first():
+            (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
         engine = None
         if run.replay:
             print(f"rollouts: those of {run.replay}; no engine, no sandbox, and no look at held-out problems")
@@ -132,8 +134,8 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             learner=learner,
             save=save,
             save_every=run.checkpoint.every,
-            log=stack.enter_context(MetricsLog(folder, start, run.logger, to_flat(run))),
-            bar=stack.enter_context(Progress("RL", run.rl.steps, start or 0)),
+            log=stack.enter_context(MetricsLog(folder if first else None, start, run.logger, to_flat(run))),
+            bar=stack.enter_context(Progress("RL", run.rl.steps, start or 0, quiet=not first)),
             clock=clock,
             tokens=notes["tokens"],
         )
@@ -141,7 +143,9 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             engine.warm_up()
         await loop.train(parts, state, start)
         checkpoints.wait()  # a summary says that the run is complete, and so does a last checkpoint that is good
-        summary = summarise_run(folder, run.evaluation, run.rl.steps, clock.seconds, notes["tokens"], elapsed_s())
-        write_summary(folder, summary)
-    print_summary(summary)
-    print(f"\nto look at it: python -m retool_jax.report run={folder}")
+        if first:
+            summary = summarise_run(folder, run.evaluation, run.rl.steps, clock.seconds, notes["tokens"], elapsed_s())
+            write_summary(folder, summary)
+    if first:
+        print_summary(summary)
+        print(f"\nto look at it: python -m retool_jax.report run={folder}")

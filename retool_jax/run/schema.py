@@ -11,6 +11,7 @@ from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import EvaluationConfig, SampledConfig
 from retool_jax.fields import CHECKED, Positive
+from retool_jax.hosts_config import HostsConfig
 from retool_jax.mesh_config import MeshConfig, check_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.rl.config import RLConfig
@@ -51,6 +52,7 @@ class SFTRun:
     init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: random
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     sft: SFTConfig = SFTConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -79,6 +81,7 @@ class RLRun:
     replay: str = ""  # a run's folder with rollouts (rl.save_rollouts): train from them, without engine and sandbox
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     sft: SFTConfig = SFTConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     data: DataConfig = DataConfig()

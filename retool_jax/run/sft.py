@@ -4,6 +4,7 @@ import dataclasses
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from retool_jax import hosts
 from retool_jax.checkpoint import Checkpoints
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
@@ -66,8 +67,9 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         write_origin(folder)
         update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
-        log = stack.enter_context(MetricsLog(folder, start or None, run.logger, to_flat(run)))
-        bar = stack.enter_context(Progress("cold start", batches.steps, start))
+        first = hosts.is_first()
+        log = stack.enter_context(MetricsLog(folder if first else None, start or None, run.logger, to_flat(run)))
+        bar = stack.enter_context(Progress("cold start", batches.steps, start, quiet=not first))
         if batches.description:
             bar.say(batches.description)
         return loop.train(state, start, batches, update, checkpoints, run.checkpoint.every, clock, log, bar)
@@ -81,7 +83,7 @@ def finished_weights(run: SFTRun) -> Params | None:
     """
     path = Path(run.run) / "checkpoints"
     check_folder(run)
-    if not path.is_dir():
+    if not hosts.agreed(path.is_dir()):
         return None
     with closing(Checkpoints(path, keep=None)) as checkpoints:
         step = checkpoints.latest()

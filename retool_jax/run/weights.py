@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from retool_jax import hosts
 from retool_jax.checkpoint import Checkpoints, abstract_like
 from retool_jax.errors import UserError
 from retool_jax.fields import show
@@ -161,7 +162,7 @@ def check_grammar(run: EngineRun, folder: Path) -> None:
 
 
 def has_checkpoints(run: Run) -> bool:
-    return (Path(run.run) / "checkpoints").is_dir()
+    return hosts.agreed((Path(run.run) / "checkpoints").is_dir())
 
 
 def abstract_weights(run: Run) -> Params:

@@ -114,6 +114,7 @@ CHANGEABLE = {
     "": "run replay logger",
     "model": "remat head_chunk attention_kernel max_positions",
     "mesh": "data fsdp tp",
+    "hosts": "start_s silent_s",
     "sft": "rows_per_micro",
     "checkpoint": "every keep",
     "engine": "slots chunk_tokens decode_steps read_late page_size pages prefix_tokens tp token_buckets read_buckets",
