@@ -12,9 +12,11 @@ import tempfile
 # time for test_step.py. `fully_compiled` undoes it. Before jax is imported, as all of this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "RETOOL_TESTS_FLAGS" not in os.environ:  # a worker has all this from the process that started it
-    # This switch is gone from jaxlib 0.11, which ends at a flag that it does not know.
+    # The first switch is gone from jaxlib 0.11, which ends at a flag that it does not know. The second keeps a program,
+    # which is small here, from being cut into parts that are compiled apart.
     known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    os.environ["RETOOL_TESTS_FLAGS"] = "--xla_cpu_use_fusion_emitters=false" if known else ""
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["RETOOL_TESTS_FLAGS"] = flags if known else ""
     # Eight virtual devices for the tests of meshes; everything else asks for the first one.
     os.environ["XLA_FLAGS"] = " ".join(
         [
@@ -24,6 +26,9 @@ if "RETOOL_TESTS_FLAGS" not in os.environ:  # a worker has all this from the pro
         ]
     )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Nobody reads in a program which lines it came from, and a test's traceback is better whole.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+os.environ["JAX_TRACEBACK_FILTERING"] = "off"
 # A folder for all workers of this session.
 if "RETOOL_TESTS_FOLDER" not in os.environ:
     os.environ["RETOOL_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="retool-tests-")

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import transformers  # what needs PyTorch is imported when a test asks for it, since that takes seconds
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from retool_jax import __version__
 from retool_jax.checkpoint import Checkpoints
@@ -222,7 +222,7 @@ def test_the_exported_folder_stops_where_the_policy_stops(stubborn, tokenizer, t
     told = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
     assert [file["eos_token_id"] for file in told] == [list(tokenizer.stop_ids)] * 2
     assert kept.items() <= told[1].items()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     prompt = torch.tensor([tokenizer.encode("12*3?")])
     how = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
     ids = theirs.generate(prompt, **how)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from retool_jax.clock import Clock
 from retool_jax.errors import UserError
@@ -44,8 +43,10 @@ def write_steps(log: MetricsLog, first: int, last: int, seed: int) -> None:
             log.write("eval", step, {"split": "dev", "accuracy": step / 10 + seed})
 
 
-def board_events(folder) -> list[Event]:
+def board_events(folder) -> list:
     """Every event of a TensorBoard folder, in the order of writing (files are length-prefixed protobuf records)."""
+    from tensorboardX.proto.event_pb2 import Event  # whoever wrote them imported it, without PyTorch
+
     events = []
     for path in sorted((folder / "tensorboard").glob("events*"), key=lambda path: path.stat().st_mtime_ns):
         data, at = path.read_bytes(), 0
@@ -84,7 +85,7 @@ def test_tensorboard_is_told_from_where_to_forget(tmp_path):
     with MetricsLog(tmp_path, resume_step=3) as log:
         write_steps(log, 4, 5, seed=0)
     events = board_events(tmp_path)
-    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
+    starts = [event.step for event in events if event.session_log.status == event.session_log.START]
     assert starts == [0, 4]
     tags = {value.tag for event in events for value in event.summary.value}
     assert tags == {"rl/reward_mean", "eval/dev/accuracy"}

@@ -6,7 +6,6 @@ import uuid
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.data.config import SetConfig
@@ -54,6 +53,8 @@ def rows_of(count: int) -> list[dict]:
 
 def write(path: Path, rows: list[dict]) -> str:
     if path.suffix == ".parquet":
+        from datasets import Dataset  # which imports PyTorch
+
         Dataset.from_list(rows).to_parquet(path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

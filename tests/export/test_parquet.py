@@ -5,7 +5,6 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
 
 from retool_jax.errors import UserError
 from retool_jax.export import parquet
@@ -34,6 +33,8 @@ def test_a_table_holds_what_the_records_hold(run, tmp_path):
 
 def test_the_library_of_data_sets_reads_it(run, tmp_path):
     main([f"run={run}", f"out={tmp_path / 'all.parquet'}", "step=5", "greedy=false"])
+    from datasets import Dataset  # which imports PyTorch
+
     rows = Dataset.from_parquet(str(tmp_path / "all.parquet"), cache_dir=str(tmp_path / "cache"))
     assert rows["source"] == ["dev-000005"] * 2 and rows[0]["messages"][0]["content"] == "12*34?"
 

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+import transformers  # what needs PyTorch is imported when a test asks for it, since that takes seconds
 
 from retool_jax.errors import UserError
 from retool_jax.models.attention import rotary_frequencies
@@ -54,7 +53,9 @@ def test_reads_the_published_layout(tmp_path):
 
 def test_reads_what_todays_transformers_writes(tmp_path):
     theirs = {key: value for key, value in HF.items() if key not in ("model_type", "rope_theta")}
-    Qwen2Config(**theirs, rope_parameters={"rope_type": "default", "rope_theta": 5e5}).save_pretrained(tmp_path)
+    transformers.Qwen2Config(**theirs, rope_parameters={"rope_type": "default", "rope_theta": 5e5}).save_pretrained(
+        tmp_path
+    )
     config = config_from_hf(tmp_path)
     assert (config.rope_theta, config.num_layers, config.head_dim, config.tie_embeddings) == (5e5, 3, 8, False)
 
@@ -69,8 +70,8 @@ def test_qwen3_has_head_norms_no_biases_and_heads_of_its_own(tmp_path):
     config = config_from_hf(write(tmp_path, model_type="qwen3", attention_bias=False, head_dim=24))
     assert (config.qk_norm, config.qkv_bias, config.head_dim) == (True, False, 24)
     theirs = {key: value for key, value in HF.items() if key not in ("model_type", "rope_theta")}
-    Qwen3Config(**theirs).save_pretrained(tmp_path)
-    assert config_from_hf(tmp_path).head_dim == Qwen3Config().head_dim == 128
+    transformers.Qwen3Config(**theirs).save_pretrained(tmp_path)
+    assert config_from_hf(tmp_path).head_dim == transformers.Qwen3Config().head_dim == 128
     config = config_from_hf(write(tmp_path))
     assert (config.qk_norm, config.qkv_bias) == (False, True)
 
@@ -102,7 +103,9 @@ def test_yarn_is_read_as_each_transformers_writes_it(tmp_path, style):
 
 def theirs_of(folder: Path, kind: str = "yarn") -> list[float]:
     """Their frequencies, and at the end their factor of cos and sin."""
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](AutoConfig.from_pretrained(folder), "cpu")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](transformers.AutoConfig.from_pretrained(folder), "cpu")
     return [*frequencies.tolist(), factor]
 
 
@@ -190,8 +193,9 @@ def test_published_llamas_have_neither_biases_nor_head_norms(tmp_path, fields):
 def test_written_configs_are_read_by_us_and_by_transformers(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     assert config_from_hf(tmp_path) == config
-    theirs = AutoConfig.from_pretrained(tmp_path)
-    assert type(theirs) is (Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    family = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
+    assert type(theirs).__name__ == f"{family}Config"
     theirs.save_pretrained(tmp_path / "theirs")
     assert config_from_hf(tmp_path / "theirs") == config
 

@@ -11,17 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers  # what needs PyTorch is imported when a test asks for it, since that takes seconds
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from retool_jax.errors import UserError
 from retool_jax.mesh import MeshConfig, make_mesh
@@ -63,7 +55,7 @@ def our_logits(config: ModelConfig, params, ids: np.ndarray) -> np.ndarray:
     return np.asarray(compute(params, ids))
 
 
-def their_logits(torch: ModuleType, model: Qwen2ForCausalLM | Qwen3ForCausalLM, ids: np.ndarray) -> np.ndarray:
+def their_logits(torch: ModuleType, model: "transformers.PreTrainedModel", ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor(ids)).logits.numpy()
 
@@ -72,11 +64,8 @@ def their_logits(torch: ModuleType, model: Qwen2ForCausalLM | Qwen3ForCausalLM, 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_what_transformers_saves_is_read(family, tied, torch, mesh, tmp_path):
     torch.manual_seed(0)
-    config_of, model_of = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
+    name = family.capitalize()
+    config_of, model_of = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
     sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | ({"head_dim": 10} if family == "qwen3" else {})
     rope = {"rope_type": "default", "rope_theta": 1e5}
@@ -151,7 +140,7 @@ def test_dtypes_are_converted_as_jax_does(mesh, tmp_path):
 def test_a_folder_of_bfloat16_is_bfloat16_to_transformers(torch, tmp_path):
     config = small(4, 2, 6)
     save_params(config, random_params(config), tmp_path / "out", dtype="bfloat16")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
 
 

