@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
-from retool_jax.models.blocks import blocked_attention
+from retool_jax.models.blocks import ATTENTION, blocked_attention
 from retool_jax.models.cache import Rows, read_pages, write_pages, write_row
 from retool_jax.models.config import ModelConfig
 
@@ -131,7 +131,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, inter
     length = T + -T % block
     blocks = splash_attention.BlockSizes(*[block] * 8)  # backward in two kernels: one would write dq per key block
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (N // K))
-    kernel = splash_attention.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
+    kernel = splash_attention.make_splash_mqa_single_device(
+        mask, block_sizes=blocks, residual_checkpoint_name=ATTENTION, interpret=interpret
+    )
     q_BKGTH = q.reshape(B, length, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))

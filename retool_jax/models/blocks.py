@@ -9,7 +9,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+ATTENTION = "attention"  # what a layer's attention leaves for the gradient, by which remat=dots keeps it
 CPU_BLOCK, BLOCK = 64, 512  # queries and keys at a time
 CPU_SCORES = 1 << 16  # of all heads and rows at a time: with what is made of them they stay in a core's cache
 UNSEEN = jnp.finfo(jnp.float32).min
@@ -71,7 +73,8 @@ def _forward(
 
     made = jnp.zeros_like(q), jnp.zeros((B, K, G, T, 1))
     mixed, denominators = jax.lax.fori_loop(0, T // block, of_queries, made)
-    mixed_BTNH = mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    mixed_BTNH = checkpoint_name(mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), ATTENTION)
+    denominators = checkpoint_name(denominators, ATTENTION)
     return mixed_BTNH, (q_BTNH, k_BTKH, v_BTKH, starts_BT, mixed_BTNH, denominators)
 
 

@@ -97,8 +97,9 @@ class ModelConfig:
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Of packed rows: auto, xla, splash (TPU) or cudnn (GPU); models/attention.py."""
     head_chunk: Positive = 1024  # tokens of a device that have logits at the same time in training; models/head.py
-    remat: Literal["none", "full", "dots"] = "none"
-    """What backward computes again: none, full (whole layers), dots (all but matrix products)."""
+    remat: Literal["none", "full", "dots"] = "dots"
+    """What backward computes again: none, full (whole layers), dots (all but matrix products and attention). To write
+    down what costs nothing to compute takes longer than to compute it again."""
     fp32_head: bool = False  # keep the output matrix and its product in fp32, in the engine as in training
 
     def __post_init__(self) -> None:

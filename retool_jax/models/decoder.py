@@ -25,6 +25,7 @@ from retool_jax.models.attention import (
     rotation,
     row_attention,
 )
+from retool_jax.models.blocks import ATTENTION
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 
@@ -36,7 +37,14 @@ NEVER = -1e30  # a logit without probability; finite under any temperature, so t
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
     "full": partial(jax.checkpoint, prevent_cse=False),
-    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": partial(
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENTION),
+        ),
+    ),
 }
 
 
