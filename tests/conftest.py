@@ -285,7 +285,7 @@ class ScriptedEngine:
     def __init__(self, stop_ids: Sequence[int], script: dict[int, list[list[int]]], **sizes) -> None:
         self.config = EngineConfig(**{"slots": 8, "max_length": 256, "decode_steps": 8} | sizes)
         self.stop_ids = frozenset(stop_ids)
-        self.version = 0
+        self.version = self.written = self.places = 0
         self.pages = Pages(10_000, 16)
         self.left: list[list[int]] = []
         self._script = {request: list(turns) for request, turns in script.items()}

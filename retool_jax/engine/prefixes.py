@@ -19,18 +19,16 @@ class Kept(NamedTuple):
 class Prefixes:
     """At most `engine.prefix_tokens` tokens of rows, of which the least recently used go first.
 
-    All of them are of the engine's present weights: what older ones wrote is let go and never given out.
+    All of them are of the engine's present weights: whoever keeps a row sees to that, and clears when new ones come.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._limit = engine.config.prefix_tokens
-        self._version = engine.version
         self._rows: list[Kept] = []  # the most recently used last
 
     def keep(self, ids: Sequence[int], parked: Parked) -> None:
         """Take a row over, in the place of those that it begins with; one above the limit is let go."""
-        self._check_version()
         if len(ids) > self._limit:
             self._engine.drop(parked)
             return
@@ -44,7 +42,6 @@ class Prefixes:
     def share(self, prompt: Sequence[int]) -> Parked | None:
         """Another holder of the tokens that a prompt begins with, but for its last, whose writing brings the hidden
         state along; None where no row has a page of them."""
-        self._check_version()
         if not self._rows:
             return None
         wanted = np.array(prompt[:-1], np.int32)
@@ -64,11 +61,6 @@ class Prefixes:
     def clear(self) -> None:
         while self.drop_oldest():
             pass
-
-    def _check_version(self) -> None:
-        if self._version != self._engine.version:
-            self._version = self._engine.version
-            self.clear()
 
     def _drop(self, row: Kept) -> None:
         self._rows = [other for other in self._rows if other is not row]

@@ -176,10 +176,18 @@ def test_a_row_that_old_weights_wrote_is_not_kept(engine, params, serve):
 
 def test_the_least_recently_used_goes_first(serve):
     """Room for two of three: the one that was used again stays, and one above the limit is not kept at all."""
-    a, b, c, long = Ask(ids(50, 1)), Ask(ids(50, 2)), Ask(ids(50, 3)), Ask(ids(170, 4))
-    asked = [Ask([*ask.prompt, 1], request=9, budget=1) for ask in (a, b, c, long)]
-    serve([[a], [b], [asked[0]], [c], [long], [asked[2]], [asked[1]], [asked[3]]], prefix_tokens=165)
-    assert [ask.cached for ask in asked] == [50, 0, 50, 0]
+    a, b, long = Ask(ids(50, 1)), Ask(ids(50, 2)), Ask(ids(170, 4))
+    used, asked, asked_long = (Ask([*ask.prompt, 1], request=9, budget=1) for ask in (a, b, long))
+    last: list[Ask] = []
+
+    def follow() -> list[Ask]:
+        last.append(a.then([1], budget=1))
+        return last
+
+    # Rows of 79 and 79 tokens, and of 51 where the first was used again.
+    serve([[a], [b], [used], [long], follow, [asked], [asked_long]], prefix_tokens=165)
+    assert used.cached == 50 and last[0].cached == 79
+    assert asked.cached == asked_long.cached == 0
 
 
 def test_live_rows_take_the_pages_of_kept_ones(make_engine):

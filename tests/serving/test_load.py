@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_log_probabilities_are_those_of_a_fresh_forward(serve, engine, fresh_log
     plain = jax.nn.log_softmax(logits, axis=-1)[len(prompt) - 1 : -1]
     told = [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
     np.testing.assert_allclose(told, plain[np.arange(len(ids)), ids], atol=1e-4)
+
+
+def test_usage_says_how_much_of_a_prompt_an_earlier_answer_had_written(serve, engine, monkeypatch):
+    engine.take_over()
+    before = engine.counts()
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, prefix_tokens=200))
+
+    async def main() -> list[dict]:
+        async with serve(engine) as client:
+            return [await client.ask(body()) for _ in range(2)]
+
+    first, second = asyncio.run(main())
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)]
+    assert cached == [0, first["usage"]["prompt_tokens"] - 1]
+    assert first["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
+    assert engine.counts() == before
 
 
 @pytest.mark.parametrize("stream", [True, False])
