@@ -31,6 +31,7 @@ def boxed() -> Scorer:
 
     async def score(state: TaskState, target: Target) -> Score:
         verdict = check(state.output.completion, target.text)
-        return Score(CORRECT if verdict.correct else INCORRECT, answer=verdict.answer, explanation=verdict.reason)
+        value = CORRECT if verdict.correct else INCORRECT
+        return Score(value=value, answer=verdict.answer, explanation=verdict.reason)
 
     return score
