@@ -1,6 +1,8 @@
 """What a server answered becomes what a run learns from: recorded, judged, put in groups, trained on."""
 
 import asyncio
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -72,7 +74,7 @@ train.main(words)
 """
 
 
-def test_recorded_conversations_make_a_training_step(serve, engine, model, params, one_device, tmp_path, capsys):
+def test_recorded_conversations_make_a_training_step(serve, engine, model, params, one_device, tmp_path):
     engine.take_over()
     bodies = body(7), body(8), body(9, temperature=0), body(10, top_p=0.5), body(11), body(12, store=False)
     names, told = record(serve, engine, tmp_path, *bodies)
@@ -83,8 +85,10 @@ def test_recorded_conversations_make_a_training_step(serve, engine, model, param
     rewards = [{"session": names[0], "choice": 0, "reward": 1}, {"session": names[0], "choice": 1, "reward": -0.5}]
     rewards += [{"session": names[1], "answer": "6"}, *({"session": name, "reward": 1} for name in names[2:4])]
     judge(tmp_path, *rewards)
-    out = make(tmp_path)
-    said = capsys.readouterr().out
+    # Not capsys, under which uvicorn, when it sets up its log, has absl close pytest's stderr.
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        out = make(tmp_path)
+    said = output.getvalue()
     assert "4 sessions in 2 groups and 1 steps" in said and "2 left out: nobody judged them" in said
     assert "4 left out: drawn greedily, with top_p or with top_k" in said and "1 left out: no whole line" in said
     assert f"replay={out} rl.group_size=2 rl.steps=1 rl.temperature=1.0" in said
