@@ -58,7 +58,7 @@ def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
 
     A new folder gets its `config.yaml`. In one that holds this run nothing is changed: `write_config` does that, when
     nothing can be refused any more. Of several processes of one run the first holds it for all. With `wait` a folder
-    that is in use is waited for. Of the hosts of a job the first one holds it for all.
+    that is in use is waited for.
 
     Raises:
         UserError: the folder holds a run of another config, or no run, or is in use.

@@ -86,7 +86,10 @@ def on_both(tmp_path_factory) -> Iterator[Callable[..., list[str]]]:
 
 ENGINES = """
 import asyncio
+import hashlib
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.scheduler import converse
@@ -115,6 +118,11 @@ class Greedy:
         self.ids = ids
 
 
+def digest(tree):
+    \"\"\"Of the bits of each array, however its parts lie and its layers are stacked.\"\"\"
+    return sorted(hashlib.sha256(np.asarray(x).tobytes()).hexdigest()[:8] for x in jax.tree.leaves(tree))
+
+
 engine = Engine(model, EngineConfig(slots=2, max_length=32), weights(0), trainer, [], 0)
 assert dict(engine.mesh.shape) == {"data": 1, "fsdp": 1, "tp": 2}
 assert set(engine.mesh.devices.flat) == set(jax.local_devices())
@@ -127,12 +135,19 @@ for seed in (0, 1):
     chats = [Greedy(request) for request in range(2 + 3 * number)]
     asyncio.run(converse(engine, chats))
     print("drawn", [chat.ids for chat in chats[:2]])
+    print("weights", digest(engine.weights), digest(process_allgather(weights(seed), tiled=True)))
 """
 
 
 def test_each_process_has_an_engine_of_its_own(on_both):
     """One trainer's mesh over all devices, an engine on the devices of each process."""
-    drawn = [[line for line in out.splitlines() if line.startswith("drawn")] for out in on_both(ENGINES)]
+    said = [out.splitlines() for out in on_both(ENGINES)]
+    drawn = [[line for line in lines if line.startswith("drawn")] for lines in said]
+    weights = [[line.split(" ", 1)[1] for line in lines if line.startswith("weights")] for lines in said]
+    assert weights[0] == weights[1] and len(set(weights[0])) == 2
+    for line in weights[0]:
+        engine, trainer = line[1:-1].split("] [")
+        assert engine == trainer, "bit for bit"
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 2, "the same weights in both, and others after the update"
 
 

@@ -1,0 +1,95 @@
+"""Hosts of one job: what the environment says of them, what they tell each other, and how one ends the others."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retool_jax import hosts
+from retool_jax.errors import UserError
+from retool_jax.hosts_config import HostsConfig
+
+PLACE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+def test_one_process_gives_back_what_it_is_given():
+    batch = {"rows": np.arange(4)}
+    assert hosts.gather("x") == ["x"] and hosts.agreed("x") == "x" and hosts.here("x") == "x"
+    assert hosts.placed(batch, {"rows": None}) is batch
+    assert hosts.is_first() and all(map(hosts.is_mine, range(3)))
+    with hosts.joined(HostsConfig()):
+        assert hosts.gather(1) == [1]
+
+
+def test_what_the_environment_says_of_a_process():
+    assert hosts.place_in({"HOME": "/"}) is None
+    assert hosts.place_in({"JAX_NUM_PROCESSES": "1"}) is None, "alone, also on a machine that has neighbours"
+    place = hosts.place_in(PLACE)
+    assert (place["coordinator_address"], place["num_processes"], place["process_id"]) == ("10.0.0.2:8476", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID=: several hosts need all three"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "JAX_COORDINATOR_ADDRESS=10.0.0.2 JAX_NUM"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two"),
+        ({"JAX_PROCESS_ID": "2"}, "numbered from 0 to 1"),
+    ],
+)
+def test_half_a_place_is_refused(changed, said):
+    with pytest.raises(UserError) as error:
+        hosts.place_in(PLACE | changed)
+    assert said in str(error.value)
+
+
+JOB = """
+import os
+from retool_jax import hosts
+from retool_jax.errors import UserError, run_command
+from retool_jax.hosts_config import HostsConfig
+
+def main(words):
+    with hosts.joined(HostsConfig()):
+        own = int(os.environ["JAX_PROCESS_ID"])
+        told = hosts.gather({"own": own, "text": "é" * 5000 * own})
+        assert told == [{"own": 0, "text": ""}, {"own": 1, "text": "é" * 5000}], told
+        assert hosts.agreed(f"of {own}") == "of 0"
+        assert [hosts.is_mine(number) for number in range(4)] == [own == 0, own == 1] * 2
+        print(hosts.here("it is full"), flush=True)
+        if own == int(words[0]):
+            raise UserError("the disk is full; make room")
+        hosts.gather(None)  # waits for a host that does not come
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_ends_the_other_one_with_its_reason(one_device, failing):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = one_device | PLACE | {"JAX_COORDINATOR_ADDRESS": address}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOB, str(failing)], env=environment | {"JAX_PROCESS_ID": str(own)}, **pipes
+        )
+        for own in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [2, 2], said
+    own = f"host {failing} ({socket.gethostname()}, process {pair[failing].pid})"
+    assert f"{own}: it is full" in said[failing][0]
+    assert said[failing][1].endswith("error: the disk is full; make room\n")
+    assert f"error: {own} has ended (UserError: the disk is full; make room)" in said[1 - failing][1]
