@@ -71,6 +71,7 @@ def error_of(*words: str) -> str:
         (["evaluation.pass_k=[1,4]"], "evaluation.pass_k=4 is above evaluation.samples=3, the samples of a problem;"),
         (["evaluation.temperature=0"], "evaluation.samples=3 at evaluation.temperature=0 are one and the same; set"),
         (["evaluation.top_p=0"], "evaluation.top_p=0 must be above 0 and at most 1"),
+        (["evaluation.purposes=rule"], "evaluation.purposes=rule is not rules or my_package.my_module:my_classifier"),
         (["evaluation.smaples=3"], "unknown key evaluation.smaples; did you mean evaluation.samples?"),
         (["comapre=x"], "unknown key comapre; did you mean compare?"),
         (["rl.steps=3"], "unknown key rl.steps; it belongs to configs of task grpo"),
@@ -254,7 +255,9 @@ def test_a_finished_one_is_shown_and_compared_without_drawing(whole, measure, tm
     said = measure(folder, f"compare={tmp_path / 'theirs.json'}")
     assert "is complete; nothing to draw" in said and "difference" in said and "-100.0 ± 0.0 %" in said
     assert (folder / SAMPLES).stat().st_mtime_ns == before
-    (tmp_path / "theirs.json").write_text(json.dumps(result | {"set": "another"}))
+    (tmp_path / "theirs.json").write_text(json.dumps(result | {"set": "the same one elsewhere"}))
+    assert "difference" in measure(folder, f"compare={tmp_path / 'theirs.json'}")
+    (tmp_path / "theirs.json").write_text(json.dumps(result | {"set": "another", "problems_sha256": "0"}))
     assert "error: a result on" in measure(tmp_path / "new", f"compare={tmp_path / 'theirs.json'}")
     assert not (tmp_path / "new").exists()
 

@@ -4,11 +4,13 @@ r"""Problems to learn from: the miniature's, word problems, or published rows fr
 in two forms at once.
 """
 
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePath
 
 import numpy as np
 
@@ -53,6 +55,21 @@ class Problems:
         self.split = split
         self._source, self._seed = source, seed
         self.finite = None if source in MADE else load_problems(source)
+
+    @property
+    def name(self) -> str:
+        """What the set is called in names of numbers: what is made here as its split, a file without its folder and
+        suffix, and what is on the hub as verl-recipe's `retool.py` has it, aime_2025 for yentinglin/aime_2025."""
+        if self.finite is None:
+            return self.split
+        path, made = PurePath(self._source), self._source.removeprefix("tfds:")
+        if path.suffix in (".jsonl", ".json", ".parquet"):
+            name = path.stem
+        elif made != self._source:  # tfds:NAME/SPLIT
+            name = made.rpartition("/")[0]
+        else:
+            name = PurePath(made.partition(":")[0]).name
+        return re.sub(r"[^a-z0-9_.-]", "_", name.lower())
 
     def __getitem__(self, index: int) -> Problem:
         if self.finite is None:

@@ -42,6 +42,7 @@ class SampledConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # 1 is off; null: the preset's, or 1
     top_k: Count = 0  # only the k most likely tokens; 0 is off
     pass_k: tuple[Positive, ...] = ()  # the k of pass@k and maj@k; empty: 1, 2, 4, ... and all samples
+    purposes: str = "rules"  # who says what a program is for: rules, or my_package.my_module:my_classifier
     max_dropped: Annotated[float, Field(ge=0, le=0.99)] = 0.1
     """The share of samples that the machinery may lose, each after a second try, before the evaluation ends."""
 

@@ -169,15 +169,15 @@ async def _judge(
 # --- looks while a run trains -----------------------------------------------------------------------------------------
 
 
-def _val_names(split: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def _val_names(name: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Numbers of an evaluation with one sample a problem, by the names that verl has for them.
 
-    verl counts the turns of everybody: the question, what the policy says, what tools answer.
+    `name` is the set's. verl counts the turns of everybody: the question, what the policy says, what tools answer.
     """
     kept = [t for t in trajectories if not t.dropped]
     turns = [len(t.segments) for t in kept]
     return {
-        f"val-core/{split}/acc/mean@1": float(np.mean([t.verdict.correct for t in kept])),
+        f"val-core/{name}/acc/mean@1": float(np.mean([t.verdict.correct for t in kept])),
         "val-aux/num_turns/mean": float(np.mean(turns)),
         "val-aux/num_turns/min": min(turns),
         "val-aux/num_turns/max": max(turns),
@@ -247,7 +247,7 @@ async def evaluate(
         **numbers,
         "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / kept)),
         "greedy_accuracy": float(np.mean([t.verdict.correct for t in require_kept(greedy, max_dropped)])),
-        **_val_names(split, sampled),
+        **_val_names(problems.name, sampled),
         "trajectories": str(path.relative_to(folder)),
         "perf/eval_s": statistics.total_s,
     }

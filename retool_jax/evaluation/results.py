@@ -1,6 +1,7 @@
 """What a finished evaluation says: its numbers, as JSON can hold them and as people read them, and two compared."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -65,12 +66,14 @@ def compare(ours: Mapping, theirs: Mapping) -> dict:
     samples counts as absent.
 
     Raises:
-        UserError: one is no such result, they are of different sets (names are equal whatever their case and
-            punctuation), or they have no problem in common.
+        UserError: one is no such result, they are of different sets, or they have no problem in common. Sets are one
+            where their names are, whatever their case and punctuation, where these are paths to one file, or where
+            the results' `problems_sha256` are the same.
     """
     (name, first), (other, second) = _read(ours, "this result"), _read(theirs, "the result to compare with")
-    plain = ["".join(filter(str.isalnum, text)).casefold() for text in (name, other)]
-    if plain[0] != plain[1]:
+    plain = ["".join(filter(str.isalnum, os.path.realpath(text))).casefold() for text in (name, other)]
+    digests = ours.get("problems_sha256"), theirs.get("problems_sha256")
+    if plain[0] != plain[1] and not (digests[0] and digests[0] == digests[1]):
         raise UserError(f"a result on {name!r} cannot be compared with one on {other!r}; choose two of one set")
     shared = [problem for problem in first if problem in second]
     if not shared:

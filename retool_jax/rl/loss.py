@@ -95,7 +95,8 @@ def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Ba
         importance * policy + coefficient * KL(policy || reference) - entropy_coefficient * entropy
 
     Column "importance" is the weight of `rl.correction`. With rl.kl.place=reward the divergence is part of the
-    advantages already and only logged, as `kl`; so is the divergence from a teacher, as `teacher_kl`.
+    advantages already and only logged, as `kl`; so is the divergence from a teacher, as `teacher_kl`. What is logged is
+    a mean over all sampled tokens, also over those whose importance is 0.
     """
     logprobs, columns = outputs["logprobs"], batch.columns
     loss = policy * columns["importance"] if "importance" in columns else policy

@@ -18,6 +18,7 @@ from retool_jax.engine.conversation import Statistics
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.measure import draw, request_of
 from retool_jax.evaluation.numbers import faults, summarise
+from retool_jax.evaluation.purposes import classifier_named
 from retool_jax.evaluation.results import Answered, compare, numbers_of, table
 from retool_jax.evaluation.store import RESULT, Store
 from retool_jax.files import replacing
@@ -57,6 +58,7 @@ async def evaluate(run: EvaluateRun) -> dict:
             else; or the machinery lost too many samples.
     """
     theirs = read_result(Path(run.compare)) if run.compare else None
+    classifier_named(run.evaluation.purposes)
     require_checkpoint(run)
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
@@ -66,7 +68,8 @@ async def evaluate(run: EvaluateRun) -> dict:
     check_folder(run)
     check_writable(folder)
     if theirs:  # so that one of another set is told now
-        compare({"set": set_name(run), "problems": [{"id": p.id, "correct": [False]} for p in problems]}, theirs)
+        rows = [{"id": problem.id, "correct": [False]} for problem in problems]
+        compare({"set": set_name(run), "problems": rows, "problems_sha256": digest_of(problems)}, theirs)
     asked = {"set": set_name(run), "problems": digest_of(problems), "weights": weights_of(run.init_from)}
     check_asked(folder, asked)
     if (folder / RESULT).is_file() and not (result := read_result(folder / RESULT))["dropped"]:
@@ -104,7 +107,7 @@ async def evaluate(run: EvaluateRun) -> dict:
             samples = (sample_of(run, problems, *key) for key in missing)
             statistics = await draw(engine, tokenizer, tools, samples, run.rollout, taking, stream=True)
             write_json(folder / PERFORMANCE, performance_of(statistics, len(missing)))
-        result = result_of(run, problems, store, asked)
+        result = result_of(run, problems, store, asked, tokenizer)
         write_json(folder / RESULT, result)
     show(result, theirs)
     print(f"{folder / RESULT} has these numbers; every trajectory is in samples.jsonl beside it")
@@ -235,7 +238,7 @@ def check_writable(folder: Path) -> None:
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked: dict) -> dict:
+def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked: dict, tokenizer: Tokenizer) -> dict:
     """All that an evaluation found, from the samples in its folder alone, so that nothing of it is the clock's.
 
     Raises:
@@ -257,7 +260,7 @@ def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked
             " start the same command again"
         )
     differing = sum(t.exact != t.verdict.correct for own in kept for t in own)
-    summary = summarise(everything, 1.0)
+    summary = summarise(everything, 1.0, run.evaluation.purposes, tokenizer)
     ks = [k for k in run.evaluation.ks if any(len(own) >= k for own in kept)]
     config = {key: value for key, value in to_flat(run).items() if key not in ("run", "compare")}
     return {

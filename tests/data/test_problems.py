@@ -284,3 +284,22 @@ def test_the_miniatures_set_is_as_long_as_is_asked_for():
     assert found == Problems("arithmetic", "dev", 5).head(3)
     with pytest.raises(UserError, match=r"data\.source=arithmetic has no end; set evaluation\.problems"):
         problems_of_set(SetConfig(), 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("yentinglin/aime_2025", "aime_2025"),
+        ("HuggingFaceH4/MATH-500:test", "math-500"),
+        ("openai/gsm8k:main/test", "gsm8k"),
+        ("tfds:gsm8k/test", "gsm8k"),
+        ("/data/v1.0/My set.dev.jsonl", "my_set.dev"),
+    ],
+)
+def test_a_set_is_called_what_the_recipes_dashboards_call_it(monkeypatch, source, name):
+    monkeypatch.setattr("retool_jax.data.problems.read_rows", lambda *_: rows_of(1))
+    assert Problems(source, "dev", 0).name == name
+
+
+def test_what_is_made_here_is_called_by_its_split():
+    assert [Problems("arithmetic", split, 0).name for split in ("dev", "test")] == ["dev", "test"]

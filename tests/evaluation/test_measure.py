@@ -198,7 +198,7 @@ def test_the_error_of_an_accuracy_is_that_of_the_problems_that_were_kept(look, t
     records = [json.loads(line) for line in (tmp_path / "run" / numbers["trajectories"]).read_text().splitlines()]
     assert [record["end"] for record in records].count("sandbox_lost") == 1 and len(records) == 5
     assert [record["group"] for record in records] == [0, 1, 2, 3, 4]
-    assert numbers["val-core/dev/acc/mean@1"] == 0.75, "of those that were kept"
+    assert numbers["val-core/problems/acc/mean@1"] == 0.75, "of those that were kept"
     assert [numbers[f"val-aux/num_turns/{what}"] for what in ("mean", "min", "max")] == [2, 2, 2], "question and answer"
 
 

@@ -112,6 +112,20 @@ def test_a_sets_name_may_be_written_in_two_ways_but_not_be_another():
         compare(result(problems), result(problems, "aime24"))
 
 
+def test_a_set_at_two_paths_is_one(tmp_path, monkeypatch):
+    """By the file that both lead to, or by the digest of what its problems say."""
+    problems, path = {"a": [True]}, tmp_path / "own.jsonl"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for other in ("own.jsonl", "./own.jsonl", str(tmp_path / "link.jsonl")):
+        assert compare(result(problems, str(path)), result(problems, other))["problems"] == 1
+    copied = result(problems, "/elsewhere/copied.jsonl") | {"problems_sha256": "12ab"}
+    assert compare(result(problems, str(path)) | {"problems_sha256": "12ab"}, copied)["problems"] == 1
+    for digest in ({"problems_sha256": "34cd"}, {}):
+        with pytest.raises(UserError, match="choose two of one set"):
+            compare(result(problems, str(path)) | digest, copied)
+
+
 def test_results_without_a_common_problem_are_refused():
     with pytest.raises(UserError, match=r"of the 1 problems of this result and the 2 of the other none .*'a' and 'b'"):
         compare(result({"a": [True]}), result({"b": [True], "c": [False]}))

@@ -1,0 +1,29 @@
+"""What an evaluation's samples say, by what its run sets."""
+
+from retool_jax.answers import Verdict
+from retool_jax.data.problems import Problem
+from retool_jax.evaluation.store import Store
+from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
+from retool_jax.run.evaluate import result_of
+from retool_jax.run.load import load
+
+PROBLEM = Problem("p", ({"role": "user", "content": "What is 2 + 4?"},), "6")
+ASKED = {"set": "own", "weights": {}, "problems": "0"}
+
+
+def test_a_classifier_of_ones_own_says_what_programs_are_for(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "own_purposes.py").write_text("def guess(code, context): return 'sums' if '+' in code else 'other'")
+    monkeypatch.syspath_prepend(tmp_path)
+    trajectory = Trajectory("p/0", PROBLEM, end=End.ANSWERED)
+    trajectory.add("prompt", tokenizer.encode("What is 2 + 4?"))
+    trajectory.add("policy", tokenizer.encode("6"), [-0.5])
+    trajectory.tool_uses.append(ToolUse(0, "print(2 + 4)", "success", "6", 0.5, 0.25, "code_interpreter"))
+    trajectory.verdict, trajectory.reward = Verdict(True, "6", "integer"), 1.0
+    found = {}
+    with Store(tmp_path) as store:
+        store.add([trajectory.record(tokenizer, group=0, sample=0)])
+        for name in ("rules", "own_purposes:guess"):
+            run = load(["config=eval", "evaluation.samples=1", f"evaluation.purposes={name}"])
+            found[name] = result_of(run, [PROBLEM], store, ASKED, tokenizer)["trajectories"]
+    assert found["rules"]["behaviour/purpose/calculation"] == 1.0
+    assert found["own_purposes:guess"]["behaviour/purpose/sums"] == 1.0
