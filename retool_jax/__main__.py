@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("train", "train a model, or resume the run: retool train config=grpo"),
     "evaluate": ("evaluate", "measure a checkpoint on a set of problems: retool evaluate config=eval"),
     "serve": ("serve", "serve a checkpoint over OpenAI's endpoints: retool serve config=serve"),
+    "plan": ("plan", "plan a run for chips that are not here: retool plan config=NAME mesh=v5p-64"),
     "report": ("report", "write one HTML page with a run's curves and trajectories"),
     "export": ("export", "write trajectories as parquet, traces, ATIF or a log of Inspect"),
     "prepare": ("prepare", "convert and check published demonstrations and problems"),
