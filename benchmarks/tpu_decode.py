@@ -3,7 +3,7 @@
     python benchmarks/tpu_decode.py [topology=v6e:2x4] [slots=64] [max_length=8192] [page_size=128]
 
 Prints JSON: gigabytes per chip of arguments and temporaries, bytes that outputs share with donated arguments, and the
-compiler's estimate of one step's time without attention kernels and collectives (`tpu_cycles.py`). The model is
+compiler's estimate of one step's time without attention kernels and collectives (`plan/hlo.py`). The model is
 Qwen2.5-32B in bf16, tensor-parallel over all chips of the slice: a larger slice holds several such engines side by
 side, which share nothing.
 """
@@ -20,14 +20,15 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from tpu_cycles import CLOCK_HZ, read
 
 from retool_jax.engine.compiled import Layouts, Programs
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.programs import CHANGES, init_engine_state
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.decoder import abstract_params
+from retool_jax.plan.hlo import cost_of
 from retool_jax.run.load import load
+from retool_jax.slices import CHIPS
 
 
 def main(words: list[str]) -> None:
@@ -56,11 +57,11 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         lowered = Programs.of(model, config, layouts, stop_ids=(151643, 151645)).decode.lower(*arguments)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        _, loops = read(Path(folder))
+        text = max(Path(folder).glob("*after_codegen.txt"), key=lambda path: path.stat().st_size).read_text()
     memory = compiled.memory_analysis()
     pool = state.cache.size * state.cache.dtype.itemsize / len(devices)
     # The step is the body of the one loop whose length follows from the data.
-    step = max(loop.cycles for loop in loops if loop.trips is None)
+    step = cost_of(text, (1,)).cycles - cost_of(text, (0,)).cycles
     print(
         json.dumps(
             {
@@ -71,7 +72,7 @@ def main(words: list[str]) -> None:
                 "arguments_gb": memory.argument_size_in_bytes / 1e9,
                 "temporaries_gb": memory.temp_size_in_bytes / 1e9,
                 "aliased_gb": memory.alias_size_in_bytes / 1e9,
-                "estimated_ms": step / CLOCK_HZ * 1e3,
+                "estimated_ms": step / CHIPS[options["topology"].partition(":")[0]].clock_hz * 1e3,
                 "jax": jax.__version__,
             }
         )

@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure a checkpoint on a set of problems: retool evaluate config=eval"),
     "serve": ("serve", "serve a checkpoint over OpenAI's endpoints: retool serve config=serve"),
     "sessions": ("serving.sessions", "make rollouts to learn from of conversations that a server recorded"),
+    "plan": ("plan", "plan a run for chips that are not here: retool plan config=NAME mesh=v5p-64"),
     "report": ("report", "write one HTML page with a run's curves and trajectories"),
     "export": ("export", "write trajectories as parquet, traces, ATIF or a log of Inspect"),
     "prepare": ("prepare", "convert and check published demonstrations and problems"),

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from retool_jax import slices
 from retool_jax.errors import UserError
-from retool_jax.mesh_config import AXES, MeshConfig
+from retool_jax.mesh_config import AXES, MeshConfig, sizes_over
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # of weights
@@ -32,21 +33,47 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices (or those given), with compiler-chosen (Auto) collectives."""
+    """The mesh over all devices (or those given), with compiler-chosen (Auto) collectives.
+
+    Raises:
+        UserError: they are others than the config's name says, or its axes do not divide over them.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {sizes}: axes are positive device counts, and at most one may be -1")
-    if len(devices) % fixed or (not free and fixed != len(devices)):
-        raise UserError(
-            f"mesh {sizes} does not divide the {len(devices)} device(s) here; set mesh.data, mesh.fsdp and mesh.tp so"
-            f" that their product is {len(devices)}, one of them -1"
-        )
-    for axis in free:
-        sizes[axis] = len(devices) // fixed
+    if config.name:
+        _check_devices(slices.named(config.name), devices)
+    sizes = sizes_over(config, len(devices))
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+
+
+def _check_devices(wanted: slices.Slice, devices: list[jax.Device]) -> None:
+    kinds = {device.device_kind for device in devices}
+    kind, part = wanted.chip.kind, wanted.chip.platform == "gpu"  # "TPU v5" is v5p, and a part of the name of v5e
+    fits = any(kind == here or (part and kind in here) for here in kinds)
+    if len(devices) != wanted.devices or len(kinds) > 1 or not fits:
+        raise UserError(
+            f"mesh.name={wanted.name} has {wanted.devices} devices ({kind}) on {wanted.hosts} host(s), and here are"
+            f" {len(devices)} ({', '.join(sorted(kinds))}); start it there, leave mesh.name out to take what is here,"
+            " or look at it with python -m retool_jax.plan"
+        )
+
+
+def decode_options(mesh: Mesh) -> dict[str, bool]:
+    """Options of the compiler for programs that read weights in each of many short steps, by their mesh's chips.
+
+    For an Ironwood chip (TPU7x) the compiler would lay the weights out anew at every call, in memory of their size.
+    """
+    ironwood = mesh.devices.flat[0].device_kind == slices.CHIPS["tpu7x"].kind
+    return {"xla_tpu_control_large_2nd_minor_layout_for_x16": False} if ironwood else {}
+
+
+def update_options(mesh: Mesh) -> dict[str, int]:
+    """Options of the compiler for programs that gather each layer's weights once for many rows.
+
+    A TPU's would rather pass shards of a weight around in a loop of small products, where it finds no ring for a whole
+    gather: by its own estimate that takes twice as long.
+    """
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20} if tpu else {}
 
 
 def spec(*logical: str | None) -> PartitionSpec:

@@ -1,9 +1,11 @@
 """Devices along each axis of a mesh: what a run may set, and which rows divide over it."""
 
+import math
 from collections.abc import Mapping
 
 from pydantic.dataclasses import dataclass
 
+from retool_jax import slices
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED
 
@@ -14,9 +16,51 @@ AXES = ("data", "fsdp", "tp")
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and takes what is left."""
 
+    name: str = ""  # of what the run is for, as v5p-64, v6e-256, tpu7x-128, h100-8 (docs/tpu.md); empty: what is here
     data: int = 1  # copies of the weights, each with rows of its own
     fsdp: int = -1  # devices that split weights and rows; one of the three may be -1: all devices that are left
     tp: int = 1  # devices that split heads, hidden units and vocabulary
+
+    def __post_init__(self) -> None:
+        known_sizes(self)
+
+
+def known_sizes(config: MeshConfig) -> dict[str, int]:
+    """The axes' sizes as far as they follow from the config alone: -1 is not known without the devices."""
+    if config.name:
+        there = slices.named(config.name)
+        return sizes_over(config, there.devices, f"of {config.name}")
+    return {axis: getattr(config, axis) for axis in AXES}
+
+
+def sizes_over(config: MeshConfig, devices: int, where: str = "here") -> dict[str, int]:
+    """The axes' sizes over so many devices.
+
+    Raises:
+        UserError: they do not divide over them.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes}: axes are positive device counts, and at most one may be -1")
+    if devices % fixed or (not free and fixed != devices):
+        raise UserError(
+            f"mesh {sizes} does not divide the {devices} device(s) {where}; set mesh.data, mesh.fsdp and mesh.tp so"
+            f" that their product is {devices}, one of them -1"
+        )
+    return sizes | {axis: devices // fixed for axis in free}
+
+
+def check_heads(sizes: Mapping[str, int], kv_heads: int) -> None:
+    """A `UserError` unless the key and value heads of a model divide over axes of these sizes; -1 is not known yet."""
+    tp = sizes["tp"]
+    if tp > 0 and kv_heads % tp:
+        divisors = [size for size in range(1, kv_heads + 1) if kv_heads % size == 0]
+        raise UserError(
+            f"mesh.tp={tp} does not divide model.num_kv_heads={kv_heads}, and a head lies whole on one device; set"
+            f" mesh.tp to one of {', '.join(map(str, divisors))}, and mesh.fsdp to the devices that are left"
+        )
 
 
 def check_rows(sizes: Mapping[str, int], name: str, rows: int) -> None:

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
 from retool_jax.mesh import make_mesh, spec
-from retool_jax.mesh_config import MeshConfig, check_rows
+from retool_jax.mesh_config import MeshConfig, check_heads, check_rows, known_sizes
+from retool_jax.run.load import load
 
 DEVICES = 8
 
@@ -92,3 +93,41 @@ def test_rows_of_a_micro_batch_divide_over_data_and_fsdp():
         UserError, match=r"rl.rows_per_micro=4 does not divide over .* = 8 devices; use a multiple of 8"
     ):
         check_rows(make_mesh(MeshConfig(data=2, fsdp=4)).shape, "rl.rows_per_micro", 4)
+
+
+def test_a_named_mesh_has_its_sizes_before_there_are_devices():
+    assert known_sizes(MeshConfig(name="v5p-64", tp=4)) == {"data": 1, "fsdp": 8, "tp": 4}
+    assert known_sizes(MeshConfig(name="tpu7x-8", data=2, fsdp=1, tp=-1)) == {"data": 2, "fsdp": 1, "tp": 4}
+    assert known_sizes(MeshConfig(tp=4)) == {"data": 1, "fsdp": -1, "tp": 4}
+    with pytest.raises(UserError, match=r"does not divide the 32 device\(s\) of v5p-64; .* product is 32"):
+        MeshConfig(name="v5p-64", tp=3)
+    with pytest.raises(UserError, match="no slice is called 'v5p-63'; did you mean v5p-64"):
+        MeshConfig(name="v5p-63")
+
+
+def test_a_mesh_is_called_by_its_name_in_words():
+    run = load(["config=grpo_qwen2.5_32b", "mesh=v5p-64", "mesh.tp=4", "mesh.fsdp=-1"])
+    assert run.mesh == MeshConfig(name="v5p-64", tp=4)
+    assert load(["config=grpo", "mesh={fsdp: 2, tp: 2}"]).mesh == MeshConfig(fsdp=2, tp=2)
+    assert load(["config=grpo", "mesh.name=cpu-4"]).mesh.name == "cpu-4"
+    with pytest.raises(UserError, match=r"rl.rows_per_micro=32 does not divide over .* = 64 devices; use a multiple"):
+        load(["config=grpo_qwen2.5_32b", "mesh=v6e-64"])
+
+
+def test_a_named_mesh_takes_the_devices_of_its_name_and_no_others():
+    assert make_mesh(MeshConfig(name=f"cpu-{DEVICES}", tp=2)).shape["fsdp"] == DEVICES // 2
+    for name, reason in (("cpu-4", r"has 4 devices \(cpu\)"), ("v6e-8", r"has 8 devices \(TPU v6 lite\)")):
+        with pytest.raises(UserError, match=rf"mesh.name={name} {reason} .* here are 8 \(cpu\); start it there"):
+            make_mesh(MeshConfig(name=name))
+
+
+def test_heads_lie_whole_on_a_device():
+    check_heads({"tp": 8}, 8)
+    check_heads({"tp": -1}, 8)
+    with pytest.raises(UserError, match=r"mesh.tp=16 does not divide model.num_kv_heads=8.* one of 1, 2, 4, 8, and"):
+        check_heads({"tp": 16}, 8)
+
+
+def test_options_of_the_compiler_are_those_of_the_chips():
+    here = make_mesh(MeshConfig())
+    assert meshes.decode_options(here) == meshes.update_options(here) == {}

@@ -141,10 +141,12 @@ class Programs:
         mesh = everywhere.mesh
         decode = partial(decode_steps, model, config.decode_steps, tuple(stop_ids), mesh.shape["tp"])
         empty_state = partial(init_engine_state, model, config.slots, sizes.pages, sizes.page_size)
+        options = meshes.decode_options(mesh)
         empty_rows = jax.jit(partial(init_rows, model, config.slots), static_argnums=0, out_shardings=rows)
 
         def program(function: Callable, out_shardings: object, donated: int | tuple[int, ...] = 0) -> Program:
-            return Program(jax.jit(function, donate_argnums=donated, out_shardings=out_shardings), everywhere)
+            jitted = jax.jit(function, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options)
+            return Program(jitted, everywhere)
 
         return cls(
             init_state=jax.jit(empty_state, out_shardings=state),

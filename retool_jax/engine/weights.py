@@ -22,20 +22,10 @@ def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[
     devices as its engine wants them, and each engine takes the parts that lie on its own.
     """
     own = layouts.everywhere.mesh
-
-    def convert(old: Weights | None, new: Params) -> Weights:
-        new = new if layouts.rows is None else unstack(new)
-
-        def cast(path: tuple, weight: jax.Array) -> jax.Array:
-            return jnp.array(weight, weight_dtype(model, path[0].key), copy=True)
-
-        return jax.tree_util.tree_map_with_path(cast, new)
-
+    spread = make_spread(model, layouts, trainer)
     if own.size == trainer.size:
-        return jax.jit(convert, donate_argnums=0, out_shardings=layouts.weights, keep_unused=True)
-    every = Mesh(trainer.devices.reshape(-1, 1, own.shape["tp"]), own.axis_names)
-    shardings = jax.tree.map(lambda sharding: NamedSharding(every, sharding.spec), layouts.weights)
-    spread = jax.jit(convert, out_shardings=shardings)
+        return spread
+    every = _every(own, trainer)
 
     def local(array: jax.Array, sharding: NamedSharding) -> jax.Array:
         parts = [shard.data for shard in array.addressable_shards]
@@ -48,3 +38,28 @@ def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[
             return jax.tree.map(local, spread(None, new), layouts.weights)
 
     return adopt
+
+
+def make_spread(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[[Weights | None, Params], Weights]:
+    """The jitted part of `make_adopt`: where the trainer has other devices too, each of their hosts gets a copy."""
+    own = layouts.everywhere.mesh
+
+    def convert(old: Weights | None, new: Params) -> Weights:
+        new = new if layouts.rows is None else unstack(new)
+
+        def cast(path: tuple, weight: jax.Array) -> jax.Array:
+            return jnp.array(weight, weight_dtype(model, path[0].key), copy=True)
+
+        return jax.tree_util.tree_map_with_path(cast, new)
+
+    if own.size == trainer.size:
+        return jax.jit(convert, donate_argnums=0, out_shardings=layouts.weights, keep_unused=True)
+    every = _every(own, trainer)
+    return jax.jit(
+        convert, out_shardings=jax.tree.map(lambda sharding: NamedSharding(every, sharding.spec), layouts.weights)
+    )
+
+
+def _every(own: Mesh, trainer: Mesh) -> Mesh:
+    """The trainer's devices as engines side by side."""
+    return Mesh(trainer.devices.reshape(-1, 1, own.shape["tp"]), own.axis_names)

@@ -33,6 +33,7 @@ class Scorer:
             self._score,
             in_shardings=(param_shardings(outputs.model, mesh, outputs.value_head), Batch(*[rows] * 5, everywhere)),
             out_shardings=everywhere,  # so that every process can read all of it
+            compiler_options=meshes.update_options(mesh),
         )
 
     def _score(self, params: Params, batch: Batch) -> Columns:

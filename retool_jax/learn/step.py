@@ -256,5 +256,6 @@ def make_step(
         in_shardings=(shardings, Batch(*[rows] * 5, everywhere)),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        compiler_options=meshes.update_options(mesh),
     )
     return Step(compiled, mesh)

@@ -14,7 +14,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import MOST_PROBLEMS
 from retool_jax.mesh import make_mesh
-from retool_jax.mesh_config import check_rows
+from retool_jax.mesh_config import check_heads, check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
@@ -84,6 +84,7 @@ def model_for(run: Run, tokenizer: Tokenizer) -> ModelConfig:
 def mesh_of(run: Run) -> Mesh:
     """The run's mesh over the devices that are here; a `UserError` when its rows or weights do not divide over it."""
     mesh = make_mesh(run.mesh)
+    check_heads(mesh.shape, run.model.num_kv_heads)
     for key, rows in micro_batches(run).items():
         check_rows(mesh.shape, key, rows)
     param_shardings(run.model, mesh)

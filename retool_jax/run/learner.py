@@ -17,10 +17,16 @@ from retool_jax.run.schema import RLRun
 from retool_jax.run.weights import abstract_state, load_teacher
 
 
-def make_learner(run: RLRun, mesh: Mesh, first_weights: Callable[[], Params]) -> Learner:
+def make_learner(
+    run: RLRun,
+    mesh: Mesh,
+    first_weights: Callable[[], Params],
+    teacher: Callable[[RLRun, Mesh], tuple[ModelConfig, Params]] = load_teacher,
+) -> Learner:
     """The updates of a run, compiled when they are first used.
 
-    `first_weights` gives those that the run began from, which are its reference where its divergence counts.
+    `first_weights` gives those that the run began from, which are its reference where its divergence counts. Weights
+    may be abstract where nothing is going to be computed.
     """
     rl, algorithm = run.rl, algorithm_of(run.rl)
 
@@ -33,7 +39,7 @@ def make_learner(run: RLRun, mesh: Mesh, first_weights: Callable[[], Params]) ->
 
     frozen = {}
     if "teacher" in algorithm.models:
-        model, params = load_teacher(run, mesh)
+        model, params = teacher(run, mesh)
         # A teacher is asked for its own distribution, whatever the student's draws are divided by.
         frozen["teacher_logprobs"] = Frozen(scorer(model, "logprobs", temperature=1.0), params)
     if rl.kl.coefficient:

@@ -53,6 +53,8 @@ def read(words: list[str]) -> tuple[type[Run], dict]:
         UserError: no such config, or a word that cannot be read.
     """
     pairs = split_words(words, secrets=secret_keys(RLRun))
+    # A mesh is called by its name; a whole section is written in braces.
+    pairs = [("mesh.name" if key == "mesh" and value[:1] != "{" else key, value) for key, value in pairs]
     names = [value for key, value in pairs if key == "config"]
     if not names:
         raise UserError(f"no config given; add config=NAME, one of: {', '.join(config_names())}")
@@ -252,6 +254,10 @@ _ENDINGS = {  # of what help says of a command
     "serve": (
         "the wrong type is an error. port=8000 is short for serve.port=8000, and so is host; nothing is written. A",
         "bearer token that clients must send is read from $RETOOL_SERVE_TOKEN.",
+    ),
+    "plan": (
+        "the wrong type is an error. mesh=NAME says for which chips, as v5p-64; nothing is trained. Words of its own:",
+        "json=FILE, tokens=N (of a trajectory), teacher=CONFIG (whose model it is), search=true (docs/tpu.md).",
     ),
 }
 

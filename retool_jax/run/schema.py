@@ -1,6 +1,5 @@
 """Everything that a run may set, by task: the sections of the rooms that read them, put together."""
 
-import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field, with_config
@@ -12,7 +11,7 @@ from retool_jax.errors import UserError
 from retool_jax.evaluation.config import EvaluationConfig, SampledConfig
 from retool_jax.fields import CHECKED, Positive
 from retool_jax.hosts_config import HostsConfig
-from retool_jax.mesh_config import MeshConfig, check_rows
+from retool_jax.mesh_config import MeshConfig, check_rows, known_sizes
 from retool_jax.models.config import ModelConfig
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
@@ -194,7 +193,7 @@ def micro_batches(run: Run) -> dict[str, int]:
 def check_micro_batches(run: Run) -> None:
     """A `UserError` where rows do not divide over those axes of the mesh that have a size already."""
     for key, rows in micro_batches(run).items():
-        check_rows(dataclasses.asdict(run.mesh), key, rows)
+        check_rows(known_sizes(run.mesh), key, rows)
 
 
 def _one_spelling(run: Run) -> None:

@@ -32,7 +32,7 @@ QUESTION = "What is gcd(12, 18)?"
 @pytest.fixture(scope="module")
 def engine(make_engine) -> Engine:
     """The tiny model, in the shape of test_load.py's."""
-    return make_engine(tool_lag=-1, chunk_rows=2, token_buckets=(64,))
+    return make_engine(tool_lag=-1, token_buckets=(64,))
 
 
 def text(said: str = QUESTION, **fields: Any) -> DecodeRequest:

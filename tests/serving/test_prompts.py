@@ -14,7 +14,7 @@ from retool_jax.serving.prompts import PromptScorer
 @pytest.fixture(scope="module")
 def engine(make_engine) -> Engine:
     """The tiny model, in the shape of test_load.py's."""
-    return make_engine(tool_lag=-1, chunk_rows=2, token_buckets=(64,))
+    return make_engine(tool_lag=-1, token_buckets=(64,))
 
 
 def body(**fields: Any) -> dict:

@@ -1,0 +1,84 @@
+"""Plan a training run for a slice of chips that is not here: does it fit, where does the time go, what does it cost.
+
+    python -m retool_jax.plan config=grpo_qwen2.5_32b mesh=v5p-64 [json=plan.json] [key=value ...]
+
+compiles the run's own functions from abstract values: neither weights nor chips are needed (docs/tpu.md).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from retool_jax import slices
+from retool_jax.errors import UserError
+from retool_jax.files import replacing
+from retool_jax.mesh_config import MeshConfig, check_heads, known_sizes
+from retool_jax.models.config import ARCHITECTURE
+from retool_jax.plan import devices
+from retool_jax.run import load
+from retool_jax.run.schema import RLRun, SFTRun, task_of
+
+OWN = ("json", "tokens", "search", "teacher")
+
+
+def main(words: list[str]) -> None:
+    if not words or {"-h", "--help"} & set(words):
+        print(load.help_text([word for word in words if word.partition("=")[0] not in OWN], "plan", "grpo_qwen2.5_32b"))
+        return
+    own = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OWN and "=" in word)
+    words = [word for word in words if word.partition("=")[0] not in OWN]
+    tokens, search = _whole("tokens", own.get("tokens")), _truth("search", own.get("search"))
+    run = load.load(words)
+    if not isinstance(run, SFTRun | RLRun):
+        raise UserError(f"this config is of task {task_of(type(run))} and trains nothing; plan a config that trains")
+    if not run.mesh.name:
+        raise UserError("for which chips? add mesh=NAME: v5p-64, v6e-256, tpu7x-128, h100-8, cpu-8 (docs/tpu.md)")
+    place = slices.named(run.mesh.name)
+    teacher = load.load([f"config={own['teacher']}"]).model if "teacher" in own else None
+    devices.prepare(place)
+    # Imported now, as jax reads its settings when it starts, and so that mistakes above are told at once.
+    from retool_jax.run.build import resolve, with_checkpoint
+
+    _, values = load.read(words)
+    if run.init_from and not set(ARCHITECTURE) & (with_checkpoint(values).get("model") or {}).keys():
+        raise UserError(
+            f"the model's shape is left to init_from={run.init_from}, which is not here; name a folder that is, or set"
+            " model.hidden_size and the other sizes"
+        )
+    run = resolve(words)
+    sizes = known_sizes(run.mesh)
+    check_heads(sizes, run.model.num_kv_heads)
+    run = dataclasses.replace(run, mesh=MeshConfig(name=place.name, **sizes))
+
+    from rich.console import Console
+
+    from retool_jax.plan.report import show, summary_of
+    from retool_jax.plan.search import search_meshes, show_found
+    from retool_jax.plan.whole import plan
+
+    console = Console(highlight=False)
+    console.width = max(console.width, 100)  # where it goes to a file, too
+    if search:
+        found = search_meshes(run, place, console)
+        show_found(found, console)
+        said = {"search": found}
+    else:
+        said = summary_of(run, place, plan(run, place, tokens, teacher or run.model, console), tokens)
+        show(said, console)
+    if "json" in own:
+        with replacing(Path(own["json"])) as file:
+            json.dump(said, file, indent=1)
+
+
+def _whole(key: str, value: str | None) -> int | None:
+    if value is None:
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"{key}={value} must be a whole number above 0")
+    return int(value)
+
+
+def _truth(key: str, value: str | None) -> bool:
+    if value not in (None, "true", "false"):
+        raise UserError(f"{key}={value} must be true or false")
+    return value == "true"

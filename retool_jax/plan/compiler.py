@@ -1,0 +1,59 @@
+"""What a compiler makes of a function."""
+
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from retool_jax.errors import one_line
+from retool_jax.plan.functions import Function
+from retool_jax.plan.hlo import Cost, cost_of
+
+
+class Compiled(NamedTuple):
+    """What a compiler says of a function; bytes and costs of each device."""
+
+    arguments: float
+    temporaries: float
+    made: float  # outputs that do not take the place of arguments
+    code: float
+    fixed: Cost  # beside the loop whose length is the caller's
+    each: Cost  # of one turn of it: a micro-batch, a decoded token
+    seconds: float  # that it was compiled for
+
+
+class NoRoom(NamedTuple):
+    """A function that the compiler refuses, since a device cannot hold it."""
+
+    said: str
+
+
+def compile_function(function: Function) -> Compiled | NoRoom:
+    """Compile a function for the devices that it was made for."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        lowered = function.lower()
+        dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if function.platform == "tpu" else {}
+        try:
+            compiled = lowered.compile(compiler_options=dumped)
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+            return NoRoom(f"needs {used[1]} of {used[2]}" if used else one_line(error))
+        # The module that jax would print may be newer than its parser, and then cannot be had from it.
+        files = list(Path(folder).glob("*after_codegen.txt"))
+        text = max(files, key=lambda path: path.stat().st_size).read_text() if files else compiled.as_text()
+    _, *inner = function.unknown or (1,)
+    fixed = cost_of(text, (0, *inner))
+    memory = compiled.memory_analysis()
+    return Compiled(
+        float(memory.argument_size_in_bytes),
+        float(memory.temp_size_in_bytes),
+        float(memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        float(memory.generated_code_size_in_bytes),
+        fixed,
+        cost_of(text, (1, *inner)).plus(fixed, -1.0),
+        time.perf_counter() - began,
+    )

@@ -1,0 +1,217 @@
+"""The functions that a run compiles, from abstract values: those that it will call, in shapes that it will have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from retool_jax import mesh as meshes
+from retool_jax.checkpoint import abstract_like
+from retool_jax.engine.compiled import Layouts, Programs, decode_mesh
+from retool_jax.engine.config import bucket
+from retool_jax.engine.programs import CHANGES, init_engine_state
+from retool_jax.engine.weights import make_spread
+from retool_jax.learn.optimizer import TrainState
+from retool_jax.learn.packing import Batch
+from retool_jax.learn.step import WEIGHTS, Outputs, make_step
+from retool_jax.models.cache import init_rows
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params, abstract_params, unstack, weight_dtype
+from retool_jax.models.sharding import param_shardings
+from retool_jax.rl.algorithms import aggregation_of
+from retool_jax.rl.learner import Learner
+from retool_jax.rl.loss import aggregation_weights
+from retool_jax.run.learner import abstract, make_learner
+from retool_jax.run.schema import RLRun, SFTRun
+from retool_jax.run.weights import abstract_state
+from retool_jax.sft.loop import imitation_loss, optimizer_of
+
+STOPS = (0, 1)  # in the place of the tokenizer's stop ids, of which only the number matters
+
+
+@dataclass(frozen=True)
+class Function:
+    """One of a run's jitted functions with its arguments, which are shapes with shardings.
+
+    Attributes:
+        kind: what it does: update, score, decode, extend or reshard.
+        lower: makes the program.
+        arguments: by the class of memory that they are.
+        mesh: that it runs on, which is an engine's own for what an engine does.
+        rows, length: of a micro-batch, or of one call of the engine.
+        unknown: how often loops run whose length the compiler does not know, from the outermost inwards.
+    """
+
+    name: str
+    kind: Literal["update", "score", "decode", "extend", "reshard"]
+    lower: Callable[[], jax.stages.Lowered]
+    arguments: dict[str, object]
+    model: ModelConfig
+    mesh: Mesh
+    rows: int = 0
+    length: int = 0
+    unknown: tuple[int, ...] = ()
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+
+def held(tree: object) -> float:
+    """Bytes of a tree of abstract arrays on the device that holds most of them."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def placed(shapes: object, shardings: object) -> object:
+    """Shapes with shardings: a tree of these, or one for all."""
+    one = isinstance(shardings, jax.sharding.Sharding)
+    where = jax.tree.map(lambda _: shardings, shapes) if one else shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def abstract_weights(model: ModelConfig, mesh: Mesh) -> Params:
+    return abstract_like(abstract_params(model)[1], param_shardings(model, mesh))
+
+
+def abstract_batch(mesh: Mesh, micro_batches: int, rows: int, length: int, columns: tuple[str, ...]) -> Batch:
+    """A packed batch of this shape."""
+    where = meshes.sharding(mesh, "micro", "batch", "length")
+
+    def array(dtype: type) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((micro_batches, rows, length), dtype, sharding=where)
+
+    ids, floats = array(jnp.int32), array(jnp.float32)
+    used = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    return Batch(ids, ids, ids, array(jnp.bool_), dict.fromkeys(columns, floats), used)
+
+
+def head_chunks(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> int:
+    """Parts in which a micro-batch's tokens have logits, where a loop over them has no fixed length."""
+    return max(-(-rows * length // (mesh.shape["data"] * mesh.shape["fsdp"]) // model.head_chunk), 1)
+
+
+def of_sft(run: SFTRun, mesh: Mesh) -> list[Function]:
+    """The one function of a cold start; its steps are as many as any, which changes nothing here."""
+    sft = run.sft
+    update = make_step(Outputs(run.model), imitation_loss, optimizer_of(sft, sft.steps or 1000), mesh)
+    tokens = sft.batch_size * sft.row_length or sft.batch_tokens
+    batch = abstract_batch(
+        mesh, -(-tokens // (sft.row_length * sft.rows_per_micro)), sft.rows_per_micro, sft.row_length, ()
+    )
+    return [_update("policy update", run.model, update, abstract_state(run, mesh), batch, mesh)]
+
+
+def of_rl(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Function]:
+    """Those of reinforcement learning in the order of a step.
+
+    A teacher's weights are of the model given; an engine has the first `of_host` devices of the mesh.
+    """
+    first = Mesh(mesh.devices.reshape(-1)[:of_host].reshape(1, -1, 1), mesh.axis_names)
+    own = decode_mesh(run.model, mesh if of_host == mesh.size else first, run.engine.tp)
+    learner = make_learner(
+        run,
+        mesh,
+        lambda: abstract_weights(run.model, mesh),
+        lambda run, mesh: (teacher, abstract_weights(teacher, mesh)),
+    )
+    return [*_engine(run, own), *_learning(run, mesh, learner), _reshard(run, mesh, own)]
+
+
+def _update(name: str, model: ModelConfig, step, state: TrainState, batch: Batch, mesh: Mesh) -> Function:
+    M, rows, length = batch.tokens.shape
+    arguments = {"parameters": state.params, "optimiser": (state.step, state.opt_state), "batch": batch}
+    unknown = M, head_chunks(model, mesh, rows, length)
+    return Function(name, "update", partial(step.lower, state, batch), arguments, model, mesh, rows, length, unknown)
+
+
+def _learning(run: RLRun, mesh: Mesh, learner: Learner) -> list[Function]:
+    rl, state = run.rl, abstract(run, mesh)
+    policy = TrainState(state.step, state.params, state.opt_state)
+    whole = -(-rl.prompts_per_step * rl.group_size // rl.rows_per_micro)
+
+    def batch(micro_batches: int, *columns: str) -> Batch:
+        return abstract_batch(mesh, micro_batches, rl.rows_per_micro, rl.row_length, columns)
+
+    def scorer(name: str, scorer, params: Params) -> Function:
+        bare, model = batch(whole), scorer.outputs.model
+        unknown = whole, head_chunks(model, mesh, rl.rows_per_micro, rl.row_length)
+        arguments = {"parameters": params, "batch": bare}
+        lower = partial(scorer.lower, params, bare)
+        return Function(name, "score", lower, arguments, model, mesh, *bare.tokens.shape[1:], unknown)
+
+    found = []
+    if learner.trainer:
+        found.append(scorer("log-probs", learner.trainer, policy.params))
+    for name, frozen in learner.frozen.items():
+        found.append(scorer(name.removesuffix("_logprobs"), frozen.scorer, frozen.params))
+    part = -(-(rl.prompts_per_step // rl.minibatches * rl.group_size) // rl.rows_per_micro)
+    if learner.critic:
+        found.append(scorer("values", learner.values, state.critic.params))
+        mine = batch(part, "returns", "old_values")
+        found.append(_update("critic update", run.model, learner.critic, state.critic, mine, mesh))
+    columns = list(learner.algorithm.columns)
+    columns += ["reference_logprobs"] if "reference_logprobs" in learner.frozen else []
+    columns += ["engine_logprobs", "importance"] if learner.trainer else []
+    weighted = aggregation_weights(aggregation_of(rl, learner.algorithm), np.ones(1), learner.longest) is not None
+    columns += [WEIGHTS] if weighted else []
+    return [*found, _update("policy update", run.model, learner.update, policy, batch(part, *columns), mesh)]
+
+
+def _engine(run: RLRun, own: Mesh) -> list[Function]:
+    """Decoding at the longest, the append of a tool's answer and the prefill of prompts, as one engine calls them."""
+    model, config = run.model, run.engine
+    layouts = Layouts.of(model, config, own)
+    sizes, slots, everywhere = layouts.sizes, config.slots, layouts.everywhere
+    programs = Programs.of(model, config, layouts, STOPS)
+    state = placed(
+        jax.eval_shape(partial(init_engine_state, model, slots, sizes.pages, sizes.page_size)), layouts.state
+    )
+    weights, rows = engine_weights(model, layouts), None
+    if layouts.rows:
+        rows = placed(jax.eval_shape(partial(init_rows, model, slots, config.max_length)), layouts.rows)
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
+
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    P = sizes.reads[-1]
+    decode = state, rows, weights, key, ints(), ints(slots, CHANGES), ints(slots, P), ints(slots), ints()
+    memory = {"engine weights": weights, "cache": (state, rows)}
+    found = [Function("decode", "decode", partial(programs.decode.lower, *decode), memory, model, own, slots, 1, (1,))]
+    answer = bucket(min(run.rollout.tool_output_tokens, sizes.tokens[-1]), sizes.tokens)
+    for name, tokens in (("append", answer), ("prefill", sizes.tokens[-1])):
+        calls = sizes.rows[sizes.tokens.index(tokens)][-1]
+        extend = state, weights, ints(calls, tokens), ints(calls, 3), ints(calls, P)
+        memory = {"engine weights": weights, "cache": state}
+        lower = partial(programs.extend.lower, *extend)
+        found.append(Function(name, "extend", lower, memory, model, own, calls, tokens))
+    return found
+
+
+def engine_weights(model: ModelConfig, layouts: Layouts) -> Params | dict:
+    """The engine's copy of a model, in its own layout and types."""
+    shapes = abstract_params(model)[1]
+    shapes = shapes if layouts.rows is None else jax.eval_shape(unstack, shapes)
+    typed = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, weight_dtype(model, path[0].key)), shapes
+    )
+    return placed(typed, layouts.weights)
+
+
+def _reshard(run: RLRun, mesh: Mesh, own: Mesh) -> Function:
+    layouts = Layouts.of(run.model, run.engine, own)
+    params = abstract_weights(run.model, mesh)
+    old = engine_weights(run.model, layouts) if own.size == mesh.size else None
+
+    def lower() -> jax.stages.Lowered:
+        with jax.set_mesh(own if old is not None else mesh):
+            return make_spread(run.model, layouts, mesh).lower(old, params)
+
+    memory = {"parameters": params} | ({"engine weights": old} if old is not None else {})
+    return Function("weights to engines", "reshard", lower, memory, run.model, mesh)

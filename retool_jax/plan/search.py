@@ -1,0 +1,142 @@
+"""Which mesh, micro-batch and remat policy a run should have: all by formula first, the best few by the compiler."""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from retool_jax.errors import UserError
+from retool_jax.mesh_config import MeshConfig
+from retool_jax.models.config import ModelConfig
+from retool_jax.plan.compiler import Compiled
+from retool_jax.plan.estimate import assumed_of
+from retool_jax.plan.whole import functions_of, plan_function
+from retool_jax.plan.work import BACKWARD, KERNEL, attention_flops, forward_flops, head_weights, matrix_weights
+from retool_jax.run.schema import RLRun, SFTRun
+from retool_jax.slices import Slice
+
+COMPILED = 3  # of the candidates
+PRODUCTS = 0.7  # share of a chip's peak at which the formula takes products to run
+
+
+class Candidate(NamedTuple):
+    """A way to train, and what the formulas say of its update: bytes of each device, seconds a token and device."""
+
+    tp: int
+    rows: int  # of a micro-batch
+    remat: str
+    memory: float
+    seconds: float
+
+
+def candidates(model: ModelConfig, place: Slice, length: int, held: float) -> list[Candidate]:
+    """All that divide over the slice and may fit beside `held` bytes of other things, the fastest first."""
+    limit = place.chip.memory / place.chip.devices
+    found = []
+    for tp in (tp for tp in range(1, model.num_kv_heads + 1) if model.num_kv_heads % tp == place.devices % tp == 0):
+        fsdp = place.devices // tp
+        if any(size % tp for size in (model.num_heads, model.intermediate_size, model.vocab_size)) or (
+            model.hidden_size % fsdp
+        ):
+            continue
+        for rows in (fsdp, 2 * fsdp, 4 * fsdp):
+            for remat in ("full", "dots", "none"):
+                one = Candidate(
+                    tp,
+                    rows,
+                    remat,
+                    memory_of(model, place.devices, tp, rows // fsdp * length, remat),
+                    seconds_of(model, place, tp, rows // fsdp, length, remat),
+                )
+                if not limit or one.memory + held < limit:
+                    found.append(one)
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def memory_of(model: ModelConfig, devices: int, tp: int, tokens: int, remat: str) -> float:
+    """About what an update holds on each device: state, gradients, activations of its tokens, one gathered layer."""
+    D, N, K, H, F = model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.intermediate_size
+    weights = matrix_weights(model) + head_weights(model)
+    state = (3 * 4 + 2 * 4) * weights / devices  # with the sum of gradients and the one that is added to it
+    heads = (2 * (N + K) * H + 2 * F) / tp  # of a layer's products, a token
+    kept = {"full": 1.0 * D, "dots": 3 * D + heads, "none": 8 * D + 2 * heads + 2 * F / tp}[remat]
+    working = 8 * D + 3 * heads
+    layer = (matrix_weights(model) - head_weights(model)) / model.num_layers / tp
+    return state + 2 * tokens * (model.num_layers * kept + working) + 4 * layer + 10 * head_weights(model) / tp
+
+
+def seconds_of(model: ModelConfig, place: Slice, tp: int, rows: int, length: int, remat: str) -> float:
+    """About what an update takes for each token of a device that has so many rows, nothing overlapped."""
+    chip, tokens = place.chip, rows * length
+    keys = length / 2
+    products = forward_flops(model, tokens, 0.0) * {"full": 4, "dots": 3, "none": 3}[remat]
+    kernels = attention_flops(model, tokens, keys) * (1 + BACKWARD + (remat != "none"))
+    peak, link = chip.flops / chip.devices, chip.link_rate / chip.devices
+    computed = (products / PRODUCTS + kernels / KERNEL) / tp / peak
+    # Weights are gathered for each pass, their gradients summed over all; tp sums hidden states twice a layer and pass.
+    passes = 3 if remat == "full" else 2
+    gathered = 2.0 * matrix_weights(model) / tp * (passes + 2)
+    summed = 2 * passes * model.num_layers * 2.0 * tokens * model.hidden_size * 2 * (tp - 1) / tp
+    return (computed + (gathered + summed) / link) / (tokens / tp)
+
+
+def search_meshes(run: RLRun | SFTRun, place: Slice, console: Console) -> list[dict]:
+    """The best candidates with what the compiler says of their policy update, the fastest first.
+
+    Raises:
+        UserError: the slice's speed is not known here, or nothing may fit.
+    """
+    if not place.chip.flops:
+        raise UserError(f"mesh={place.name} has no known speed to search by; name a slice of v5e, v5p, v6e or tpu7x")
+    length = run.sft.row_length if isinstance(run, SFTRun) else run.rl.row_length
+    every = candidates(run.model, place, length, 0.0)
+    if not every:
+        raise UserError(f"no mesh of {place.name} holds an update of this model; name a larger slice")
+    console.print(f"{len(every)} of all meshes, micro-batches and remat policies may fit; compiling the best")
+    found = []
+    for at, one in enumerate(every[:COMPILED], 1):
+        tried = with_candidate(run, place, one)
+        functions = functions_of(tried, place, tried.model)
+        update = next(function for function in functions if function.name == "policy update")
+        planned = plan_function(update, place, assumed_of(tried, None), console, f"{at} of {COMPILED}")
+        c, tokens = planned.compiled, one.rows * length
+        fits = isinstance(c, Compiled) and c.arguments + c.temporaries < place.chip.memory / place.chip.devices
+        seconds = planned.times.estimate if fits else None
+        found.append(
+            one._asdict()
+            | {
+                "fsdp": place.devices // one.tp,
+                "fits": fits if c is not None else None,
+                "arguments": c.arguments if isinstance(c, Compiled) else None,
+                "temporaries": c.temporaries if isinstance(c, Compiled) else None,
+                "wire": c.each.wire if isinstance(c, Compiled) else None,
+                "tokens_per_s_per_chip": tokens / seconds / place.chips if seconds else None,
+            }
+        )
+    return sorted(found, key=lambda one: -(one["tokens_per_s_per_chip"] or -math.inf))
+
+
+def with_candidate(run: RLRun | SFTRun, place: Slice, one: Candidate) -> RLRun | SFTRun:
+    """The run on that mesh, with those micro-batches and that policy."""
+    mesh = MeshConfig(name=place.name, data=1, fsdp=place.devices // one.tp, tp=one.tp)
+    model = replace(run.model, remat=one.remat)
+    if isinstance(run, SFTRun):
+        return replace(run, mesh=mesh, model=model, sft=replace(run.sft, rows_per_micro=one.rows))
+    return replace(run, mesh=mesh, model=model, rl=replace(run.rl, rows_per_micro=one.rows))
+
+
+def show_found(found: list[dict], console: Console) -> None:
+    """The ranked table, with the words that choose each."""
+    table = Table("words", title="policy update, one micro-batch", title_justify="left", title_style="bold")
+    for name in ("arguments", "temporaries", "sent", "tokens/s and chip"):
+        table.add_column(name, justify="right")
+    for one in found:
+        words = f"mesh.fsdp={one['fsdp']} mesh.tp={one['tp']} rows_per_micro={one['rows']} model.remat={one['remat']}"
+        sizes = ("-" if one[key] is None else f"{one[key] / 1e9:,.2f}" for key in ("arguments", "temporaries", "wire"))
+        rate = one["tokens_per_s_per_chip"]
+        last = "does not fit" if one["fits"] is False else "-" if rate is None else f"{rate:,.0f}"
+        table.add_row(words, *sizes, last)
+    console.print(table)
+    console.print("GB of one device, bytes sent for one micro-batch; what else the run holds comes on top")
