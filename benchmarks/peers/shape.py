@@ -24,4 +24,4 @@ def report(step: Callable[[], object], **versions: str) -> None:
         began = time.process_time()
         step()
         seconds.append(time.process_time() - began)
-    print(json.dumps({"tokens_per_cpu_s": round(ROWS * LENGTH / min(seconds)), "versions": versions})
+    print(json.dumps({"tokens_per_cpu_s": round(ROWS * LENGTH / min(seconds)), "versions": versions}))

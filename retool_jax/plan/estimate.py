@@ -90,12 +90,9 @@ def parts_of(run: RLRun | SFTRun, place: Slice, planned: list[Planned], assumed:
                 units[name] = micro * (rl.epochs if one.function.kind == "update" else 1)
         drawn = max(assumed.tokens - assumed.prompt - assumed.calls * assumed.answer, 1.0)
         units["decode"] = trajectories * drawn / place.hosts / live_rows(run, by_name["decode"].function, assumed)
-        for name, tokens in (
-            ("append", trajectories * assumed.calls * assumed.answer),
-            ("prefill", rl.prompts_per_step * assumed.prompt),
-        ):
-            call = by_name[name].function
-            units[name] = tokens / place.hosts / (call.rows * call.length)
+        written = trajectories * assumed.calls * assumed.answer + rl.prompts_per_step * assumed.prompt
+        call = by_name["write"].function
+        units["write"] = written / place.hosts / (call.rows * call.length)
         units["weights to engines"] = 1.0
     return [Part(name, units[name], _seconds(one, units[name], run, place)) for name, one in by_name.items()]
 

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from retool_jax import mesh as meshes
 from retool_jax.checkpoint import abstract_like
 from retool_jax.engine.compiled import Layouts, Programs, decode_mesh
-from retool_jax.engine.config import bucket
 from retool_jax.engine.programs import CHANGES, init_engine_state
 from retool_jax.engine.weights import make_spread
 from retool_jax.learn.optimizer import TrainState
@@ -164,7 +163,7 @@ def _learning(run: RLRun, mesh: Mesh, learner: Learner) -> list[Function]:
 
 
 def _engine(run: RLRun, own: Mesh) -> list[Function]:
-    """Decoding at the longest, the append of a tool's answer and the prefill of prompts, as one engine calls them."""
+    """Decoding at the longest, and the writing of prompts and answers, the blocks that go through the model at once."""
     model, config = run.model, run.engine
     layouts = Layouts.of(model, config, own)
     sizes, slots, everywhere = layouts.sizes, config.slots, layouts.everywhere
@@ -184,13 +183,11 @@ def _engine(run: RLRun, own: Mesh) -> list[Function]:
     decode = state, rows, weights, key, ints(), ints(slots, CHANGES), ints(slots, P), ints(slots), ints()
     memory = {"engine weights": weights, "cache": (state, rows)}
     found = [Function("decode", "decode", partial(programs.decode.lower, *decode), memory, model, own, slots, 1, (1,))]
-    answer = bucket(min(run.rollout.tool_output_tokens, sizes.tokens[-1]), sizes.tokens)
-    for name, tokens in (("append", answer), ("prefill", sizes.tokens[-1])):
-        calls = sizes.rows[sizes.tokens.index(tokens)][-1]
-        extend = state, weights, ints(calls, tokens), ints(calls, 3), ints(calls, P)
-        memory = {"engine weights": weights, "cache": state}
-        lower = partial(programs.extend.lower, *extend)
-        found.append(Function(name, "extend", lower, memory, model, own, calls, tokens))
+    blocks, at_once, tokens = sizes.rows[-1], sizes.at_once[-1], sizes.tokens[-1]
+    extend = state, weights, ints(blocks, tokens), ints(blocks, 3), ints(blocks, P)
+    memory = {"engine weights": weights, "cache": state}
+    lower = partial(programs.extend[-1].lower, *extend)
+    found.append(Function("write", "extend", lower, memory, model, own, at_once, tokens, (1,)))
     return found
 
 

@@ -16,7 +16,7 @@ from retool_jax.plan.functions import held
 from retool_jax.run.load import load
 from retool_jax.run.weights import abstract_state
 
-PARTS = ["decode", "append", "prefill", "log-probs", "policy update", "weights to engines"]
+PARTS = ["decode", "write", "log-probs", "policy update", "weights to engines"]
 
 
 def test_every_function_of_a_step_is_compiled(planned):
