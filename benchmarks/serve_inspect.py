@@ -2,10 +2,10 @@
 
     pip install inspect-ai openai
     RETOOL_BASE_URL=http://127.0.0.1:8000/v1 RETOOL_API_KEY=none \
-        inspect eval benchmarks/serve_inspect.py --model openai-api/retool/grpo --max-connections 64
+        inspect eval benchmarks/serve_inspect.py --model openai-api/retool/grpo --max-connections 64 --epochs 4
 
 A problem is one message, and its programs run inside of the request; the last box of the answer is compared as in
-training (`answers/`). `-T problems=64` asks fewer, `--epochs 4` asks each several times.
+training (`answers/`). `-T problems=64` asks fewer, and without `--epochs` each is asked once.
 """
 
 from inspect_ai import Task, task
