@@ -7,6 +7,10 @@ A small miniature trains to its end, and the same command in another folder, whe
 its end; one that ends before that is compared, and the kills go on in a new folder. Every line of metrics.jsonl has to
 be equal but for what the clock decides (perf/). Prints what it found as JSON; the exit code is 1 where a line differs.
 Other words go to all runs.
+
+`algorithm` is that of a config (grpo, ppo, opd), or `dynamic` or `ahead`, which are ways to run grpo. With `ahead` the
+clock decides which weights draw a token. So what is compared there is which samples each step learned from, in their
+order: what was under way is begun again once, none is left out and none comes twice.
 """
 
 import json
@@ -28,15 +32,27 @@ SMALL = [
 ]
 
 
+KINDS = {
+    "dynamic": ["config=grpo", "rl.groups.dynamic=true"],
+    "ahead": ["config=grpo", "rl.ahead=1", "rl.save_rollouts=true"],
+}
+
+
 def lines_of(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in records]
 
 
+def issued(folder: Path) -> list[dict]:
+    """The samples of each step, of a run that saves its rollouts."""
+    steps = sorted((folder / "rollouts").glob("step-*.jsonl"))
+    return [{path.stem: [json.loads(line)["id"] for line in path.read_text().splitlines()]} for path in steps]
+
+
 def command_of(algorithm: str, folder: Path, teacher: Path, words: list[str]) -> list[str]:
     own = [f"rl.teacher.init_from={teacher}"] if algorithm == "opd" else []
-    words = [f"config={algorithm}", *SMALL, *own, *words, f"run={folder}"]
+    words = [*KINDS.get(algorithm, [f"config={algorithm}"]), *SMALL, *own, *words, f"run={folder}"]
     return [sys.executable, "-m", "retool_jax.train", *words]
 
 
@@ -88,7 +104,10 @@ def main(words: list[str]) -> None:
     # Cold starts lie beside the runs, so each run here makes its own.
     whole = root / "unbroken" / "run"
     run_killed(command_of(algorithm, whole, teacher, others), log)
-    theirs, killed, folders, steps = lines_of(whole), 0, 0, []
+    found_in = issued if algorithm == "ahead" else lines_of
+    theirs, killed, folders, steps = found_in(whole), 0, 0, []
+    if not theirs:
+        sys.exit(f"{whole} left nothing that could be compared; see {log}")
     while killed < int(options["kills"]):
         folder = root / f"killed-{folders}" / "run"
         command = command_of(algorithm, folder, teacher, others)
@@ -97,10 +116,10 @@ def main(words: list[str]) -> None:
             steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
         run_killed(command, log)
         folders += 1
-        if lines_of(folder) != theirs:
-            differing = next((pair for pair in zip(lines_of(folder), theirs, strict=False) if pair[0] != pair[1]), None)
+        if (ours := found_in(folder)) != theirs:
+            differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
             sys.exit(f"{folder} has other lines than {whole}; the first pair: {differing}")
-    learned = sum(line.get("grad_norm", 0) > 0 for line in theirs)
+    learned = sum(line.get("grad_norm", 0) > 0 for line in lines_of(whole))
     found = {
         "steps_that_learned": learned,
         "algorithm": algorithm,
