@@ -43,13 +43,17 @@ def build_app(server: Server, token: str = "") -> Starlette:
 
     Args:
         server: answers.
-        token: what `Authorization: Bearer ...` must say on every path below `/v1`; empty lets everybody in.
+        token: what `Authorization: Bearer ...` must say on every path below `/v1`; empty lets everybody in, but for
+            pages of other sites.
     """
     expected = f"Bearer {token}".encode()
 
     def guarded(path: str, handle: Handler) -> Handler:
         async def route(http: HTTPRequest) -> Response:
             try:
+                # A page of another site can make a browser send a request here, which would run a program.
+                if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+                    raise Refused(403, "a browser sent this for a page of another site; ask from the server's own page")
                 given = http.headers.get("authorization", "").encode()
                 if token and not hmac.compare_digest(given, expected):
                     raise Refused(401, "a bearer token is needed; send it as Authorization: Bearer ...", code="token")

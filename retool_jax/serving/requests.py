@@ -8,7 +8,7 @@ from starlette.requests import Request as HTTPRequest
 
 from retool_jax.sandbox.types import KINDS, is_a, shown
 
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
 
 

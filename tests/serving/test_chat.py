@@ -293,6 +293,17 @@ def test_a_token_is_asked_for_where_there_is_one(serve, scripted):
     asyncio.run(main())
 
 
+def test_a_page_of_another_site_cannot_have_a_browser_ask(serve, scripted):
+    async def main() -> None:
+        async with serve(scripted({7: [ANSWER]})) as client:
+            for site in ("cross-site", "same-site"):
+                refused = await client.ask(body(), status=403, headers={"Sec-Fetch-Site": site})
+                assert refused["error"]["type"] == "permission_error"
+            await client.ask(body(), headers={"Sec-Fetch-Site": "same-origin"})
+
+    asyncio.run(main())
+
+
 def test_models_and_numbers(serve, scripted, tokenizer):
     turns = [python("print(6)"), ANSWER]
 
