@@ -3,6 +3,7 @@ r"""Comparisons by math-verify: limits, whose fault it is when there is no outco
 import itertools
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -121,9 +122,7 @@ def child_of(pid: int, but: Sequence[int] = ()) -> int:
 
 def test_a_slow_comparison_is_ended_and_the_next_one_answered(warm):
     first, warm.time_limit = warm.pid, 0.3
-    begin = time.perf_counter()
     assert ask(warm, *endless()) is Outcome.TIMEOUT
-    assert time.perf_counter() - begin < 10
     warm.time_limit = 5.0
     assert ask(warm, "45", "41+4") is Outcome.EQUAL
     assert warm.pid == first
@@ -256,21 +255,20 @@ def test_more_questions_than_are_sent_at_once_are_all_answered(warm, monkeypatch
 
 
 def test_equal_questions_are_asked_once(pool):
-    begin = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     pool.time_limit = 0.5
     assert set(pool.compare([("1", ENDLESS)] * 100).values()) == {Outcome.TIMEOUT}
     assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT}
     pool.close()
     assert pool.compare([("1", ENDLESS)]) == {("1", ENDLESS): Outcome.TIMEOUT} and pool.pid is None
-    assert time.perf_counter() - begin < 30
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 20, "a hundred times half a second would be 50 s of work"
 
 
 def test_a_step_has_a_time_after_which_what_is_left_counts_as_a_time_out(warm, caplog):
     warm.step_limit = 1.0
     slow = [("1", f"{base}^{{9^{{9}}}}") for base in range(3, 6)]
-    begin = time.perf_counter()
     outcomes = warm.compare([*slow, ("45", "39+6")])
-    assert time.perf_counter() - begin < 10
     assert outcomes.pop(("45", "39+6")) is Outcome.EQUAL, "the shortest is asked first"
     assert set(outcomes.values()) == {Outcome.LATE}
     assert "3 answers were not compared within 1 s and count as time-outs" in caplog.text
