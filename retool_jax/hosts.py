@@ -107,7 +107,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
         client, own = distributed.global_state.client, jax.process_index()
         client.key_value_set(f"{NAMES}/{own}", f"{socket.gethostname()}, process {os.getpid()}")
         client.wait_at_barrier("retool/begin", 1000 * config.start_s)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # jax's, of the network, or of the machine's metadata
         raise UserError(
             f"cannot join the other hosts within hosts.start_s={config.start_s} s ({one_line(error)}); start the same"
             " command on all of them, or set JAX_NUM_PROCESSES=1 to train on this one alone"
