@@ -16,10 +16,10 @@ AXES = ("data", "fsdp", "tp")
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and takes what is left."""
 
-    name: str = ""  # of what the run is for, as v5p-64, v6e-256, tpu7x-128, h100-8 (docs/tpu.md); empty: what is here
     data: int = 1  # copies of the weights, each with rows of its own
     fsdp: int = -1  # devices that split weights and rows; one of the three may be -1: all devices that are left
     tp: int = 1  # devices that split heads, hidden units and vocabulary
+    name: str = ""  # of what the run is for, as v5p-64, v6e-256, tpu7x-128, h100-8 (docs/tpu.md); empty: what is here
 
     def __post_init__(self) -> None:
         known_sizes(self)

@@ -156,4 +156,4 @@ def test_every_key_has_a_reader_and_one_without_is_found():
 
 def test_mesh_axes_are_those_of_the_config():
     """They are read by name, in a loop."""
-    assert tuple(typing.get_type_hints(MeshConfig)) == ("name", *AXES)
+    assert tuple(typing.get_type_hints(MeshConfig)) == (*AXES, "name")

@@ -16,7 +16,7 @@ needs_libtpu = pytest.mark.skipif(
 TINY = (
     *("config=grpo", "rl.old_logprobs=trainer", "model.vocab_size=512", "model.hidden_size=512", "model.head_dim=128"),
     *("model.num_heads=8", "model.num_kv_heads=8", "model.compute_dtype=bfloat16", "model.cache_dtype=bfloat16"),
-    *("rl.rows_per_micro=8", "sft.rows_per_micro=8", "rl.row_length=512", "engine.slots=8", "model.remat=full"),
+    *("rl.rows_per_micro=8", "sft.rows_per_micro=8", "rl.row_length=256", "engine.slots=8", "model.remat=full"),
 )
 DECODE = """
 import json, sys
