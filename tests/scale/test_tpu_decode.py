@@ -10,10 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "tpu_decode.py"
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is absent: pip install libtpu (it needs no TPU)",
-)
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("the TPU compiler is absent: pip install libtpu (it needs no TPU)", allow_module_level=True)
 
 
 @pytest.fixture
@@ -30,7 +28,6 @@ def compiled(fully_compiled):
     return run
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
     ("words", "cache_gb", "limit_gb", "limit_ms"),
     [

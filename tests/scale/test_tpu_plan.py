@@ -9,10 +9,8 @@ import pytest
 
 from retool_jax.slices import named
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is absent: pip install libtpu (it needs no TPU)",
-)
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("the TPU compiler is absent: pip install libtpu (it needs no TPU)", allow_module_level=True)
 TINY = (
     *("config=grpo", "rl.old_logprobs=trainer", "model.vocab_size=512", "model.hidden_size=512", "model.head_dim=128"),
     *("model.num_heads=8", "model.num_kv_heads=8", "model.compute_dtype=bfloat16", "model.cache_dtype=bfloat16"),
@@ -46,7 +44,6 @@ def in_process(fully_compiled):
     return run
 
 
-@needs_libtpu
 @pytest.mark.parametrize("name", ["v5e-8", "v6e-8", "v5p-16", "tpu7x-8"])
 def test_a_run_is_planned_for_every_generation(in_process, name, tmp_path):
     printed = in_process("-m", "retool_jax.plan", *TINY, f"mesh={name}", f"json={tmp_path / 'plan.json'}")
@@ -65,7 +62,6 @@ def test_a_run_is_planned_for_every_generation(in_process, name, tmp_path):
     assert 0 < said["step"]["update_mfu"] < 1 and said["step"]["chip_hours"] > 0
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
     ("name", "slots"),
     [("v5e-8", 8), ("v6e-8", 32), ("v5p-8", 32), ("tpu7x-8", 32)],
