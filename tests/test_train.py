@@ -150,7 +150,7 @@ def test_data_that_cannot_be_used_is_told_before_anything_is_written(data, tmp_p
         (["sft.rows_per_micro=4"], "sft.rows_per_micro=4 does not divide over mesh.data x mesh.fsdp = 8 devices"),
         (["rl.rows_per_micro=12"], "rl.rows_per_micro=12 does not divide over mesh.data x mesh.fsdp = 8 devices"),
         (["mesh.data=3", "sft.rows_per_micro=6", "rl.rows_per_micro=6"], "does not divide the 8 device(s) here"),
-        (["mesh.data=1", "mesh.fsdp=2", "mesh.tp=4"], "mesh.tp=4 does not divide the model's "),
+        (["mesh.data=1", "mesh.fsdp=2", "mesh.tp=4"], "mesh.tp=4 does not divide model.num_kv_heads=2"),
         (["rl.minibatches=7"], "rl.prompts_per_step=24 does not divide into rl.minibatches=7"),
         (["sandbox.backend=[nowhere]", "tools=python"], "sandbox.backend: there is no 'nowhere'; there is"),
         (["rl.stpes=3"], "unknown key rl.stpes; did you mean rl.steps?"),

@@ -113,7 +113,7 @@ def test_a_torn_config_in_the_run_folder(tmp_path):
 CHANGEABLE = {
     "": "run replay logger",
     "model": "remat head_chunk attention_kernel max_positions",
-    "mesh": "data fsdp tp",
+    "mesh": "name data fsdp tp",
     "hosts": "start_s silent_s",
     "sft": "rows_per_micro",
     "checkpoint": "every keep",
@@ -223,6 +223,8 @@ def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
     begin(run)
     rewrite(folder, values | {"rollout.tool_output_chars": 200})
     assert "rollout.tool_output_chars=200" in refusal(run)
+    rewrite(folder, values | {"engine.chunk_rows": 8, "engine.row_buckets": [2]})  # sizes, which change no draw
+    begin(run)
     rewrite(folder, values | {"checkpoint.asynchronous": True})  # of a section of which nothing matters
     begin(run)
 

@@ -26,7 +26,7 @@ QUESTION = {"role": "user", "content": "What is gcd(12, 18)?"}
 @pytest.fixture(scope="module")
 def engine(make_engine) -> Engine:
     """The tiny model, in the shape of test_load.py's."""
-    return make_engine(tool_lag=-1, chunk_rows=2, token_buckets=(64,))
+    return make_engine(tool_lag=-1, token_buckets=(64,))
 
 
 def body(seed: int, **fields: Any) -> dict:
