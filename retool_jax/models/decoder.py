@@ -5,7 +5,6 @@ Modules declare weights by their logical axes and say how they compute. Everywhe
 layer lie side by side whatever module holds them, and those of all layers are stacked on a leading L axis.
 """
 
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -204,12 +203,13 @@ class Decoder(nnx.Module):
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Activations [B,T,...] times a weight that begins with their inner axes.
 
-    As one list of tokens: of [B,T,D] XLA's CPU backend makes transposed copies for the gradient of the weight.
+    As one list of tokens: of [B,T,D] XLA's CPU backend makes transposed copies for the gradient of the weight. The
+    weight keeps its shape: for another one, where its heads are split, the TPU's compiler copies all layers' weights at
+    every call.
     """
     B, T = x.shape[:2]
-    inner = x.ndim - 2
-    flat = x.reshape(B * T, -1) @ weight.reshape(math.prod(weight.shape[:inner]), -1)
-    return flat.reshape(B, T, *weight.shape[inner:])
+    flat = jnp.tensordot(x.reshape(B * T, *x.shape[2:]), weight, x.ndim - 2)
+    return flat.reshape(B, T, *flat.shape[1:])
 
 
 def _cast(config: ModelConfig) -> Callable[[Weight], jax.Array]:
