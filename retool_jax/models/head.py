@@ -12,10 +12,8 @@ from retool_jax import mesh as meshes
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, head_precision, head_weight, logits_of
 
-CHUNKS, LEAST_CHUNK = (
-    8,
-    128,
-)  # into how many chunks a device's tokens are cut, and what a product is worth its while for
+CHUNKS = 8  # that a device's tokens are cut into, so that a batch with few wanted ones costs little
+LEAST_CHUNK = 128  # tokens of a chunk, below which a product with the vocabulary is slow for its size
 
 
 class Numerics(NamedTuple):
