@@ -276,17 +276,18 @@ def print_summary(summary: Mapping, console: Console | None = None) -> None:
     """Print the closing table (what RL changed on the held-out problems), the speeds and where the time went."""
     console = console or Console(highlight=False)
     console.print()
-    _print_table(console, summary_title(summary), ("before RL", "after RL"), summary_rows(summary))
+    print_table(console, summary_title(summary), ("before RL", "after RL"), summary_rows(summary))
     if speeds := summary.get("tokens_per_s"):
         console.print("tokens/s   " + "   ".join(f"{name} {format_value(rate)}" for name, rate in speeds.items()))
     rows = [(name, format_seconds(s), f"{100 * share:.0f} %") for name, s, share in time_rows(summary)]
     if rows and (total := summary["seconds"].get("total")):
         rows.append(("total", format_seconds(total), ""))
     if rows:
-        _print_table(console, "time by part", ("time", "share"), rows)
+        print_table(console, "time by part", ("time", "share"), rows)
 
 
-def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows whose first entry is their name; `columns` are the names of the others."""
     table = Table("", title=title, title_justify="left", title_style="bold")
     for name in columns:
         table.add_column(name, justify="right")

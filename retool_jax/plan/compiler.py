@@ -37,7 +37,7 @@ def compile_function(function: Function) -> Compiled | NoRoom:
         dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if function.platform == "tpu" else {}
         try:
             compiled = lowered.compile(compiler_options=dumped)
-        except Exception as error:
+        except Exception as error:  # each backend has a kind of its own
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             used = re.search(r"Used (\S+) of (\S+) hbm", str(error))

@@ -1,10 +1,8 @@
 """A plan as what people read and as JSON."""
 
-from collections.abc import Sequence
-
 from rich.console import Console
-from rich.table import Table
 
+from retool_jax.metrics import print_table
 from retool_jax.plan.compiler import NoRoom
 from retool_jax.plan.estimate import Assumed, Part, Planned, advice, assumed_of, parts_of, resident
 from retool_jax.plan.work import KERNEL
@@ -107,7 +105,7 @@ def show(said: dict, console: Console) -> None:
         lines.append(
             [name, shape, _gb(weights), *(_gb(held.get(kind)) for kind in ("optimiser", "cache")), temporaries]
         )
-    _table(console, "GB on a device", ("rows x tokens", "weights", "optimiser", "cache", "temporaries"), lines)
+    print_table(console, "GB on a device", ("rows x tokens", "weights", "optimiser", "cache", "temporaries"), lines)
     lines = [
         [
             *(name, f"{one['flops'] / 1e12:,.2f}", _time(one["roofline_s"]), _time(one["estimate_s"])),
@@ -116,18 +114,9 @@ def show(said: dict, console: Console) -> None:
         for name, one in functions
     ]
     title = "a micro-batch, a call, or a token of every row, on a device; and a step"
-    _table(console, title, ("TFLOP", "roofline", "estimate", "GB sent", "in a step", "s a step"), lines)
+    print_table(console, title, ("TFLOP", "roofline", "estimate", "GB sent", "in a step", "s a step"), lines)
     _show_memory(said)
     _show_step(said)
-
-
-def _table(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    table = Table("", title=title, title_justify="left", title_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 def _show_memory(said: dict) -> None:

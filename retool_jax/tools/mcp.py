@@ -41,7 +41,7 @@ class MCPTool(Tool):
             async with asyncio.timeout(CONNECT_S) as clock, Client(self.url) as client:
                 clock.reschedule(None)  # from here on it is the call's time, which the toolbox has
                 result = await client.call_tool(self.name, arguments)
-        except Exception as error:
+        except Exception as error:  # of the network, of HTTP or of the server, often in a group
             cause = _innermost(error)
             if result is None:  # the rest is a session that did not end well
                 answered = isinstance(cause, MCPError) and cause.code not in _LOST
@@ -59,7 +59,7 @@ def tools_at(url: str) -> list[Tool]:
     with ThreadPoolExecutor(1) as thread:  # whoever asks may be on an event loop
         try:
             listed = thread.submit(asyncio.run, _listed(url)).result()
-        except Exception as error:
+        except Exception as error:  # as in a call
             cause = _innermost(error)
             reason = f"no answer in {CONNECT_S:g} s" if isinstance(cause, TimeoutError) else str(cause) or repr(cause)
             raise UserError(
