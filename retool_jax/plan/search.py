@@ -31,8 +31,8 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def candidates(model: ModelConfig, place: Slice, length: int, held: float) -> list[Candidate]:
-    """All that divide over the slice and may fit beside `held` bytes of other things, the fastest first."""
+def candidates(model: ModelConfig, place: Slice, length: int) -> list[Candidate]:
+    """All that divide over the slice and may fit, with nothing else beside the update, the fastest first."""
     limit = place.chip.memory / place.chip.devices
     found = []
     for tp in (tp for tp in range(1, model.num_kv_heads + 1) if model.num_kv_heads % tp == place.devices % tp == 0):
@@ -50,7 +50,7 @@ def candidates(model: ModelConfig, place: Slice, length: int, held: float) -> li
                     memory_of(model, place.devices, tp, rows // fsdp * length, remat),
                     seconds_of(model, place, tp, rows // fsdp, length, remat),
                 )
-                if not limit or one.memory + held < limit:
+                if not limit or one.memory < limit:
                     found.append(one)
     return sorted(found, key=lambda one: one.seconds)
 
@@ -61,7 +61,7 @@ def memory_of(model: ModelConfig, devices: int, tp: int, tokens: int, remat: str
     weights = matrix_weights(model) + head_weights(model)
     state = (3 * 4 + 2 * 4) * weights / devices  # with the sum of gradients and the one that is added to it
     heads = (2 * (N + K) * H + 2 * F) / tp  # of a layer's products, a token
-    kept = {"full": 1.0 * D, "dots": 3 * D + heads, "none": 8 * D + 2 * heads + 2 * F / tp}[remat]
+    kept = {"full": 1.0 * D, "dots": 3 * D + heads + N * H / tp, "none": 8 * D + 2 * heads + 2 * F / tp}[remat]
     working = 8 * D + 3 * heads
     layer = (matrix_weights(model) - head_weights(model)) / model.num_layers / tp
     return state + 2 * tokens * (model.num_layers * kept + working) + 4 * layer + 10 * head_weights(model) / tp
@@ -72,7 +72,7 @@ def seconds_of(model: ModelConfig, place: Slice, tp: int, rows: int, length: int
     chip, tokens = place.chip, rows * length
     keys = length / 2
     products = forward_flops(model, tokens, 0.0) * {"full": 4, "dots": 3, "none": 3}[remat]
-    kernels = attention_flops(model, tokens, keys) * (1 + BACKWARD + (remat != "none"))
+    kernels = attention_flops(model, tokens, keys) * (1 + BACKWARD + (remat == "full"))
     peak, link = chip.flops / chip.devices, chip.link_rate / chip.devices
     computed = (products / PRODUCTS + kernels / KERNEL) / tp / peak
     # Weights are gathered for each pass, their gradients summed over all; tp sums hidden states twice a layer and pass.
@@ -91,7 +91,7 @@ def search_meshes(run: RLRun | SFTRun, place: Slice, console: Console) -> list[d
     if not place.chip.flops:
         raise UserError(f"mesh={place.name} has no known speed to search by; name a slice of v5e, v5p, v6e or tpu7x")
     length = run.sft.row_length if isinstance(run, SFTRun) else run.rl.row_length
-    every = candidates(run.model, place, length, 0.0)
+    every = candidates(run.model, place, length)
     if not every:
         raise UserError(f"no mesh of {place.name} holds an update of this model; name a larger slice")
     console.print(f"{len(every)} of all meshes, micro-batches and remat policies may fit; compiling the best")

@@ -54,9 +54,9 @@ def work_of(function: Function, context: float, length: float | None = None) -> 
         if function.kind == "score":
             return Work(wanted, once, attention, weights)
         head = 2 * head_weights(model) * tokens  # whose logits are computed again in any case
-        again = {"none": 0.0, "dots": attention, "full": once - head}[model.remat]
+        again = once - head if model.remat == "full" else 0.0  # products and attention are kept otherwise
         passes = 2 + (model.remat == "full")
-        attention *= 1 + BACKWARD + (model.remat != "none")
+        attention *= 1 + BACKWARD + (model.remat == "full")
         return Work(3 * wanted, 3 * once + again + head, attention, passes * weights)
     if function.kind == "reshard":
         return Work(0.0, 0.0, 0.0, weights)

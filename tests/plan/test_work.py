@@ -1,5 +1,7 @@
 """Operations by formula are those that are published of the model, and times follow from the chip."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from retool_jax.plan.compiler import Compiled
 from retool_jax.plan.functions import Function
 from retool_jax.plan.hlo import Cost
 from retool_jax.plan.search import candidates
-from retool_jax.plan.work import KERNEL, forward_flops, matrix_weights, times_of, work_of
+from retool_jax.plan.work import BACKWARD, KERNEL, forward_flops, matrix_weights, times_of, work_of
 from retool_jax.run.load import load
 from retool_jax.slices import CHIPS, named
 
@@ -35,6 +37,9 @@ def test_an_update_computes_layers_again_and_attention_in_two_kernels():
     assert work.attention_flops / 8 == pytest.approx(9.7e14, rel=0.01)
     shorter = work_of(function("update", 8, 16384), 0.0, 4096)
     assert shorter.model_flops < work.model_flops and shorter.flops == work.flops
+    kept = work_of(replace(function("update", 8, 16384), model=replace(QWEN, remat="dots")), 0.0)
+    assert kept.attention_flops / work.attention_flops == pytest.approx((1 + BACKWARD) / (2 + BACKWARD))
+    assert kept.flops / kept.model_flops == pytest.approx(1, rel=0.03)  # the head's logits alone, once more
 
 
 def test_a_decoded_token_reads_weights_and_what_rows_hold():
@@ -59,11 +64,11 @@ def test_an_estimate_adds_up_what_a_roofline_takes_the_longest_of():
 
 
 def test_the_search_knows_what_cannot_fit_and_prefers_what_computes_nothing_again():
-    small, large = (candidates(QWEN, named(name), 16384, 0.0) for name in ("v5p-16", "v5p-1024"))
+    small, large = (candidates(QWEN, named(name), 16384) for name in ("v5p-16", "v5p-1024"))
     assert small and {one.tp for one in small} <= {1, 2, 4, 8} and all(one.remat == "full" for one in small)
     assert len(large) > len(small)
     assert [one.seconds for one in large] == sorted(one.seconds for one in large)
-    assert not candidates(QWEN, named("v6e-4"), 16384, 0.0)
+    assert not candidates(QWEN, named("v6e-4"), 16384)
     by = {(one.tp, one.rows, one.remat): one for one in large}
     for one in large:
         again = by.get((one.tp, one.rows, "full"))
