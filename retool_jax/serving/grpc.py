@@ -38,6 +38,7 @@ _STATUS = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+_LAST_WORDS_S = 1  # for refusals that are under way when the last answer has ended
 _CHARACTER_IDS = 8  # no character has more ids; what has is not UTF-8
 Sample = DecodeResponse.StreamContent.Sample
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int,
     host = f"[{config.host}]" if ":" in config.host else config.host
     limits = [("grpc.max_receive_message_length", config.body_kb * 1024), ("grpc.so_reuseport", 0)]
     rpc = grpc.aio.server(options=limits)
-    service.add_OrchestratorServicer_to_server(Orchestrator(server, token), rpc)
+    orchestrator = Orchestrator(server, token)
+    service.add_OrchestratorServicer_to_server(orchestrator, rpc)
     try:
         port = rpc.add_insecure_port(f"{host}:{config.grpc_port}")
     except RuntimeError:
@@ -70,8 +72,16 @@ async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int,
     await rpc.start()
     closing: list[asyncio.Task] = []
 
+    async def close() -> None:
+        # gRPC that is told to stop drops a request that has just come as CANCELLED, which clients do not send again.
+        # So it listens until answers have ended, and requests are refused with a status meanwhile.
+        if orchestrator.answering:
+            await asyncio.wait(orchestrator.answering, timeout=config.drain_s)
+        await rpc.stop(_LAST_WORDS_S)
+
     def begin_to_close() -> None:
-        closing.append(asyncio.create_task(rpc.stop(config.drain_s)))
+        server.closing = True
+        closing.append(asyncio.create_task(close()))
 
     try:
         yield port, begin_to_close
@@ -82,10 +92,15 @@ async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int,
 
 
 class Orchestrator(service.OrchestratorServicer):
-    """The service. What is refused over HTTP is refused here, with the status that gRPC has for it."""
+    """The service. What is refused over HTTP is refused here, with the status that gRPC has for it.
+
+    Attributes:
+        answering: tasks of requests that were let in.
+    """
 
     def __init__(self, server: Server, token: str) -> None:
         self._server, self._expected = server, f"Bearer {token}".encode() if token else b""
+        self.answering: set[asyncio.Task] = set()
 
     async def HealthCheck(self, request: HealthCheckRequest, context: grpc.aio.ServicerContext) -> HealthCheckResponse:
         return HealthCheckResponse(is_live=self._server.service.working and not self._server.closing)
@@ -96,9 +111,11 @@ class Orchestrator(service.OrchestratorServicer):
         try:
             self._authorize(context)
             self._server.admit()
+            self.answering.add(task := asyncio.current_task())
             try:
                 await self._answer(request, context)
             finally:
+                self.answering.discard(task)
                 self._server.leave()
             status = 200
         except Refused as refused:

@@ -268,12 +268,13 @@ def test_closing_waits_for_what_has_begun_and_lets_nobody_in(ask, scripted):
         slow = asyncio.create_task(Asked.by(stub, text()))
         await client.becomes(lambda: client.server.tools.sandbox.gauges()["slots_busy"] == 1)
         close()
-        await asyncio.sleep(0)
-        refused = await refusal(stub, text(), timeout=60)
+        # Some come before the closing has begun to act, and some after.
+        refused = [await refusal(stub, text(), timeout=60) for _ in range(5)]
         return await slow, refused
 
     asked, refused = ask(scripted(turns), work, ["python"])
-    assert asked.texts[-1].endswith(".") and asked.finish == "stop" and refused[0] == "UNAVAILABLE"
+    assert asked.texts[-1].endswith(".") and asked.finish == "stop"
+    assert all(code == "UNAVAILABLE" and "server is closing" in told for code, told in refused), refused
 
 
 def test_an_address_that_is_taken_and_a_package_that_is_absent_are_told(ask, scripted, monkeypatch):
