@@ -61,10 +61,9 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 
 # What takes longest is begun first, so that the workers end together.
 LONGEST = (
+    "whole runs",
     *("attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
     *(
-        "test_resume.py",
-        "test_every_algorithm.py",
         "test_parity.py",
         "test_train.py",
         "test_step.py",
@@ -75,9 +74,12 @@ LONGEST = (
 
 
 def group_of(nodeid: str) -> str:
-    """Tests that one worker gets: a file's, which share fixtures. The attacks on two back-ends share none."""
+    """Tests that one worker gets: a file's, which share fixtures. The attacks on two back-ends share none, and files
+    of whole runs share a process that trains."""
     path, _, test = nodeid.partition("::")
     name = path.rpartition("/")[2]
+    if path.endswith(tuple(f"run/{name}" for name in ("test_every_algorithm.py", "test_hosts.py", "test_resume.py"))):
+        return "whole runs"
     backend = next((backend for backend in ("gvisor", "bubblewrap") if f"[{backend}" in test), None)
     return f"attacks on {backend}" if name == "test_attacks.py" and backend else name
 

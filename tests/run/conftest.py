@@ -27,6 +27,7 @@ WORDS = [
     "rl.prompts_per_step=4",
     "rl.group_size=4",
     "engine.slots=16",
+    "engine.token_buckets=[64]",  # one program in the place of two
     "evaluation.every=3",
     "evaluation.problems=4",
     "evaluation.final_split=dev",
@@ -34,7 +35,7 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> list[str]:
     """Words of a run that ends in seconds, on data that is learned by heart in seconds: four problems, each answered
     rightly as often as wrongly, by a call or without. So the samples of a group differ, and every step of RL has
@@ -55,7 +56,8 @@ def small_run(tmp_path_factory) -> list[str]:
     return [*WORDS, *data]
 
 
-# Trains in one folder after another, so that the import of jax is paid for once.
+# Trains in one folder after another, so that the import of jax is paid for once. The files that use it are one group of
+# tests (tests/conftest.py), for one worker.
 TRAINER = """
 import json, sys
 from retool_jax import train
@@ -69,14 +71,20 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trainer(one_device) -> Iterator[subprocess.Popen]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, "-c", TRAINER], env=one_device, **pipes) as process:
         yield process
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """Where the runs lie; they share a cold start."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
 def train(trainer, small_run) -> Callable[..., str]:
     """Run a folder's command to its end and return what it says: `train(folder, "rl.steps=7")`."""
 
@@ -91,6 +99,13 @@ def train(trainer, small_run) -> Callable[..., str]:
         raise AssertionError("".join(said))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def drawn(train, runs) -> Path:
+    """Two steps of GRPO whose rollouts are kept."""
+    train(runs / "drawn", "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true")
+    return runs / "drawn"
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,6 @@ import pytest
 from retool_jax.convert import convert
 from retool_jax.metrics import read_metrics
 
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Where the runs lie; they share a cold start."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def teacher(train, runs) -> Path:
-    train(runs / "teacher", "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true")
-    return runs / "teacher"
-
-
 SHORT = ("rl.steps=4", "evaluation.every=0")
 KINDS = {
     "ppo": ["rl.algorithm=ppo", "rl.critic.warmup_steps=1", "rl.critic.optimizer.learning_rate=0.001"],
@@ -40,13 +27,13 @@ OWN = {
 }
 
 
-def words_of(kind: str, teacher: Path) -> list[str]:
-    return [*KINDS[kind], *([f"rl.teacher.init_from={teacher}"] if kind == "opd" else [])]
+def words_of(kind: str, drawn: Path) -> list[str]:
+    return [*KINDS[kind], *([f"rl.teacher.init_from={drawn}"] if kind == "opd" else [])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, teacher, kind):
-    words = words_of(kind, teacher)
+def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, drawn, kind):
+    words = words_of(kind, drawn)
     whole, broken = runs / kind, runs / f"{kind}-broken"
     output = train(whole, *SHORT, *words)
     assert "error:" not in output, output
@@ -69,33 +56,33 @@ def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, tea
         assert kept == [line for line in comparable(whole) if line["kind"] == "rl"]
 
 
-def test_a_run_is_trained_again_from_its_rollouts_without_engine_and_sandbox(train, comparable, runs, teacher):
-    output = train(runs / "again", "rl.steps=2", "evaluation.every=0", f"replay={teacher}")
+def test_a_run_is_trained_again_from_its_rollouts_without_engine_and_sandbox(train, comparable, runs, drawn):
+    output = train(runs / "again", "rl.steps=2", "evaluation.every=0", f"replay={drawn}")
     assert "no engine, no sandbox" in output
-    drawn = [line for line in comparable(teacher) if line["kind"] == "rl"]  # which also says how it was drawn
-    there = [{k: v for k, v in line.items() if not k.startswith("groups/")} for line in drawn]
+    lines = [line for line in comparable(drawn) if line["kind"] == "rl"]  # which also say how they were drawn
+    there = [{k: v for k, v in line.items() if not k.startswith("groups/")} for line in lines]
     assert comparable(runs / "again") == there and there[-1]["grad_norm"] > 0
     # A step that went wrong is taken again from the checkpoint before it.
-    folder = Path(shutil.copytree(teacher, runs / "taken-again"))
+    folder = Path(shutil.copytree(drawn, runs / "taken-again"))
     shutil.rmtree(folder / "checkpoints" / "2")
     (folder / "summary.json").unlink()
     output = train(folder, "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true", f"replay={folder}")
     assert "from step 0 of 2" in output and [x for x in comparable(folder) if x["kind"] == "rl"] == there
-    output = train(runs / "further", "rl.steps=3", "evaluation.every=0", f"replay={teacher}")
+    output = train(runs / "further", "rl.steps=3", "evaluation.every=0", f"replay={drawn}")
     assert "error:" in output and "3" in output
 
 
-def test_rollouts_can_be_made_alone_and_trained_from_later(train, comparable, runs, teacher):
+def test_rollouts_can_be_made_alone_and_trained_from_later(train, comparable, runs, drawn):
     made = runs / "made"
     train(made, "rl.steps=1", "evaluation.every=0", "rl.rollout_only=true")
     (line,) = [line for line in comparable(made) if line["kind"] == "rl"]
     assert "loss" not in line and line["accuracy"] > 0
     first = [json.loads(text)["ids"] for text in (made / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
-    same = [json.loads(text)["ids"] for text in (teacher / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    same = [json.loads(text)["ids"] for text in (drawn / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
     assert first == same
 
 
-def test_the_policy_of_a_run_with_a_critic_is_converted_like_any_other(runs, teacher, tmp_path):
+def test_the_policy_of_a_run_with_a_critic_is_converted_like_any_other(runs, tmp_path):
     convert(str(runs / "ppo"), tmp_path / "model", None, None)
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "model").iterdir()}
     shutil.rmtree(tmp_path / "model")

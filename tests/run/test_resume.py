@@ -22,8 +22,8 @@ from retool_jax.sandbox import Sandbox, SandboxConfig
 
 
 @pytest.fixture(scope="module")
-def unbroken(train, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+def unbroken(train, runs) -> Path:
+    folder = runs / "unbroken"
     output = train(folder)
     assert "before RL" in output and "time by part" in output
     return folder
