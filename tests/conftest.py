@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import gc
 import importlib.metadata
 import os
 import re
@@ -35,7 +36,7 @@ if "RETOOL_TESTS_FOLDER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["RETOOL_TESTS_FOLDER"], ignore_errors=True)
 # One program is compiled once, by whichever worker or command of a test comes first.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["RETOOL_TESTS_FOLDER"], "compiled"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ from retool_jax.rl.batches import counted, scored_of
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.tokens.tokenizer import load_tokenizer
+
+# Tracing makes many objects that live on and are looked at again and again: a tenth of test_step.py's processor time.
+gc.set_threshold(100_000, 50, 1000)
 
 # What takes longest is begun first, so that the workers end together.
 LONGEST = (

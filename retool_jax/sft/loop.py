@@ -37,12 +37,14 @@ def train(
 ) -> TrainState:
     """Train from the state after step `start` to the last step, saving after each `every` steps; the final state."""
     trained, before = 0, clock.seconds.get("update", 0.0)  # the rate is this process's
+    batch = batches.at(start) if start < batches.steps else None
     for step in range(start + 1, batches.steps + 1):
-        with clock.part("update"):
-            batch = batches.at(step - 1)
-            state, metrics = update(state, batch)
-            metrics = jax.device_get(metrics)
         trained += int((batch.segments > 0).sum())
+        with clock.part("update"):
+            state, metrics = update(state, batch)
+            if step < batches.steps:
+                batch = batches.at(step)  # the devices compute meanwhile
+            metrics = jax.device_get(metrics)
         rate = trained / max(clock.seconds["update"] - before, 1e-9)
         log.write("sft", step, metrics | {"perf/tokens_per_s": rate})
         bar.step(step, {"loss": float(metrics["loss"]), "tokens/s": rate})
