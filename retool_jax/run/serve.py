@@ -1,6 +1,7 @@
 """A server from its checkpoint to its last answer."""
 
 import asyncio
+import gc
 import importlib
 import logging
 import os
@@ -57,6 +58,7 @@ async def serve(run: ServeRun) -> None:
         engine = engine_of(run, load_weights(run, Path(run.init_from)), mesh, tokenizer)
         print("\n".join(sandbox_lines(tools.sandbox if tools else None)), flush=True)
         engine.warm_up()
+        gc.freeze()  # what is there now stays; to look through it for garbage would hold up every stream
         service = await stack.enter_async_context(Service(engine, tools.at_once if tools else 0))
         name = run.serve.name or Path(run.init_from).name
         server = Server(service, tokenizer, tools, run.rollout, run.serve, name)

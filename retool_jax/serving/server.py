@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from retool_jax.data.problems import Problem
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _APART = 2654435761  # between the draws of two choices of a request
 _TOO_LONG = -1  # in the place of an answer's number: time is up
+_PIECE_S = 0.02  # between two writes of a stream: one costs more than the tokens that a dispatch brings
 _AT_ONCE = 4000  # characters that are encoded in less time than it takes to hand them to a thread
 
 Happened = tuple[int, Event | None]
@@ -197,29 +198,40 @@ class Server:
     async def batches(self, visit: Visit, answers: Sequence[Answer]) -> AsyncGenerator[list[Happened], None]:
         """Events of the answers as they come, each with its answer's number; None when that one has ended.
 
-        Those that come of one dispatch are together, so that a stream writes once for all of them. Whoever closes this
-        early drops the answers: their rows are given back, and programs at work are stopped.
+        Those that come within `_PIECE_S` of each other are together, so that a stream writes once for all of them. The
+        first tokens, what comes after a pause, and the end of an answer are told at once. Whoever closes this early
+        drops the answers: their rows are given back, and programs at work are stopped.
 
         Raises:
             Refused: the machinery failed, or it took too long.
         """
-        queue: asyncio.Queue[Happened] = asyncio.Queue()
+        loop, woken, told_s = asyncio.get_running_loop(), asyncio.Event(), 0.0
+        happened: list[Happened] = []
+
+        def tell(number: int, event: Event | None) -> None:
+            if event is None:
+                woken.set()
+            elif not happened:
+                loop.call_at(told_s + _PIECE_S, woken.set)
+            happened.append((number, event))
+
         done = []
         left_s = visit.began + self.config.answer_s - time.perf_counter()
-        too_long = asyncio.get_running_loop().call_later(max(left_s, 0), queue.put_nowait, (_TOO_LONG, None))
+        too_long = loop.call_later(max(left_s, 0), tell, _TOO_LONG, None)
         kept = self.containers.take(visit.container) if visit.container else None
         try:
             for number, answer in enumerate(answers):
                 if kept is not None:
                     answer.dialogue.keep_in(kept)
-                answer.tell = lambda event, number=number: queue.put_nowait((number, event))
+                answer.tell = partial(tell, number)
                 done.append(self._submit(answer))
-                done[-1].add_done_callback(lambda _, number=number: queue.put_nowait((number, None)))
+                done[-1].add_done_callback(lambda _, number=number: tell(number, None))
             left = len(answers)
             while left:
-                batch = [await queue.get()]
-                await asyncio.sleep(0)  # an answer that ends says so right behind its last tokens
-                batch += [queue.get_nowait() for _ in range(queue.qsize())]
+                await woken.wait()
+                woken.clear()
+                told_s, batch = loop.time(), happened[:]
+                happened.clear()
                 for number, event in batch:
                     if number == _TOO_LONG:
                         raise Refused(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -195,3 +196,26 @@ def test_a_broken_connection_is_no_fault(serve, scripted):
             assert (await client.ask(body()))["choices"][0]["message"]["content"] == "Six."
 
     asyncio.run(main())
+
+
+def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve, scripted):
+    """Three tokens come of a dispatch; the next ones may be there by the time the first are written."""
+    engine = scripted({7: ["word " * 300 + "<|im_end|>"]})
+
+    async def main() -> list[list[dict]]:
+        async with serve(engine) as client:
+            asked = body(stream=True, max_tokens=500)
+            async with client.session.post(CHAT, json=asked) as response:
+                parts, whole = [], b""
+                async for data, ends in response.content.iter_chunks():
+                    whole += data
+                    if ends:
+                        parts, whole = [*parts, whole], b""
+        events = [[line[6:] for line in part.decode().split("\n\n") if line] for part in parts]
+        assert events[-1][-1] == "[DONE]"
+        return [[json.loads(each) for each in event if each != "[DONE]"] for event in events]
+
+    writes = asyncio.run(main())
+    assert 1 <= len(ids_of(writes[0])) <= 6
+    told = [len(ids_of([chunk])) for write in writes for chunk in write]
+    assert sum(told) > 250 and len(writes) < sum(map(bool, told))
