@@ -5,8 +5,8 @@
 The server of `config=serve` runs in this process, and its clients in another one, over HTTP. First the same `requests`
 questions are answered by the scheduler without a server (`rollout`), and by `streams` streams at once, without tools
 and, apart from that, with the Python tool; in turns, `repeats` times, of which the best counts. `share` is tokens/s of
-the served ones over those of the others, and `cpu_share` tokens per second of this process's processor time, in which
-neither the clients nor the sandbox are: the one to look at where other programs want the cores.
+the served ones over those of the others, and `cpu_share` tokens per second of this process's processor time (of all
+times: `runs`), in which neither the clients nor the sandbox are: the one to look at where others want the cores.
 Then, for `seconds`, every stream asks again and again: some leave in the middle, some send what is no request or
 too large a one, and each second the outermost process of a sandbox's worker is killed.
 
@@ -15,6 +15,7 @@ are as many as before. `backend=NAME` chooses the sandbox. Linux only.
 """
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -158,11 +159,11 @@ class Soak:
         """The questions by the scheduler, without a server; tokens and seconds."""
         asked_of = [{"role": "user", "content": question(number)} for number in range(self.options["requests"])]
         samples = [Sample(Problem(str(number), (each,), ""), number) for number, each in enumerate(asked_of)]
-        began, cpu = time.perf_counter(), time.process_time()
+        began = clocks()
         box = self.tools if tools else None
         trajectories, _ = await rollout(self.engine, self.tokenizer, box, samples, self.run.rollout)
         tokens = sum(sum(trajectory.sampled) for trajectory in trajectories)
-        return {"tokens": tokens, "s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+        return {"tokens": tokens} | took(began)
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[tuple[Server, Callable[[str], Awaitable[dict]]]]:
@@ -173,6 +174,8 @@ class Soak:
             server = Server(service, self.tokenizer, self.tools, self.run.rollout, self.run.serve, "soak")
             config = uvicorn.Config(build_app(server), log_level="warning", access_log=False, lifespan="off")
             web = uvicorn.Server(config)
+            gc.freeze()  # as `run/serve.py` does
+            stack.callback(gc.unfreeze)
             serving = asyncio.create_task(web.serve(sockets=[listener]))
             words = [f"{key}={value}" for key, value in self.options.items()]
             words.append(f"client=http://127.0.0.1:{listener.getsockname()[1]}")
@@ -195,15 +198,23 @@ class Soak:
 
     async def over_http(self, server: Server, let: Callable[[str], Awaitable[dict]], word: str) -> dict:
         """The questions by the server; tokens, seconds, and what the streams came to."""
-        before, began, cpu = server.metrics.tokens["policy"], time.perf_counter(), time.process_time()
+        before, began = server.metrics.tokens["policy"], clocks()
         ends = await let(word)
-        took = {"s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
-        return {"tokens": server.metrics.tokens["policy"] - before, "ends": ends} | took
+        return {"tokens": server.metrics.tokens["policy"] - before, "ends": ends} | took(began)
 
     async def kill(self, draw: random.Random) -> None:
         while True:
             await asyncio.sleep(1)
             kill_one(draw, self.tools.sandbox)
+
+
+def clocks() -> dict[str, float]:
+    """Seconds: by the clock, of this process's processors, and of those its thread that all Python code is run on."""
+    return {"s": time.perf_counter(), "cpu_s": time.process_time(), "thread_s": time.thread_time()}
+
+
+def took(began: dict[str, float]) -> dict[str, float]:
+    return {name: now - began[name] for name, now in clocks().items()}
 
 
 def ratios(alone: list[dict], served: list[dict]) -> dict:
@@ -217,6 +228,8 @@ def ratios(alone: list[dict], served: list[dict]) -> dict:
         "tokens_per_cpu_s": {name: round(each) for name, each in cpu.items()},
         "share": round(rate["served"] / rate["alone"], 3),
         "cpu_share": round(cpu["served"] / cpu["alone"], 3),
+        "thread_s": {name: round(min(each["thread_s"] for each in numbers), 3) for name, numbers in both.items()},
+        "runs": {name: [round(each["cpu_s"], 2) for each in numbers] for name, numbers in both.items()},
         "ends": [each["ends"] for each in served],
     }
 

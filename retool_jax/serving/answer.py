@@ -82,6 +82,7 @@ class Answer:
         self._tokenizer, self._stops, self._max_tokens = tokenizer, stops, max_tokens
         self._stopped = False  # at a string of the request
         self._to_run: Coroutine | None = None  # tools that have not begun
+        self._unread: Drawn | None = None  # tokens of this turn that nobody was told of yet
 
     @property
     def trajectory(self) -> Trajectory:
@@ -108,16 +109,31 @@ class Answer:
     def on_tokens(self, tokens: Tokens) -> None:
         self.dialogue.on_tokens(tokens)
         self.drawn += len(tokens.ids)
-        seen: list[tuple[int, Said | Called]] = []
-        for count, index in enumerate(tokens.ids, 1):
+        if self._unread is None:
+            self._unread = Drawn([], [], [])
+            self.tell(self._unread)
+        self._unread.ids.extend(tokens.ids)
+        self._unread.logprobs.extend(tokens.logprobs)
+
+    def read(self) -> None:
+        """See what the last tokens say, before somebody is told of them; until then their event grows."""
+        if self._unread is None:
+            return
+        drawn, self._unread = self._unread, None
+        ends = bool(drawn.ids) and drawn.ids[-1] in self._tokenizer.stop_ids
+        skimmed = len(drawn.ids) - ends
+        if (words := self.reader.skim(drawn.ids[:skimmed])) is None:
+            words, skimmed = [], 0
+        drawn.seen.extend((skimmed, each) for each in words)
+        for count, index in enumerate(drawn.ids[skimmed:], skimmed + 1):
             for each in self.reader.feed([index]):
-                longer = seen and each.behind(seen[-1][1])
+                longer = drawn.seen and each.behind(drawn.seen[-1][1])
                 if longer:  # one piece for a client where there may be one
-                    seen.pop()
-                seen.append((count, longer or each))
-        self.tell(Drawn(tokens.ids, tokens.logprobs, seen))
+                    drawn.seen.pop()
+                drawn.seen.append((count, longer or each))
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
+        self.read()
         dialogue, reader, before = self.dialogue, self.reader, len(self.trajectory.tool_uses)
         dialogue.take(ids, logprobs)
         seen = reader.end_turn()

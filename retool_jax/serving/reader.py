@@ -115,6 +115,19 @@ class Reader:
                 events += self._take(text)
         return events
 
+    def skim(self, ids: Sequence[int]) -> list[Said | Called] | None:
+        """`feed`, where all of their text is visible at once; None, and nothing read, where each is to be looked at.
+
+        No stop id is among them.
+        """
+        if self._ids or self._buffer or self._stops:
+            return None
+        text = self._tokenizer.decode(ids)
+        if "<" in text or "\ufffd" in text or text.endswith("\n"):  # half of a mark or of a character, or held back
+            return None
+        self.thought += len(ids) * self._thinking
+        return self._show(text)
+
     def end_turn(self) -> list[Said | Called]:
         """What was held back and is not what it might have become."""
         events = [] if self.stopped else self._show(self._buffer + self._tokenizer.decode(self._ids))

@@ -230,6 +230,8 @@ class Server:
             while left:
                 await woken.wait()
                 woken.clear()
+                for answer in answers:
+                    answer.read()
                 told_s, batch = loop.time(), happened[:]
                 happened.clear()
                 for number, event in batch:

@@ -199,7 +199,7 @@ def test_a_broken_connection_is_no_fault(serve, scripted):
 
 
 def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve, scripted):
-    """Three tokens come of a dispatch; the next ones may be there by the time the first are written."""
+    """Three tokens come of a dispatch; those of one more may be there by the time the first are written."""
     engine = scripted({7: ["word " * 300 + "<|im_end|>"]})
 
     async def main() -> list[list[dict]]:
@@ -217,5 +217,5 @@ def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve,
 
     writes = asyncio.run(main())
     assert 1 <= len(ids_of(writes[0])) <= 6
-    told = [len(ids_of([chunk])) for write in writes for chunk in write]
-    assert sum(told) > 250 and len(writes) < sum(map(bool, told))
+    told = len(ids_of([chunk for write in writes for chunk in write]))
+    assert told > 250 and len(writes) < told / 3
