@@ -256,15 +256,17 @@ async def soak(options: dict) -> dict:
             killer.cancel()
             with suppress(TimeoutError):  # a program that was stopped takes a while to end
                 async with asyncio.timeout(HANGS_S):
-                    while server.open or soak.engine.counts() != before:
+                    while server.open or any(server.service.gauges().values()):
                         await asyncio.sleep(0.05)
-            after, places, restarts = soak.engine.counts(), server.open, soak.tools.sandbox.metrics.restarts
+            left = {"requests": server.open} | server.service.gauges()
+        after, restarts = soak.engine.counts(), soak.tools.sandbox.metrics.restarts  # without rows kept for later
     good = {"chat": {"done", "error"}, "response": {"done", "error"}, "left": {"left", "done", "error"}}
     good |= {"broken": {"400"}, "large": {"413"}}
-    held = all(set(counts) <= good[kind] for kind, counts in ends.items()) and after == before and not places
+    held = all(set(counts) <= good[kind] for kind, counts in ends.items()) and after == before
+    held &= not any(left.values())
     held &= all(set(each) == {"done"} for numbers in speed.values() for each in numbers["ends"])
     numbers = {"benchmark": "serve_soak", **options, "speed": speed, "havoc": ends, "restarts": restarts}
-    numbers |= {"rows_and_pages": {"before": before, "after": after}, "open_requests": places}
+    numbers |= {"rows_and_pages": {"before": before, "after": after}, "left": left}
     return numbers | {"load": round(os.getloadavg()[0], 2), "held": held}
 
 
