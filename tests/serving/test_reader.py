@@ -20,11 +20,14 @@ TEXTS = {
 }
 
 
-def seen(reader: Reader, pieces: list[list[int]]) -> dict:
+def seen(reader: Reader, pieces: list[list[int]], skims: bool = False) -> dict:
     """Everything that is visible in the end."""
     found = {"content": "", "reasoning": "", "calls": []}
     for piece in [*pieces, None]:
-        for event in reader.end_turn() if piece is None else reader.feed(piece):
+        events = reader.skim(piece) if skims and piece else None
+        if events is None:
+            events = reader.end_turn() if piece is None else reader.feed(piece)
+        for event in events:
             if isinstance(event, Called):
                 if event.what == "begins":
                     found["calls"].append([event.call.name, "", False])
@@ -40,17 +43,18 @@ def seen(reader: Reader, pieces: list[list[int]]) -> dict:
 def read(tokenizer):
     """`read(text, size=..., stops=...)`: what is seen of a text whose ids come `size` at a time."""
 
-    def run(text: str, size: int = 1, **options) -> dict:
+    def run(text: str, size: int = 1, skims: bool = False, **options) -> dict:
         ids = tokenizer.encode(text)
         reader = Reader(tokenizer, GRAMMARS["hermes"], {"shout"}, **options)
-        return seen(reader, [ids[at : at + size] for at in range(0, len(ids), size)])
+        return seen(reader, [ids[at : at + size] for at in range(0, len(ids), size)], skims)
 
     return run
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_what_is_seen_does_not_depend_on_the_pieces(read, name):
-    assert read(TEXTS[name]) == read(TEXTS[name], 2) == read(TEXTS[name], 7) == read(TEXTS[name], 1000)
+    once = read(TEXTS[name])
+    assert all(read(TEXTS[name], size, skims) == once for size in (1, 2, 7, 1000) for skims in (False, True))
 
 
 def test_words_thoughts_and_calls_are_told_apart(read):
@@ -121,7 +125,9 @@ def test_bytes_that_are_no_characters_are_shown_in_the_end(read, tokenizer):
 def test_thoughts_are_counted_and_marks_of_calls_are_words_where_there_are_none(tokenizer):
     reader = Reader(tokenizer, None)
     assert seen(reader, [tokenizer.encode("<tool_call>x")])["content"] == "<tool_call>x"
-    reader = Reader(tokenizer, None)
-    text = "<think>abc</think>d"
-    seen(reader, [tokenizer.encode(text)])
-    assert 0 < reader.thought <= len(tokenizer.encode(text))
+    ids, thought = tokenizer.encode("<think>abc</think>d"), []
+    for skims in (False, True):
+        reader = Reader(tokenizer, None)
+        seen(reader, [[index] for index in ids], skims)
+        thought.append(reader.thought)
+    assert thought[0] == thought[1] and 0 < thought[0] <= len(ids)
