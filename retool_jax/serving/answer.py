@@ -18,7 +18,10 @@ from retool_jax.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens that the policy drew, and what became visible with them, each with the number of ids up to it."""
+    """Tokens that the policy drew, and what became visible with them, each with the number of ids up to it.
+
+    It grows by what is drawn in the same turn until `Answer.read`.
+    """
 
     ids: list[int]
     logprobs: list[float]

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _APART = 2654435761  # between the draws of two choices of a request
 _TOO_LONG = -1  # in the place of an answer's number: time is up
-_PIECE_S = 0.02  # between two writes of a stream: one costs more than the tokens that a dispatch brings
+_PIECE_S = 0.02  # between two writes of a stream, which has the tokens of several dispatches then
 _AT_ONCE = 4000  # characters that are encoded in less time than it takes to hand them to a thread
 
 Happened = tuple[int, Event | None]
