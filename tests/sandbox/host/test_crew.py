@@ -72,18 +72,18 @@ def test_idle_workers_start_the_fork_servers_that_programs_ask_for(descendants, 
 def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("retool_jax.sandbox.host.crew.ASKED_S", 600.0)
 
-    async def main() -> tuple[set[str], ToolResult, ToolResult]:
+    async def main() -> tuple[list[set[str]], ToolResult, ToolResult]:
         async with open_sandbox(PROCESS) as box:
             await until(lambda: box.crew.ready == 2)
             await box.run("import numpy")
             old = set(box.crew._ready)
             kill_whole(worker_pids(box))
             light = await box.run("print(1)")
-            (new,) = set(box.crew._ready) - old
-            return set(new.tiers), light, await box.run("import numpy\nprint(2)")
+            new = [set(member.tiers) for member in box.crew._ready if member not in old]
+            return new, light, await box.run("import numpy\nprint(2)")
 
-    tiers, light, heavy = asyncio.run(main())
-    assert tiers == {"base", "numpy"}
+    new, light, heavy = asyncio.run(main())
+    assert new and all(tiers == {"base", "numpy"} for tiers in new), "one of two, or both where they are quick"
     assert (light.stdout, heavy.stdout) == ("1\n", "2\n")
 
 
