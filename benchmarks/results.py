@@ -33,7 +33,7 @@ ALGORITHMS = {
     "ppo": ("`config=ppo`", ["config=ppo"]),
     "opd": ("`config=opd`", ["config=opd"]),
     "ahead": ("`config=grpo rl.ahead=1`", ["config=grpo", "rl.ahead=1"]),
-    "dynamic": ("`config=grpo rl.groups.dynamic=true`", ["config=grpo", "rl.groups.dynamic=true"]),
+    "dynamic": ("`config=grpo_dynamic`", ["config=grpo_dynamic"]),
 }
 KINDS = ABLATION | ALGORITHMS
 AT_TEST = "the run without the tool, given it for the test alone"

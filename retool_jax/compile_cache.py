@@ -1,19 +1,22 @@
 """Compiled programs on the disk, so that the next start of a command does not compile them again."""
 
 import os
+import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 
 LEAST_S = 0.1  # a program that compiles faster than this is not kept
+KEPT_DAYS = 60  # older ones are compiled again, since most are of code or configs that are gone
 
 
 def keep_programs() -> None:
     """Keep what XLA compiles below ~/.cache/retool_jax, unless jax was told a folder, and say where.
 
     jax's own variables decide: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=0 is none.
-    Where the folder cannot be made the run goes on without.
+    Where the folder cannot be made the run goes on without. What lies in our own folder for `KEPT_DAYS` is removed.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -25,6 +28,11 @@ def keep_programs() -> None:
         except OSError as error:
             print(f"compiled programs are not kept: {folder} cannot be made ({error.strerror})")
             return
+        oldest = time.time() - KEPT_DAYS * 86400
+        for file in folder.iterdir():
+            with suppress(OSError):  # another command may be at it
+                if file.stat().st_mtime < oldest:
+                    file.unlink()
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PROGRAM = """
@@ -27,7 +28,12 @@ def test_programs_are_kept_below_the_users_cache(tmp_path):
     told, folder = start(tmp_path)
     assert Path(folder).is_dir() and Path(folder).parent == tmp_path / ".cache" / "retool_jax"
     assert folder in told and "JAX_ENABLE_COMPILATION_CACHE=0" in told
+    old, new = Path(folder) / "old-cache", Path(folder) / "new-cache"
+    for file, days in ((old, 61), (new, 59)):
+        file.write_bytes(b"a program")
+        os.utime(file, (time.time() - days * 86400,) * 2)
     assert start(tmp_path)[1] == folder
+    assert not old.exists() and new.exists()
 
 
 def test_the_folder_that_jax_was_told_is_used_and_none_where_it_keeps_none(tmp_path):
