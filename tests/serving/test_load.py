@@ -198,8 +198,9 @@ def test_a_broken_connection_is_no_fault(serve, scripted):
     asyncio.run(main())
 
 
-def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve, scripted):
+def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve, scripted, monkeypatch):
     """Three tokens come of a dispatch; those of one more may be there by the time the first are written."""
+    monkeypatch.setattr("retool_jax.serving.server._PIECE_S", 60.0)  # longer than the answer, on any machine
     engine = scripted({7: ["word " * 300 + "<|im_end|>"]})
 
     async def main() -> list[list[dict]]:
@@ -218,4 +219,4 @@ def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve,
     writes = asyncio.run(main())
     assert 1 <= len(ids_of(writes[0])) <= 6
     told = len(ids_of([chunk for write in writes for chunk in write]))
-    assert told > 250 and len(writes) < told / 3
+    assert told > 250 and len(writes) <= 4
