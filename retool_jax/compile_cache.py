@@ -16,7 +16,7 @@ def keep_programs() -> None:
     """Keep what XLA compiles below ~/.cache/retool_jax, unless jax was told a folder, and say where.
 
     jax's own variables decide: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=0 is none.
-    Where the folder cannot be made the run goes on without. What lies in our own folder for `KEPT_DAYS` is removed.
+    Where the folder cannot be made or read the run goes on without. What lies in ours for `KEPT_DAYS` is removed.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -25,11 +25,12 @@ def keep_programs() -> None:
         folder = Path(cache) / "retool_jax" / f"compiled-{_processor():08x}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            files = list(folder.iterdir())
         except OSError as error:
-            print(f"compiled programs are not kept: {folder} cannot be made ({error.strerror})")
+            print(f"compiled programs are not kept: {folder} cannot be made or read ({error.strerror})")
             return
         oldest = time.time() - KEPT_DAYS * 86400
-        for file in folder.iterdir():
+        for file in files:
             with suppress(OSError):  # another command may be at it
                 if file.stat().st_mtime < oldest:
                     file.unlink()

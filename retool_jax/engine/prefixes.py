@@ -44,6 +44,8 @@ class Prefixes:
     def share(self, prompt: Sequence[int]) -> Parked | None:
         """Another holder of the tokens that a prompt begins with, but for its last, whose writing brings the hidden
         state along; None where no row has a page of them."""
+        if not self._rows:
+            return None
         wanted, best, length = _bytes(prompt[:-1]), None, 0
         for row in reversed(self._rows):
             begins = wanted[: (length + 1) * _ID]  # of a row that has more of them
