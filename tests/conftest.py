@@ -65,16 +65,10 @@ gc.set_threshold(100_000, 50, 1000)
 
 # What takes longest is begun first, so that the workers end together.
 LONGEST = (
-    "whole runs",
-    *("attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
-    *(
-        "test_parity.py",
-        "test_train.py",
-        "test_step.py",
-        "test_huggingface.py",
-    ),
-    "test_scheduler.py",
+    *("whole runs", "attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
+    *("test_parity.py", "test_train.py", "test_step.py", "test_huggingface.py", "test_scheduler.py"),
 )
+WHOLE_RUNS = "run/test_every_algorithm.py", "run/test_hosts.py", "run/test_resume.py"
 
 
 def group_of(nodeid: str) -> str:
@@ -82,7 +76,7 @@ def group_of(nodeid: str) -> str:
     of whole runs share a process that trains."""
     path, _, test = nodeid.partition("::")
     name = path.rpartition("/")[2]
-    if path.endswith(tuple(f"run/{name}" for name in ("test_every_algorithm.py", "test_hosts.py", "test_resume.py"))):
+    if path.endswith(WHOLE_RUNS):
         return "whole runs"
     backend = next((backend for backend in ("gvisor", "bubblewrap") if f"[{backend}" in test), None)
     return f"attacks on {backend}" if name == "test_attacks.py" and backend else name
