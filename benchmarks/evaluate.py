@@ -50,7 +50,7 @@ async def measure(words: list[str], repeats: int) -> dict:
             bar.say = lambda text: None
             taking = Taking(tokenizer, store, every, len(every), 0.1, asked, bar)
             statistics = await draw(engine, tokenizer, tools, iter(samples), run.rollout, taking, stream=True)
-            result = result_of(run, problems, store, asked)
+            result = result_of(run, problems, store, asked, tokenizer)
         return [result["numbers"]["accuracy"]["value"], statistics.fill]
 
     async def rolled_out(together: int) -> list:

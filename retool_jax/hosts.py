@@ -8,6 +8,7 @@ import atexit
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,10 +29,23 @@ T = TypeVar("T")
 
 BEAT_S = 2.0  # between two signs of life
 PATIENCE_MS = 30 * 24 * 3600 * 1000  # with a host that lives and is slow: who is dead is found out by its silence
+GONE = "cannot be reached any more"  # the first host
 ALIVE, FAILED, NAMES = "retool/alive", "retool/failed", "retool/names"  # folders of the store, an entry for each host
 LEAST_BYTES = 1 << 12  # that are exchanged at once; with powers of two above it a handful of shapes is compiled
 
 _calls = count()  # of `gather`, which are the same ones on all hosts
+
+# The first host has the store. When it is gone, jax aborts the other processes at once, most often before they can say
+# anything. So each has a witness, a small process that says it in their place. It says nothing where its process ended
+# in another way: it was told so, or the first host can still be reached.
+WITNESS = """
+import socket, sys
+said, ended = sys.stdin.readline(), sys.stdin.readline()
+try:
+    said and not ended and socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()
+except OSError:
+    print(said, end="", file=sys.stderr)
+"""
 
 
 def is_first() -> bool:
@@ -106,13 +120,15 @@ def joined(config: HostsConfig) -> Iterator[None]:
         )
         client, own = distributed.global_state.client, jax.process_index()
         client.key_value_set(f"{NAMES}/{own}", f"{socket.gethostname()}, process {os.getpid()}")
+        client.blocking_key_value_get(f"{NAMES}/0", 1000 * config.start_s)
+        witness = None if is_first() else _witness(_farewell(_name(0), GONE))
         client.wait_at_barrier("retool/begin", 1000 * config.start_s)
     except Exception as error:  # jax's, of the network, or of the machine's metadata
         raise UserError(
             f"cannot join the other hosts within hosts.start_s={config.start_s} s ({one_line(error)}); start the same"
             " command on all of them, or set JAX_NUM_PROCESSES=1 to train on this one alone"
         ) from error
-    watch = _Watch(config.silent_s)
+    watch = _Watch(config.silent_s, witness)
     print(f"this is {_name(own)} of {jax.process_count()}; the first one is {_name(0)}")
     try:
         yield
@@ -158,14 +174,36 @@ def _name(host: int) -> str:
     return f"host {host}"
 
 
+def _farewell(name: str, what: str) -> str:
+    """What this host says when it ends because of another one."""
+    return (
+        f"error: {name} {what}, so this one, host {jax.process_index()}, ends too; the same command on all hosts"
+        " goes on from the last checkpoint"
+    )
+
+
+def _witness(line: str) -> subprocess.Popen:
+    """A process that says this line should this one end without a word when the first host is gone."""
+    address, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    witness = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WITNESS, address.strip("[]"), port],
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # what ends this process from a terminal is not meant for it
+    )
+    witness.stdin.write(line + "\n")
+    witness.stdin.flush()
+    return witness
+
+
 class _Watch:
     """Gives signs of life, and ends this process when another host has failed or gives none.
 
     Its threads do so since the main one may wait in a computation for a host that is gone.
     """
 
-    def __init__(self, silent_s: float) -> None:
-        self._silent_s = silent_s
+    def __init__(self, silent_s: float, witness: subprocess.Popen | None) -> None:
+        self._silent_s, self._witness = silent_s, witness
         self._over = threading.Event()
         self._client, self._own = distributed.global_state.client, jax.process_index()
         self._names = [_name(host) for host in range(jax.process_count())]
@@ -197,22 +235,26 @@ class _Watch:
         try:
             host, status, said = self._client.blocking_key_value_get(FAILED, PATIENCE_MS).split(" ", 2)
         except jax.errors.JaxRuntimeError:  # jax ends the process for that, too, and names nobody
-            host, status, said = "0", "1", "cannot be reached any more"
+            host, status, said = "0", "1", GONE
         if said and not self._over.is_set():
             self._leave(int(host), said, int(status))
 
     def _leave(self, host: int, what: str, status: int) -> NoReturn:
         """End this process, whatever others of its threads are waiting for."""
         self._over.set()
-        print(
-            f"error: {self._names[host]} {what}, so this one, host {self._own}, ends too; the same command on all hosts"
-            " goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(_farewell(self._names[host], what), file=sys.stderr, flush=True)
+        self._end_of_watch()
         if is_first():
             time.sleep(3 * BEAT_S)  # with it goes the store, which tells the others
         _end(status)
+
+    def _end_of_watch(self) -> None:
+        """Note that this process ends by itself, so that the witness has nothing to say."""
+        self._over.set()
+        if self._witness:
+            with suppress(OSError):
+                self._witness.stdin.write("\n")
+                self._witness.stdin.close()
 
     def tell(self, error: BaseException) -> None:
         """Tell the others why this host ends."""
@@ -220,7 +262,7 @@ class _Watch:
             # What a computation meets whose other end is gone has no type of its own: if another host is silent, this
             # process ends here, with its name.
             time.sleep(self._silent_s + 2 * BEAT_S)
-        self._over.set()
+        self._end_of_watch()
         status = 2 if isinstance(error, UserError) else 1
         with suppress(jax.errors.JaxRuntimeError):  # another host was first
             said = f"has ended ({type(error).__name__}: {one_line(error, 1000)})"
@@ -230,7 +272,7 @@ class _Watch:
 
     def stop(self) -> None:
         """End the threads, those of the other hosts as well: all of them have come to their end."""
-        self._over.set()
+        self._end_of_watch()
         with suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(FAILED, "0 0 ", allow_overwrite=True)  # nothing is said of a host
         for thread in self._threads:

@@ -1,6 +1,7 @@
 """Hosts of one job: what the environment says of them, what they tell each other, and how one ends the others."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -69,27 +70,49 @@ run_command(main)
 """
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_host_that_fails_ends_the_other_one_with_its_reason(one_device, failing):
+KILLED = """
+import os, signal
+from retool_jax import hosts
+from retool_jax.hosts_config import HostsConfig
+
+with hosts.joined(HostsConfig()):
+    if hosts.is_first():
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+"""
+
+
+def run_pair(environment: dict[str, str], *command: str) -> tuple[list[subprocess.Popen], list[tuple[str, str]]]:
+    """Two processes of one job that have ended, and what each said on stdout and stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = one_device | PLACE | {"JAX_COORDINATOR_ADDRESS": address}
+    environment = environment | PLACE | {"JAX_COORDINATOR_ADDRESS": address}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, str(failing)], env=environment | {"JAX_PROCESS_ID": str(own)}, **pipes
-        )
+        subprocess.Popen([sys.executable, "-c", *command], env=environment | {"JAX_PROCESS_ID": str(own)}, **pipes)
         for own in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300) for process in pair]
+        return pair, [process.communicate(timeout=300) for process in pair]
     finally:
         for process in pair:
             process.kill()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_ends_the_other_one_with_its_reason(one_device, failing):
+    pair, said = run_pair(one_device, JOB, str(failing))
     assert [process.returncode for process in pair] == [2, 2], said
     own = f"host {failing} ({socket.gethostname()}, process {pair[failing].pid})"
     assert f"{own}: it is full" in said[failing][0]
     assert said[failing][1].endswith("error: the disk is full; make room\n")
     assert f"error: {own} has ended (UserError: the disk is full; make room)" in said[1 - failing][1]
+
+
+def test_the_first_host_is_named_when_it_is_killed(one_device):
+    """With it goes the store of all hosts, and jax aborts the other process for that."""
+    pair, said = run_pair(one_device, KILLED)
+    assert pair[1].returncode in (1, -signal.SIGABRT), said
+    assert f"error: host 0 ({socket.gethostname()}, process {pair[0].pid}) cannot be reached any more" in said[1][1]
