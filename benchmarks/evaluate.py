@@ -3,10 +3,11 @@
     python benchmarks/evaluate.py [init_from=runs/grpo] [problems=256] [samples=8] [repeats=3] [key=value ...]
 
 All draw `problems` x `samples` trajectories of the miniature with the same requests, temperatures and tools. `evaluate`
-draws them as a stream, writes every record and computes the result. `rollout` submits all of them at once and scores
-them, and `steps` does so with as many at a time as there are slots, as a step of config=grpo does. Repeats alternate.
+draws them as a stream, writes every record and computes the result. `rollout` submits all of them at once, scores them
+and computes what training logs of them; `steps` does so with as many at a time as there are slots, as a step of
+config=grpo does, and `kept` also writes them, as rl.save_rollouts=true. Repeats alternate.
 Prints JSON: seconds of CPU time of this process per sample, medians. The sandbox's workers are processes of their own,
-which do the same for all three and are left out. Other words go to the run.
+which do the same for all and are left out. Other words go to the run.
 """
 
 import asyncio
@@ -22,8 +23,10 @@ import numpy as np
 
 from retool_jax.answers import workers
 from retool_jax.evaluation.measure import draw
+from retool_jax.evaluation.numbers import summarise
 from retool_jax.evaluation.store import Store
 from retool_jax.metrics import Progress
+from retool_jax.rl.replay import write_rollouts
 from retool_jax.rollout.rollout import rollout, score
 from retool_jax.run.build import engine_of, mesh_of, model_for, problems_to_evaluate, resolve, sandbox_config
 from retool_jax.run.evaluate import Taking, keys, result_of, sample_of
@@ -53,19 +56,27 @@ async def measure(words: list[str], repeats: int) -> dict:
             result = result_of(run, problems, store, asked, tokenizer)
         return [result["numbers"]["accuracy"]["value"], statistics.fill]
 
-    async def rolled_out(together: int) -> list:
+    async def rolled_out(together: int, folder: Path | None = None) -> list:
         right, fills = 0, []
         for at in range(0, len(samples), together):
             drawn, statistics = await rollout(engine, tokenizer, tools, samples[at : at + together], run.rollout)
             await asyncio.to_thread(score, tokenizer, drawn)
+            summarise(drawn, 1.0, run.evaluation.purposes, tokenizer)
+            if folder:
+                write_rollouts(folder / f"{at}.jsonl", drawn, run.evaluation.samples, tokenizer)
             right += sum(t.verdict.correct for t in drawn)
             fills.append(statistics.fill)
         return [right / len(samples), float(np.mean(fills))]
+
+    async def kept() -> list:
+        with tempfile.TemporaryDirectory() as folder:
+            return await rolled_out(run.engine.slots, Path(folder))
 
     ways = {
         "evaluate": evaluated,
         "rollout": lambda: rolled_out(len(samples)),
         "steps": lambda: rolled_out(run.engine.slots),
+        "kept": kept,
     }
     found: dict[str, list] = {name: [] for name in ways}
     async with tools.open(sandbox_config(run)):
@@ -82,7 +93,7 @@ async def measure(words: list[str], repeats: int) -> dict:
         )
         for name, values in found.items()
     }
-    ratios = {name: round(rows["evaluate"]["cpu_s"] / rows[name]["cpu_s"], 3) for name in ("rollout", "steps")}
+    ratios = {name: round(rows["evaluate"]["cpu_s"] / rows[name]["cpu_s"], 3) for name in ways if name != "evaluate"}
     return {"samples": len(every), **rows, "ratios": ratios}
 
 

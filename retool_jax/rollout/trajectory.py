@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.sandbox.text import writable
@@ -179,8 +181,8 @@ class Trajectory:
             "prompt_tokens": self.segments[0].stop,
             "response_tokens": self.response_tokens,
             "ids": self.ids,
-            "sampled": [int(x) for x in self.sampled],
-            "logprobs": [round(x, 6) for x in self.logprobs],
+            "sampled": list(map(int, self.sampled)),
+            "logprobs": np.round(self.logprobs, 6).tolist(),
             "segments": [
                 {"role": s.role, "start": s.start, "stop": s.stop, "text": tokenizer.decode(self.ids[s.start : s.stop])}
                 for s in self.segments
