@@ -181,9 +181,13 @@ def write_config(run: Run) -> None:
         for key, there, here in differences(run, saved(folder)):
             if key != "run":
                 print(f"{key} is {show(here)} from here on; it was {show(there)}")
-    plain = OmegaConf.create()
+    plain: dict = {}
     for key, value in to_flat(run).items():
-        OmegaConf.update(plain, key, value)
+        *sections, name = key.split(".")
+        section = plain
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
     with replacing(folder / CONFIG) as file:
         file.write(OmegaConf.to_yaml(plain))
 

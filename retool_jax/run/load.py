@@ -98,7 +98,15 @@ def over_each_other(layers: list[dict]) -> dict:
 
 
 def merged(layers: list[dict]) -> dict:
-    return OmegaConf.to_container(OmegaConf.merge({}, *layers))
+    """Nested values, later layers over earlier ones; sections become one, and a list is replaced as a whole."""
+    result: dict = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict):
+                there = result.get(key)
+                value = merged([there if isinstance(there, dict) else {}, value])
+            result[key] = value
+    return result
 
 
 def read_yaml(name: str) -> dict:
