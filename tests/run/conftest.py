@@ -109,6 +109,21 @@ def drawn(train, runs) -> Path:
 
 
 @pytest.fixture(scope="session")
+def with_critic() -> list[str]:
+    """Words of a run with a critic, which begins alone, that keeps the rollouts and the checkpoint of each step."""
+    learning = ["rl.algorithm=ppo", "rl.critic.warmup_steps=1", "rl.critic.optimizer.learning_rate=0.001"]
+    return [*learning, "evaluation.every=0", "rl.save_rollouts=true", "checkpoint.every=1", "checkpoint.keep=7"]
+
+
+@pytest.fixture(scope="session")
+def alone(train, runs, with_critic) -> Path:
+    """Such a run of one process: of PPO it shows that it learns, of two hosts that they do the same."""
+    output = train(runs / "alone", *with_critic)
+    assert "before RL" in output and "error:" not in output, output
+    return runs / "alone"
+
+
+@pytest.fixture(scope="session")
 def comparable() -> Callable[[Path], list[dict]]:
     """The lines of a run's metrics without what depends on the clock."""
 

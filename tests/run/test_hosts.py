@@ -42,9 +42,6 @@ class Unreliable(Python):
             return Output("the disk is gone", "machinery")
         return await super().call(arguments, state)
 """
-# With a critic, so that both updates of a step are compared; GRPO follows below.
-PPO = ["rl.algorithm=ppo", "rl.critic.optimizer.learning_rate=0.001"]
-SIZES = ["rl.steps=6", "evaluation.every=0", "rl.save_rollouts=true", "checkpoint.every=1", "checkpoint.keep=7"]
 
 
 class Pair:
@@ -106,17 +103,10 @@ def pair(one_device, folder) -> Iterator[Pair]:
 
 
 @pytest.fixture(scope="module")
-def alone(train, runs) -> Path:
-    """A run of one process."""
-    output = train(runs / "alone", *SIZES, *PPO)
-    assert "before RL" in output, output
-    return runs / "alone"
-
-
-@pytest.fixture(scope="module")
-def both(pair, small_run, folder) -> Path:
-    """The same run of two hosts, with a cold start of their own."""
-    first, second = pair.train(*small_run, *SIZES, *PPO, f"run={folder / 'both'}")
+def both(pair, small_run, with_critic, folder) -> Path:
+    """The run of `alone` of two hosts, with a cold start of their own. With a critic, so that both updates of a step
+    are compared; GRPO follows below."""
+    first, second = pair.train(*small_run, *with_critic, f"run={folder / 'both'}")
     assert "before RL" in first and "before RL" not in second, first
     assert "this is host 1 (" in second and "of 2; the first one is host 0 (" in second
     return folder / "both"
@@ -179,11 +169,11 @@ def go_on(run: Path, name: str) -> Path:
     return folder
 
 
-def test_another_number_of_hosts_goes_on_with_a_run(pair, train, small_run, both, alone, comparable):
+def test_another_number_of_hosts_goes_on_with_a_run(pair, train, small_run, with_critic, both, alone, comparable):
     one = go_on(both, "one")
-    assert "from step 5 of 6" in train(one, *SIZES, *PPO)
+    assert "from step 5 of 6" in train(one, *with_critic)
     two = go_on(alone, "two")
-    assert f"resuming {two} from step 5 of 6" in pair.train(*small_run, *SIZES, *PPO, f"run={two}")[1]
+    assert f"resuming {two} from step 5 of 6" in pair.train(*small_run, *with_critic, f"run={two}")[1]
     for run in (one, two):
         assert draws_of(run) == draws_of(alone)
         assert_alike(comparable(run), comparable(alone))
@@ -192,7 +182,7 @@ def test_another_number_of_hosts_goes_on_with_a_run(pair, train, small_run, both
 def test_a_host_whose_machinery_is_broken_is_named_and_the_others_go_on(pair, small_run, both):
     cold_start = next(both.parent.glob("cold-start-*"))
     words = [f"run={both.with_name('broken')}", f"init_from={cold_start}", "tools=unreliable:Unreliable"]
-    said, _ = pair.train(*small_run, *SIZES, *words, "rl.steps=1")
+    said, _ = pair.train(*small_run, *words, "evaluation.every=0", "rl.steps=1")
     (line,) = [line for line in read_metrics(both.with_name("broken")) if line["kind"] == "rl"]
     lost = line["end/sandbox_lost"]
     assert 0 < lost <= 8 and line["dropped"] == lost / 16, "of 16 trajectories 8 are the second host's"
@@ -200,9 +190,11 @@ def test_a_host_whose_machinery_is_broken_is_named_and_the_others_go_on(pair, sm
     assert line["grad_norm"] > 0, "the others are learned from"
 
 
-def test_a_host_that_is_killed_is_named_and_the_run_goes_on_later(pair, train, small_run, both, alone, comparable):
+def test_a_host_that_is_killed_is_named_and_the_run_goes_on_later(
+    pair, train, small_run, with_critic, both, alone, comparable
+):
     """Its numbers in the end are those of one process that nobody killed."""
-    words, run = [*SIZES, *PPO], both.with_name("killed")
+    words, run = with_critic, both.with_name("killed")
     pair.begin(*small_run, *words, f"run={run}", "rl.steps=30")
     deadline = time.monotonic() + 600
     while not (run / "checkpoints" / "2").is_dir():
