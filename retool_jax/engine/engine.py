@@ -13,7 +13,9 @@ Buffers are donated to every call, so one thread at a time may use an engine: th
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -24,10 +26,24 @@ from retool_jax.engine.config import FILLED, EngineConfig, bucket, calls
 from retool_jax.engine.pages import OutOfPages, Pages
 from retool_jax.engine.programs import CHANGES
 from retool_jax.engine.turns import STOPS, Drawn, Parked, Prefix, Turn, Turns
-from retool_jax.engine.weights import make_adopt
+from retool_jax.engine.weights import Weights, make_adopt
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
+
+
+@lru_cache(maxsize=8)
+def compiled_for(
+    model: ModelConfig, config: EngineConfig, own: Mesh, stop_ids: tuple[int, ...], trainer: Mesh
+) -> tuple[Layouts, Programs, Callable[[Weights | None, Params], Weights]]:
+    """What an engine of these sizes compiles, which the next one of the same sizes in this process need not again."""
+    layouts = Layouts.of(model, config, own)
+    return layouts, Programs.of(model, config, layouts, stop_ids), make_adopt(model, layouts, trainer)
+
+
+def shape_of(config: EngineConfig) -> EngineConfig:
+    """A config without what only the host acts upon, so that engines which differ in that share their programs."""
+    return replace(config, read_late=1, tool_lag=1, stale_rows="rewrite")
 
 
 class Engine:
@@ -49,13 +65,13 @@ class Engine:
         self.config = config
         self.mesh = decode_mesh(model, mesh, config.tp)
         self.stop_ids = frozenset(stop_ids)
-        self.layouts = Layouts.of(model, config, self.mesh)
+        self.layouts, self._programs, self._adopt = compiled_for(
+            model, shape_of(config), self.mesh, tuple(stop_ids), mesh
+        )
         self.sizes = self.layouts.sizes
         self.pages = Pages(self.sizes.pages, self.sizes.page_size)
         self.version = 0
         self.written = self.places = 0
-        self._programs = Programs.of(model, config, self.layouts, stop_ids)
-        self._adopt = make_adopt(model, self.layouts, mesh)
         self._let_go: deque[Hashable] = deque()  # names of prefixes, from any thread
         self._run_key = jax.device_put(jax.random.key(seed), self.layouts.everywhere)
         # What the host knows of each row: tokens written and budget left when everything dispatched had been read.

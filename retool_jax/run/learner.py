@@ -1,6 +1,7 @@
 """What a run learns with: its algorithm's compiled updates, and the models that it asks beside the policy."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from jax.sharding import Mesh
 
@@ -8,10 +9,11 @@ from retool_jax.learn.critic import abstract_critic, begin_critic, make_critic_s
 from retool_jax.learn.optimizer import begin_from
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.scorer import Scorer
-from retool_jax.learn.step import Columns, Outputs, TokenTerms, make_step
+from retool_jax.learn.step import Columns, Outputs, Step, TokenTerms, make_step
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
 from retool_jax.rl.algorithms import algorithm_of
+from retool_jax.rl.config import RLConfig
 from retool_jax.rl.learner import ActorCritic, Frozen, Learner, State
 from retool_jax.run.schema import RLRun
 from retool_jax.run.weights import abstract_state, load_teacher
@@ -30,12 +32,9 @@ def make_learner(
     """
     rl, algorithm = run.rl, algorithm_of(run.rl)
 
-    def loss(outputs: Columns, batch: Batch) -> TokenTerms:
-        return algorithm.loss(outputs, batch, rl)
-
     def scorer(model: ModelConfig, *names: str, temperature: float = rl.temperature) -> Scorer:
         rows = -(-rl.prompts_per_step * rl.group_size // rl.rows_per_micro)
-        return Scorer(Outputs(model, names, temperature), mesh, rl.row_length, rl.rows_per_micro, rows)
+        return _scorer(Outputs(model, names, temperature), mesh, rl.row_length, rl.rows_per_micro, rows)
 
     frozen = {}
     if "teacher" in algorithm.models:
@@ -46,19 +45,33 @@ def make_learner(
         frozen["reference_logprobs"] = Frozen(scorer(run.model, "logprobs"), first_weights())
     critic = values = None
     if has_critic(run):
-        critic = make_critic_step(run.model, rl.critic.value_clip, rl.critic.optimizer, mesh)
+        critic = _critic_step(run.model, rl.critic.value_clip, rl.critic.optimizer, mesh)
         values = scorer(run.model, "values")
-    outputs = Outputs(run.model, temperature=rl.temperature, entropy_gradient=rl.entropy_coefficient > 0)
     return Learner(
         rl=rl,
         algorithm=algorithm,
         longest=run.engine.max_length,
-        update=make_step(outputs, loss, rl.optimizer, mesh),
+        update=_policy_step(run.model, rl, mesh),
         trainer=scorer(run.model, "logprobs") if rl.old_logprobs == "trainer" else None,
         critic=critic,
         values=values,
         frozen=frozen,
     )
+
+
+# A process that trains several runs of the same sizes traces and compiles what they compute once.
+_scorer, _critic_step = lru_cache(maxsize=8)(Scorer), lru_cache(maxsize=4)(make_critic_step)
+
+
+@lru_cache(maxsize=4)
+def _policy_step(model: ModelConfig, rl: RLConfig, mesh: Mesh) -> Step:
+    algorithm = algorithm_of(rl)
+
+    def loss(outputs: Columns, batch: Batch) -> TokenTerms:
+        return algorithm.loss(outputs, batch, rl)
+
+    outputs = Outputs(model, temperature=rl.temperature, entropy_gradient=rl.entropy_coefficient > 0)
+    return make_step(outputs, loss, rl.optimizer, mesh)
 
 
 def begin(run: RLRun, params: Params, mesh: Mesh) -> State:

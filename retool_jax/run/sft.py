@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import ExitStack, closing
+from functools import lru_cache
 from pathlib import Path
 
 from retool_jax import hosts
@@ -29,6 +30,8 @@ from retool_jax.sft.demonstrations import Demonstrations
 from retool_jax.sft.loop import imitation_loss, optimizer_of
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.trackers import check_loggers
+
+_step = lru_cache(maxsize=4)(make_step)  # a process that trains several runs of the same sizes compiles it once
 
 
 def train(run: SFTRun, wait: bool = False) -> TrainState:
@@ -65,7 +68,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         if start >= batches.steps:
             return state
         write_origin(folder)
-        update = make_step(Outputs(run.model), imitation_loss, optimizer, mesh)
+        update = _step(Outputs(run.model), imitation_loss, optimizer, mesh)
         print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
         first = hosts.is_first()
         log = stack.enter_context(MetricsLog(folder if first else None, start or None, run.logger, to_flat(run)))
