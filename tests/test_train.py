@@ -61,10 +61,10 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """These runs and commands share one compiled update."""
+    """These runs and commands share what they compile, small programs too: there are many of them."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
