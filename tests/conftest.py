@@ -210,9 +210,8 @@ def model(tokenizer):
 def params(model):
     """Random weights, norms and biases too, larger than at initialisation: nearly uniform logits hide differences."""
     rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(rng.normal(0.0, 0.2, x.shape), x.dtype), init_params(model, jax.random.key(1))
-    )
+    fresh = jax.device_get(init_params(model, jax.random.key(1)))  # added up by numpy, which compiles nothing
+    return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0.0, 0.2, x.shape).astype(x.dtype)), fresh)
 
 
 @pytest.fixture(scope="session")
