@@ -73,8 +73,9 @@ def seconds(engine: Engine, work: Callable[[], None]) -> float:
 def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, sampled, tool = (round(n * scale) for n in (PROMPT, SAMPLED, TOOL))
     length = prompt + TURNS * (sampled + tool)
-    reads = [round(scale * n) for n in (2048, 4096, 6144, 8192, 10240)]
-    engine = make_engine(model, slots=1, max_length=length, decode_steps=1, read_buckets=tuple(reads))
+    # A quick look has one size: several so small ones would take long to compile and tell nothing.
+    reads = {max(round(scale * n), 64) for n in (2048, 4096, 6144, 8192, 10240)}
+    engine = make_engine(model, slots=1, max_length=length, decode_steps=1, read_buckets=tuple(sorted(reads)))
 
     def live() -> float:
         engine.free(0)
@@ -186,16 +187,17 @@ class Trajectory:
         return tokens(self.answer)
 
 
-def rollout(model: ModelConfig, repeats: int) -> dict:
-    prompts = [tokens(261 + group)[:261] for group in range(4)]
-    engine = make_engine(model, slots=32, max_length=512)
+def rollout(model: ModelConfig, scale: float, repeats: int) -> dict:
+    length, turn, answer = (max(round(n * scale), 8) for n in (261, 36, 29))
+    prompts = [tokens(261 + group)[:length] for group in range(4)]
+    engine = make_engine(model, slots=32, max_length=max(round(512 * scale), length + 4 * turn + 3 * answer))
     began = time.process_time()
     engine.warm_up()
     numbers = {"warm_up_cpu_s": round(time.process_time() - began, 1)}
     spent = []
     for _ in range(repeats + 1):  # the first one is not like the others
         began = time.process_time()
-        group = [Trajectory(i, 0.0, 36, turns=4, answer=29, prompt=prompts[i // 8]) for i in range(32)]
+        group = [Trajectory(i, 0.0, turn, turns=4, answer=answer, prompt=prompts[i // 8]) for i in range(32)]
         stats = asyncio.run(converse(engine, group))
         spent.append(time.process_time() - began)
     numbers |= {"cpu_s": round(min(spent[1:]), 2), "written": stats.written_tokens, "places": stats.written_places}
@@ -232,7 +234,7 @@ def main(words: list[str]) -> None:
         "live_cache": live_cache(model, scale, repeats),
         "fork": fork(model, scale, repeats),
         "fused": fused(model, scale, repeats),
-        "rollout": rollout(model, repeats),
+        "rollout": rollout(model, scale, repeats),
         "tools": tools(model, scale),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
