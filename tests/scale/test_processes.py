@@ -46,12 +46,13 @@ def told(stdout: IO[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def on_both(tmp_path_factory) -> Iterator[Callable[..., list[str]]]:
+def on_both(one_device, tmp_path_factory) -> Iterator[Callable[..., list[str]]]:
     """`on_both(program, word, ...)`: run it in both processes, with their `number` and the words; what each printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = f"{one_device['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = one_device | {"XLA_FLAGS": flags}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
     errors = tmp_path_factory.mktemp("processes") / "stderr"
     with errors.open("w") as stderr:
