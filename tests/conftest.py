@@ -66,18 +66,20 @@ gc.set_threshold(100_000, 50, 1000)
 # What takes longest is begun first, so that the workers end together.
 LONGEST = (
     *("whole runs", "attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
-    *("test_parity.py", "test_train.py", "test_step.py", "test_huggingface.py", "test_scheduler.py"),
+    *("engine", "test_parity.py", "test_train.py", "test_step.py", "test_huggingface.py"),
 )
 WHOLE_RUNS = "run/test_every_algorithm.py", "run/test_hosts.py", "run/test_resume.py"
 
 
 def group_of(nodeid: str) -> str:
-    """Tests that one worker gets: a file's, which share fixtures. The attacks on two back-ends share none, and files
-    of whole runs share a process that trains."""
+    """Tests that one worker gets: a file's, which share fixtures. The attacks on two back-ends share none, files of
+    whole runs share a process that trains, and those of the engine share engines, which take long to trace."""
     path, _, test = nodeid.partition("::")
-    name = path.rpartition("/")[2]
+    room, _, name = path.rpartition("/")
     if path.endswith(WHOLE_RUNS):
         return "whole runs"
+    if room.endswith("/engine"):
+        return "engine"
     backend = next((backend for backend in ("gvisor", "bubblewrap") if f"[{backend}" in test), None)
     return f"attacks on {backend}" if name == "test_attacks.py" and backend else name
 
