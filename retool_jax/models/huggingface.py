@@ -271,7 +271,7 @@ def _load_weight(leaf: Weight, own: list[tuple[str, Part]], tensors: dict[str, T
         value = _read_sharded(part, tensors[name], sharding.spec, mesh)
         _check_finite(name, tensors[name], _finite(value, leaf.dtype))
         return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
-    stack = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+    stack = _zeros(leaf.shape, leaf.dtype, sharding)
     for name, part in own:
         value = _read_sharded(part, tensors[name], sharding.spec[1:], mesh)
         stack, finite = _put(stack, value, jnp.int32(part.layer), part.order, sharding)
@@ -293,6 +293,11 @@ def _read_sharded(part: Part, tensor: Tensor, spec: PartitionSpec, mesh: Mesh) -
 
     sharding = NamedSharding(mesh, PartitionSpec(*(spec[axis] for axis in part.order)))
     return jax.block_until_ready(jax.make_array_from_callback(part.turned, sharding, read, tensor.dtype))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
