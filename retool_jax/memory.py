@@ -5,7 +5,7 @@ import sys
 
 # Of glibc's mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-NEVER = 2**31 - 1
+NEVER = -1
 
 
 def keep_freed_memory() -> None:
