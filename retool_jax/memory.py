@@ -9,7 +9,7 @@ NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep what it frees, where the C library is glibc; to be called before other threads begin.
+    """Let the process keep what it frees, where the C library is glibc; to be called before jax is imported.
 
     A step on a CPU takes its temporary arrays anew from the system, which fills them with zeros page by page: a twelfth
     of the time of a small update. Kept memory is used again as it is. The process never holds more than it once
