@@ -1,10 +1,16 @@
-"""The update beside its peers: one train step of a tiny Qwen2, 32 rows of 256 tokens, in one sitting on one core.
+"""Our work beside its peers': the same tiny Qwen2, as many tokens, in one sitting on one core.
 
-    python benchmarks/peers [core=0] [rounds=2] [environments=build/peers] [hf_torch=PYTHON]
+    python benchmarks/peers [core=0] [rounds=2] [works=update,generate,...] [environments=build/peers] [NAME=PYTHON]
 
-Every peer runs in an environment of its own, made at the first call; PEER=PYTHON takes one that is there. One that
-cannot be made is left out with the reason. Peers take turns, and the fastest of all rounds counts, in tokens per
-CPU-second, which other work on the machine changes least. Prints a table and writes nothing else.
+- `update`: a train step on 32 rows of 256 tokens.
+- `generate`: 32 rows draw 192 tokens behind prompts of 64.
+- `grpo`: a whole step on four prompts of 64, eight rows each, that draw 192.
+- `rollout`: four turns of 36 behind prompts of 261, with answers of 29 tokens between, 32 rows.
+- `tool_step`: a whole step with such a rollout.
+
+Peers run in environments of their own, made at the first call; NAME=PYTHON takes one that is there. What cannot be
+made or run is left out with the reason. Peers take turns, and the fastest of all rounds counts, in CPU-seconds, which
+other work on the machine changes least. Prints a table, and on stderr what is measured meanwhile; writes nothing else.
 """
 
 import json
@@ -17,28 +23,48 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"hf_torch": ("torch==2.13.0", "transformers==5.24.0")}
+ENVIRONMENTS = {  # of the pythons that peers run in
+    "torch": ("torch==2.13.0", "transformers==5.24.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0"),
+    "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8", "qwix==0.1.8", "transformers==5.12.1"),
+}
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+PEERS = {  # by work: who does it, in which Python, by which script and word
+    "update": {"HF torch": ("torch", "hf_torch", "update")},
+    "generate": {
+        "HF torch": ("torch", "hf_torch", "generate"),
+        "HF torch, static cache": ("torch", "hf_torch", "generate_static"),
+        "google-tunix": ("tunix", "google_tunix", "generate"),
+    },
+    "grpo": {"TRL": ("torch", "hf_trl", "grpo"), "google-tunix": ("tunix", "google_tunix", "grpo")},
+    "rollout": {"TRL": ("torch", "hf_trl", "rollout")},
+    "tool_step": {"TRL": ("torch", "hf_trl", "tool_step")},
+}
 
 
 def main(words: list[str]) -> None:
-    options = {"core": "0", "rounds": "2", "environments": "build/peers"} | dict(word.split("=", 1) for word in words)
-    pythons, reasons = {"ours": sys.executable}, {}
-    for peer, packages in PEERS.items():
+    options = {"core": "0", "rounds": "2", "works": ",".join(PEERS), "environments": "build/peers"}
+    options |= dict(word.split("=", 1) for word in words)
+    works = options["works"].split(",")
+    jobs = {(work, who): job for work in works for who, job in ({"ours": ("ours", "ours", work)} | PEERS[work]).items()}
+    pythons, broken = {"ours": sys.executable}, {}
+    for name in sorted({name for name, _, _ in jobs.values()} - pythons.keys()):
         try:
-            pythons[peer] = options.get(peer) or environment(Path(options["environments"]) / peer, packages)
+            pythons[name] = options.get(name) or environment(Path(options["environments"]) / name, ENVIRONMENTS[name])
         except (OSError, subprocess.CalledProcessError) as error:
-            reasons[peer] = reason(error)
-    best: dict[str, dict] = {}
+            broken[name] = reason(error)
+    reasons = {key: broken[job[0]] for key, job in jobs.items() if job[0] in broken}
+    best: dict[tuple[str, str], dict] = {}
     for _ in range(int(options["rounds"])):
-        for name in [name for name in pythons if name not in reasons]:
+        for key in [key for key in jobs if key not in reasons]:
+            name, script, word = jobs[key]
             try:
-                found = measure(pythons[name], name, int(options["core"]))
+                found = measure(pythons[name], script, word, int(options["core"]))
             except (OSError, subprocess.CalledProcessError) as error:
-                reasons[name] = reason(error)
+                reasons[key] = reason(error)
                 continue
-            best[name] = max(found, best.get(name, found), key=lambda one: one["tokens_per_cpu_s"])
-    show(best, reasons)
+            best[key] = max(found, best.get(key, found), key=lambda one: one["tokens_per_cpu_s"])
+            print(f"{' of '.join(key)}: {found['cpu_s']} CPU-seconds", file=sys.stderr)
+    show([key for key in jobs if key in best], best, reasons)
 
 
 def environment(folder: Path, packages: tuple[str, ...]) -> str:
@@ -46,17 +72,21 @@ def environment(folder: Path, packages: tuple[str, ...]) -> str:
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         venv.create(folder, with_pip=True, clear=True)
-        command = [python, "-m", "pip", "install", "-q", "--extra-index-url", CPU_WHEELS, *packages]
-        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+        # PyTorch by itself: its index would be asked for every other package too.
+        torch = [name for name in packages if name.startswith("torch==")]
+        steps = [["--extra-index-url", CPU_WHEELS, *torch]] * bool(torch) + [list(packages)]
+        for step in steps:
+            command = [python, "-m", "pip", "install", "-q", *step]
+            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
         (folder / "complete").touch()
     return str(python)
 
 
-def measure(python: str, name: str, core: int) -> dict:
-    """What a peer's script prints, pinned to one core."""
-    paths = [str(HERE), *([str(HERE.parents[1])] if name == "ours" else [])]
+def measure(python: str, script: str, word: str, core: int) -> dict:
+    """What a script prints of a work, pinned to one core."""
+    paths = [str(HERE), *([str(HERE.parents[1])] if script == "ours" else [])]
     run = subprocess.run(
-        [python, HERE / f"{name}.py"],
+        [python, HERE / f"{script}.py", word],
         check=True,
         capture_output=True,
         text=True,
@@ -72,17 +102,20 @@ def reason(error: OSError | subprocess.CalledProcessError) -> str:
     return said.splitlines()[-1]
 
 
-def show(best: dict[str, dict], reasons: dict[str, str]) -> None:
-    """The table, what ours is of each, and who is missing."""
+def show(keys: list[tuple[str, str]], best: dict[tuple[str, str], dict], reasons: dict[tuple[str, str], str]) -> None:
+    """The table, how fast ours is beside each, the versions, and who is missing."""
     print(f"{date.today()}, {processor()}, one core, Python {platform.python_version()}\n")
-    print("| who | tokens per CPU-second | ours / theirs | versions |")
-    print("| --- | --- | --- | --- |")
-    for name, found in best.items():
-        ratio = f"{best['ours']['tokens_per_cpu_s'] / found['tokens_per_cpu_s']:.2f}" if "ours" in best else ""
-        versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-        print(f"| {name} | {found['tokens_per_cpu_s']} | {ratio} | {versions} |")
-    for name, why in reasons.items():
-        print(f"\n{name} was not measured: {why}")
+    print("| work | who | CPU-seconds | tokens per CPU-second | ours / theirs |")
+    print("| --- | --- | --- | --- | --- |")
+    versions: dict[str, str] = {}
+    for work, who in keys:
+        found, ours = best[work, who], best.get((work, "ours"))
+        ratio = f"{ours['tokens_per_cpu_s'] / found['tokens_per_cpu_s']:.2f}" if ours else ""
+        print(f"| {work} | {who} | {found['cpu_s']} | {found['tokens_per_cpu_s']} | {ratio} |")
+        versions |= {f"{package} {version}": "" for package, version in found["versions"].items()}
+    print(f"\n{', '.join(versions)}")
+    for (work, who), why in reasons.items():
+        print(f"\n{work} of {who} was not measured: {why}")
 
 
 def processor() -> str:

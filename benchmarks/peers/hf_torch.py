@@ -1,11 +1,19 @@
-"""A train step of transformers' Qwen2 in PyTorch, with its fused attention (sdpa) and fused AdamW, on one thread."""
+"""transformers' Qwen2 in PyTorch on one thread: `python hf_torch.py WORK`.
+
+`update` is a train step with fused attention (sdpa) and fused AdamW. `generate` draws with transformers' own loop and
+its growing cache, `generate_static` with its static one.
+"""
+
+import sys
 
 import torch
 import transformers
-from shape import LENGTH, MODEL, ROWS, report
+from shape import DRAWN, LENGTH, MODEL, PROMPT, ROWS, report
+
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def main() -> None:
+def make_model() -> transformers.Qwen2ForCausalLM:
     torch.set_num_threads(1)  # two spin against each other on one core
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -17,9 +25,16 @@ def main() -> None:
         num_key_value_heads=MODEL["num_kv_heads"],
         tie_word_embeddings=False,
         attn_implementation="sdpa",
-        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,  # whoever lets it stop names another one
+        pad_token_id=0,
     )
-    model = transformers.Qwen2ForCausalLM(config).train()
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def update() -> None:
+    model = make_model().train()
+    model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, MODEL["vocab_size"], (ROWS, LENGTH))
 
@@ -29,8 +44,30 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    report(step, torch=torch.__version__, transformers=transformers.__version__)
+    report("update", step, **VERSIONS)
+
+
+def generate(cache: str | None) -> None:
+    model = make_model().eval()
+    prompts = torch.randint(1, MODEL["vocab_size"], (ROWS, PROMPT))
+    how = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=DRAWN,
+        cache_implementation=cache,
+        disable_compile=True,
+        pad_token_id=0,
+    )
+
+    def step() -> None:
+        with torch.no_grad():
+            drawn = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=how)
+        assert drawn.shape == (ROWS, PROMPT + DRAWN)
+
+    report("generate", step, **VERSIONS)
 
 
 if __name__ == "__main__":
-    main()
+    {"update": update, "generate": lambda: generate(None), "generate_static": lambda: generate("static")}[sys.argv[1]]()

@@ -27,6 +27,7 @@ from retool_jax.models.attention import (
 from retool_jax.models.blocks import ATTENTION
 from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.products import by_weight
 
 Params = nnx.State
 Cache = jax.Array | Rows
@@ -208,7 +209,8 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     every call.
     """
     B, T = x.shape[:2]
-    flat = jnp.tensordot(x.reshape(B * T, *x.shape[2:]), weight, x.ndim - 2)
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    flat = by_weight(x.reshape(B * T, *x.shape[2:]), weight, alone and current_backend() == "cpu")
     return flat.reshape(B, T, *flat.shape[1:])
 
 

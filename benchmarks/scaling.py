@@ -1,0 +1,124 @@
+"""Cost as work grows: rollouts of more trajectories, updates of longer rows, more workers of the sandbox.
+
+    python benchmarks/scaling.py [parts=rollout,update,sandbox] [scale=1.0] [layers=4] [png=FILE]
+
+- `rollout`: 64, 256 and 1,024 trajectories of three turns over 192 slots, tokens drawn per CPU-second.
+- `update`: 16,384 tokens in rows of 1k, 4k and 16k, each one sequence, tokens per CPU-second.
+- `sandbox`: calls per second of 1, 2 and 4 workers in the first back-end that works here, by as many clients.
+
+The model is that of `engine_turns.py`. `scale` shrinks the numbers for a quick look. Prints a table; with `png` and
+matplotlib it draws the curves. Rates of tokens are of CPU time and so of one core; those of calls want idle cores.
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+from engine_turns import MODEL, Trajectory, make_engine, tokens
+from sandbox import PROGRAMS, drive, through_pool
+
+from retool_jax.engine.scheduler import converse
+from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.optimizer import init_state
+from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.step import Outputs, make_step
+from retool_jax.mesh import MeshConfig, make_mesh
+from retool_jax.models.config import ModelConfig
+from retool_jax.rl.config import RLConfig
+from retool_jax.rl.loss import clipped_loss
+from retool_jax.sandbox import SandboxConfig
+from retool_jax.sandbox.launch.launchers import LAUNCHERS
+
+TRAJECTORIES, SLOTS, TURN = (64, 256, 1024), 192, 32
+ROWS, TOKENS = (1024, 4096, 16384), 16384
+WORKERS, CALLS = (1, 2, 4), 200
+
+Point = tuple[int, float, str]  # how much work, its rate, and what else is to be known of it
+
+
+def main(words: list[str]) -> None:
+    options = {"parts": "rollout,update,sandbox", "scale": "1.0", "layers": "4", "png": ""}
+    options |= dict(word.split("=", 1) for word in words)
+    scale, model = float(options["scale"]), replace(MODEL, num_layers=int(options["layers"]))
+    parts = {
+        "rollout": ("trajectories", "tokens per CPU-second", partial(rollouts, model, scale)),
+        "update": ("tokens of a row", "tokens per CPU-second", partial(updates, model, scale)),
+        "sandbox": ("workers", "calls per second", partial(sandboxes, scale)),
+    }
+    print("| part | work | rate | |\n| --- | --- | --- | --- |")
+    curves = {}
+    for name in options["parts"].split(","):
+        what, unit, measure = parts[name]
+        curves[f"{name}: {unit}", what] = points = []
+        for work, rate, more in measure():
+            points.append((work, rate))
+            print(f"| {name} | {work} {what} | {rate:.0f} {unit} | {more} |", flush=True)
+    if options["png"]:
+        draw(curves, options["png"])
+
+
+def rollouts(model: ModelConfig, scale: float) -> Iterator[Point]:
+    turn, slots = max(round(scale * TURN), 2), max(round(scale * SLOTS), 2)
+    engine = make_engine(model, slots=slots, max_length=64 + 3 * turn + 2 * 20)
+
+    def run(count: int) -> tuple[float, float]:
+        began = time.process_time()
+        stats = asyncio.run(converse(engine, [Trajectory(i, 0.0, turn) for i in range(count)]))
+        return stats.decoded_tokens / (time.process_time() - began), stats.fill
+
+    run(slots)  # compiles
+    for trajectories in [max(round(scale * count), 1) for count in TRAJECTORIES]:
+        rate, fill = run(trajectories)
+        yield trajectories, rate, f"{fill:.0%} of the slots' steps draw"
+
+
+def updates(model: ModelConfig, scale: float) -> Iterator[Point]:
+    optimizer, mesh = OptimizerConfig(warmup_steps=1), make_mesh(MeshConfig())
+    update = make_step(Outputs(model), partial(clipped_loss, rl=RLConfig()), optimizer, mesh)
+    for length in ROWS:
+        row, rows = round(scale * length), TOKENS // length
+        columns = {"old_logprobs": -7.6, "advantages": 1.0}
+        batch = pack([Example(tokens(row), np.arange(row) > row // 3, columns)] * rows, row, rows)
+        state, seconds = init_state(model, optimizer, mesh, seed=0), 0.0
+        for _ in range(2):  # the first one compiles
+            began = time.process_time()
+            state, _ = jax.block_until_ready(update(state, batch))
+            seconds = time.process_time() - began
+        yield row, row * rows / seconds, f"{rows} rows"
+
+
+def sandboxes(scale: float) -> Iterator[Point]:
+    backend = next(name for name in ("gvisor", "bubblewrap", "process") if not LAUNCHERS[name].missing(SandboxConfig()))
+    calls = max(round(scale * CALLS), 1)
+
+    async def rate(workers: int) -> float:
+        async with through_pool(backend, workers, workers) as (clients, _):
+            await drive(clients, *PROGRAMS["print"], 4 * workers)
+            began = time.perf_counter()
+            await drive(clients, *PROGRAMS["print"], calls)
+            return calls / (time.perf_counter() - began)
+
+    for workers in WORKERS:
+        yield workers, asyncio.run(rate(workers)), backend
+
+
+def draw(curves: dict[tuple[str, str], list[tuple[int, float]]], path: str) -> None:
+    from matplotlib import pyplot
+
+    _, places = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
+    for place, ((title, what), points) in zip(places[0], curves.items(), strict=True):
+        place.plot(*zip(*points, strict=True), marker="o")
+        place.set(title=title, xlabel=what, xscale="log", xticks=[work for work, _ in points])
+        place.set_xticklabels([f"{work}" for work, _ in points])
+        place.set_ylim(bottom=0)
+    pyplot.tight_layout()
+    pyplot.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

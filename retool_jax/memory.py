@@ -1,0 +1,24 @@
+"""Memory that a process has freed, kept for its next step."""
+
+import ctypes
+import sys
+
+# Of glibc's mallopt(3).
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+NEVER = -1
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees, where the C library is glibc; to be called before jax is imported.
+
+    A step on a CPU takes its temporary arrays anew from the system, which fills them with zeros page by page: a twelfth
+    of the time of a small update. Kept memory is used again as it is. The process never holds more than it once
+    needed, but it does not shrink either.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(ARENA_MAX, 1)  # the only arena that can keep large pieces
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, NEVER)
