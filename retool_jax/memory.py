@@ -1,11 +1,14 @@
 """Memory that a process has freed, kept for its next step."""
 
 import ctypes
+import glob
 import sys
 
 # Of glibc's mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 NEVER = -1
+
+ACCELERATORS = "/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"  # of TPUs and GPUs
 
 
 def keep_freed_memory() -> None:
@@ -13,9 +16,10 @@ def keep_freed_memory() -> None:
 
     A step on a CPU takes its temporary arrays anew from the system, which fills them with zeros page by page: a twelfth
     of the time of a small update. Kept memory is used again as it is. The process never holds more than it once
-    needed, but it does not shrink either.
+    needed at once, but for gaps between pieces, and it does not shrink. So nothing is changed beside an accelerator,
+    whose host holds large pieces only while a checkpoint is read or written.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or any(map(glob.glob, ACCELERATORS)):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

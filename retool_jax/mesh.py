@@ -4,7 +4,10 @@ Weights and activations name their dimensions ("embed", "heads", "batch", ...); 
 them are split, and over what. The compiler inserts the collectives.
 """
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -66,14 +69,16 @@ def decode_options(mesh: Mesh) -> dict[str, bool]:
     return {"xla_tpu_control_large_2nd_minor_layout_for_x16": False} if ironwood else {}
 
 
-def update_options(mesh: Mesh) -> dict[str, int]:
+def update_options(mesh: Mesh) -> dict[str, int | str]:
     """Options of the compiler for programs that gather each layer's weights once for many rows.
 
     A TPU's would rather pass shards of a weight around in a loop of small products, where it finds no ring for a whole
     gather: by its own estimate that takes twice as long.
     """
     tpu = mesh.devices.flat[0].platform == "tpu"
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20} if tpu else {}
+    # The pass fails on gradients that are added, layer by layer, to what a loop carries (libtpu 0.0.42).
+    failing = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20} | failing if tpu else {}
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -105,3 +110,73 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().size <= 1:  # 0 where none is set
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def row_parts(rows: int) -> int:
+    """How many parts the rows of a batch are in on the mesh in use; 1 where they do not divide over it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return parts if rows % parts == 0 else 1
+
+
+def split_with_weights(rows: int) -> bool:
+    """Whether so many rows are split over devices of the mesh in use which have parts of each weight, too."""
+    return row_parts(rows) > 1 and jax.sharding.get_abstract_mesh().shape[RULES["embed"]] > 1
+
+
+def _stages(size: int) -> list[list[list[int]]]:
+    """Which of so many devices exchange with each other, one time after another, until all have.
+
+    In two stages, the last between neighbours: in one over all chips a TPU's compiler sends twice the bytes, as it
+    knows no way around all of them but to add up whole arrays.
+    """
+    last = next((part for part in (4, 2) if size % part == 0 and part < size), 1)
+    places = np.arange(size).reshape(-1, last)
+    return [groups.tolist() for groups in (places.T, places) if groups.shape[1] > 1]
+
+
+def gathered(weight: jax.Array, *logical: str) -> jax.Array:
+    """A weight with these logical axes, which devices have parts of, whole on each that has rows of its own."""
+    fsdp, place = RULES["embed"], logical.index("embed")
+    stages = _stages(jax.sharding.get_abstract_mesh().shape[fsdp])
+
+    def collect(whole: jax.Array) -> jax.Array:
+        for groups in reversed(stages):
+            whole = jax.lax.all_gather(whole, fsdp, axis=place, axis_index_groups=groups, tiled=True)
+        return whole
+
+    return jax.shard_map(collect, in_specs=spec(*logical), out_specs=_whole(logical), check_vma=False)(weight)
+
+
+def _whole(logical: tuple[str, ...]) -> PartitionSpec:
+    return spec(*("model" if name == "embed" else name for name in logical))
+
+
+def columns_of(rows_BTD: jax.Array) -> jax.Array:
+    """Rows that are split over devices as [B*T,D], of which each has a part of D instead, as of weights."""
+    (data, fsdp), D = RULES["batch"], rows_BTD.shape[-1]
+
+    def exchange(mine: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(mine.reshape(-1, D), fsdp, split_axis=1, concat_axis=0, tiled=True)
+
+    inside, outside = spec("batch", None, None), PartitionSpec(data, fsdp)
+    return jax.shard_map(exchange, in_specs=inside, out_specs=outside, check_vma=False)(rows_BTD)
+
+
+def scattered_sum(parts: jax.Array, *logical: str) -> jax.Array:
+    """The sum of what each part of a batch says of a weight: [parts,...] to an array with these logical names.
+
+    Each device gets its own part of the sum, and nothing else is sent. A sum that is written as one over an array that
+    is split over its first axis is exchanged as a whole, which takes twice the bytes and the memory of the whole.
+    """
+    (data, fsdp), place = RULES["batch"], logical.index("embed")
+    stages = _stages(jax.sharding.get_abstract_mesh().shape[fsdp])
+
+    def exchange(mine: jax.Array) -> jax.Array:
+        own = jnp.squeeze(mine, 0)
+        for groups in stages:
+            own = jax.lax.psum_scatter(own, fsdp, scatter_dimension=place, axis_index_groups=groups, tiled=True)
+        return jax.lax.psum(own, data)
+
+    inside = PartitionSpec(RULES["batch"], *_whole(logical))
+    return jax.shard_map(exchange, in_specs=inside, out_specs=spec(*logical), check_vma=False)(parts)

@@ -9,6 +9,7 @@ from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
 from retool_jax.mesh import make_mesh, spec
 from retool_jax.mesh_config import MeshConfig, check_heads, check_rows, known_sizes
+from retool_jax.plan.hlo import cost_of
 from retool_jax.run.load import load
 
 DEVICES = 8
@@ -85,6 +86,23 @@ def test_a_pinned_layout_needs_a_mesh():
     assert y.sharding.is_equivalent_to(meshes.sharding(mesh, "batch", "length"), y.ndim)
     assert {shard.data.shape for shard in y.addressable_shards} == {(1, 4)}
     np.testing.assert_array_equal(y, x * 2)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 2, 1)])
+def test_a_scattered_sum_leaves_each_device_its_part_and_sends_no_more(sizes):
+    mesh, logical = make_mesh(MeshConfig(*sizes)), ("heads", "embed", "head_dim")
+    data, fsdp, tp = sizes
+    parts = np.random.default_rng(0).integers(-9, 9, (data * fsdp, 6, 16, 3)).astype("f4")
+    with jax.set_mesh(mesh):
+        assert meshes.row_parts(data * fsdp * 3) == data * fsdp and meshes.row_parts(1) == 1
+        where = meshes.sharding(mesh, "batch", "heads", "model", "head_dim")
+        compiled = jax.jit(lambda x: meshes.scattered_sum(x, *logical), in_shardings=where).lower(parts).compile()
+        summed = compiled(jax.device_put(parts, where))
+    np.testing.assert_array_equal(summed, parts.sum(0))
+    assert summed.sharding.is_equivalent_to(meshes.sharding(mesh, *logical), 3)
+    sent, whole = cost_of(compiled.as_text()).sent, parts[0].nbytes / tp
+    assert sent.pop("reduce-scatter") == pytest.approx(whole * (1 - 1 / fsdp))
+    assert sum(sent.values()) == pytest.approx(2 * whole / fsdp * (1 - 1 / data))  # of the copies of the weights
 
 
 def test_rows_of_a_micro_batch_divide_over_data_and_fsdp():

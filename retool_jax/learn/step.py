@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from retool_jax.models import decoder
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
 from retool_jax.models.head import given_logprobs
+from retool_jax.models.sharding import is_weight
 
 OUTPUTS = ("logprobs", "entropy", "values")
 Columns = dict[str, jax.Array]
@@ -171,11 +173,14 @@ def loss_and_gradient(
         return loss, ({"loss": loss} | {name: mean(x) for name, x in watched.items()}, terms.spread)
 
     def body(index: jax.Array, carry: tuple) -> tuple:
-        total, seen = carry
+        (total, sums), seen = carry
         micro = micro_batch(batch, index)
-        (_, (metrics, spread)), gradient = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
-        gradient = jax.tree.map(lambda x: x.astype(dtype), gradient)
-        return jax.tree.map(jnp.add, total, (gradient, metrics)), collect(seen, spread, index)
+        weights, split = params, meshes.split_with_weights(micro.tokens.shape[0])
+        if split:
+            # A compiler that sees the same weights gathered at every turn would keep them gathered through the loop.
+            weights, _ = jax.lax.optimization_barrier((params, index))
+        total, (metrics, spread) = add_gradient(total, partial(micro_loss, micro=micro), weights, split)
+        return (total, jax.tree.map(jnp.add, sums, metrics)), collect(seen, spread, index)
 
     shapes = jax.eval_shape(lambda: jax.value_and_grad(micro_loss, has_aux=True)(params, micro_batch(batch, 0)))
     (_, (metrics, spread)), gradient = shapes
@@ -188,6 +193,27 @@ def loss_and_gradient(
     for name, values in seen.items():
         metrics |= {f"{name}_{what}": x for what, x in spread_of(values, batch.sampled).items()}
     return gradient, metrics
+
+
+def add_gradient(total: Params, loss: Callable, params: Params, by_layer: bool) -> tuple[Params, tuple]:
+    """A sum of gradients with that of `loss(params)` added to it, and what the loss returns beside its value.
+
+    With `by_layer` the gradient of a layer is added where it is made, and there is no second stack of those of all.
+    """
+    value, pull_back, aside = jax.vjp(loss, params, has_aux=True)
+    sums, structure = jax.tree.flatten(total)
+    weights = jax.tree.leaves(params, is_leaf=is_weight)
+    places = [
+        jax.new_ref(x) if by_layer and "layers" in w.logical and x.dtype == w.dtype else jax.ad.GradValue()
+        for x, w in zip(sums, weights, strict=True)
+    ]
+    (gradient,) = pull_back.with_refs(structure.unflatten(places))(jnp.ones_like(value))
+    found = jax.tree.leaves(gradient, is_leaf=lambda x: isinstance(x, jax.ad.GradRef))
+    added = [
+        jax.freeze(place) if isinstance(x, jax.ad.GradRef) else before + x.astype(before.dtype)
+        for before, place, x in zip(sums, places, found, strict=True)
+    ]
+    return structure.unflatten(added), aside
 
 
 def room_for(names: Iterable[str], batch: Batch) -> Columns:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retool_jax import mesh as meshes
+from retool_jax.models import split
 from retool_jax.models.attention import (
     Rotation,
     current_backend,
@@ -104,14 +105,14 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
         """`mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
         c, cast = self.config, _cast(self.config)
-        q, k, v = (_product(x_BTD, cast(weight)) for weight in (self.q, self.k, self.v))
+        q, k, v = (_product(x_BTD, cast(weight), *_axes(weight)) for weight in (self.q, self.k, self.v))
         if c.qkv_bias:
             q, k, v = q + cast(self.q_bias), k + cast(self.k_bias), v + cast(self.v_bias)
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed_BTNH, cache = mix(rotate(q, turn), rotate(k, turn), v)
-        return _product(mixed_BTNH, cast(self.o)), cache
+        return _product(mixed_BTNH, cast(self.o), *_axes(self.o)), cache
 
 
 class MLP(nnx.Module):
@@ -126,8 +127,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cast = _cast(self.config)
-        gate, up = (_product(x_BTD, cast(weight)) for weight in (self.gate, self.up))
-        return _product(jax.nn.silu(gate) * up, cast(self.down))
+        gate, up = (_product(x_BTD, cast(weight), *_axes(weight)) for weight in (self.gate, self.up))
+        return _product(jax.nn.silu(gate) * up, cast(self.down), *_axes(self.down))
 
 
 class Block(nnx.Module):
@@ -183,9 +184,7 @@ class Decoder(nnx.Module):
             x_BTD, cache = block(x_BTD, turn, partial(attend, cache, layer))
             return pin(x_BTD), cache
 
-        # A lookup in a table whose D axis is split would be of all rows, for a part of D.
-        table_VD = meshes.constrain(self.embedding[...], "vocab", "model")
-        carry = pin(table_VD[tokens_BT].astype(c.compute_dtype)), cache
+        carry = pin(_rows_of(self.embedding[...], tokens_BT, c.compute_dtype)), cache
         if isinstance(self.layers, nnx.List):
             for layer, block in enumerate(self.layers):
                 carry = visit(block, carry, layer)
@@ -201,17 +200,32 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...], c.rms_norm_eps), cache
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Activations [B,T,...] times a weight that begins with their inner axes.
+def _rows_of(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """The embeddings [B,T,D] of tokens, in the type that is computed with."""
+    if meshes.split_with_weights(tokens_BT.shape[0]):
+        return split.rows_of(table_VD, tokens_BT, dtype)
+    # A lookup in a table whose D axis is split would be of all rows, for a part of D.
+    return meshes.constrain(table_VD, "vocab", "model")[tokens_BT].astype(dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array, *logical: str) -> jax.Array:
+    """Activations [B,T,...] times a weight with these logical axes, which begins with their inner ones.
 
     As one list of tokens: of [B,T,D] XLA's CPU backend makes transposed copies for the gradient of the weight. The
     weight keeps its shape: for another one, where its heads are split, the TPU's compiler copies all layers' weights at
     every call.
     """
     B, T = x.shape[:2]
+    if meshes.split_with_weights(B):
+        return split.product(x, weight, *logical)
     alone = jax.sharding.get_abstract_mesh().size <= 1
     flat = by_weight(x.reshape(B * T, *x.shape[2:]), weight, alone and current_backend() == "cpu")
     return flat.reshape(B, T, *flat.shape[1:])
+
+
+def _axes(weight: Weight) -> tuple[str, ...]:
+    """The logical axes of a layer's weight, which may be one of a stack."""
+    return tuple(name for name in weight.logical if name != "layers")
 
 
 def _cast(config: ModelConfig) -> Callable[[Weight], jax.Array]:

@@ -1,6 +1,5 @@
 """What training asks of the vocabulary: log-probability and entropy of given tokens, without logits of whole rows."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -39,7 +38,7 @@ def given_logprobs(
     rows, in chunks, as many as it takes. No more than `config.head_chunk` tokens of a device have logits at any time;
     for the gradient they are computed again. Entropies carry a gradient only where that is asked for.
     """
-    (B, T), devices = targets_BT.shape, _devices(targets_BT.shape[0])
+    (B, T), devices = targets_BT.shape, meshes.row_parts(targets_BT.shape[0])
     tokens = B * T // devices
     chunk = min(config.head_chunk, max(-(-tokens // CHUNKS), LEAST_CHUNK), tokens)
 
@@ -49,21 +48,12 @@ def given_logprobs(
 
     wanted = jnp.ones((devices, tokens), bool) if wanted_BT is None else by_device(wanted_BT)
     order = jnp.argsort(~wanted, axis=1)  # which is stable
-    # Gathered once, in the place of once for every chunk.
-    weight_VD = meshes.constrain(head_weight(config, params), "vocab", "model")
     numerics = Numerics(config, temperature, entropy_gradient)
     rows = by_device(hidden_BTD), by_device(targets_BT), order, jnp.max(jnp.sum(wanted, 1))
-    sorted_results = _visit(numerics, chunk, weight_VD, *rows)
+    sorted_results = _visit(numerics, chunk, head_weight(config, params), *rows)
     back = jnp.argsort(order, axis=1)
     logprobs, entropy = (jnp.where(wanted, _take(x, back), 0.0).reshape(B, T) for x in sorted_results)
     return logprobs, entropy
-
-
-def _devices(rows: int) -> int:
-    """How many parts the rows of a batch are in on the mesh in use."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), meshes.RULES["batch"]
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
-    return parts if rows % parts == 0 else 1
 
 
 def _on_each(function: Callable, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
@@ -98,6 +88,9 @@ def _forward(
     count: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     parts = _chunks(chunk, order)
+    # Gathered once, in the place of once for every chunk.
+    split = order.shape[0] > 1
+    weight_VD = (meshes.gathered if split else meshes.constrain)(weight_VD, "vocab", "embed" if split else "model")
 
     def body(index: jax.Array, seen: jax.Array) -> jax.Array:
         here = _part(parts, index, chunk)
@@ -115,6 +108,9 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
     weight_VD, hidden, targets, order, count, *values = kept
     parts = _chunks(chunk, order)
     more = parts.shape[1] - order.shape[1]
+    devices, D = order.shape[0], hidden.shape[-1]
+    # What is exchanged has D first: the parts of a last axis are no whole lanes of a TPU.
+    axes, whole = ("DV", ("model", "vocab")) if devices > 1 else ("VD", ("vocab", "model"))
     values = jnp.pad(jnp.stack([*values, *gradients]), ((0, 0), (0, 0), (0, more)))
 
     def one_device(hidden: jax.Array, targets: jax.Array, *values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +118,7 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
         slope_cV = _slope(numerics, scaled, targets, *values) / numerics.temperature
         precision = head_precision(numerics.config)
         # Written as products whose factors XLA's CPU backend takes as they lie.
-        d_weight = jnp.einsum("cV,cD->VD", slope_cV, hidden.astype(jnp.float32), precision=precision)
+        d_weight = jnp.einsum(f"cV,cD->{axes}", slope_cV, hidden.astype(jnp.float32), precision=precision)
         return d_weight, jnp.einsum("cV,VD->cD", slope_cV, weight_VD.astype(jnp.float32), precision=precision)
 
     def body(index: jax.Array, made: tuple) -> tuple:
@@ -130,16 +126,17 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
         here = _part(parts, index, chunk)
         of_values = jax.lax.dynamic_slice_in_dim(values, index * chunk, chunk, 2)
         weight, states = _on_each(one_device, _take(hidden, here), _take(targets, here), *of_values)
-        d_weight = meshes.constrain(d_weight + weight, "batch", "vocab", "model")
+        d_weight = meshes.constrain(d_weight + weight, "batch", *whole)
         return d_weight, jax.lax.dynamic_update_slice_in_dim(d_hidden, states.astype(hidden.dtype), index * chunk, 1)
 
-    devices, D = order.shape[0], hidden.shape[-1]
     # Each device adds up its own tokens' gradients, in fp32, and they are exchanged once.
-    d_weight = meshes.constrain(jnp.zeros((devices, *weight_VD.shape)), "batch", "vocab", "model")
+    shape = weight_VD.shape if axes == "VD" else weight_VD.shape[::-1]
+    d_weight = meshes.constrain(jnp.zeros((devices, *shape)), "batch", *whole)
     d_hidden = meshes.constrain(jnp.zeros((*parts.shape, D), hidden.dtype), "batch", "length", "model")
     d_weight, d_hidden = jax.lax.fori_loop(0, -(-count // chunk), body, (d_weight, d_hidden))
     d_hidden = _take(d_hidden, jnp.argsort(order, axis=1))  # back to where each token stands
-    return d_weight.sum(0).astype(weight_VD.dtype), d_hidden, None, None, None
+    d_weight = meshes.scattered_sum(d_weight, "embed", "vocab").T if devices > 1 else d_weight[0]
+    return d_weight.astype(weight_VD.dtype), d_hidden, None, None, None
 
 
 _visit.defvjp(_forward, _backward)

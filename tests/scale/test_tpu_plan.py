@@ -57,6 +57,8 @@ def test_a_run_is_planned_for_every_generation(in_process, name, tmp_path):
     for one in said["functions"].values():
         assert one["estimate_s"] > 0 and one["roofline_s"] > 0 and one["cycles"] > 0
         assert one["temporaries"] >= 0
+    # The sum of a weight's gradients leaves each device its part; only what all have as a whole is summed as a whole.
+    assert update["sent"]["reduce-scatter"] > 0.2 * update["wire"] > 4 * update["sent"].get("all-reduce", 0.0)
     assert "collective-permute" not in update["sent"] or update["sent"]["collective-permute"] < 0.1 * update["wire"]
     assert decode["made"] < 0.1 * decode["arguments"]["cache"], "the pool that comes out is the pool that went in"
     assert 0 < said["step"]["update_mfu"] < 1 and said["step"]["chip_hours"] > 0
