@@ -40,6 +40,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,11 +64,13 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 # Tracing makes many objects that live on and are looked at again and again: a tenth of test_step.py's processor time.
 gc.set_threshold(100_000, 50, 1000)
 
-# What takes longest is begun first, so that the workers end together.
-LONGEST = (
-    *("whole runs", "attacks on gvisor", "attacks on bubblewrap", "test_benchmarks.py", "test_pool.py", "test_crew.py"),
-    *("engine", "test_parity.py", "test_train.py", "test_step.py", "test_huggingface.py"),
-)
+# Groups that take long, the longest of each kind first, with their seconds beside others'. What is not named takes 7.
+SECONDS = {
+    **{"test_blame.py": 115, "attacks on gvisor": 115, "attacks on bubblewrap": 70, "test_pool.py": 65},
+    **{"test_benchmarks.py": 60, "test_gvisor.py": 20, "test_crew.py": 18, "test_semantics.py": 18},
+    **{"whole runs": 180, "engine": 135, "test_parity.py": 55, "test_step.py": 50, "test_train.py": 37},
+    **{"test_workers.py": 33, "test_huggingface.py": 18, "test_package.py": 18, "test_hosts.py": 17},
+}
 WHOLE_RUNS = "run/test_every_algorithm.py", "run/test_hosts.py", "run/test_resume.py"
 
 
@@ -96,7 +99,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByGroup:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the sandbox mostly wait and the others mostly compute: both kinds are spread over the whole time."""
+    """Tests of the sandbox mostly wait and the others mostly compute: both kinds are spread over the whole time, so
+    that no two workers wait at once. Long groups come first, so that all workers end together."""
     kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}
     kind_of: dict[str, bool] = {}
     for item in items:
@@ -105,8 +109,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kinds[kind_of[group]][group] = None
     place: dict[str, float] = {}
     for names in kinds.values():
-        ordered = [name for name in LONGEST if name in names] + [name for name in names if name not in LONGEST]
-        place |= {name: rank / len(ordered) for rank, name in enumerate(ordered)}
+        ordered = [name for name in SECONDS if name in names] + [name for name in names if name not in SECONDS]
+        begins = [0, *accumulate(SECONDS.get(name, 7) for name in ordered)]
+        place |= {name: begin / begins[-1] for name, begin in zip(ordered, begins, strict=False)}
     items.sort(key=lambda item: place[group_of(item.nodeid)])
 
 

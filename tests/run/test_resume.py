@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,19 +50,33 @@ def test_every_number_that_a_run_writes_is_defined_in_the_documentation(unbroken
     assert undefined({name for line in lines for name in line}) == set()
 
 
+# Trains until the line of its fifth step is on the disk, and the checkpoint of its fourth, and is killed then.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from retool_jax import train
+from retool_jax.metrics import MetricsLog
+
+write = MetricsLog.write
+
+def write_and_die(log, kind, step, values):
+    write(log, kind, step, values)
+    if (kind, step) == ("rl", 5):
+        while not Path(sys.argv[1], "checkpoints", "4").is_dir():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsLog.write = write_and_die
+train.main(sys.argv[2:])
+"""
+
+
 def test_a_killed_run_resumes_to_the_same_numbers(train, one_device, small_run, comparable, unbroken):
     folder = unbroken.with_name("killed")
-    command = [sys.executable, "-m", "retool_jax.train", *small_run, f"run={folder}"]
-    process = subprocess.Popen(command, env=one_device, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-        if any(line["kind"] == "rl" and line["step"] >= 5 for line in lines):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"the run ended before it could be killed: {output}"
+    command = [sys.executable, "-c", KILLED, str(folder), *small_run, f"run={folder}"]
+    process = subprocess.run(command, env=one_device, capture_output=True, text=True, timeout=600)
+    output = process.stdout + process.stderr
+    assert process.returncode == -signal.SIGKILL, output
     assert "cold start: reusing" in output, "a cold start is made once for a config"
     assert not (folder / "summary.json").exists()
 
