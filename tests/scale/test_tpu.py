@@ -1,9 +1,11 @@
-"""What the TPU's compiler says of a run's functions, for slices of every generation: nobody needs a TPU for that."""
+"""What the TPU's compiler says of a run's functions, for slices of every generation, and of the decode step of
+Qwen2.5-32B, what it holds, copies and costs: nobody needs a TPU for that."""
 
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,8 @@ from retool_jax.slices import named
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("the TPU compiler is absent: pip install libtpu (it needs no TPU)", allow_module_level=True)
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "tpu_decode.py"
 TINY = (
     *("config=grpo", "rl.old_logprobs=trainer", "model.vocab_size=512", "model.hidden_size=512", "model.head_dim=128"),
     *("model.num_heads=8", "model.num_kv_heads=8", "model.compute_dtype=bfloat16", "model.cache_dtype=bfloat16"),
@@ -77,3 +81,24 @@ def test_decoding_a_32b_holds_no_second_copy_of_its_weights(in_process, name, sl
     assert temporaries + made < 0.5e9
     assert 8e9 < arguments < 0.95 * place.chip.memory / place.chip.devices
     assert cycles / place.chip.clock_hz < 0.04 and wire < 1e9
+
+
+@pytest.mark.parametrize(
+    ("words", "cache_gb", "limit_gb", "limit_ms"),
+    [
+        (("topology=v6e:2x4", "slots=64", "max_length=8192"), 17.18, 32.0, None),
+        # One of the eight engines of a v5p 4x4x4, side by side for a batch of 256: they share nothing.
+        (("topology=v5p:2x2x2", "slots=32", "max_length=16384"), 17.18, 95.7, 9.0),
+    ],
+)
+def test_the_decode_step_copies_no_cache_and_leaves_its_time_to_reading(
+    in_process, words, cache_gb, limit_gb, limit_ms
+):
+    numbers = json.loads(in_process(str(SCRIPT), *words).splitlines()[-1])
+    print(numbers)
+    assert numbers["chips"] == 8
+    assert numbers["cache_gb"] == pytest.approx(cache_gb, rel=0.01)
+    assert numbers["temporaries_gb"] < 0.5
+    assert numbers["aliased_gb"] >= numbers["cache_gb"]  # the pool that comes out is the pool that went in
+    assert numbers["arguments_gb"] + numbers["temporaries_gb"] < 0.9 * limit_gb
+    assert 1.0 < numbers["estimated_ms"] <= (limit_ms or 15.0)  # v6e's cycle model is not held to a figure
