@@ -179,15 +179,20 @@ print("ended")
         "child that runs from its killer by forking",
         """
 import os, time
+def run():
+    os.setsid()
+    while True:
+        try:
+            if os.fork():
+                os._exit(0)
+        except OSError:
+            pass
 for _ in range(8):
-    if os.fork() == 0:
-        os.setsid()
-        while True:
-            try:
-                if os.fork():
-                    os._exit(0)
-            except OSError:
-                pass
+    try:
+        if os.fork() == 0:
+            run()
+    except OSError:  # where the dead are not gone yet, those before it take all the room that there is
+        pass
 time.sleep(0.2)
 print("ended")
 """,
