@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 PROGRAM = """
 import ctypes, resource, sys, threading
 
@@ -37,7 +35,6 @@ print(faults(step), faults(in_a_thread))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is glibc's")
 def test_freed_memory_is_used_again():
     def faults(*words: str) -> list[int]:
         done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True)
