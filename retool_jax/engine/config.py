@@ -32,7 +32,7 @@ class EngineConfig:
     """Decode dispatches between a tool call and its answer's append; -1 appends answers as they come."""
     stale_rows: Literal["rewrite", "discard", "keep"] = "rewrite"
     """When weights change under a conversation: rewrite its row, discard it, or keep what the old weights wrote."""
-    page_size: Count = 0  # tokens of a page; 0: 128 where a kernel reads pages one by one (TPU), 16 elsewhere
+    page_size: Count = 0  # tokens of a page; 0: 128 (TPU) or 64 (GPU) where a kernel reads pages, 16 elsewhere
     pages: Count = 0
     """Pages of the cache, shared by all rows; 0: enough for every slot's max_length, and for prefix_tokens."""
     prefix_tokens: Count = 0
@@ -40,7 +40,7 @@ class EngineConfig:
     tp: Count = 0
     """Devices of this process that split a row's heads; 0: the most that divide them and the vocabulary."""
     token_buckets: tuple[Positive, ...] = ()
-    """Tokens of the blocks that texts are written in; empty: 4 and 16, or 32 where a kernel reads pages (TPU)."""
+    """Tokens of the blocks that texts are written in; empty: 4 and 16, or 32 where the TPU's kernel reads pages."""
     read_buckets: tuple[Positive, ...] = ()
     """Tokens of a row that attention reads; empty: powers of two from 256 where no kernel reads only what is there."""
 
@@ -61,7 +61,7 @@ def sizes(config: EngineConfig, kernel: str, platform: str = "cpu", parts: int =
 
     `parts` is the number of devices that the blocks which go through the model together are dealt out to.
     """
-    page_size = min(config.page_size or (128 if kernel == "ragged" else 16), config.max_length)
+    page_size = min(config.page_size or {"ragged": 128, "triton": 64}.get(kernel, 16), config.max_length)
     row_pages = -(-config.max_length // page_size)
 
     def up_to(buckets: Iterable[int], last: int) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 `attend` is the plain form, which every kernel is tested against. Packed rows go through `packed_attention`, which runs
 the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, blocks of plain products (`blocks.py`) elsewhere.
-Tokens behind a cache go through `paged_attention` (ragged on TPU) or, one at a time, through `row_attention`.
+Tokens behind a cache go through `paged_attention` (ragged on TPU, triton on GPU) or, one at a time, through
+`row_attention`.
 """
 
 import math
@@ -20,6 +21,7 @@ from retool_jax.errors import UserError
 from retool_jax.models.blocks import ATTENTION, blocked_attention
 from retool_jax.models.cache import Rows, read_pages, write_pages, write_row
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.paged import paged_decode
 
 SPLASH_BLOCKS = (1024, 512, 256, 128)  # 2048 overflows the scratch memory of v5 chips; lanes are 128
 RAGGED_BLOCK, RAGGED_QUERIES = 2048, 32  # tokens of a row and queries that the ragged kernel takes at once
@@ -79,12 +81,7 @@ def resolve_kernel(config: ModelConfig, backend: str) -> str:
     }
     if config.attention_kernel == "auto":
         return next((kernel for kernel, held in limits.items() if all(held.values())), "xla")
-    for reason, held in limits.get(config.attention_kernel, {}).items():
-        if not held:
-            raise UserError(
-                f"model.attention_kernel={config.attention_kernel} {reason}, and this run is on {backend};"
-                f" set model.attention_kernel=auto"
-            )
+    _check(limits, "attention_kernel", config.attention_kernel, backend)
     return config.attention_kernel
 
 
@@ -159,13 +156,42 @@ def _pad_length(
 
 
 def resolve_cache_kernel(config: ModelConfig, backend: str) -> str:
-    """The attention of tokens behind a paged cache on a backend: ragged (TPU) or xla.
+    """The attention of tokens behind a paged cache on a backend: ragged (TPU), triton (GPU) or xla.
 
-    Ragged reads pages where they lie; it takes heads of whole lanes (multiples of 128) in bf16 or fp32.
-    `attention_kernel=xla` asks for the plain form everywhere.
+    The kernels read pages where they lie. `cache_kernel=auto` takes ragged on TPU where that is exact for the model's
+    dtypes and head size, unless `attention_kernel=xla` asks for the plain form everywhere, and xla elsewhere: triton
+    was not measured on a GPU yet, so it has to be asked for.
+
+    Raises:
+        UserError: the kernel that the config names cannot run there.
     """
-    exact = config.head_dim % 128 == 0 and "float16" not in (config.compute_dtype, config.cache_dtype)
-    return "ragged" if backend == "tpu" and exact and config.attention_kernel != "xla" else "xla"
+    H, dtypes = config.head_dim, (config.compute_dtype, config.cache_dtype)
+    limits = {
+        "ragged": {
+            "runs on TPU only": backend == "tpu",
+            f"needs a head_dim that is a multiple of 128, not {H}": H % 128 == 0,
+            "does not take float16": "float16" not in dtypes,
+        },
+        "triton": {
+            "runs on GPU only": backend in ("gpu", "cuda"),
+            f"needs a head_dim of 16, 32, 64, 128 or 256, not {H}": H in (16, 32, 64, 128, 256),
+            "needs model.compute_dtype and model.cache_dtype to be the same half precision": (
+                dtypes[0] == dtypes[1] != "float32"
+            ),
+        },
+    }
+    if config.cache_kernel == "auto":
+        ragged = config.attention_kernel != "xla" and all(limits["ragged"].values())
+        return "ragged" if ragged else "xla"
+    _check(limits, "cache_kernel", config.cache_kernel, backend)
+    return config.cache_kernel
+
+
+def _check(limits: dict[str, dict[str, bool]], key: str, kernel: str, backend: str) -> None:
+    """Refuse a kernel that a config names where one of its limits does not hold."""
+    for reason, held in limits.get(kernel, {}).items():
+        if not held:
+            raise UserError(f"model.{key}={kernel} {reason}, and this run is on {backend}; set model.{key}=auto")
 
 
 def paged_attention(
@@ -185,6 +211,8 @@ def paged_attention(
         pages = write_pages(pages, first_page, table_BP, positions_BT, offsets < count_B[:, None], k, v)
         if kernel == "ragged":
             return _ragged(q, pages, table_BP + first_page, start_B, count_B), pages
+        if kernel == "triton" and T == 1:
+            return _triton(q, pages, table_BP + first_page, jnp.where(count_B > 0, start_B + 1, 0)), pages
         keys, values = (x.astype(q.dtype) for x in read_pages(pages, first_page, table_BP))
         places = jnp.arange(keys.shape[1])
         written_BS = places < (start_B + count_B)[:, None]
@@ -229,6 +257,16 @@ def _ragged(
         specs = queries, meshes.spec(None, None, "kv_heads", "head_dim"), *[meshes.spec()] * 3
         local = jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)
     return local(*arguments).reshape(B, T, N, H)
+
+
+def _triton(q_B1NH: jax.Array, pages: jax.Array, table_BP: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """The GPU kernel for one token a row, on each device's own heads."""
+    decode = paged_decode
+    if not jax.sharding.get_abstract_mesh().empty:
+        queries = meshes.spec(None, "heads", "head_dim")
+        specs = queries, meshes.spec(None, None, "kv_heads", "head_dim"), meshes.spec(), meshes.spec()
+        decode = jax.shard_map(decode, in_specs=specs, out_specs=queries, check_vma=False)
+    return decode(q_B1NH[:, 0], pages, table_BP.astype(jnp.int32), lengths_B.astype(jnp.int32))[:, None]
 
 
 def row_attention(

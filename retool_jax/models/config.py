@@ -96,6 +96,8 @@ class ModelConfig:
     real_vocab: int = 0  # ids from here on have no token and are never drawn; 0: every id has one
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Of packed rows: auto, xla, splash (TPU) or cudnn (GPU); models/attention.py."""
+    cache_kernel: Literal["auto", "xla", "ragged", "triton"] = "auto"
+    """Of tokens behind a cache: auto, xla, ragged (TPU) or triton (GPU); auto is ragged where it is exact, and xla."""
     head_chunk: Positive = 1024  # tokens of a device that have logits at the same time in training; models/head.py
     remat: Literal["none", "full", "dots"] = "dots"
     """What backward computes again: none, full (whole layers), dots (all but matrix products and attention). To write

@@ -300,10 +300,31 @@ def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left, T):
         ("tpu", {"head_dim": 64}, "xla"),
         ("tpu", {"head_dim": 128, "cache_dtype": "float16"}, "xla"),
         ("tpu", {"head_dim": 128, "attention_kernel": "xla"}, "xla"),
+        ("tpu", {"head_dim": 128, "cache_kernel": "xla"}, "xla"),
+        (
+            "gpu",
+            {"head_dim": 64, "compute_dtype": "bfloat16", "cache_dtype": "bfloat16", "cache_kernel": "triton"},
+            "triton",
+        ),
     ],
 )
 def test_the_cache_is_read_in_place_where_the_kernel_can(backend, config, kernel):
     assert resolve_cache_kernel(ModelConfig(**config), backend) == kernel
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "message"),
+    [
+        ("cpu", {"cache_kernel": "ragged"}, "cache_kernel=ragged runs on TPU only, and this run is on cpu"),
+        ("tpu", {"cache_kernel": "ragged", "head_dim": 64}, "multiple of 128, not 64"),
+        ("tpu", {"cache_kernel": "triton"}, "cache_kernel=triton runs on GPU only"),
+        ("gpu", {"cache_kernel": "triton", "head_dim": 80}, "16, 32, 64, 128 or 256, not 80"),
+        ("gpu", {"cache_kernel": "triton", "head_dim": 64, "cache_dtype": "bfloat16"}, "same half precision"),
+    ],
+)
+def test_a_cache_kernel_that_cannot_run_is_refused_by_name(backend, config, message):
+    with pytest.raises(UserError, match=message):
+        resolve_cache_kernel(ModelConfig(**config), backend)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 5_000_000.0])

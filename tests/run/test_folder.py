@@ -112,7 +112,7 @@ def test_a_torn_config_in_the_run_folder(tmp_path):
 # Of each section: what may change between two starts of a run. Everything else may not.
 CHANGEABLE = {
     "": "run replay logger",
-    "model": "remat head_chunk attention_kernel max_positions",
+    "model": "remat head_chunk attention_kernel cache_kernel max_positions",
     "mesh": "name data fsdp tp",
     "hosts": "start_s silent_s",
     "sft": "rows_per_micro",
