@@ -13,11 +13,14 @@ from retool_jax.sandbox.launch.launchers import LAUNCHERS
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+TINY = {"layers": 1, "width": 64, "ffn": 64, "heads": 4, "kv_heads": 2, "vocab": 128}
+TINY |= {"rows": 2, "context": 24, "new": 8, "repeats": 1}
 # What computes with jax, in one process that imports it once.
 WORDS = {
     "decode": ["slots=8", "length=16", "repeats=1"],
     "update": ["trajectories=8", "repeats=1"],
     "engine_turns": ["scale=0.005", "repeats=1", "layers=1"],
+    "gpu": ["part=decode_xla", json.dumps(TINY)],
 }
 ONE_AFTER_ANOTHER = """
 import json, runpy, sys
@@ -44,6 +47,10 @@ def computed(one_device) -> dict[str, dict]:
 @pytest.mark.parametrize("name", ["decode", "update"])
 def test_a_benchmark_prints_its_rates_as_json(computed, name):
     assert computed[name]["tokens_per_s"] > 0 and computed[name]["tokens_per_cpu_s"] > 0
+
+
+def test_the_parts_for_a_gpu_run_elsewhere_too(computed):
+    assert computed["gpu"]["part"] == "decode_xla" and computed["gpu"]["tokens_per_s"] > 0
 
 
 def test_the_engine_is_measured_against_its_own_ideal(computed):
