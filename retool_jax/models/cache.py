@@ -28,6 +28,14 @@ class Rows(NamedTuple):
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
 
+    def only(self, layer: int) -> "Rows":
+        """Those of one layer."""
+        return Rows((self.k[layer],), (self.v[layer],))
+
+    def replaced(self, layer: int, own: "Rows") -> "Rows":
+        """With those of one layer in the place of what was there."""
+        return Rows(*((*old[:layer], *new, *old[layer + 1 :]) for old, new in zip(self, own, strict=True)))
+
 
 def init_cache(config: ModelConfig, pages: int, page_size: int) -> jax.Array:
     """An empty pool with `pages` pages of `page_size` tokens in each layer."""

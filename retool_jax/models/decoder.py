@@ -186,8 +186,7 @@ class Decoder(nnx.Module):
 
         carry = pin(_rows_of(self.embedding[...], tokens_BT, c.compute_dtype)), cache
         if isinstance(self.layers, nnx.List):
-            for layer, block in enumerate(self.layers):
-                carry = visit(block, carry, layer)
+            carry = self._one_by_one(visit, carry)
         else:
             graph, stacks = nnx.split(self.layers)
 
@@ -198,6 +197,24 @@ class Decoder(nnx.Module):
             carry, _ = jax.lax.scan(REMAT[c.remat](body), carry, (stacks, jnp.arange(c.num_layers)))
         x_BTD, cache = carry
         return rms_norm(x_BTD, self.final_norm[...], c.rms_norm_eps), cache
+
+    def _one_by_one(self, visit: Callable, carry: tuple) -> tuple:
+        """Visit layers whose weights are no stack. The first is traced, the others are calls of what came of it."""
+        graph = nnx.graphdef(self.layers[0])
+        by_rows = isinstance(carry[1], Rows)
+
+        def traced(weights: nnx.State, carry: tuple, layer: jax.Array | int) -> tuple:
+            return visit(nnx.merge(graph, weights), carry, layer)
+
+        call = jax.jit(traced, static_argnums=2 if by_rows else ())
+        for layer, block in enumerate(self.layers):
+            x_BTD, cache = carry
+            if by_rows:
+                x_BTD, own = call(nnx.state(block), (x_BTD, cache.only(layer)), 0)
+                carry = x_BTD, cache.replaced(layer, own)
+            else:
+                carry = call(nnx.state(block), carry, layer)
+        return carry
 
 
 def _rows_of(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
