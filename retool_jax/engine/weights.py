@@ -1,9 +1,11 @@
 """The way of new weights from a trainer's mesh to an engine's."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from retool_jax.engine.compiled import Layouts
@@ -22,6 +24,8 @@ def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[
     devices as its engine wants them, and each engine takes the parts that lie on its own.
     """
     own = layouts.everywhere.mesh
+    if own.size == trainer.size and layouts.rows is not None:
+        return _layer_by_layer(model, layouts)
     spread = make_spread(model, layouts, trainer)
     if own.size == trainer.size:
         return spread
@@ -58,6 +62,35 @@ def make_spread(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable
     return jax.jit(
         convert, out_shardings=jax.tree.map(lambda sharding: NamedSharding(every, sharding.spec), layouts.weights)
     )
+
+
+def _layer_by_layer(model: ModelConfig, layouts: Layouts) -> Callable[[Weights | None, Params], Weights]:
+    """Each layer's weights are cut out of their stack by a call of a small program.
+
+    One program for all of them takes as long to compile as one that decodes.
+    """
+
+    @lru_cache
+    def program(dtype: str, sharding: NamedSharding) -> Callable[..., jax.Array]:
+        def take(old: jax.Array | None, new: jax.Array, layer: np.ndarray | None) -> jax.Array:
+            own = new if layer is None else jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
+            return jnp.array(own, dtype, copy=True)
+
+        return jax.jit(take, donate_argnums=0, out_shardings=sharding, keep_unused=True)
+
+    wanted, structure = jax.tree.flatten_with_path(layouts.weights)
+
+    def adopt(old: Weights | None, new: Params) -> Weights:
+        given, taken = dict(jax.tree.flatten_with_path(new)[0]), []
+        before = [None] * len(wanted) if old is None else jax.tree.leaves(old)
+        for (path, sharding), used in zip(wanted, before, strict=True):
+            name, layer = path[0].key, None
+            if name == "layers":
+                path, layer = (path[0], *path[2:]), np.int32(path[1].idx)
+            taken.append(program(weight_dtype(model, name), sharding)(used, given[path], layer))
+        return structure.unflatten(taken)
+
+    return adopt
 
 
 def _every(own: Mesh, trainer: Mesh) -> Mesh:
