@@ -1,20 +1,27 @@
 """Where a run's wall-clock time goes."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
 
+WAITED = "/retool_jax/compile/waited_duration"
 _COMPILE_EVENTS = (
+    WAITED,
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
+AHEAD = "compile-ahead"  # what threads are called that compile beside other work
 
 
 class Clock:
-    """Seconds by part of the run. Compilation is a part of its own, wherever it happens: in another part or in none."""
+    """Seconds by part of the run. Compilation is a part of its own, wherever it happens: in another part or in none.
+
+    What threads compile ahead counts where somebody waits for it (`waited`).
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -36,5 +43,10 @@ class Clock:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def _on_event(self, event: str, duration: float, **_: object) -> None:
-        if event in _COMPILE_EVENTS:
+        if event in _COMPILE_EVENTS and not threading.current_thread().name.startswith(AHEAD):
             self.add("compile", duration)
+
+
+def waited(seconds: float) -> None:
+    """Say that this thread has waited so long for a program that another one compiles."""
+    jax.monitoring.record_event_duration_secs(WAITED, seconds)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-LEAST_S = 0.1  # a program that compiles faster than this is not kept
+LEAST_S = 0.03  # a program that compiles faster than this is not kept
 KEPT_DAYS = 60  # older ones are compiled again, since most are of code or configs that are gone
 
 

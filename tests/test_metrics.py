@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from retool_jax.clock import Clock
+from retool_jax.clock import AHEAD, Clock, waited
 from retool_jax.errors import UserError
 from retool_jax.metrics import (
     METRICS_FILE,
@@ -175,6 +176,14 @@ def test_compilation_is_a_part_of_its_own_inside_of_other_parts_and_outside():
             took, compiled = time.perf_counter() - began, clock.seconds["compile"] - before
             assert 0.2 * took < compiled <= took
         assert clock.seconds.keys() == {"compile", "update"} and 0 <= clock.seconds["update"] < 0.8 * took
+
+
+def test_what_is_compiled_ahead_counts_where_it_is_waited_for():
+    with closing(Clock()) as clock, ThreadPoolExecutor(1, AHEAD) as threads:
+        threads.submit(a_program(time.time()), 1.0).result()
+        assert "compile" not in clock.seconds
+        waited(1.5)
+        assert clock.seconds == {"compile": 1.5}
 
 
 def test_the_engines_warm_up_counts_as_compilation(make_engine):

@@ -1,6 +1,9 @@
 """An engine's programs as values: the mesh they run on, how arrays lie on it, and what is compiled before it starts."""
 
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
@@ -10,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from retool_jax import mesh as meshes
+from retool_jax.clock import waited
 from retool_jax.engine.config import EngineConfig, Sizes, sizes
 from retool_jax.engine.programs import (
     EngineState,
@@ -100,7 +104,8 @@ class Program(Generic[P, R]):
     def __init__(self, function: Callable[P, R], everywhere: NamedSharding) -> None:
         self._jitted = function
         self._everywhere = everywhere  # where arguments go that come from the host
-        self._forms: dict[tuple, Callable[P, R]] = {}
+        self._forms: dict[tuple, Future[Callable[P, R]]] = {}
+        self._lock = threading.Lock()  # of these
 
     def lower(self, *arguments: P.args) -> jax.stages.Lowered:
         """The program for arguments, or abstract ones with their shardings, before it is compiled."""
@@ -108,16 +113,28 @@ class Program(Generic[P, R]):
             return self._jitted.lower(*arguments)
 
     def form(self, *arguments: P.args) -> Callable[P, R]:
-        """The compiled form for arguments of these shapes."""
+        """The compiled form for arguments, or abstract ones, of these shapes.
+
+        Any thread may ask for it: the first one compiles, others wait for that.
+        """
         key = tuple(x.shape for x in arguments if hasattr(x, "shape"))
-        if key not in self._forms:
+        with self._lock:
+            known = key in self._forms
+            form = self._forms.setdefault(key, Future())
+        if known and not form.done():
+            began = time.perf_counter()
+            form.exception()
+            waited(time.perf_counter() - began)
+        if not known:
+            try:
+                form.set_result(self.lower(*jax.tree.map(self._abstract, arguments)).compile())
+            except BaseException as error:  # an interrupt, too: nobody waits for what will not come
+                form.set_exception(error)
+                del self._forms[key]
+        return form.result()
 
-            def abstract(x) -> jax.ShapeDtypeStruct:
-                where = x.sharding if isinstance(x, jax.Array) else self._everywhere
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-            self._forms[key] = self.lower(*jax.tree.map(abstract, arguments)).compile()
-        return self._forms[key]
+    def _abstract(self, x: object) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or self._everywhere)
 
     def __call__(self, *arguments: P.args) -> R:
         return self.form(*arguments)(*arguments)

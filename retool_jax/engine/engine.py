@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 
@@ -21,8 +22,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from retool_jax.engine.ahead import Shapes, begin_to_compile, compile_all
 from retool_jax.engine.compiled import Layouts, Program, Programs, decode_mesh
-from retool_jax.engine.config import FILLED, EngineConfig, bucket, calls
+from retool_jax.engine.config import EngineConfig, bucket, calls
 from retool_jax.engine.pages import OutOfPages, Pages
 from retool_jax.engine.programs import CHANGES
 from retool_jax.engine.turns import STOPS, Drawn, Parked, Prefix, Turn, Turns
@@ -39,6 +41,14 @@ def compiled_for(
     """What an engine of these sizes compiles, which the next one of the same sizes in this process need not again."""
     layouts = Layouts.of(model, config, own)
     return layouts, Programs.of(model, config, layouts, stop_ids), make_adopt(model, layouts, trainer)
+
+
+def compile_ahead(model: ModelConfig, config: EngineConfig, mesh: Mesh, stop_ids: Sequence[int]) -> ThreadPoolExecutor:
+    """Begin to compile what an engine of these arguments can need, in the threads that are returned."""
+    config = shape_of(config)
+    own = decode_mesh(model, mesh, config.tp)
+    layouts, programs, _ = compiled_for(model, config, own, tuple(stop_ids), mesh)
+    return begin_to_compile(Shapes(model, config, layouts), programs)
 
 
 def shape_of(config: EngineConfig) -> EngineConfig:
@@ -110,21 +120,9 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile every program that this engine can need, so that none is compiled while it works."""
-        slots, sizes, programs = self.config.slots, self.sizes, self._programs
-
-        def ints(*shape: int) -> np.ndarray:
-            return np.zeros(shape, np.int32)
-
-        for reads in sizes.reads:
-            programs.decode.form(*self._decode_arguments(0, reads, np.zeros(slots, bool)))
-            for extend, tokens, rows in zip(programs.extend, sizes.tokens, sizes.rows, strict=True):
-                if tokens == sizes.tokens[0] or FILLED * tokens <= reads * sizes.page_size:
-                    extend.form(self._state, self.weights, ints(rows, tokens), ints(rows, 3), ints(rows, reads))
-        programs.copy_rows.form(self._state, ints(2, slots))
-        programs.copy_pages.form(self._state, ints(2, slots), ints())
-        for rows in set(sizes.rows):
-            hidden = jax.ShapeDtypeStruct((rows, self.model.hidden_size), self.model.compute_dtype)
-            programs.place_row.form(self._state, hidden, ints(3))
+        for pages in self.sizes.reads:
+            self._fit_rows(pages)
+        compile_all(Shapes(self.model, self.config, self.layouts), self._programs)
 
     def _check_thread(self) -> None:
         if threading.current_thread() is not self._thread:
@@ -339,12 +337,7 @@ class Engine:
         slots = self.config.slots
         stale, count = np.zeros(slots, np.int32), 0
         if self.layouts.rows:
-            length = width * self.sizes.page_size
-            if self._rows is None or self._rows.v[0].shape[2] != length:
-                self._rows = None  # its memory goes first
-                with jax.set_mesh(self.mesh):
-                    self._rows = self._programs.init_rows(length)
-                self._stale[:] = True
+            self._fit_rows(width)
             which = np.flatnonzero(live & self._stale)
             count = len(which)
             stale[:count] = which
@@ -361,6 +354,15 @@ class Engine:
             stale,
             np.int32(count),
         )
+
+    def _fit_rows(self, pages: int) -> None:
+        """Make the dense copy anew where rows of so many pages need one of another length."""
+        length = pages * self.sizes.page_size
+        if self.layouts.rows and (self._rows is None or self._rows.v[0].shape[2] != length):
+            self._rows = None  # its memory goes first
+            with jax.set_mesh(self.mesh):
+                self._rows = self._programs.init_rows(length)
+            self._stale[:] = True
 
     def _reach(self, row: int, more: int = 0) -> int:
         """The most tokens that a row can hold once all in flight, and `more` steps, are done."""

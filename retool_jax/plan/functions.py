@@ -12,15 +12,14 @@ from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.checkpoint import abstract_like
+from retool_jax.engine.ahead import Shapes, engine_weights
 from retool_jax.engine.compiled import Layouts, Programs, decode_mesh
-from retool_jax.engine.programs import CHANGES, init_engine_state
 from retool_jax.engine.weights import make_spread
 from retool_jax.learn.optimizer import TrainState
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import WEIGHTS, Outputs, make_step
-from retool_jax.models.cache import init_rows
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.decoder import Params, abstract_params, unstack, weight_dtype
+from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.sharding import param_shardings
 from retool_jax.rl.algorithms import aggregation_of
 from retool_jax.rl.learner import Learner
@@ -65,13 +64,6 @@ def held(tree: object) -> float:
     """Bytes of a tree of abstract arrays on the device that holds most of them."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
     return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
-
-
-def placed(shapes: object, shardings: object) -> object:
-    """Shapes with shardings: a tree of these, or one for all."""
-    one = isinstance(shardings, jax.sharding.Sharding)
-    where = jax.tree.map(lambda _: shardings, shapes) if one else shardings
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def abstract_weights(model: ModelConfig, mesh: Mesh) -> Params:
@@ -166,39 +158,17 @@ def _engine(run: RLRun, own: Mesh) -> list[Function]:
     """Decoding at the longest, and the writing of prompts and answers, the blocks that go through the model at once."""
     model, config = run.model, run.engine
     layouts = Layouts.of(model, config, own)
-    sizes, slots, everywhere = layouts.sizes, config.slots, layouts.everywhere
-    programs = Programs.of(model, config, layouts, STOPS)
-    state = placed(
-        jax.eval_shape(partial(init_engine_state, model, slots, sizes.pages, sizes.page_size)), layouts.state
-    )
-    weights, rows = engine_weights(model, layouts), None
-    if layouts.rows:
-        rows = placed(jax.eval_shape(partial(init_rows, model, slots, config.max_length)), layouts.rows)
-
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
-
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    sizes, programs, shapes = layouts.sizes, Programs.of(model, config, layouts, STOPS), Shapes(model, config, layouts)
     P = sizes.reads[-1]
-    decode = state, rows, weights, key, ints(), ints(slots, CHANGES), ints(slots, P), ints(slots), ints()
-    memory = {"engine weights": weights, "cache": (state, rows)}
-    found = [Function("decode", "decode", partial(programs.decode.lower, *decode), memory, model, own, slots, 1, (1,))]
-    blocks, at_once, tokens = sizes.rows[-1], sizes.at_once[-1], sizes.tokens[-1]
-    extend = state, weights, ints(blocks, tokens), ints(blocks, 3), ints(blocks, P)
-    memory = {"engine weights": weights, "cache": state}
+    decode, extend = shapes.decode(P), shapes.extend(-1, P)
+    memory = {"engine weights": shapes.weights, "cache": decode[:2]}
+    lower = partial(programs.decode.lower, *decode)
+    found = [Function("decode", "decode", lower, memory, model, own, config.slots, 1, (1,))]
+    at_once, tokens = sizes.at_once[-1], sizes.tokens[-1]
+    memory = {"engine weights": shapes.weights, "cache": shapes.state}
     lower = partial(programs.extend[-1].lower, *extend)
     found.append(Function("write", "extend", lower, memory, model, own, at_once, tokens, (1,)))
     return found
-
-
-def engine_weights(model: ModelConfig, layouts: Layouts) -> Params | dict:
-    """The engine's copy of a model, in its own layout and types."""
-    shapes = abstract_params(model)[1]
-    shapes = shapes if layouts.rows is None else jax.eval_shape(unstack, shapes)
-    typed = jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, weight_dtype(model, path[0].key)), shapes
-    )
-    return placed(typed, layouts.weights)
 
 
 def _reshard(run: RLRun, mesh: Mesh, own: Mesh) -> Function:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems, problems_of_set
-from retool_jax.engine.engine import Engine
+from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import MOST_PROBLEMS
 from retool_jax.mesh import make_mesh
@@ -163,7 +163,30 @@ def sandbox_lines(box: Sandbox | None) -> list[str]:
     return lines
 
 
+@contextmanager
+def compiled_ahead(run: EngineRun, mesh: Mesh, tokenizer: Tokenizer) -> Iterator[None]:
+    """Compile what the run's engine is going to need, in threads, while the block does other things.
+
+    `warm_up` waits for what is not there yet. Where the block ends early, what has not begun is left.
+    """
+    threads = compile_ahead(run.model, run.engine, mesh, stop_ids_of(run, tokenizer))
+    try:
+        yield
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
 def engine_of(run: EngineRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:
-    """The engine over a run's weights; a turn ends at the model family's own stop ids, and with tools at a call."""
-    stops = tokenizer.stop_ids if not words_of(run.tools) else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer)
-    return Engine(run.model, run.engine, params, mesh, tuple(stops), run.seed)
+    """The engine over a run's weights."""
+    return Engine(run.model, run.engine, params, mesh, stop_ids_of(run, tokenizer), run.seed)
+
+
+def warm_up(engine: Engine) -> None:
+    """Wait until everything that an engine can need is compiled, and say that this is what is waited for."""
+    print("engine: compiling its programs", flush=True)
+    engine.warm_up()
+
+
+def stop_ids_of(run: EngineRun, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """A turn ends at the model family's own stop ids, and with tools at a call."""
+    return tuple(tokenizer.stop_ids if not words_of(run.tools) else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer))

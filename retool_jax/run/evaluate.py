@@ -1,5 +1,6 @@
 """An evaluation from its folder to its result: which samples are missing, drawing them, and what all of them say."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from retool_jax.rl.summary import performance
 from retool_jax.rollout.rollout import Sample
 from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.run.build import (
+    compiled_ahead,
     engine_of,
     mesh_of,
     model_for,
@@ -36,6 +38,7 @@ from retool_jax.run.build import (
     sandbox_config,
     sandbox_lines,
     told_of_memory,
+    warm_up,
 )
 from retool_jax.run.folder import check_folder, claim_folder, to_flat, write_config
 from retool_jax.run.origin import versions, write_origin
@@ -77,9 +80,11 @@ async def evaluate(run: EvaluateRun) -> dict:
         show(result, theirs)
         return result
     mesh = mesh_of(run)
-    params = load_weights(run, Path(run.init_from))
-    workers.pool.start()
     async with AsyncExitStack() as stack:
+        stack.enter_context(compiled_ahead(run, mesh, tokenizer))
+        checker = asyncio.get_running_loop().run_in_executor(None, workers.pool.start)
+        params = load_weights(run, Path(run.init_from))
+        await checker
         stack.enter_context(told_of_memory(run))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
@@ -101,7 +106,7 @@ async def evaluate(run: EvaluateRun) -> dict:
                 print(f"{folder}: {total - len(missing)} of {total} samples are there already")
             engine = engine_of(run, params, mesh, tokenizer)
             del params  # the engine has its own
-            engine.warm_up()
+            warm_up(engine)
             bar = stack.enter_context(Progress("evaluation", total, total - len(missing)))
             taking = Taking(tokenizer, store, missing, total, run.evaluation.max_dropped, asked, bar)
             samples = (sample_of(run, problems, *key) for key in missing)

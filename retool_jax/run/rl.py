@@ -1,5 +1,6 @@
 """Reinforcement learning from its run folder to its last step, its summary and its table."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
@@ -23,6 +24,7 @@ from retool_jax.rl.sampler import Sampler
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
 from retool_jax.rollout.reward import reward_named
 from retool_jax.run.build import (
+    compiled_ahead,
     engine_of,
     mesh_of,
     model_for,
@@ -30,6 +32,7 @@ from retool_jax.run.build import (
     sandbox_config,
     sandbox_lines,
     told_of_memory,
+    warm_up,
 )
 from retool_jax.run.folder import claim_folder, to_flat, write_config
 from retool_jax.run.learner import abstract, begin, make_learner
@@ -54,22 +57,25 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     tools = load_tools(run.tools) if not run.replay else None
     problems = problems_of(run, tokenizer, tools) if not run.replay else {}
     mesh = mesh_of(run)
-    # Loaded early when they will be needed: a wrong path is told before anything is written.
-    given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
-
-    def first_weights() -> Params:
-        return load_weights(run, Path(run.init_from)) if run.init_from else make_weights(run)
-
-    # What cannot be found is told before anything is written.
-    reward_named(run.rl.reward.name)
-    classifier_named(run.evaluation.purposes)
-    learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
-    if not run.replay:
-        workers.pool.start()
-    elif not has_checkpoints(run):
-        await Replay(Path(run.replay), run.rl, run.model.vocab_size).take()  # what is wrong there is told now, too
-
     async with AsyncExitStack() as stack:
+        if not run.replay and not read_summary(Path(run.run), run.rl.steps):
+            stack.enter_context(compiled_ahead(run, mesh, tokenizer))
+        checker = None if run.replay else asyncio.get_running_loop().run_in_executor(None, workers.pool.start)
+        # Loaded early when they will be needed: a wrong path is told before anything is written.
+        given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
+
+        def first_weights() -> Params:
+            return load_weights(run, Path(run.init_from)) if run.init_from else make_weights(run)
+
+        # What cannot be found is told before anything is written.
+        reward_named(run.rl.reward.name)
+        classifier_named(run.evaluation.purposes)
+        learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
+        if checker:
+            await checker
+        elif not has_checkpoints(run):
+            await Replay(Path(run.replay), run.rl, run.model.vocab_size).take()  # what is wrong there is told now, too
+
         stack.enter_context(told_of_memory(run))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
@@ -140,7 +146,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             tokens=notes["tokens"],
         )
         if engine:
-            engine.warm_up()
+            warm_up(engine)
         await loop.train(parts, state, start)
         checkpoints.wait()  # a summary says that the run is complete, and so does a last checkpoint that is good
         if first:

@@ -16,7 +16,16 @@ from types import ModuleType
 
 from retool_jax.engine.scheduler import Service
 from retool_jax.errors import UserError
-from retool_jax.run.build import engine_of, mesh_of, model_for, sandbox_config, sandbox_lines, told_of_memory
+from retool_jax.run.build import (
+    compiled_ahead,
+    engine_of,
+    mesh_of,
+    model_for,
+    sandbox_config,
+    sandbox_lines,
+    told_of_memory,
+    warm_up,
+)
 from retool_jax.run.schema import ServeRun
 from retool_jax.run.weights import load_weights
 from retool_jax.serving.config import ServeConfig
@@ -53,11 +62,12 @@ async def serve(run: ServeRun) -> None:
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(run.serve))
         stack.enter_context(told_of_memory(run))
+        stack.enter_context(compiled_ahead(run, mesh, tokenizer))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
         engine = engine_of(run, load_weights(run, Path(run.init_from)), mesh, tokenizer)
         print("\n".join(sandbox_lines(tools.sandbox if tools else None)), flush=True)
-        engine.warm_up()
+        warm_up(engine)
         gc.freeze()  # what is there now stays; to look through it for garbage would hold up every stream
         service = await stack.enter_async_context(Service(engine, tools.at_once if tools else 0))
         name = run.serve.name or Path(run.init_from).name

@@ -32,6 +32,7 @@ def load_weights(run: Run, folder: Path) -> Params:
             writes calls in another grammar than this run reads.
     """
     name, folder = str(folder), find_folder(str(folder))
+    print(f"reading the weights of {name}", flush=True)
     if (folder / "config.json").is_file():
         if (folder / "tokenizer.json").is_file():  # it may hold weights alone
             check_vocabulary(run, name, folder)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from retool_jax.engine.config import CALL_TOKENS, FILLED, EngineConfig, Sizes, calls, sizes
+from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.engine.turns import Turn
 
 from .machine import ROOM
@@ -37,6 +38,19 @@ def test_warm_up_knows_every_program(make_engine, compiles):
         engine.start(0, Turn(0, ROOM - length))
         engine.read(engine.decode(1 + length % 8))
     assert len(compiles) == known
+
+
+def test_what_threads_compile_ahead_is_compiled_once_and_waited_for(model, params, mesh, compiles):
+    config = EngineConfig(slots=3, max_length=48, decode_steps=4, token_buckets=(4,))
+    engine = Engine(model, config, params, mesh, [0], 0)
+    known = len(compiles)
+    with compile_ahead(model, config, mesh, [0]):
+        engine.warm_up()  # meanwhile
+    assert len(compiles) == known + 6, "decode, write, place, two copies, and an empty dense copy"
+    engine.append([0], [[5, 6, 7]])
+    engine.start(0, Turn(0, 4))
+    engine.read(engine.decode())
+    assert len(compiles) == known + 6
 
 
 def test_sizes_are_cut_to_what_a_row_can_hold():

@@ -1,0 +1,110 @@
+"""What an engine is going to run, from shapes alone: it can be compiled before there are weights."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from retool_jax.clock import AHEAD
+from retool_jax.engine.compiled import Layouts, Program, Programs
+from retool_jax.engine.config import FILLED, EngineConfig
+from retool_jax.engine.programs import CHANGES, init_engine_state
+from retool_jax.models.cache import init_rows
+from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import Params, abstract_params, unstack, weight_dtype
+
+AT_ONCE = 2  # programs that are compiled side by side; more take memory and, of a few cores, no less time
+
+
+class Shapes(NamedTuple):
+    """An engine's arrays and what its programs are called with, as shapes with shardings."""
+
+    model: ModelConfig
+    config: EngineConfig
+    layouts: Layouts
+
+    def ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.layouts.everywhere)
+
+    @property
+    def state(self) -> object:
+        sizes = self.layouts.sizes
+        empty = partial(init_engine_state, self.model, self.config.slots, sizes.pages, sizes.page_size)
+        return placed(jax.eval_shape(empty), self.layouts.state)
+
+    @property
+    def weights(self) -> Params | dict:
+        return engine_weights(self.model, self.layouts)
+
+    def decode(self, pages: int) -> tuple:
+        """Of rows of so many pages."""
+        slots, layouts, rows = self.config.slots, self.layouts, None
+        if layouts.rows:
+            length = pages * layouts.sizes.page_size
+            rows = placed(jax.eval_shape(partial(init_rows, self.model, slots, length)), layouts.rows)
+        key = placed(jax.eval_shape(lambda: jax.random.key(0)), layouts.everywhere)
+        host = self.ints(), self.ints(slots, CHANGES), self.ints(slots, pages), self.ints(slots), self.ints()
+        return self.state, rows, self.weights, key, *host
+
+    def extend(self, size: int, pages: int) -> tuple:
+        """Of the blocks of one size, by its place in `Sizes.tokens`, in rows of so many pages."""
+        rows, tokens = self.layouts.sizes.rows[size], self.layouts.sizes.tokens[size]
+        return self.state, self.weights, self.ints(rows, tokens), self.ints(rows, 3), self.ints(rows, pages)
+
+
+class Call(NamedTuple):
+    program: Program
+    arguments: tuple
+
+
+def calls(shapes: Shapes, programs: Programs) -> Iterator[Call]:
+    """Every program that an engine can need, those first that take longest to compile."""
+    sizes, slots, state = shapes.layouts.sizes, shapes.config.slots, shapes.state
+    for pages in sizes.reads:
+        yield Call(programs.decode, shapes.decode(pages))
+        for size, (program, tokens) in enumerate(zip(programs.extend, sizes.tokens, strict=True)):
+            if tokens == sizes.tokens[0] or FILLED * tokens <= pages * sizes.page_size:
+                yield Call(program, shapes.extend(size, pages))
+    yield Call(programs.copy_rows, (state, shapes.ints(2, slots)))
+    yield Call(programs.copy_pages, (state, shapes.ints(2, slots), shapes.ints()))
+    for rows in set(sizes.rows):
+        hidden = jax.ShapeDtypeStruct((rows, shapes.model.hidden_size), shapes.model.compute_dtype)
+        yield Call(programs.place_row, (state, hidden, shapes.ints(3)))
+
+
+def begin_to_compile(shapes: Shapes, programs: Programs) -> ThreadPoolExecutor:
+    """Compile every program that an engine can need in threads, several at a time, and return these at once.
+
+    Whoever asks for a program waits for it (`Program.form`) and meets what its compilation met.
+    """
+    threads = ThreadPoolExecutor(AT_ONCE, AHEAD)
+    for program, arguments in calls(shapes, programs):
+        threads.submit(program.form, *arguments)
+    return threads
+
+
+def compile_all(shapes: Shapes, programs: Programs) -> None:
+    """Compile every program that an engine can need, and wait for those that others have begun with."""
+    with begin_to_compile(shapes, programs):
+        for program, arguments in calls(shapes, programs):
+            program.form(*arguments)
+
+
+def placed(shapes: object, shardings: object) -> object:
+    """Shapes with shardings: a tree of these, or one for all."""
+    one = isinstance(shardings, jax.sharding.Sharding)
+    where = jax.tree.map(lambda _: shardings, shapes) if one else shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def engine_weights(model: ModelConfig, layouts: Layouts) -> Params | dict:
+    """The engine's copy of a model, in its own layout and types."""
+    shapes = abstract_params(model)[1]
+    shapes = shapes if layouts.rows is None else jax.eval_shape(unstack, shapes)
+    typed = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, weight_dtype(model, path[0].key)), shapes
+    )
+    return placed(typed, layouts.weights)
