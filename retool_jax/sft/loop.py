@@ -13,7 +13,7 @@ from retool_jax.clock import Clock
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import TrainState
 from retool_jax.learn.packing import Batch
-from retool_jax.learn.step import Columns, Step, TokenTerms
+from retool_jax.learn.step import Columns, Metrics, Step, TokenTerms
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.sft.config import SFTConfig
 from retool_jax.sft.demonstrations import Demonstrations
@@ -35,20 +35,32 @@ def train(
     log: MetricsLog,
     bar: Progress,
 ) -> TrainState:
-    """Train from the state after step `start` to the last step, saving after each `every` steps; the final state."""
+    """Train from the state after step `start` to the last step, saving after each `every` steps; the final state.
+
+    Numbers of a step are written while the devices compute the next one, or before a save.
+    """
     trained, before = 0, clock.seconds.get("update", 0.0)  # the rate is this process's
     batch = batches.at(start) if start < batches.steps else None
+    untold: list[tuple[int, Metrics]] = []  # one at most
+
+    def tell() -> None:
+        while untold:
+            step, metrics = untold.pop()
+            log.write("sft", step, metrics)
+            bar.step(step, {"loss": float(metrics["loss"]), "tokens/s": metrics["perf/tokens_per_s"]})
+
     for step in range(start + 1, batches.steps + 1):
         trained += int((batch.segments > 0).sum())
         with clock.part("update"):
             state, metrics = update(state, batch)
+            tell()  # the devices compute meanwhile
             if step < batches.steps:
-                batch = batches.at(step)  # the devices compute meanwhile
+                batch = batches.at(step)
             metrics = jax.device_get(metrics)
         rate = trained / max(clock.seconds["update"] - before, 1e-9)
-        log.write("sft", step, metrics | {"perf/tokens_per_s": rate})
-        bar.step(step, {"loss": float(metrics["loss"]), "tokens/s": rate})
+        untold.append((step, metrics | {"perf/tokens_per_s": rate}))
         if step % every == 0 or step == batches.steps:
+            tell()
             checkpoints.save(step, state, {"seconds": clock.seconds, "tokens_per_s": rate, "data": batches.digest})
     return state
 
