@@ -1,8 +1,9 @@
 """Cost as work grows: rollouts of more trajectories, updates of longer rows, more workers of the sandbox.
 
-    python benchmarks/scaling.py [parts=rollout,update,sandbox] [scale=1.0] [layers=4] [png=FILE]
+    python benchmarks/scaling.py [parts=rollout,update,sandbox] [scale=1.0] [layers=4] [read_late=1] [png=FILE]
 
-- `rollout`: 64, 256 and 1,024 trajectories of three turns over 192 slots, tokens drawn per CPU-second.
+- `rollout`: 64, 256 and 1,024 trajectories of three turns over 192 slots, tokens drawn per CPU-second; `read_late` is
+  the engine's.
 - `update`: 16,384 tokens in rows of 1k, 4k and 16k, each one sequence, tokens per CPU-second.
 - `sandbox`: calls per second of 1, 2 and 4 workers in the first back-end that works here, by as many clients.
 
@@ -42,11 +43,15 @@ Point = tuple[int, float, str]  # how much work, its rate, and what else is to b
 
 
 def main(words: list[str]) -> None:
-    options = {"parts": "rollout,update,sandbox", "scale": "1.0", "layers": "4", "png": ""}
+    options = {"parts": "rollout,update,sandbox", "scale": "1.0", "layers": "4", "read_late": "1", "png": ""}
     options |= dict(word.split("=", 1) for word in words)
     scale, model = float(options["scale"]), replace(MODEL, num_layers=int(options["layers"]))
     parts = {
-        "rollout": ("trajectories", "tokens per CPU-second", partial(rollouts, model, scale)),
+        "rollout": (
+            "trajectories",
+            "tokens per CPU-second",
+            partial(rollouts, model, scale, int(options["read_late"])),
+        ),
         "update": ("tokens of a row", "tokens per CPU-second", partial(updates, model, scale)),
         "sandbox": ("workers", "calls per second", partial(sandboxes, scale)),
     }
@@ -62,9 +67,9 @@ def main(words: list[str]) -> None:
         draw(curves, options["png"])
 
 
-def rollouts(model: ModelConfig, scale: float) -> Iterator[Point]:
+def rollouts(model: ModelConfig, scale: float, read_late: int) -> Iterator[Point]:
     turn, slots = max(round(scale * TURN), 2), max(round(scale * SLOTS), 2)
-    engine = make_engine(model, slots=slots, max_length=64 + 3 * turn + 2 * 20)
+    engine = make_engine(model, slots=slots, max_length=64 + 3 * turn + 2 * 20, read_late=read_late)
 
     def run(count: int) -> tuple[float, float]:
         began = time.process_time()
