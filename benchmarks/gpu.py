@@ -100,7 +100,7 @@ def kernels(sizes: dict[str, int]) -> dict:
 
         @partial(jax.jit, static_argnums=0)
         def both(kernel: str, segments: jax.Array, gradient: jax.Array, *inputs: jax.Array) -> list:
-            output, back = jax.vjp(packed_attention(kernel, segments), *inputs)
+            output, back = jax.vjp(packed_attention(kernel, segments, jnp.zeros_like(segments)), *inputs)
             return [output, *back(gradient)]
 
         name = f"{heads} heads over {kv_heads} of {head_dim}"

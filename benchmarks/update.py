@@ -1,8 +1,11 @@
 """Update speed of the miniature: tokens per second of one jitted policy update on packed rows.
 
-    python benchmarks/update.py [trajectories=96] [repeats=5]
+    python benchmarks/update.py [trajectories=96] [repeats=5] [group=8] [prompt=128 answer=384] [rl.row_length=1152 ...]
 
-Prints JSON. Tokens are those of trajectories, padding not counted; `packing` is their share of the rows.
+Prints JSON. Tokens are those of trajectories, padding not counted; `packing` is their share of the rows. Trajectories
+are the miniature's demonstrations, or have `prompt` tokens and about `answer` behind them. Words with a dot change
+config=grpo. With `group` above 1 so many trajectories have one prompt, and the update is measured by turns with a
+prompt for each of them (`apart`) and with one for all in a row (`shared`); `saved` is the share of CPU time.
 """
 
 import json
@@ -15,49 +18,77 @@ import numpy as np
 
 from retool_jax.data.arithmetic import demonstration
 from retool_jax.learn.optimizer import init_state
-from retool_jax.learn.packing import Example, pack
+from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.learn.step import Outputs, make_step
 from retool_jax.mesh import make_mesh
 from retool_jax.rl.loss import clipped_loss
 from retool_jax.run.load import load
+from retool_jax.run.schema import RLRun
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.tokenizer import load_tokenizer
 
 
-def main(words: list[str]) -> None:
-    options = {"trajectories": 96, "repeats": 5} | {k: int(v) for k, v in (w.split("=") for w in words)}
-    run = load(["config=grpo"])
-    mesh = make_mesh(run.mesh)
-    tokenizer = load_tokenizer(run.tokenizer)
+def trajectories(run: RLRun, options: dict[str, int]) -> list[Example]:
+    """What the update learns from, group by group."""
+    tokenizer, rng = load_tokenizer(run.tokenizer), np.random.default_rng(0)
     examples = []
     for index in range(options["trajectories"]):
-        tokens = demonstration_ids(tokenizer, demonstration(index, tools=True))
-        examples.append(Example(tokens.ids, tokens.sampled, {"old_logprobs": -1.0, "advantages": (-1.0) ** index}))
-    batch = pack(examples, run.rl.row_length, run.rl.rows_per_micro)
-    tokens = int((batch.segments > 0).sum())
+        if options["answer"]:
+            room = run.rl.row_length - options["prompt"]
+            length = min(round(options["answer"] * rng.lognormal(-0.18, 0.6)) + 1, room)  # of this mean, with a tail
+            ids = rng.integers(0, run.model.vocab_size, options["prompt"] + length).tolist()
+            sampled = [False] * options["prompt"] + [True] * length
+        else:
+            tokens = demonstration_ids(tokenizer, demonstration(index, tools=True))
+            ids, sampled = list(tokens.ids), list(tokens.sampled)
+        own = sampled.index(True)
+        if index % options["group"] == 0:
+            prompt = ids[:own]
+        columns = {"old_logprobs": -1.0, "advantages": (-1.0) ** index}
+        examples.append(Example(prompt + ids[own:], [False] * len(prompt) + sampled[own:], columns))
+    return examples
+
+
+def main(words: list[str]) -> None:
+    options = {"trajectories": 96, "repeats": 5, "group": 1, "prompt": 0, "answer": 0}
+    keys = [word for word in words if "." in word.partition("=")[0]]
+    options |= {k: int(v) for k, v in (word.split("=") for word in words if word not in keys)}
+    run = load(["config=grpo", *keys])
+    mesh, examples = make_mesh(run.mesh), trajectories(run, options)
+    rows = run.rl.row_length, run.rl.rows_per_micro
+    batches = {"apart": pack(examples, *rows)}
+    if options["group"] > 1:
+        batches["shared"] = pack(examples, *rows, len(batches["apart"].tokens), share_prefixes=True)
+    tokens = sum(len(example.ids) for example in examples)
     state = init_state(run.model, run.rl.optimizer, mesh, seed=0)
     update = make_step(Outputs(run.model), partial(clipped_loss, rl=run.rl), run.rl.optimizer, mesh)
-    state, _ = jax.block_until_ready(update(state, batch))  # compiles
-    wall, cpu = [], []
+    state, _ = jax.block_until_ready(update(state, batches["apart"]))  # compiles
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
     for _ in range(options["repeats"]):
-        began, cpu_began = time.perf_counter(), time.process_time()
-        state, _ = jax.block_until_ready(update(state, batch))
-        wall.append(tokens / (time.perf_counter() - began))
-        cpu.append(tokens / (time.process_time() - cpu_began))
-    print(
-        json.dumps(
-            {
-                "benchmark": "update",
-                "trajectories": len(examples),
-                "tokens": tokens,
-                "packing": round(tokens / batch.tokens.size, 3),
-                "tokens_per_s": round(float(np.median(wall))),
-                "tokens_per_cpu_s": round(float(np.median(cpu))),
-                "jax": jax.__version__,
-                "device": jax.devices()[0].device_kind,
-            }
-        )
-    )
+        for name, batch in batches.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            state, _ = jax.block_until_ready(update(state, batch))
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+
+    def numbers(name: str, batch: Batch) -> dict:
+        wall, cpu = np.median(seconds[name], axis=0)
+        used = int((batch.segments > 0).any(-1).sum())
+        return {
+            "rows": used,
+            "micro_batches": int(batch.micro_batches),
+            "packing": round(tokens / (int(batch.micro_batches) * rows[0] * rows[1]), 3),
+            "cpu_s": round(float(cpu), 3),
+            "tokens_per_s": round(tokens / wall),
+            "tokens_per_cpu_s": round(tokens / cpu),
+        }
+
+    told = {name: numbers(name, batch) for name, batch in batches.items()}
+    if options["group"] > 1:
+        told["saved"] = round(1 - told["shared"]["cpu_s"] / told["apart"]["cpu_s"], 3)
+    else:
+        told = told["apart"]
+    device = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    print(json.dumps({"benchmark": "update", "trajectories": len(examples), "tokens": tokens} | told | device))
 
 
 if __name__ == "__main__":

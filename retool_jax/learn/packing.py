@@ -1,11 +1,18 @@
 """Sequences of different lengths to packed rows of one length, without a token changing its meaning.
 
 Several sequences share a row; `segments` tells them apart for attention, and positions start at 0 in each. A
-token's place in the batch never changes its loss, so packing is only about not computing on padding.
+token's place in the batch never changes its loss, so packing is only about not computing on padding, and, where
+prefixes are shared, about computing a prompt once for all its samples in a row:
+
+    [prompt without its last token] [last token of the prompt, first sample] [last token, second sample] ...
+
+Each of these is a segment. Positions of the samples go on from the prefix, which is how attention knows what they see
+(`models.attention.seen_keys`). The prompt's last token stands in each, since what comes next differs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -33,37 +40,55 @@ class Batch(NamedTuple):
     """
 
     tokens: np.ndarray  # [M,B,T] int32
-    positions: np.ndarray  # [M,B,T] int32, from 0 in each segment
+    positions: np.ndarray  # [M,B,T] int32, from 0 in each segment, or on from the prefix that it shares
     segments: np.ndarray  # [M,B,T] int32, 0 is padding
     sampled: np.ndarray  # [M,B,T] bool: the loss covers these tokens and no others
     columns: dict[str, np.ndarray]  # [M,B,T] float32 each, 0 where not sampled; "advantages", what a loss asks for
     micro_batches: np.ndarray  # [] int32
 
 
-def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Rows of indices, longest first into the first row with room (first-fit decreasing)."""
+def first_fit(
+    lengths: Sequence[int], row_length: int, prefixes: Sequence[tuple[int, ...]] | None = None
+) -> list[list[int]]:
+    """Rows of indices, longest first into the first row with room (first-fit decreasing).
+
+    Sequences with one prefix, which is counted in their lengths, come together and need room for it once in a row.
+    """
+    prefixes = prefixes or [()] * len(lengths)
+    groups: dict[Hashable, list[int]] = {}
+    for index, prefix in enumerate(prefixes):
+        groups.setdefault(prefix or index, []).append(index)
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > row_length:
-            raise UserError(
-                f"a sequence of {lengths[index]} tokens does not fit a packed row of {row_length};"
-                " raise sft.row_length or rl.row_length"
-            )
-        place = next((r for r, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
-            place = len(rows)
-            rows.append([])
-            room.append(row_length)
-        rows[place].append(index)
-        room[place] -= lengths[index]
+    for group in sorted(groups.values(), key=lambda group: -max(lengths[i] for i in group)):
+        have_prefix: set[int] = set()
+        for index in sorted(group, key=lambda i: -lengths[i]):
+            if lengths[index] > row_length:
+                raise UserError(
+                    f"a sequence of {lengths[index]} tokens does not fit a packed row of {row_length};"
+                    " raise sft.row_length or rl.row_length"
+                )
+            whole, rest = lengths[index], lengths[index] - len(prefixes[index])
+            fits = (r for r, left in enumerate(room) if left >= (rest if r in have_prefix else whole))
+            row = next(fits, len(rows))
+            if row == len(rows):
+                rows.append([])
+                room.append(row_length)
+            rows[row].append(index)
+            room[row] -= rest if row in have_prefix else whole
+            have_prefix.add(row)
     return rows
 
 
 class Place(NamedTuple):
-    """Where an example stands in a batch: [start, stop) of a row of a micro-batch. Segments of a row count from 1."""
+    """Where tokens of an example stand in a batch: [start, stop) of a row of a micro-batch.
+
+    They are all of the example, those of its prefix, for all that share it in this row, or the ones behind a prefix.
+    Segments of a row count from 1.
+    """
 
     example: int
+    first: int  # of the example's tokens
     micro: int
     row: int
     start: int
@@ -72,28 +97,69 @@ class Place(NamedTuple):
 
     @property
     def at(self) -> tuple[int, int, slice]:
-        """Its tokens in an array [M,B,T]."""
+        """These tokens in an array [M,B,T]."""
         return self.micro, self.row, slice(self.start, self.stop)
 
+    @property
+    def tokens(self) -> slice:
+        """These tokens in the example."""
+        return slice(self.first, self.first + self.stop - self.start)
 
-def places(lengths: Sequence[int], row_length: int, rows_per_micro: int) -> list[Place]:
-    """Where `pack` puts examples of these lengths, row by row."""
+
+def shared_part(example: Example) -> tuple[int, ...]:
+    """The ids that an example may share with others: those before its first sampled token, but for the last of them."""
+    return tuple(example.ids[: max(int(np.argmax(example.sampled)) - 1, 0)])
+
+
+def places(
+    examples: Sequence[Example], row_length: int, rows_per_micro: int, share_prefixes: bool = False
+) -> list[Place]:
+    """Where `pack` puts examples, row by row."""
+    lengths = [len(example.ids) for example in examples]
+    rows, prefixes = first_fit(lengths, row_length), [()] * len(lengths)
+    if share_prefixes:
+        shared = [shared_part(example) for example in examples]
+        together = first_fit(lengths, row_length, shared)
+        if len(together) < len(rows):
+            rows, prefixes = together, shared
     found = []
-    for row, members in enumerate(first_fit(lengths, row_length)):
+    for row, members in enumerate(rows):
         start = 0
-        for segment, index in enumerate(members, start=1):
-            stop = start + lengths[index]
-            found.append(Place(index, *divmod(row, rows_per_micro), start, stop, segment))
+        for segment, (index, first, last) in enumerate(pieces(members, lengths, prefixes), start=1):
+            stop = start + last - first
+            found.append(Place(index, first, *divmod(row, rows_per_micro), start, stop, segment))
             start = stop
     return found
 
 
+def pieces(
+    members: Sequence[int], lengths: Sequence[int], prefixes: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[int, int, int]]:
+    """The segments of a row, each an example and the bounds of its tokens: a prefix, then what goes on from it.
+
+    Whoever is alone with its prefix is whole.
+    """
+    for prefix, group in groupby(members, prefixes.__getitem__):
+        some = list(group)
+        shared = len(prefix) if len(some) > 1 else 0
+        if shared:
+            yield some[0], 0, shared
+        for index in some:
+            yield index, shared, lengths[index]
+
+
 def pack(
-    examples: Sequence[Example], row_length: int, rows_per_micro: int, max_micro_batches: int | None = None
+    examples: Sequence[Example],
+    row_length: int,
+    rows_per_micro: int,
+    max_micro_batches: int | None = None,
+    share_prefixes: bool = False,
 ) -> Batch:
     """Pack examples into rows of `row_length`, and rows into micro-batches.
 
-    `max_micro_batches` fixes M so that one compiled step serves every batch; it stops after those in use.
+    `max_micro_batches` fixes M so that one compiled step serves every batch; it stops after those in use. With
+    `share_prefixes` examples that begin with the same tokens, up to what was sampled, have them once in a row, if
+    there are fewer rows then; attention's kernel has to know of that (`models.attention.shares_prefixes`).
 
     Raises:
         UserError: an example is longer than a row, or there are more rows than the micro-batches hold.
@@ -102,7 +168,7 @@ def pack(
     names = list(examples[0].columns) if examples else []
     if odd := next((example for example in examples if example.columns.keys() != set(names)), None):
         raise ValueError(f"examples have the columns {sorted(names)} and {sorted(odd.columns)}; give all the same ones")
-    where = places([len(example.ids) for example in examples], row_length, rows_per_micro)
+    where = places(examples, row_length, rows_per_micro, share_prefixes)
     rows = where[-1].micro * rows_per_micro + where[-1].row + 1 if where else 0
     used = -(-rows // rows_per_micro)
     count = used if max_micro_batches is None else max_micro_batches
@@ -121,11 +187,11 @@ def pack(
         micro_batches=np.int32(used),
     )
     for place in where:
-        example, at = examples[place.example], place.at
-        batch.tokens[at] = example.ids
-        batch.positions[at] = np.arange(len(example.ids))
+        example, at, tokens = examples[place.example], place.at, place.tokens
+        batch.tokens[at] = example.ids[tokens]
+        batch.positions[at] = np.arange(tokens.start, tokens.stop)
         batch.segments[at] = place.segment
-        batch.sampled[at] = example.sampled
+        batch.sampled[at] = example.sampled[tokens]
         for name, values in example.columns.items():
-            batch.columns[name][at] = np.where(example.sampled, values, 0.0)
+            batch.columns[name][at] = np.where(example.sampled, values, 0.0)[tokens]
     return batch

@@ -22,12 +22,19 @@ class Scorer:
     """
 
     def __init__(
-        self, outputs: Outputs, mesh: Mesh, row_length: int, rows_per_micro: int, max_micro_batches: int
+        self,
+        outputs: Outputs,
+        mesh: Mesh,
+        row_length: int,
+        rows_per_micro: int,
+        max_micro_batches: int,
+        share_prefixes: bool = False,
     ) -> None:
         self.outputs = outputs
         self._mesh = mesh
         self._rows = row_length, rows_per_micro
         self._max_micro_batches = max_micro_batches
+        self._share_prefixes = share_prefixes
         rows, everywhere = meshes.sharding(mesh, "micro", "batch", "length"), meshes.replicated(mesh)
         self._compiled = jax.jit(
             self._score,
@@ -54,11 +61,14 @@ class Scorer:
         """
         # Without columns, which are not looked at and would be part of the program's shape.
         bare = [Example(example.ids, example.sampled) for example in examples]
-        batch = pack(bare, *self._rows, self._max_micro_batches)
+        batch = pack(bare, *self._rows, self._max_micro_batches, self._share_prefixes)
         with jax.set_mesh(self._mesh):
             scores = jax.device_get(self._compiled(params, on_mesh(batch, self._mesh)))
-        where = sorted(places([len(example.ids) for example in examples], *self._rows))
-        return {name: [values[place.at].copy() for place in where] for name, values in scores.items()}
+        found = {name: [np.zeros(len(example.ids), np.float32) for example in examples] for name in scores}
+        for place in places(examples, *self._rows, self._share_prefixes):
+            for name, values in scores.items():
+                found[name][place.example][place.tokens] = values[place.at]
+        return found
 
     def lower(self, params: Params, batch: Batch) -> jax.stages.Lowered:
         """The program for arguments of these shapes, which may be abstract; the batch has no columns."""

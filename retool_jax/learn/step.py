@@ -91,7 +91,7 @@ def token_logprobs(
     def next_one(x: jax.Array) -> jax.Array:
         return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
-    wanted = next_one(batch.sampled & (batch.positions > 0))
+    wanted = next_one(batch.sampled & _follows(batch))
     results = given_logprobs(
         model, params, hidden, next_one(batch.tokens), temperature, entropy_gradient, wanted_BT=wanted
     )
@@ -104,9 +104,15 @@ def token_values(model: ModelConfig, params: Params, batch: Batch) -> jax.Array:
     return _align(batch, decoder.values(params, hidden[:, :-1]))
 
 
+def _follows(batch: Batch) -> jax.Array:
+    """Which tokens [B,T] stand behind another one of their segment."""
+    same = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
+    return jnp.pad(same, ((0, 0), (1, 0)))
+
+
 def _align(batch: Batch, x: jax.Array) -> jax.Array:
     """What hidden states [B,T-1] say of the token behind each, as [B,T]; 0 for the first token of a segment."""
-    return jnp.pad(jnp.where(batch.positions[:, 1:] > 0, x, 0.0), ((0, 0), (1, 0)))
+    return jnp.where(_follows(batch), jnp.pad(x, ((0, 0), (1, 0))), 0.0)
 
 
 def micro_batch(batch: Batch, index: jax.Array) -> Batch:

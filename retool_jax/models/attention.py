@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
-from retool_jax.models.blocks import ATTENTION, blocked_attention
+from retool_jax.models.blocks import ATTENTION, Seen, blocked_attention
 from retool_jax.models.cache import Rows, read_pages, write_pages, write_row
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.paged import paged_decode
@@ -86,16 +86,17 @@ def resolve_kernel(config: ModelConfig, backend: str) -> str:
 
 
 def packed_attention(
-    kernel: str, segments_BT: jax.Array, interpret: bool = False
+    kernel: str, segments_BT: jax.Array, positions_BT: jax.Array, interpret: bool = False
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Causal attention within the segments of packed rows, as a function of (q [B,T,N,H], k and v [B,T,K,H]).
 
-    A segment is a run of neighbours with one number. What all layers share is made here, once. Under a mesh kernels run
-    on each device's own rows and heads; `interpret` runs splash without a TPU, which is for tests.
+    A segment is a run of neighbours with one number. A kernel that `shares_prefixes` also lets it see the prefix that
+    its positions go on from (`seen_keys`). What all layers share is made here, once. Under a mesh kernels run on each
+    device's own rows and heads; `interpret` runs splash without a TPU, which is for tests.
     """
-    rows_BT = segment_starts(segments_BT) if kernel == "xla" else segments_BT
+    rows_BT = seen_keys(segments_BT, positions_BT) if shares_prefixes(kernel) else segments_BT
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, rows: Seen | jax.Array) -> jax.Array:
         if kernel == "xla":
             return blocked_attention(q, k, v, rows, current_backend() == "cpu")
         return _cudnn(q, k, v, rows) if kernel == "cudnn" else _splash(q, k, v, rows, interpret)
@@ -111,11 +112,25 @@ def packed_attention(
     return apply
 
 
-def segment_starts(segments_BT: jax.Array) -> jax.Array:
-    """Where each token's segment begins in its row, [B,T] int32: the first key that a query sees."""
-    before = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
+def shares_prefixes(kernel: str) -> bool:
+    """Whether segments may share a prefix in a kernel's packed rows; the others see equal numbers alone."""
+    return kernel == "xla"
+
+
+def seen_keys(segments_BT: jax.Array, positions_BT: jax.Array) -> Seen:
+    """What each token of a packed row sees: its own segment up to itself, and the prefix that this goes on from.
+
+    A segment whose positions begin at p > 0 goes on from the first p tokens of the segment that began at 0 last.
+    """
     places = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
-    return jax.lax.cummax(jnp.where(segments_BT != before, places, 0), axis=1)
+
+    def last(marked: jax.Array) -> jax.Array:
+        return jax.lax.cummax(jnp.where(marked, places, 0), axis=1)
+
+    before = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
+    start, prefix = last(segments_BT != before), last(positions_BT == 0)
+    length = jnp.take_along_axis(positions_BT, start, axis=1)
+    return Seen(start, jnp.where(length > 0, prefix, start), jnp.where(length > 0, prefix + length, 0))
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:

@@ -5,7 +5,9 @@ Scores exist for one block of queries and one of keys at a time, forwards (arXiv
 dimensions in front, which is the form that XLA's CPU backend does not copy.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +19,46 @@ CPU_SCORES = 1 << 16  # of all heads and rows at a time: with what is made of th
 UNSEEN = jnp.finfo(jnp.float32).min
 
 
+class Seen(NamedTuple):
+    """The keys of its row that each query t sees, [B,T] int32: `start` to t, and those of its prefix before them."""
+
+    start: jax.Array
+    prefix: jax.Array  # where the prefix begins; the start where there is none
+    prefix_stop: jax.Array  # behind its last key; 0 where there is none
+
+
 def blocked_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_BT: jax.Array, on_cpu: bool = True
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: Seen, on_cpu: bool = True
 ) -> jax.Array:
-    """What `attention.attend` gives where query t sees the keys from `starts`[t] to t of its row; [B,T,N,H]."""
+    """What `attention.attend` gives where queries see these keys alone; [B,T,N,H]."""
     B, T, N = q_BTNH.shape[:3]
     count = -(-T // (CPU_BLOCK if on_cpu else BLOCK))
     block = -(-T // (8 * count)) * 8  # even parts, in whole vectors
     padding = count * block - T
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
-    starts = jnp.pad(starts_BT, ((0, 0), (0, padding)), constant_values=T)
+    start, prefix = (jnp.pad(x, ((0, 0), (0, padding)), constant_values=T) for x in (seen.start, seen.prefix))
+    seen = Seen(start, prefix, jnp.pad(seen.prefix_stop, ((0, 0), (0, padding))))
     most = max(CPU_SCORES // (N * block * block), 1) if on_cpu else B
     rows = next(size for size in range(min(most, B), 0, -1) if B % size == 0)
 
-    def visit(group: tuple[jax.Array, ...]) -> jax.Array:
+    def visit(group: tuple) -> jax.Array:
         return _attend(block, *group)
 
     if rows == B:
-        mixed = visit((q, k, v, starts))
+        mixed = visit((q, k, v, seen))
     else:
-        groups = [x.reshape(B // rows, rows, *x.shape[1:]) for x in (q, k, v, starts)]
+        groups = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q, k, v, seen))
         mixed = jax.lax.map(visit, groups).reshape(q.shape)
     return mixed[:, :T]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(block: int, q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array) -> jax.Array:
-    return _forward(block, q, k, v, starts)[0]
+def _attend(block: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
+    return _forward(block, q, k, v, seen)[0]
 
 
 def _forward(
-    block: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_BT: jax.Array
+    block: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: Seen
 ) -> tuple[jax.Array, tuple]:
     """The attention, and for the gradient what it was made of and the logarithm of each softmax's denominator."""
     q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
@@ -55,11 +66,12 @@ def _forward(
 
     def of_queries(i: jax.Array, made: tuple) -> tuple:
         mixed_all, denominators = made
-        q_i, seen = _part(q, i, block, 3), partial(_seen, starts_BT, block, i)
+        q_i = _part(q, i, block, 3)
+        first, last, nth = _visits(seen, block, i)
 
-        def of_keys(j: jax.Array, carry: tuple) -> tuple:
-            mixed, highest, total = carry
-            scores = jnp.where(seen(j), _scores(q_i, _part(k, j, block, 2)), UNSEEN)
+        def of_keys(n: jax.Array, carry: tuple) -> tuple:
+            j, (mixed, highest, total) = nth(n), carry
+            scores = jnp.where(_mask(seen, block, i, j), _scores(q_i, _part(k, j, block, 2)), UNSEEN)
             new = jnp.maximum(highest, scores.max(-1, keepdims=True))
             weights, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
             part = _product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), _part(v, j, block, 2))
@@ -67,7 +79,7 @@ def _forward(
 
         column = jnp.zeros((B, K, G, block, 1))
         carry = jnp.zeros((B, K, G, block, H)), column + UNSEEN, column
-        mixed, highest, total = jax.lax.fori_loop(_first(starts_BT, block, i), i + 1, of_keys, carry)
+        mixed, highest, total = jax.lax.fori_loop(first, last, of_keys, carry)
         mixed_all = _put(mixed_all, (mixed / total).astype(q.dtype), i, block, 3)
         return mixed_all, _put(denominators, highest + jnp.log(total), i, block, 3)
 
@@ -75,12 +87,12 @@ def _forward(
     mixed, denominators = jax.lax.fori_loop(0, T // block, of_queries, made)
     mixed_BTNH = checkpoint_name(mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), ATTENTION)
     denominators = checkpoint_name(denominators, ATTENTION)
-    return mixed_BTNH, (q_BTNH, k_BTKH, v_BTKH, starts_BT, mixed_BTNH, denominators)
+    return mixed_BTNH, (q_BTNH, k_BTKH, v_BTKH, seen, mixed_BTNH, denominators)
 
 
 def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
     """Gradients of q, k and v. Those of keys and values are added up as [H,T], so that no block of scores is turned."""
-    q_BTNH, k_BTKH, v_BTKH, starts_BT, mixed_BTNH, denominators = kept
+    q_BTNH, k_BTKH, v_BTKH, seen, mixed_BTNH, denominators = kept
     q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
     gradient, mixed = (_queries_first(x, k.shape[1]) for x in (gradient_BTNH, mixed_BTNH))
     (B, K, G, T, H), scale = q.shape, q.shape[-1] ** -0.5
@@ -90,12 +102,13 @@ def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
     def of_queries(i: jax.Array, made: tuple) -> tuple:
         dq, dk, dv = made
         q_i, gradient_i, sums_i, denominators_i = (_part(x, i, block, 3) for x in (q, gradient, sums, denominators))
+        first, last, nth = _visits(seen, block, i)
 
-        def of_keys(j: jax.Array, carry: tuple) -> tuple:
-            dq_i, dk, dv = carry
+        def of_keys(n: jax.Array, carry: tuple) -> tuple:
+            j, (dq_i, dk, dv) = nth(n), carry
             k_j, v_j = _part(k, j, block, 2), _part(v, j, block, 2)
             scores = _scores(q_i, k_j) - denominators_i
-            weights = jnp.where(_seen(starts_BT, block, i, j), jnp.exp(scores), 0.0)
+            weights = jnp.where(_mask(seen, block, i, j), jnp.exp(scores), 0.0)
             d_weights = _product("BKGTH,BKSH->BKGTS", gradient_i, v_j)
             d_scores = (weights * (d_weights - sums_i) * scale).astype(q.dtype)
             dk_j = _product("BKGTS,BKGTH->BKHS", d_scores, q_i)
@@ -105,7 +118,7 @@ def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
             return dq_i + _product("BKGTS,BKSH->BKGTH", d_scores, k_j), dk, dv
 
         carry = jnp.zeros((B, K, G, block, H)), dk, dv
-        dq_i, dk, dv = jax.lax.fori_loop(_first(starts_BT, block, i), i + 1, of_keys, carry)
+        dq_i, dk, dv = jax.lax.fori_loop(first, last, of_keys, carry)
         return _put(dq, dq_i.astype(q.dtype), i, block, 3), dk, dv
 
     made = jnp.zeros_like(q), jnp.zeros((B, K, H, T)), jnp.zeros((B, K, H, T))
@@ -143,13 +156,21 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array, block: int, axis: int) -> 
     return jax.lax.dynamic_update_slice_in_dim(x, part, i * block, axis)
 
 
-def _first(starts_BT: jax.Array, block: int, i: jax.Array) -> jax.Array:
-    """The first block of keys that queries of block i see in any row: none of them sees farther than the first one."""
-    return jnp.min(jax.lax.dynamic_index_in_dim(starts_BT, i * block, 1)) // block
+def _visits(seen: Seen, block: int, i: jax.Array) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """The blocks of keys that queries of block i see in any row, as bounds of a loop and what its n stands for.
+
+    They are those of prefixes and then, behind a gap, those from the first own key to block i. The first query tells
+    which: what a later one sees besides begins behind that query, so in block i.
+    """
+    start, prefix, prefix_stop = (jax.lax.dynamic_index_in_dim(x, i * block, 1) for x in seen)
+    own, first = jnp.min(start) // block, jnp.min(prefix) // block
+    stop = jnp.clip(-(-jnp.max(prefix_stop) // block), first, own)
+    return first, i + 1 - (own - stop), lambda n: jnp.where(n < stop, n, n + own - stop)
 
 
-def _seen(starts_BT: jax.Array, block: int, i: jax.Array, j: jax.Array) -> jax.Array:
+def _mask(seen: Seen, block: int, i: jax.Array, j: jax.Array) -> jax.Array:
     """Which keys of block j queries of block i see, [B,1,1,T,S]."""
     queries, keys = i * block + jnp.arange(block)[:, None], j * block + jnp.arange(block)
-    seen_BTS = (keys <= queries) & (keys >= _part(starts_BT, i, block, 1)[:, :, None])
+    start, prefix, prefix_stop = (_part(x, i, block, 1)[:, :, None] for x in seen)
+    seen_BTS = (keys <= queries) & (keys >= start) | (keys >= prefix) & (keys < prefix_stop)
     return seen_BTS[:, None, None]

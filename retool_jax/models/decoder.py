@@ -301,8 +301,11 @@ def _decoder(config: ModelConfig, params: Params | dict) -> Decoder:
 def forward(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """Final hidden states [B,T,D] of packed rows: `segments` tells the sequences of a row apart."""
-    attention = packed_attention(resolve_kernel(config, current_backend()), segments_BT)
+    """Final hidden states [B,T,D] of packed rows: `segments` tells the sequences of a row apart.
+
+    Positions count from 0 in each, or go on from those of a prefix before it, where the kernel takes that.
+    """
+    attention = packed_attention(resolve_kernel(config, current_backend()), segments_BT, positions_BT)
 
     def attend(_: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return attention(q, k, v), None

@@ -36,6 +36,7 @@ def batches_of(
     chosen: Sequence[bool],
     aggregation: str,
     longest: int,
+    share_prefixes: bool = False,
 ) -> list[Batch]:
     """One packed batch per optimiser step, with these columns, of the chosen trajectories; whole groups are dealt out.
 
@@ -55,5 +56,5 @@ def batches_of(
                 row | {"weights": np.full(len(kept[i].ids), w)} for i, row, w in zip(part, told, weights, strict=True)
             ]
         examples = [Example(kept[i].ids, kept[i].sampled, row) for i, row in zip(part, told, strict=True)]
-        batches.append(pack(examples, rl.row_length, rl.rows_per_micro, limit))
+        batches.append(pack(examples, rl.row_length, rl.rows_per_micro, limit, share_prefixes))
     return batches

@@ -91,6 +91,8 @@ class RLConfig:
     temperature: Annotated[float, Field(gt=0)] = 1.0  # above 0: groups need different samples
     row_length: Positive = 256  # T of a packed row; at least engine.max_length
     rows_per_micro: Positive = 4  # B of a micro-batch
+    share_prefixes: bool = True
+    """Compute a prompt once for all its samples in a packed row, where attention_kernel is xla and that saves rows."""
     aggregation: Literal["", "token_mean", "sequence_token_sum", "sequence_token_mean", "fixed"] = ""
     """How token losses become one number (rl/loss.py); empty: as the algorithm says."""
     clip: ClipConfig = ClipConfig()

@@ -55,6 +55,7 @@ class Learner:
     algorithm: Algorithm
     longest: int  # tokens of the longest trajectory that a run allows
     update: Step
+    share_prefixes: bool = False  # a prompt once in a row for all its samples there
     trainer: Scorer | None = None  # the policy's log-probabilities, where the engine's are not the old ones
     critic: Step | None = None
     values: Scorer | None = None
@@ -88,7 +89,7 @@ def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: in
 
     def batches(names: Sequence[str], chosen: Sequence[bool], aggregation: str) -> list[Batch]:
         wanted = {name: columns[name] for name in names}
-        return batches_of(p.rl, kept, groups, wanted, chosen, aggregation, p.longest)
+        return batches_of(p.rl, kept, groups, wanted, chosen, aggregation, p.longest, p.share_prefixes)
 
     if p.critic:
         mine = batches(("returns", "old_values"), [True] * len(kept), "token_mean")

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     *("run", "rl.steps", "rl.max_dropped", "rl.save_rollouts", "evaluation.every", "checkpoint.*"),
     # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
     # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
-    *("mesh.*", "hosts.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length"),
+    *("mesh.*", "hosts.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length", "rl.share_prefixes"),
     *("model.remat", "model.head_chunk", "model.attention_kernel", "model.cache_kernel"),
     *("engine.slots", "engine.chunk_*", "engine.decode_steps", "engine.read_late", "engine.page_size"),
     *("engine.pages", "engine.prefix_tokens", "engine.*_buckets", "engine.tp"),

@@ -10,6 +10,7 @@ from retool_jax.learn.optimizer import begin_from
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.scorer import Scorer
 from retool_jax.learn.step import Columns, Outputs, Step, TokenTerms, make_step
+from retool_jax.models.attention import resolve_kernel, shares_prefixes
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
 from retool_jax.rl.algorithms import algorithm_of
@@ -32,9 +33,13 @@ def make_learner(
     """
     rl, algorithm = run.rl, algorithm_of(run.rl)
 
+    def shares(model: ModelConfig) -> bool:
+        return rl.share_prefixes and shares_prefixes(resolve_kernel(model, mesh.devices.flat[0].platform))
+
     def scorer(model: ModelConfig, *names: str, temperature: float = rl.temperature) -> Scorer:
         rows = -(-rl.prompts_per_step * rl.group_size // rl.rows_per_micro)
-        return _scorer(Outputs(model, names, temperature), mesh, rl.row_length, rl.rows_per_micro, rows)
+        outputs = Outputs(model, names, temperature)
+        return _scorer(outputs, mesh, rl.row_length, rl.rows_per_micro, rows, shares(model))
 
     frozen = {}
     if "teacher" in algorithm.models:
@@ -52,6 +57,7 @@ def make_learner(
         algorithm=algorithm,
         longest=run.engine.max_length,
         update=_policy_step(run.model, rl, mesh),
+        share_prefixes=shares(run.model),
         trainer=scorer(run.model, "logprobs") if rl.old_logprobs == "trainer" else None,
         critic=critic,
         values=values,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retool_jax.errors import UserError
-from retool_jax.learn.packing import Example, first_fit, pack
+from retool_jax.learn.packing import Batch, Example, first_fit, pack
 
 
 def example(length: int, first: int) -> Example:
@@ -50,6 +50,66 @@ def test_every_token_stands_once_with_what_belongs_to_it(lengths, rows_per_micro
         for x in rows:
             assert not x[row][~used].any(), "padding is zero everywhere"
     assert sorted(found) == list(range(1, sum(lengths) + 1))
+
+
+def samples_of(groups: list[tuple[int, list[int]]]) -> list[Example]:
+    """Samples by the length of a prompt and of each answer, where every third token was not sampled."""
+    examples = []
+    for prompt, answers in groups:
+        for length in answers:
+            ids = [prompt] * prompt + [100 + len(examples)] * length  # so prompts of one length are one prompt
+            sampled = [False] * prompt + [index % 3 != 2 for index in range(length)]
+            examples.append(Example(ids, sampled, {"old_logprobs": [-float(index) for index in range(len(ids))]}))
+    return examples
+
+
+def sequences_of(batch: Batch) -> list[tuple]:
+    """What the policy sampled in a batch, with all that stands before it: ids, mask and column of each sequence."""
+    found = []
+    for tokens, positions, segments, sampled, column in zip(
+        *(x.reshape(-1, x.shape[-1]) for x in (*batch[:4], batch.columns["old_logprobs"])), strict=True
+    ):
+        for number in range(1, segments.max() + 1):
+            at = np.flatnonzero(segments == number)
+            first = positions[at[0]]
+            if first == 0:
+                begun = at  # what later segments go on from
+            whole = np.concatenate([begun[:first], at])
+            np.testing.assert_array_equal(positions[whole], np.arange(len(whole)))
+            if sampled[at].any():
+                found.append(tuple(tuple(x[whole].tolist()) for x in (tokens, sampled, column)))
+    return sorted(found)
+
+
+GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=5)), max_size=6)
+
+
+@given(GROUPS, st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_shared_prompt_stands_before_each_of_its_samples(groups, rows_per_micro):
+    examples = samples_of(groups)
+    if not examples:
+        return
+    apart = pack(examples, 16, rows_per_micro)
+    shared = pack(examples, 16, rows_per_micro, share_prefixes=True)
+    assert sequences_of(shared) == sequences_of(apart)
+    assert np.sum(shared.sampled) == sum(sum(example.sampled) for example in examples), "each token is learned once"
+    rows, others = ((x.segments > 0).any(-1).sum() for x in (shared, apart))
+    assert rows < others or all(np.array_equal(x, y) for x, y in zip(shared[:4], apart[:4], strict=True))
+
+
+def test_a_prompt_that_is_shared_on_a_known_case():
+    """Without its last token once, and that one in each sample; rows that it does not save are as they are."""
+    ids = [1, 2, 3, 4], [1, 2, 3, 5, 6], [7, 8]
+    examples = [Example(x, [token > 3 for token in x]) for x in ids]
+    batch = pack(examples, 9, 1, share_prefixes=True)
+    np.testing.assert_array_equal(batch.tokens, [[[1, 2, 3, 5, 6, 3, 4, 7, 8]]])
+    np.testing.assert_array_equal(batch.positions, [[[0, 1, 2, 3, 4, 2, 3, 0, 1]]])
+    np.testing.assert_array_equal(batch.segments, [[[1, 1, 2, 2, 2, 3, 3, 4, 4]]])
+    np.testing.assert_array_equal(batch.sampled, batch.tokens > 3)
+    roomy = pack(examples, 11, 1, share_prefixes=True)
+    np.testing.assert_array_equal(roomy.tokens, [[[1, 2, 3, 5, 6, 1, 2, 3, 4, 7, 8]]])
+    assert pack([Example([1, 2, 3], [False] * 3)] * 2, 4, 1, share_prefixes=True).micro_batches == 2
 
 
 @given(st.lists(st.integers(1, 50), max_size=60))

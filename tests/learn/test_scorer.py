@@ -1,5 +1,7 @@
 """A scorer says of each token what a step's outputs are, wherever packing puts it, and is compiled once."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def examples(model) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def scorer(model, mesh) -> Scorer:
-    return Scorer(Outputs(model, temperature=TEMPERATURE), mesh, 48, 2, 5)
+    return Scorer(Outputs(model, temperature=TEMPERATURE), mesh, 48, 2, 5, share_prefixes=True)
 
 
 def assert_scores(scores: dict[str, list[np.ndarray]], examples: list[Example], expected: dict[str, list]) -> None:
@@ -41,6 +43,10 @@ def assert_scores(scores: dict[str, list[np.ndarray]], examples: list[Example], 
 
 @pytest.fixture(scope="module")
 def expected(fresh_logits, examples) -> dict[str, list[np.ndarray]]:
+    return by_forwards(fresh_logits, examples)
+
+
+def by_forwards(fresh_logits: Callable, examples: list[Example]) -> dict[str, list[np.ndarray]]:
     """By one forward over each example."""
     logprobs, entropy = [], []
     for example, values in zip(examples, fresh_logits([e.ids for e in examples]), strict=True):
@@ -59,6 +65,14 @@ def test_scores_are_those_of_a_forward_wherever_examples_stand(params, scorer, e
     assert_scores(again, [examples[i] for i in order], {name: [x[i] for i in order] for name, x in expected.items()})
     assert scorer(params, []) == {"logprobs": [], "entropy": []}
     assert len(compiles) == known
+
+
+def test_samples_that_share_a_prompt_have_the_scores_of_each_alone(scorer, params, examples, fresh_logits, compiles):
+    known = len(compiles)
+    samples = [Example([*range(20), *e.ids], np.r_[np.zeros(20, bool), e.sampled]) for e in examples if len(e.ids) < 28]
+    scores = scorer(params, samples)
+    assert len(compiles) == known
+    assert_scores(scores, samples, by_forwards(fresh_logits, samples))
 
 
 def test_scores_are_a_steps_outputs(model, params, scorer, examples):

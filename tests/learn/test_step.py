@@ -222,6 +222,22 @@ def test_packing_and_micro_batches_do_not_change_the_gradient(
     assert_same_metrics(metrics, expected[1], rtol=2e-6)
 
 
+def test_a_prompt_that_samples_share_does_not_change_the_gradient(kind, examples, compute):
+    """Three prompts with four samples each, computed once in a row, against each sample with a prompt of its own."""
+    prompts = np.random.default_rng(1).integers(0, kind.outputs.model.vocab_size, (3, 12))
+    samples = []
+    for index, example in enumerate(examples):
+        columns = {name: np.r_[np.zeros(9), x] if np.ndim(x) else x for name, x in example.columns.items()}
+        sampled = np.r_[np.zeros(12, bool), example.sampled[3:]]
+        samples.append(Example([*prompts[index % 3], *example.ids[3:]], sampled, columns))
+    apart, shared = (pack(samples, 48, 8, 1, share) for share in (False, True))
+    assert [(x.segments > 0).any(-1).sum() for x in (apart, shared)] == [8, 7]
+    gradient, metrics = compute(kind.params, apart)
+    ours, told = compute(kind.params, shared)
+    assert_same_gradient(ours, gradient)
+    assert_same_metrics(told, metrics, rtol=2e-6)
+
+
 def test_tokens_that_were_not_sampled_have_no_effect(kind, batch, compute, expected):
     """Whatever stands beside them in any column: gradient and metrics are the same bits."""
     for noise in (np.nan, 1e30):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -12,55 +13,76 @@ import pytest
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.attention import attend, packed_attention, packed_mask
 
-# Longest runs of one segment by row: within a block, over several, all of the row.
-LENGTHS = ([5, 20, 1, 30], [130, 3], [200])
+# Segments of a row, each with the number of the prefix that it goes on from. The longest is within a block, over
+# several, all of the row.
+APART = ([(5, 0), (20, 0), (1, 0), (30, 0)], [(130, 0), (3, 0)], [(200, 0)])
+# Groups within a block; a prefix over blocks, with a segment far from it; one in a block, with segments over several.
+SHARED = (
+    [(5, 0), (9, 1), (3, 1), (20, 0), (4, 0), (7, 5), (6, 5)],
+    [(70, 0), (30, 1), (65, 1), (4, 1), (6, 0), (5, 5)],
+    [(3, 0), (100, 1), (80, 1)],
+)
 
 
-def case(length: int, heads: int, kv_heads: int, head_dim: int, dtype: str = "float32", rows: int = 6) -> tuple:
-    """q, k, v, a gradient of the output, and segments; what is left of a row is padding."""
+def case(
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str = "float32",
+    rows: int = 6,
+    layouts: Sequence[list[tuple[int, int]]] = APART,
+) -> tuple:
+    """q, k, v, a gradient of the output, segments, positions, and who sees whose keys; a row's rest is padding."""
     rng = np.random.default_rng(length + heads)
     arrays = [
         jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads, heads)
     ]
-    segments = np.zeros((rows, length), np.int32)
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    seen = np.zeros((rows, length, length), bool)
     for row in range(rows):
-        lengths = LENGTHS[row % len(LENGTHS)]
-        numbers = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length]
-        segments[row, : len(numbers)] = numbers
-    return *arrays, jnp.asarray(segments)
+        start = 0
+        for number, (count, prefix) in enumerate(layouts[row % len(layouts)], start=1):
+            there = segments[row] == prefix if prefix else np.zeros(length, bool)
+            stop = min(start + count, length)
+            segments[row, start:stop], positions[row, start:stop] = number, there.sum() + np.arange(stop - start)
+            seen[row, start:stop] = there
+            start = stop
+    return *arrays, jnp.asarray(segments), jnp.asarray(positions), jnp.asarray(seen)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def outputs_and_gradients(blocks: bool, q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array, segments):
+def outputs_and_gradients(blocks: bool, q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array, *rows):
     """Attention and the gradients of its inputs, in blocks or by the plain form."""
-    plain = partial(attend, mask_BTS=packed_mask(segments))
-    output, back = jax.vjp(packed_attention("xla", segments) if blocks else plain, q, k, v)
+    segments, positions, prefixes = rows
+    plain = partial(attend, mask_BTS=packed_mask(segments) | prefixes)
+    output, back = jax.vjp(packed_attention("xla", segments, positions) if blocks else plain, q, k, v)
     return output, *back(cotangent)
 
 
+@pytest.mark.parametrize("layouts", [APART, SHARED], ids=["apart", "shared"])
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "head_dim"),
     [(1, 2, 1, 8), (37, 4, 2, 8), (64, 2, 2, 16), (130, 5, 1, 16), (192, 9, 3, 8)],
 )
-def test_blocks_equal_the_plain_form(length, heads, kv_heads, head_dim):
+def test_blocks_equal_the_plain_form(length, heads, kv_heads, head_dim, layouts):
     """Lengths within a block, of whole blocks and of no multiple of them; 9 heads take rows in three groups."""
-    arrays = case(length, heads, kv_heads, head_dim)
+    arrays = case(length, heads, kv_heads, head_dim, layouts=layouts)
     for ours, plain in zip(outputs_and_gradients(True, *arrays), outputs_and_gradients(False, *arrays), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_scores_of_any_size_are_finite_and_exact():
     """A softmax over blocks moves its largest score along: here it grows, shrinks and is far beyond exp's range."""
-    q, k, v, cotangent, segments = case(192, 2, 2, 16)
-    q = q * jnp.linspace(0, 100, 192)[:, None, None]
-    arrays = q, k, v, cotangent, segments
+    q, *others = case(192, 2, 2, 16)
+    arrays = q * jnp.linspace(0, 100, 192)[:, None, None], *others
     for ours, plain in zip(outputs_and_gradients(True, *arrays), outputs_and_gradients(False, *arrays), strict=True):
         assert np.abs(ours - plain).max() <= 1e-4 * np.abs(plain).max()
 
 
 def test_half_precision_is_as_near_to_fp32_as_the_plain_form():
     half = case(130, 4, 2, 32, "bfloat16")
-    exact = outputs_and_gradients(False, *(x.astype(jnp.float32) for x in half[:-1]), half[-1])
+    exact = outputs_and_gradients(False, *(x.astype(jnp.float32) for x in half[:4]), *half[4:])
     pair = (outputs_and_gradients(blocks, *half) for blocks in (True, False))
     for ours, plain, reference in zip(*pair, exact, strict=True):
         assert ours.dtype == plain.dtype
@@ -82,10 +104,11 @@ def test_nothing_is_as_large_as_the_square_of_a_row():
     """16 rows of 4096 tokens, compiled with their gradient and not run."""
     rows, length, heads, head_dim = 16, 4096, 2, 16
     array = jax.ShapeDtypeStruct((rows, length, heads, head_dim), jnp.float32)
-    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    seen = jax.ShapeDtypeStruct((rows, length, length), jnp.bool_)  # of the plain form alone
 
     def compiled(blocks: bool) -> jax.stages.Compiled:
-        return outputs_and_gradients.lower(blocks, *[array] * 4, segments).compile()
+        return outputs_and_gradients.lower(blocks, *[array] * 4, numbers, numbers, seen).compile()
 
     square = length * length
     largest = {}

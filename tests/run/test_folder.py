@@ -120,7 +120,7 @@ CHANGEABLE = {
     "engine": "slots chunk_tokens decode_steps read_late page_size pages prefix_tokens tp token_buckets read_buckets",
     "sandbox": "backend slots urls token queue_limit queue_s retries recycle_calls recycle_s recycle_memory_mb probe_s"
     " sessions session_ttl_s",
-    "rl": "steps max_dropped rows_per_micro row_length save_rollouts",
+    "rl": "steps max_dropped rows_per_micro row_length share_prefixes save_rollouts",
     "evaluation": "every",
 }
 CHANGEABLE = {f"{section}.{key}".lstrip(".") for section, keys in CHANGEABLE.items() for key in keys.split()}
