@@ -22,11 +22,19 @@ def main(words: list[str]) -> None:
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve
-    from retool_jax.run.evaluate import evaluate
 
     run = resolve(words)
     keep_programs()
-    asyncio.run(evaluate(run))
+    measure(run)
+
+
+def measure(run: EvaluateRun) -> None:
+    """Evaluate to the result, with the other hosts of the job where the environment says that there are some."""
+    from retool_jax import hosts
+    from retool_jax.run.evaluate import evaluate
+
+    with hosts.joined(run.hosts):
+        asyncio.run(evaluate(run))
 
 
 if __name__ == "__main__":

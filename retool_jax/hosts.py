@@ -1,4 +1,4 @@
-"""The processes that train one run together, one on each host: which this one is, and what they tell each other.
+"""The processes of one run, one on each host: which this one is, and what they tell each other.
 
 Each calls the same functions of this file in the same order, as it does with computations over the whole mesh. With one
 process, as nearly always, all of them return at once what they were given.
@@ -126,7 +126,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
     except Exception as error:  # jax's, of the network, or of the machine's metadata
         raise UserError(
             f"cannot join the other hosts within hosts.start_s={config.start_s} s ({one_line(error)}); start the same"
-            " command on all of them, or set JAX_NUM_PROCESSES=1 to train on this one alone"
+            " command on all of them, or set JAX_NUM_PROCESSES=1 to run it on this one alone"
         ) from error
     watch = _Watch(config.silent_s, witness)
     print(f"this is {_name(own)} of {jax.process_count()}; the first one is {_name(0)}")
@@ -178,7 +178,7 @@ def _farewell(name: str, what: str) -> str:
     """What this host says when it ends because of another one."""
     return (
         f"error: {name} {what}, so this one, host {jax.process_index()}, ends too; the same command on all hosts"
-        " goes on from the last checkpoint"
+        " goes on from what was saved"
     )
 
 

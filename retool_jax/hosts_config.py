@@ -7,7 +7,7 @@ from retool_jax.fields import CHECKED, Positive
 
 @dataclass(frozen=True, config=CHECKED)
 class HostsConfig:
-    """Several hosts train one run where the environment says so, each with the same command (docs/tpu.md).
+    """Several hosts train or evaluate together where the environment says so, each with the same command (docs/tpu.md).
 
     On Cloud TPU they find each other. Elsewhere each has JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """

@@ -1,6 +1,7 @@
 """`python -m retool_jax.serve config=NAME init_from=FOLDER key=value ...`: serve a checkpoint over HTTP."""
 
 import asyncio
+import os
 from contextlib import suppress
 
 from retool_jax.errors import UserError, run_command
@@ -17,6 +18,12 @@ def main(words: list[str]) -> None:
         return
     if not isinstance(run := load.load(words), ServeRun):
         raise UserError(f"this config is of task {task_of(type(run))} and serves nothing; use config=serve")
+    if (processes := os.environ.get("JAX_NUM_PROCESSES", "")) not in ("", "1"):
+        raise UserError(
+            f"JAX_NUM_PROCESSES={processes} asks for one server on several hosts, and a server has the devices of one:"
+            " each request stays where it came in; start a server on each host with JAX_NUM_PROCESSES=1, and let a"
+            " balancer spread clients over them"
+        )
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve

@@ -47,6 +47,12 @@ def test_a_wrong_word_is_told_with_the_way_out(word, told):
     assert told in error_of(serve.main, "config=serve", word)
 
 
+def test_a_server_on_several_hosts_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    said = error_of(serve.main, "config=serve")
+    assert "JAX_NUM_PROCESSES=2" in said and "start a server on each host" in said and "balancer" in said
+
+
 def test_each_command_refuses_the_others_configs():
     assert "run python -m retool_jax.serve" in error_of(train.main, "config=serve")
     assert "task grpo and serves nothing" in error_of(serve.main, "config=grpo")

@@ -4,20 +4,27 @@ Each line of `samples.jsonl` is a record of one trajectory (`Trajectory.record`)
 `group` and its number among the samples of that problem as `sample`. Lines are added in batches and are on the disk
 when `add` returns. A kill can tear no line but the last, which is taken away at the next start. A sample that the
 machinery lost has a line to read, and is drawn again; the last line of a sample is the one that counts.
+
+Of several hosts each but the first adds lines to a file of its own, `samples.1.jsonl` and so on. The first one takes
+them over when all have drawn their share, or, after a kill, at the next start, on however many hosts.
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import jax
+
+from retool_jax import hosts
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, Segment, ToolUse, Trajectory
 
 SAMPLES = "samples.jsonl"
+OTHERS = "samples.*.jsonl"  # of the other hosts, by their numbers
 RESULT = "result.json"  # what came of them, beside it
 
 
@@ -30,28 +37,35 @@ class Done(NamedTuple):
 
 
 class Store:
-    """The samples in a folder: `with Store(folder) as store`.
+    """The samples in a folder: `with Store(folder) as store`. All hosts make it, and close it, together.
 
     Attributes:
-        done: by (place of the problem in its set, number of the sample).
+        done: by (place of the problem in its set, number of the sample): what is in the file, and what was added here.
 
     Raises:
         UserError: a line before the last cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / SAMPLES
         self.done: dict[tuple[int, int], Done] = {}
-        self._file = self._path.open("ab+")
         self._size = 0
-        try:
-            for at, line, record in _records(self._path):
-                self._note(record, at)
-                self._size = at + len(line)
-            self._file.truncate(self._size)  # what is behind the last whole line was being written
-        except BaseException:
-            self._file.close()
-            raise
+        if hosts.is_first():
+            self._path = folder / SAMPLES
+            self._file = self._path.open("ab+")
+            try:
+                for at, line, record in _records(self._path):
+                    self._note(record, at)
+                    self._size = at + len(line)
+                self._file.truncate(self._size)  # what is behind the last whole line was being written
+                self._take_over()
+            except BaseException:
+                self._file.close()
+                raise
+        self.done = hosts.agreed(self.done)  # waits until the first one has taken over what was there
+        if not hosts.is_first():
+            self._path = folder / OTHERS.replace("*", str(jax.process_index()))
+            folder.mkdir(parents=True, exist_ok=True)  # where it is not seen yet
+            self._file = self._path.open("ab+")
 
     def __enter__(self) -> Self:
         return self
@@ -67,12 +81,30 @@ class Store:
         lines = [
             (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace") for record in records
         ]
-        self._file.write(b"".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for record, line in zip(records, lines, strict=True):
+        self._write(zip(lines, records, strict=True))
+
+    def collect(self) -> None:
+        """Wait until every host has added what it draws; then the file, which the first one has, holds all of it."""
+        if not hosts.is_first():
+            self._file.close()
+        hosts.gather(None)
+        if hosts.is_first():
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Add what the files of other hosts hold and is missing, and remove them."""
+        for path in sorted(self._path.parent.glob(OTHERS)):
+            lines = ((line, record) for _, line, record in _records(path))
+            self._write(pair for pair in lines if not self.finished(pair[1]["group"], pair[1]["sample"]))
+            path.unlink()
+
+    def _write(self, lines: Iterable[tuple[bytes, dict]]) -> None:
+        for line, record in lines:
+            self._file.write(line)
             self._note(record, self._size)
             self._size += len(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def finished(self, problem: int, sample: int) -> bool:
         """Whether a sample need not be drawn (again)."""

@@ -188,10 +188,9 @@ def loss_and_gradient(
         total, (metrics, spread) = add_gradient(total, partial(micro_loss, micro=micro), weights, split)
         return (total, jax.tree.map(jnp.add, sums, metrics)), collect(seen, spread, index)
 
-    shapes = jax.eval_shape(lambda: jax.value_and_grad(micro_loss, has_aux=True)(params, micro_batch(batch, 0)))
-    (_, (metrics, spread)), gradient = shapes
+    _, (metrics, spread) = jax.eval_shape(lambda: micro_loss(params, micro_batch(batch, 0)))
     total = (
-        jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), gradient),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics),
     )
     carry = total, room_for(spread, batch)

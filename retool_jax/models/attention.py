@@ -3,7 +3,7 @@
 `attend` is the plain form, which every kernel is tested against. Packed rows go through `packed_attention`, which runs
 the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, blocks of plain products (`blocks.py`) elsewhere.
 Tokens behind a cache go through `paged_attention` (ragged on TPU, triton on GPU) or, one at a time, through
-`row_attention`.
+`row_attention`. Kernels of the TPU are imported where they are called: a run on other chips loads none of them.
 """
 
 import math
@@ -13,8 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
@@ -135,6 +133,8 @@ def seen_keys(segments_BT: jax.Array, positions_BT: jax.Array) -> Seen:
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:
     """The TPU kernel: scores stay on the chip, tiles that no query sees are skipped."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     B, T, N, H = q.shape
     K = k.shape[2]
     block = next(size for size in SPLASH_BLOCKS if -T % size <= T // 16 or size == SPLASH_BLOCKS[-1])
@@ -243,9 +243,11 @@ def _ragged(
     table_BP: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
-    kernel: Callable = ragged_paged_attention,
+    kernel: Callable | None = None,
 ) -> jax.Array:
     """The TPU kernel for rows of any length, on each device's own heads. It takes every row's T queries as real."""
+    if kernel is None:
+        from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention as kernel
     B, T, N, H = q_BTNH.shape
     page_size = pages.shape[1]
     # Rows without tokens read no more than they must. Padding queries stand behind the last real one, and may point

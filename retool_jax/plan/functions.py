@@ -25,7 +25,7 @@ from retool_jax.rl.algorithms import aggregation_of
 from retool_jax.rl.learner import Learner
 from retool_jax.rl.loss import aggregation_weights
 from retool_jax.run.learner import abstract, make_learner
-from retool_jax.run.schema import RLRun, SFTRun
+from retool_jax.run.schema import EngineRun, RLRun, SFTRun
 from retool_jax.run.weights import abstract_state
 from retool_jax.sft.loop import imitation_loss, optimizer_of
 
@@ -111,7 +111,7 @@ def of_rl(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Fu
         lambda: abstract_weights(run.model, mesh),
         lambda run, mesh: (teacher, abstract_weights(teacher, mesh)),
     )
-    return [*_engine(run, own), *_learning(run, mesh, learner), _reshard(run, mesh, own)]
+    return [*of_engine(run, own), *_learning(run, mesh, learner), _reshard(run, mesh, own)]
 
 
 def _update(name: str, model: ModelConfig, step, state: TrainState, batch: Batch, mesh: Mesh) -> Function:
@@ -154,7 +154,7 @@ def _learning(run: RLRun, mesh: Mesh, learner: Learner) -> list[Function]:
     return [*found, _update("policy update", run.model, learner.update, policy, batch(part, *columns), mesh)]
 
 
-def _engine(run: RLRun, own: Mesh) -> list[Function]:
+def of_engine(run: EngineRun, own: Mesh) -> list[Function]:
     """Decoding at the longest, and the writing of prompts and answers, the blocks that go through the model at once."""
     model, config = run.model, run.engine
     layouts = Layouts.of(model, config, own)

@@ -1,17 +1,23 @@
-"""An evaluation from its folder to its result: which samples are missing, drawing them, and what all of them say."""
+"""An evaluation from its folder to its result: which samples are missing, drawing them, and what all of them say.
+
+On several hosts each draws its share of what is missing, with an engine, tools and a sandbox of its own. The first one
+writes what there is once: the config, what was asked, all samples in the end, and the result.
+"""
 
 import asyncio
 import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
+from retool_jax import hosts
 from retool_jax.answers import workers
 from retool_jax.checkpoint import PARAMS, WHOLE, Checkpoints
 from retool_jax.data.problems import MADE, Problem
@@ -26,6 +32,7 @@ from retool_jax.files import replacing
 from retool_jax.metrics import Progress, format_percent
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.huggingface import find_folder
+from retool_jax.rl.collector import together
 from retool_jax.rl.summary import performance
 from retool_jax.rollout.rollout import Sample
 from retool_jax.rollout.trajectory import Trajectory
@@ -75,7 +82,7 @@ async def evaluate(run: EvaluateRun) -> dict:
         compare({"set": set_name(run), "problems": rows, "problems_sha256": digest_of(problems)}, theirs)
     asked = {"set": set_name(run), "problems": digest_of(problems), "weights": weights_of(run.init_from)}
     check_asked(folder, asked)
-    if (folder / RESULT).is_file() and not (result := read_result(folder / RESULT))["dropped"]:
+    if result := hosts.agreed(complete_result(folder)):
         print(f"{folder} is complete; nothing to draw")
         show(result, theirs)
         return result
@@ -91,11 +98,13 @@ async def evaluate(run: EvaluateRun) -> dict:
         stack.enter_context(claim_folder(run))
         check_asked(folder, asked)
         store = stack.enter_context(Store(folder))
-        write_json(folder / ASKED, asked)
+        if first := hosts.is_first():
+            write_json(folder / ASKED, asked)
         write_config(run)
         write_origin(folder)
         every = keys(len(problems), run.evaluation.samples)
         missing, total = [key for key in every if not store.finished(*key)], len(every)
+        own = [key for number, key in enumerate(missing) if hosts.is_mine(number)]
         if missing:
             print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
             how = run.evaluation
@@ -104,18 +113,33 @@ async def evaluate(run: EvaluateRun) -> dict:
             print(f"attention: {resolve_kernel(run.model, mesh.devices.flat[0].platform)}")
             if len(missing) < total:
                 print(f"{folder}: {total - len(missing)} of {total} samples are there already")
+            if len(own) < len(missing):
+                print(f"this host draws {len(own)} of {len(missing)} samples")
             engine = engine_of(run, params, mesh, tokenizer)
             del params  # the engine has its own
             warm_up(engine)
-            bar = stack.enter_context(Progress("evaluation", total, total - len(missing)))
-            taking = Taking(tokenizer, store, missing, total, run.evaluation.max_dropped, asked, bar)
-            samples = (sample_of(run, problems, *key) for key in missing)
+            there = total - len(missing)
+            bar = stack.enter_context(Progress("evaluation", there + len(own), there, quiet=not first))
+            taking = Taking(tokenizer, store, own, total, run.evaluation.max_dropped, asked, bar)
+            samples = (sample_of(run, problems, *key) for key in own)
             statistics = await draw(engine, tokenizer, tools, samples, run.rollout, taking, stream=True)
-            write_json(folder / PERFORMANCE, performance_of(statistics, len(missing)))
-        result = result_of(run, problems, store, asked, tokenizer)
-        write_json(folder / RESULT, result)
+            statistics = together(hosts.gather(statistics))
+            if first:
+                write_json(folder / PERFORMANCE, performance_of(statistics, len(missing)))
+        store.collect()
+        result = None
+        if first:
+            if lost := sum(key not in store.done for key in every):
+                raise UserError(
+                    f"{folder} lacks {lost} of the samples that other hosts drew; the folder has to be the same one for"
+                    " all of them: copy their samples.NUMBER.jsonl into it, and start the same command again"
+                )
+            result = result_of(run, problems, store, asked, tokenizer)
+            write_json(folder / RESULT, result)
+        result = hosts.agreed(result)
     show(result, theirs)
-    print(f"{folder / RESULT} has these numbers; every trajectory is in samples.jsonl beside it")
+    if first:
+        print(f"{folder / RESULT} has these numbers; every trajectory is in samples.jsonl beside it")
     return result
 
 
@@ -133,8 +157,10 @@ def sample_of(run: EvaluateRun, problems: Sequence[Problem], problem: int, sampl
 class Taking:
     """Takes trajectories as they are scored: writes them, counts, shows how far it is.
 
+    `missing` are the samples that are drawn here, and `total` is the number of all samples of the evaluation.
+
     Raises:
-        UserError: the machinery lost more than `evaluation.max_dropped` of the samples.
+        UserError: the machinery lost more than `evaluation.max_dropped` of the samples, or of a host's share of them.
     """
 
     def __init__(
@@ -151,7 +177,8 @@ class Taking:
         self._about = {"split": asked["set"], "step": asked["weights"]["step"] or 0}
         self._max_dropped = max_dropped
         kept = [done for done in store.done.values() if not done.dropped]
-        self._total, self._kept, self._right = total, len(kept), sum(done.correct for done in kept)
+        self._total = -(-total // jax.process_count())
+        self._kept, self._right = len(kept), sum(done.correct for done in kept)
         self._tokens = self._dropped = 0
         self._began = time.perf_counter()
 
@@ -159,6 +186,8 @@ class Taking:
         records = []
         for number, trajectory in scored:
             problem, sample = self._missing[number]
+            if trajectory.dropped:
+                trajectory.fault = hosts.here(trajectory.fault)
             records.append(trajectory.record(self._tokenizer, **self._about, group=problem, sample=sample))
         self._store.add(records)
         lost = [trajectory for _, trajectory in scored if trajectory.dropped]
@@ -211,12 +240,19 @@ def weights_of(name: str) -> dict:
         top = folder / "checkpoints" / str(step)
         top = top / WHOLE if (top / WHOLE).is_dir() else top / PARAMS
         files = (path for path in top.rglob("*") if path.is_file())
+    # One host reads them, since they are all the weights.
+    digest = hosts.agreed(digest_of_files(top, files) if hosts.is_first() else "")
+    return {"init_from": name, "step": step, "sha256": digest}
+
+
+def digest_of_files(top: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of the names below `top` and the SHA-256 of each file, in the order of the names."""
     digest = hashlib.sha256()
     for path in sorted(files):
         with path.open("rb") as file:
             own = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(top)} {own}\n".encode())
-    return {"init_from": name, "step": step, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def check_asked(folder: Path, asked: dict) -> None:
@@ -306,6 +342,12 @@ def read_result(path: Path) -> dict:
     return result
 
 
+def complete_result(folder: Path) -> dict | None:
+    """The result that is in a folder, if it has every sample."""
+    result = read_result(folder / RESULT) if (folder / RESULT).is_file() else None
+    return result if result and not result["dropped"] else None
+
+
 def write_json(path: Path, values: dict) -> None:
     """Replace a file in one step; a lone surrogate of an answer is written as its escape."""
     with replacing(path, errors="backslashreplace") as file:
@@ -313,7 +355,9 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def show(result: dict, theirs: dict | None) -> None:
-    """Print the table of a result, what its trajectories were like, and the difference to another one."""
+    """Print the table of a result, what its trajectories were like, and the difference to another one, on one host."""
+    if not hosts.is_first():
+        return
     console, numbers = Console(highlight=False), result["trajectories"]
     console.print(table(result["numbers"], f"{result['set']}, {result['samples']} samples of each problem"))
     ends = {name.removeprefix("end/"): count for name, count in numbers.items() if name.startswith("end/") and count}

@@ -120,6 +120,7 @@ class EvaluateRun:
     compare: str = ""  # result.json of another evaluation, to print the difference to it
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     data: SetConfig = SetConfig()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()

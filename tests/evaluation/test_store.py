@@ -100,3 +100,23 @@ def test_a_line_that_no_kill_can_have_torn_is_named(tmp_path, record):
     with pytest.raises(UserError, match=r"samples\.jsonl line 2 is not JSON; remove that line"):
         Store(tmp_path)
     assert len((tmp_path / SAMPLES).read_bytes()) > len(lines[0]), "nothing is taken away"
+
+
+def test_what_other_hosts_left_is_taken_over_once(tmp_path, record):
+    with Store(tmp_path) as store:
+        store.add([record(0, 0), record(0, 1, End.SANDBOX_LOST)])
+    other = tmp_path / "other"
+    other.mkdir()
+    with Store(other) as store:
+        store.add([record(*key) for key in KEYS[:4]])
+    text = (other / SAMPLES).read_bytes()
+    (tmp_path / "samples.1.jsonl").write_bytes(text + b'{"group": 1, "sam')
+    (tmp_path / "samples.12.jsonl").write_bytes(text[: text.index(b"\n") + 1])
+    with Store(tmp_path) as store:
+        assert sorted(store.done) == KEYS[:4] and all(store.finished(*key) for key in KEYS[:4])
+        store.collect()
+        assert [t.end for _, t in store.trajectories(PROBLEMS)] == [End.ANSWERED] * 4
+    assert [path.name for path in tmp_path.glob("samples*")] == [SAMPLES]
+    lines = (tmp_path / SAMPLES).read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2 + 3, "what was finished is not added again"
+    assert b"".join(lines[2:]) == text[text.index(b"\n") + 1 :]

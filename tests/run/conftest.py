@@ -56,15 +56,16 @@ def small_run(tmp_path_factory) -> list[str]:
     return [*WORDS, *data]
 
 
-# Trains in one folder after another, so that the import of jax is paid for once. The files that use it are one group of
-# tests (tests/conftest.py), for one worker.
+# Trains, or evaluates, in one folder after another, so that the import of jax is paid for once. The files that use it
+# are one group of tests (tests/conftest.py), for one worker.
 TRAINER = """
 import json, sys
-from retool_jax import train
+from retool_jax import evaluate, train
 from retool_jax.errors import UserError
 for line in sys.stdin:
+    words = json.loads(line)
     try:
-        train.main(json.loads(line))
+        (evaluate if "config=eval" in words else train).main(words)
     except UserError as error:
         print("error:", error)
     print("ended", flush=True)
@@ -85,11 +86,11 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(trainer, small_run) -> Callable[..., str]:
-    """Run a folder's command to its end and return what it says: `train(folder, "rl.steps=7")`."""
+def command(trainer) -> Callable[..., str]:
+    """Run a command to its end and return what it says: `command("config=eval", "run=runs/mine")`."""
 
-    def run(folder: Path, *words: str) -> str:
-        trainer.stdin.write(json.dumps([*small_run, f"run={folder}", *words]) + "\n")
+    def run(*words: str) -> str:
+        trainer.stdin.write(json.dumps(words) + "\n")
         trainer.stdin.flush()
         said = []
         for line in trainer.stdout:
@@ -99,6 +100,12 @@ def train(trainer, small_run) -> Callable[..., str]:
         raise AssertionError("".join(said))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train(command, small_run) -> Callable[..., str]:
+    """Run a folder's training to its end and return what it says: `train(folder, "rl.steps=7")`."""
+    return lambda folder, *words: command(*small_run, f"run={folder}", *words)
 
 
 @pytest.fixture(scope="session")

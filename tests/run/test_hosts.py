@@ -1,4 +1,5 @@
-"""A run of two hosts, each a process: its numbers are those of one, and nobody waits for a host that is gone."""
+"""A run of two hosts, each a process, and an evaluation: their numbers are those of one, and nobody waits for a host
+that is gone."""
 
 import json
 import os
@@ -13,20 +14,22 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.evaluation.store import RESULT, SAMPLES
 from retool_jax.metrics import read_metrics
 
-# A process that trains in one folder after another, so that its start is paid for once. Its tool is the interpreter,
-# whose calls are lost on the second host while a file says so.
+# A process that trains, or evaluates, in one folder after another, so that its start is paid for once. Its tool is the
+# interpreter, whose calls are lost on the second host while a file says so.
 PROCESS = """
 import json, sys
-from retool_jax import hosts, train
+from retool_jax import evaluate, hosts, train
 from retool_jax.errors import run_command
 from retool_jax.hosts_config import HostsConfig
 
 def main(words):
     with hosts.joined(HostsConfig(silent_s=5)):
         for line in sys.stdin:
-            train.main(json.loads(line))
+            words = json.loads(line)
+            (evaluate if "config=eval" in words else train).main(words)
             print("ended", flush=True)
 
 run_command(main)
@@ -42,6 +45,9 @@ class Unreliable(Python):
             return Output("the disk is gone", "machinery")
         return await super().call(arguments, state)
 """
+
+# What an evaluation has of the run: with the same sizes the programs are there already.
+SHARED = "sandbox.backend", "engine.slots", "engine.token_buckets"
 
 
 class Pair:
@@ -73,8 +79,8 @@ class Pair:
     def said(self) -> list[str]:
         return [file.read_text() for file in self._files]
 
-    def train(self, *words: str) -> list[str]:
-        """Train to the end of a run; what each host has said since its start."""
+    def run(self, *words: str) -> list[str]:
+        """Run a command to its end; what each host has said since its start."""
         self._ended += 1
         self.begin(*words)
         deadline = time.monotonic() + 600
@@ -106,7 +112,7 @@ def pair(one_device, folder) -> Iterator[Pair]:
 def both(pair, small_run, with_critic, folder) -> Path:
     """The run of `alone` of two hosts, with a cold start of their own. With a critic, so that both updates of a step
     are compared; GRPO follows below."""
-    first, second = pair.train(*small_run, *with_critic, f"run={folder / 'both'}")
+    first, second = pair.run(*small_run, *with_critic, f"run={folder / 'both'}")
     assert "before RL" in first and "before RL" not in second, first
     assert "this is host 1 (" in second and "of 2; the first one is host 0 (" in second
     return folder / "both"
@@ -146,7 +152,7 @@ def test_two_hosts_draw_and_learn_what_one_process_does(both, alone, comparable)
 def test_groups_that_two_hosts_drew_are_compared_with_themselves(pair, small_run, both, drawn, comparable):
     """Advantages of GRPO are over a group's samples, wherever they were drawn."""
     run = both.with_name("grpo")
-    pair.train(*small_run, "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true", f"run={run}")
+    pair.run(*small_run, "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true", f"run={run}")
     assert draws_of(run) == draws_of(drawn)
     assert_alike(comparable(run), comparable(drawn))
     assert any(line.get("grad_norm", 0) > 0 for line in comparable(run)), "it must have learned"
@@ -173,7 +179,7 @@ def test_another_number_of_hosts_goes_on_with_a_run(pair, train, small_run, with
     one = go_on(both, "one")
     assert "from step 5 of 6" in train(one, *with_critic)
     two = go_on(alone, "two")
-    assert f"resuming {two} from step 5 of 6" in pair.train(*small_run, *with_critic, f"run={two}")[1]
+    assert f"resuming {two} from step 5 of 6" in pair.run(*small_run, *with_critic, f"run={two}")[1]
     for run in (one, two):
         assert draws_of(run) == draws_of(alone)
         assert_alike(comparable(run), comparable(alone))
@@ -182,12 +188,42 @@ def test_another_number_of_hosts_goes_on_with_a_run(pair, train, small_run, with
 def test_a_host_whose_machinery_is_broken_is_named_and_the_others_go_on(pair, small_run, both):
     cold_start = next(both.parent.glob("cold-start-*"))
     words = [f"run={both.with_name('broken')}", f"init_from={cold_start}", "tools=unreliable:Unreliable"]
-    said, _ = pair.train(*small_run, *words, "evaluation.every=0", "rl.steps=1")
+    said, _ = pair.run(*small_run, *words, "evaluation.every=0", "rl.steps=1")
     (line,) = [line for line in read_metrics(both.with_name("broken")) if line["kind"] == "rl"]
     lost = line["end/sandbox_lost"]
     assert 0 < lost <= 8 and line["dropped"] == lost / 16, "of 16 trajectories 8 are the second host's"
     assert f"step 1: {lost} trajectories sandbox lost (host 1 (" in said and "the disk is gone" in said
     assert line["grad_norm"] > 0, "the others are learned from"
+
+
+def test_two_hosts_evaluate_what_one_process_does_and_each_goes_on_with_the_others(pair, command, small_run, both):
+    given = dict(word.split("=", 1) for word in small_run)
+    words = ["config=eval", f"init_from={both}", f"data.source={given['data.train']}", "evaluation.problems=0"]
+    words += ["evaluation.samples=3", "engine.decode_steps=16", *(f"{key}={given[key]}" for key in SHARED)]
+
+    def evaluated(name: str, run: Callable[..., object]) -> Path:
+        said = run(*words, f"run={both.with_name(name)}")
+        assert "error:" not in "".join(said), said
+        return both.with_name(name)
+
+    one, two = evaluated("evaluated-by-one", command), evaluated("evaluated-by-two", pair.run)
+    assert (two / RESULT).read_bytes() == (one / RESULT).read_bytes()
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    lines = (one / SAMPLES).read_bytes().splitlines(keepends=True)
+    assert len(lines) == 12 == len((two / SAMPLES).read_bytes().splitlines())
+    said = pair.said()
+    assert "3 samples of each problem" in " ".join(said[0].split()) and "samples of each" not in said[1]
+    assert all("this host draws 6 of 12 samples" in each for each in said)
+    # As two hosts leave it that are killed: each has written some, and the second one was writing.
+    for name, run in (("goes-on-as-one", command), ("goes-on-as-two", pair.run)):
+        folder = Path(shutil.copytree(two, both.with_name(name)))
+        (folder / RESULT).unlink()
+        (folder / SAMPLES).write_bytes(b"".join(lines[:3]))
+        (folder / "samples.1.jsonl").write_bytes(b"".join([*lines[5:9], lines[9][:40]]))
+        evaluated(name, run)
+        assert (folder / RESULT).read_bytes() == (one / RESULT).read_bytes()
+        assert [path.name for path in folder.glob("samples*")] == [SAMPLES]
+    assert all("7 of 12 samples are there already" in each for each in pair.said())
 
 
 def test_a_host_that_is_killed_is_named_and_the_run_goes_on_later(
