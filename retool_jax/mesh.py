@@ -154,13 +154,30 @@ def _whole(logical: tuple[str, ...]) -> PartitionSpec:
 
 def columns_of(rows_BTD: jax.Array) -> jax.Array:
     """Rows that are split over devices as [B*T,D], of which each has a part of D instead, as of weights."""
-    (data, fsdp), D = RULES["batch"], rows_BTD.shape[-1]
+    D = rows_BTD.shape[-1]
 
     def exchange(mine: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(mine.reshape(-1, D), fsdp, split_axis=1, concat_axis=0, tiled=True)
+        return jax.lax.all_to_all(mine.reshape(-1, D), RULES["embed"], split_axis=1, concat_axis=0, tiled=True)
 
-    inside, outside = spec("batch", None, None), PartitionSpec(data, fsdp)
+    inside, outside = spec("batch", None, None), _columns()
     return jax.shard_map(exchange, in_specs=inside, out_specs=outside, check_vma=False)(rows_BTD)
+
+
+def rows_of_columns(columns_nD: jax.Array, length: int) -> jax.Array:
+    """The inverse of `columns_of`: [B*T,D], of which each device has a part of D, as rows [B,T,D] of T = `length`."""
+
+    def exchange(mine: jax.Array) -> jax.Array:
+        own = jax.lax.all_to_all(mine, RULES["embed"], split_axis=0, concat_axis=1, tiled=True)
+        return own.reshape(-1, length, own.shape[-1])
+
+    inside, outside = _columns(), spec("batch", None, None)
+    return jax.shard_map(exchange, in_specs=inside, out_specs=outside, check_vma=False)(columns_nD)
+
+
+def _columns() -> PartitionSpec:
+    """Of [B*T,D] whose D axis is split as that of weights."""
+    data, fsdp = RULES["batch"]
+    return PartitionSpec(data, fsdp)
 
 
 def scattered_sum(parts: jax.Array, *logical: str) -> jax.Array:

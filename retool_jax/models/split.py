@@ -19,8 +19,9 @@ def rows_of(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rows(dtype: str, _: jax.ShapeDtypeStruct, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    # A lookup in a table whose D axis is split would be of all rows, for a part of D.
-    return meshes.gathered(table_VD.astype(dtype), "vocab", "embed")[tokens_BT]
+    # Each device looks up its part of D, of the tokens of all: they send less than the table, which nobody has whole.
+    found_nD = table_VD.astype(dtype)[_everybodys(tokens_BT)]
+    return meshes.rows_of_columns(found_nD, tokens_BT.shape[1])
 
 
 def _rows_forward(
@@ -32,13 +33,17 @@ def _rows_forward(
 def _rows_backward(
     _: str, table: jax.ShapeDtypeStruct, tokens_BT: jax.Array, gradient_BTD: jax.Array
 ) -> tuple[jax.Array, None]:
-    # Each device adds up its part of D, of the tokens of all: no device has a gradient of the whole table.
-    tokens = meshes.constrain(tokens_BT, "rows", "length").reshape(-1)
+    # The same way back: no device has a gradient of the whole table.
     total = meshes.constrain(jnp.zeros(table.shape, table.dtype), "vocab", "embed")
-    return total.at[tokens].add(meshes.columns_of(gradient_BTD).astype(table.dtype)), None
+    return total.at[_everybodys(tokens_BT)].add(meshes.columns_of(gradient_BTD).astype(table.dtype)), None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _everybodys(tokens_BT: jax.Array) -> jax.Array:
+    """The ids of all rows, [B*T], on each device."""
+    return meshes.constrain(tokens_BT, "rows", "length").reshape(-1)
 
 
 def product(x: jax.Array, weight: jax.Array, *logical: str) -> jax.Array:

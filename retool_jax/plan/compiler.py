@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from retool_jax.errors import one_line
 from retool_jax.plan.functions import Function
-from retool_jax.plan.hlo import Cost, cost_of
+from retool_jax.plan.hlo import Cost, cost_of, temporaries_of
 
 
 class Compiled(NamedTuple):
@@ -43,17 +43,25 @@ def compile_function(function: Function) -> Compiled | NoRoom:
             used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
             return NoRoom(f"needs {used[1]} of {used[2]}" if used else one_line(error))
         # The module that jax would print may be newer than its parser, and then cannot be had from it.
-        files = list(Path(folder).glob("*after_codegen.txt"))
-        text = max(files, key=lambda path: path.stat().st_size).read_text() if files else compiled.as_text()
+        text = _largest(folder, "*after_codegen.txt") or compiled.as_text()
+        assigned = _largest(folder, "*after_optimizations-buffer-assignment.txt")
     _, *inner = function.unknown or (1,)
     fixed = cost_of(text, (0, *inner))
     memory = compiled.memory_analysis()
+    # What a TPU's compiler says here of temporaries is more than it allots, and than it refuses a program by.
+    temporaries = temporaries_of(assigned) if assigned else float(memory.temp_size_in_bytes)
     return Compiled(
         float(memory.argument_size_in_bytes),
-        float(memory.temp_size_in_bytes),
+        temporaries,
         float(memory.output_size_in_bytes - memory.alias_size_in_bytes),
         float(memory.generated_code_size_in_bytes),
         fixed,
         cost_of(text, (1, *inner)).plus(fixed, -1.0),
         time.perf_counter() - began,
     )
+
+
+def _largest(folder: str, pattern: str) -> str:
+    """The text of a dump's largest file of a kind, which is the function's; empty where there is none."""
+    files = list(Path(folder).glob(pattern))
+    return max(files, key=lambda path: path.stat().st_size).read_text() if files else ""

@@ -19,6 +19,7 @@ _BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
 )
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_TEMPORARY = re.compile(r"^allocation \d+: size (\d+), preallocated-temp:", re.MULTILINE)  # others name a color
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
 
@@ -38,6 +39,14 @@ class Cost:
         kinds = self.sent.keys() | other.sent.keys()
         sent = {kind: self.sent.get(kind, 0.0) + times * other.sent.get(kind, 0.0) for kind in sorted(kinds)}
         return Cost(self.cycles + times * other.cycles, sent)
+
+
+def temporaries_of(assignment: str) -> float:
+    """Bytes that a module takes beside arguments and results, of a dump of its buffer assignment.
+
+    Only the memory that arrays lie in: allocations elsewhere, as in the host's memory or on the chip, name a color.
+    """
+    return float(sum(int(size) for size in _TEMPORARY.findall(assignment)))
 
 
 def cost_of(text: str, unknown: Sequence[float] = (1,)) -> Cost:

@@ -88,10 +88,10 @@ def test_fsdp_exchanges_weights_and_no_activation():
     assert 4 * math.prod(activation) > layer_bytes
     exchanged = collectives(program)
     assert ("all-gather", (MODEL.hidden_size, MODEL.intermediate_size)) in [one[:2] for one in exchanged]
-    # But for one number of each token, which are sorted for a percentile, and, once, the ids of tokens with what their
-    # embeddings learn: a device gives each of the eight its part of D, which is less than a gradient of the table.
+    # But for one number of each token, which are sorted for a percentile, and the ids of tokens with what is looked up
+    # of them, and with what that learns: a device gives each of the eight its part of D, which is less than the table.
     values, ids, parts = (2, ROWS, LENGTH), (ROWS, LENGTH), (ROWS * LENGTH // 8, MODEL.hidden_size // 8)
-    apart = {("all-gather", values): 2, ("all-gather", ids): 1, ("all-to-all", parts): 8}
+    apart = {("all-gather", values): 2, ("all-gather", ids): 1, ("all-to-all", parts): 2 * 8}
     for one, most in apart.items():
         assert [other[:2] for other in exchanged].count(one) <= most
     for operation, shape, size in exchanged:

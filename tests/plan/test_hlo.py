@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from retool_jax.plan.hlo import Cost, cost_of, trips
+from retool_jax.plan.hlo import Cost, cost_of, temporaries_of, trips
 
 DEVICES = 8
 
@@ -134,3 +134,16 @@ def test_the_collectives_of_a_compiled_module_are_found_through_a_scan(steps):
     shape = jax.ShapeDtypeStruct((DEVICES * 128,), jnp.float32, sharding=split)
     text = jax.jit(run, out_shardings=split).lower(shape).compile().as_text()
     assert cost_of(text).sent == {"all-gather": pytest.approx(steps * 4 * 128 * (DEVICES - 1))}
+
+
+def test_temporaries_are_what_is_allotted_in_the_devices_memory():
+    """As the TPU's compiler writes it: color 5 is the host's memory, color 1 the chip's own."""
+    text = """
+allocation 5: size 566231040, parameter 22, shape |f32[64,80,27648]| at ShapeIndex {}, maybe-live-out:
+allocation 405: size 1024, thread-local:
+allocation 595: size 10737418240, color 5, preallocated-temp:
+ value: <4176 copy-start.35{0} @1> (size=48660480,offset=0): f32[152064,80]{0,1:T(8,128)S(1)}
+allocation 597: size 13040976256, preallocated-temp:
+allocation 599: size 50253824, color 1, preallocated-temp:
+"""
+    assert temporaries_of(text) == 13040976256
