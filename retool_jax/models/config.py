@@ -99,9 +99,10 @@ class ModelConfig:
     cache_kernel: Literal["auto", "xla", "ragged", "triton"] = "auto"
     """Of tokens behind a cache: auto, xla, ragged (TPU) or triton (GPU); auto is ragged where it is exact, and xla."""
     head_chunk: Positive = 1024  # tokens of a device that have logits at the same time in training; models/head.py
-    remat: Literal["none", "full", "dots"] = "dots"
-    """What backward computes again: none, full (whole layers), dots (all but matrix products and attention). To write
-    down what costs nothing to compute takes longer than to compute it again."""
+    remat: Literal["none", "full", "dots", "offload"] = "dots"
+    """What backward computes again: none, full (whole layers), dots (all but matrix products and attention), offload
+    (whole layers, whose inputs wait in the host's memory). To write down what costs nothing to compute takes longer
+    than to compute it again."""
     fp32_head: bool = False  # keep the output matrix and its product in fp32, in the engine as in training
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retool_jax import mesh as meshes
 from retool_jax.models import split
@@ -35,6 +36,7 @@ Cache = jax.Array | Rows
 
 NEVER = -1e30  # a logit without probability; finite under any temperature, so that 0 * log 0 is 0
 
+INPUT = "input"  # what goes into a layer, by which remat=offload knows it
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
     "full": partial(jax.checkpoint, prevent_cse=False),
@@ -44,6 +46,16 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
         policy=jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             jax.checkpoint_policies.save_only_these_names(ATTENTION),
+        ),
+    ),
+    "offload": partial(
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
         ),
     ),
 }
@@ -181,7 +193,7 @@ class Decoder(nnx.Module):
 
         def visit(block: Block, carry: tuple, layer: jax.Array | int) -> tuple:
             x_BTD, cache = carry
-            x_BTD, cache = block(x_BTD, turn, partial(attend, cache, layer))
+            x_BTD, cache = block(checkpoint_name(x_BTD, INPUT), turn, partial(attend, cache, layer))
             return pin(x_BTD), cache
 
         carry = pin(_rows_of(self.embedding[...], tokens_BT, c.compute_dtype)), cache

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from retool_jax.plan.compiler import Compiled, NoRoom
 from retool_jax.plan.functions import Function, held
-from retool_jax.plan.work import Times, Work
+from retool_jax.plan.work import WHOLE, Times, Work
 from retool_jax.run.schema import RLRun, SFTRun
 from retool_jax.slices import TOPOLOGIES, Slice
 
@@ -131,7 +131,7 @@ def advice(run: RLRun | SFTRun, place: Slice, planned: list[Planned]) -> list[st
     said = []
     if rows > parts:
         said.append(f"{section}.rows_per_micro={parts}, a row for each device that has rows of its own")
-    if run.model.remat != "full":
+    if run.model.remat not in WHOLE:
         said.append("model.remat=full, which computes whole layers again")
     if isinstance(run, RLRun):
         pool = next(one for one in planned if one.function.name == "decode").function.arguments["cache"][0].cache

@@ -10,10 +10,11 @@ from rich.table import Table
 from retool_jax.errors import UserError
 from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig
+from retool_jax.models.decoder import REMAT
 from retool_jax.plan.compiler import Compiled
 from retool_jax.plan.estimate import assumed_of
 from retool_jax.plan.whole import functions_of, plan_function
-from retool_jax.plan.work import BACKWARD, KERNEL, attention_flops, forward_flops, head_weights, matrix_weights
+from retool_jax.plan.work import BACKWARD, KERNEL, WHOLE, attention_flops, forward_flops, head_weights, matrix_weights
 from retool_jax.run.schema import RLRun, SFTRun
 from retool_jax.slices import Slice
 
@@ -42,7 +43,7 @@ def candidates(model: ModelConfig, place: Slice, length: int) -> list[Candidate]
         ):
             continue
         for rows in (fsdp, 2 * fsdp, 4 * fsdp):
-            for remat in ("full", "dots", "none"):
+            for remat in REMAT:
                 one = Candidate(
                     tp,
                     rows,
@@ -52,31 +53,38 @@ def candidates(model: ModelConfig, place: Slice, length: int) -> list[Candidate]
                 )
                 if not limit or one.memory < limit:
                     found.append(one)
-    return sorted(found, key=lambda one: one.seconds)
+    # What moves to the host and back takes time that no formula here knows: only where nothing else fits.
+    return sorted([one for one in found if one.remat != "offload"] or found, key=lambda one: one.seconds)
 
 
 def memory_of(model: ModelConfig, devices: int, tp: int, tokens: int, remat: str) -> float:
     """About what an update holds on each device: state, gradients, activations of its tokens, one gathered layer."""
     D, N, K, H, F = model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.intermediate_size
     weights = matrix_weights(model) + head_weights(model)
-    state = (3 * 4 + 2 * 4) * weights / devices  # with the sum of gradients and the one that is added to it
+    state = (3 * 4 + 4) * weights / devices  # with the sum of gradients
     heads = (2 * (N + K) * H + 2 * F) / tp  # of a layer's products, a token
-    kept = {"full": 1.0 * D, "dots": 3 * D + heads + N * H / tp, "none": 8 * D + 2 * heads + 2 * F / tp}[remat]
-    working = 8 * D + 3 * heads
-    layer = (matrix_weights(model) - head_weights(model)) / model.num_layers / tp
-    return state + 2 * tokens * (model.num_layers * kept + working) + 4 * layer + 10 * head_weights(model) / tp
+    kept = {
+        "offload": 0.0,
+        "full": 1.0 * D,
+        "dots": 3 * D + heads + N * H / tp,
+        "none": 8 * D + 2 * heads + 2 * F / tp,
+    }[remat]
+    layer = 4 * (matrix_weights(model) - head_weights(model)) / model.num_layers / tp
+    layer += 2 * tokens * (8 * D + 3 * heads)
+    # The head's gradient is made before those of layers: their memory is taken one after the other.
+    return state + 2 * tokens * model.num_layers * kept + max(layer, 10 * head_weights(model) / tp)
 
 
 def seconds_of(model: ModelConfig, place: Slice, tp: int, rows: int, length: int, remat: str) -> float:
     """About what an update takes for each token of a device that has so many rows, nothing overlapped."""
     chip, tokens = place.chip, rows * length
     keys = length / 2
-    products = forward_flops(model, tokens, 0.0) * {"full": 4, "dots": 3, "none": 3}[remat]
-    kernels = attention_flops(model, tokens, keys) * (1 + BACKWARD + (remat == "full"))
+    products = forward_flops(model, tokens, 0.0) * (3 + (remat in WHOLE))
+    kernels = attention_flops(model, tokens, keys) * (1 + BACKWARD + (remat in WHOLE))
     peak, link = chip.flops / chip.devices, chip.link_rate / chip.devices
     computed = (products / PRODUCTS + kernels / KERNEL) / tp / peak
     # Weights are gathered for each pass, their gradients summed over all; tp sums hidden states twice a layer and pass.
-    passes = 3 if remat == "full" else 2
+    passes = 2 + (remat in WHOLE)
     gathered = 2.0 * matrix_weights(model) / tp * (passes + 2)
     summed = 2 * passes * model.num_layers * 2.0 * tokens * model.hidden_size * 2 * (tp - 1) / tp
     return (computed + (gathered + summed) / link) / (tokens / tp)

@@ -9,6 +9,7 @@ from retool_jax.slices import Chip
 
 KERNEL = 0.6  # share of a chip's peak at which attention's kernels are taken to run: the compiler says nothing of them
 BACKWARD = 3.5  # attention's backward over its forward, in two kernels that compute the scores again
+WHOLE = ("full", "offload")  # remat policies by which all of a layer is computed again
 
 
 class Work(NamedTuple):
@@ -54,9 +55,10 @@ def work_of(function: Function, context: float, length: float | None = None) -> 
         if function.kind == "score":
             return Work(wanted, once, attention, weights)
         head = 2 * head_weights(model) * tokens  # whose logits are computed again in any case
-        again = once - head if model.remat == "full" else 0.0  # products and attention are kept otherwise
-        passes = 2 + (model.remat == "full")
-        attention *= 1 + BACKWARD + (model.remat == "full")
+        whole = model.remat in WHOLE
+        again = once - head if whole else 0.0  # products and attention are kept otherwise
+        passes = 2 + whole
+        attention *= 1 + BACKWARD + whole
         return Work(3 * wanted, 3 * once + again + head, attention, passes * weights)
     if function.kind == "reshard":
         return Work(0.0, 0.0, 0.0, weights)

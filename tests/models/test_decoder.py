@@ -1,6 +1,7 @@
 """Parts of the decoder: norms, packed rows, growing a cache, what backward keeps."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -127,12 +128,12 @@ def test_append_costs_what_it_appends(model, params):
 
 
 def test_remat_policies_keep_what_they_say_and_change_no_gradient(model, params):
-    """The gradient is the same; `full` computes the layers' matrix products again, `dots` does not."""
+    """The gradient is the same; `full` computes the layers' matrix products again, `dots` none."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (2, 96))
     positions, segments = np.broadcast_to(np.arange(96), tokens.shape), np.ones_like(tokens)
     gradients, flops = {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full", "offload"):
         config = dataclasses.replace(model, remat=remat)
 
         def loss(params: Params) -> jax.Array:
@@ -140,12 +141,29 @@ def test_remat_policies_keep_what_they_say_and_change_no_gradient(model, params)
 
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         gradients[remat], flops[remat] = compiled(params), compiled.cost_analysis()["flops"]
-    for remat in ("dots", "full"):
+    for remat in ("dots", "full", "offload"):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), gradients[remat], gradients["none"])
     assert flops["full"] > 1.15 * flops["none"]
     assert flops["none"] < flops["dots"] < 0.95 * flops["full"]
+    assert flops["offload"] == pytest.approx(flops["full"], rel=0.01)
+
+
+def test_offloaded_inputs_of_layers_wait_in_the_hosts_memory(model):
+    """By the program for a TPU: a layer's input goes there, and comes back for the gradient; nothing else does."""
+    ints, shapes = jax.ShapeDtypeStruct((2, 96), jnp.int32), abstract_params(model)[1]
+
+    def moves(remat: str) -> list[str]:
+        def loss(params: Params, tokens: jax.Array) -> jax.Array:
+            return jnp.sum(forward(dataclasses.replace(model, remat=remat), params, tokens, tokens, tokens) ** 3)
+
+        program = jax.jit(jax.grad(loss)).trace(shapes, ints).lower(lowering_platforms=("tpu",)).as_text()
+        return re.findall(r"annotate_device_placement.*_xla_buffer_placement = \"(\w+)\".*-> (tensor<\w+>)", program)
+
+    inputs = f"tensor<2x96x{model.hidden_size}xf32>"
+    assert moves("offload") == [("pinned_host", inputs), ("device", inputs)]
+    assert moves("full") == []
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(ValidationError, match=r"remat\s.*'none', 'full' or 'dots'"):
+    with pytest.raises(ValidationError, match=r"remat\s.*'none', 'full', 'dots' or 'offload'"):
         ModelConfig(remat=True)

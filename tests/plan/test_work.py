@@ -11,7 +11,7 @@ from retool_jax.mesh import AXES
 from retool_jax.plan.compiler import Compiled
 from retool_jax.plan.functions import Function
 from retool_jax.plan.hlo import Cost
-from retool_jax.plan.search import candidates
+from retool_jax.plan.search import candidates, memory_of
 from retool_jax.plan.work import BACKWARD, KERNEL, forward_flops, matrix_weights, times_of, work_of
 from retool_jax.run.load import load
 from retool_jax.slices import CHIPS, named
@@ -40,6 +40,7 @@ def test_an_update_computes_layers_again_and_attention_in_two_kernels():
     kept = work_of(replace(function("update", 8, 16384), model=replace(QWEN, remat="dots")), 0.0)
     assert kept.attention_flops / work.attention_flops == pytest.approx((1 + BACKWARD) / (2 + BACKWARD))
     assert kept.flops / kept.model_flops == pytest.approx(1, rel=0.03)  # the head's logits alone, once more
+    assert work_of(replace(function("update", 8, 16384), model=replace(QWEN, remat="offload")), 0.0) == work
 
 
 def test_a_decoded_token_reads_weights_and_what_rows_hold():
@@ -73,3 +74,18 @@ def test_the_search_knows_what_cannot_fit_and_prefers_what_computes_nothing_agai
     for one in large:
         again = by.get((one.tp, one.rows, "full"))
         assert again is None or one.seconds <= again.seconds
+    # What waits in the host's memory is for where nothing else fits.
+    assert {one.remat for one in candidates(QWEN, named("v6e-32"), 32768)} == {"offload"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "tokens", "remat", "measured"),
+    [
+        (64, 16384, "full", 6.16e9 + 23.37e9),
+        (64, 16384, "offload", 6.16e9 + 13.04e9),
+        (32, 18432, "full", 12.30e9 + 29.07e9),
+    ],
+)
+def test_the_formula_of_memory_agrees_with_the_compiler(devices, tokens, remat, measured):
+    """What libtpu 0.0.42 allots to the policy's update on chips of v5p, a row for each."""
+    assert memory_of(QWEN, devices, 1, tokens, remat) == pytest.approx(measured, rel=0.15)

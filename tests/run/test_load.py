@@ -109,7 +109,7 @@ def test_a_word_without_an_equals_sign(word):
         ("engine.tool_lag=-2", "engine.tool_lag=-2 must be at least -1"),
         ("engine.stale_rows=forget", "engine.stale_rows=forget is not one of: rewrite, discard, keep"),
         ("model.attention_kernel=flash", "model.attention_kernel=flash is not one of: auto, xla, splash, cudnn"),
-        ("model.remat=true", "model.remat=true is not one of: none, full, dots"),
+        ("model.remat=true", "model.remat=true is not one of: none, full, dots, offload"),
         ("model.head_chunk=0", "model.head_chunk=0 must be at least 1"),
         ("model.head_dim=7", "model.head_dim=7 must be even"),
         ("rollout.grammar=xml", "rollout.grammar=xml is not one of: hermes, retool"),
