@@ -128,6 +128,8 @@ def test_a_mesh_is_called_by_its_name_in_words():
     assert run.mesh == MeshConfig(name="v5p-64", tp=4)
     assert load(["config=grpo", "mesh={fsdp: 2, tp: 2}"]).mesh == MeshConfig(fsdp=2, tp=2)
     assert load(["config=grpo", "mesh.name=cpu-4"]).mesh.name == "cpu-4"
+    for name in ("sft", "grpo", "ppo"):  # the slice that docs/tpu.md begins with takes them as they are
+        assert load([f"config={name}_qwen2.5_32b", "mesh=v5p-64"]).mesh.name == "v5p-64"
     with pytest.raises(UserError, match=r"rl.rows_per_micro=32 does not divide over .* = 64 devices; use a multiple"):
         load(["config=grpo_qwen2.5_32b", "mesh=v6e-64"])
 

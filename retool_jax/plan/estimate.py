@@ -133,6 +133,10 @@ def advice(run: RLRun | SFTRun, place: Slice, planned: list[Planned]) -> list[st
         said.append(f"{section}.rows_per_micro={parts}, a row for each device that has rows of its own")
     if run.model.remat not in WHOLE:
         said.append("model.remat=full, which computes whole layers again")
+    elif run.model.remat == "full" and any(
+        one.function.kind == "update" and (one is most or isinstance(one.compiled, NoRoom)) for one in planned
+    ):
+        said.append("model.remat=offload, which has the inputs of layers wait in the host's memory")
     if isinstance(run, RLRun):
         pool = next(one for one in planned if one.function.name == "decode").function.arguments["cache"][0].cache
         pages = pool.shape[0] // run.model.num_layers
