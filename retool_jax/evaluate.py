@@ -31,9 +31,10 @@ def main(words: list[str]) -> None:
 def measure(run: EvaluateRun) -> None:
     """Evaluate to the result, with the other hosts of the job where the environment says that there are some."""
     from retool_jax import hosts
-    from retool_jax.run.evaluate import evaluate
 
     with hosts.joined(run.hosts):
+        from retool_jax.run.evaluate import evaluate
+
         asyncio.run(evaluate(run))
 
 

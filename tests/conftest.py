@@ -69,7 +69,8 @@ SECONDS = {
     **{"test_blame.py": 115, "attacks on gvisor": 115, "attacks on bubblewrap": 70, "test_pool.py": 65},
     **{"test_benchmarks.py": 60, "test_gvisor.py": 20, "test_crew.py": 18, "test_semantics.py": 18},
     **{"whole runs": 180, "engine": 135, "test_parity.py": 55, "test_step.py": 50, "test_train.py": 37},
-    **{"test_workers.py": 33, "test_huggingface.py": 18, "test_package.py": 18, "test_hosts.py": 17},
+    **{"test_workers.py": 33, "test_functions.py": 30, "test_huggingface.py": 18, "test_package.py": 18},
+    **{"test_hosts.py": 17},
 }
 WHOLE_RUNS = "run/test_every_algorithm.py", "run/test_hosts.py", "run/test_resume.py"
 

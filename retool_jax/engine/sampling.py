@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-TOP = jnp.uint32(1 << 31)
+TOP = np.uint32(1 << 31)  # no array of jax's: hosts have to find each other before jax makes the first one
 WHOLE_BLOCKS = 2048  # blocks and places together up to which blocks without padding are taken
 
 

@@ -21,6 +21,7 @@ from retool_jax.metrics import read_metrics
 # interpreter, whose calls are lost on the second host while a file says so.
 PROCESS = """
 import json, sys
+import retool_jax.run.evaluate, retool_jax.run.rl  # as commands do, which read their words before they join
 from retool_jax import evaluate, hosts, train
 from retool_jax.errors import run_command
 from retool_jax.hosts_config import HostsConfig
