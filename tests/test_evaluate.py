@@ -14,7 +14,7 @@ import pytest
 from retool_jax import evaluate, train
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.errors import UserError
-from retool_jax.evaluation.store import SAMPLES
+from retool_jax.evaluation.config import SAMPLES
 from retool_jax.models.huggingface import save_params
 from retool_jax.run.load import load
 

@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "greedy": {"samples": 1, "temperature": 0.0, "top_p": 1.0},
 }
 OWN = {"samples": 8, "temperature": 1.0, "top_p": 1.0}  # without a preset
+SAMPLES, RESULT = "samples.jsonl", "result.json"  # in an evaluation's folder: each trajectory, and what came of them
 
 
 @dataclass(frozen=True, config=CHECKED)

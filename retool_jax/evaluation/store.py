@@ -21,11 +21,10 @@ from retool_jax import hosts
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
+from retool_jax.evaluation.config import SAMPLES
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, Segment, ToolUse, Trajectory
 
-SAMPLES = "samples.jsonl"
 OTHERS = "samples.*.jsonl"  # of the other hosts, by their numbers
-RESULT = "result.json"  # what came of them, beside it
 
 
 class Done(NamedTuple):

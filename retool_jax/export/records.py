@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retool_jax.errors import UserError
-from retool_jax.evaluation.store import SAMPLES
+from retool_jax.evaluation.config import SAMPLES
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.grammar import CODE_TOOL
 from retool_jax.tokens.shown import show_outputs, show_turn

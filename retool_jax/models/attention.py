@@ -118,7 +118,8 @@ def shares_prefixes(kernel: str) -> bool:
 def seen_keys(segments_BT: jax.Array, positions_BT: jax.Array) -> Seen:
     """What each token of a packed row sees: its own segment up to itself, and the prefix that this goes on from.
 
-    A segment whose positions begin at p > 0 goes on from the first p tokens of the segment that began at 0 last.
+    A segment whose positions begin at p > 0 goes on from the first p tokens of the segment that began at 0 last. Where
+    no p tokens stand between the two, its positions are only far ones, and it sees itself alone.
     """
     places = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
 
@@ -127,8 +128,9 @@ def seen_keys(segments_BT: jax.Array, positions_BT: jax.Array) -> Seen:
 
     before = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
     start, prefix = last(segments_BT != before), last(positions_BT == 0)
-    length = jnp.take_along_axis(positions_BT, start, axis=1)
-    return Seen(start, jnp.where(length > 0, prefix, start), jnp.where(length > 0, prefix + length, 0))
+    stop = prefix + jnp.take_along_axis(positions_BT, start, axis=1)
+    goes_on = (stop > prefix) & (stop <= start)
+    return Seen(start, jnp.where(goes_on, prefix, start), jnp.where(goes_on, stop, 0))
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.evaluation.store import RESULT
+from retool_jax.evaluation.config import RESULT
 from retool_jax.fields import defaults_of, flatten_dict
 from retool_jax.metrics import METRICS_FILE, read_metrics
 from retool_jax.run.schema import TASKS

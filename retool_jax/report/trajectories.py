@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from retool_jax.errors import UserError
-from retool_jax.evaluation.store import SAMPLES
+from retool_jax.evaluation.config import SAMPLES
 from retool_jax.report.runs import Run
 from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer

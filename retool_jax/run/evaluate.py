@@ -23,11 +23,12 @@ from retool_jax.checkpoint import PARAMS, WHOLE, Checkpoints
 from retool_jax.data.problems import MADE, Problem
 from retool_jax.engine.conversation import Statistics
 from retool_jax.errors import UserError, one_line
+from retool_jax.evaluation.config import RESULT
 from retool_jax.evaluation.measure import draw, request_of
 from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.evaluation.purposes import classifier_named
 from retool_jax.evaluation.results import Answered, compare, numbers_of, table
-from retool_jax.evaluation.store import RESULT, Store
+from retool_jax.evaluation.store import Store
 from retool_jax.files import replacing
 from retool_jax.metrics import Progress, format_percent
 from retool_jax.models.attention import resolve_kernel

@@ -8,8 +8,9 @@ import pytest
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
+from retool_jax.evaluation.config import SAMPLES
 from retool_jax.evaluation.numbers import summarise
-from retool_jax.evaluation.store import SAMPLES, Store
+from retool_jax.evaluation.store import Store
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 
 PROBLEMS = [Problem(f"p{i}", ({"role": "user", "content": "Was ist 2 + 4 ?\u2028\udc80"},), "6") for i in range(3)]

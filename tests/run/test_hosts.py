@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.evaluation.store import RESULT, SAMPLES
+from retool_jax.evaluation.config import RESULT, SAMPLES
 from retool_jax.metrics import read_metrics
 
 # A process that trains, or evaluates, in one folder after another, so that its start is paid for once. Its tool is the
