@@ -1,6 +1,7 @@
-"""Memory that a process has freed, kept for its next step."""
+"""How a process of jax treats memory: what it has freed it keeps, and it looks for garbage rarely."""
 
 import ctypes
+import gc
 import glob
 import sys
 
@@ -26,3 +27,13 @@ def keep_freed_memory() -> None:
         mallopt(ARENA_MAX, 1)  # the only arena that can keep large pieces
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, NEVER)
+
+
+def collect_rarely() -> None:
+    """Let Python look for cycles of objects after 20,000 new objects, where it does so after 700.
+
+    Tracing makes many objects that stay, and each look visits the young ones anew: 1.0 of the 13 CPU-seconds of a
+    short run of the miniature, and 0.3 with this.
+    """
+    young, *older = gc.get_threshold()
+    gc.set_threshold(max(young, 20_000), *older)

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 
 from retool_jax.errors import UserError, run_command
+from retool_jax.memory import collect_rarely
 from retool_jax.run import load
 from retool_jax.run.schema import ServeRun, task_of
 
@@ -24,6 +25,7 @@ def main(words: list[str]) -> None:
             " each request stays where it came in; start a server on each host with JAX_NUM_PROCESSES=1, and let a"
             " balancer spread clients over them"
         )
+    collect_rarely()
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve

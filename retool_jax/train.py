@@ -3,7 +3,7 @@
 import asyncio
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.memory import keep_freed_memory
+from retool_jax.memory import collect_rarely, keep_freed_memory
 from retool_jax.run import load
 from retool_jax.run.schema import RLRun, SFTRun, task_of
 
@@ -16,6 +16,7 @@ def main(words: list[str]) -> None:
     if task in ("evaluate", "serve"):
         raise UserError(f"this config is of task {task} and trains nothing; run python -m retool_jax.{task} with it")
     keep_freed_memory()
+    collect_rarely()
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
     from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import sys
 import tempfile
 
 # Programs of tests are compiled more often than run, so the compiler is told to hurry: 21 instead of 78 s of processor
@@ -30,6 +31,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Nobody reads in a program which lines it came from, and a test's traceback is better whole.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_TRACEBACK_FILTERING"] = "off"
+# Each worker, and each command of a test, is a process that imports the same modules: they are compiled once, also where
+# the machine asks for no bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # A folder for all workers of this session.
 if "RETOOL_TESTS_FOLDER" not in os.environ:
     os.environ["RETOOL_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="retool-tests-")
