@@ -74,6 +74,10 @@ def test_the_search_knows_what_cannot_fit_and_prefers_what_computes_nothing_agai
     for one in large:
         again = by.get((one.tp, one.rows, "full"))
         assert again is None or one.seconds <= again.seconds
+    # Beside an engine there is room for less, and never for what is faster but does not fit.
+    alone, beside = (candidates(QWEN, named("v5p-64"), 18432, held) for held in (0.0, 46.45e9))
+    assert set(beside) < set(alone) and beside[0] != alone[0]
+    assert all(one.memory + 46.45e9 < named("v5p-64").chip.memory for one in beside)
     # What waits in the host's memory is for where nothing else fits.
     assert {one.remat for one in candidates(QWEN, named("v6e-32"), 32768)} == {"offload"}
 
