@@ -18,14 +18,14 @@ help() {
 ./launch_tpu.sh VERB [SETTING=value ...] [WORD=value ...]
 
     up       make what the run needs: bucket, service account, secrets and the TPU; wait for the TPU
-    run      send the code of HEAD, train on all workers, watch; begin again after a preemption
+    run      send the code of HEAD, train or evaluate on all workers, watch; begin again after a preemption
     watch    watch a run that goes on without its launcher, as "run" does
     logs     what each worker said last, from the bucket; "logs follow" shows one as it goes on
     ssh      a shell on one worker
     status   what the cloud says of the TPU, and each worker of its run
     down     remove everything that "up" made but the bucket, which holds the run
 
-Words in small letters are those of python -m retool_jax.train. Its runs/ are gs://BUCKET/runs, and the bucket is the
+Words in small letters are those of python -m retool_jax.COMMAND. Its runs/ are gs://BUCKET/runs, and the bucket is the
 folder /mnt/retool of every worker:
     ./launch_tpu.sh up  PROJECT=my-project ZONE=us-east5-a TYPE=v5p-64
     ./launch_tpu.sh run PROJECT=my-project ZONE=us-east5-a TYPE=v5p-64 config=grpo_qwen2.5_32b rl.steps=150
@@ -35,6 +35,7 @@ Settings, as words or as variables of the environment:
     ZONE               the zone, such as us-east5-a
     TYPE=v5p-64        the slice: v5p-N and tpu7x-N count cores (two a chip), v6e-N and v5e-N count chips
     SLICES=1           so many slices
+    COMMAND=train      train or evaluate: what "run" starts
     NAME=retool        the run, and what is made for it; small letters, digits and -, at most 20
     BACKEND=queued     queued: queued resources (v5p, v6e, v5e); mig: managed instance groups (v5p, v6e, tpu7x);
                        gke: a Kubernetes cluster (all)
@@ -61,8 +62,8 @@ END
 }
 
 # What every setting is unless it is given. An empty one has no value that fits all.
-settings=(PROJECT= ZONE= TYPE=v5p-64 SLICES=1 NAME=retool BACKEND=queued BUCKET= SPOT= RESERVATION= MAX_REQUEUES=10
-    MAX_WAIT_MINUTES=1440 POLL_SECONDS=60 RUNTIME= NETWORK=default CLUSTER= IMAGE=python:3.12-bookworm
+settings=(PROJECT= ZONE= TYPE=v5p-64 SLICES=1 COMMAND=train NAME=retool BACKEND=queued BUCKET= SPOT= RESERVATION=
+    MAX_REQUEUES=10 MAX_WAIT_MINUTES=1440 POLL_SECONDS=60 RUNTIME= NETWORK=default CLUSTER= IMAGE=python:3.12-bookworm
     PYTHON_VERSION=3.12 PINNED_AT= UV_VERSION=0.13.9 RUNSC_RELEASE=20261005 SECRETS="HF_TOKEN WANDB_API_KEY" WORKER=0
     IAP=0 ALLOW_DIRTY=0 DRY_RUN=0)
 
@@ -73,15 +74,15 @@ read_words() {
         names+="$name "
         declare -g "$name=${!name-${setting#*=}}"
     done
-    train=()
+    asked=()
     for word; do
         case $word in
         --) ;;
         [A-Z]*=*)
             [[ $names == *" ${word%%=*} "* ]] || refuse "${word%%=*} is no setting; the settings are:$names"
             declare -g "$word" ;;
-        *=* | follow) train+=("$word") ;;
-        *) refuse "$word is neither SETTING=value nor a word of the training, key=value; see ./launch_tpu.sh --help" ;;
+        *=* | follow) asked+=("$word") ;;
+        *) refuse "$word is neither SETTING=value nor a word of the run, key=value; see ./launch_tpu.sh --help" ;;
         esac
     done
 }
@@ -99,6 +100,7 @@ check_settings() {
         refuse "NAME=$NAME: 2 to 20 small letters, digits and -, a letter first"
     [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] ||
         refuse "ZONE=$ZONE is no zone; one is called us-east5-a, a region us-east5"
+    [[ $COMMAND =~ ^(train|evaluate)$ ]] || refuse "COMMAND=$COMMAND is neither train nor evaluate"
     [[ $BACKEND =~ ^(queued|mig|gke)$ ]] || refuse "BACKEND=$BACKEND is none of queued, mig and gke"
     [ -z "$RESERVATION" ] || [ "$SPOT" != 1 ] ||
         refuse "SPOT=1 and RESERVATION=$RESERVATION exclude each other; set one"
@@ -221,7 +223,7 @@ worker_words=()
 again() {
     [ "$requeues" -lt "$MAX_REQUEUES" ] ||
         fail "$NAME was taken away: $1, and asked for again $requeues times (MAX_REQUEUES). The same run goes on from" \
-            "its last checkpoint; SPOT=0 or a RESERVATION is not taken away"
+            "what it saved; SPOT=0 or a RESERVATION is not taken away"
     requeues=$((requeues + 1))
     note "$NAME was taken away: $1. Asking again, $requeues of at most $MAX_REQUEUES"
     "${BACKEND}_delete"
@@ -244,7 +246,7 @@ send_code() {
     call gcloud storage cp deploy/tpu/worker.sh "$at/worker.sh"
     worker_words=(BUCKET="$BUCKET" NAME="$NAME" CODE="$code" PINNED_AT="$PINNED_AT"
         PYTHON_VERSION="$PYTHON_VERSION" UV_VERSION="$UV_VERSION" RUNSC_RELEASE="$RUNSC_RELEASE" SECRETS="$SECRETS"
-        -- python -m retool_jax.train "${train[@]}")
+        -- python -m "retool_jax.$COMMAND" "${asked[@]}")
 }
 
 # The line that begins the work on a virtual machine.
@@ -303,11 +305,11 @@ watch() {
                 printf '%s\n' "$said" | sed 's/^/    /' >&2
                 gcloud storage cat --range=-3000 "$at/logs/${failed%% *}.log" >&2 || true
                 fail "worker ${failed%% *} ended with status ${failed##* }. Above is what it said last, and" \
-                    "./launch_tpu.sh logs shows all; the same command goes on from the last checkpoint"
+                    "./launch_tpu.sh logs shows all; the same command goes on from what it saved"
             } ;;
         *)
             [ "${#worker_words[@]}" -gt 0 ] ||
-                fail "$NAME was taken away: $state. The same run asks for another, and goes on from its last checkpoint"
+                fail "$NAME was taken away: $state. The same run asks for another, and goes on from what it saved"
             again "$state"
             ready
             begin
@@ -318,7 +320,7 @@ watch() {
 }
 
 logs() {
-    case "${train[*]}" in
+    case "${asked[*]}" in
     follow) "${BACKEND}_follow" ;;
     *) call gcloud storage cat --display-url --range=-20000 "$at/logs/**" ;;
     esac
@@ -338,8 +340,8 @@ main() {
     esac
     read_words "${@:2}"
     check_settings
-    [ "$verb" != run ] || [ "${#train[@]}" -gt 0 ] ||
-        refuse "run needs the words of a training, such as config=grpo_qwen2.5_32b"
+    [ "$verb" != run ] || [ "${#asked[@]}" -gt 0 ] ||
+        refuse "run needs the words of a training or an evaluation, such as config=grpo_qwen2.5_32b"
     check_login
     if [ "$verb" = ssh ]; then "${BACKEND}_ssh"; else "$verb"; fi
 }

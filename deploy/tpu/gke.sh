@@ -96,7 +96,7 @@ gke_watch() {
         *)
             tell_ends
             fail "the JobSet $NAME ended as $state, after at most $MAX_REQUEUES restarts. See ./launch_tpu.sh logs;" \
-                "the same command goes on from the last checkpoint" ;;
+                "the same command goes on from what it saved" ;;
         esac
     done
 }

@@ -14,9 +14,9 @@ queued() { # VERB WORDS: on this run's request
 }
 
 queued_create() {
-    local command=(gcloud compute) words=()
+    local tool=(gcloud compute) words=()
     if [ -n "$RESERVATION" ]; then
-        command=(gcloud alpha compute) # only there a reservation has a name
+        tool=(gcloud alpha compute) # only there a reservation has a name
         words+=(--reserved --reservation="projects/$PROJECT/locations/$ZONE/reservations/$RESERVATION")
     elif [ "$SPOT" = 1 ]; then
         words+=(--spot)
@@ -26,7 +26,7 @@ queued_create() {
     fi
     ensure "queued resource $NAME" \
         gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet :: \
-        "${command[@]}" tpus queued-resources create "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet \
+        "${tool[@]}" tpus queued-resources create "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet \
         --accelerator-type="$accelerator" --runtime-version="$runtime" "${words[@]}" \
         --network="$NETWORK" --service-account="$account" --scopes=https://www.googleapis.com/auth/cloud-platform
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One host of a run: has the bucket at /mnt/retool, installs, trains, and tells the bucket how that ended.
+# One host of a run: has the bucket at /mnt/retool, installs, trains or evaluates, and tells the bucket the end.
 #   worker.sh start KEY=value ... -- COMMAND   on a virtual machine, as root: begins the work as a systemd unit, which
 #                                              goes on without whoever began it; a unit that is there is stopped first
 #   worker.sh work  KEY=value ... -- COMMAND   the work, of that unit or of a pod on GKE, which has the bucket mounted

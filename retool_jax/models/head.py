@@ -135,7 +135,12 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
     d_hidden = meshes.constrain(jnp.zeros((*parts.shape, D), hidden.dtype), "batch", "length", "model")
     d_weight, d_hidden = jax.lax.fori_loop(0, -(-count // chunk), body, (d_weight, d_hidden))
     d_hidden = _take(d_hidden, jnp.argsort(order, axis=1))  # back to where each token stands
-    d_weight = meshes.scattered_sum(d_weight, "embed", "vocab").T if devices > 1 else d_weight[0]
+    if devices == 1:
+        d_weight = d_weight[0]
+    else:
+        # Sent before anything else: until then each device holds a sum of the size of the whole weight, in fp32.
+        d_weight = meshes.scattered_sum(d_weight, "embed", "vocab").T
+        d_weight, d_hidden = jax.lax.optimization_barrier((d_weight, d_hidden))
     return d_weight.astype(weight_VD.dtype), d_hidden, None, None, None
 
 

@@ -58,6 +58,8 @@ def _product(logical: tuple[str, ...], x: jax.Array, weight: jax.Array) -> jax.A
 
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
     B, T = x.shape[:2]
+    # Activations are written down first. A TPU's compiler would compute them anew for each tile of the product.
+    x = jax.lax.optimization_barrier(x)
     flat = jnp.tensordot(x.reshape(B * T, *x.shape[2:]), weight, x.ndim - 2)
     return flat.reshape(B, T, *flat.shape[1:])
 

@@ -59,7 +59,7 @@ def main(words: list[str]) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 100)  # where it goes to a file, too
     if search:
-        found = search_meshes(run, place, console)
+        found = search_meshes(run, place, teacher or run.model, console)
         show_found(found, console)
         said = {"search": found}
     else:

@@ -1,5 +1,6 @@
 """A planned run as a whole: what its memory holds, whether that fits, and how long a step takes, part by part."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from retool_jax.plan.compiler import Compiled, NoRoom
@@ -10,10 +11,9 @@ from retool_jax.slices import TOPOLOGIES, Slice
 
 
 class Planned(NamedTuple):
-    """A function and what is known of it; bytes of each device."""
+    """A function and what is known of it."""
 
     function: Function
-    held: dict[str, float]  # of its arguments, by class
     compiled: Compiled | NoRoom | None  # None: there is no compiler for these devices here
     work: Work
     times: Times
@@ -21,12 +21,12 @@ class Planned(NamedTuple):
     @property
     def passing(self) -> float:
         """What it takes beside all that stays: batches, temporaries, results, code, and the padding of arguments."""
-        c = self.compiled
+        c, classes = self.compiled, self.function.held
         if not isinstance(c, Compiled):
-            return self.held.get("batch", 0.0)
+            return classes.get("batch", 0.0)
         made = 0.0 if self.function.kind == "reshard" else c.made  # its result stays, and is counted there
-        padding = max(c.arguments - sum(self.held.values()), 0.0)
-        return self.held.get("batch", 0.0) + padding + c.temporaries + made + c.code
+        padding = max(c.arguments - sum(classes.values()), 0.0)
+        return classes.get("batch", 0.0) + padding + c.temporaries + made + c.code
 
 
 class Assumed(NamedTuple):
@@ -60,10 +60,10 @@ def assumed_of(run: RLRun | SFTRun, tokens: int | None) -> Assumed:
     return Assumed(tokens or run.engine.max_length // 2, prompt, calls, run.rollout.tool_output_tokens)
 
 
-def resident(planned: list[Planned]) -> dict[str, float]:
-    """Bytes of each device that a run holds all the time, by what they are."""
+def resident(functions: Iterable[Function]) -> dict[str, float]:
+    """Bytes of each device that a run with these functions holds all the time, by what they are."""
     found = {}
-    for name, classes in ((one.function.name, one.held) for one in planned):
+    for name, classes in ((one.name, one.held) for one in functions):
         if name in ("policy update", "critic update"):
             of = "" if name == "policy update" else "critic's "
             found |= {f"{of}{kind}": classes[kind] for kind in ("parameters", "optimiser")}
@@ -123,7 +123,7 @@ def _seconds(one: Planned, units: float, run: RLRun | SFTRun, place: Slice) -> f
 
 def advice(run: RLRun | SFTRun, place: Slice, planned: list[Planned]) -> list[str]:
     """What to change where the run does not fit, the cheapest first."""
-    stays, most = resident(planned), max(planned, key=lambda one: one.passing)
+    stays, most = resident(one.function for one in planned), max(planned, key=lambda one: one.passing)
     over = sum(stays.values()) + most.passing - place.chip.memory / place.chip.devices
     section, rows = ("sft", run.sft.rows_per_micro) if isinstance(run, SFTRun) else ("rl", run.rl.rows_per_micro)
     mesh = planned[-1].function.mesh

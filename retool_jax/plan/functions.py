@@ -59,6 +59,11 @@ class Function:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def held(self) -> dict[str, float]:
+        """Bytes of its arguments on a device, by the class of memory that they are."""
+        return {kind: held(tree) for kind, tree in self.arguments.items()}
+
 
 def held(tree: object) -> float:
     """Bytes of a tree of abstract arrays on the device that holds most of them."""

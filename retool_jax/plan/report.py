@@ -16,7 +16,8 @@ def summary_of(run: RLRun | SFTRun, place: Slice, planned: list[Planned], tokens
     """Everything that is said of a plan; sizes in bytes and work of each device, times in seconds."""
     assumed = assumed_of(run, tokens)
     parts = parts_of(run, place, planned, assumed)
-    stays, most = resident(planned), max(planned, key=lambda one: one.passing)
+    stays = resident(one.function for one in planned)
+    most = max(planned, key=lambda one: one.passing)
     peak, limit = sum(stays.values()) + most.passing, place.chip.memory / place.chip.devices
     refused = [one.function.name for one in planned if isinstance(one.compiled, NoRoom)]
     compiled = all(one.compiled is not None for one in planned)
@@ -43,7 +44,7 @@ def _function(one: Planned, part: Part) -> dict:
     found = {
         "rows": function.rows,
         "length": function.length,
-        "arguments": one.held,
+        "arguments": function.held,
         "flops": one.work.flops / function.mesh.size,
         "roofline_s": one.times.roofline,
         "estimate_s": one.times.estimate,

@@ -12,7 +12,7 @@ from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import REMAT
 from retool_jax.plan.compiler import Compiled
-from retool_jax.plan.estimate import assumed_of
+from retool_jax.plan.estimate import assumed_of, resident
 from retool_jax.plan.whole import functions_of, plan_function
 from retool_jax.plan.work import BACKWARD, KERNEL, WHOLE, attention_flops, forward_flops, head_weights, matrix_weights
 from retool_jax.run.schema import RLRun, SFTRun
@@ -32,8 +32,8 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def candidates(model: ModelConfig, place: Slice, length: int) -> list[Candidate]:
-    """All that divide over the slice and may fit, with nothing else beside the update, the fastest first."""
+def candidates(model: ModelConfig, place: Slice, length: int, beside: float = 0.0) -> list[Candidate]:
+    """All that divide over the slice and may fit, with `beside` bytes on each device beside them, the fastest first."""
     limit = place.chip.memory / place.chip.devices
     found = []
     for tp in (tp for tp in range(1, model.num_kv_heads + 1) if model.num_kv_heads % tp == place.devices % tp == 0):
@@ -51,7 +51,7 @@ def candidates(model: ModelConfig, place: Slice, length: int) -> list[Candidate]
                     memory_of(model, place.devices, tp, rows // fsdp * length, remat),
                     seconds_of(model, place, tp, rows // fsdp, length, remat),
                 )
-                if not limit or one.memory < limit:
+                if not limit or one.memory + beside < limit:
                     found.append(one)
     # What moves to the host and back takes time that no formula here knows: only where nothing else fits.
     return sorted([one for one in found if one.remat != "offload"] or found, key=lambda one: one.seconds)
@@ -90,8 +90,10 @@ def seconds_of(model: ModelConfig, place: Slice, tp: int, rows: int, length: int
     return (computed + (gathered + summed) / link) / (tokens / tp)
 
 
-def search_meshes(run: RLRun | SFTRun, place: Slice, console: Console) -> list[dict]:
+def search_meshes(run: RLRun | SFTRun, place: Slice, teacher: ModelConfig, console: Console) -> list[dict]:
     """The best candidates with what the compiler says of their policy update, the fastest first.
+
+    They fit beside what else the run holds all the time: engine, critic, teacher.
 
     Raises:
         UserError: the slice's speed is not known here, or nothing may fit.
@@ -99,24 +101,30 @@ def search_meshes(run: RLRun | SFTRun, place: Slice, console: Console) -> list[d
     if not place.chip.flops:
         raise UserError(f"mesh={place.name} has no known speed to search by; name a slice of v5e, v5p, v6e or tpu7x")
     length = run.sft.row_length if isinstance(run, SFTRun) else run.rl.row_length
-    every = candidates(run.model, place, length)
+    stays = resident(functions_of(run, place, teacher))
+    beside = sum(size for what, size in stays.items() if what not in ("parameters", "optimiser"))
+    every = candidates(run.model, place, length, beside)
     if not every:
-        raise UserError(f"no mesh of {place.name} holds an update of this model; name a larger slice")
+        raise UserError(
+            f"no mesh of {place.name} holds an update of this model beside {beside / 1e9:.1f} GB that the run has on"
+            " each device; name a larger slice, or fewer engine.pages"
+        )
     console.print(f"{len(every)} of all meshes, micro-batches and remat policies may fit; compiling the best")
     found = []
     for at, one in enumerate(every[:COMPILED], 1):
         tried = with_candidate(run, place, one)
-        functions = functions_of(tried, place, tried.model)
+        functions = functions_of(tried, place, teacher)
         update = next(function for function in functions if function.name == "policy update")
         planned = plan_function(update, place, assumed_of(tried, None), console, f"{at} of {COMPILED}")
         c, tokens = planned.compiled, one.rows * length
-        fits = isinstance(c, Compiled) and c.arguments + c.temporaries < place.chip.memory / place.chip.devices
+        fits = isinstance(c, Compiled) and c.arguments + c.temporaries + beside < place.chip.memory / place.chip.devices
         seconds = planned.times.estimate if fits else None
         found.append(
             one._asdict()
             | {
                 "fsdp": place.devices // one.tp,
                 "fits": fits if c is not None else None,
+                "beside": beside,
                 "arguments": c.arguments if isinstance(c, Compiled) else None,
                 "temporaries": c.temporaries if isinstance(c, Compiled) else None,
                 "wire": c.each.wire if isinstance(c, Compiled) else None,
@@ -138,13 +146,14 @@ def with_candidate(run: RLRun | SFTRun, place: Slice, one: Candidate) -> RLRun |
 def show_found(found: list[dict], console: Console) -> None:
     """The ranked table, with the words that choose each."""
     table = Table("words", title="policy update, one micro-batch", title_justify="left", title_style="bold")
-    for name in ("arguments", "temporaries", "sent", "tokens/s and chip"):
+    for name in ("arguments", "temporaries", "beside", "sent", "tokens/s and chip"):
         table.add_column(name, justify="right")
+    keys = "arguments", "temporaries", "beside", "wire"
     for one in found:
         words = f"mesh.fsdp={one['fsdp']} mesh.tp={one['tp']} rows_per_micro={one['rows']} model.remat={one['remat']}"
-        sizes = ("-" if one[key] is None else f"{one[key] / 1e9:,.2f}" for key in ("arguments", "temporaries", "wire"))
+        sizes = ("-" if one[key] is None else f"{one[key] / 1e9:,.2f}" for key in keys)
         rate = one["tokens_per_s_per_chip"]
         last = "does not fit" if one["fits"] is False else "-" if rate is None else f"{rate:,.0f}"
         table.add_row(words, *sizes, last)
     console.print(table)
-    console.print("GB of one device, bytes sent for one micro-batch; what else the run holds comes on top")
+    console.print("GB of one device: of the update, of what else the run holds all the time, sent for one micro-batch")

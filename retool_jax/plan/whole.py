@@ -8,7 +8,7 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.plan.compiler import Compiled, NoRoom, compile_function
 from retool_jax.plan.devices import devices_of
 from retool_jax.plan.estimate import Assumed, Planned, assumed_of
-from retool_jax.plan.functions import Function, held, of_rl, of_sft
+from retool_jax.plan.functions import Function, of_rl, of_sft
 from retool_jax.plan.work import times_of, work_of
 from retool_jax.run.schema import RLRun, SFTRun
 from retool_jax.slices import Slice
@@ -39,5 +39,4 @@ def plan_function(function: Function, place: Slice, assumed: Assumed, console: C
         console.print(f"{compiled.seconds:.0f} s" if isinstance(compiled, Compiled) else compiled.said)
     work = work_of(function, assumed.context, assumed.tokens)
     known = None if isinstance(compiled, NoRoom) else compiled
-    memory = {name: held(tree) for name, tree in function.arguments.items()}
-    return Planned(function, memory, compiled, work, times_of(function, work, known, place.chip))
+    return Planned(function, compiled, work, times_of(function, work, known, place.chip))

@@ -52,14 +52,24 @@ def test_a_dry_run_calls_nothing_and_prints_what_a_real_one_calls(cloud, backend
         assert sum(call.get("stdin") == value for call in real) == 1, name
 
 
-def test_what_is_sent_is_head_and_what_every_worker_runs_is_the_training(cloud):
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        (TRAINING, "python -m retool_jax.train config=grpo_qwen2.5_32b rl.steps=150"),
+        (
+            ("COMMAND=evaluate", "config=eval_aime25", "init_from=runs/mine"),
+            "python -m retool_jax.evaluate config=eval_aime25 init_from=runs/mine",
+        ),
+    ],
+)
+def test_what_is_sent_is_head_and_what_every_worker_runs_is_the_command(cloud, words, command):
     cloud.ended(*[0] * 8)
     cloud.has(REQUEST)
-    done = cloud.run("run", *TRAINING)
+    done = cloud.run("run", *words)
     assert done.returncode == 0 and "all 8 workers are done" in done.stderr
     (start,) = [line for line in cloud.lines() if " ssh " in line]
     assert "--node=all --worker=all" in start
-    assert start.endswith(" -- python -m retool_jax.train config=grpo_qwen2.5_32b rl.steps=150")
+    assert start.endswith(f" -- {command}")
     with tarfile.open(cloud.home / "archive.tar.gz") as archive:
         assert {"launch_tpu.sh", "deploy/tpu/worker.sh"} <= set(archive.getnames())
 
@@ -119,6 +129,7 @@ def test_spot_is_the_default_and_a_reservation_is_named(cloud, backend, words, h
         (["up", "DRY_RUN=yes"], "DRY_RUN=yes is neither 0 nor 1"),
         (["up", "SPOT=1", "RESERVATION=mine"], "exclude each other"),
         (["up", "ZONES=us-east5-a"], "ZONES is no setting"),
+        (["run", "COMMAND=serve", "config=serve"], "COMMAND=serve is neither train nor evaluate"),
         (["run"], "config="),
         (["run", "grpo"], "grpo is neither"),
         (["start"], "start is no verb"),

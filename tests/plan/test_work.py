@@ -74,6 +74,10 @@ def test_the_search_knows_what_cannot_fit_and_prefers_what_computes_nothing_agai
     for one in large:
         again = by.get((one.tp, one.rows, "full"))
         assert again is None or one.seconds <= again.seconds
+    # Beside an engine there is room for less, and never for what is faster but does not fit.
+    alone, beside = (candidates(QWEN, named("v5p-64"), 18432, held) for held in (0.0, 46.45e9))
+    assert set(beside) < set(alone) and beside[0] != alone[0]
+    assert all(one.memory + 46.45e9 < named("v5p-64").chip.memory for one in beside)
     # What waits in the host's memory is for where nothing else fits.
     assert {one.remat for one in candidates(QWEN, named("v6e-32"), 32768)} == {"offload"}
 
@@ -81,11 +85,11 @@ def test_the_search_knows_what_cannot_fit_and_prefers_what_computes_nothing_agai
 @pytest.mark.parametrize(
     ("devices", "tp", "tokens", "remat", "measured"),
     [
-        (64, 1, 16384, "full", 6.16e9 + 23.37e9),
-        (64, 1, 16384, "offload", 6.16e9 + 13.04e9),
-        (32, 1, 18432, "full", 12.30e9 + 29.07e9),
-        (8, 1, 16384, "full", 49.22e9 + 41.21e9),
-        (64, 2, 16384, "full", 6.17e9 + 19.69e9),
+        (64, 1, 16384, "full", 6.16e9 + 20.60e9),
+        (64, 1, 16384, "offload", 6.16e9 + 10.18e9),
+        (32, 1, 18432, "full", 12.30e9 + 26.27e9),
+        (8, 1, 16384, "full", 49.22e9 + 42.14e9),
+        (64, 2, 16384, "full", 6.17e9 + 18.20e9),
     ],
 )
 def test_the_formula_of_memory_agrees_with_the_compiler(devices, tp, tokens, remat, measured):
