@@ -218,30 +218,21 @@ def tell_of(program: Program) -> dict:
 def answer(
     status: str,
     message: str,
-    return_code: int | None = None,
-    wall_s: float = 0.0,
-    cpu_s: float = 0.0,
-    peak_rss_mb: float = 0.0,
     streams: Streams | None = None,
     files: dict[str, str] | None = None,
     clean: bool = True,
     ended: bool = False,
+    **told: float,
 ) -> dict:
-    """The response."""
+    """The response. `told` are further fields of the result, which has a default for each of them."""
     captures = streams.captures.values() if streams else ()
     shown = [
         {"data": base64.b64encode(c.kept()).decode(), "bytes": c.total, "truncated": c.truncated} for c in captures
     ]
+    if told.get("return_code", 0) < 0:
+        told["signal"] = -told["return_code"]
     return {
-        "result": {
-            "status": status,
-            "message": message,
-            "return_code": return_code,
-            "signal": -return_code if return_code is not None and return_code < 0 else None,
-            "wall_s": wall_s,
-            "cpu_s": cpu_s,
-            "peak_rss_mb": peak_rss_mb,
-        },
+        "result": {"status": status, "message": message, **told},
         "streams": shown or [{"data": "", "bytes": 0, "truncated": False}] * 2,
         "files": files or {},
         "clean": clean,

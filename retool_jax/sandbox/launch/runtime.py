@@ -23,9 +23,9 @@ class Runtime:
     python: str  # the interpreter's path inside
     version: str  # the `sys.version` that the interpreter must report
     packages: tuple[str, ...]  # folders for `sys.path`, as paths inside
-    root: Path | None  # a whole root file system, mounted read-only; it has the mount points /proc, /dev, /tmp, /inside
-    binds: tuple[str, ...]  # without one: paths of the host to be mounted read-only at the same place
-    links: tuple[tuple[str, str], ...]  # and links to be made: (what it points to, where it lies)
+    root: Path | None = None  # a whole root file system, mounted read-only, with folders for /proc, /dev, /tmp, /inside
+    binds: tuple[str, ...] = ()  # without one: paths of the host to be mounted read-only at the same place
+    links: tuple[tuple[str, str], ...] = ()  # and links to be made: (what it points to, where it lies)
 
 
 def images_folder() -> Path:
@@ -67,8 +67,6 @@ def find_runtime(image: str) -> Runtime:
         version=manifest["python"],
         packages=(manifest["packages_folder"],),
         root=folder / ROOT,
-        binds=(),
-        links=(),
     )
 
 
@@ -99,7 +97,6 @@ def this_python() -> Runtime:
         python=sys.executable,
         version=sys.version,
         packages=packages,
-        root=None,
         binds=tuple(sorted(outermost)),
         links=tuple(links),
     )

@@ -57,28 +57,25 @@ class Worker:
     machinery: dict[int, int] = field(default_factory=dict)  # its processes from before a program ran: pid, start
     _kills_before: int = 0
     _words: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))
-    _listener: asyncio.Task[None] | None = None
     _stopped: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self._listener = asyncio.create_task(self._listen())
 
     @property
     def pid(self) -> int:
         """The outermost process."""
         return self.process.pid
 
-    def listen(self) -> None:
-        """Read stderr from now on, so that a full pipe never blocks the worker; its end is kept."""
-
-        async def read() -> None:
-            assert self.process.stderr is not None
-            while data := await self.process.stderr.read(LAST_WORDS_BYTES // 16):
-                self._words.append(data)
-
-        self._listener = asyncio.create_task(read())
+    async def _listen(self) -> None:
+        """Read stderr, so that a full pipe never blocks the worker; its end is kept."""
+        assert self.process.stderr is not None
+        while data := await self.process.stderr.read(LAST_WORDS_BYTES // 16):
+            self._words.append(data)
 
     async def last_words(self) -> str:
         """The end of what the worker wrote to stderr, on one line; waits a moment for a dying one to finish."""
-        if self._listener is not None:
-            await asyncio.wait([self._listener], timeout=STOP_GRACE_S)
+        await asyncio.wait([self._listener], timeout=STOP_GRACE_S)
         lines = b"".join(self._words).decode(errors="replace").strip().split("\n")
         return " | ".join(line.strip() for line in lines[-4:])
 
@@ -177,8 +174,7 @@ class Worker:
         await self.tidy()
         if self.group is not None:
             await self.group.remove()
-        if self._listener is not None:
-            self._listener.cancel()
+        self._listener.cancel()
 
 
 async def nothing() -> None:
@@ -247,6 +243,4 @@ async def start(
             await group.remove()
         raise
     assert process.stdin is not None and process.stdout is not None
-    worker = Worker(process.stdout, process.stdin, process, group, tidy)
-    worker.listen()
-    return worker
+    return Worker(process.stdout, process.stdin, process, group, tidy)
