@@ -37,8 +37,8 @@ from retool_jax.data.problems import Problem
 from retool_jax.engine.scheduler import Service
 from retool_jax.rollout.rollout import Sample, rollout
 from retool_jax.run.build import engine_of, mesh_of, model_for, resolve, sandbox_config
-from retool_jax.run.serve import listen
 from retool_jax.run.weights import load_weights
+from retool_jax.sandbox.remote.web import listen
 from retool_jax.serving.app import build_app
 from retool_jax.serving.server import Server
 from retool_jax.tokens.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ class Soak:
     async def served(self) -> AsyncIterator[tuple[Server, Callable[[str], Awaitable[dict]]]]:
         """A server, and a function that lets the clients do something."""
         async with AsyncExitStack() as stack:
-            listener = stack.enter_context(listen(self.run.serve))
+            listener = stack.enter_context(listen(self.run.serve.host, self.run.serve.port))
             service = await stack.enter_async_context(Service(self.engine, self.tools.at_once))
             server = Server(service, self.tokenizer, self.tools, self.run.rollout, self.run.serve, "soak")
             config = uvicorn.Config(build_app(server), log_level="warning", access_log=False, lifespan="off")

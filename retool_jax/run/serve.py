@@ -1,11 +1,9 @@
 """A server from its checkpoint to its last answer."""
 
-import asyncio
 import gc
 import importlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -28,13 +26,11 @@ from retool_jax.run.build import (
 )
 from retool_jax.run.schema import ServeRun
 from retool_jax.run.weights import load_weights
-from retool_jax.serving.config import ServeConfig
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
 try:
-    import uvicorn
-
+    from retool_jax.sandbox.remote.web import LOCAL, listen, serve_until_signal, url_of
     from retool_jax.serving.app import build_app
     from retool_jax.serving.server import Server
 except ModuleNotFoundError as missing:
@@ -60,7 +56,9 @@ async def serve(run: ServeRun) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     async with AsyncExitStack() as stack:
-        listener = stack.enter_context(listen(run.serve))
+        host = run.serve.host
+        address = f"serve.host={host} serve.port={run.serve.port}"
+        listener = stack.enter_context(listen(host, run.serve.port, address))
         stack.enter_context(told_of_memory(run))
         stack.enter_context(compiled_ahead(run, mesh, tokenizer))
         if tools:
@@ -72,25 +70,14 @@ async def serve(run: ServeRun) -> None:
         service = await stack.enter_async_context(Service(engine, tools.at_once if tools else 0))
         name = run.serve.name or Path(run.init_from).name
         server = Server(service, tokenizer, tools, run.rollout, run.serve, name)
-        host, port = run.serve.host, listener.getsockname()[1]
-        if not token and host not in ("127.0.0.1", "::1", "localhost"):
+        if not token and host not in LOCAL:
             print(f"whoever reaches {host} can ask and run programs here; set ${TOKEN_VARIABLE}", flush=True)
-        close_rpc = nothing
+        close_rpc = None
         if rpc:
             rpc_port, close_rpc = await stack.enter_async_context(rpc.listening(server, token))
             print(f"JetStream's gRPC: {host}:{rpc_port}", flush=True)
-        web = uvicorn.Server(
-            uvicorn.Config(
-                build_app(server, token),
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=run.serve.drain_s,
-            )
-        )
-        print(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-        await until_told(web, server, listener, close_rpc)
+        print(f"serving {name} on {url_of(host, listener)}/v1", flush=True)
+        await until_told(server, listener, token, close_rpc)
         server.containers.close()
     print("closed", flush=True)
 
@@ -106,40 +93,14 @@ def rpc_module() -> ModuleType:
         ) from None
 
 
-def nothing() -> None:
-    """There is nothing to do."""
-
-
 async def until_told(
-    web: "uvicorn.Server", server: "Server", listener: socket.socket, told: Callable[[], object] = nothing
+    server: "Server", listener: socket.socket, token: str = "", close_rpc: Callable[[], object] | None = None
 ) -> None:
-    """Serve until a signal comes; answers that have begun go on for as long as the server waits for them.
+    """Serve over HTTP until a signal comes; then no request begins any more, and `close_rpc` is called."""
 
-    `told` is called on the event loop when the signal has come.
-    """
-    loop = asyncio.get_running_loop()
-
-    def close(number: int, frame: object) -> None:
+    def close() -> None:
         server.closing = True
-        loop.call_soon_threadsafe(told)
-        handle_exit(number, frame)
+        if close_rpc:
+            close_rpc()
 
-    handle_exit, web.handle_exit = web.handle_exit, close
-    for end in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it is done
-        signal.signal(end, lambda *_: None)
-    await web.serve(sockets=[listener])
-
-
-def listen(config: ServeConfig) -> socket.socket:
-    """A socket that accepts connections. Raises UserError."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        listener = socket.create_server((config.host, config.port), family=family, backlog=1024)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
-        raise UserError(
-            f"cannot listen on serve.host={config.host} serve.port={config.port} ({reason}); choose another"
-        ) from None
-    # Small pieces of a stream are sent at once, and not when the client has acknowledged the ones before.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
+    await serve_until_signal(build_app(server, token), listener, server.config.drain_s, close)

@@ -41,18 +41,14 @@ async def open_sandbox(config: SandboxConfig | None = None) -> AsyncIterator[San
         else:
             box = Sandbox(name, config)
         try:
-            await box.open()
-        except (WorkerFault, UserError) as fault:
-            reasons.append(f"{name}: {fault}")
-            await box.aclose()
-            continue
-        except BaseException:
-            await box.aclose()
-            raise
-        try:
+            try:
+                await box.open()
+            except (WorkerFault, UserError) as fault:
+                reasons.append(f"{name}: {fault}")
+                continue
             yield box
+            return
         finally:
             await box.aclose()
-        return
     risk = "" if "process" in names else "; or accept the risk of plain processes: sandbox.backend=[process]"
     raise UserError(f"no sandbox back-end of {names} works here. {'; '.join(reasons)}{risk}")

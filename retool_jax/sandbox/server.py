@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import signal
-import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -14,9 +12,8 @@ from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, show
 from retool_jax.sandbox.words import help_text, read_words, word
 
 try:
-    import uvicorn
-
     from retool_jax.sandbox.remote.app import build_app
+    from retool_jax.sandbox.remote.web import LOCAL, listen, serve_until_signal, url_of
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the server needs {missing.name}; pip install 'retool_jax[sandbox]'")
 
@@ -82,20 +79,6 @@ def settings(options: Options) -> tuple[SandboxConfig, Limits]:
     return config, replace(limits, wall_s=options.max_wall_s)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections. Raises UserError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise UserError(f"cannot listen on {host} port {port} ({reason}); choose another") from None
-    # Head and body of an answer are written one after the other; without this the body would wait until the client
-    # has acknowledged the head, 40 ms later. Connections inherit it.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
 async def serve(options: Options) -> None:
     """Open the sandbox and serve until SIGTERM or SIGINT; then finish what runs and close it."""
     config, ceiling = settings(options)
@@ -103,23 +86,10 @@ async def serve(options: Options) -> None:
     with listen(options.host, options.port) as listener:
         async with open_sandbox(config) as box:
             print(f"sandbox: {box.description}", flush=True)
-            if not token and options.host not in ("127.0.0.1", "::1", "localhost"):
+            if not token and options.host not in LOCAL:
                 print(f"whoever reaches {options.host} can run programs here; set ${TOKEN_VARIABLE}", flush=True)
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    build_app(box, ceiling, token),
-                    log_level="warning",
-                    access_log=False,
-                    lifespan="off",
-                    timeout_keep_alive=75,
-                    timeout_graceful_shutdown=options.drain_s,
-                )
-            )
-            for end in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it is done
-                signal.signal(end, lambda *_: None)
-            await server.serve(sockets=[listener])
+            print(f"serving on {url_of(options.host, listener)}", flush=True)
+            await serve_until_signal(build_app(box, ceiling, token), listener, options.drain_s)
     print("closed", flush=True)
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from retool_jax.sandbox.types import ToolResult
 
 NO_OUTPUT = "[no output: use print()]"
-CUT = "\n[... characters removed ...]\n"  # without their number, which a policy would take for one of the output's
-# How Python's words end about a number of more than 4,300 digits, but for one that stands in the code itself, where a
-# call that comes after the reading is no help.
+CUT = "\n[... characters removed ...]\n"  # does not say how many: a policy would take that for a number of the output
+# The end of Python's message about a number of more than 4,300 digits. A number that stands in the code itself has
+# another message: code is read before it runs, so there the call would come too late.
 DIGITS_ERROR = "use sys.set_int_max_str_digits() to increase the limit"
 DIGITS_HELP = "[to write longer numbers, begin with: import sys; sys.set_int_max_str_digits(0)]"
 MAX_FRAMES = 3

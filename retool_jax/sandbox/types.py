@@ -61,18 +61,12 @@ def _check(section: str, owner: object, **ranges: tuple[float, float] | None) ->
 class Limits:
     """What one program may use."""
 
-    wall_s: float = 10.0
-    """Seconds of real time, counted from the start of the program (waiting for a slot is free)."""
-    memory_mb: int = 1024
-    """MiB of address space per process, on top of what a bare interpreter takes."""
-    output_bytes: int = 65536
-    """Bytes kept of each output stream, half from its head and half from its tail."""
-    raw_output_bytes: int = 8 << 20
-    """Bytes written, over both streams, at which the program is stopped."""
-    processes: int = 64
-    """Processes and threads that may live at once (where the back-end can count them)."""
-    file_mb: int = 64
-    """MiB per file, and in all where the working directory is a file system of its own."""
+    wall_s: float = 10.0  # seconds of real time, counted from the start of the program (waiting for a slot is free)
+    memory_mb: int = 1024  # MiB of address space per process, on top of what a bare interpreter takes
+    output_bytes: int = 65536  # bytes kept of each output stream, half from its head and half from its tail
+    raw_output_bytes: int = 8 << 20  # bytes written, over both streams, at which the program is stopped
+    processes: int = 64  # processes and threads that may live at once (where the back-end can count them)
+    file_mb: int = 64  # MiB per file, and in all where the working directory is a file system of its own
 
     def __post_init__(self) -> None:
         _check(
@@ -95,38 +89,23 @@ class SandboxConfig:
     backend: tuple[str, ...] = ("auto",)
     """Back-ends in order of preference, the first that passes its self-test is used: gvisor, bubblewrap, process
     (unsafe), remote; auto is gvisor, else bubblewrap, and never anything weaker."""
-    slots: int = 0
-    """Programs that run at the same time; 0 means half of the machine's cores. More than the cores only makes time
-    limits unfair."""
-    limits: Limits = field(default_factory=Limits)
-    """Limits of a call that brings none of its own."""
-    queue_limit: int = 0
-    """Calls that may wait for a slot before further ones are refused; 0 means 64 per slot."""
-    queue_s: float = 600.0
-    """Seconds that a call may wait for a slot."""
-    retries: int = 2
-    """How often a call is repeated when the machinery, not the program, failed."""
-    show_last_expression: bool = True
-    """Print the value of a program's last expression, as a notebook does."""
-    allowed_modules: tuple[str, ...] = ()
-    """Top-level modules that a program's own imports may name; empty means all that are there."""
+    slots: int = 0  # programs that run at the same time; 0: half of the cores. More than the cores makes limits unfair
+    limits: Limits = field(default_factory=Limits)  # limits of a call that brings none of its own
+    queue_limit: int = 0  # calls that may wait for a slot before further ones are refused; 0 means 64 per slot
+    queue_s: float = 600.0  # seconds that a call may wait for a slot
+    retries: int = 2  # how often a call is repeated when the machinery, not the program, failed
+    show_last_expression: bool = True  # print the value of a program's last expression, as a notebook does
+    allowed_modules: tuple[str, ...] = ()  # top-level modules that a program's own imports may name; empty: all
     image: str = ""
     """Folder of the runtime that programs see (`python -m retool_jax.sandbox.image` builds one); empty means the one
     built last, or, where there is none, this Python and its packages, read-only."""
-    recycle_calls: int = 2000
-    """Calls after which a worker is replaced."""
-    recycle_s: float = 3600.0
-    """Age at which a worker is replaced."""
-    recycle_memory_mb: int = 600
-    """Memory of an idle worker, MiB, from which on it is replaced (looked at every 50 calls)."""
-    probe_s: float = 30.0
-    """Idle time after which a worker is tried with a small program; 0 never."""
-    sessions: int = 16
-    """Interpreters that `session()` may keep alive at once; each has a worker of its own."""
-    session_ttl_s: float = 900.0
-    """Idle time after which a session is closed."""
-    urls: tuple[str, ...] = ()
-    """Servers of the `remote` back-end, e.g. http://127.0.0.1:8080."""
+    recycle_calls: int = 2000  # calls after which a worker is replaced
+    recycle_s: float = 3600.0  # age at which a worker is replaced
+    recycle_memory_mb: int = 600  # memory of an idle worker, MiB, from which on it is replaced; see each 50 calls
+    probe_s: float = 30.0  # idle time after which a worker is tried with a small program; 0 never
+    sessions: int = 16  # interpreters that `session()` may keep alive at once; each has a worker of its own
+    session_ttl_s: float = 900.0  # idle time after which a session is closed
+    urls: tuple[str, ...] = ()  # servers of the `remote` back-end, e.g. http://127.0.0.1:8080
     token: str = field(default="", repr=False, metadata={"secret": True})
     """Bearer token for those servers; empty: the environment's RETOOL_SANDBOX_TOKEN, which stands in no command."""
 
@@ -176,30 +155,19 @@ class ToolResult:
     """How one program ended. Only `infra_error` and `cancelled` are not the program's own doing."""
 
     status: Status
-    stdout: str = ""
-    """Text kept of the stream: UTF-8, undecodable bytes replaced, the middle cut out if it was too long."""
+    stdout: str = ""  # text kept of the stream: UTF-8, undecodable bytes replaced, the middle cut out if it is too long
     stderr: str = ""
-    stdout_bytes: int = 0
-    """Bytes written to the stream, cut or not."""
+    stdout_bytes: int = 0  # bytes written to the stream, cut or not
     stderr_bytes: int = 0
     stdout_truncated: bool = False
     stderr_truncated: bool = False
-    return_code: int | None = None
-    """Exit code; minus the signal's number if one ended the program; None if it never ran."""
-    signal: int | None = None
-    """The signal that ended the program, the sandbox's own SIGKILL included."""
-    wall_s: float = 0.0
-    """Seconds from the program's start to its end."""
-    queue_s: float = 0.0
-    """Seconds from the request to the start of the attempt that counted."""
-    cpu_s: float = 0.0
-    """CPU seconds of the program and of the children it waited for."""
-    peak_rss_mb: float = 0.0
-    """Largest resident set of the program's main process, MiB."""
+    return_code: int | None = None  # exit code; minus the signal's number if one ended the program; None: never ran
+    signal: int | None = None  # the signal that ended the program, the sandbox's own SIGKILL included
+    wall_s: float = 0.0  # seconds from the program's start to its end
+    queue_s: float = 0.0  # seconds from the request to the start of the attempt that counted
+    cpu_s: float = 0.0  # CPU seconds of the program and of the children it waited for
+    peak_rss_mb: float = 0.0  # largest resident set of the program's main process, MiB
     backend: str = ""
-    attempts: int = 0
-    """How often it was tried; above 1 only after faults of the machinery."""
-    files: dict[str, bytes] = field(default_factory=dict)
-    """What `fetch` asked for, by the path that it was asked with; a path that is not there has no entry."""
-    message: str = ""
-    """Why the status is what it is, in words; empty for `success`."""
+    attempts: int = 0  # how often it was tried; above 1 only after faults of the machinery
+    files: dict[str, bytes] = field(default_factory=dict)  # what `fetch` asked for and was there, by the path asked for
+    message: str = ""  # why the status is what it is, in words; empty for `success`

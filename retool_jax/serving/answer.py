@@ -8,7 +8,7 @@ calls end the answer.
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 
-from retool_jax.engine.conversation import SamplingParams, Tokens
+from retool_jax.engine.conversation import Tokens
 from retool_jax.rollout.rollout import Dialogue
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 from retool_jax.serving.reader import Called, FunctionCall, Reader, Said
@@ -53,13 +53,12 @@ class Answer:
     Args:
         dialogue: the trajectory in the making; it runs the server's tools.
         grammar: in which calls are written; None where there is nothing to call.
-        sampling: how it draws.
         max_tokens: that the policy may draw, all turns together.
         stops: strings at which the answer ends.
         functions: of the client's; a turn that calls one ends the answer.
-        tell: takes events, on the event loop's thread.
 
     Attributes:
+        tell: takes events, on the event loop's thread.
         finish: why it ended, as OpenAI says it: stop, length or tool_calls; None while it goes on and after a fault.
         drawn: tokens of the policy so far.
         cached: tokens of the prompt that an earlier answer had written.
@@ -70,15 +69,14 @@ class Answer:
         dialogue: Dialogue,
         tokenizer: Tokenizer,
         grammar: Grammar | None,
-        sampling: SamplingParams,
         max_tokens: int,
-        stops: Sequence[str] = (),
-        functions: Collection[str] = (),
-        tell: Callable[[Event], None] = lambda _: None,
+        stops: Sequence[str],
+        functions: Collection[str],
     ) -> None:
         self.prompt, self.request, self.temperature = dialogue.prompt, dialogue.request, dialogue.temperature
         self.cancelled = False
-        self.dialogue, self.sampling, self.tell = dialogue, sampling, tell
+        self.dialogue = dialogue
+        self.tell: Callable[[Event], None] = lambda _: None
         self.reader = Reader(tokenizer, grammar, functions, stops)
         self.finish: str | None = None
         self.drawn = self.cached = 0

@@ -2,7 +2,8 @@
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -11,6 +12,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from retool_jax.sandbox.remote.web import CLOSED_REQUEST, while_connected
 from retool_jax.serving.chat import PATH as CHAT
 from retool_jax.serving.chat import Chat
 from retool_jax.serving.page import page_routes
@@ -18,10 +20,9 @@ from retool_jax.serving.requests import Refused, read_body
 from retool_jax.serving.responses import PATH as RESPONSES
 from retool_jax.serving.responses import Responses
 from retool_jax.serving.server import Server
-from retool_jax.serving.wire import Events, as_json, while_connected
+from retool_jax.serving.wire import Events, as_json
 
 TRAJECTORIES = "/v1/trajectories"
-CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 RETRY_AFTER_S = "1"
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Asked(Protocol):
     stream: bool
 
     async def begin(self) -> None: ...
-    def events(self) -> Any: ...
+    def events(self) -> AsyncGenerator[str, None]: ...
     async def whole(self) -> dict[str, Any]: ...
 
 
@@ -77,17 +78,13 @@ def build_app(server: Server, token: str = "") -> Starlette:
             body = await read_body(http, server.config.body_kb * 1024)
             asked = read(server, body)
             server.admit()
-            streams = False
-            try:
+            with ExitStack() as end:
+                end.callback(server.leave)
                 await asked.begin()
                 if asked.stream:
-                    streams = True
-                    return Events(asked.events(), server.leave)
+                    return Events(asked.events(), end.pop_all().close)  # leaves when the stream has ended
                 result = await while_connected(http.receive, asked.whole())
                 return as_json(result) if result is not None else Response(status_code=CLOSED_REQUEST)
-            finally:
-                if not streams:
-                    server.leave()
 
         return handle
 

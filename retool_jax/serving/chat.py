@@ -11,15 +11,14 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from retool_jax.data.problems import Problem
 from retool_jax.engine.conversation import SamplingParams
 from retool_jax.sandbox.text import writable
 from retool_jax.serving.answer import Answer, Drawn, Event, ToolRan, ToolRuns
-from retool_jax.serving.messages import functions_of, messages_of, stops_of
+from retool_jax.serving.messages import functions_of, messages_of
 from retool_jax.serving.prompts import MOST, prompt_logprobs
 from retool_jax.serving.reader import Called, Said
-from retool_jax.serving.requests import Refused, an_object, read, refuse_unserved
-from retool_jax.serving.server import Kept, Server, Visit, Wish, usage_of
+from retool_jax.serving.requests import Refused, an_object, read, refuse_unserved, stops_of
+from retool_jax.serving.server import KeptAnswer, Server, Visit, Wish, usage_of
 from retool_jax.serving.wire import DONE, event, logprobs_of
 
 PATH = "/v1/chat/completions"
@@ -63,8 +62,7 @@ class Chat:
     async def begin(self) -> None:
         """Encode the prompt. Raises Refused."""
         prompt = await self.server.prompt(self.messages, self.wish)
-        problem = Problem(self.visit.id, tuple(self.messages), "")
-        self.answers = self.server.answers(problem, prompt, self.wish, self.count)
+        self.answers = self.server.answers(self.visit, self.messages, prompt, self.wish, self.count)
 
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as it comes: what came together is one text."""
@@ -148,7 +146,7 @@ class Chat:
 
     def _keep(self) -> None:
         if self.visit.keep:
-            self.server.keep(self.visit.id, Kept([answer.trajectory for answer in self.answers]))
+            self.server.keep(self.visit.id, KeptAnswer([answer.trajectory for answer in self.answers]))
 
 
 def _choice(number: int, delta: dict, finish: str | None = None) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def wish_of(server: Server, body: dict[str, Any]) -> Wish:
         sampling,
         read(body, "seed", int, None, -(2**63), 2**63 - 1),
         read(body, most, int, None, 1),
-        stops_of(body.get("stop")),
+        stops_of(body),
     )
     if body.get("tool_choice") == "none":
         return wish

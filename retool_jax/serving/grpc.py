@@ -3,7 +3,7 @@
 
 The messages are those of google-jetstream 0.2.2, whose clients speak to it as they are. Each response has tokens of one
 kind, in the order of the row: what the policy drew is in the first sample, and what tools wrote is in the second,
-behind an empty first one. So who reads the first samples alone, as JetStream's clients do, has what was drawn.
+behind an empty first one. So a client that reads only the first samples, as JetStream's do, gets what was drawn.
 
 It needs google-jetstream for its messages alone: `pip install grpcio protobuf` and
 `pip install --no-deps google-jetstream==0.2.2`.
@@ -20,15 +20,15 @@ import grpc
 from jetstream.core.proto import jetstream_pb2_grpc as service
 from jetstream.core.proto.jetstream_pb2 import DecodeRequest, DecodeResponse, HealthCheckRequest, HealthCheckResponse
 
-from retool_jax.data.problems import Problem
 from retool_jax.engine.conversation import SamplingParams
 from retool_jax.errors import UserError
 from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.sandbox.types import shown
 from retool_jax.serving.answer import Drawn
 from retool_jax.serving.messages import messages_of
+from retool_jax.serving.reader import Characters
 from retool_jax.serving.requests import Refused
-from retool_jax.serving.server import Kept, Server, Visit, Wish
+from retool_jax.serving.server import KeptAnswer, Server, Visit, Wish
 from retool_jax.tokens.tokenizer import Tokenizer
 
 PATH = "/jetstream_proto.Orchestrator/Decode"
@@ -39,7 +39,6 @@ _STATUS = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _LAST_WORDS_S = 1  # for refusals that are under way when the last answer has ended
-_CHARACTER_IDS = 8  # no character has more ids; what has is not UTF-8
 Sample = DecodeResponse.StreamContent.Sample
 logger = logging.getLogger(__name__)
 
@@ -73,8 +72,8 @@ async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int,
     closing: list[asyncio.Task] = []
 
     async def close() -> None:
-        # gRPC that is told to stop drops a request that has just come as CANCELLED, which clients do not send again.
-        # So it listens until answers have ended, and requests are refused with a status meanwhile.
+        # When gRPC is told to stop, a request that has just come ends as CANCELLED, and clients do not send it again.
+        # So it listens until all answers have ended, and requests that come meanwhile are refused with a status.
         if orchestrator.answering:
             await asyncio.wait(orchestrator.answering, timeout=config.drain_s)
         await rpc.stop(_LAST_WORDS_S)
@@ -148,7 +147,7 @@ class Orchestrator(service.OrchestratorServicer):
             prompt = await server.prompt(messages, wish)
         else:
             messages, prompt = [], _ids_of(request, len(server.tokenizer))
-        (answer,) = server.answers(Problem(visit.id, tuple(messages), ""), prompt, wish)
+        (answer,) = server.answers(visit, messages, prompt, wish)
         await context.send_initial_metadata((("retool-id", visit.id),))
         row = Row(answer.trajectory, server.tokenizer, with_text)
         async with aclosing(server.run(visit, [answer])) as run:
@@ -156,7 +155,7 @@ class Orchestrator(service.OrchestratorServicer):
                 for response in row.responses(happened.ids if isinstance(happened, Drawn) else []):
                     await context.write(response)
         context.set_trailing_metadata((("retool-finish", answer.finish or ""),))
-        server.keep(visit.id, Kept([answer.trajectory]))
+        server.keep(visit.id, KeptAnswer([answer.trajectory]))
 
 
 class Row:
@@ -170,7 +169,7 @@ class Row:
     def __init__(self, trajectory: Trajectory, tokenizer: Tokenizer, with_text: bool) -> None:
         self._trajectory, self._tokenizer, self._with_text = trajectory, tokenizer, with_text
         self._sent = len(trajectory.ids)
-        self._held: list[int] = []  # half of a character
+        self._characters = Characters(tokenizer)
 
     def responses(self, drawn: Sequence[int]) -> Iterator[DecodeResponse]:
         """What tools have written behind what was sent, and ids that the policy drew next."""
@@ -190,15 +189,11 @@ class Row:
                 yield _response(Sample(), Sample(token_ids=ids, text=text))
 
     def _read(self, ids: Sequence[int]) -> str:
-        """The text of drawn ids without marks of a turn's end; half of a character waits for the other one."""
-        said = ""
-        for index in ids if self._with_text else ():
-            if index not in self._tokenizer.stop_ids:
-                self._held.append(index)
-            text = self._tokenizer.decode(self._held)
-            if not text.endswith("\ufffd") or len(self._held) >= _CHARACTER_IDS or index in self._tokenizer.stop_ids:
-                said, self._held = said + text, []
-        return said
+        """The text of drawn ids without marks of a turn's end."""
+        if not self._with_text:
+            return ""
+        characters, stops = self._characters, self._tokenizer.stop_ids
+        return "".join(characters.rest() if index in stops else characters.take(index) for index in ids)
 
 
 def _response(*samples: Sample) -> DecodeResponse:

@@ -19,8 +19,8 @@ from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import INVALID
 
 Told = dict[str, Any]
-# For each kind of text: the item that holds it, the type of its part, the name of its events.
-_TEXTS = {"content": ("message", "output_text", "output_text"), "reasoning": ("reasoning", *["reasoning_text"] * 2)}
+# For each kind of text: the item that holds it, and the type of its part, which is also the name of its events.
+_TEXTS = {"content": ("message", "output_text"), "reasoning": ("reasoning", "reasoning_text")}
 
 
 def new_id(prefix: str) -> str:
@@ -41,7 +41,7 @@ class Items:
         self._tokenizer, self._container, self._outputs, self._logprobs = tokenizer, container, outputs, logprobs
         self._number = 0
         self._open: dict | None = None  # the item that the next event may belong to
-        self._entries: list[dict] = []  # log-probabilities of tokens that nothing is visible of yet
+        self._entries: list[dict] = []  # log-probabilities of tokens whose text is not visible yet
         self._waiting: deque[ToolCall] = deque()  # calls of a turn, which are told one after another
 
     def event(self, kind: str, **fields: Any) -> Told:
@@ -89,7 +89,7 @@ class Items:
             self._entries += logprobs_of(self._tokenizer, drawn.ids[start:stop], drawn.logprobs[start:stop])
 
     def _say(self, said: Said) -> Iterator[Told]:
-        (kind, part, name), words = _TEXTS[said.channel], said.text
+        (kind, part), words = _TEXTS[said.channel], said.text
         if self._open is None or self._open["type"] != kind:
             yield from self._end("completed")
             words = words.lstrip("\n")  # that stood between this text and the one before
@@ -106,7 +106,7 @@ class Items:
         if kind == "message":
             text["logprobs"] = text["logprobs"] + self._entries
             more = {"logprobs": self._entries}
-        yield self._of(f"{name}.delta", content_index=0, delta=words, **more)
+        yield self._of(f"{part}.delta", content_index=0, delta=words, **more)
 
     def _call(self, called: Called) -> Iterator[Told]:
         call: FunctionCall = called.call
@@ -162,9 +162,8 @@ class Items:
         item["status"] = status
         if "content" in item:
             (part,) = item["content"]
-            name = next(name for kind, _, name in _TEXTS.values() if kind == item["type"])
             more = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
-            yield self._of(f"{name}.done", content_index=0, text=part["text"], **more)
+            yield self._of(f"{part['type']}.done", content_index=0, text=part["text"], **more)
             yield self._of("content_part.done", content_index=0, part=dict(part))
         elif item["type"] == "function_call":
             yield self._of("function_call_arguments.done", name=item["name"], arguments=item["arguments"])

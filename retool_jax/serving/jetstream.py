@@ -1,4 +1,4 @@
-"""The engine under google-jetstream 0.2.2's abstract class: its names and its meaning, and nothing of its own.
+"""The engine as google-jetstream 0.2.2's abstract class wants it. Names and meanings are JetStream's.
 
 JetStream passes weights and decode state through every call; here the engine holds both, donated and in place, so the
 values that come back stand for them. A prefix may be inserted any number of times.
@@ -59,18 +59,17 @@ OUTSIDE = 5  # prefixes that the orchestrator holds outside of the slots at once
 class JetStreamTokenizer(tokenizer_api.Tokenizer):
     """A checkpoint's tokenizer under JetStream's interface. Qwen has no token for the beginning of a text."""
 
-    def __init__(self, tokenizer: Tokenizer, lengths: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._lengths = lengths
 
     def encode(self, s: str, *, max_prefill_length: int | None = None, **kwargs: Any) -> tuple[np.ndarray, int]:
         """Ids [bucket] int32, padded to the next of JetStream's lengths, and how many are real.
 
-        Of a text that is longer than `max_prefill_length` tokens the end is kept, as JetStream does.
+        A text of more than `max_prefill_length` tokens loses its beginning, as in JetStream.
         """
         ids = self._tokenizer.encode(s)
         ids = ids[-max_prefill_length:] if max_prefill_length else ids
-        padded = np.full(max(bucket(min(len(ids), self._lengths[-1]), self._lengths), len(ids)), self.pad_id, np.int32)
+        padded = np.full(max(bucket(min(len(ids), LENGTHS[-1]), LENGTHS), len(ids)), self.pad_id, np.int32)
         padded[: len(ids)] = ids
         return padded, len(ids)
 
@@ -166,7 +165,7 @@ class JetStreamEngine(engine_api.Engine):
         return tokenizer_pb2.TokenizerParameters(path=self._tokenizer)
 
     def build_tokenizer(self, metadata: tokenizer_pb2.TokenizerParameters) -> JetStreamTokenizer:
-        return JetStreamTokenizer(load_tokenizer(metadata.path), LENGTHS)
+        return JetStreamTokenizer(load_tokenizer(metadata.path))
 
     @property
     def max_concurrent_decodes(self) -> int:

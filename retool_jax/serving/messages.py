@@ -6,7 +6,7 @@ from typing import Any
 
 from retool_jax.sandbox.text import writable
 from retool_jax.sandbox.types import shown
-from retool_jax.serving.requests import Refused, a_list, an_object, texts_of
+from retool_jax.serving.requests import Refused, a_list, an_object
 from retool_jax.tokens.chat import defuse
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -138,8 +138,3 @@ def functions_of(tokenizer: Tokenizer, given: object, nested: bool) -> dict[str,
         }
         functions[called_by] = {"type": "function", "function": harmless(tokenizer, shown_as)}
     return functions
-
-
-def stops_of(given: object) -> tuple[str, ...]:
-    """The strings at which an answer is to end."""
-    return texts_of(given, "stop", 4)

@@ -75,9 +75,8 @@ def prompt_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, to
     """As vLLM writes them: null for the first token; for each other one the `top` likeliest ones and itself, by id."""
     entries: list[dict[str, Any] | None] = [None]
     for place, index in enumerate(ids[1:]):
-        told = {}
-        for rank in range(top):
-            told[int(scores.top_ids[place, rank])] = scores.top_logprobs[place, rank], rank + 1
+        likely = zip(scores.top_ids[place, :top].tolist(), scores.top_logprobs[place], strict=False)
+        told = {each: (logprob, rank) for rank, (each, logprob) in enumerate(likely, 1)}
         told[index] = scores.logprobs[place], scores.ranks[place]
         entries.append(
             {

@@ -23,6 +23,31 @@ _CHARACTER_IDS = 8  # no character has more ids; what has is not UTF-8
 Channel = Literal["content", "reasoning"]
 
 
+class Characters:
+    """The text of ids that come one by one; half of a character waits for its other half."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def take(self, index: int) -> str:
+        self._ids.append(index)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd") and len(self._ids) < _CHARACTER_IDS:
+            return ""
+        self._ids = []
+        return text
+
+    def rest(self) -> str:
+        """What waits, at the end of a turn."""
+        ids, self._ids = self._ids, []
+        return self._tokenizer.decode(ids)
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._ids)
+
+
 @dataclass(frozen=True)
 class Said:
     """Words of the policy."""
@@ -95,7 +120,7 @@ class Reader:
 
     def begin_turn(self, new: bool) -> None:
         """Another turn follows: a new one, or the same after an answer in place, where a thought goes on."""
-        self._ids: list[int] = []  # half of a character
+        self._characters = Characters(self._tokenizer)
         self._buffer = ""
         self.inside = self._call = None
         if new:
@@ -108,11 +133,7 @@ class Reader:
             self.thought += self._thinking
             if index in self._tokenizer.stop_ids:
                 continue
-            self._ids.append(index)
-            text = self._tokenizer.decode(self._ids)
-            if not text.endswith("\ufffd") or len(self._ids) >= _CHARACTER_IDS:
-                self._ids = []
-                events += self._take(text)
+            events += self._take(self._characters.take(index))
         return events
 
     def skim(self, ids: Sequence[int]) -> list[Said | Called] | None:
@@ -120,7 +141,7 @@ class Reader:
 
         No stop id is among them.
         """
-        if self._ids or self._buffer or self._stops:
+        if self._characters.waits or self._buffer or self._stops:
             return None
         text = self._tokenizer.decode(ids)
         if "<" in text or "\ufffd" in text or text.endswith("\n"):  # half of a mark or of a character, or held back
@@ -130,9 +151,8 @@ class Reader:
 
     def end_turn(self) -> list[Said | Called]:
         """What was held back and is not what it might have become."""
-        events = [] if self.stopped else self._show(self._buffer + self._tokenizer.decode(self._ids))
-        self._ids, self._buffer = [], ""
-        return events
+        text, self._buffer = self._buffer + self._characters.rest(), ""
+        return [] if self.stopped else self._show(text)
 
     def hand_over(self, name: str, arguments: dict) -> list[Called]:
         """A call that was read when its turn had ended, in the events of one that came at once."""

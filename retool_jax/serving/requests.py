@@ -8,6 +8,7 @@ from starlette.requests import Request as HTTPRequest
 
 from retool_jax.sandbox.types import KINDS, is_a, shown
 
+MAX_STOPS = 4
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
 
@@ -72,9 +73,11 @@ def refuse_unserved(body: dict[str, Any], served: dict[str, Collection]) -> None
             raise Refused(400, f"{key} is {shown(body[key])}, which is not served; leave it out, or say {known}", key)
 
 
-def texts_of(value: object, name: str, most: int) -> tuple[str, ...]:
-    """One text or several, none of them empty."""
-    texts = [] if value is None else [value] if isinstance(value, str) else a_list(value, name)
-    if len(texts) > most or not all(isinstance(text, str) and text for text in texts):
-        raise Refused(400, f"{name} is {shown(value)}; it must be at most {most} texts, none of them empty", name)
+def stops_of(body: dict[str, Any]) -> tuple[str, ...]:
+    """The strings at which an answer is to end: the field `stop`, one text or several, none of them empty."""
+    value = body.get("stop")
+    texts = [] if value is None else [value] if isinstance(value, str) else a_list(value, "stop")
+    if len(texts) > MAX_STOPS or not all(isinstance(text, str) and text for text in texts):
+        limit = f"it must be at most {MAX_STOPS} texts, none of them empty"
+        raise Refused(400, f"stop is {shown(value)}; {limit}", "stop")
     return tuple(texts)

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from retool_jax.data.problems import Problem
 from retool_jax.rollout.trajectory import End, Segment, Trajectory
 from retool_jax.sandbox.types import shown
 from retool_jax.serving.answer import Answer
@@ -17,7 +16,7 @@ from retool_jax.serving.chat import wish_of
 from retool_jax.serving.items import Items, Told, new_id
 from retool_jax.serving.messages import called, functions_of, messages_of, text_of
 from retool_jax.serving.requests import Refused, a_list, an_object, read, refuse_unserved
-from retool_jax.serving.server import Kept, Server, Visit, Wish, usage_of
+from retool_jax.serving.server import KeptAnswer, Server, Visit, Wish, usage_of
 from retool_jax.serving.wire import DONE, event
 from retool_jax.tokens.chat import next_segment
 from retool_jax.tokens.grammar import CODE_TOOL
@@ -63,7 +62,7 @@ class Responses:
 
     # --- what is asked ---
 
-    def _previous(self) -> Kept | None:
+    def _previous(self) -> KeptAnswer | None:
         name = read(self.body, "previous_response_id", str, None)
         if name is None:
             return None
@@ -127,10 +126,9 @@ class Responses:
         else:
             messages = [{"role": "user", "content": ""}]
             prompt = [*self.previous.trajectories[0].ids, *self._more(self.previous)]
-        problem = Problem(self.visit.id, tuple(messages), "")
-        (self.answer,) = self.server.answers(problem, prompt, self.wish)
+        (self.answer,) = self.server.answers(self.visit, messages, prompt, self.wish)
 
-    def _more(self, previous: Kept) -> list[int]:
+    def _more(self, previous: KeptAnswer) -> list[int]:
         """Ids of the input behind a kept conversation."""
         if self.instructions not in (None, previous.instructions):
             raise Refused(
@@ -221,7 +219,7 @@ class Responses:
             incomplete = self._response("incomplete", incomplete_details={"reason": reason})
             yield self.items.event("incomplete", response=incomplete)
 
-    def _kept(self) -> Kept:
+    def _kept(self) -> KeptAnswer:
         answer = self.answer
         calls = [call.id for call in answer.open_calls] if answer.finish == "tool_calls" else []
         waiting = iter(calls)
@@ -231,7 +229,7 @@ class Responses:
         before = self.previous.trajectories[0] if self.previous is not None else None
         whole = joined(before, answer.trajectory) if before is not None else answer.trajectory
         instructions = self.previous.instructions if self.previous is not None else self.instructions
-        return Kept([whole], self.wish, calls, turn, instructions, self.tools, self.container)
+        return KeptAnswer([whole], self.wish, calls, turn, instructions, self.tools, self.container)
 
     def _response(self, status: str, **fields: Any) -> dict[str, Any]:
         """The response object as it is now."""
@@ -289,10 +287,10 @@ def chat_messages(items: list) -> list[dict]:
             messages.append({"role": item.get("role"), "content": item.get("content")})
         elif kind in ("function_call", "code_interpreter_call"):
             program = kind == "code_interpreter_call"
-            call = called(CODE_TOOL, {"code": text_of(item.get("code"), name)}) if program else item
-            call = call | {"id": item.get("id") if program else item.get("call_id")}
-            if not program:
-                call = called(item.get("name"), item.get("arguments")) | {"id": call["id"]}
+            if program:
+                call = called(CODE_TOOL, {"code": text_of(item.get("code"), name)}) | {"id": item.get("id")}
+            else:
+                call = called(item.get("name"), item.get("arguments")) | {"id": item.get("call_id")}
             if not messages or messages[-1]["role"] != "assistant" or (program and messages[-1].get("tool_calls")):
                 messages.append({"role": "assistant", "content": ""})
             messages[-1].setdefault("tool_calls", []).append(call)

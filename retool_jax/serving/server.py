@@ -73,7 +73,7 @@ class Wish:
 
 
 @dataclass
-class Kept:
+class KeptAnswer:
     """What stays of a request's answers: their conversations, one for each choice, and, of a response, what another
     one needs to go on from it."""
 
@@ -109,7 +109,7 @@ class Server:
         self.metrics, self.created = Metrics(), int(time.time())
         self.closing = False
         self.open = 0  # requests that are being answered
-        self.kept: OrderedDict[str, Kept] = OrderedDict()
+        self.kept: OrderedDict[str, KeptAnswer] = OrderedDict()
         box = tools.sandbox.config if tools and tools.sandbox else SandboxConfig()
         stays = any(tool.lifetime == "trajectory" for tool in tools.tools.values()) if tools else False
         # Half of the interpreters that may stay are for answers that have none yet.
@@ -150,8 +150,10 @@ class Server:
         except UserError as error:
             raise Refused(400, str(error), "messages") from None
 
-    def answers(self, problem: Problem, prompt: list[int], wish: Wish, count: int = 1) -> list[Answer]:
-        """Conversations that begin with these ids, to be handed to `run`; `problem` names them and holds the messages.
+    def answers(
+        self, visit: Visit, messages: Sequence[dict], prompt: list[int], wish: Wish, count: int = 1
+    ) -> list[Answer]:
+        """Conversations that begin with the ids of a prompt, to be handed to `run` or `batches`.
 
         Raises:
             Refused: the prompt is longer than the server takes.
@@ -166,19 +168,16 @@ class Server:
                 "context_length_exceeded",
             )
         seed = secrets.randbits(32) if wish.seed is None else wish.seed
-        calls = wish.functions or wish.tools
         tools = wish.tools or (Toolbox([]) if wish.functions else None)  # answers calls that cannot be read
+        grammar = self._grammar if tools else None
+        most_drawn = room if wish.max_tokens is None else wish.max_tokens
+        problem, how = Problem(visit.id, tuple(messages), ""), wish.sampling
         answers = []
         for index in range(count):
-            how = wish.sampling
             request = (seed + index * _APART) % 2**32
             sample = Sample(problem, request, how.temperature, how.top_p, how.top_k)
             dialogue = Dialogue(sample, prompt, self.tokenizer, tools, room, self.rollout)
-            most_drawn = room if wish.max_tokens is None else wish.max_tokens
-            grammar = self._grammar if calls else None
-            answers.append(
-                Answer(dialogue, self.tokenizer, grammar, wish.sampling, most_drawn, wish.stops, wish.functions)
-            )
+            answers.append(Answer(dialogue, self.tokenizer, grammar, most_drawn, wish.stops, wish.functions))
         return answers
 
     @cached_property
@@ -262,7 +261,7 @@ class Server:
 
     def _submit(self, answer: Answer) -> asyncio.Future:
         try:
-            return self.service.submit(answer, answer.sampling, answer.on_tokens)
+            return self.service.submit(answer, answer.dialogue.sampling, answer.on_tokens)
         except RuntimeError:
             raise Refused(503, "the engine takes no conversations; send the request to another server") from None
 
@@ -291,7 +290,7 @@ class Server:
             said["texts"] = [self.tokenizer.decode(answer.trajectory.ids) for answer in answers]
         logger.info("%s", json.dumps(said, ensure_ascii=False))
 
-    def keep(self, name: str, thing: Kept) -> None:
+    def keep(self, name: str, thing: KeptAnswer) -> None:
         """Keep an answer for those who ask for it later, as long as newer ones leave it a place; and record it."""
         if self.config.record:
             add_sessions(Path(self.config.record), name, thing.trajectories)

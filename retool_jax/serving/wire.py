@@ -1,16 +1,15 @@
-"""What goes out over HTTP: answers that end when nobody reads them any more, and tokens as OpenAI writes them."""
+"""What goes out over HTTP: objects, streams of events that end when nobody reads them any more, log-probabilities."""
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from retool_jax.sandbox.remote.web import while_connected
 from retool_jax.tokens.tokenizer import Tokenizer
 
-T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0  # of JSON, which has no infinity
 
@@ -23,23 +22,6 @@ def event(data: dict[str, Any], name: str = "") -> str:
 def as_json(data: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An object as HTTP says it, escaped: a text of a client's may hold half of a surrogate pair."""
     return Response(json.dumps(data), status, headers, "application/json")
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Do something for as long as somebody waits for it; None if nobody did to the end."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()  # no effect on one that is done
-        leaving.cancel()
-        await asyncio.wait((task, leaving))
 
 
 class Events(Response):

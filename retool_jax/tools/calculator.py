@@ -1,7 +1,7 @@
 """Exact arithmetic without a sandbox: whole numbers, decimals and fractions, read by a parser of our own.
 
 What a policy writes is bounded before it is computed: the length of the text, and the digits that each result may have.
-So `9**9**9` is refused in a microsecond, and the longest computation that is not takes milliseconds.
+So `9**9**9` is refused in a microsecond, and the longest computation that is allowed takes milliseconds.
 """
 
 import math
@@ -127,7 +127,8 @@ def _tokens(expression: str) -> list[tuple[str, int]]:
 
 
 def _apply(sign: str, left: Fraction, right: Fraction) -> Fraction:
-    """The result of an operation. But for a power it is about twice as long as what goes in: measured afterwards."""
+    """The result of an operation. It is at most about twice as long as what goes in, so its length is checked
+    afterwards; only a power can be longer, and checks that before."""
     try:
         value = _power(left, right) if sign == "**" else Fraction(_OPERATIONS[sign](left, right))
     except ZeroDivisionError:

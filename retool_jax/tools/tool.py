@@ -31,21 +31,16 @@ _STATUS = {"none": "success", "program": "user_error", "machinery": "infra_error
 class Output:
     """How a call ended.
 
-    Attributes:
-        text: what the policy is told; of a fault of the machinery, what the log is told.
-        fault: whose fault it was: nobody's; the program's, which is anything that the policy wrote; or the machinery's,
-            which says nothing about the policy. Such a call is repeated, and then its trajectory is dropped.
-        metrics: numbers about the call, for its record. `wall_s` and `queue_s` are the seconds of its work and of its
-            wait for it.
-        kind: the status in the record, where that is finer than the fault.
-        fit: the text for a room, in the unit of a count, where the tool knows better than to cut the middle.
+    A fault is nobody's; the program's, which is anything that the policy wrote; or the machinery's, which says nothing
+    about the policy. A call that the machinery lost is repeated, and then its trajectory is dropped.
     """
 
-    text: str
+    text: str  # what the policy is told; of a fault of the machinery, what the log is told
     fault: Fault = "none"
+    # Numbers for the call's record. `wall_s` and `queue_s` are the seconds of its work and of its wait for it.
     metrics: Mapping[str, float] = field(default_factory=dict)
-    kind: str = ""
-    fit: Callable[[int, Count], str] | None = None
+    kind: str = ""  # the status in the record, where that is finer than the fault
+    fit: Callable[[int, Count], str] | None = None  # the text for a room, where a cut in the middle is not the best one
 
     @property
     def status(self) -> str:
@@ -57,29 +52,19 @@ class Output:
 
 
 class Tool(ABC):
-    """Something that a policy can call.
+    """Something that a policy can call."""
 
-    Attributes:
-        name: by which the policy calls it.
-        description: for the policy, in the prompt.
-        parameters: JSON schema of the arguments, an object.
-        lifetime: how long a state lives that `open` gives: for one call, for the calls of a trajectory, or for the run.
-        limit_s: seconds after which a call is ended, which is the program's fault; None where the tool ends it itself.
-        retries: how often a call is repeated after a fault of the machinery. A state of a trajectory may have been
-            changed by a call that failed, so there nothing is repeated.
-        at_once: calls of a step that may be at work together, 0 for any number.
-        box: the run's sandbox, for a tool that sets `uses_sandbox`.
-    """
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-    lifetime: Lifetime = "call"
-    limit_s: float | None = 60.0
+    name: str  # by which the policy calls it
+    description: str  # for the policy, in the prompt
+    parameters: Mapping[str, Any]  # JSON schema of the arguments, an object
+    lifetime: Lifetime = "call"  # of the state that `open` gives: one call, the calls of a trajectory, or the run
+    limit_s: float | None = 60.0  # after which a call is ended, by the program's fault; None: the tool ends it itself
+    # How often a call is repeated after a fault of the machinery. A call that failed may have changed its state, so
+    # nothing is repeated where that lives for a trajectory.
     retries: int = 2
-    at_once: int = 0
-    uses_sandbox: ClassVar[bool] = False
-    box: Sandbox | None = None
+    at_once: int = 0  # calls of a step that may be at work together; 0: any number
+    uses_sandbox: ClassVar[bool] = False  # whether it runs programs, in `box`
+    box: Sandbox | None = None  # the run's
 
     def open(self) -> AbstractAsyncContextManager[Any]:
         """What the tool keeps for one lifetime; `call` is given it as `state`, and it is closed at the end."""

@@ -235,12 +235,7 @@ def _named(word: str) -> Sequence[Tool]:
     """The tools that a word names: one, or those of a server."""
     if word.startswith(MCP):
         return import_module("retool_jax.tools.mcp").tools_at(word.removeprefix(MCP))
-    return [_BUILT_IN[word]() if word in _BUILT_IN else _own(word)]
-
-
-def _own(word: str) -> Tool:
-    """The tool that `my_package.my_module:MyTool` names."""
-    return as_tool(imported(word, "tools"), f"tools={word}")
+    return [_BUILT_IN[word]() if word in _BUILT_IN else as_tool(imported(word, "tools"), f"tools={word}")]
 
 
 def imported(word: str, key: str) -> Any:

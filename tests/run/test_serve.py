@@ -16,10 +16,9 @@ from retool_jax.tools.toolbox import load_tools
 
 
 def test_a_signal_ends_a_server_when_its_answers_have_ended(scripted_engine, tokenizer):
-    uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'retool_jax[serve]'")
+    pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'retool_jax[serve]'")
     aiohttp = pytest.importorskip("aiohttp", reason="the client needs aiohttp: pip install 'retool_jax[sandbox]'")
     from retool_jax.run.serve import until_told
-    from retool_jax.serving.app import build_app
     from retool_jax.serving.server import Server
 
     function = {"name": "code_interpreter", "arguments": {"code": "import time\ntime.sleep(1)\nprint(6)"}}
@@ -33,8 +32,7 @@ def test_a_signal_ends_a_server_when_its_answers_have_ended(scripted_engine, tok
         async with tools.open(SandboxConfig(backend=("process",), slots=1, probe_s=0)), Service(engine) as service:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 server = Server(service, tokenizer, tools, rollout, ServeConfig(), "tiny")
-                web = uvicorn.Server(uvicorn.Config(build_app(server), log_level="warning", lifespan="off"))
-                serving = asyncio.create_task(until_told(web, server, listener))
+                serving = asyncio.create_task(until_told(server, listener))
                 url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
                 async with aiohttp.ClientSession() as session:
                     asked = {"messages": [{"role": "user", "content": "6?"}], "seed": 7}

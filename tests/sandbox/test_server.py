@@ -53,6 +53,12 @@ def test_an_answer_is_not_held_back_until_its_head_is_acknowledged():
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def test_a_host_that_has_no_address_is_refused_with_the_reason():
+    with pytest.raises(UserError, match=r"^cannot listen on 256\.0\.0\.1 port 0 \(.*\); choose another$") as caught:
+        server.listen("256.0.0.1", 0)
+    assert "Unknown error" not in str(caught.value)
+
+
 def test_run_code_answers_as_sandbox_fusion_does(serve):
     async def talk(client, box):
         everything = {

@@ -27,8 +27,7 @@ class Cores:
         self._taken: dict[int, socket.socket] = {}
         self._workers: Counter[int] = Counter()
         self._all = os.sched_getaffinity(0)
-        self.enough = len(self._all) >= count
-        """Whether there are as many cores as that."""
+        self.enough = len(self._all) >= count  # whether there are as many cores as that
         self._free = [] if has_processor_quota() else list(self._all)
         random.SystemRandom().shuffle(self._free)  # so that sandboxes that cannot see each other rarely meet
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from retool_jax.sandbox.host.cores import Cores
 from retool_jax.sandbox.host.member import Member, WorkerFault
 from retool_jax.sandbox.host.metrics import Metrics
-from retool_jax.sandbox.host.queue import Queue
+from retool_jax.sandbox.host.queue import Line, Queue
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.launch.launchers import Launcher
 from retool_jax.sandbox.types import SandboxConfig
@@ -51,7 +51,7 @@ class Crew:
         self._ready: list[Member] = []
         self._lent: set[Member] = set()  # to calls that give them back
         self._own: set[Member] = set()  # to sessions and large calls, which do not
-        self._waiting: deque[asyncio.Future[Member]] = deque()
+        self._waiting: Line[Member] = Line(self._admit)
         self._work: set[asyncio.Task] = set()  # starting and tending
         self._stops: set[asyncio.Task] = set()
         self._starting = self._probing = 0
@@ -101,7 +101,8 @@ class Crew:
             self._cores.leave(core)
             if launched is not None:
                 await launched.stop()
-            # Whatever it was: an error that were no fault would be met again at once, without a pause and without end.
+            # Any error becomes a fault. `_start` counts only faults, and after an error that it did not count the next
+            # start would follow at once, again and again.
             if isinstance(fault, Exception) and not self._closed:
                 raise WorkerFault("start", f"no worker started: {fault}") from None
             raise
@@ -126,18 +127,8 @@ class Crew:
             self._retire(member, "died idle")
         if self.broken:
             raise WorkerFault("start", f"{self._failures} starts in a row failed, the last one: {self._last_fault}")
-        turn: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
         self._refill()
-        try:
-            return await turn
-        except asyncio.CancelledError:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            elif turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._lent.discard(turn.result())
-                self._admit(turn.result())
-            raise
+        return await self._waiting.wait()
 
     async def claim(self, memory_mb: int) -> Member:
         """A worker that does not come back; hand it to `drop` afterwards. Raises WorkerFault."""
@@ -168,7 +159,6 @@ class Crew:
         elif self._too_heavy(member):
             self.drop(member, "memory")
         else:
-            self._lent.discard(member)
             self._admit(member)
 
     def _too_heavy(self, member: Member) -> bool:
@@ -192,15 +182,14 @@ class Crew:
 
     def _admit(self, member: Member) -> None:
         """Hand a worker to the one who waits longest, or keep it ready."""
+        self._lent.discard(member)
         if self._closed:
             return self._retire(member, "closed")
         member.idle_since = time.monotonic()
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self._lend(member)
-                return turn.set_result(member)
-        self._ready.append(member)
+        if self._waiting.hand(member):
+            self._lend(member)
+        else:
+            self._ready.append(member)
 
     def settle(self, member: Member) -> None:
         """Put a worker that is about to run something on the core that has the least to do."""
@@ -254,19 +243,13 @@ class Crew:
             self._failures += 1
             self._last_fault = str(fault)
             if self.broken:
-                self._send_away(fault)
+                self._waiting.send_away(fault)
         else:
             self._failures = 0
             self._admit(member)
         finally:
             self._starting -= 1
             self._refill()
-
-    def _send_away(self, fault: WorkerFault) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_exception(fault)
 
     async def _tend(self) -> None:
         """Look after workers that nobody uses: replace those that died or grew old, start fork servers that they lack
@@ -326,7 +309,7 @@ class Crew:
     async def close(self) -> None:
         """Stop every worker, those that run a program too, and wait until nothing is left of them."""
         self._closed = True
-        self._send_away(WorkerFault("closed", "the sandbox was closed"))
+        self._waiting.send_away(WorkerFault("closed", "the sandbox was closed"))
         for task in self._work:
             task.cancel()
         for member in (*self._ready, *self._lent, *self._own):

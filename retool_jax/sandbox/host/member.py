@@ -12,7 +12,7 @@ from retool_jax.sandbox.types import ToolResult
 
 OVERTIME_S = 10.0  # what a worker gets beyond a program's own time limit before it counts as hung
 COLD_S = 30.0  # and beyond that where it first has to start the fork server: `START_S` of inside/supervisor.py
-LATE_S = 1.0  # who notices a hang so much too late has stood still himself, and does not know what it means
+LATE_S = 1.0  # where a hang is noticed so much too late, this process has stood still itself, and cannot judge it
 MAX_FRAME_BYTES = 96 << 20
 CRASH = re.compile(r'File ".*", line \d+')  # a traceback among a worker's last words
 
@@ -39,10 +39,8 @@ class Member:
         self.core = core
         self.born = self.idle_since = time.monotonic()
         self.calls = 0
-        self.tier = "base"
-        """The fork server of its last program."""
-        self.tiers: set[str] = {"base"}
-        """Fork servers that run in it."""
+        self.tier = "base"  # the fork server of its last program
+        self.tiers: set[str] = {"base"}  # fork servers that run in it
         self.heavy_since: float | None = None
 
     @property

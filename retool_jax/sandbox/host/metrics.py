@@ -2,14 +2,14 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from retool_jax.sandbox.types import ToolResult
 
+Family = tuple[str, str, Mapping[str, float]]  # name, kind, and samples by what follows the name
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-PREFIX = "retool_sandbox"
 
 
 @dataclass
@@ -35,20 +35,14 @@ class Histogram:
 class Metrics:
     """Counts since the sandbox was opened."""
 
-    calls: Counter[str] = field(default_factory=Counter)
-    """Results by status."""
-    truncated: int = 0
-    """Results with a stream that was cut."""
-    retries: int = 0
-    """Attempts beyond the first."""
-    faults: Counter[str] = field(default_factory=Counter)
-    """Faults of the machinery by kind, whether a retry made up for them or not."""
-    restarts: Counter[str] = field(default_factory=Counter)
-    """Workers that were given up, by reason."""
+    calls: Counter[str] = field(default_factory=Counter)  # results by status
+    truncated: int = 0  # results with a stream that was cut
+    retries: int = 0  # attempts beyond the first
+    faults: Counter[str] = field(default_factory=Counter)  # of the machinery, by kind, also where a retry ended well
+    restarts: Counter[str] = field(default_factory=Counter)  # workers that were given up, by reason
     queue_s: Histogram = field(default_factory=Histogram)
     wall_s: Histogram = field(default_factory=Histogram)
-    start_s: Histogram = field(default_factory=Histogram)
-    """How long workers took from launch to their first frame."""
+    start_s: Histogram = field(default_factory=Histogram)  # how long workers took from launch to their first frame
 
     def record(self, result: ToolResult) -> None:
         """Count a result that goes back to a caller."""
@@ -60,24 +54,38 @@ class Metrics:
             self.wall_s.add(result.wall_s)
 
 
-def prometheus(metrics: Metrics, gauges: Mapping[str, float]) -> str:
-    """The text format 0.0.4; `gauges` are the present values, by name."""
+def by(counts: Counter, *labels: str) -> dict[str, float]:
+    """Samples of counts whose keys are a label's values, or tuples with a value of each label.
+
+    Keys are words of the program and of its configuration, so nothing in them is escaped.
+    """
+    samples = {}
+    for key, count in sorted(counts.items()):
+        values = key if isinstance(key, tuple) else (key,)
+        told = ",".join(f'{label}="{value}"' for label, value in zip(labels, values, strict=True))
+        samples[f"{{{told}}}"] = count
+    return samples
+
+
+def exposition(prefix: str, families: Iterable[Family], gauges: Mapping[str, float]) -> str:
+    """Families, and present values by name, in Prometheus' text format 0.0.4; each name begins with the prefix."""
     lines: list[str] = []
-
-    def family(name: str, kind: str, samples: Mapping[str, float]) -> None:
-        lines.append(f"# TYPE {PREFIX}_{name} {kind}")
-        lines.extend(f"{PREFIX}_{name}{suffix} {value:.10g}" for suffix, value in samples.items())
-
-    def by(label: str, counts: Counter[str]) -> dict[str, float]:
-        return {f'{{{label}="{key}"}}': count for key, count in sorted(counts.items())}
-
-    family("calls_total", "counter", by("status", metrics.calls))
-    family("faults_total", "counter", by("kind", metrics.faults))
-    family("worker_restarts_total", "counter", by("reason", metrics.restarts))
-    family("retries_total", "counter", {"": metrics.retries})
-    family("truncated_total", "counter", {"": metrics.truncated})
-    for name in ("queue_s", "wall_s", "start_s"):
-        family(name.replace("_s", "_seconds"), "histogram", getattr(metrics, name).samples())
-    for name, value in gauges.items():
-        family(name, "gauge", {"": value})
+    for name, kind, samples in (*families, *((name, "gauge", {"": value}) for name, value in gauges.items())):
+        lines.append(f"# TYPE {prefix}_{name} {kind}")
+        lines.extend(f"{prefix}_{name}{suffix} {value:.10g}" for suffix, value in samples.items())
     return "\n".join(lines) + "\n"
+
+
+def prometheus(metrics: Metrics, gauges: Mapping[str, float]) -> str:
+    """A sandbox's counts, and its present values by name."""
+    families = [
+        ("calls_total", "counter", by(metrics.calls, "status")),
+        ("faults_total", "counter", by(metrics.faults, "kind")),
+        ("worker_restarts_total", "counter", by(metrics.restarts, "reason")),
+        ("retries_total", "counter", {"": metrics.retries}),
+        ("truncated_total", "counter", {"": metrics.truncated}),
+        ("queue_seconds", "histogram", metrics.queue_s.samples()),
+        ("wall_seconds", "histogram", metrics.wall_s.samples()),
+        ("start_seconds", "histogram", metrics.start_s.samples()),
+    ]
+    return exposition("retool_sandbox", families, gauges)

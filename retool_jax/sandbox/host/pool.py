@@ -36,8 +36,7 @@ class Sandbox:
         self.backend = backend
         self.config = config
         self.metrics = Metrics()
-        self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)
-        """For sessions that are open."""
+        self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)  # for sessions that are open
         self._queue = Queue(config.slot_count, config.max_waiting, config.queue_s)
         self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._queue)
         self._innocent_loss = -QUIET_S
@@ -73,24 +72,22 @@ class Sandbox:
         Raises:
             RuntimeError: the sandbox is closed.
         """
-        config = self.config
-        request = Request(
-            code,
-            stdin,
-            {} if files is None else files,
-            fetch,
-            config.limits if limits is None else limits,
-            config.show_last_expression if show_last_expression is None else show_last_expression,
-            config.allowed_modules if allowed_modules is None else allowed_modules,
+        return await self.serve(
+            Request.of(self.config, code, stdin, files, fetch, limits, show_last_expression, allowed_modules)
         )
-        return await self.serve(request, self.crew, config.retries)
 
     def session(self) -> Session:
         """An interpreter that stays: `async with box.session() as session: await session.run(...)`."""
         return Session(self, self.config)
 
-    async def serve(self, request: Request, source: Source, retries: int) -> ToolResult:
-        """Queue for a slot, then run the request in a worker from `source`."""
+    async def serve(self, request: Request, source: Source | None = None, retries: int | None = None) -> ToolResult:
+        """`run` for a request that is made already.
+
+        Args:
+            request: what to run.
+            source: where its worker comes from; None: the crew.
+            retries: instead of the configuration's.
+        """
         if self._closed:
             raise RuntimeError("the sandbox is closed")
         asked = time.monotonic()
@@ -106,7 +103,8 @@ class Sandbox:
                 result = self._cancelled()
             else:
                 try:
-                    result = await self._attempts(request, source, retries, asked)
+                    retries = self.config.retries if retries is None else retries
+                    result = await self._attempts(request, source or self.crew, retries, asked)
                 finally:
                     self._queue.release()
         result = replace(result, backend=self.backend)

@@ -2,6 +2,10 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class Overloaded(Exception):
@@ -12,6 +16,51 @@ class Closed(Exception):
     """The sandbox was closed while a call waited."""
 
 
+class Line(Generic[T]):
+    """Callers that wait for a thing, the one who has waited longest first.
+
+    Args:
+        give_back: takes a thing whose new owner gave up between being handed it and waking up.
+    """
+
+    def __init__(self, give_back: Callable[[T], None]) -> None:
+        self._give_back = give_back
+        self._turns: deque[asyncio.Future[T]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    async def wait(self, wait_s: float | None = None) -> T:
+        """Raises TimeoutError, and what `send_away` is given."""
+        turn: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            async with asyncio.timeout(wait_s):
+                return await turn
+        except (TimeoutError, asyncio.CancelledError):
+            if turn in self._turns:
+                self._turns.remove(turn)
+            elif turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._give_back(turn.result())
+            raise
+
+    def hand(self, thing: T) -> bool:
+        """Give a thing to the one who waits longest; False if nobody waits."""
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(thing)
+                return True
+        return False
+
+    def send_away(self, why: Exception) -> None:
+        """Raise it where they wait."""
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_exception(why)
+
+
 class Queue:
     """`slots` slots for which at most `max_waiting` callers wait, each at most `wait_s` seconds.
 
@@ -20,15 +69,14 @@ class Queue:
 
     def __init__(self, slots: int, max_waiting: int, wait_s: float) -> None:
         self.slots = slots
-        self.busy = 0
-        """Slots that are taken."""
+        self.busy = 0  # slots that are taken
         self._max_waiting, self._wait_s = max_waiting, wait_s
-        self._turns: deque[asyncio.Future[None]] = deque()
+        self._line: Line[None] = Line(lambda _: self.release())
 
     @property
     def waiting(self) -> int:
         """Callers in the queue."""
-        return len(self._turns)
+        return len(self._line)
 
     async def acquire(self) -> None:
         """Take a slot. Raises Overloaded or Closed."""
@@ -37,36 +85,16 @@ class Queue:
             return
         if self.waiting >= self._max_waiting:
             raise Overloaded(f"overloaded: {self.waiting} calls already wait for {self.slots} slots")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
         try:
-            async with asyncio.timeout(self._wait_s):
-                await turn
+            await self._line.wait(self._wait_s)
         except TimeoutError:
-            self._leave(turn)
             raise Overloaded(f"overloaded: no slot of {self.slots} became free in {self._wait_s:g} s") from None
-        except asyncio.CancelledError:
-            self._leave(turn)
-            raise
-
-    def _leave(self, turn: asyncio.Future[None]) -> None:
-        if turn in self._turns:
-            self._turns.remove(turn)
-        elif turn.done() and not turn.cancelled() and turn.exception() is None:
-            self.release()  # given up between being handed the slot and waking up
 
     def release(self) -> None:
         """Give a slot back."""
-        while self._turns:
-            turn = self._turns.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self.busy -= 1
+        if not self._line.hand(None):
+            self.busy -= 1
 
     def close(self) -> None:
         """Send everybody away who waits."""
-        while self._turns:
-            turn = self._turns.popleft()
-            if not turn.done():
-                turn.set_exception(Closed())
+        self._line.send_away(Closed())

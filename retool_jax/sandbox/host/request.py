@@ -6,8 +6,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Self
 
-from retool_jax.sandbox.types import KINDS, MAX_CODE_BYTES, MAX_STDIN_BYTES, Limits, ToolResult, is_a, shown
+from retool_jax.sandbox.types import (
+    KINDS,
+    MAX_CODE_BYTES,
+    MAX_STDIN_BYTES,
+    Limits,
+    SandboxConfig,
+    ToolResult,
+    is_a,
+    shown,
+)
 
 MAX_FILE_BYTES = 16 << 20
 MAX_FILES_BYTES = 32 << 20
@@ -90,6 +100,31 @@ class Request:
     show_last_expression: bool = True
     allowed_modules: Sequence[str] = ()
     op: str = "run"  # or "cell": in the interpreter that the worker keeps
+
+    @classmethod
+    def of(
+        cls,
+        config: SandboxConfig,
+        code: str,
+        stdin: str,
+        files: Mapping[str, bytes] | None,
+        fetch: Sequence[str],
+        limits: Limits | None,
+        show_last_expression: bool | None = None,
+        allowed_modules: Sequence[str] | None = None,
+        op: str = "run",
+    ) -> Self:
+        """A program, with the configuration's limits and options in the place of those that are None."""
+        return cls(
+            code,
+            stdin,
+            {} if files is None else files,
+            fetch,
+            config.limits if limits is None else limits,
+            config.show_last_expression if show_last_expression is None else show_last_expression,
+            config.allowed_modules if allowed_modules is None else allowed_modules,
+            op,
+        )
 
     def _mistyped(self) -> Iterator[tuple[str, object, str]]:
         """Fields that no worker can take, each with its value and what it must be. (`Limits` looks at its own.)"""

@@ -98,7 +98,6 @@ class Subject(Protocol):
 
     async def run(self, code: str, *, limits: Limits, allowed_modules: Sequence[str]) -> ToolResult:
         """Run a program."""
-        ...
 
 
 async def prove(box: Subject, promises: Set[str]) -> None:

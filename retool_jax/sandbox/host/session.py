@@ -26,7 +26,6 @@ class Parent(Protocol):
 
     async def serve(self, request: Request, source: "Session", retries: int) -> ToolResult:
         """Run a request in the worker that `source` has."""
-        ...
 
 
 class Session:
@@ -42,7 +41,6 @@ class Session:
     def __init__(self, box: Parent, config: SandboxConfig) -> None:
         self._box = box
         self._config = config
-        self._ttl_s = config.session_ttl_s
         self._member: Member | None = None
         self._turn = asyncio.Lock()
         self._fresh = True  # nothing ran in the interpreter yet, so that a cell can be repeated
@@ -70,21 +68,10 @@ class Session:
             if self._expiry is not None:
                 self._expiry.cancel()
             try:
-                return await self._cell(
-                    Request(
-                        code,
-                        stdin,
-                        {} if files is None else files,
-                        fetch,
-                        self._config.limits if limits is None else limits,
-                        self._config.show_last_expression,
-                        self._config.allowed_modules,
-                        op="cell",
-                    )
-                )
+                return await self._cell(Request.of(self._config, code, stdin, files, fetch, limits, op="cell"))
             finally:
                 if not self._over:
-                    self._expiry = asyncio.get_running_loop().call_later(self._ttl_s, self._expire)
+                    self._expiry = asyncio.get_running_loop().call_later(self._config.session_ttl_s, self._expire)
 
     async def _cell(self, request: Request) -> ToolResult:
         config, limits = self._config, request.limits
@@ -138,7 +125,7 @@ class Session:
         self._fresh = True
 
     def _expire(self) -> None:
-        self._end(f"the session was closed after {self._ttl_s:g} s without a call", "infra_error")
+        self._end(f"the session was closed after {self._config.session_ttl_s:g} s without a call", "infra_error")
 
     def _end(self, why: str, status: Status = "rejected") -> None:
         if self._expiry is not None:

@@ -25,25 +25,20 @@ class CallerGone(Exception):
 class Program:
     """A forked program, seen from the supervisor."""
 
-    def __init__(self, tier: Tier, uid: int | None, request: dict, stdin: int):
+    def __init__(self, tier: Tier, request: dict, stdin: int):
         """Have `tier` fork it. `request` is what `child.run_child` reads."""
         self.tier = tier
-        self.uid = uid
+        self.uid: int | None = request["uid"]
         self.session = request["session"]
-        self.cells = 1
-        """The number of a session's present cell."""
+        self.cells = 1  # the number of a session's present cell
         self.streams: Streams | None = None
-        self.status: int | None = None
-        """The wait status, once it has ended."""
-        self.usage = (0.0, 0.0)
-        """CPU seconds, peak resident size in MiB."""
-        self.unsent: list[bytes] = []
-        """What it had written to each stream and not sent when it ended."""
-        self.gone = False
-        """Whether its fork server has said that no process of the call is left."""
+        self.status: int | None = None  # the wait status, once it has ended
+        self.usage = (0.0, 0.0)  # CPU seconds, peak resident size in MiB
+        self.unsent: list[bytes] = []  # what it had written to each stream and not sent when it ended
+        self.gone = False  # whether its fork server has said that no process of the call is left
         self.started: float | None = None
-        self.done: dict | None = None
-        """What a session's interpreter said at the end of a cell."""
+        # What a session's interpreter said at the end of a cell: exit code, CPU seconds, peak resident size in MiB.
+        self.done: tuple[int, float, float] | None = None
         self.oom = False
         self.sent = time.monotonic()
         (self.out, out_end), (self.err, err_end) = os.pipe(), os.pipe()
@@ -118,7 +113,7 @@ class Program:
             elif word == b"done" and self.session:
                 number, code, cpu_s, peak_mb = values
                 if number == self.cells and 0 <= cpu_s < MOST and 0 <= peak_mb < MOST:
-                    self.done = {"code": int(code) & 0xFF, "cpu_s": cpu_s, "peak_rss_mb": peak_mb}
+                    self.done = int(code) & 0xFF, cpu_s, peak_mb
         except (ValueError, IndexError, OverflowError):
             pass
         return bool(data)
@@ -186,13 +181,12 @@ class Program:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def judge(verdict: str, program: Program, limits: dict, oom_killed) -> tuple[str, str]:
-    """The result's status and message. `oom_killed` (or None) tells whether the kernel killed for want of memory."""
+def judge(verdict: str, program: Program, limits: dict, starved: bool) -> tuple[str, str]:
+    """The result's status and message. `starved` says that the kernel killed something for want of memory."""
     if program.streams.over:
         verdict = "output_limit"
     if verdict == "output_limit":
         return verdict, f"output limit of {limits['raw_output_bytes']} bytes exceeded"
-    starved = oom_killed is not None and oom_killed()
     if program.oom:
         return "oom", f"memory limit of {limits['memory_mb']} MB exceeded"
     if starved:
@@ -203,7 +197,7 @@ def judge(verdict: str, program: Program, limits: dict, oom_killed) -> tuple[str
         return "infra_error", "the fork server died"
     if program.started is None:
         return "infra_error", "the program could not be confined"
-    code = program.done["code"] if program.done else os.waitstatus_to_exitcode(program.status)
+    code = program.done[0] if program.done else os.waitstatus_to_exitcode(program.status)
     if code < 0:
         return "user_error", f"killed by signal {signal.Signals(-code).name if -code in SIGNAL_NUMBERS else -code}"
     return ("user_error", f"exit code {code}") if code else ("success", "")
@@ -212,49 +206,33 @@ def judge(verdict: str, program: Program, limits: dict, oom_killed) -> tuple[str
 def tell_of(program: Program) -> dict:
     """How a program ended, for `answer`."""
     if program.done and program.status is None:
-        return {
-            "return_code": program.done["code"],
-            "cpu_s": program.done["cpu_s"],
-            "peak_rss_mb": program.done["peak_rss_mb"],
-            "wall_s": program.ended_at - program.started,
-            "streams": program.streams,
-        }
-    return {
-        "return_code": os.waitstatus_to_exitcode(signal.SIGKILL if program.status is None else program.status),
-        "cpu_s": program.usage[0],
-        "peak_rss_mb": program.usage[1],
-        "wall_s": program.ended_at - (program.started or program.sent),
-        "streams": program.streams,
-    }
+        code, cpu_s, peak_mb = program.done
+    else:
+        code = os.waitstatus_to_exitcode(signal.SIGKILL if program.status is None else program.status)
+        cpu_s, peak_mb = program.usage
+    wall_s = program.ended_at - (program.started or program.sent)
+    told = {"return_code": code, "wall_s": wall_s, "cpu_s": cpu_s, "peak_rss_mb": peak_mb}
+    return told | {"streams": program.streams}
 
 
 def answer(
     status: str,
     message: str,
-    return_code: int | None = None,
-    wall_s: float = 0.0,
-    cpu_s: float = 0.0,
-    peak_rss_mb: float = 0.0,
     streams: Streams | None = None,
     files: dict[str, str] | None = None,
     clean: bool = True,
     ended: bool = False,
+    **told: float,
 ) -> dict:
-    """The response."""
+    """The response. `told` are further fields of the result, which has a default for each of them."""
     captures = streams.captures.values() if streams else ()
     shown = [
         {"data": base64.b64encode(c.kept()).decode(), "bytes": c.total, "truncated": c.truncated} for c in captures
     ]
+    if told.get("return_code", 0) < 0:
+        told["signal"] = -told["return_code"]
     return {
-        "result": {
-            "status": status,
-            "message": message,
-            "return_code": return_code,
-            "signal": -return_code if return_code is not None and return_code < 0 else None,
-            "wall_s": wall_s,
-            "cpu_s": cpu_s,
-            "peak_rss_mb": peak_rss_mb,
-        },
+        "result": {"status": status, "message": message, **told},
         "streams": shown or [{"data": "", "bytes": 0, "truncated": False}] * 2,
         "files": files or {},
         "clean": clean,

@@ -3,7 +3,7 @@
 import os
 
 READ_BYTES = 65536
-CUT = b"\n[... bytes removed ...]\n"  # without their number, which a policy would take for one of the output's
+CUT = b"\n[... bytes removed ...]\n"  # does not say how many: a policy would take that for a number of the output
 
 
 class Capture:

@@ -54,8 +54,8 @@ def report(text: str) -> None:
 # Confinement
 # ---------------------------------------------------------------------------------------------------------------------
 
-# After a fork each page that is written to is copied, and to run a function writes to where it lies. So all that can be
-# done before the fork is done in `prepare`, and what remains is written plainly.
+# After a fork each page that is written to is copied, and running a function writes to the pages in which it lies. So
+# everything that can be done before the fork is done in `prepare`, and the rest is written plainly.
 
 
 def prepare() -> tuple[dict, tuple[Output, Output]]:
@@ -68,7 +68,7 @@ def prepare() -> tuple[dict, tuple[Output, Output]]:
     if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot forbid new privileges")
     outputs = replace_streams()
-    # Children that are ended while they run `__main__` leave semaphores, which is no news for whoever reads the output.
+    # Children that are ended while they run `__main__` leave semaphores behind. No program's output tells of that.
     sys.warnoptions.append("ignore:resource_tracker")
     site.setquit()  # -S left out exit(), quit() and help()
     site.sethelper()
@@ -192,8 +192,9 @@ def execute(code: str, name: str, show_last_expression: bool, namespace: dict) -
         print(stop.code, file=sys.__stderr__)
         return 1, False, True
     except BaseException as error:
+        tell(error, running)
         # The parser raises MemoryError, too, for code nested too deeply.
-        return 1, tell(error, running) and running and isinstance(error, MemoryError), False
+        return 1, running and isinstance(error, MemoryError), False
 
 
 def without_own_frames(summary: traceback.TracebackException) -> None:
@@ -205,8 +206,8 @@ def without_own_frames(summary: traceback.TracebackException) -> None:
         summary = summary.__cause__ or summary.__context__
 
 
-def tell(error: BaseException, running: bool) -> bool:
-    """Write the traceback of the program's own frames; returns True."""
+def tell(error: BaseException, running: bool) -> None:
+    """Write the traceback of the program's own frames."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -220,7 +221,6 @@ def tell(error: BaseException, running: bool) -> bool:
             os.write(2, f"{type(error).__name__}\n".encode())
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    return True
 
 
 def flush() -> None:
@@ -235,7 +235,7 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def serve_cells(request: dict, namespace: dict) -> int:
+def serve_cells(request: dict, base_bytes: int, namespace: dict) -> int:
     """Run cell after cell in one namespace until one asks to exit; returns the exit code."""
     channel = socket.socket(fileno=REPORT)
     number = 1
@@ -243,7 +243,7 @@ def serve_cells(request: dict, namespace: dict) -> int:
         name = "<snippet>" if number == 1 else f"<snippet {number}>"
         limits = request["limits"]
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = request["base_bytes"] + (limits["memory_mb"] << 20)
+        wanted = base_bytes + (limits["memory_mb"] << 20)
         resource.setrlimit(resource.RLIMIT_AS, (min(wanted, hard), hard))
         cpu = cpu_seconds()
         report(f"started {time.monotonic()}")
@@ -257,9 +257,7 @@ def serve_cells(request: dict, namespace: dict) -> int:
             report("oom")
         report(f"done {number} {code} {cpu_seconds() - cpu} {peak / 1024}")
         payload, descriptors = receive_packet(channel)
-        base_bytes = request["base_bytes"]
         request = unpack(payload, descriptors)
-        request["base_bytes"] = base_bytes
         os.dup2(descriptors[0], 0)
         os.close(descriptors[0])
         sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8", errors="surrogateescape")
@@ -267,12 +265,12 @@ def serve_cells(request: dict, namespace: dict) -> int:
 
 
 def run_child(
-    payload: bytes,
-    descriptors: list[int],
     isolation: Isolation,
-    filter_: seccomp.Program | None,
+    filter_: seccomp.Filter | None,
     base_bytes: int,
     namespace: dict,
+    payload: bytes,
+    descriptors: list[int],
 ) -> None:
     """All of a program's life; never returns. `descriptors`: stdin, stdout, stderr, report, [the packet's file]."""
     exit_code, ready = 1, False
@@ -283,7 +281,7 @@ def run_child(
         os.closerange(REPORT + 1, 256)
         confine(isolation, request, base_bytes)
         if filter_ is not None and isolation.nested:  # elsewhere the fork server already wears it
-            seccomp.install(LIBC, filter_)
+            seccomp.install(filter_)
         reseed()
         for stream in (sys.stdout, sys.stderr):
             os.register_at_fork(after_in_child=stream.buffer.part_from_parent)
@@ -292,8 +290,7 @@ def run_child(
             restrict_imports(request["allowed_modules"], namespace)
         ready = True
         if request["session"]:
-            request["base_bytes"] = base_bytes
-            exit_code = serve_cells(request, namespace)
+            exit_code = serve_cells(request, base_bytes, namespace)
         else:
             report(f"started {time.monotonic()}")
             exit_code, oom, _ = execute(request["code"], "<snippet>", request["show_last_expression"], namespace)

@@ -31,8 +31,7 @@ class WorkFolder:
 
     def __init__(self, isolation: Isolation):
         self.isolation = isolation
-        self.mounted = ""
-        """The options of the file systems that are mounted now."""
+        self.mounted = ""  # the options of the file systems that are mounted now
         self.targets = [isolation.work]
         if isolation.files and os.path.isdir(SHARED_MEMORY):
             self.targets.append(SHARED_MEMORY)
@@ -46,8 +45,8 @@ class WorkFolder:
             if uid is not None:
                 os.chown(self.isolation.work, uid, -1)
             return
-        # Programs of every uid can write into it, but none can change the folder itself, so that one in which nothing
-        # was left is as good as new.
+        # Programs of every uid can write into it, but none can change the folder itself. So a folder in which nothing
+        # was left can serve the next call.
         owner = "mode=1777" if uid is not None else f"mode=700,uid={os.geteuid()}"
         options = f"{owner},size={limits['file_mb']}m,nr_inodes={MAX_INODES}"
         if options == self.mounted:

@@ -31,8 +31,7 @@ class Reaper:
 
     def __init__(self, isolation: Isolation):
         self.isolation = isolation
-        self.pid: int | None = None
-        """The process that takes the risk, where there is one."""
+        self.pid: int | None = None  # the process that takes the risk, where there is one
         self.channel: socket.socket | None = None
         if not isolation.immune:
             self._start()

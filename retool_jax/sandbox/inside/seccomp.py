@@ -1,4 +1,4 @@
-"""A filter on system calls: what a program has no use for and an attack on the kernel or on other processes has.
+"""A filter on system calls: it refuses those that programs do not need and attacks on the kernel or on others do.
 
 Refused calls fail with EPERM. The filter is a search tree over the numbers of the refused calls, because the kernel
 walks it once for each of its system calls whenever a filter is installed.
@@ -9,7 +9,9 @@ import errno
 import os
 import struct
 
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+from isolation import LIBC, PR_SET_NO_NEW_PRIVS
+
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 ALLOW, ERRNO, KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, JUMP_EQUAL, JUMP_ABOVE, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF operations
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data, little endian
@@ -92,8 +94,8 @@ REFUSED = {
     "iopl": (172, -1),
     "ioperm": (173, -1),
     "vhangup": (153, 58),
-    # System V objects and message queues outlive the processes that made them; nobody has to clean up what cannot be
-    # made. multiprocessing uses POSIX semaphores and shared memory, which are files of the call's own.
+    # System V objects and message queues outlive the processes that made them, and nobody would remove them.
+    # multiprocessing uses POSIX semaphores and shared memory, which are files of the call's own.
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -113,13 +115,13 @@ CLONE, CLONE3, SOCKET, SOCKETPAIR = (56, 220), (435, 435), (41, 198), (53, 199)
 X32_NUMBERS = 0x40000000  # x86_64 has a second table of calls from here on
 
 
-class Program(ctypes.Structure):
+class Filter(ctypes.Structure):
     """struct sock_fprog."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-def build() -> Program:
+def build() -> Filter:
     """The filter for this machine. Raises KeyError if there is none for it."""
     architecture, column = ARCHITECTURES[os.uname().machine]
     refuse = [(RETURN, 0, 0, ERRNO | errno.EPERM)]
@@ -155,14 +157,14 @@ def build() -> Program:
         *search(sorted(actions)),
     ]
     packed = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in code))
-    program = Program(len(code), ctypes.addressof(packed))
-    program.keep = packed  # the structure holds only its address
-    return program
+    built = Filter(len(code), ctypes.addressof(packed))
+    built.keep = packed  # the structure holds only its address
+    return built
 
 
-def install(libc: ctypes.CDLL, program: Program) -> None:
+def install(filter_: Filter) -> None:
     """Filter this process and all that it will fork, for good. Raises OSError if the kernel refuses."""
-    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
-        PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
+    if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or LIBC.prctl(
+        PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_), 0, 0
     ):
         raise OSError(ctypes.get_errno(), "cannot install the filter on system calls")

@@ -7,7 +7,7 @@ import mmap
 import sys
 
 ROOM_BYTES = 8192
-EMPTY = b"\xff"  # where nothing is kept: a byte that no text holds
+EMPTY = b"\xff"  # fills what is unused: UTF-8 text never has this byte
 NOTHING = EMPTY * ROOM_BYTES
 
 

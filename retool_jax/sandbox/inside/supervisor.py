@@ -52,12 +52,11 @@ class Supervisor:
         # Where other users' processes are out of sight, so that a whole user can be killed without a look at each.
         users = isolation.first_uid is not None and isolation.processes
         self.reaper = Reaper(isolation) if users else None
+        # Whether every process seen here is this worker's or a program's.
         self.alone = isolation.processes and os.getpid() == 1
-        """Whether every process seen here is this worker's or a program's."""
         # gVisor lets any program change the priority and the cores of any process.
         self.scheduling = Scheduling() if os.getpid() == 1 and not isolation.immune else None
-        self.oom_kills = 0
-        """What `count_oom_kills` was when the call began."""
+        self.oom_kills = 0  # what `count_oom_kills` was when the call began
 
     # -- fork servers -------------------------------------------------------------------------------------------------
 
@@ -218,7 +217,7 @@ class Supervisor:
             "oom_first": "events" in self.setup,
         }
         with opened_stdin(request["stdin"]) as stdin:
-            return Program(self.tier(request["tier"]), content["uid"], content, stdin)
+            return Program(self.tier(request["tier"]), content, stdin)
 
     def run(self, request: dict) -> dict:
         """Run one program to its end, whatever end that is; returns the response."""
@@ -232,11 +231,7 @@ class Supervisor:
             program = self.start(request, session=False)
             try:
                 verdict = program.watch(limits, self.protocol_in, START_S, cell=False)
-                clean = self.settle(program)
-                program.hear_last()
-                status, message = judge(verdict, program, limits, self.oom_killed if program.failed else None)
-                files = self.folder.take(request["fetch"], uid)
-                return answer(status, message, **tell_of(program), files=files, clean=clean)
+                return self.conclude(verdict, program, request, clean=self.settle(program), ended=False)
             finally:
                 program.close()
         finally:
@@ -267,16 +262,21 @@ class Supervisor:
             verdict = program.watch(limits, self.protocol_in, START_S, cell=True)
             ended = bool(verdict) or program.done is None
             clean = self.settle(program) if ended else True
-            program.hear_last()
-            status, message = judge(verdict, program, limits, self.oom_killed if program.failed else None)
-            files = self.folder.take(request["fetch"], uid)
-            response = answer(status, message, **tell_of(program), files=files, clean=clean, ended=ended)
+            response = self.conclude(verdict, program, request, clean, ended)
         except BaseException:
             self.end_session()
             raise
         if ended:
             self.end_session()
         return response
+
+    def conclude(self, verdict: str, program: Program, request: dict, clean: bool, ended: bool) -> dict:
+        """The response about a program, or a cell, that has come to its end."""
+        program.hear_last()
+        starved = program.failed and self.oom_killed()
+        status, message = judge(verdict, program, request["limits"], starved)
+        files = self.folder.take(request["fetch"], program.uid)
+        return answer(status, message, **tell_of(program), files=files, clean=clean, ended=ended)
 
     def end_session(self) -> bool:
         """Kill the session's interpreter if there is one; False if something of it would not go."""
@@ -323,14 +323,11 @@ def main() -> None:
     granted = {"own_uid": isolation.first_uid is not None}
     granted.update((name, getattr(isolation, name)) for name in ("network", "processes", "files", "seccomp"))
     granted["memory_group"] = "events" in setup
-    hello = {"isolation": granted, "python": sys.version.split()[0], "tiers": supervisor.names}
-    write_frame(protocol_out, hello)
+    write_frame(protocol_out, {"isolation": granted})
     try:
         while True:
             request = read_frame(protocol_in)
-            if request["op"] == "ping":
-                response = {"pong": True}
-            elif request["op"] == "warm":
+            if request["op"] == "warm":
                 response = {"warm": supervisor.warm(request["tiers"])}
             elif request["op"] == "cell":
                 response = supervisor.cell(request)

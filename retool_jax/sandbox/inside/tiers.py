@@ -1,10 +1,11 @@
 """Fork servers: processes that have imported much, so that a program that wants it starts at the price of a fork.
 
-A fork costs what the process weighs, hence several of them: a print is forked from one with little in it, a symbolic
-integral from one in which sympy is loaded and its caches are warm.
+The more memory a process has, the more a fork of it costs. So there are several: a print is forked from one with little
+in it, a symbolic integral from one in which sympy is loaded and its caches are warm.
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import marshal
@@ -13,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 import seccomp
 from child import fork_nested, prepare, run_child
@@ -46,14 +48,12 @@ def available(names: list[str]) -> list[str]:
 class Tier:
     """The supervisor's end of one fork server."""
 
-    def __init__(self, name: str, isolation: Isolation, filter_: seccomp.Program | None):
+    def __init__(self, name: str, isolation: Isolation, filter_: seccomp.Filter | None):
         self.name = name
         self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dead = False
-        self.ready = False
-        """Whether it has imported its packages."""
-        self.subreaper = True
-        """Whether orphans of its programs come to it rather than to the supervisor."""
+        self.ready = False  # whether it has imported its packages
+        self.subreaper = True  # whether orphans of its programs come to it rather than to the supervisor
         self.pid = os.fork()
         if self.pid == 0:
             serve(other, name, isolation, filter_)
@@ -91,14 +91,15 @@ def address_space() -> int:
 
 
 def preload(name: str) -> None:
-    for module in (*(m for tier in (*ANCESTORS[name], "base", name) for m in PRELOADED[tier]),):
-        with contextlib.suppress(ImportError):  # then its programs meet the error themselves
-            __import__(module)
+    for tier in (*ANCESTORS[name], "base", name):
+        for module in PRELOADED[tier]:
+            with contextlib.suppress(ImportError):  # then its programs meet the error themselves
+                __import__(module)
     if name == "sympy" and "sympy" in sys.modules:
         exec(WARM_UP, {})
 
 
-def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: seccomp.Program | None) -> None:
+def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: seccomp.Filter | None) -> None:
     """All of a fork server's life; never returns."""
     try:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -109,18 +110,18 @@ def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: secc
         subreaper = LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
         preload(name)
         if filter_ is not None and not isolation.nested:
-            seccomp.install(LIBC, filter_)
+            seccomp.install(filter_)
         namespace, outputs = prepare()
         gc.collect()
         gc.freeze()  # a collection in a child then leaves these pages alone, which saves copying them
         gc.disable()
-        base_bytes = address_space()
+        child = functools.partial(run_child, isolation, filter_, address_space(), namespace)
         send_packet(channel, ["ready", subreaper])
         while True:
             payload, descriptors = receive_packet(channel)
             for output in outputs:
                 output.clear()
-            ended = run_program(payload, descriptors, isolation, filter_, base_bytes, namespace)
+            ended = run_program(payload, descriptors, isolation, child)
             clean = not has_children()
             send_packet(channel, ["ended", *ended, clean, [output.kept() for output in outputs]])
             if not clean:
@@ -136,11 +137,12 @@ def run_program(
     payload: bytes,
     descriptors: list[int],
     isolation: Isolation,
-    filter_: seccomp.Program | None,
-    base_bytes: int,
-    namespace: dict,
+    child: Callable[[bytes, list[int]], None],
 ) -> list:
-    """Fork a program and wait for its end; returns the wait status, user and system seconds and peak size in KiB."""
+    """Fork a program and wait for its end; returns the wait status, user and system seconds and peak size in KiB.
+
+    `child` is what the program does with the packet; it never returns.
+    """
     outcome = outcome_end = None
     if isolation.nested:
         outcome, outcome_end = os.pipe()
@@ -148,7 +150,7 @@ def run_program(
     else:
         pid = os.fork()
     if not pid:
-        run_child(payload, descriptors, isolation, filter_, base_bytes, namespace)
+        child(payload, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     ended = 0

@@ -16,7 +16,7 @@ from retool_jax.errors import UserError
 from retool_jax.sandbox.launch import cgroup
 from retool_jax.sandbox.launch.procfs import kill_stale_workers, owner_is_gone, owner_tag
 from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
-from retool_jax.sandbox.launch.worker import INSIDE, TIERS, Worker, start, supervisor_command
+from retool_jax.sandbox.launch.worker import CAPABILITIES, INSIDE, Worker, start, supervisor_command
 from retool_jax.sandbox.types import SandboxConfig
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
@@ -26,8 +26,6 @@ MACHINES = ("x86_64", "aarch64")
 PROBE_S = 10.0
 OVERHEAD_MB = 128  # what the supervisor and a program's own files take
 TIERS_MB = 256  # what the fork servers take when all of them run
-# The supervisor's alone, for mounts, user ids and the files and processes of its programs; those have none.
-CAPABILITIES = ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP", "KILL", "CHOWN", "DAC_OVERRIDE")
 NAMESPACES = ("--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 
 
@@ -76,7 +74,7 @@ def make_command(runtime: Runtime, root: bool, memory_mb: int, **setup: object) 
     """The command line of a worker; `setup` as in `worker.supervisor_command`."""
     command = [shutil.which("bwrap") or "bwrap", *namespaces(root), "--as-pid-1", "--hostname", "sandbox"]
     if root:
-        command += ["--cap-drop", "ALL", *(word for name in CAPABILITIES for word in ("--cap-add", f"CAP_{name}"))]
+        command += ["--cap-drop", "ALL", *(word for name in CAPABILITIES for word in ("--cap-add", name))]
     if runtime.root is not None:
         command += ["--ro-bind", str(runtime.root), "/"]
     # Made by itself, a folder on the way would be as closed as the host's: an interpreter below /root, unreachable.
@@ -93,7 +91,6 @@ def make_command(runtime: Runtime, root: bool, memory_mb: int, **setup: object) 
         runtime.python,
         INSIDE_TARGET,
         packages=runtime.packages,
-        tiers=TIERS,
         python=runtime.version,
         seccomp=True,
         memory_mb=memory_mb,

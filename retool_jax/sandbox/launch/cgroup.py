@@ -22,10 +22,8 @@ _numbers = count(1)
 class MemoryFolder(NamedTuple):
     """Where memory groups can be made."""
 
-    path: Path
-    """The group under which ours are made."""
-    unified: bool
-    """Version 2 of the interface."""
+    path: Path  # the group under which ours are made
+    unified: bool  # version 2 of the interface
 
 
 def _hierarchies(controller: str) -> list[tuple[Path, Path, bool]]:
@@ -113,20 +111,19 @@ class WorkerGroup:
         self.parent = folder.path / owner
         self.path = _make(self.parent)
         self.cpu_path: Path | None = None
-        self.limit_bytes = limit_mb << 20
         try:
             if self.unified and not _offers("memory", self.parent):
                 raise OSError(f"{self.parent} does not offer memory limits")
             for name in ("memory.max",) if self.unified else ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
                 if (self.path / name).exists():  # the one for swap is an option of the kernel
-                    (self.path / name).write_text(str(self.limit_bytes))
+                    (self.path / name).write_text(str(limit_mb << 20))
             if self.unified:
                 with suppress(OSError):
                     (self.path / "memory.swap.max").write_text("0")
         except BaseException:
             self.path.rmdir()
             raise
-        with suppress(OSError):  # a matter of comfort
+        with suppress(OSError):  # a limit on processor time is welcome, not needed
             if not self.unified and (cpu := cpu_folder()):
                 self.cpu_path = _make(cpu / owner)
                 (self.cpu_path / "cpu.cfs_period_us").write_text(str(PERIOD_US))

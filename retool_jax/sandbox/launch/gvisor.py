@@ -30,9 +30,9 @@ from retool_jax.sandbox.launch.cgroup import WorkerGroup, memory_folder, owners,
 from retool_jax.sandbox.launch.procfs import owner_is_gone, owner_tag
 from retool_jax.sandbox.launch.runtime import INSIDE_TARGET, Runtime, find_runtime
 from retool_jax.sandbox.launch.worker import (
+    CAPABILITIES,
     ENVIRONMENT,
     INSIDE,
-    TIERS,
     Worker,
     start,
     supervisor_command,
@@ -44,17 +44,9 @@ PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
 COUNTS_CORES = True  # so it is put on a single core only when it is up: see `two_cores`
 INSTALL = "install gVisor: apt-get install runsc (elsewhere: https://gvisor.dev/docs/user_guide/install)"
 PLATFORMS = ("systrap", "ptrace")  # by preference; never kvm, which needs a device and hangs on some machines
-OPTIONAL_FLAGS = {
-    "-overlay2": "--overlay2=none",  # newer builds would put a writable layer over the root
-}
 PROBE_S = 5.0
 REMOVE_S = 12.0
 OVERHEAD_MB = 384  # what gVisor's kernel and the fork servers take on top of a program
-
-# The supervisor's alone: programs run as other users, without any.
-CAPABILITIES = [
-    *("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE"),
-]
 
 _numbers = itertools.count()
 
@@ -87,14 +79,11 @@ def probe() -> Build:
     platform = next((name for name in PLATFORMS if name in offered), None)
     if platform is None:
         raise UserError(f"{path} offers the platforms {offered}, none of {list(PLATFORMS)}; {INSTALL}")
-    known = set(re.findall(r"^ *(-[\w-]+)", ask("flags"), re.MULTILINE))
+    flags = [f"--platform={platform}"]
+    if "-overlay2" in re.findall(r"^ *(-[\w-]+)", ask("flags"), re.MULTILINE):
+        flags.append("--overlay2=none")  # newer builds would put a writable layer over the root
     version = re.search(r"version (\S+)", ask("--version"))
-    return Build(
-        path,
-        version[1] if version else "unknown",
-        platform,
-        (f"--platform={platform}", *(flag for name, flag in OPTIONAL_FLAGS.items() if name in known)),
-    )
+    return Build(path, version[1] if version else "unknown", platform, tuple(flags))
 
 
 def missing(config: SandboxConfig) -> str:
@@ -137,12 +126,7 @@ def make_spec(runtime: Runtime, root: str, memory_mb: int) -> dict:
     """The OCI configuration of a worker on the root folder `root`, for programs of up to `memory_mb`."""
     binds = {path: path for path in runtime.binds} | {INSIDE_TARGET: str(INSIDE)}
     command = supervisor_command(
-        runtime.python,
-        INSIDE_TARGET,
-        packages=runtime.packages,
-        tiers=TIERS,
-        python=runtime.version,
-        memory_mb=memory_mb,
+        runtime.python, INSIDE_TARGET, packages=runtime.packages, python=runtime.version, memory_mb=memory_mb
     )
     return {
         "ociVersion": "1.0.2",

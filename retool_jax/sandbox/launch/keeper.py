@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+# What a shell that waits to run this program is called: `sh -c ... SHELL python -I -S keeper.py FOLDER`.
 SHELL = "retool-sandbox-keeper"
-"""What a shell that waits to run this program is called: `sh -c ... SHELL python -I -S keeper.py FOLDER`."""
 DEADLINE_S = 5.0
 RUNNER_GRACE_S = 0.3
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox.launch.procfs import kill_stale_workers, owner_is_gone, owner_tag
-from retool_jax.sandbox.launch.worker import INSIDE, TIERS, Worker, start, supervisor_command
+from retool_jax.sandbox.launch.worker import INSIDE, Worker, start, supervisor_command
 from retool_jax.sandbox.types import SandboxConfig
 
 PROMISES = frozenset({"memory", "environment"})
@@ -62,7 +62,6 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
         sys.executable,
         str(INSIDE),
         packages=list(packages),
-        tiers=TIERS,
         unshare=True,
         scratch=str(scratch),
         memory_mb=memory_mb,

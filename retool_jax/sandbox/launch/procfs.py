@@ -26,23 +26,17 @@ def stat_fields(pid: int) -> list[str]:
 
 def started_at(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None if there is none. With the pid, its unique name."""
-    try:
-        fields = stat_fields(pid)
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    seen = look_at(pid)
+    return None if seen is None or seen.state in "ZX" else seen.started
 
 
 class Seen(NamedTuple):
     """A process, looked at from the host."""
 
-    state: str
-    """T where somebody has stopped it."""
-    cpu_s: float
-    """Processor time of it and of the children it waited for."""
+    state: str  # T where somebody has stopped it
+    cpu_s: float  # processor time of it and of the children it waited for
     threads: int
-    started: int
-    """As `started_at`, for a number is given again once its process has ended."""
+    started: int  # as `started_at`, for a number is given again once its process has ended
 
 
 def look_at(pid: int) -> Seen | None:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 
-INSIDE_TARGET = "/inside"
-"""Where the programs of `inside/` are mounted."""
-OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")
-"""Where programs have folders of their own."""
+INSIDE_TARGET = "/inside"  # where the programs of `inside/` are mounted
+OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # where programs have folders of their own
 MANIFEST = "manifest.json"
 ROOT = "root"
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
@@ -22,18 +20,12 @@ SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 class Runtime:
     """A Python for programs."""
 
-    python: str
-    """The interpreter's path inside."""
-    version: str
-    """The `sys.version` that the interpreter must report."""
-    packages: tuple[str, ...]
-    """Folders for `sys.path`, as paths inside."""
-    root: Path | None
-    """A whole root file system, to be mounted read-only; it holds the mount points /proc, /dev, /tmp and /inside."""
-    binds: tuple[str, ...]
-    """Without one: paths of the host to be mounted read-only at the same place."""
-    links: tuple[tuple[str, str], ...]
-    """And links to be made: (what it points to, where it lies)."""
+    python: str  # the interpreter's path inside
+    version: str  # the `sys.version` that the interpreter must report
+    packages: tuple[str, ...]  # folders for `sys.path`, as paths inside
+    root: Path | None = None  # a whole root file system, mounted read-only, with folders for /proc, /dev, /tmp, /inside
+    binds: tuple[str, ...] = ()  # without one: paths of the host to be mounted read-only at the same place
+    links: tuple[tuple[str, str], ...] = ()  # and links to be made: (what it points to, where it lies)
 
 
 def images_folder() -> Path:
@@ -75,8 +67,6 @@ def find_runtime(image: str) -> Runtime:
         version=manifest["python"],
         packages=(manifest["packages_folder"],),
         root=folder / ROOT,
-        binds=(),
-        links=(),
     )
 
 
@@ -107,7 +97,6 @@ def this_python() -> Runtime:
         python=sys.executable,
         version=sys.version,
         packages=packages,
-        root=None,
         binds=tuple(sorted(outermost)),
         links=tuple(links),
     )

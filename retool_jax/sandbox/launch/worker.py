@@ -21,9 +21,9 @@ INSIDE = Path(__file__).parents[1] / "inside"
 STOP_GRACE_S = 1.0
 LOOK_S = 0.5  # between two looks at what a worker that does not answer is doing
 BUSY_SHARE = 0.05  # of a core: more than that, and it is busy
-CROWD = 16  # threads of programs from which on they explain by themselves that nothing else gets on
-# How a process ends that made a mistake. Of any other signal somebody is the sender, and it is no program: none can
-# reach what holds it.
+CROWD = 16  # threads of programs: so many are reason enough that nothing else makes progress
+# Signals that end a process because of its own mistake. Any other signal was sent by somebody, and not by a program:
+# no program can reach the processes that hold it.
 CRASH_SIGNALS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS})
 STREAM_BUFFER_BYTES = 1 << 20
 LAST_WORDS_BYTES = 65536
@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+# The supervisor's alone, for mounts, user ids and the files and processes of its programs, which have none.
+CAPABILITIES = [f"CAP_{name}" for name in ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP", "KILL", "CHOWN", "DAC_OVERRIDE")]
 
 
 @dataclass(eq=False)
@@ -50,36 +52,30 @@ class Worker:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     process: asyncio.subprocess.Process
-    group: WorkerGroup | None
-    """The memory cgroup that holds all of the worker, if there is one."""
-    tidy: Callable[[], Awaitable[None]]
-    """Removes what the launcher made for this worker; runs once the outermost process is dead."""
-    machinery: dict[int, int] = field(default_factory=dict)
-    """Its processes that ran before a program did, and when each started."""
+    group: WorkerGroup | None  # the memory cgroup that holds all of the worker, if there is one
+    tidy: Callable[[], Awaitable[None]]  # removes what the launcher made for it, once the outermost process is dead
+    machinery: dict[int, int] = field(default_factory=dict)  # its processes from before a program ran: pid, start
     _kills_before: int = 0
     _words: deque[bytes] = field(default_factory=lambda: deque(maxlen=16))
-    _listener: asyncio.Task[None] | None = None
     _stopped: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self._listener = asyncio.create_task(self._listen())
 
     @property
     def pid(self) -> int:
         """The outermost process."""
         return self.process.pid
 
-    def listen(self) -> None:
-        """Read stderr from now on, so that a full pipe never blocks the worker; its end is kept."""
-
-        async def read() -> None:
-            assert self.process.stderr is not None
-            while data := await self.process.stderr.read(LAST_WORDS_BYTES // 16):
-                self._words.append(data)
-
-        self._listener = asyncio.create_task(read())
+    async def _listen(self) -> None:
+        """Read stderr, so that a full pipe never blocks the worker; its end is kept."""
+        assert self.process.stderr is not None
+        while data := await self.process.stderr.read(LAST_WORDS_BYTES // 16):
+            self._words.append(data)
 
     async def last_words(self) -> str:
         """The end of what the worker wrote to stderr, on one line; waits a moment for a dying one to finish."""
-        if self._listener is not None:
-            await asyncio.wait([self._listener], timeout=STOP_GRACE_S)
+        await asyncio.wait([self._listener], timeout=STOP_GRACE_S)
         lines = b"".join(self._words).decode(errors="replace").strip().split("\n")
         return " | ".join(line.strip() for line in lines[-4:])
 
@@ -178,8 +174,7 @@ class Worker:
         await self.tidy()
         if self.group is not None:
             await self.group.remove()
-        if self._listener is not None:
-            self._listener.cancel()
+        self._listener.cancel()
 
 
 async def nothing() -> None:
@@ -187,9 +182,10 @@ async def nothing() -> None:
 
 
 def supervisor_command(interpreter: str, inside: str, /, **setup: object) -> list[str]:
-    """The command line of the program inside; `setup` is what `inside/supervisor.py` describes."""
+    """The command line of the program inside; `setup` is the rest of what `inside/supervisor.py` describes."""
+    setup = {"owner": owner_tag(), "tiers": TIERS, **setup}
     # -S keeps `site` and its .pth files (some run code, 20 ms and more) out of the start.
-    return [interpreter, "-I", "-S", f"{inside}/supervisor.py", json.dumps({"owner": owner_tag(), **setup})]
+    return [interpreter, "-I", "-S", f"{inside}/supervisor.py", json.dumps(setup)]
 
 
 def undone_if_cancelled(launch: Callable[P, Awaitable[Worker]]) -> Callable[P, Awaitable[Worker]]:
@@ -247,6 +243,4 @@ async def start(
             await group.remove()
         raise
     assert process.stdin is not None and process.stdout is not None
-    worker = Worker(process.stdout, process.stdin, process, group, tidy)
-    worker.listen()
-    return worker
+    return Worker(process.stdout, process.stdin, process, group, tidy)

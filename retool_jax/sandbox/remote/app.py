@@ -1,6 +1,5 @@
 """The sandbox as an HTTP application: Sandbox Fusion's protocol and that of the simple local servers."""
 
-import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
@@ -17,10 +16,10 @@ from retool_jax.sandbox.host.metrics import prometheus
 from retool_jax.sandbox.host.pool import Sandbox
 from retool_jax.sandbox.host.request import MAX_FRAME_BYTES, Request
 from retool_jax.sandbox.remote.fusion import Malformed, fault_response, number, read_request, text, write_result
+from retool_jax.sandbox.remote.web import CLOSED_REQUEST, while_connected
 from retool_jax.sandbox.types import Limits, ToolResult
 
 RETRY_AFTER_S = 1
-CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 
 
 async def read_body(http: HTTPRequest) -> dict[str, Any]:
@@ -37,34 +36,6 @@ async def read_body(http: HTTPRequest) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Malformed("", f"the body is a {type(body).__name__}, not an object")
     return body
-
-
-async def run_while_connected(box: Sandbox, http: HTTPRequest, request: Request) -> ToolResult | None:
-    """Run a program for as long as somebody waits for it; None if nobody did to the end."""
-
-    async def disconnect() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    work = asyncio.create_task(
-        box.run(
-            request.code,
-            request.stdin,
-            request.files,
-            request.fetch,
-            request.limits,
-            show_last_expression=request.show_last_expression,
-            allowed_modules=request.allowed_modules,
-        )
-    )
-    gone = asyncio.create_task(disconnect())
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else None
-    finally:
-        gone.cancel()
-        work.cancel()  # no effect on one that is done
-        await asyncio.wait((work, gone))
 
 
 def is_overload(result: ToolResult) -> bool:
@@ -103,7 +74,7 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
             both = modules.intersection(request.allowed_modules) if request.allowed_modules else modules
             request = replace(request, allowed_modules=tuple(both) or ("",))
         try:
-            result = await run_while_connected(box, http, request)
+            result = await while_connected(http.receive, box.serve(request))
         except RuntimeError:  # closed while the request came in
             result = ToolResult("cancelled", message="the sandbox was closed")
         if result is None:

@@ -23,7 +23,7 @@ BUSY_S = 0.5  # how long a server that is full and does not say how long is left
 OPEN_S = 60.0  # for the first program
 PING_S = 5.0  # between two looks at the servers that hold calls of ours, and how long they may take to answer
 SILENT_PINGS = 2  # after so many without an answer, calls there are given up and go elsewhere
-REFUSED_STATUS = (400, 413, 422)  # since it has run a program of ours, this is about what the request holds
+REFUSED_STATUS = (400, 413, 422)  # from a server that runs our programs: it is about this request's content
 BUSY_STATUS = (429, 503)
 
 
@@ -117,16 +117,7 @@ class RemoteSandbox:
         """Run a program; see `Sandbox.run`. Servers of others ignore the two options and some of the limits."""
         if self._closed:
             raise RuntimeError("the sandbox is closed")
-        config = self.config
-        request = Request(
-            code,
-            stdin,
-            {} if files is None else files,
-            fetch,
-            config.limits if limits is None else limits,
-            config.show_last_expression if show_last_expression is None else show_last_expression,
-            config.allowed_modules if allowed_modules is None else allowed_modules,
-        )
+        request = Request.of(self.config, code, stdin, files, fetch, limits, show_last_expression, allowed_modules)
         if reason := request.fault():
             result = ToolResult("rejected", message=reason)
         else:

@@ -17,10 +17,7 @@ from retool_jax.sandbox.types import KINDS, Limits, Status, ToolResult, is_a, sh
 EXTRA = "retool"
 CUT = "\n[... bytes removed ...]\n"  # as a worker writes it
 # Everything that the standard fields do not say, or say in another form.
-_EXTRA_FIELDS = (
-    *("status", "message", "return_code", "signal", "stdout_bytes", "stderr_bytes", "stdout_truncated"),
-    *("stderr_truncated", "wall_s", "queue_s", "cpu_s", "peak_rss_mb", "backend", "attempts"),
-)
+_EXTRA_FIELDS = tuple(f.name for f in fields(ToolResult) if f.name not in ("stdout", "stderr", "files"))
 
 
 class Malformed(Exception):
