@@ -135,6 +135,16 @@ def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
     assert batches.at(0).micro_batches == 2
 
 
+@pytest.mark.parametrize(("length", "steps"), [(160, (0,)), (128, (0, 23))])
+def test_demonstrations_that_are_made_fit_in_rows_of_any_length(tokenizer, length, steps):
+    """Where two seldom share a row, half of it is padding, and some batches have many that do not."""
+    batches = demonstrations_of(load(["config=sft", f"sft.row_length={length}"]), tokenizer)
+    for step in steps:
+        batch = batches.at(step)
+        assert batch.micro_batches <= len(batch.tokens) <= -(-batches.per_step // 4)
+        assert len(texts(tokenizer, batch)) == batches.per_step
+
+
 def test_rows_are_no_longer_than_the_data_needs(data, tmp_path, tokenizer):
     """16,384 tokens a row are a limit: attention over rows of that length would ask for hundreds of gigabytes."""
     longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
