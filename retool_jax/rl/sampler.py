@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.rl.config import RLConfig
+from retool_jax.rollout.reward import is_right
 from retool_jax.rollout.rollout import Sample
 from retool_jax.rollout.trajectory import Trajectory
 
@@ -73,7 +74,7 @@ class Sampler:
         del self._issued[0]
         self._number += 1
         self._taken -= 1
-        right = [trajectory.verdict.correct for trajectory in trajectories if not trajectory.dropped]
+        right = [is_right(self._rl.reward, trajectory) for trajectory in trajectories if not trajectory.dropped]
         if right:
             record = self._table.setdefault(group.problem.id, Record())
             record.tried += len(right)

@@ -11,6 +11,7 @@ from retool_jax.data.arithmetic import problem_row
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.rl.config import GroupsConfig, RLConfig
 from retool_jax.rl.sampler import Group, Sampler
+from retool_jax.rollout.config import RewardConfig
 from retool_jax.rollout.trajectory import End, Trajectory
 
 RL = RLConfig(prompts_per_step=4, group_size=3, minibatches=2, temperature=0.9)
@@ -120,6 +121,15 @@ def test_a_solved_prompt_is_passed_over_and_no_other(few):
     stream = [few[index] for index in range(40)]
     places = [index for index, problem in enumerate(stream) if problem.id not in ("1", "4")]
     assert [problem for problem in seen if problem.id not in ("1", "4")] == [stream[place] for place in places][:21]
+
+
+def test_a_prompt_is_solved_where_the_reward_says_so(few):
+    """A right answer that the strict rule does not take earns nothing there."""
+    for name, right in (("dapo_strict", 0), ("default", 3)):
+        sampler = Sampler(few, replace(skipping(1), reward=RewardConfig(name=name)))
+        (group,) = sampler.take(1)
+        consume(sampler, [group], lambda problem: [True] * 3)  # which are not `exact`
+        assert sampler.state()["table"] == {group.problem.id: [3, right, int(right == 3)]}
 
 
 def test_where_all_are_solved_they_are_drawn_again(few):
