@@ -59,6 +59,11 @@ class SFTRun:
         _one_spelling(self)
         _no_logger(self)
         check_tools(self.tools, self.sft.grammar)
+        if self.sft.tool_prompt and self.sft.grammar != "retool":
+            raise UserError(
+                f"sft.tool_prompt explains <code>, and sft.grammar={self.sft.grammar or 'hermes'} is explained by the"
+                " chat template; set sft.grammar=retool, or leave sft.tool_prompt out"
+            )
         check_micro_batches(self)
 
 
@@ -254,6 +259,12 @@ def _check_lengths(run: RLRun) -> None:
             " a packed row must hold the longest trajectory"
         )
     _check_room(run, {"rollout": run.rollout.answer_tokens, "evaluation": run.evaluation.answer_tokens})
+    room, overlong = longest - run.rollout.max_prompt_tokens, run.rl.reward.overlong_tokens
+    if overlong > room:
+        raise UserError(
+            f"rl.reward.overlong_tokens={overlong} are the end of the room for a response, which may be {room}:"
+            f" engine.max_length={longest} without rollout.max_prompt_tokens; lower it to {room} or less"
+        )
 
 
 def _check_room(run: RLRun | EvaluateRun, answers: dict[str, int]) -> None:

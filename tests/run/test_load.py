@@ -125,7 +125,15 @@ def test_a_word_without_an_equals_sign(word):
         ("seed=-1", "seed=-1 must be between 0 and 4294967295"),
         ("rl.steps=0", "rl.steps=0 must be at least 1"),
         ("rl.optimizer.learning_rate=-1", "rl.optimizer.learning_rate=-1.0 must be at least 0"),
-        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be between 0 and 1"),
+        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be at least 0 and below 1"),
+        ("rl.optimizer.b2=1", "rl.optimizer.b2=1.0 must be at least 0 and below 1"),
+        ("rl.critic.optimizer.max_grad_norm=0", "rl.critic.optimizer.max_grad_norm=0.0 must be above 0"),
+        ("rl.optimizer.final_fraction=0.5", "rl.optimizer.final_fraction=0.5 is where a cosine ends, and with"),
+        ("rl.critic.optimizer.final_fraction=0", "rl.critic.optimizer.final_fraction=0.0 is where a cosine ends"),
+        ("rl.groups.refills=3", "rl.groups.refills=3 says how often groups are drawn in the place of others, and"),
+        ("rl.max_staleness=1", "rl.max_staleness=1 drops what older weights drew, and with rl.ahead=0"),
+        ("rl.reward.overlong_penalty=0.5", "rl.reward.overlong_penalty=0.5 is what the last of"),
+        ("rl.reward.overlong_tokens=89", "rl.reward.overlong_tokens=89 are the end of the room for a response, which"),
         ("rl.clip.low=1.5", "rl.clip.low=1.5 must be between 0 and 1"),
         ("evaluation.every=-1", "evaluation.every=-1 must be at least 0"),
         ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
@@ -138,6 +146,18 @@ def test_a_word_without_an_equals_sign(word):
 )
 def test_a_bad_value_is_named_with_its_limit(word, message):
     assert message in error_of("config=grpo", word)
+
+
+def test_what_nothing_would_read_is_refused():
+    alone = error_of("config=ppo", "rl.group_size=1", "rl.groups.dynamic=true")
+    assert "rl.groups.dynamic=true looks for prompts with right and wrong answers, and rl.group_size=1" in alone
+    constant = error_of("config=sft", "sft.optimizer.decay_steps=0", "sft.optimizer.final_fraction=0")
+    assert "sft.optimizer.final_fraction=0.0 is where a cosine ends, and with sft.optimizer.decay_steps=0" in constant
+    prompt = error_of("config=sft", "sft.tool_prompt=paper")
+    assert "sft.tool_prompt explains <code>, and sft.grammar=hermes is explained by the chat template" in prompt
+    load(["config=sft", "sft.tool_prompt=paper", "sft.grammar=retool"])
+    load(["config=grpo", "rl.reward.overlong_tokens=88", "rl.reward.overlong_penalty=0.5"])
+    load(["config=grpo", "rl.ahead=1", "rl.max_staleness=0"])
 
 
 def test_a_section_that_is_made_in_python_refuses_the_same_values():
