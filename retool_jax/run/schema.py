@@ -59,7 +59,7 @@ class SFTRun:
         _one_spelling(self)
         _no_logger(self)
         check_tools(self.tools, self.sft.grammar)
-        if self.sft.tool_prompt and self.sft.grammar != "retool":
+        if self.sft.tool_prompt and self.sft.grammar != "retool" and words_of(self.tools):
             raise UserError(
                 f"sft.tool_prompt explains <code>, and sft.grammar={self.sft.grammar or 'hermes'} is explained by the"
                 " chat template; set sft.grammar=retool, or leave sft.tool_prompt out"

@@ -23,6 +23,7 @@ from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
 from retool_jax.run.build import resolve, sandbox_config, told_of_memory
+from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
 from retool_jax.run.schema import EvaluateRun, RLRun, ServeRun, SFTRun
@@ -156,6 +157,7 @@ def test_what_nothing_would_read_is_refused():
     prompt = error_of("config=sft", "sft.tool_prompt=paper")
     assert "sft.tool_prompt explains <code>, and sft.grammar=hermes is explained by the chat template" in prompt
     load(["config=sft", "sft.tool_prompt=paper", "sft.grammar=retool"])
+    cold_start_of(load(["config=grpo", "tools=none", "rollout.grammar=retool", "rollout.tool_prompt=paper"]))
     load(["config=grpo", "rl.reward.overlong_tokens=88", "rl.reward.overlong_penalty=0.5"])
     load(["config=grpo", "rl.ahead=1", "rl.max_staleness=0"])
 
