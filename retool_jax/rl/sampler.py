@@ -40,12 +40,13 @@ class Sampler:
     Args:
         problems: the stream.
         rl: sizes, and how often in a row a prompt is solved before it is passed over (`groups.skip_solved`).
-        state: of a checkpoint, as `state` gave it; None at the beginning of a run, and where a checkpoint keeps none.
+        state: of a checkpoint, as `state` gave it; None at the beginning of a run, and empty where a checkpoint keeps
+            none, as that of a replay.
         step: that of such a checkpoint, of a run in which group g had problem g.
     """
 
     def __init__(self, problems: Problems, rl: RLConfig, state: dict | None = None, step: int = 0) -> None:
-        if state is None:
+        if not state:
             behind = step * rl.prompts_per_step
             state = {"number": behind, "issued": [], "position": behind, "table": {}}
         self._problems = problems

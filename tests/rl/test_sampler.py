@@ -62,8 +62,10 @@ def test_group_g_is_of_problem_g_with_its_own_requests():
     assert [group for count in (4, 0, 1, 7) for group in sampler.take(count)] == groups
 
 
-def test_a_checkpoint_without_a_state_goes_on_where_its_step_ended():
-    assert Sampler(PROBLEMS, RL, None, 6).take(8) == Sampler(PROBLEMS, RL).take(32)[24:]
+@pytest.mark.parametrize("state", [None, {}])
+def test_a_checkpoint_without_a_state_goes_on_where_its_step_ended(state):
+    """A replay's is empty, and a run may go on from there with rollouts of its own."""
+    assert Sampler(PROBLEMS, RL, state, 6).take(8) == Sampler(PROBLEMS, RL).take(32)[24:]
 
 
 @pytest.mark.parametrize("skip", [0, 1])
