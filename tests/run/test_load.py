@@ -132,6 +132,11 @@ def test_a_word_without_an_equals_sign(word):
         ("rl.optimizer.final_fraction=0.5", "rl.optimizer.final_fraction=0.5 is where a cosine ends, and with"),
         ("rl.critic.optimizer.final_fraction=0", "rl.critic.optimizer.final_fraction=0.0 is where a cosine ends"),
         ("rl.groups.refills=3", "rl.groups.refills=3 says how often groups are drawn in the place of others, and"),
+        ("rl.groups.skip_solved=2", "rl.groups.skip_solved=2 passes over prompts that come again, and none of"),
+        (
+            "engine.stale_rows=keep",
+            "engine.stale_rows=keep is for rows under which weights change, and with rl.ahead=0",
+        ),
         ("rl.max_staleness=1", "rl.max_staleness=1 drops what older weights drew, and with rl.ahead=0"),
         ("rl.reward.overlong_penalty=0.5", "rl.reward.overlong_penalty=0.5 is what the last of"),
         ("rl.reward.overlong_tokens=89", "rl.reward.overlong_tokens=89 are the end of the room for a response, which"),
@@ -163,7 +168,8 @@ def test_what_nothing_would_read_is_refused():
     load(["config=sft", "sft.tool_prompt=paper", "sft.grammar=retool"])
     cold_start_of(load(["config=grpo", "tools=none", "rollout.grammar=retool", "rollout.tool_prompt=paper"]))
     load(["config=grpo", "rl.reward.overlong_tokens=88", "rl.reward.overlong_penalty=0.5"])
-    load(["config=grpo", "rl.ahead=1", "rl.max_staleness=0"])
+    load(["config=grpo", "rl.ahead=1", "rl.max_staleness=0", "engine.stale_rows=discard"])
+    load(["config=grpo", "data.train=mine.jsonl", "rl.groups.skip_solved=2"])
 
 
 def test_a_section_that_is_made_in_python_refuses_the_same_values():
