@@ -75,10 +75,12 @@ def _without_none(hint: object) -> object:
 def _limit(hint: object) -> str:
     """The range of a number in words, from the constraints in its annotation."""
     constraints = [each for item in getattr(hint, "__metadata__", ()) for each in item.metadata]
-    bounds = {name: getattr(each, name) for each in constraints for name in ("ge", "gt", "le") if hasattr(each, name)}
+    bounds = {
+        name: getattr(each, name) for each in constraints for name in ("ge", "gt", "le", "lt") if hasattr(each, name)
+    }
     if {"ge", "le"} <= bounds.keys():
         return f"between {bounds['ge']} and {bounds['le']}"
-    words = {"ge": "at least", "gt": "above", "le": "at most"}
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
 
 

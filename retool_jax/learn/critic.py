@@ -81,7 +81,7 @@ def explained_variance(errors_std: jax.Array, returns_std: jax.Array) -> jax.Arr
 
 def _conclude(metrics: Metrics) -> Metrics:
     """What is logged of a critic's step, under names of its own."""
-    shown = ("values_mean", "value_clip_fraction", "returns_mean", "grad_norm", "learning_rate")
+    shown = ("values_mean", "value_clip_fraction", "returns_mean", "grad_norm", "learning_rate", "update_skipped")
     return {f"critic/{name}": metrics[name] for name in shown} | {
         "critic/value_loss": metrics["loss"],
         "critic/explained_variance": explained_variance(metrics["errors_std"], metrics["returns_std"]),

@@ -1,6 +1,6 @@
 """One jitted step for every kind of training: accumulate gradients over micro-batches, then step the optimiser."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -261,6 +261,12 @@ class Step:
             return self._compiled.lower(state, batch)
 
 
+def skipped(metrics: Mapping[str, object]) -> str:
+    """What to say of a step some of whose optimiser steps changed nothing; empty where all did."""
+    share = max(float(metrics.get(name, 0.0)) for name in ("update_skipped", "critic/update_skipped"))
+    return f"{share:.0%} of its updates were left out, as their gradient was not finite" if share else ""
+
+
 def make_step(
     outputs: Outputs,
     token_loss: TokenLoss,
@@ -268,7 +274,11 @@ def make_step(
     mesh: Mesh,
     conclude: Callable[[Metrics], Metrics] | None = None,
 ) -> Step:
-    """The step that minimises a token loss of these outputs; `conclude` makes what is logged of its metrics."""
+    """The step that minimises a token loss of these outputs; `conclude` makes what is logged of its metrics.
+
+    A gradient that is not finite changes nothing: one of them would leave no weight a number, in this step and in all
+    that follow (as verl does).
+    """
     schedule, transformation = learning_rate(optimizer), make_optimizer(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -276,8 +286,12 @@ def make_step(
         gradient = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)  # a norm is no sum for bf16
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state), conclude(metrics) if conclude else metrics
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm)
+        new = TrainState(state.step + 1, params, opt_state)
+        new = jax.tree.map(partial(jnp.where, finite), new, state)
+        metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step), "update_skipped": 1.0 - finite}
+        return new, conclude(metrics) if conclude else metrics
 
     rows = meshes.sharding(mesh, "micro", "batch", "length")
     everywhere = meshes.replicated(mesh)

@@ -3,16 +3,17 @@
 import json
 import math
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
-from retool_jax.fields import CHECKED, Positive, complaint
+from retool_jax.fields import CHECKED, NotNegative, Positive, complaint
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
+Above0 = Annotated[float, Field(gt=0)]
 
 # What tells the families apart; R1-Distill-Qwen is a qwen2. Their files may repeat `qkv_bias` as `attention_bias`:
 # false in a qwen2 would contradict its three biases, and true in the others puts one on the output projection too.
@@ -75,18 +76,18 @@ class ModelConfig:
     num_heads: Positive = 4  # N
     num_kv_heads: Positive = 2  # K
     head_dim: int = 32  # H
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     yarn_factor: float = 0.0  # YaRN (arXiv 2309.00071): how many times longer than trained; 0 is off
     yarn_original_length: int = 0  # of the training before it
-    yarn_beta_fast: float = 32.0  # turns over that length above which a frequency is kept
-    yarn_beta_slow: float = 1.0  # and below which it is divided by the factor
-    yarn_attention_factor: float = 0.0  # of cos and sin; 0: 0.1 ln(factor) + 1
+    yarn_beta_fast: Above0 = 32.0  # turns over that length above which a frequency is kept
+    yarn_beta_slow: Above0 = 1.0  # and below which it is divided by the factor
+    yarn_attention_factor: NotNegative = 0.0  # of cos and sin; 0: 0.1 ln(factor) + 1
     llama3_factor: float = 0.0  # Llama 3's scaling (its `llama3`): how many times longer than trained; 0 is off
     llama3_original_length: int = 0  # of the training before it
     llama3_low_factor: float = 1.0  # turns over that length below which a frequency is divided by the factor
     llama3_high_factor: float = 4.0  # and above which it is kept
     max_positions: int = 32_768  # what the checkpoint says it is made for; nothing here is limited by it
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Above0 = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = True  # Qwen2; the others have none
     qk_norm: bool = False  # Qwen3: RMS norm over each query and key head, before rotation

@@ -100,8 +100,8 @@ def _forward(
 
     room = meshes.constrain(jnp.zeros((3, *parts.shape)), None, "batch", "length")
     seen = jax.lax.fori_loop(0, -(-count // chunk), body, room)
-    logprobs, entropy, normaliser = seen[:, :, : order.shape[1]]
-    return (logprobs, entropy), (weight_VD, hidden, targets, order, count, normaliser, entropy)
+    logprobs, entropy = seen[:2, :, : order.shape[1]]
+    return (logprobs, entropy), (weight_VD, hidden, targets, order, count, seen[2], seen[1])
 
 
 def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
@@ -111,7 +111,8 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
     devices, D = order.shape[0], hidden.shape[-1]
     # What is exchanged has D first: the parts of a last axis are no whole lanes of a TPU.
     axes, whole = ("DV", ("model", "vocab")) if devices > 1 else ("VD", ("vocab", "model"))
-    values = jnp.pad(jnp.stack([*values, *gradients]), ((0, 0), (0, 0), (0, more)))
+    # What fills up the last chunk has a gradient of 0 and its own normaliser: with another one, p could be infinite.
+    values = jnp.stack([*values, *(jnp.pad(x, ((0, 0), (0, more))) for x in gradients)])
 
     def one_device(hidden: jax.Array, targets: jax.Array, *values: jax.Array) -> tuple[jax.Array, jax.Array]:
         scaled = logits_of(numerics.config, weight_VD, hidden) / numerics.temperature

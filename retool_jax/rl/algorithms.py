@@ -16,7 +16,7 @@ from retool_jax.rl.advantage import (
     group_relative,
     leave_one_out,
 )
-from retool_jax.rl.config import KLConfig, RLConfig
+from retool_jax.rl.config import KLConfig, RLConfig, TeacherConfig
 from retool_jax.rl.loss import clipped_loss, sequence_loss, truncated_loss
 from retool_jax.tools.toolbox import imported
 
@@ -85,6 +85,10 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
         raise UserError(
             f"rl.algorithm={name} learns from a teacher, and rl.teacher.init_from is empty; set it to a run's folder, a"
             " Hugging Face folder or a hub id"
+        )
+    if "teacher" not in algorithm.models and rl.teacher != TeacherConfig() and ":" not in name:
+        raise UserError(
+            f"rl.algorithm={name} has no teacher, so nothing reads rl.teacher; set rl.algorithm=opd, or leave that out"
         )
     unused = [key for key in ("discount", "gae_lambda", "critic") if getattr(rl, key) != getattr(RLConfig(), key)]
     if unused and "critic" not in algorithm.models and ":" not in name:  # one's own may read them

@@ -26,7 +26,8 @@ from retool_jax.evaluation.numbers import require_kept
 from retool_jax.models.decoder import Params
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.sampler import Group, Sampler
-from retool_jax.rollout.config import RolloutConfig
+from retool_jax.rollout.config import RewardConfig, RolloutConfig
+from retool_jax.rollout.reward import is_right
 from retool_jax.rollout.rollout import Dialogue, Sample, dialogues_of, rollout, score, trajectories_of
 from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ class Collector:
             retried = sum(told[2] for told in every)
             for group, trajectories in zip(groups, new, strict=True):
                 self._sampler.consumed(group, trajectories)
-                kind = _kind(trajectories)
+                kind = _kind(trajectories, rl.reward)
                 counts[kind] += 1
                 if kind == "mixed" or not rl.groups.dynamic:
                     found.append(trajectories)
@@ -310,9 +311,9 @@ def together(every: Sequence[Statistics]) -> Statistics:
     return dataclasses.replace(total, total_s=max(one.total_s for one in every))
 
 
-def _kind(group: Sequence[Trajectory]) -> str:
+def _kind(group: Sequence[Trajectory], reward: RewardConfig) -> str:
     """Whether a group's samples are all right, all wrong, or mixed; those that were dropped do not count."""
-    correct = {trajectory.verdict.correct for trajectory in group if not trajectory.dropped}
-    if not correct:
+    right = {is_right(reward, trajectory) for trajectory in group if not trajectory.dropped}
+    if not right:
         return "dropped"
-    return "mixed" if len(correct) == 2 else "all_right" if correct.pop() else "all_wrong"
+    return "mixed" if len(right) == 2 else "all_right" if right.pop() else "all_wrong"

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, NotNegative, Positive, Share
-from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.config import OptimizerConfig, check_schedule
 from retool_jax.rollout.config import RewardConfig
 
 
@@ -75,6 +75,13 @@ class GroupsConfig:
     refills: Positive = 10  # rounds of drawing others before a step makes do with what it has
     skip_solved: Count = 0  # pass over a prompt that was solved by all samples so many times in a row; 0: never
 
+    def __post_init__(self) -> None:
+        if self.refills != GroupsConfig.refills and not self.dynamic:
+            raise UserError(
+                f"rl.groups.refills={self.refills} says how often groups are drawn in the place of others, and with"
+                " rl.groups.dynamic=false none are; set that to true, or leave rl.groups.refills out"
+            )
+
 
 @dataclass(frozen=True, config=CHECKED)
 class RLConfig:
@@ -119,6 +126,19 @@ class RLConfig:
             raise UserError(
                 f"rl.prompts_per_step={self.prompts_per_step} does not divide into rl.minibatches={self.minibatches};"
                 f" choose prompts_per_step as a multiple of {self.minibatches}"
+            )
+        check_schedule(self.optimizer, "rl.optimizer")
+        check_schedule(self.critic.optimizer, "rl.critic.optimizer")
+        if self.groups.dynamic and self.group_size < 2:
+            raise UserError(
+                f"rl.groups.dynamic=true looks for prompts with right and wrong answers, and"
+                f" rl.group_size={self.group_size} gives each one answer; set rl.group_size=2 or more, or"
+                " rl.groups.dynamic=false"
+            )
+        if self.max_staleness is not None and not self.ahead:
+            raise UserError(
+                f"rl.max_staleness={self.max_staleness} drops what older weights drew, and with rl.ahead=0 they draw"
+                " nothing; leave it out, or set rl.ahead=1 or more"
             )
         if self.correction != "none" and self.old_logprobs != "trainer":
             raise UserError(

@@ -27,6 +27,7 @@ from retool_jax.engine.engine import Engine
 from retool_jax.evaluation.config import EvaluationConfig
 from retool_jax.evaluation.measure import evaluate, looked, splits_at
 from retool_jax.evaluation.numbers import faults, reasons, summarise
+from retool_jax.learn.step import skipped
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.collector import Collector, Rollouts
 from retool_jax.rl.config import RLConfig
@@ -87,6 +88,8 @@ async def train(p: Parts, state: State, start: int | None) -> None:
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
         if happened := faults(numbers):
             p.bar.say(f"step {step}: {happened}{reasons(every)}")
+        if happened := skipped(numbers):
+            p.bar.say(f"step {step}: {happened}")
         # Before the look, which may take long: a start after a kill takes the look again, not the step.
         if step % p.save_every == 0 or step == p.rl.steps:
             p.save(step, state, p.rollouts.state())

@@ -5,6 +5,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -125,6 +126,11 @@ def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
             raise ValueError(f"{name} {odd[0]!r}: it must be a whole number of at least 0")
     if odd := [x for x in sampled if x not in (0, 1)]:
         raise ValueError(f"sampled {odd[0]!r}: it must be 0 or 1")
+    if sampled[0]:
+        raise ValueError("its first id was sampled: give the prompt that it was drawn behind, too")
+    drawn = np.array(logprobs, np.float32)
+    if np.isnan(drawn).any():
+        raise ValueError("logprobs has NaN, which no token is drawn with")
     problem = {"id": f"group {group}", "messages": [{"role": "user", "content": ""}], "ground_truth": ""}
     problem |= record.get("problem", {})
     tools = problem.get("tools")
@@ -134,7 +140,7 @@ def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
             problem["id"], tuple(problem["messages"]), problem["ground_truth"], None if tools is None else tuple(tools)
         ),
         "sampled": [bool(x) for x in sampled],
-        "logprobs": np.array(logprobs, np.float32).tolist(),
+        "logprobs": drawn.tolist(),
         "segments": [Segment(s["role"], s["start"], s["stop"]) for s in record.get("segments", _segments(sampled))],
         "tool_uses": [ToolUse(**use) for use in record.get("tool_uses", ())],
         "end": End(record.get("end", End.ANSWERED)),
@@ -147,6 +153,8 @@ def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
         if reward is None:
             raise ValueError(f"its reward is null, and its end is {trajectory.end}")
         trajectory.reward = float(reward)
+        if not math.isfinite(trajectory.reward):
+            raise ValueError(f"its reward is {reward}, which is not finite")
         said = record.get("verdict") or {"correct": trajectory.reward > 0, "answer": None, "reason": "recorded"}
         trajectory.verdict = Verdict(**said)
     return group, trajectory
@@ -232,6 +240,11 @@ class Replay:
             raise UserError(
                 f"{path} has {odd[0][1]} trajectories side by side of group {odd[0][0]}, and"
                 f" rl.group_size={rl.group_size}; set it to what they were drawn with, or restore the file"
+            )
+        if len(sizes) > rl.prompts_per_step:
+            raise UserError(
+                f"{path} has {len(sizes)} groups, and a step learns from rl.prompts_per_step={rl.prompts_per_step};"
+                " raise it to what they were drawn with"
             )
         trajectories = [trajectory for _, trajectory in lines]
         for t in trajectories:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.rl.config import RLConfig
+from retool_jax.rollout.reward import is_right
 from retool_jax.rollout.rollout import Sample
 from retool_jax.rollout.trajectory import Trajectory
 
@@ -39,12 +40,13 @@ class Sampler:
     Args:
         problems: the stream.
         rl: sizes, and how often in a row a prompt is solved before it is passed over (`groups.skip_solved`).
-        state: of a checkpoint, as `state` gave it; None at the beginning of a run, and where a checkpoint keeps none.
+        state: of a checkpoint, as `state` gave it; None at the beginning of a run, and empty where a checkpoint keeps
+            none, as that of a replay.
         step: that of such a checkpoint, of a run in which group g had problem g.
     """
 
     def __init__(self, problems: Problems, rl: RLConfig, state: dict | None = None, step: int = 0) -> None:
-        if state is None:
+        if not state:
             behind = step * rl.prompts_per_step
             state = {"number": behind, "issued": [], "position": behind, "table": {}}
         self._problems = problems
@@ -73,7 +75,7 @@ class Sampler:
         del self._issued[0]
         self._number += 1
         self._taken -= 1
-        right = [trajectory.verdict.correct for trajectory in trajectories if not trajectory.dropped]
+        right = [is_right(self._rl.reward, trajectory) for trajectory in trajectories if not trajectory.dropped]
         if right:
             record = self._table.setdefault(group.problem.id, Record())
             record.tried += len(right)

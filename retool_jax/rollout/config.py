@@ -38,3 +38,10 @@ class RewardConfig:
     guard: bool = True  # in a group without a right answer all get the lowest reward, so that none is reinforced
     overlong_tokens: Count = 0  # at the end of the room for a response, over which a penalty grows; 0: none
     overlong_penalty: NotNegative = 1.0  # where it ends (DAPO, arXiv 2503.14476 eq. 13)
+
+    def __post_init__(self) -> None:
+        if self.overlong_penalty != RewardConfig.overlong_penalty and not self.overlong_tokens:
+            raise UserError(
+                f"rl.reward.overlong_penalty={self.overlong_penalty} is what the last of rl.reward.overlong_tokens"
+                " cost, and there are none; set these above 0, or leave the penalty out"
+            )

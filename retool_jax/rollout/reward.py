@@ -91,6 +91,11 @@ def reward_named(name: str) -> Reward:
     return function
 
 
+def is_right(config: RewardConfig, trajectory: Trajectory) -> bool:
+    """Whether an answer is right for a reward: by the strict rule where that goes by it, else by the verdict."""
+    return trajectory.exact if config.name in BY_STRICT_RULE else trajectory.verdict.correct
+
+
 # --- a step's rewards -------------------------------------------------------------------------------------------------
 
 
@@ -111,8 +116,7 @@ def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups:
     """
     function = reward_named(config.name)
     own = [_call(function, config.name, trajectory) for trajectory in trajectories]
-    by_rule = config.name in BY_STRICT_RULE
-    right = [trajectory.exact if by_rule else trajectory.verdict.correct for trajectory in trajectories]
+    right = [is_right(config, trajectory) for trajectory in trajectories]
     levels = guarded(own, right, groups) if config.guard else own
     given = []
     for trajectory, value, level in zip(trajectories, own, levels, strict=True):

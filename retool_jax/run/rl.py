@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
 from retool_jax.rl import loop
 from retool_jax.rl.collector import Collector
-from retool_jax.rl.learner import State
+from retool_jax.rl.learner import State, fingerprint
 from retool_jax.rl.replay import Replay
 from retool_jax.rl.sampler import Sampler
 from retool_jax.rl.summary import SUMMARY, read_summary, summarise_run, write_summary
@@ -71,6 +71,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         reward_named(run.rl.reward.name)
         classifier_named(run.evaluation.purposes)
         learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
+        frozen = {name: fingerprint(model.params) for name, model in learner.frozen.items()} if learner else {}
         if checker:
             await checker
         elif not has_checkpoints(run):
@@ -101,6 +102,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
             state, notes = checkpoints.restore(start, abstract(run, mesh))
+            check_frozen(run, frozen, notes.get("frozen", {}))
             clock.seconds = notes["seconds"]
 
         def elapsed_s() -> float:
@@ -108,8 +110,8 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
 
         def save(step: int, state: State, drawn: dict) -> None:
             with clock.part("checkpoint"):
-                told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s(), "drawn": drawn}
-                checkpoints.save(step, state, told)
+                told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s()}
+                checkpoints.save(step, state, told | {"drawn": drawn, "frozen": frozen})
 
         write_config(run)
         write_origin(folder)
@@ -155,3 +157,15 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     if first:
         print_summary(summary)
         print(f"\nto look at it: python -m retool_jax.report run={folder}")
+
+
+def check_frozen(run: RLRun, here: Mapping[str, str], there: Mapping[str, str]) -> None:
+    """Refuse to go on with another reference or teacher than a checkpoint was made with; both are fingerprints."""
+    for name in here.keys() & there.keys():
+        if here[name] != there[name]:
+            teacher = f"rl.teacher.init_from={run.rl.teacher.init_from}"
+            what = teacher if name == "teacher_logprobs" else f"init_from={run.init_from or 'the cold start'}"
+            raise UserError(
+                f"{what} holds other weights than when {run.run} began to learn from them; restore them, or choose"
+                " another run=FOLDER"
+            )

@@ -17,7 +17,7 @@ from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
 from retool_jax.sandbox.types import Limits, SandboxConfig
 from retool_jax.serving.config import ServeConfig
-from retool_jax.sft.config import SFTConfig
+from retool_jax.sft.config import ENDLESS, SFTConfig
 from retool_jax.tools.config import check_tools, words_of
 
 Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
@@ -59,6 +59,11 @@ class SFTRun:
         _one_spelling(self)
         _no_logger(self)
         check_tools(self.tools, self.sft.grammar)
+        if self.sft.tool_prompt and self.sft.grammar != "retool" and words_of(self.tools):
+            raise UserError(
+                f"sft.tool_prompt explains <code>, and sft.grammar={self.sft.grammar or 'hermes'} is explained by the"
+                " chat template; set sft.grammar=retool, or leave sft.tool_prompt out"
+            )
         check_micro_batches(self)
 
 
@@ -99,6 +104,7 @@ class RLRun:
             _check_cold_start(self)
         check_micro_batches(self)
         _check_lengths(self)
+        _check_unread(self)
         if self.replay and self.rl.rollout_only:
             raise UserError(
                 f"replay={self.replay} learns from rollouts that are there, and rl.rollout_only=true learns nothing;"
@@ -254,6 +260,26 @@ def _check_lengths(run: RLRun) -> None:
             " a packed row must hold the longest trajectory"
         )
     _check_room(run, {"rollout": run.rollout.answer_tokens, "evaluation": run.evaluation.answer_tokens})
+    room, overlong = longest - run.rollout.max_prompt_tokens, run.rl.reward.overlong_tokens
+    if overlong > room:
+        raise UserError(
+            f"rl.reward.overlong_tokens={overlong} are the end of the room for a response, which may be {room}:"
+            f" engine.max_length={longest} without rollout.max_prompt_tokens; lower it to {room} or less"
+        )
+
+
+def _check_unread(run: RLRun) -> None:
+    """A `UserError` where a key says what is done with something that does not happen in this run."""
+    if run.engine.stale_rows != EngineConfig.stale_rows and not run.rl.ahead:
+        raise UserError(
+            f"engine.stale_rows={run.engine.stale_rows} is for rows under which weights change, and with rl.ahead=0"
+            " they change between rollouts; leave it out, or set rl.ahead=1 or more"
+        )
+    if (times := run.rl.groups.skip_solved) and run.data.train.partition(":")[0] in ENDLESS:
+        raise UserError(
+            f"rl.groups.skip_solved={times} passes over prompts that come again, and none of"
+            f" data.train={run.data.train} does; leave it out, or give a data set"
+        )
 
 
 def _check_room(run: RLRun | EvaluateRun, answers: dict[str, int]) -> None:

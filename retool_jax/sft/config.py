@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, Positive
-from retool_jax.learn.config import OptimizerConfig
+from retool_jax.learn.config import OptimizerConfig, check_schedule
 
 ENDLESS = ("arithmetic", "word_problems")  # demonstrations that are made as they are asked for
 
@@ -42,6 +42,8 @@ class SFTConfig:
             raise UserError(f"sft.data={self.data}: these kinds are kept out of training; use sft.data=word_problems")
         if self.epochs and self.data in ENDLESS:
             raise UserError(f"sft.epochs={self.epochs}: sft.data={self.data} has no end; use sft.steps, or other data")
+        if not self.warmup_fraction:  # which brings a cosine
+            check_schedule(self.optimizer, "sft.optimizer")
         if self.warmup_fraction and (self.optimizer.warmup_steps or self.optimizer.decay_steps):
             raise UserError(
                 f"sft.warmup_fraction={self.warmup_fraction} decides sft.optimizer.warmup_steps and decay_steps; set"

@@ -51,8 +51,7 @@ class Demonstrations:
         self.per_step = sft.batch_size or max(round(sft.batch_tokens / np.mean(lengths)), 1)
         self.steps, self.digest, self.description = sft.steps, "", ""
         if self._finite is None:
-            tokens = self.per_step * np.mean(lengths) if sft.batch_size else sft.batch_tokens
-            rows = -(-int(1.5 * tokens) // self.row_length)
+            rows = self.per_step  # at worst each of them fills one, and what comes later is not known yet
         else:
             self._epoch_steps = len(lengths) // self.per_step
             if not self._epoch_steps:

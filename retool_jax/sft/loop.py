@@ -13,7 +13,7 @@ from retool_jax.clock import Clock
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.optimizer import TrainState
 from retool_jax.learn.packing import Batch
-from retool_jax.learn.step import Columns, Metrics, Step, TokenTerms
+from retool_jax.learn.step import Columns, Metrics, Step, TokenTerms, skipped
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.sft.config import SFTConfig
 from retool_jax.sft.demonstrations import Demonstrations
@@ -48,6 +48,8 @@ def train(
             step, metrics = untold.pop()
             log.write("sft", step, metrics)
             bar.step(step, {"loss": float(metrics["loss"]), "tokens/s": metrics["perf/tokens_per_s"]})
+            if happened := skipped(metrics):
+                bar.say(f"step {step}: {happened}")
 
     for step in range(start + 1, batches.steps + 1):
         trained += int((batch.segments > 0).sum())

@@ -26,6 +26,7 @@ from retool_jax.learn.step import (
     TokenTerms,
     loss_and_gradient,
     make_step,
+    skipped,
     spread_of,
     token_logprobs,
     token_values,
@@ -373,6 +374,23 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(kind, mesh, batch, ex
     assert len(compiles) == known
     assert int(state.step) == 2 and jax.tree.leaves(old.params)[0].is_deleted()
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(kind, mesh, batch, one_step, value):
+    """And the step that follows is the one that would have been."""
+    update, first, metrics = one_step
+    assert float(metrics["update_skipped"]) == 0.0 and skipped(metrics) == ""
+    name = "returns" if kind.outputs.value_head else "advantages"
+    broken = np.where(batch.sampled & (np.cumsum(batch.sampled).reshape(batch.sampled.shape) == 7), value, 0.0)
+    begun = place(fresh_state(kind.params, OPTIMIZER), kind, mesh)
+    columns = batch.columns | {name: np.float32(batch.columns[name] + broken)}
+    same, metrics = update(begun, batch._replace(columns=columns))
+    assert not np.isfinite(metrics["grad_norm"]) and float(metrics["update_skipped"]) == 1.0
+    assert skipped(metrics) == "100% of its updates were left out, as their gradient was not finite"
+    after, metrics = update(same, batch)
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

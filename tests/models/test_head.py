@@ -122,6 +122,19 @@ def test_what_is_not_wanted_is_not_visited():
     assert np.asarray(ours[0] != 0).sum() == 20 and not ours[3][~wanted].any()
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_what_fills_up_the_last_chunk_adds_nothing_however_large_its_logits_are(entropy_gradient):
+    """It is the first token again, whose exp(logit) no float holds, and which is not wanted itself."""
+    params, hidden, targets, seen = case(MODEL)
+    hidden = hidden.at[0, 0].multiply(100)
+    assert float(jnp.max(logits(MODEL, params, hidden[0, 0])) / TEMPERATURE) > 100
+    wanted = jnp.ones((ROWS, LENGTH), bool).at[0, 0].set(False)
+    rest, plain = {"entropy_gradient": entropy_gradient, "wanted_BT": wanted}, dataclasses.replace(MODEL, head_chunk=1)
+    ours = values_and_gradients(MODEL, params, hidden, targets, seen, **rest)
+    for x, y in zip(ours, values_and_gradients(plain, params, hidden, targets, seen, **rest), strict=True):
+        assert np.isfinite(x).all() and np.abs(x - y).max() <= 1e-5 * max(np.abs(y).max(), 1.0)
+
+
 def test_where_nothing_is_wanted_all_is_0():
     ours = values_and_gradients(MODEL, *case(MODEL), wanted_BT=jnp.zeros((ROWS, LENGTH), bool))
     assert not any(np.asarray(x).any() for x in ours)

@@ -60,6 +60,7 @@ def test_a_run_may_say_how_losses_become_one_number():
             config("grpo", teacher=TEACHER),
             ["rl.teacher.init_from=runs/teacher", "rl.algorithm=grpo", "rl.algorithm=opd"],
         ),
+        (config("grpo", teacher=TeacherConfig(coefficient=0.5)), ["rl.algorithm=grpo has no teacher", "rl.teacher;"]),
         (config("opd", teacher=TeacherConfig()), ["rl.algorithm=opd", "rl.teacher.init_from is empty"]),
         (config("grpo", kl=KLConfig(place="reward")), ["rl.kl.place=reward", "rl.kl.coefficient=0"]),
         (config("ppo", kl=KLConfig(estimator="k1")), ["rl.kl.estimator=k1", "rl.kl.coefficient=0"]),

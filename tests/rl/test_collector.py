@@ -20,7 +20,7 @@ from retool_jax.evaluation.numbers import summarise
 from retool_jax.rl.collector import Collector, Rollouts
 from retool_jax.rl.config import GroupsConfig, RLConfig
 from retool_jax.rl.sampler import Sampler
-from retool_jax.rollout.config import RolloutConfig
+from retool_jax.rollout.config import RewardConfig, RolloutConfig
 from retool_jax.rollout.rollout import rollout, score
 from retool_jax.rollout.trajectory import End
 from retool_jax.tokens.grammar import policy_turn_text
@@ -188,6 +188,25 @@ def test_groups_without_a_difference_are_left_out_and_replaced(scripted, collect
         assert step.numbers["groups/refills"] == rounds - 1 and state["number"] == at
         refilled += rounds - 1
     assert refilled > 3
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("dapo_strict", False), ("default", True)])
+def test_a_group_has_a_difference_where_the_reward_sees_one(scripted, collect, name, left_out):
+    """All answers are right by the verdict, and the strict rule takes those without a leading zero alone."""
+
+    def zeros(request: int, plan) -> list[str]:
+        zero = "" if right(request) else "0"
+        return [f"\\boxed{{{zero}{PROBLEMS[request // RL.group_size].ground_truth}}}<|im_end|>"]
+
+    groups, reward = GroupsConfig(dynamic=True, refills=2), RewardConfig(name=name)
+    (step,), _ = collect(scripted(say=zeros), replace(RL, steps=1, groups=groups, reward=reward))
+    differ = [group for group in range(9) if right(2 * group) != right(2 * group + 1)][:3]
+    drawn = range(9 if left_out else differ[-1] + 1)
+    assert step.numbers["groups/all_right"] == sum(
+        left_out or {right(2 * g), right(2 * g + 1)} == {True} for g in drawn
+    )
+    learned = range(3) if left_out else differ
+    assert requests(step) == [request for group in learned for request in (2 * group, 2 * group + 1)]
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

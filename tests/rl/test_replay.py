@@ -142,6 +142,10 @@ def changed(folder: Path, **fields: object) -> None:
         ({"ids": [1.5] * 28}, "(ids 1.5: it must be a whole number"),
         ({"ids": ["a"] * 28}, "(ids 'a': it must be a whole number"),
         ({"sampled": [2] * 28}, "(sampled 2: it must be 0 or 1)"),
+        ({"sampled": [1] * 28}, "(its first id was sampled: give the prompt that it was drawn behind, too)"),
+        ({"logprobs": [float("nan")] * 28}, "(logprobs has NaN, which no token is drawn with)"),
+        ({"reward": float("nan")}, "(its reward is nan, which is not finite)"),
+        ({"reward": float("-inf")}, "(its reward is -inf, which is not finite)"),
         ({"logprobs": ["a"] * 28}, "line 2 is no trajectory (could not convert string"),
         ({"reward": None}, "(its reward is null, and its end is answered)"),
         ({"end": "tired"}, "('tired' is not a valid End)"),
@@ -172,6 +176,11 @@ def test_a_file_that_is_damaged_is_named(tmp_path, text):
     ("rl", "vocabulary", "message"),
     [
         (replace(RL, group_size=1), 100, "has 2 trajectories side by side of group 0, and rl.group_size=1"),
+        (
+            replace(RL, prompts_per_step=1, minibatches=1),
+            100,
+            "has 2 groups, and a step learns from rl.prompts_per_step=1; raise it to what they were drawn with",
+        ),
         (replace(RL, row_length=27), 100, "of 28 tokens (p/10); the limit is rl.row_length=27: raise it to 28 or more"),
         (RL, 19, "has the id 19, and model.vocab_size=19; replay it with the vocabulary of the model that drew it"),
         (

@@ -11,6 +11,7 @@ from retool_jax.data.arithmetic import problem_row
 from retool_jax.data.problems import Problem, Problems
 from retool_jax.rl.config import GroupsConfig, RLConfig
 from retool_jax.rl.sampler import Group, Sampler
+from retool_jax.rollout.config import RewardConfig
 from retool_jax.rollout.trajectory import End, Trajectory
 
 RL = RLConfig(prompts_per_step=4, group_size=3, minibatches=2, temperature=0.9)
@@ -61,8 +62,10 @@ def test_group_g_is_of_problem_g_with_its_own_requests():
     assert [group for count in (4, 0, 1, 7) for group in sampler.take(count)] == groups
 
 
-def test_a_checkpoint_without_a_state_goes_on_where_its_step_ended():
-    assert Sampler(PROBLEMS, RL, None, 6).take(8) == Sampler(PROBLEMS, RL).take(32)[24:]
+@pytest.mark.parametrize("state", [None, {}])
+def test_a_checkpoint_without_a_state_goes_on_where_its_step_ended(state):
+    """A replay's is empty, and a run may go on from there with rollouts of its own."""
+    assert Sampler(PROBLEMS, RL, state, 6).take(8) == Sampler(PROBLEMS, RL).take(32)[24:]
 
 
 @pytest.mark.parametrize("skip", [0, 1])
@@ -120,6 +123,15 @@ def test_a_solved_prompt_is_passed_over_and_no_other(few):
     stream = [few[index] for index in range(40)]
     places = [index for index, problem in enumerate(stream) if problem.id not in ("1", "4")]
     assert [problem for problem in seen if problem.id not in ("1", "4")] == [stream[place] for place in places][:21]
+
+
+def test_a_prompt_is_solved_where_the_reward_says_so(few):
+    """A right answer that the strict rule does not take earns nothing there."""
+    for name, right in (("dapo_strict", 0), ("default", 3)):
+        sampler = Sampler(few, replace(skipping(1), reward=RewardConfig(name=name)))
+        (group,) = sampler.take(1)
+        consume(sampler, [group], lambda problem: [True] * 3)  # which are not `exact`
+        assert sampler.state()["table"] == {group.problem.id: [3, right, int(right == 3)]}
 
 
 def test_where_all_are_solved_they_are_drawn_again(few):

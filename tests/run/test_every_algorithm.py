@@ -32,7 +32,7 @@ def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, dra
     if kind == "ppo":
         whole, words, steps = alone, with_critic, 6
     else:
-        teacher = [f"rl.teacher.init_from={drawn}"] if kind == "opd" else []
+        teacher = [f"rl.teacher.init_from={shutil.copytree(drawn, runs / 'teacher')}"] if kind == "opd" else []
         whole, words, steps = runs / kind, [*SHORT, *KINDS[kind], *teacher], 4
         output = train(whole, *words)
         assert "error:" not in output, output
@@ -52,6 +52,12 @@ def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, dra
             shutil.rmtree(path)
     (broken / "summary.json").unlink()
     assert f"from step {steps - 2} of {steps}" in train(broken, *words)
+    if kind == "opd":
+        (broken / "summary.json").unlink()
+        for folder in (broken, runs / "teacher"):
+            shutil.rmtree(max((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)))
+        said = f"error: rl.teacher.init_from={runs / 'teacher'} holds other weights than when {broken} began to learn"
+        assert said in train(broken, *words)
     if kind != "ahead":  # there the weights that a token is drawn with depend on the clock
         kept = [line for line in comparable(broken) if line["kind"] == "rl"]
         assert kept == [line for line in comparable(whole) if line["kind"] == "rl"]

@@ -23,6 +23,7 @@ from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
 from retool_jax.run.build import resolve, sandbox_config, told_of_memory
+from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
 from retool_jax.run.schema import EvaluateRun, RLRun, ServeRun, SFTRun
@@ -125,9 +126,26 @@ def test_a_word_without_an_equals_sign(word):
         ("seed=-1", "seed=-1 must be between 0 and 4294967295"),
         ("rl.steps=0", "rl.steps=0 must be at least 1"),
         ("rl.optimizer.learning_rate=-1", "rl.optimizer.learning_rate=-1.0 must be at least 0"),
-        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be between 0 and 1"),
+        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be at least 0 and below 1"),
+        ("rl.optimizer.b2=1", "rl.optimizer.b2=1.0 must be at least 0 and below 1"),
+        ("rl.critic.optimizer.max_grad_norm=0", "rl.critic.optimizer.max_grad_norm=0.0 must be above 0"),
+        ("rl.optimizer.final_fraction=0.5", "rl.optimizer.final_fraction=0.5 is where a cosine ends, and with"),
+        ("rl.critic.optimizer.final_fraction=0", "rl.critic.optimizer.final_fraction=0.0 is where a cosine ends"),
+        ("rl.groups.refills=3", "rl.groups.refills=3 says how often groups are drawn in the place of others, and"),
+        ("rl.groups.skip_solved=2", "rl.groups.skip_solved=2 passes over prompts that come again, and none of"),
+        (
+            "engine.stale_rows=keep",
+            "engine.stale_rows=keep is for rows under which weights change, and with rl.ahead=0",
+        ),
+        ("rl.max_staleness=1", "rl.max_staleness=1 drops what older weights drew, and with rl.ahead=0"),
+        ("rl.reward.overlong_penalty=0.5", "rl.reward.overlong_penalty=0.5 is what the last of"),
+        ("rl.reward.overlong_tokens=89", "rl.reward.overlong_tokens=89 are the end of the room for a response, which"),
         ("rl.clip.low=1.5", "rl.clip.low=1.5 must be between 0 and 1"),
         ("evaluation.every=-1", "evaluation.every=-1 must be at least 0"),
+        ("model.rope_theta=0", "model.rope_theta=0.0 must be above 1"),
+        ("model.rms_norm_eps=-1", "model.rms_norm_eps=-1.0 must be above 0"),
+        ("model.yarn_beta_slow=0", "model.yarn_beta_slow=0.0 must be above 0"),
+        ("model.yarn_attention_factor=-1", "model.yarn_attention_factor=-1.0 must be at least 0"),
         ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
         ("model.compute_dtype=float33", "model.compute_dtype=float33 is not one of: float32"),
         ("rl.minibatches=5", "rl.prompts_per_step=24 does not divide into rl.minibatches=5"),
@@ -138,6 +156,20 @@ def test_a_word_without_an_equals_sign(word):
 )
 def test_a_bad_value_is_named_with_its_limit(word, message):
     assert message in error_of("config=grpo", word)
+
+
+def test_what_nothing_would_read_is_refused():
+    alone = error_of("config=ppo", "rl.group_size=1", "rl.groups.dynamic=true")
+    assert "rl.groups.dynamic=true looks for prompts with right and wrong answers, and rl.group_size=1" in alone
+    constant = error_of("config=sft", "sft.optimizer.decay_steps=0", "sft.optimizer.final_fraction=0")
+    assert "sft.optimizer.final_fraction=0.0 is where a cosine ends, and with sft.optimizer.decay_steps=0" in constant
+    prompt = error_of("config=sft", "sft.tool_prompt=paper")
+    assert "sft.tool_prompt explains <code>, and sft.grammar=hermes is explained by the chat template" in prompt
+    load(["config=sft", "sft.tool_prompt=paper", "sft.grammar=retool"])
+    cold_start_of(load(["config=grpo", "tools=none", "rollout.grammar=retool", "rollout.tool_prompt=paper"]))
+    load(["config=grpo", "rl.reward.overlong_tokens=88", "rl.reward.overlong_penalty=0.5"])
+    load(["config=grpo", "rl.ahead=1", "rl.max_staleness=0", "engine.stale_rows=discard"])
+    load(["config=grpo", "data.train=mine.jsonl", "rl.groups.skip_solved=2"])
 
 
 def test_a_section_that_is_made_in_python_refuses_the_same_values():
