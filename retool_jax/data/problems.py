@@ -126,7 +126,7 @@ def to_problem(row: dict, where: str) -> Problem:
     tools = tools_of(row, where)
     messages, bare = asked(row, where)
     index = object_in(row, "extra_info", where).get("index")
-    if index is None and "prompt" not in row:
+    if index is None and row.get("prompt") is None:
         index = next((row[key] for key in IDS if row.get(key) is not None), None)
     if bare:
         messages[-1]["content"] = prompt_of(messages[-1]["content"])
