@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +56,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools) if not run.replay else None
     problems = problems_of(run, tokenizer, tools) if not run.replay else {}
+    data = {split: stream.digest for split, stream in problems.items()}
     mesh = mesh_of(run)
     async with AsyncExitStack() as stack:
         if not run.replay and not read_summary(Path(run.run), run.rl.steps):
@@ -101,6 +102,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
             state, notes = checkpoints.restore(start, abstract(run, mesh))
+            check_data(run, notes.get("data", {}), data)
             clock.seconds = notes["seconds"]
 
         def elapsed_s() -> float:
@@ -109,6 +111,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         def save(step: int, state: State, drawn: dict) -> None:
             with clock.part("checkpoint"):
                 told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s(), "drawn": drawn}
+                told["data"] = data
                 checkpoints.save(step, state, told)
 
         write_config(run)
@@ -155,3 +158,13 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     if first:
         print_summary(summary)
         print(f"\nto look at it: python -m retool_jax.report run={folder}")
+
+
+def check_data(run: RLRun, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """A `UserError` where a split's problems are not those that a checkpoint was made of, by their digests."""
+    for split, digest in here.items():
+        if there.get(split, digest) != digest:
+            raise UserError(
+                f"data.{split}={getattr(run.data, split)} is not what {run.run} began with; restore it, or choose"
+                " another run=FOLDER"
+            )
