@@ -217,9 +217,9 @@ def damaged_file(folder: epath.PathLike, items: Sequence[str]) -> str | None:
     folder, digests = epath.Path(folder), {}
     for path in sorted(folder.glob("digests.*json")):
         try:
-            digests |= json.loads(path.read_text())
-        except ValueError:
-            return f"{path.name} is not JSON"
+            digests |= dict(json.loads(path.read_text()))
+        except (TypeError, ValueError):
+            return f"{path.name} is not JSON, or no table"
     for name, expected in digests.items():
         path = folder / name
         if "/" in name and name.split("/")[0] not in items:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -18,35 +19,94 @@ def one_line(cause: object, most: int = 200) -> str:
 
 _ROOM = "make room and start the same command again"
 _RIGHTS = "choose a folder that can be written"
+_PATH = "see that the path is right, or choose another"
 _DISK_ERRORS = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f) and start the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and start the same command again",
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
     errno.ENOTDIR: _RIGHTS,
+    errno.ENOENT: _PATH,
+    errno.EEXIST: _PATH,
+    errno.EISDIR: _PATH,
+    errno.ELOOP: _PATH,
+    errno.ENAMETOOLONG: _PATH,
+    errno.EBUSY: _PATH,
+    errno.EIO: "see that its disk works",
 }
+_UNREAD = "what reads this output has ended, as `head` does; without it the same command goes on from what is saved"
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run an entry point on the command line's words; bad input and a full disk are one line on stderr, exit code 2."""
+    _prepare_streams()
+    out = os.fstat(1)
     try:
         main(sys.argv[1:])
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         _leave(str(error))
+    except SystemExit:
+        if os.path.samestat(out, os.fstat(1)):
+            raise
+        _leave(_UNREAD)  # rich ends a program so, and points its stdout nowhere
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        _leave(_UNREAD)
     except OSError as error:
+        if error.errno == errno.ENOENT and not error.filename and not _is_somewhere():
+            _leave("the folder in which this command was started is gone; start it in another")
         if error.errno not in _DISK_ERRORS:
             raise
-        where = error.filename or "a file of this run"
-        _leave(f"cannot write {where} ({error.strerror}); {_DISK_ERRORS[error.errno]}")
+        where, way_out = error.filename or "a file of this run", _DISK_ERRORS[error.errno]
+        _leave(f"cannot {'use' if way_out == _PATH else 'write'} {where} ({error.strerror}); {way_out}")
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on from what is saved, if anything is", file=sys.stderr)
         sys.exit(130)
+
+
+def _prepare_streams() -> None:
+    """See that nothing which is printed can fail for its characters, and that no file takes the place of a stream.
+
+    A path may hold bytes that are no text, and a stream may know ASCII alone. Where a stream is closed, the next file
+    that is opened would get its number, and with it what libraries print.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_unread() -> bool:
+    """Whether stdout is a pipe that nobody reads from any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _is_somewhere() -> bool:
+    """Whether the folder that relative paths begin in is there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _leave(message: str) -> NoReturn:
     """Say it as the last line on stderr: libraries' threads and unread futures may speak again while Python ends."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    if _is_unread():  # Python writes what is left in its buffer
+        os.dup2(nowhere, 1)
     sys.exit(2)

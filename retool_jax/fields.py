@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import types
 import typing
@@ -156,6 +157,18 @@ def flatten_dict(values: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def nested(flat: dict[str, object]) -> dict:
+    """Nested dicts of dotted keys and values, what `flatten_dict` undoes."""
+    found: dict = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        section = found
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return found
+
+
 def show(value: object) -> str:
     """A value as one would write it on the command line."""
     if isinstance(value, tuple | list):
@@ -164,7 +177,8 @@ def show(value: object) -> str:
 
 
 def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collection[str] = ()) -> list[tuple[str, str]]:
-    """A command line of `key=value` words as pairs, in their order.
+    """A command line of `key=value` words as pairs, in their order. `~/` at the begin of a path is the home folder,
+    which shells put there before some words and not before others.
 
     Args:
         keys: those that a command without a config takes.
@@ -183,8 +197,20 @@ def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collect
             raise UserError(f"cannot read {readable(word, secrets)!r}; {hint}")
         if keys and not value:
             raise UserError(f"{key}= is empty; give it a value or leave it out, see --help")
-        pairs.append((key, value))
+        pairs.append((key, re.sub(r"(?:(?<=,)|^)~(?=/)", lambda _: os.path.expanduser("~"), value)))
     return pairs
+
+
+def whole_number(key: str, value: str, least: int = 0) -> int:
+    """The number, of at least 0 or 1, that a word of a command without a config gives.
+
+    Raises:
+        UserError: it is none, or below the least.
+    """
+    if not re.fullmatch("[0-9]{1,18}", value) or int(value) < least:
+        above = " above 0" if least else ""
+        raise UserError(f"{key}={value[:40]} must be a whole number{above}, such as {key}=60")
+    return int(value)
 
 
 def readable(word: str, secrets: Collection[str]) -> str:

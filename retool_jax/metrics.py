@@ -19,7 +19,7 @@ from rich.progress import Progress as LiveBar
 from rich.table import Table
 
 from retool_jax.errors import UserError
-from retool_jax.files import replacing
+from retool_jax.files import read_lines, replacing
 from retool_jax.trackers import SERVICES, TensorBoard, Tracker, known_names, open_service, tell_once
 
 METRICS_FILE = "metrics.jsonl"
@@ -119,17 +119,14 @@ def _place(kind: str, step: int, values: Mapping[str, object]) -> tuple:
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run folder, oldest first. A last line that a kill tore is left out.
 
-    Raises FileNotFoundError when there is no metrics file, UserError when a line before the last is not JSON.
+    Raises FileNotFoundError when there is no metrics file, UserError when a line before the last is not JSON, or one
+    has no kind and step.
     """
-    path = folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
+    path, records = folder / METRICS_FILE, []
+    for number, record in read_lines(path):
+        if not isinstance(record, dict) or type(record.get("step")) is not int or "kind" not in record:
+            raise UserError(f"{path} line {number} is no record, which has kind and step; remove that line")
+        records.append(record)
     return records
 
 

@@ -25,7 +25,7 @@ from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import MAX_OUTPUT, BadTrace, boxed_answer, conversation, run_again, truth_of
 from retool_jax.errors import UserError, run_command
 from retool_jax.fields import Count, complaint, split_words
-from retool_jax.files import replacing
+from retool_jax.files import check_result, replacing
 from retool_jax.metrics import Progress
 from retool_jax.sandbox import Sandbox, SandboxConfig, ToolResult, open_sandbox, tool_text
 from retool_jax.sandbox.backends import candidates
@@ -139,6 +139,7 @@ def check_out(job: Job) -> None:
     out = job.out
     if out.suffix != ".jsonl" or out.is_dir():
         raise UserError(f"out={out} must be a file named *.jsonl")
+    check_result(out)
     inputs = (job.source, *job.answers, *job.overlap)
     for path in (out, twin_path(out)) if job.kind == "gsm8k_code" else (out,):
         if path.exists() and any(Path(name).exists() and path.samefile(name) for name in inputs):
@@ -173,8 +174,8 @@ def prepare(job: Job) -> Report:
     report.kept = len(lines)
     if not lines:
         worst = ", ".join(f"{reason} ({count})" for reason, count in report.reasons.most_common(3))
-        detail = report.dropped[0][1] if report.dropped else "no rows"
-        raise UserError(f"no row of {job.source} can be used: {worst}; the first: {detail}; nothing was written")
+        first = f"; the first: {report.dropped[0][1]}" if report.dropped else ""
+        raise UserError(f"no row of {job.source} can be used: {worst}{first}; nothing was written")
     questions = [line.question for line in lines]
     for name, texts in references.items():
         found = overlaps(questions, texts)

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import sys
 import tempfile
 
 # Programs of tests are compiled more often than run, so the compiler is told to hurry: 21 instead of 78 s of processor
@@ -34,7 +33,6 @@ os.environ["JAX_TRACEBACK_FILTERING"] = "off"
 # Each worker, and each command of a test, is a process that imports the same modules: they are compiled once, also where
 # the machine asks for no bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 # A folder for all workers of this session.
 if "RETOOL_TESTS_FOLDER" not in os.environ:
     os.environ["RETOOL_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="retool-tests-")

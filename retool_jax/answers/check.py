@@ -143,7 +143,7 @@ _RATIO = re.compile(rf"([+-]?)\s*(?:(-?[0-9]+)\s*/\s*([0-9]+)|{_FRAC})")
 _MIXED = re.compile(rf"(-?)([0-9]+)(?:\s+([0-9]{{1,2}})\s*/\s*([0-9]+)|\s*{_FRAC})")
 _COMMAND = re.compile(
     r"\\(?:begin|end|operatorname)\*?\s*\{\w+\*?\}|\\[a-zA-Z]+"
-    rf"|(?<![a-zA-Z])(?:{'|'.join((*FUNCTIONS, *GREEK))})(?![a-zA-Z])"
+    rf"|(?<![a-zA-Z])(?:Interval\.[LR]?open|{'|'.join((*FUNCTIONS, *GREEK))})(?![a-zA-Z])"
 )
 _COSTLY = re.compile(r"!|\\(?:sum|prod|i*int|lim|uparrow)(?![a-zA-Z])|(?:\^\s*\{?|[0-9]e)\s*[-+]?[0-9]{5}")
 _TOWER = re.compile(r"\^\s*(?:\{(?:[^{}]|\{[^{}]*\})*\^|\((?:[^()]|\([^()]*\))*\^|[^\s{(]\s*\^)")

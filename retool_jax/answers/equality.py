@@ -127,7 +127,7 @@ def _needs_sets(value: Value) -> bool:
 
 
 def _equal_sets(truth: Value, answer: Value) -> bool:
-    related = all(isinstance(value, Relational | sympy.And) for value in (truth, answer))
+    related = all(isinstance(value, Relational | sympy.And | sympy.Or) for value in (truth, answer))
     if related and truth.free_symbols != answer.free_symbols:  # x = 5 and y = 5
         return False
     sets = _as_set(truth), _as_set(answer)

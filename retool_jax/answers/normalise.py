@@ -3,17 +3,21 @@
 import re
 import unicodedata
 
-_WRAPPER = r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox)"
+_WRAPPER = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|sl|md|normal)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|pmb|emph|underline"
+    r"|[mhf]box)"
+)
 _LENGTHS = "mm|cm|dm|km|in|ft|yd|mi|inch|inches|foot|feet|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?"
 _AMOUNTS = "kg|mg|lb|lbs|oz|ounces?|pounds?|(?:kilo)?grams?|ml|lit(?:er|re)s?|gallons?|dollars?|cents?|euros?|units?"
 _TIMES = "sec|secs|seconds?|min|mins|minutes?|hr|hrs|hours?|days?|weeks?|months?|years?|mph|degrees?|deg|radians?"
 _WORDS = f"(?:{_LENGTHS}|{_AMOUNTS}|{_TIMES})"
-_UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_WORDS}(?:\s*(?:/|per)\s*(?:{_WORDS}|[hs]))?"
+_UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_WORDS}(?:\s+(?:squared|cubed))?(?:\s*(?:/|per)\s*(?:{_WORDS}|[hs]))?"
 _SHORT_UNIT = r"(?:[mgshLJNWVKC]|m/s)"  # only inside \text{}: a bare 5m is a product
 _POWER = r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
 # Words after a number that change it, or that make it one of several.
 _CHANGING = (
-    r"hundreds?|thousands?|[a-z]*illions?|dozens?|score|couple|hal(?:f|ves)|thirds?|quarters?|first|second"
+    r"tens|hundreds?|thousands?|[a-z]*illions?|dozens?|score|couple|hal(?:f|ves)|thirds?|quarters?|first|second"
+    r"|lakhs?|crores?|gross|grand|fold|mille"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|[a-z]*teen|[a-z]*tie)ths?"
     r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|[a-z]+ty"
     r"|per ?cent(?:age)?s?|pct|ppm|permille|more|less|fewer|greater|larger|smaller|least|most|above|below|over|under"
@@ -30,33 +34,59 @@ FUNCTIONS = (
     *("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "arcsin", "arccos", "arctan"),
     *("sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "cbrt", "root", "Abs", "abs", "binomial", "floor"),
     *("ceiling", "gamma", "zeta", "Rational", "Integer", "Matrix", "Eq", "Max", "Min", "re", "im", "conjugate"),
+    *("Interval", "Union"),
 )
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "mu", "sigma", "phi", "omega", "rho", "tau")
 _PLAIN = {"\u221e": r"\infty ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": "/"}
 _PLAIN |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\neq ", "\u00b1": r"\pm ", "\u2208": r"\in "}
 _PLAIN |= {"\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u03d5": r"\phi "}
 
+# A part of a list that is no value but says which ones there are: `or 3 < x`.
+_COMPARED = r"[^,;]*?(?:[<>]|\\(?:[lg]e(?:q|qslant)?|[lg]t)(?![a-zA-Z]))"
+
 # In order. A lookbehind keeps the row break of a matrix, whose second backslash begins no command.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\s+", " "),  # first, so that no later rule looks for long runs
+        (r"\\\\ ?\[ ?-?[0-9.]+ ?(?:pt|mm|cm|em|ex|in) ?\]", r"\\\\ "),  # room below a row of a matrix
+        (r"\\[hv]?phantom ?\{[^{}]*\}", ""),
         (r"[\u2010-\u2015\u2212]", "-"),
         (r"[\u2018\u2019\u201c\u201d\u2032]", "'"),
         (r"\u221a\s*(?:\(([^()]*)\)|([0-9]+|[a-zA-Z]))", r"\\sqrt{\1\2}"),
-        (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # math delimiters and the currency sign
+        (r"(?<!\\)\\[()\[\]]|\\?\$|[\u00a2\u00a3\u00a5\u20ac]", ""),  # math delimiters and signs of currencies
+        (r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!\s*)(?=[0-9]{3}(?![0-9]))", ""),  # thousands, inside of anything
         (r"\{,\}|,\s*\\!\s*", ","),
         (r"(?<!\\)\\(?:!|(?:displaystyle|textstyle|left|right|[bB]igg?[lr]?)(?![a-zA-Z]))", ""),
         (rf"\s*,?\s*(?:(?<!\\)\\q?quad(?![a-zA-Z])\s*)+(?=(?:\\?(?:and|or)\s+)?{NAME}\s*=)", ", "),
         (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"(\\sqrt ?\[[^\[\]{}]*\]) ?([0-9a-zA-Z])", r"\1{\2}"),
+        (r"(\\math(?:bb|cal|frak|scr)) ([0-9a-zA-Z])", r"\1{\2}"),
+        (r"\\operatorname\*? ?\{ ?((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|exp|log|ln) ?\}", r"\\\1 "),
+        (r"\\(?:varnothing(?![a-zA-Z])|\{ ?\\\})", r"\\emptyset "),
+        (r"\\not ?=", r"\\neq "),
+        (r"\\[lr]brace(?![a-zA-Z])", lambda found: r"\{" if found[0][1] == "l" else r"\}"),
+        (r"\\(?:langle|lparen)(?![a-zA-Z])", "("),
+        (r"\\(?:rangle|rparen)(?![a-zA-Z])", ")"),
+        (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
+        (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
+        (r"(?<=[a-zA-Z}\]]) ?\{ ?[0-9]{1,3}(?:,[0-9]{3})+ ?\}", lambda found: found[0].replace(",", "")),
+        (r"^\( ?([0-9a-zA-Z]+) ?\) ?_", r"\1_"),  # (52)_8, and 52_{(8)}
+        (r"_ ?\{? ?\( ?([0-9]+) ?\) ?\}?$", r"_\1"),
         (r"(?<!\.)[.\u3002]\s*$", ""),  # a full stop, not the end of an ellipsis; before what stands in front of it
-        (rf"(?<=[0-9}})\s])\s*{_WRAPPER}\s*\{{\s*(?:{_UNIT}|{_SHORT_UNIT}){_POWER}\s*\.?\s*\}}{_POWER}\s*$", ""),
-        (rf"(?<=[0-9}}])\s*{_WRAPPER}\s*\{{\s*{_NOUNS}\s*\.?\s*\}}\s*$", ""),
+        (
+            rf"(?:(?<=[0-9}})\s])|(?<=\\pi))\s*{_WRAPPER}\s*\{{\s*(?:{_UNIT}|{_SHORT_UNIT}){_POWER}\s*\.?\s*\}}{_POWER}\s*$",
+            "",
+        ),
+        (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*{_WRAPPER}\s*\{{\s*{_NOUNS}\s*\.?\s*\}}\s*$", ""),
         (rf"{_WRAPPER}\s*\{{([^{{}}]*)\}}", r"\1"),
-        (rf"\s*(?:,\s*)?\b(?:and|or)\b\s*(?=[-+\\0-9(]|{NAME}\s*=)", ", "),
+        (rf"^{_WRAPPER}\s*\{{((?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*)\}}$", r"\1"),  # around all of it
+        (rf"\s*(?:,\s*)?\b(?:and|or)\b\s*(?=[-+\\0-9(]|{NAME}\s*=)(?!{_COMPARED})", ", "),
         (r"\s*\\?%(?!\s*[0-9])", ""),
-        (rf"(?<=[0-9}})])\s*{_UNIT}{_POWER}\s*$", ""),
+        (rf"(?:(?<=[0-9}})])|(?<=\\pi)(?![a-zA-Z]))\s*{_UNIT}{_POWER}\s*$", ""),
+        (r"^([-+]?)\s*(?i:infinity)$", r"\1\\infty"),
         (rf"^([-+]?[0-9][0-9,.]*)\s+(?=[a-zA-Z]{{4}}){_NOUNS}\s*$", r"\1"),
         (r"^\s+|\s+$", ""),
         (r"^([\"'`])\s*([^\"'`]*)\s*\1$|^``([^\"'`]*)''$|^\{([^{}]*)\}$", r"\2\3\4"),  # quotes, idle braces

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy.core.relational import Relational
 
 from retool_jax.answers.normalise import FUNCTIONS, GREEK
 from retool_jax.answers.statements import brackets_of, split
@@ -24,6 +25,7 @@ _OTHER_NAMES = {"ln": "log", "abs": "Abs", "arcsin": "asin", "arccos": "acos", "
 _FUNCTIONS = {name: getattr(sympy, _OTHER_NAMES.get(name, name)) for name in FUNCTIONS}
 _CONSTANTS = {"pi": sympy.pi, "E": sympy.E, "I": sympy.I, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
 _NAME = re.compile(rf"[a-zA-Z](_?[0-9]+)?|{'|'.join(GREEK)}")
+_OPEN_ENDS = {"open": (True, True), "Lopen": (True, False), "Ropen": (False, True)}
 _OPERATORS = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -38,10 +40,14 @@ _EXPONENT = re.compile(r"\^\s*\{([^{}]*)\}")  # of e^{2pi}, half of it LaTeX
 _ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 # What the library would take for something else: it drops primes and dots, and reads the letters of words as factors.
 _UNREADABLE = re.compile(r"['!]|\\(?:pmod|bmod|mod|equiv|approx|sim|text|[lc]?dots|[hv]?phantom)(?![a-zA-Z])")
-_ARGUMENTS = re.compile(r"(?:\\[a-zA-Z]+\s*(?:\[[^][{}]*\])?|[_^])\s*(?:\{[^{}]*\}\s*)+")
+_ARGUMENTS = re.compile(r"(?:\\[a-zA-Z]+\s*(?:\[[^][{}]*\])?|[_^])\s*(?:\{[^{}]*\}\s*)+|\\log\s*_\s*[0-9a-zA-Z]")
 # A whole number before another is added to it, as in 1\frac{4}{5}, whatever it looks like: 4 5, 5(6), {5}{6}.
 _SIDE_BY_SIDE = re.compile(
     r"[0-9]\s+[0-9]|[0-9]\s*[)}\]]+\s*[0-9]|[0-9]\s*[)}\]]*\s*(?:[({\[]\s*[-+]?[0-9][0-9./\s]*[)}\]]|\\d?binom)"
+)
+# { x | x > 3 }: the numbers that meet a condition.
+_BUILT = re.compile(
+    r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?:\\mid|\\colon|\\vert|:|\|)(?P<condition>.+)"
 )
 _EITHER = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
@@ -59,15 +65,32 @@ Value = Group | sympy.Basic | sympy.MatrixBase
 
 def read(text: str) -> Value:
     """What a normalised text means. Raises any exception for what cannot be read."""
-    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1:
+    for word, join in (("or", sympy.Or), ("and", sympy.And)):
+        if len(parts := split(text, rf"(?<![a-zA-Z\\]){word}(?![a-zA-Z])")) > 1:
+            return _joined(join, parts)
+    if len(parts := split(text, r"\\(?:big)?cup(?![a-zA-Z])")) > 1:
         return Group("U", tuple(map(read, parts)))
     if len(parts := split(text, "[,;]")) > 1:
-        return Group("", tuple(map(read, parts)))
+        return Group("", tuple(value for part in parts for value in _flat(read(part))))
     if brackets := brackets_of(text):
-        inside = split(text.replace(r"\{", "{").replace(r"\}", "}")[1:-1], "[,;]")
+        content = text.replace(r"\{", "{").replace(r"\}", "}")[1:-1]
+        if brackets == "{}" and (built := _BUILT.fullmatch(content)):
+            return _joined(sympy.And, [built["condition"]], built["name"])
+        inside = split(content, "[,;]")
         if len(inside) > 1 or brackets == "{}":
             return Group(brackets, tuple(value for part in inside for value in _flat(read(part))))
     return _expression(text)
+
+
+def _joined(join: type[sympy.Or] | type[sympy.And], parts: list[str], name: str | None = None) -> sympy.Basic:
+    """`x < 2 or x > 3` as one condition on a single unknown, which has this name where one is given."""
+    values = [read(part) for part in parts]
+    if not all(isinstance(value, Relational | sympy.And | sympy.Or) for value in values):
+        raise ValueError(f"no conditions: {parts}")
+    unknowns = {symbol.name for value in values for symbol in value.free_symbols}
+    if len(unknowns) != 1 or (name and unknowns != {name}):
+        raise ValueError(f"conditions on {unknowns}: {parts}")
+    return join(*values)
 
 
 def _flat(value: Value) -> tuple[Value, ...]:
@@ -130,6 +153,9 @@ def _python(node: ast.expr, source: str) -> Value:
             return _OPERATORS[type(op)](_python(left, source), _python(right, source))
         case ast.Call(func=ast.Name(id="Matrix"), args=[ast.List(elts=rows)], keywords=[]):
             return sympy.Matrix([_python(row, source).items for row in rows])
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="Interval"), attr=ends), args=[low, high], keywords=[]):
+            left_open, right_open = _OPEN_ENDS[ends]
+            return sympy.Interval(_python(low, source), _python(high, source), left_open, right_open)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return _FUNCTIONS[name](*(_python(argument, source) for argument in arguments))
         case ast.List(elts=items):

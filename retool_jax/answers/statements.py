@@ -11,6 +11,11 @@ from retool_jax.answers.normalise import NAME, normalise
 
 _OPEN, _CLOSE = "([{", ")]}"
 _NO_EQUATION = re.compile(r"[<>!:]|\\(?:not|ne|neq|le|leq|ge|geq|approx|equiv|pmod|bmod)(?![a-zA-Z])")
+# What is no value between two equals signs: words, arrows, bars and rows.
+_SAYS_MORE = re.compile(
+    r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|if|or|ou|et|and|but|so|then|not)(?![a-zA-Z(])|^[^|]*\|[^|]*$|&|\\\\|\.\s|\s[a-z]\s+[a-z]$"
+    r"|\\(?:[a-zA-Z]*arrow|implies|iff|to|mapsto|n?[mv]id|vert|lor|vee|land|wedge|text|quad|because|therefore)(?![a-zA-Z])"
+)
 _NEXT = re.compile(rf"(=[^=]*?[0-9)}}\]])\s+(?={NAME}\s*=)")  # p=3 q=5
 # Before a part with an equals sign, so that the comma of x = 1,000 and of x = 1, 2 belongs to the value.
 _BETWEEN = r"[,;](?=(?:[^,;()]|\([^()]*\))*(?:=|\\in(?![a-zA-Z])))"
@@ -77,6 +82,9 @@ def statements(text: str) -> list[Statement]:
     for part in split(_NEXT.sub(r"\1, ", text), _BETWEEN):
         sides = split(part, r"=|\\in(?![a-zA-Z])")
         if len({side for side in sides[1:] if re.fullmatch("-?[0-9]+", side)}) > 1:  # x = 5 = 6
+            return [Statement("", text)]
+        again = rf"(?<![a-zA-Z\\]){re.escape(sides[0])}(?![a-zA-Z(])" if sides[0] else "(?!)"
+        if any(_SAYS_MORE.search(side) or re.search(again, side) for side in sides[1:-1]):  # x = 3 \implies y = 5
             return [Statement("", text)]
         name, value = ("" if len(sides) == 1 else re.sub(r"\s", "", sides[0])), sides[-1]
         names, values = (split(side[1:-1], ",") if brackets_of(side) else [] for side in (name, value))

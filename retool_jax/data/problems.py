@@ -4,10 +4,12 @@ r"""Problems to learn from: the miniature's, word problems, or published rows fr
 in two forms at once.
 """
 
+import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
@@ -71,6 +73,11 @@ class Problems:
             name = PurePath(made.partition(":")[0]).name
         return re.sub(r"[^a-z0-9_.-]", "_", name.lower())
 
+    @property
+    def digest(self) -> str:
+        """`digest_of` a finite data set; empty for what is made here."""
+        return digest_of(self.finite) if self.finite else ""
+
     def __getitem__(self, index: int) -> Problem:
         if self.finite is None:
             row = MADE[self._source](self.split, index, self._seed)
@@ -83,6 +90,12 @@ class Problems:
     def head(self, count: int) -> list[Problem]:
         """The first `count` problems, or all of a smaller data set."""
         return [self[i] for i in range(count if self.finite is None else min(count, len(self.finite)))]
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """SHA-256 of all that problems say, in their order."""
+    said = [(p.id, p.messages, p.ground_truth, p.tools) for p in problems]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list[Problem]:
@@ -126,7 +139,7 @@ def to_problem(row: dict, where: str) -> Problem:
     tools = tools_of(row, where)
     messages, bare = asked(row, where)
     index = object_in(row, "extra_info", where).get("index")
-    if index is None and "prompt" not in row:
+    if index is None and row.get("prompt") is None:
         index = next((row[key] for key in IDS if row.get(key) is not None), None)
     if bare:
         messages[-1]["content"] = prompt_of(messages[-1]["content"])

@@ -54,7 +54,7 @@ def messages_in(value: object) -> list[dict] | None:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXTS for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
+            content = "".join(str(part.get("text") or "") for part in content)
         role = ROLES.get(role, role) if isinstance(role, str) else role
         messages.append(message | {"role": role, "content": content})
     return messages
@@ -74,10 +74,7 @@ def with_our_names(row: dict, where: str, columns: Mapping[str, str]) -> dict:
             continue
         if row.get(column) is None:
             kind = "an empty" if column in row else "no"
-            raise UserError(
-                f"{where} has {kind} {column!r}, which data.{part}={column} names; it has"
-                f" {', '.join(sorted(map(str, row)))}"
-            )
+            raise UserError(f"{where} has {kind} {column!r}, which data.{part}={column} names; it has {_columns(row)}")
         taken[part] = row[column]
     left = {column: value for column, value in row.items() if not any(column in _MEANT[part] for part in taken)}
     if "question" in taken:
@@ -116,10 +113,13 @@ def asked(row: dict, where: str) -> tuple[list[dict], bool]:
     Raises:
         UserError: no column asks, or what it holds is no question.
     """
-    bare = next((column for column in QUESTIONS if column in row), None)
-    column = next((column for column in ("prompt", bare, "messages", "conversations") if column in row), None)
+    for there in ([name for name in row if row[name] is not None], row):  # an empty one only where there is no other
+        bare = next((name for name in QUESTIONS if name in there), None)
+        column = next((name for name in ("prompt", bare, "messages", "conversations") if name in there), None)
+        if column is not None:
+            break
     if column is None:
-        raise UserError(f"{where} has no column 'prompt'; it has {', '.join(sorted(map(str, row)))}")
+        raise UserError(f"{where} has no column 'prompt'; it has {_columns(row)}")
     messages = None if column == bare else messages_in(row[column])
     if column in ("messages", "conversations"):
         policy = [number for number, turn in enumerate(messages or ()) if turn["role"] == "assistant"]
@@ -143,7 +143,7 @@ def true_answer(row: dict, where: str) -> str:
     found = {"reward_model.ground_truth": reward.get("ground_truth")} if "reward_model" in row else {}
     found |= {column: row[column] for column in ANSWERS if column in row}
     if not found:
-        raise UserError(f"{where} has no column 'reward_model'; it has {', '.join(sorted(map(str, row)))}")
+        raise UserError(f"{where} has no column 'reward_model'; it has {_columns(row)}")
     for column, value in found.items():
         if answer := _one_answer(value, column, where):
             return plain_integer(answer)
@@ -158,6 +158,12 @@ def object_in(row: dict, column: str, where: str) -> dict:
     return value or {}
 
 
+def _columns(row: dict) -> str:
+    """The names of a row's columns, for a message."""
+    names = sorted(map(str, row))
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def _one_answer(value: object, column: str, where: str) -> str:
     """The answer in a column's value, empty where it says nothing."""
     held = unpacked(value)
@@ -168,6 +174,8 @@ def _one_answer(value: object, column: str, where: str) -> str:
         raise UserError(f"{where} cannot be scored: its {column} {kind}; give one answer as text ({str(value)[:60]})")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{where} cannot be scored: its {column} is no finite number; give it as text")
     text = str(value).strip()
     if "####" in text:  # GSM8K: the solution, then the answer
         return text.rpartition("####")[2].strip()
@@ -178,6 +186,8 @@ def _one_answer(value: object, column: str, where: str) -> str:
         return tagged[-1].strip()
     if column in ("solution", "output") and ("\n" in text or len(text) > 200 or reason != "no_box"):
         raise UserError(f"{where} cannot be scored: its {column} has no answer in a box; add a column answer")
+    if reason != "no_box":
+        raise UserError(f"{where} cannot be scored: the box in its {column} has no end; give the whole of it")
     return text
 
 

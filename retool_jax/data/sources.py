@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from retool_jax.errors import UserError, one_line
+from retool_jax.sandbox.text import writable
 
 FORMS = "a JSONL or parquet file, a hub id"  # what error messages offer; the caller adds its own, as `arithmetic`
 
@@ -20,40 +22,85 @@ def read_rows(source: str, others: str = "") -> Iterable[dict]:
     Raises:
         UserError: nothing there, or it cannot be read.
     """
-    suffix = Path(source).suffix
+    suffix = Path(source).suffix.lower()
     if source.startswith("tfds:"):
         return _tensorflow_rows(source)
     if suffix not in (".jsonl", ".json", ".parquet"):
         name, _, part = source.partition(":")
         config, _, split = part.rpartition("/")
+        if not name.strip("/ "):
+            raise UserError(f"no data are named by {source!r}; give {FORMS}{others}")
+        if Path(source).is_file():
+            raise UserError(
+                f"cannot read data {source}: its name ends in none of .jsonl, .json and .parquet; rename it"
+            )
         return _load_dataset(source, others, name, config or None, split=split or "train")
     if not Path(source).is_file():
         raise UserError(f"no data file {source}; give {FORMS}{others}")
     if suffix == ".parquet":
-        return _load_dataset(source, others, "parquet", data_files=source, split="train")
+        return _parquet_rows(source, others)
     # Not by `datasets`: it gives every row the columns of all rows, also inside of a call's arguments.
-    return _json_rows(source, others)
+    return _json_rows(source, others, whole=suffix == ".json")
 
 
-def _json_rows(source: str, others: str) -> list[dict]:
+def _json_rows(source: str, others: str, whole: bool) -> list[dict]:
+    """The objects on the lines of a file; with `whole` also those of one list, or a single one on several lines."""
     rows: list[dict] = []
     where = ""
     try:
-        with open(source, encoding="utf-8") as file:
-            if source.endswith(".json") and file.read(1) == "[":
-                file.seek(0)
-                rows = json.load(file)
-            else:
-                file.seek(0)
-                for number, line in enumerate(file, start=1):
-                    where = f"line {number}: "
-                    if line.strip():
-                        rows.append(json.loads(line))
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a row is not an object")
+        if whole and (rows := _one_json(Path(source).read_text(encoding="utf-8-sig"))):
+            return rows
+        with open(source, encoding="utf-8-sig") as file:  # some programs write a mark of UTF-8 before the first row
+            for number, line in enumerate(file, start=1):
+                where = f"line {number}: "
+                if line.strip():
+                    rows.append(_loaded(line))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError("a row is not an object")
     except (ValueError, OSError, RecursionError) as error:
         raise _unreadable(source, others, f"{where}{error}") from error
     return rows
+
+
+def _one_json(text: str) -> list[dict]:
+    """The rows of a text that is one JSON value; none where it is something else, such as an object on each line."""
+    if text.lstrip().startswith("["):
+        rows = _loaded(text)
+    else:
+        try:
+            rows = [_loaded(text)]
+        except ValueError:
+            return []
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a row is not an object")
+    return rows
+
+
+def _loaded(text: str) -> Any:
+    """A JSON value with texts that every encoding can hold: half of a surrogate pair becomes its escape."""
+    value = json.loads(text)
+    return _writable(value) if r"\ud" in text.lower() else value
+
+
+def _writable(value: object) -> object:
+    if isinstance(value, str):
+        return writable(value)
+    if isinstance(value, dict):
+        return {writable(key): _writable(item) for key, item in value.items()}
+    return [_writable(item) for item in value] if isinstance(value, list) else value
+
+
+def _parquet_rows(source: str, others: str) -> Iterable[dict]:
+    import pyarrow.parquet as pq  # with `datasets`, which is slow to import
+
+    try:
+        if not pq.read_metadata(source).num_rows:
+            return []
+    except Exception as error:  # of pyarrow, of which a file that is no parquet raises several
+        raise _unreadable(source, others, error) from error
+    rows = _load_dataset(source, others, "parquet", data_files=source, split="train")
+    # Texts of some writers, Spark's for one, are bytes there.
+    return [_plain(row) for row in rows] if "binary" in str(rows.features) else rows
 
 
 def _load_dataset(source: str, others: str, *words: str | None, **keys: str) -> Iterable[dict]:

@@ -24,6 +24,11 @@ from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, Segment, ToolUse, Trajectory
 
+# What a record has to hold.
+NEEDED = (
+    *("group", "sample", "id", "ids", "sampled", "segments", "tool_calls", "forced", "end", "fault"),
+    *("correct", "answer", "verdict", "exact_match", "reward", "reward_terms"),
+)
 OTHERS = "samples.*.jsonl"  # of the other hosts, by their numbers
 
 
@@ -135,6 +140,10 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict]]:
                 if file.peek(1):
                     raise UserError(f"{path} line {number} is not JSON; remove that line, to draw it again") from error
                 return
+            if not isinstance(record, dict) or any(key not in record for key in NEEDED):
+                raise UserError(
+                    f"{path} line {number} is no sample of an evaluation; remove that line, to draw it again"
+                )
             yield at, line, record
             at += len(line)
 

@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from retool_jax.errors import UserError
-from retool_jax.fields import split_words
-from retool_jax.files import replacing
+from retool_jax.fields import split_words, whole_number
+from retool_jax.files import check_result, replacing
 
 if TYPE_CHECKING:
     from retool_jax.export.records import Selection
@@ -47,8 +47,7 @@ def main(words: list[str]) -> None:
     kind, push_to = options.get("format", "parquet"), options.get("push", "")
     if kind not in FORMATS:
         raise UserError(f"format={kind} is not one of: {', '.join(FORMATS)}")
-    if not re.fullmatch(r"\d*", step := options.get("step", "")):
-        raise UserError(f"step={step} must be a whole number, such as step=60")
+    step = whole_number("step", options["step"]) if "step" in options else None
     if (greedy := options.get("greedy")) not in (None, "true", "false"):
         raise UserError(f"greedy={greedy} must be true or false")
     if push_to and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to):
@@ -60,7 +59,7 @@ def main(words: list[str]) -> None:
 
     selection = Selection(
         split=options.get("split"),
-        step=int(step) if step else None,
+        step=step,
         greedy=None if greedy is None else greedy == "true",
     )
     out = Path(options["out"])
@@ -80,9 +79,10 @@ def export(folder: Path, out: Path, kind: str, selection: "Selection") -> int:
         UserError: whatever is wrong with the folder, a record or the target; the target is then as it was.
     """
     from retool_jax.export.records import files_of, read_records
+    from retool_jax.sandbox.text import writable
 
     check_target(out, kind, files_of(folder))
-    records, run = read_records(folder, selection), folder.resolve().name
+    records, run = read_records(folder, selection), writable(folder.resolve().name)
     try:
         if kind == "parquet":
             from retool_jax.export import parquet
@@ -119,6 +119,7 @@ def check_target(out: Path, kind: str, sources: list[Path]) -> None:
     rooms = {path.parent for path in read if path.parent.name == "trajectories"}
     if target in read | rooms or target.parent in rooms:
         raise UserError(f"out={out} is where trajectories are read from; choose another out=")
+    check_result(out)
     if kind == "traces":
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"out={out} exists already; remove it, or choose another out=")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
+from retool_jax.files import read_lines
 from retool_jax.sandbox.text import writable
 from retool_jax.tokens.grammar import CODE_TOOL
 from retool_jax.tokens.shown import show_outputs, show_turn
@@ -97,20 +98,11 @@ def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict]]:
     """The lines of a file, by their numbers."""
-    fault = None  # of the line before
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if fault:
-                raise UserError(fault)
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                fault = f"{path} line {number} is not JSON ({error}); remove that line"
-                continue
-            if not isinstance(values, dict) or any(key not in values for key in NEEDED):
-                needed = ", ".join(NEEDED)
-                raise UserError(f"{path} line {number} is no trajectory, which has {needed}; remove that line")
-            yield number, {key: value if key in TOKENS else clean(value) for key, value in values.items()}
+    for number, values in read_lines(path):
+        if not isinstance(values, dict) or any(key not in values for key in NEEDED):
+            needed = ", ".join(NEEDED)
+            raise UserError(f"{path} line {number} is no trajectory, which has {needed}; remove that line")
+        yield number, {key: value if key in TOKENS else clean(value) for key, value in values.items()}
 
 
 def clean(value: object) -> object:

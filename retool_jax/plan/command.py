@@ -11,7 +11,8 @@ from pathlib import Path
 
 from retool_jax import slices
 from retool_jax.errors import UserError
-from retool_jax.files import replacing
+from retool_jax.fields import whole_number
+from retool_jax.files import check_result, replacing
 from retool_jax.mesh_config import MeshConfig, check_heads, known_sizes
 from retool_jax.models.config import ARCHITECTURE
 from retool_jax.plan import devices
@@ -27,7 +28,10 @@ def main(words: list[str]) -> None:
         return
     own = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OWN and "=" in word)
     words = [word for word in words if word.partition("=")[0] not in OWN]
-    tokens, search = _whole("tokens", own.get("tokens")), _truth("search", own.get("search"))
+    if "json" in own:
+        check_result(Path(own["json"]), "json")
+    tokens = whole_number("tokens", own["tokens"], 1) if "tokens" in own else None
+    search = _truth("search", own.get("search"))
     run = load.load(words)
     if not isinstance(run, SFTRun | RLRun):
         raise UserError(f"this config is of task {task_of(type(run))} and trains nothing; plan a config that trains")
@@ -68,14 +72,6 @@ def main(words: list[str]) -> None:
     if "json" in own:
         with replacing(Path(own["json"])) as file:
             json.dump(said, file, indent=1)
-
-
-def _whole(key: str, value: str | None) -> int | None:
-    if value is None:
-        return None
-    if not value.isdigit() or int(value) < 1:
-        raise UserError(f"{key}={value} must be a whole number above 0")
-    return int(value)
 
 
 def _truth(key: str, value: str | None) -> bool:

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from retool_jax.errors import UserError
 from retool_jax.evaluation.results import rows_of
-from retool_jax.fields import flatten_dict, split_words
-from retool_jax.files import replacing
+from retool_jax.fields import flatten_dict, split_words, whole_number
+from retool_jax.files import check_result, replacing
 from retool_jax.metrics import format_percent, format_seconds, format_value, summary_rows, summary_title, time_rows
 from retool_jax.report.behaviour import BEHAVIOUR, ENDS, PURPOSES, draw_behaviour, draw_shares
 from retool_jax.report.blocks import OUTCOMES, Blocks, make_blocks, to_block, visible
@@ -247,15 +247,15 @@ def main(words: list[str]) -> None:
         print(USAGE)
         return
     pairs = split_words(words, ("run", "out", "trajectories"))
-    folders = [Path(name) for key, names in pairs if key == "run" for name in names.split(",") if name]
+    names = [given for key, given in pairs if key == "run"]
+    folders = [
+        Path(name) for given in names for name in ([given] if Path(given).is_dir() else given.split(",")) if name
+    ]
     if not folders:
         raise UserError("no run to report on; usage: python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]")
     given = dict(pairs)
-    limit = given.get("trajectories")
-    if limit is not None and not (limit.isascii() and limit.isdigit()):
-        raise UserError(
-            f"trajectories={limit} is not a number; give how many to show, or leave it out for all that fit"
-        )
+    limit = whole_number("trajectories", given["trajectories"]) if "trajectories" in given else None
     out = Path(given.get("out", folders[0] / "report.html"))
-    for path in write_report(folders, out, None if limit is None else int(limit)):
+    check_result(out)
+    for path in write_report(folders, out, limit):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

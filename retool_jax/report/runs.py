@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.evaluation.config import RESULT
+from retool_jax.evaluation.config import RESULT, SAMPLES
 from retool_jax.fields import defaults_of, flatten_dict
+from retool_jax.files import CONFIG
 from retool_jax.metrics import METRICS_FILE, read_metrics
+from retool_jax.run.load import read_yaml
 from retool_jax.run.schema import TASKS
 
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
@@ -62,13 +63,13 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read folders of runs and evaluations. Raises UserError for one that is missing or has no numbers yet."""
+    """Read folders of runs and evaluations. Raises UserError for one that is missing or damaged, or has no numbers."""
     configs = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"run folder {folder} does not exist; `python -m retool_jax.train config=grpo` makes one")
-        path = folder / "config.yaml"
-        configs.append(OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {})
+        path = folder / CONFIG
+        configs.append(read_yaml(str(path)) if path.is_file() else {})
     names = [folder.resolve().name for folder in folders]
     complete = [with_defaults(config) for config in configs]
     labels = config_labels(complete, names)
@@ -88,6 +89,10 @@ def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
         return Run(folder, [], {}, True, label, setting, config, _read_object(result))
     records = read_metrics(folder) if path.exists() else []
     if not records:
+        if (folder / SAMPLES).exists():
+            raise UserError(
+                f"the evaluation in {folder} is not complete; start its command again, which goes on with it"
+            )
         state = "is empty" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}; start or resume the run with `python -m retool_jax.train config=grpo`")
     summary_path = folder / "summary.json"

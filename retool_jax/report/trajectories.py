@@ -1,6 +1,5 @@
 """Trajectories as a reader wants them: where they are, which ones to show, taken apart into words, code and output."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -8,9 +7,16 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
+from retool_jax.files import read_lines
 from retool_jax.report.runs import Run
 from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
+
+# What a record has to hold, to be shown.
+NEEDED = (
+    *("id", "problem", "ground_truth", "correct", "reward", "end", "response_tokens"),
+    *("ids", "sampled", "logprobs", "segments", "tool_calls"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ def sources_of(runs: Sequence[Run]) -> list[Source]:
         for path in (run.folder / name for name in dict.fromkeys(names)):
             found += [(number, path, False, None), (number, path.with_name(f"{path.stem}-greedy.jsonl"), True, None)]
         for path in sorted(run.folder.glob("rollouts/step-*.jsonl")):
-            found.append((number, path, False, int(path.stem.removeprefix("step-"))))
+            if (step := path.stem.removeprefix("step-")).isdecimal():
+                found.append((number, path, False, int(step)))
     kept = [Source(number, path, _lines(path), *kind) for number, path, *kind in found if path.is_file()]
     return sorted(kept, key=lambda source: source.greedy)
 
@@ -93,7 +100,7 @@ def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
     """The records of a file; the tokenizer writes the texts of saved rollouts, which have none.
 
     Raises:
-        UserError: a line is not JSON.
+        UserError: a line before the last is not JSON, or one is no trajectory.
     """
     if source.step is not None:
         from retool_jax.rl.replay import read_rollouts  # with jax, which nothing else here needs
@@ -101,13 +108,12 @@ def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
         for trajectory in read_rollouts(source.path):
             yield trajectory.record(tokenizer, split="training", step=source.step)
         return
-    path = source.path
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
+    for number, record in read_lines(source.path):
+        if not isinstance(record, dict) or any(key not in record for key in NEEDED):
+            raise UserError(
+                f"{source.path} line {number} is no trajectory, which has {', '.join(NEEDED)}; remove that line"
+            )
+        yield record
 
 
 def choose_trajectories(records: Iterable[dict], limit: int) -> list[dict]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from retool_jax import hosts
 from retool_jax.answers import workers
 from retool_jax.checkpoint import PARAMS, WHOLE, Checkpoints
-from retool_jax.data.problems import MADE, Problem
+from retool_jax.data.problems import MADE, Problem, digest_of
 from retool_jax.engine.conversation import Statistics
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import RESULT
@@ -215,12 +215,6 @@ def set_name(run: EvaluateRun) -> str:
     return f"{run.data.source}:{run.data.split}" if run.data.source in MADE else run.data.source
 
 
-def digest_of(problems: Sequence[Problem]) -> str:
-    """SHA-256 of all that problems say, in their order."""
-    said = [(p.id, p.messages, p.ground_truth, p.tools) for p in problems]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
 def weights_of(name: str) -> dict:
     """Which weights a folder or hub id holds: their `step` in a run, and `sha256` of the names and digests of files.
 
@@ -260,7 +254,14 @@ def check_asked(folder: Path, asked: dict) -> None:
     """A `UserError` where a folder's samples are of other problems, or of weights that have changed since."""
     if not (folder / ASKED).is_file():
         return
-    there = json.loads((folder / ASKED).read_text())
+    try:
+        there = json.loads((folder / ASKED).read_text())
+        there = {what: there[what] for what in ("weights", "problems")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / ASKED} cannot be read ({one_line(error)}), so nobody knows what the samples there are of;"
+            " restore it, or choose another run=FOLDER"
+        ) from error
     for what, key in (("weights", "init_from"), ("problems", "data.source")):
         if there[what] != asked[what]:
             raise UserError(
@@ -344,9 +345,13 @@ def read_result(path: Path) -> dict:
 
 
 def complete_result(folder: Path) -> dict | None:
-    """The result that is in a folder, if it has every sample."""
-    result = read_result(folder / RESULT) if (folder / RESULT).is_file() else None
-    return result if result and not result["dropped"] else None
+    """The result that is in a folder, if it has every sample. One that is damaged is made again from the samples."""
+    try:
+        result = read_result(folder / RESULT)
+    except UserError:
+        return None
+    shown = {"samples", "strict_differs", "trajectories"} <= result.keys()
+    return result if shown and not result["dropped"] else None
 
 
 def write_json(path: Path, values: dict) -> None:

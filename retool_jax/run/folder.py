@@ -15,14 +15,12 @@ from omegaconf import OmegaConf
 
 from retool_jax import hosts
 from retool_jax.errors import UserError
-from retool_jax.fields import defaults_of, flatten, flatten_dict, secret_keys, show
-from retool_jax.files import replacing
+from retool_jax.fields import defaults_of, flatten, flatten_dict, nested, secret_keys, show
+from retool_jax.files import CONFIG, LOCK, replacing
 from retool_jax.models.config import ModelConfig
 from retool_jax.run.load import make, read_yaml
 from retool_jax.run.schema import Run, SFTRun, task_of
 
-CONFIG = "config.yaml"
-LOCK = "lock"  # held by the process that trains here, and gone with it; its text says who that is
 UNFINISHED = "config.tmp"  # of a start that was killed
 POLL_S = 0.5
 
@@ -181,15 +179,8 @@ def write_config(run: Run) -> None:
         for key, there, here in differences(run, saved(folder)):
             if key != "run":
                 print(f"{key} is {show(here)} from here on; it was {show(there)}")
-    plain: dict = {}
-    for key, value in to_flat(run).items():
-        *sections, name = key.split(".")
-        section = plain
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
     with replacing(folder / CONFIG) as file:
-        file.write(OmegaConf.to_yaml(plain))
+        file.write(OmegaConf.to_yaml(nested(to_flat(run))))
 
 
 def to_flat(run: Run) -> dict[str, object]:

@@ -24,6 +24,7 @@ from retool_jax.fields import (
     flatten_dict,
     hints_of,
     holds_secret,
+    nested,
     readable,
     secret_keys,
     show,
@@ -59,17 +60,29 @@ def read(words: list[str]) -> tuple[type[Run], dict]:
     if not names:
         raise UserError(f"no config given; add config=NAME, one of: {', '.join(config_names())}")
     overrides = {key: value for key, value in pairs if key != "config"}
+    for key, value in overrides.items():
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f"{key} has bytes that are no text in UTF-8; name it otherwise")
     files = read_files(names[-1])
     schema = schema_of(merged(files), names[-1])
     kinds = {leaf.key: leaf.kind for leaf in describe(schema)}
     said: dict = {}
     for key, value in overrides.items():
+        if key in ("task", "base"):
+            raise UserError(
+                f"{key}={value}: a config's {key} is said in its file alone; choose another config=NAME, or write a"
+                " YAML file of your own"
+            )
+        if kinds.get(key) == "str" and value.strip()[:1] not in ("'", '"') and not holds_secret(schema, key):
+            # As it was written: a folder may be called 2024, `a #2` or @home, which YAML would read otherwise.
+            said = merged([said, nested({key: value.strip()})])
+            continue
         try:
             word = OmegaConf.from_dotlist([f"{key}={value}"])
             # A list is a list where one may stand; anything else is what was written.
             meant = {"str": str, "str or list": str | ListConfig}.get(kinds.get(key, ""), object)
             if not isinstance(OmegaConf.select(word, key), meant):
-                OmegaConf.update(word, key, value)  # a folder may be called 2024, and tools=no is not a truth value
+                OmegaConf.update(word, key, value)  # tools=no is not a truth value
             said = merged([said, OmegaConf.to_container(word)])
         except Exception as error:  # OmegaConf's kinds, and those of its YAML parser
             if holds_secret(schema, key):
@@ -139,7 +152,7 @@ def config_names() -> list[str]:
 def schema_of(values: dict, name: str) -> type[Run]:
     """The class of the run that a config is for, by its task."""
     task = values.get("task")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"config {name!r} has task={task!r}; it must be one of: {', '.join(TASKS)}")
     return TASKS[task]
 

@@ -56,6 +56,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools) if not run.replay else None
     problems = problems_of(run, tokenizer, tools) if not run.replay else {}
+    data = {split: stream.digest for split, stream in problems.items()}
     mesh = mesh_of(run)
     async with AsyncExitStack() as stack:
         if not run.replay and not read_summary(Path(run.run), run.rl.steps):
@@ -102,6 +103,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
             state, notes = checkpoints.restore(start, abstract(run, mesh))
+            check_data(run, notes.get("data", {}), data)
             check_frozen(run, frozen, notes.get("frozen", {}))
             clock.seconds = notes["seconds"]
 
@@ -111,7 +113,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         def save(step: int, state: State, drawn: dict) -> None:
             with clock.part("checkpoint"):
                 told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s()}
-                checkpoints.save(step, state, told | {"drawn": drawn, "frozen": frozen})
+                checkpoints.save(step, state, told | {"drawn": drawn, "data": data, "frozen": frozen})
 
         write_config(run)
         write_origin(folder)
@@ -157,6 +159,16 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     if first:
         print_summary(summary)
         print(f"\nto look at it: python -m retool_jax.report run={folder}")
+
+
+def check_data(run: RLRun, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """A `UserError` where a split's problems are not those that a checkpoint was made of, by their digests."""
+    for split, digest in here.items():
+        if there.get(split, digest) != digest:
+            raise UserError(
+                f"data.{split}={getattr(run.data, split)} is not what {run.run} began with; restore it, or choose"
+                " another run=FOLDER"
+            )
 
 
 def check_frozen(run: RLRun, here: Mapping[str, str], there: Mapping[str, str]) -> None:

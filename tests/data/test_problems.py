@@ -5,6 +5,8 @@ import json
 import uuid
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from retool_jax.data.arithmetic import problem_row
@@ -199,6 +201,39 @@ def test_rows_of_json_keep_their_own_columns(tmp_path):
     (tmp_path / "s.jsonl").write_text('{"problem": 1}\n{"pro')
     with pytest.raises(UserError, match=r"s.jsonl \(line 2: "):
         load_problems(str(tmp_path / "s.jsonl"))
+
+
+def test_files_as_other_programs_write_them(tmp_path):
+    row = {"problem": "1 + 1?", "answer": 2}
+    line = json.dumps(row)
+    for name, text in (
+        ("mark.jsonl", "\ufeff" + line + "\r\n\r\n" + line),
+        ("mark.json", f"\ufeff\n [{line}]"),
+        ("pretty.json", json.dumps(row, indent=1)),
+        ("UPPER.JSONL", line),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert {problem.ground_truth for problem in load_problems(str(tmp_path / name))} == {"2"}
+    (tmp_path / "half.jsonl").write_text('{"problem": "a \\ud800?", "answer": "\\uDFFF"}')
+    (problem,) = load_problems(str(tmp_path / "half.jsonl"))
+    assert r"a \ud800?" in problem.question and problem.ground_truth == r"\udfff"
+    for name in ("rows.txt", "rows"):
+        (tmp_path / name).write_text(line)
+        with pytest.raises(UserError, match=r"its name ends in none of .jsonl, .json and .parquet; rename it"):
+            load_problems(str(tmp_path / name))
+    for name in ("", ":", "/"):
+        with pytest.raises(UserError, match="no data are named by"):
+            load_problems(name)
+
+
+def test_parquet_with_bytes_for_texts_and_without_rows(tmp_path):
+    path = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"question": [b"1 + 1?"], "answer": [b"2"]}), path)
+    (problem,) = load_problems(path)
+    assert problem.question.startswith("1 + 1?") and problem.ground_truth == "2"
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
+    with pytest.raises(UserError, match=r"has no rows; give at least one problem"):
+        load_problems(path)
 
 
 def test_sources_of_tensorflow_datasets():

@@ -98,6 +98,7 @@ BOXED = "First $2 \\cdot 3 = 6$.\nThen \\boxed{6} and one: \\boxed{7}."
         ({"prompt": "[1, 2] and [3, 4]: Q?", "label": "7"}, "7"),
         ({"problem": "Q?", "answer": "[3]"}, "[3]"),
         ({"problem": "Q?", "answer": "(1,2]"}, "(1,2]"),
+        ({"prompt": None, "messages": None, "question": "Q?", "answer": "7"}, "7"),
         ({"problem": "Q?", "answer": "\\{1, 2\\}"}, "\\{1, 2\\}"),
     ],
 )
@@ -119,6 +120,13 @@ def test_rows_of_other_projects_are_read(row, answer):
         ({"problem": "Q?", "solution": "Then $x = 7$.\nThat is all."}, "its solution has no answer in a box"),
         ({"problem": "Q?", "solution": "It is \\boxed{7"}, "its solution has no answer in a box"),
         ({"prompt": ASK, "answer": float("nan")}, "has an empty answer; every problem needs an answer"),
+        ({"prompt": ASK, "answer": float("inf")}, "cannot be scored: its answer is no finite number"),
+        ({"prompt": ASK, "answer": "\\boxed{7"}, "cannot be scored: the box in its answer has no end"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}], "answer": "7"},
+            "no usable prompt",
+        ),
+        ({f"column{i:02}": 1 for i in range(30)}, "column19 and 10 more"),
         ({"prompt": ASK, "completion": [REPLY]}, "has no column 'reward_model'; it has completion, prompt"),
         ({"chosen": "a", "rejected": "b"}, "has no column 'prompt'; it has chosen, rejected"),
         ({"messages": [REPLY], "answer": "7"}, "has no usable messages"),

@@ -25,6 +25,7 @@ from retool_jax.export.command import FORMATS, KEYS, main
         (["run={run}", "out={run}/trajectories/x.jsonl", "format=atif"], "is where trajectories are read from"),
         (["run={run}", "out={run}/trajectories", "format=traces"], "is where trajectories are read from"),
         (["run={run}", "out={run}", "format=traces"], "exists already; remove it"),
+        (["run={run}", "out={out}", "step=" + "9" * 5000], "must be a whole number"),
         (["run={run}", "out={out}", "format=inspect"], "must end in .eval or .json"),
         (["run={run}", "out=/proc/x/y.parquet"], "cannot write /proc/x"),
         (["run={run}", "out=/proc/x/y", "format=traces"], "cannot write /proc/x"),

@@ -146,15 +146,21 @@ def test_bad_input_is_one_line_with_the_way_out(make_run, tmp_path):
     for words, message in (
         ([], "usage"),
         (["runs=x"], "did you mean run="),
-        (["run=x", "trajectories=some"], "trajectories=some is not a number"),
+        (["run=x", "trajectories=some"], "trajectories=some must be a whole number"),
         ([f"run={tmp_path}/empty"], r"metrics.jsonl does not exist; .*retool_jax.train"),
         ([f"run={tmp_path}/torn"], "metrics.jsonl is empty"),
     ):
         with pytest.raises(UserError, match=message):
             main(words)
-    run = make_run(tmp_path / "a", "python", 0)
-    with pytest.raises(UserError, match="cannot write"):
-        main([f"run={run}", "out=/proc/nowhere/report.html"])
+    run = make_run(tmp_path / "a,b", "python", 0)
+    (run / "lock").write_text("")
+    for out, message in (
+        ("/proc/nowhere/report.html", "cannot write"),
+        (run / "metrics.jsonl", "is a file of the run in"),
+        (run / "trajectories" / "dev-000000.jsonl", "is a file of the run in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([f"run={run}", f"out={out}"])
 
 
 COMMAND = """

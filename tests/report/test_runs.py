@@ -1,6 +1,13 @@
-"""Names that tell runs apart."""
+"""Names that tell runs apart, and what is said of a folder that is damaged."""
 
-from retool_jax.report.runs import config_labels, with_defaults
+import json
+from pathlib import Path
+
+import pytest
+
+from retool_jax.errors import UserError
+from retool_jax.report.runs import Run, config_labels, load_runs, with_defaults
+from retool_jax.report.trajectories import Source, read_records, sources_of
 
 
 def test_labels_are_what_differs():
@@ -33,3 +40,45 @@ def test_a_key_that_is_newer_than_a_run_has_its_default():
     assert config_labels([with_defaults(old), with_defaults(new)], ["a", "b"]) == ["a", "b"]
     ahead = {"task": "grpo", "rl": {"steps": 80, "ahead": 1}}
     assert config_labels([with_defaults(old), with_defaults(ahead)], ["a", "b"]) == ["rl.ahead=0", "rl.ahead=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "task: grpo\nrl: {steps", "cannot read .*config.yaml: "),
+        ("config.yaml", "- a\n", "cannot read .*config.yaml: expected keys and values"),
+        ("config.yaml", "\0", "cannot read .*config.yaml: "),
+        ("metrics.jsonl", '[1]\n{"kind": "rl", "step": 1}\n', "line 1 is no record, which has kind and step; remove"),
+        ("metrics.jsonl", '{"kind": "rl"}\n', "line 1 is no record, which has kind and step; remove that line"),
+        ("metrics.jsonl", '{"kind"\n{"kind": "rl", "step": 1}\n', "line 1 is not JSON .*; remove that line"),
+        ("metrics.jsonl", "\n\n", "metrics.jsonl is empty; start or resume the run"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path, name, text, message):
+    (tmp_path / "metrics.jsonl").write_text('\n{"kind": "rl", "step": 1, "accuracy": 0.5}\n{"kind": "r')
+    (run,) = load_runs([tmp_path])
+    assert run.records == [{"kind": "rl", "step": 1, "accuracy": 0.5}]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_runs([tmp_path])
+
+
+def test_an_evaluation_that_is_not_complete_is_told_as_one(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"the evaluation in .* is not complete; start its command again"):
+        load_runs([tmp_path])
+
+
+def test_a_line_that_is_no_trajectory_is_named(tmp_path):
+    path = tmp_path / "dev-000000.jsonl"
+    for line in ("[1]", json.dumps({"id": "a"})):
+        path.write_text(line + "\n")
+        with pytest.raises(UserError, match=r"dev-000000.jsonl line 1 is no trajectory, which has id, .*; remove that"):
+            list(read_records(Source(0, path, 1), "none"))
+
+
+def test_files_beside_saved_rollouts_are_passed_over(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    for name in ("step-000002.jsonl", "step-000002 (copy).jsonl", "step-.jsonl", "step-x.jsonl"):
+        (tmp_path / "rollouts" / name).write_text("")
+    assert [source.step for source in sources_of([Run(Path(tmp_path), [], {}, False, "", "")])] == [2]

@@ -1,10 +1,15 @@
 """What an evaluation's samples say, by what its run sets."""
 
+import json
+
+import pytest
+
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
+from retool_jax.errors import UserError
 from retool_jax.evaluation.store import Store
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
-from retool_jax.run.evaluate import result_of
+from retool_jax.run.evaluate import check_asked, complete_result, result_of
 from retool_jax.run.load import load
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 2 + 4?"},), "6")
@@ -27,3 +32,21 @@ def test_a_classifier_of_ones_own_says_what_programs_are_for(tokenizer, tmp_path
             found[name] = result_of(run, [PROBLEM], store, ASKED, tokenizer)["trajectories"]
     assert found["rules"]["behaviour/purpose/calculation"] == 1.0
     assert found["own_purposes:guess"]["behaviour/purpose/sums"] == 1.0
+
+
+def test_what_is_damaged_in_a_folder_is_made_again_or_named(tmp_path):
+    whole = {"set": "s", "samples": 1, "problems": [], "numbers": {}, "dropped": 0}
+    whole |= {"strict_differs": {}, "trajectories": {}}
+    for text, there in (
+        (json.dumps(whole), whole),
+        (json.dumps(whole | {"dropped": 1}), None),
+        ('{"set":', None),
+        ("[]", None),
+        (json.dumps({key: value for key, value in whole.items() if key != "trajectories"}), None),
+    ):
+        (tmp_path / "result.json").write_text(text)
+        assert complete_result(tmp_path) == there
+    for text in ("", "[]", "null", '{"weights": {}}'):
+        (tmp_path / "asked.json").write_text(text)
+        with pytest.raises(UserError, match=r"asked.json cannot be read .*; restore it, or choose another run=FOLDER"):
+            check_asked(tmp_path, ASKED)

@@ -151,6 +151,8 @@ def test_a_word_without_an_equals_sign(word):
         ("rl.minibatches=5", "rl.prompts_per_step=24 does not divide into rl.minibatches=5"),
         ("rl.group_size=0", "rl.group_size=0 must be at least 1"),
         ("rl.row_length=64", "rl.row_length=64 is shorter than engine.max_length=128"),
+        ("task=sft", "task=sft: a config's task is said in its file alone; choose another config=NAME"),
+        ("run=a\udcffb", "run has bytes that are no text in UTF-8"),
         ("rollout.max_prompt_tokens=500", "rollout.max_prompt_tokens=500 leaves no room in engine.max_length=128"),
     ],
 )
@@ -228,6 +230,11 @@ def test_a_cold_start_in_another_grammar_than_its_policys_is_refused():
         ("run", "yes", "yes"),
         ("run", "'quoted name'", "quoted name"),
         ("run", "a=b", "a=b"),
+        ("run", "a #2", "a #2"),
+        ("run", "@home", "@home"),
+        ("run", "100%: done", "100%: done"),
+        ("data.train", "${x}/y.jsonl", "${x}/y.jsonl"),
+        ("data.train", "~/x.jsonl", str(Path.home() / "x.jsonl")),
         ("init_from", "", ""),
     ],
 )
@@ -264,6 +271,7 @@ def test_every_shipped_config_builds_its_model(name):
         ("task: grpo\nseed: 1\nseed: 2\n", "duplicate key seed"),
         ("- a\n- b\n", "expected keys and values"),
         ("seed: 1\n", "has task=None; it must be one of: sft, grpo"),
+        ("task: [grpo]\n", "has task=['grpo']; it must be one of: sft, grpo"),
         ("base: grpo\nrl: {stpes: 3}\ntask: grpo\n", "did you mean rl.steps?"),
         ("base: nowhere\ntask: grpo\n", "no config 'nowhere', the base of"),
         ("task: grpo\nrun: 2024\n", "run=2024 is of type int; it must be str"),

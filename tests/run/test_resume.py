@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.data.problems import Problems
+from retool_jax.errors import UserError
 from retool_jax.metrics import read_metrics, summary_rows, time_rows
 from retool_jax.report.behaviour import BEHAVIOUR
 from retool_jax.report.blocks import make_blocks
@@ -17,6 +19,8 @@ from retool_jax.report.curves import PANELS, draw_panel
 from retool_jax.report.page import end_counts
 from retool_jax.report.runs import load_runs
 from retool_jax.run.build import sandbox_lines
+from retool_jax.run.load import load
+from retool_jax.run.rl import check_data
 from retool_jax.sandbox import Sandbox, SandboxConfig
 
 
@@ -142,3 +146,17 @@ def test_a_run_says_what_its_sandbox_costs():
     assert "about 20 ms" in lines[1] and "sandbox.backend=[bubblewrap] about 3 ms" in lines[1]
     assert "sandbox.backend=[process]" in lines[1]
     assert len(sandbox_lines(Sandbox("bubblewrap", SandboxConfig()))) == len(sandbox_lines(None)) == 1
+
+
+def test_a_run_does_not_go_on_with_other_problems(tmp_path):
+    path, words = tmp_path / "p.jsonl", ["config=grpo", f"run={tmp_path / 'r'}", f"data.dev={tmp_path / 'p.jsonl'}"]
+    digests = []
+    for answer in ("4", "5"):
+        path.write_text(json.dumps({"question": "What is 2 + 2?", "answer": answer}))
+        digests.append({"train": "", "dev": Problems(str(path), "dev", 0).digest})
+    check_data(load(words), {}, digests[0])  # of a checkpoint that is older than this
+    check_data(load(words), digests[0], digests[0])
+    with pytest.raises(
+        UserError, match=r"data.dev=.*p.jsonl is not what .*r began with; restore it, or choose another"
+    ):
+        check_data(load(words), *digests)
