@@ -30,8 +30,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Nobody reads in a program which lines it came from, and a test's traceback is better whole.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_TRACEBACK_FILTERING"] = "off"
-# Each worker, and each command of a test, is a process that imports the same modules: they are compiled once, also where
-# the machine asks for no bytecode.
+# Each worker, and each command of a test, is a process that imports the same modules. They are compiled once, also
+# where the machine asks for no bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A folder for all workers of this session.
 if "RETOOL_TESTS_FOLDER" not in os.environ:
