@@ -46,19 +46,22 @@ class Line(Generic[T]):
 
     def hand(self, thing: T) -> bool:
         """Give a thing to the one who waits longest; False if nobody waits."""
-        while self._turns:
-            turn = self._turns.popleft()
-            if not turn.done():
-                turn.set_result(thing)
-                return True
-        return False
+        if turn := self._first():
+            turn.set_result(thing)
+        return turn is not None
 
     def send_away(self, why: Exception) -> None:
         """Raise it where they wait."""
+        while turn := self._first():
+            turn.set_exception(why)
+
+    def _first(self) -> asyncio.Future[T] | None:
+        """Whose turn it is; those who have given up are passed over."""
         while self._turns:
             turn = self._turns.popleft()
             if not turn.done():
-                turn.set_exception(why)
+                return turn
+        return None
 
 
 class Queue:

@@ -75,20 +75,21 @@ class Session:
 
     async def _cell(self, request: Request) -> ToolResult:
         config, limits = self._config, request.limits
-        if not self._over and (reason := request.fault()):
-            return self._answer("rejected", reason)
-        if not self._over and self._member is not None and limits.memory_mb > self._member.memory_mb:
-            most = self._member.memory_mb
-            return self._answer("rejected", f"memory_mb={limits.memory_mb}: this session began with at most {most}")
-        if not self._over and not self._counted:
-            try:
-                await self._box.sessions.acquire()
-            except Overloaded:
-                return self._answer("infra_error", f"overloaded: {config.sessions} sessions are open")
-            except Closed:
-                return self._answer("cancelled", "the sandbox was closed")
-            self._counted = True
-        if self._over:
+        if not self._over:
+            if reason := request.fault():
+                return self._answer("rejected", reason)
+            if self._member is not None and limits.memory_mb > (most := self._member.memory_mb):
+                return self._answer("rejected", f"memory_mb={limits.memory_mb}: this session began with at most {most}")
+            if not self._counted:
+                try:
+                    await self._box.sessions.acquire()
+                except Overloaded:
+                    return self._answer("infra_error", f"overloaded: {config.sessions} sessions are open")
+                except Closed:
+                    return self._answer("cancelled", "the sandbox was closed")
+                self._counted = True
+        if self._over:  # also where it was closed while this cell waited
+            self._end(self._over)
             return self._answer(self._over_status, self._over)
         result = await self._box.serve(request, self, config.retries if self._fresh else 0)
         if self._fresh and result.status not in ("rejected", "infra_error", "cancelled"):
@@ -105,7 +106,11 @@ class Session:
         if self._over:
             raise WorkerFault("closed", self._over)
         if self._member is None:
-            self._member = await self._box.crew.claim(memory_mb)
+            member = await self._box.crew.claim(memory_mb)
+            if self._over:  # closed meanwhile
+                self._box.crew.drop(member, "session end")
+                raise WorkerFault("closed", self._over)
+            self._member = member
         self._box.crew.settle(self._member)
         return self._member
 
@@ -116,7 +121,9 @@ class Session:
             self.drop(member, "unclean")
 
     def drop(self, member: Member, reason: str) -> None:
-        """Give the worker up."""
+        """Give the worker up, unless the session was closed meanwhile and has done so."""
+        if member is not self._member:
+            return
         self._member = None
         self._box.crew.drop(member, reason)
         if not self._fresh and reason not in BY_PROGRAMS:

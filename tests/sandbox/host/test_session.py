@@ -193,3 +193,27 @@ def test_closing_the_sandbox_ends_open_cells(descendants, alive):
 
     assert [r.status for r in asyncio.run(main())] == ["cancelled"] * 2
     assert not alive(descendants(os.getpid()) - before)
+
+
+def test_a_session_that_is_closed_under_its_cells_gives_everything_back_once():
+    async def main() -> tuple[list[ToolResult], float, dict[str, int]]:
+        async with open_sandbox(replace(PROCESS, sessions=1, queue_s=5.0)) as box:
+            async with box.session() as session:  # while a cell runs
+                await session.run("x = 1")
+                calls = [asyncio.create_task(session.run(SLEEP))]
+                await until(lambda: box.gauges()["slots_busy"])
+            async with box.session() as other:  # while a cell waits until another session ends
+                await other.run("x = 2")
+                async with box.session() as session:
+                    calls.append(asyncio.create_task(session.run("x = 3")))
+                    await until(lambda: box.sessions.waiting)
+            async with box.session() as session:  # while a cell's worker starts
+                calls.append(asyncio.create_task(session.run("x = 4", limits=Limits(memory_mb=2048))))
+                await until(lambda: box.gauges()["slots_busy"])
+            results = await asyncio.gather(*calls)
+            return results, box.gauges()["sessions_open"], dict(box.metrics.restarts)
+
+    results, still_open, restarts = asyncio.run(main())
+    assert [r.status for r in results] == ["infra_error", "rejected", "infra_error"]
+    assert [r.message for r in results[1:]] == ["the session is closed"] * 2
+    assert (still_open, restarts) == (0, {"session end": 3})
