@@ -2,9 +2,8 @@
 
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
@@ -27,16 +26,6 @@ RETRY_AFTER_S = "1"
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[HTTPRequest], Awaitable[Response]]
-
-
-class Asked(Protocol):
-    """A request for an answer, read: `begin` may refuse it, then either `events` or `whole` answers it."""
-
-    stream: bool
-
-    async def begin(self) -> None: ...
-    def events(self) -> AsyncGenerator[str, None]: ...
-    async def whole(self) -> dict[str, Any]: ...
 
 
 def build_app(server: Server, token: str = "") -> Starlette:
@@ -73,10 +62,12 @@ def build_app(server: Server, token: str = "") -> Starlette:
 
         return route
 
-    def answering(read: Callable[[Server, dict], Asked]) -> Handler:
+    def answering(kind: type[Chat] | type[Responses]) -> Handler:
+        """For requests of a kind: `begin` may refuse one, then either `events` or `whole` answers it."""
+
         async def handle(http: HTTPRequest) -> Response:
             body = await read_body(http, server.config.body_kb * 1024)
-            asked = read(server, body)
+            asked = kind(server, body)
             server.admit()
             with ExitStack() as end:
                 end.callback(server.leave)

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from retool_jax.sandbox.host.crew import Crew, pause_s
 from retool_jax.sandbox.host.member import Member, WorkerFault
@@ -19,14 +18,6 @@ from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
 QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
 NOT_BY_PROGRAMS = frozenset({"crashed", "killed", "stopped"})  # ways to lose a worker that say nothing of a program
-
-
-class Source(Protocol):
-    """Where a call gets its worker from: the crew, or the session that it belongs to."""
-
-    async def take(self, memory_mb: int) -> Member: ...
-    def give(self, member: Member, response: dict) -> None: ...
-    def drop(self, member: Member, reason: str) -> None: ...
 
 
 class Sandbox:
@@ -80,12 +71,12 @@ class Sandbox:
         """An interpreter that stays: `async with box.session() as session: await session.run(...)`."""
         return Session(self, self.config)
 
-    async def serve(self, request: Request, source: Source | None = None, retries: int | None = None) -> ToolResult:
+    async def serve(self, request: Request, source: Session | None = None, retries: int | None = None) -> ToolResult:
         """`run` for a request that is made already.
 
         Args:
             request: what to run.
-            source: where its worker comes from; None: the crew.
+            source: the session that has a worker for it; None: one of the crew's.
             retries: instead of the configuration's.
         """
         if self._closed:
@@ -111,7 +102,7 @@ class Sandbox:
         self.metrics.record(result)
         return result
 
-    async def _attempts(self, request: Request, source: Source, retries: int, asked: float) -> ToolResult:
+    async def _attempts(self, request: Request, source: Crew | Session, retries: int, asked: float) -> ToolResult:
         limits = request.limits
         losses = attempts = 0
         last_start = time.monotonic() + RETRY_BUDGET_S

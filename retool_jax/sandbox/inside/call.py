@@ -74,11 +74,6 @@ class Program:
         os.close(self.err)
         self.report.close()
 
-    @property
-    def failed(self) -> bool:
-        """Whether it ended by itself, but not well."""
-        return self.status is None or self.status != 0
-
     # -- listening ----------------------------------------------------------------------------------------------------
 
     def hear_tier(self) -> None:

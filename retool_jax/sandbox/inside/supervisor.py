@@ -200,10 +200,6 @@ class Supervisor:
         text = os.pread(self.setup["events"], 4096, 0).decode()
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
 
-    def oom_killed(self) -> bool:
-        """Whether that number has grown since the call began."""
-        return self.count_oom_kills() > self.oom_kills
-
     def start(self, request: dict, session: bool) -> Program:
         """Hand a program to its fork server. The working directory is open already."""
         content = {
@@ -273,7 +269,8 @@ class Supervisor:
     def conclude(self, verdict: str, program: Program, request: dict, clean: bool, ended: bool) -> dict:
         """The response about a program, or a cell, that has come to its end."""
         program.hear_last()
-        starved = program.failed and self.oom_killed()
+        # A program that ended well did not need what the kernel killed.
+        starved = program.status != 0 and self.count_oom_kills() > self.oom_kills
         status, message = judge(verdict, program, request["limits"], starved)
         files = self.folder.take(request["fetch"], program.uid)
         return answer(status, message, **tell_of(program), files=files, clean=clean, ended=ended)
