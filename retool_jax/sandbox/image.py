@@ -79,7 +79,7 @@ def copy_libraries(root: Path, interpreter: Path) -> tuple[Path, Path]:
     place. In the image that place does not exist, and all libraries lie where the linker looks by itself, in the
     folder of libc, so that none of another version can be picked up instead.
     """
-    # What lies in the image brings its own libraries along, or names the system's.
+    # Files of the image use libraries of the image or of the system; only the latter have to be copied.
     needed = libraries([Path(os.path.realpath(sys.executable))])
     needed |= libraries(path for path in root.rglob("*.so*") if path.is_file())
     needed = {path for path in needed if not path.is_relative_to(root)}

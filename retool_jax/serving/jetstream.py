@@ -191,7 +191,7 @@ class JetStreamEngine(engine_api.Engine):
 
 @jax.jit
 def _columns(ints: jax.Array, starts_B: jax.Array) -> jax.Array:
-    """Of a dispatch of one step: token, whether it is real, tokens behind the start, int32 [B,3]."""
+    """Three numbers of each slot after a step: the token, whether it is real, tokens since the start; int32 [B,3]."""
     steps = ints.shape[1] // 2
     return jnp.stack([ints[:, 0], ints[:, steps], ints[:, -1] - starts_B], 1)
 

@@ -21,7 +21,7 @@ _POSITIONS = 128  # whose logits there are at a time; prompts are padded to powe
 
 
 class Scores(NamedTuple):
-    """Of every token but the first, each array with T - 1 rows."""
+    """Numbers of every token of a prompt but the first; each array has T - 1 rows."""
 
     logprobs: np.ndarray  # of the token itself, under softmax(logits)
     ranks: np.ndarray  # 1 for the most likely token

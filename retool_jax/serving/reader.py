@@ -150,7 +150,7 @@ class Reader:
         return self._show(text)
 
     def end_turn(self) -> list[Said | Called]:
-        """What was held back and is not what it might have become."""
+        """The text that was held back: it is no mark and no stop string."""
         text, self._buffer = self._buffer + self._characters.rest(), ""
         return [] if self.stopped else self._show(text)
 
@@ -208,7 +208,8 @@ class Reader:
         if channel not in self._begun:
             words = words.lstrip("\n")
         if not words:
-            self._held[channel] = self._held[channel] if channel in self._begun else ""
+            if channel not in self._begun:
+                self._held[channel] = ""
             return []
         self._begun.add(channel)
         return [Said(channel, words)]

@@ -272,7 +272,7 @@ class Responses:
 
 
 def names_of(wish: Wish) -> list[str]:
-    """What a prompt shows to be called."""
+    """Names of the tools and functions that a prompt shows."""
     return [*(wish.tools.names if wish.tools else ()), *wish.functions]
 
 

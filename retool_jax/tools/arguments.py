@@ -59,7 +59,7 @@ def _kinds(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
-    """What is wrong with a value of this name; empty if nothing is. As deep as the schema, not as the value."""
+    """What is wrong with a value of this name; empty if nothing is. It goes as deep as the schema, not as the value."""
     kinds = _kinds(schema)
     if kinds and not any(_is(value, kind) for kind in kinds):
         return f"{name} must be {' or '.join(TYPES[kind][2] for kind in kinds)}"

@@ -23,7 +23,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 CONNECT_S = 30.0  # to find a server, and to begin a session
-# What says that the server, or the way to it, is broken; other errors are its answers to what was asked.
+# Errors that say that the server, or the way to it, is broken. Other errors are answers to what was asked.
 _LOST = (CONNECTION_CLOSED, INTERNAL_ERROR, PARSE_ERROR, REQUEST_TIMEOUT)
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 INVALID = "invalid_call"  # the status of a call that names no tool, or whose arguments do not fit
 PAUSES_S = (0.5, 2.0)  # before each repetition of a call that the machinery lost; the last one again and again
 CLOSE_S = 60.0  # for the states of one trajectory or call, after which they are left as they are
-# What an error about a path says, which a policy may have written. Other errors of the system are the machinery's.
+# Errors about a path, which a policy may have written. Other errors of the system are the machinery's.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _PATH_CODES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.EROFS)
 _BUILT_IN: dict[str, Callable[[], Tool]] = {

@@ -56,7 +56,7 @@ class Cores:
             self._workers[core] += 1
 
     def best(self, core: int | None, busy: Counter[int | None]) -> int | None:
-        """Where a worker of `core` should run next if so many others are `busy` on each: there, or where fewer are."""
+        """The core on which a worker of `core` should run next: that one, or one with fewer of the `busy` workers."""
         if core is None:
             return None
         quiet = min(self._taken, key=lambda other: busy[other], default=core)

@@ -118,7 +118,7 @@ class Crew:
             return await self.claim(memory_mb)
         while self._ready:
             busy = self._busy()
-            # Of those whose core has the least to do, the one used last, for it is the warmest.
+            # A worker whose core has the least to do; of several such, the one used last, whose caches are the warmest.
             member = min(reversed(self._ready), key=lambda member: busy[member.core])
             self._ready.remove(member)
             if not member.dead:

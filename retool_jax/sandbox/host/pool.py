@@ -13,7 +13,7 @@ from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.host.selftest import prove
 from retool_jax.sandbox.host.session import Session
 from retool_jax.sandbox.launch.launchers import LAUNCHERS
-from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
+from retool_jax.sandbox.types import Limits, SandboxConfig, Status, ToolResult
 
 RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
 QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
@@ -147,24 +147,25 @@ class Sandbox:
         return replace(self._cancelled(), attempts=attempts)
 
     def _verdict(self, kind: str, losses: int, last: bool, limits: Limits) -> ToolResult | None:
-        """What a call that has lost so many workers, the latest in the way `kind`, has done itself; None while open.
+        """The result of a call that has lost so many workers, the last one as `kind` says; None as long as that may not
+        be the program's doing.
 
         A worker at its memory limit is evidence at once, and one that is too busy with the program to answer. So is
         one that broke, if this was the call's last attempt. Otherwise a second loss is taken as the program's doing,
         unless a program that then ended well has lost a worker in the last `QUIET_S` seconds too: where workers die by
         themselves, the third one decides.
         """
+        status: Status = "user_error"
         if kind == "memory limit":
-            message = f"memory limit of {limits.memory_mb} MB exceeded"
-            return ToolResult("oom", return_code=-9, signal=9, message=message)
-        if kind == "overrun":
-            message = f"time limit of {limits.wall_s:g} s reached (what it had printed is lost)"
-            return ToolResult("timeout", return_code=-9, signal=9, message=message)
-        quiet = time.monotonic() - self._innocent_loss >= QUIET_S
-        if losses < (2 if quiet else 3) and not (kind == "broken" and last):
-            return None
-        message = f"the program killed the sandbox{f', {losses} times in a row' if losses > 1 else ''}"
-        return ToolResult("user_error", return_code=-9, signal=9, message=message)
+            status, message = "oom", f"memory limit of {limits.memory_mb} MB exceeded"
+        elif kind == "overrun":
+            status, message = "timeout", f"time limit of {limits.wall_s:g} s reached (what it had printed is lost)"
+        else:
+            quiet = time.monotonic() - self._innocent_loss >= QUIET_S
+            if losses < (2 if quiet else 3) and not (kind == "broken" and last):
+                return None
+            message = f"the program killed the sandbox{f', {losses} times in a row' if losses > 1 else ''}"
+        return ToolResult(status, return_code=-9, signal=9, message=message)
 
     def _cancelled(self) -> ToolResult:
         return ToolResult("cancelled", message="the sandbox was closed")

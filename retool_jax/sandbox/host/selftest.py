@@ -19,7 +19,7 @@ from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
 WALL_S = 20.0
 MEMORY_MB = 64
-# Where a host keeps what programs must not see; some back-ends cover the temporary ones by folders of their own.
+# Folders of the host that programs must not see. Some back-ends put folders of their own over the temporary ones.
 CANARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "~", ".")
 
 # Looks for everything that the host has laid out for it and prints what it got.

@@ -49,7 +49,7 @@ class Supervisor:
         self.names = available(setup["tiers"])
         self.calls = 0
         self.session: Program | None = None
-        # Where other users' processes are out of sight, so that a whole user can be killed without a look at each.
+        # Only where this worker sees no processes of others. There all processes of a user can be killed in one call.
         users = isolation.first_uid is not None and isolation.processes
         self.reaper = Reaper(isolation) if users else None
         # Whether every process seen here is this worker's or a program's.

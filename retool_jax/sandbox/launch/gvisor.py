@@ -195,7 +195,7 @@ async def _remove(folder: Path, first: asyncio.subprocess.Process | None = None)
 
 
 def two_cores() -> list[str]:
-    """What to put before a command to have it begin on two cores, on a machine that has more.
+    """Words before a command that make it begin on two cores, where the machine has more.
 
     gVisor's kernel sets itself up for the cores that it sees, and keeps to that when it is moved to a single one. Set
     up for one, its threads often wait for a timer before they let each other go on, while the core has nothing to do:

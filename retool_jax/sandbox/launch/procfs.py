@@ -17,7 +17,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def stat_fields(pid: int) -> list[str]:
-    """What the kernel says of a process, from its state on. The name before it, its own choice, need not be text.
+    """What the kernel says of a process, from its state on. Before that is its name, which may be any bytes.
 
     Raises OSError if there is none.
     """
