@@ -75,9 +75,9 @@ class Seats:
         """
         free = [slot for slot in range(self.engine.config.slots) if slot not in self.live]
         seated: list[Talk] = []
-        pages = self.engine.pages.free_count - sum(self._pages_for(talk, in_flight) for talk in self.live.values())
+        pages = self._room(seated, in_flight)
         for slot in free:
-            talk, pages = self._next(pages, bool(seated), in_flight, piled_up)
+            talk, pages = self._next(pages, seated, in_flight, piled_up)
             if talk is None:
                 break
             talk.slot, talk.seated_s = slot, time.perf_counter()
@@ -85,7 +85,7 @@ class Seats:
         self._write(seated)
         return seated
 
-    def _next(self, pages: int, others: bool, in_flight: int, piled_up: bool) -> tuple[Talk | None, int]:
+    def _next(self, pages: int, seated: list[Talk], in_flight: int, piled_up: bool) -> tuple[Talk | None, int]:
         """The next conversation to seat, if the cache has `pages` left for it, and what is left then.
 
         The oldest that has begun is next, and may take the pages of younger ones; a new one waits until there are
@@ -98,13 +98,9 @@ class Seats:
         if queue is self.waiting and (shared := self._prefixes.share(talk.ids)):
             talk.parked, talk.written = shared, shared.length
         needed = self._pages_for(talk, in_flight)
-        while needed > pages and (gained := self._drop_prefixes()):
-            pages += gained
-        while needed > pages and (queue is self.ready or not (self.live or others)):
-            gained = self.evict(talk)
-            if not gained:
-                break
-            pages += gained
+        urgent = queue is self.ready or not (self.live or seated)
+        while needed > pages and (self.evict(talk) if urgent else self._prefixes.drop_oldest()):
+            pages, needed = self._room(seated, in_flight), self._pages_for(talk, in_flight)
         if needed > pages:
             if queue is self.waiting:
                 self._let_go(talk)
@@ -112,11 +108,16 @@ class Seats:
         queue.remove(talk)
         return talk, pages - needed
 
+    def _room(self, seated: list[Talk], in_flight: int) -> int:
+        """Free pages beyond those that rows which draw, or are about to be written, may take."""
+        taken = sum(self._pages_for(talk, in_flight) for talk in (*self.live.values(), *seated))
+        return self.engine.pages.free_count - taken
+
     def _pages_for(self, talk: Talk, in_flight: int) -> int:
         """Pages that a row may take beyond those it has, to be written and to draw for one dispatch more."""
         steps = self.engine.config.decode_steps * (1 + in_flight)
         length = min(len(talk.ids) + steps, self.engine.config.max_length)
-        name = talk.slot if talk.slot is not None else talk.parked and talk.parked.name
+        name = talk.slot if talk.parked is None else talk.parked.name
         return self.engine.pages.needed(name, talk.written, length)
 
     def _write(self, seated: list[Talk]) -> None:
@@ -184,31 +185,30 @@ class Seats:
         self.drop_prompts()
         self._prefixes.clear()
 
-    def _drop_prefixes(self) -> int:
-        """Let go of rows that are kept for later until that frees a page; returns how many pages it freed."""
-        before = self.engine.pages.free_count
-        while self.engine.pages.free_count == before and self._prefixes.drop_oldest():
-            pass
-        return self.engine.pages.free_count - before
-
     def drop_prompts(self, unwanted: bool = False) -> None:
         """Let go of kept prompts: of all, or of those that nobody waits for."""
         for prompt in [prompt for prompt in self._prompts if not (unwanted and prompt in self._wanted)]:
             self.engine.drop(self._prompts.pop(prompt))
 
-    def evict(self, keep: Talk) -> int:
-        """Take the pages of kept rows and prompts, then of the youngest row that is younger than `keep`; returns how
-        many."""
-        before = self.engine.pages.free_count
-        if not self._drop_prefixes():
-            self.drop_prompts()
-        youngest = max(self._holders(), key=lambda talk: talk.order, default=keep)
-        if self.engine.pages.free_count == before and youngest.order > keep.order:
-            self._give_up(youngest)
-        return self.engine.pages.free_count - before
+    def evict(self, keep: Talk) -> bool:
+        """Let go of a kept row, then of the kept prompts, then of the youngest row that is younger than `keep`; False
+        where there is none of them.
 
-    def evict_any(self) -> int:
-        """Take pages of whoever is younger than the oldest that has any; returns how many."""
+        A page that another row shares is not free then, but that row need not copy it any more.
+        """
+        if self._prefixes.drop_oldest():
+            return True
+        if self._prompts:
+            self.drop_prompts()
+            return True
+        youngest = max(self._holders(), key=lambda talk: talk.order, default=keep)
+        if youngest.order > keep.order:
+            self._give_up(youngest)
+            return True
+        return False
+
+    def evict_any(self) -> bool:
+        """`evict` whoever is younger than the oldest that has pages."""
         return self.evict(min(self._holders(), key=lambda talk: talk.order))
 
     def _holders(self) -> list[Talk]:

@@ -31,6 +31,17 @@ def test_a_small_cache_changes_the_schedule_and_no_draw(make_engine, model, refe
     assert stats.appended_tokens == told, "what is written again is counted apart"
 
 
+@pytest.mark.parametrize("page_size", [8, 96])
+def test_a_row_may_take_the_whole_cache_whoever_shared_its_prompt(make_engine, model, reference, page_size):
+    """With the prompt let go, the row that shares its page with it needs no copy, though no page became free."""
+    stops = range(0, model.vocab_size, 16)
+    pages = -(-96 // page_size)
+    engine = make_engine(0, stops, slots=4, page_size=page_size, pages=pages, decode_steps=96, tool_lag=0)
+    conversations = chats()
+    run(engine, conversations)
+    assert [chat.ids for chat in conversations] == [chat.ids for chat in reference] and quiet(engine)
+
+
 def test_more_conversations_than_slots_decode_while_others_wait_for_tools(engines):
     """Two slots, and four conversations whose tools take long: while two wait, the other two draw."""
     out: set[int] = set()
