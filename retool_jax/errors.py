@@ -3,8 +3,12 @@
 import errno
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 
@@ -68,6 +72,45 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved, if anything is", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Let Ctrl-C end the block at once, wherever it comes.
+
+    By itself it is lost where Python is in a callback of its collector or of a weak reference: what is raised there is
+    printed and forgotten, so it is raised again until the block ends by it. And asyncio's own handler waits until a
+    coroutine waits, which long work in it does not.
+    """
+    timers: list[threading.Timer] = []
+    repeated: list[int] = []
+
+    def repeat(number: int) -> None:
+        repeated.append(number)
+        os.kill(os.getpid(), number)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        again, ending = bool(repeated), sys.exception()
+        repeated.clear()
+        while ending is not None and not isinstance(ending, KeyboardInterrupt):
+            ending = ending.__context__
+        if again and ending is not None:  # it was heard, and what is open is being closed
+            return
+        timers.append(threading.Timer(0.2, repeat, (number,)))
+        timers[-1].daemon = True
+        timers[-1].start()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def _prepare_streams() -> None:

@@ -5,7 +5,7 @@ The same command goes on with an evaluation that was interrupted (docs/evaluatio
 
 import asyncio
 
-from retool_jax.errors import UserError, run_command
+from retool_jax.errors import UserError, heard, run_command
 from retool_jax.memory import collect_rarely
 from retool_jax.run import load
 from retool_jax.run.schema import EvaluateRun
@@ -22,11 +22,12 @@ def main(words: list[str]) -> None:
         raise UserError("there is nothing to evaluate; set init_from to a run or Hugging Face folder, or a hub id")
     collect_rarely()
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
-    from retool_jax.compile_cache import keep_programs
-    from retool_jax.run.build import resolve
+    with heard():
+        from retool_jax.compile_cache import keep_programs
+        from retool_jax.run.build import resolve
 
-    run = resolve(words)
-    keep_programs()
+        run = resolve(words)
+        keep_programs()
     measure(run)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,7 +153,7 @@ def check_out(job: Job) -> None:
 def prepare(job: Job) -> Report:
     """Do the job: read, convert, verify, compare, write. Returns what became of the rows."""
     everything = read_rows(job.source)
-    rows = list(itertools.islice(everything, job.limit)) if job.limit else everything
+    rows = list(itertools.islice(everything, min(job.limit, sys.maxsize))) if job.limit else everything
     first = next(iter(rows), None)
     if first is None:
         raise UserError(f"source={job.source} has no rows")

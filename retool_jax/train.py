@@ -2,7 +2,7 @@
 
 import asyncio
 
-from retool_jax.errors import UserError, run_command
+from retool_jax.errors import UserError, heard, run_command
 from retool_jax.memory import collect_rarely, keep_freed_memory
 from retool_jax.run import load
 from retool_jax.run.schema import RLRun, SFTRun, task_of
@@ -18,11 +18,12 @@ def main(words: list[str]) -> None:
     keep_freed_memory()
     collect_rarely()
     # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
-    from retool_jax.compile_cache import keep_programs
-    from retool_jax.run.build import resolve
+    with heard():
+        from retool_jax.compile_cache import keep_programs
+        from retool_jax.run.build import resolve
 
-    run = resolve(words)
-    keep_programs()
+        run = resolve(words)
+        keep_programs()
     train(run)
 
 
@@ -39,7 +40,8 @@ def train(run: SFTRun | RLRun) -> None:
         else:
             from retool_jax.run import sft
 
-            sft.train(run)
+            with heard():
+                sft.train(run)
             print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={run.run} goes on from it")
 
 

@@ -1,18 +1,21 @@
 """What a command does where the system is not as it expects: its streams, its folder, paths that cannot be."""
 
 import errno
+import gc
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from retool_jax.errors import run_command
+from retool_jax.errors import heard, run_command
 
 PRINTS = """
 import sys
 from rich.console import Console
-from retool_jax.errors import run_command
+from retool_jax.errors import heard, run_command
 def plainly(words): print("± " * 99_999, flush=True)
 def by_rich(words): Console().print("\\udcff ± " * 99_999)
 run_command(globals()[sys.argv[1]])
@@ -40,7 +43,7 @@ def test_streams_of_ascii_get_escapes(way):
 
 CLOSED = """
 import os
-from retool_jax.errors import run_command
+from retool_jax.errors import heard, run_command
 def main(words):
     with open("numbers", "w") as file: os.write(1, b"of a library"), os.write(2, b"of another"), file.write("mine")
 run_command(main)
@@ -56,7 +59,7 @@ def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path):
 GONE = """
 import os
 from pathlib import Path
-from retool_jax.errors import run_command
+from retool_jax.errors import heard, run_command
 os.rmdir(os.getcwd())
 run_command(lambda words: Path("x").resolve())
 """
@@ -86,3 +89,25 @@ def test_a_path_that_cannot_be_is_one_line(monkeypatch, capsys, name):
     error = capsys.readouterr().err
     assert error.startswith("error: cannot ") and f"runs/x ({os.strerror(getattr(errno, name))}); " in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_comes_while_python_collects_is_not_lost():
+    sent = []
+
+    def collected(*_: object) -> None:
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # the signal is heard in here
+            pass
+
+    before = signal.getsignal(signal.SIGINT)
+    gc.callbacks.append(collected)
+    try:
+        with pytest.raises(KeyboardInterrupt), heard():
+            gc.collect()
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(collected)
+    assert sent and signal.getsignal(signal.SIGINT) is before

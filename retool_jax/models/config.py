@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.fields import CHECKED, NotNegative, Positive, complaint
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -146,18 +146,18 @@ def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
     path = Path(folder) / "config.json"
     hf = _read_json(path, folder)
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{path} has model_type={family!r}; only {', '.join(FAMILIES)} are supported")
-    _refuse_others(path, hf)
-    heads, hidden = (_whole(path, hf, key) for key in ("num_attention_heads", "hidden_size"))
-    fallbacks = {
-        "num_key_value_heads": heads,
-        "head_dim": 128 if family == "qwen3" else hidden // max(heads, 1),  # as transformers has it
-        "max_position_embeddings": ModelConfig.max_positions,
-    }
-    there = hf | {key: value for key, value in fallbacks.items() if hf.get(key) is None}
-    sizes = {ours: _whole(path, there, key) for ours, key in SIZES.items()}
     try:
+        _refuse_others(path, hf)
+        heads, hidden = (_whole(path, hf, key) for key in ("num_attention_heads", "hidden_size"))
+        fallbacks = {
+            "num_key_value_heads": heads,
+            "head_dim": 128 if family == "qwen3" else hidden // max(heads, 1),  # as transformers has it
+            "max_position_embeddings": ModelConfig.max_positions,
+        }
+        there = hf | {key: value for key, value in fallbacks.items() if hf.get(key) is None}
+        sizes = {ours: _whole(path, there, key) for ours, key in SIZES.items()}
         return ModelConfig(
             **sizes,
             **_rope(path, hf, sizes["max_positions"]),
@@ -169,6 +169,8 @@ def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
     except ValidationError as error:
         said = complaint(error, ModelConfig, "model.")
         raise UserError(f"{path} describes a model that cannot be computed here: {said}") from None
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # rms_norm_eps: null, and the like
+        raise UserError(f"{path} has a value that is none for its key ({one_line(error)}); copy it again") from error
 
 
 def config_to_hf(config: ModelConfig) -> dict:

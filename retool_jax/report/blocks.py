@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from retool_jax.errors import UserError
+from retool_jax.errors import UserError, one_line
 from retool_jax.metrics import Progress
 from retool_jax.report.runs import Run
 from retool_jax.report.trajectories import (
@@ -157,15 +157,15 @@ def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
             with_texts = isinstance(tokenizer, str)
             chosen = read_records(source, tokenizer)
             chosen = choose_trajectories(chosen, count) if count < source.count else chosen
-            for batch in _batches((record, detail(record, with_texts)) for record in chosen):
+            for batch in _batches(_details(source, chosen, with_texts)):
                 block = to_block([shown for _, shown in batch])
                 size += len(block)
                 if limit is None and size > PAGE_BYTES:
                     break
                 blocks.starts.append(len(rows))
                 blocks.details.append(block)
-                for record, shown in batch:
-                    rows.append(row(source.run, record, source.greedy))
+                for listed, shown in batch:
+                    rows.append(listed)
                     ids[names[source.run]].update(shown["ids"])
             if bar:
                 bar.step(number, {"shown": f"{len(rows):,}"})
@@ -181,15 +181,27 @@ def _fitting(sources: Sequence[Source], tokenizers: Sequence[Tokenizer | str]) -
     for source in {s.path: s for s in (sources[:1] + sources[len(sources) // 2 :][:1] + sources[-1:])}.values():
         tokenizer = tokenizers[source.run]
         some = islice(read_records(source, tokenizer), 20)
-        shown += [detail(record, isinstance(tokenizer, str)) for record in some]
+        shown += [shown for _, shown in _details(source, some, isinstance(tokenizer, str))]
     return int(EXPECTED_SHARE * PAGE_BYTES * len(shown) / len(to_block(shown))) if shown else 0
+
+
+def _details(source: Source, records: Iterable[dict], with_texts: bool) -> Iterator[tuple[dict, dict]]:
+    """The `row` and the `detail` of each record. Raises UserError where one of them is not what trajectories are."""
+    for record in records:
+        try:
+            yield row(source.run, record, source.greedy), detail(record, with_texts)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
+            raise UserError(
+                f"{source.path} has a trajectory that cannot be shown, {record['id']!r} ({what}); remove its line"
+            ) from error
 
 
 def _batches(details: Iterable[tuple[dict, dict]]) -> Iterator[list[tuple[dict, dict]]]:
     """Groups that fill a block each."""
     batch, size = [], 0
-    for record, shown in details:
-        batch.append((record, shown))
+    for listed, shown in details:
+        batch.append((listed, shown))
         size += 5 * len(shown["ids"]) + sum(len(part[1]) for part in shown["parts"])
         if size > BLOCK_CHARACTERS:
             yield batch

@@ -238,7 +238,7 @@ def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
             " read without tokenizer.json; add that file"
         )
     vocab = _read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    lines = _read_text(folder / "merges.txt").splitlines()
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = _declared_tokens(folder, config) or added_after(len(vocab), _tokens_by_model_type(folder))
     try:
@@ -299,7 +299,7 @@ def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> "PreTrain
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(name)
         text = value.get("content") if isinstance(value, dict) else value
-        if text and fast.token_to_id(text) is None:
+        if text and (not isinstance(text, str) or fast.token_to_id(text) is None):
             raise UserError(f"{folder / 'tokenizer_config.json'} has {name} {text!r}, which is not in the vocabulary")
         if text:
             names[name] = text
@@ -307,7 +307,7 @@ def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> "PreTrain
     if isinstance(template, list):  # several by name
         template = next((item["template"] for item in template if item.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = _read_text(folder / "chat_template.jinja")
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, chat_template=template, clean_up_tokenization_spaces=False, **names
     )
@@ -324,6 +324,13 @@ def _download(name: str) -> Path:
             f"no tokenizer at {name}: not a folder, and the hub says {one_line(error)};"
             f" set tokenizer=FOLDER with {_EXPECTED}, or miniature"
         ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}); fetch it again") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -292,3 +292,12 @@ def test_impossible_heads_are_refused():
 def test_two_scalings_of_one_rotation_are_refused():
     with pytest.raises(UserError, match="scale the same rotation; set one of them to 0"):
         ModelConfig(yarn_factor=2.0, yarn_original_length=64, llama3_factor=2.0, llama3_original_length=64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rms_norm_eps": None}, {"rope_theta": "x"}, {"rope_scaling": 3}, {"rope_scaling": YARN | {"rope_type": []}}],
+)
+def test_a_value_that_is_none_for_its_key_is_one_line(tmp_path, changes):
+    with pytest.raises(UserError, match=r"config.json has a value that is none for its key \(.*\); copy it again"):
+        config_from_hf(write(tmp_path, **changes))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.errors import UserError
 from retool_jax.report.blocks import logprob_codes, make_blocks, run_lengths, token_texts
 from retool_jax.report.page import main, write_report
 from retool_jax.report.runs import load_runs
@@ -155,3 +156,13 @@ def test_run_lengths_begin_with_what_was_not_drawn(flags):
 
 def test_log_probs_of_any_size_fit_a_byte():
     assert logprob_codes([0.0, -1.0, -15.8, -1e9, float("-inf"), float("nan"), 1e-9]) == [0, 64, 254, 255, 255, 255, 0]
+
+
+def test_a_record_that_cannot_be_shown_is_named(make_run, tmp_path):
+    run = make_run(tmp_path / "a", "python", 0, steps=5, count=2, curves=False)
+    path = min((run / "trajectories").iterdir())
+    whole, *others = path.read_text().splitlines()
+    for key, value in (("end", None), ("segments", [{"role": "policy"}]), ("sampled", [])):
+        path.write_text("\n".join([json.dumps(json.loads(whole) | {key: value}), *others]))
+        with pytest.raises(UserError, match=rf"{path.name} has a trajectory that cannot be shown, .*; remove its line"):
+            make_blocks(load_runs([run]))

@@ -149,6 +149,7 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(ranks, tmp_path):
         tokenizer__json=whole,
         tokenizer_config__json='{"eos_token": "<eos>"}',
     )
+    refused(r"eos_token 3, which is not", tokenizer__json=whole, tokenizer_config__json='{"eos_token": 3}')
     refused(
         r"disagree: '<\|im_end\|>' is id \d+ in the vocabulary and 5 in the settings",
         tokenizer__json=whole,
@@ -172,6 +173,11 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(ranks, tmp_path):
         tokenizer_config__json='{"tokenizer_class": "Qwen2Tokenizer"}',
         config__json='{"model_type": "qwen2"}',
     )
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "tokenizer.json").write_text(whole)
+    (tmp_path / "bytes" / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"cannot read .*chat_template\.jinja \('utf-8' codec .*; fetch it again"):
+        load_tokenizer(str(tmp_path / "bytes"))
     refused(r"qwen\.tiktoken line 2 is not `base64 rank`", qwen__tiktoken="IQ== 0\n??\n")
     refused(r"qwen\.tiktoken has gaps", qwen__tiktoken="IQ== 0\nIg== 2\n")
     nobody = json.loads(whole) | {"added_tokens": []}
