@@ -271,6 +271,18 @@ def fresh_logits(model, params):
 
 
 @pytest.fixture(scope="session")
+def alive() -> Callable[[], int]:
+    """Bytes of all of jax's arrays that anyone refers to: `alive()`. What earlier tests left in cycles is let go first,
+    or it might go between two looks."""
+
+    def count() -> int:
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    return count
+
+
+@pytest.fixture(scope="session")
 def compiles() -> list[str]:
     """Grows by one entry for every program that XLA compiles from now on."""
     seen: list[str] = []

@@ -148,7 +148,7 @@ def test_no_more_tools_run_at_once_than_allowed(engines, reference):
     assert [chat.ids for chat in conversations] == [chat.ids for chat in reference]
 
 
-def test_two_thousand_trajectories_leave_nothing_behind(many, compiles):
+def test_two_thousand_trajectories_leave_nothing_behind(many, compiles, alive):
     """With cancellations, tools that give up and budgets that end, in a cache that is too small for all slots."""
     rng = np.random.default_rng(0)
 
@@ -171,7 +171,7 @@ def test_two_thousand_trajectories_leave_nothing_behind(many, compiles):
         rewritten += run(many, wild).rewritten_tokens
         cancelled += sum(chat.dropped == "cancelled" for chat in wild)
         assert quiet(many)
-        memory.append(sum(x.nbytes for x in jax.live_arrays()))
+        memory.append(alive())
     assert len(compiles) == known and rewritten > 0 and cancelled > 100
     assert memory[-1] <= memory[1], "no array is kept"
 

@@ -37,12 +37,7 @@ def is_adam(x: object) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-def alive() -> int:
-    """Bytes of all arrays that anyone refers to."""
-    return sum(x.nbytes for x in jax.live_arrays())
-
-
-def test_weights_that_training_begins_from_are_there_once(model, params):
+def test_weights_that_training_begins_from_are_there_once(model, params, alive):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
     copied = jax.tree.map(np.array, params)  # the others' weights must not be the buffers that are consumed
     given = jax.device_put(copied, state_shardings(model, OPTIMIZER, mesh).params)
