@@ -29,7 +29,10 @@ ENVIRONMENTS = {  # of the pythons that peers run in
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PEERS = {  # by work: who does it, in which Python, by which script and word
-    "update": {"HF torch": ("torch", "hf_torch", "update")},
+    "update": {
+        "HF torch": ("torch", "hf_torch", "update"),
+        "google-tunix": ("tunix", "google_tunix", "update"),
+    },
     "generate": {
         "HF torch": ("torch", "hf_torch", "generate"),
         "HF torch, static cache": ("torch", "hf_torch", "generate_static"),

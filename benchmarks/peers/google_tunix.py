@@ -1,4 +1,4 @@
-"""google-tunix on the same model, with its own sampler: `python google_tunix.py WORK`, `generate` or `grpo`."""
+"""google-tunix on the same model, with its own sampler: `python google_tunix.py update`, `generate` or `grpo`."""
 
 import importlib.metadata
 import sys
@@ -9,12 +9,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from shape import DRAWN, GROUP, MODEL, PROMPT, REPEATS, ROWS, report, show
+from shape import DRAWN, GROUP, LENGTH, MODEL, PROMPT, REPEATS, ROWS, report, show
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.qwen2.model import ModelConfig, Qwen2
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 NEVER = MODEL["vocab_size"]  # an id that is not drawn, so that no row stops
 VERSIONS = {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax", "qwix")}
@@ -56,6 +57,22 @@ def make_model() -> Qwen2:
 
 def texts(rng: np.random.Generator, count: int) -> list[str]:
     return [" ".join(map(str, ids)) for ids in rng.integers(1, MODEL["vocab_size"], (count, PROMPT))]
+
+
+def update() -> None:
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    trainer = PeftTrainer(make_model(), optimizer, TrainingConfig(eval_every_n_steps=1000))
+    train_step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
+    tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], (ROWS, LENGTH))
+    whole = np.ones((ROWS, LENGTH), bool)
+    inputs = {
+        "input_tokens": tokens,
+        "input_mask": whole,
+        "positions": np.broadcast_to(np.arange(LENGTH), whole.shape),
+        "attention_mask": np.broadcast_to(np.tri(LENGTH, dtype=bool), (ROWS, LENGTH, LENGTH)),
+    }
+    batch = jax.tree.map(jax.numpy.asarray, inputs)
+    report("update", lambda: jax.block_until_ready(train_step(batch)), **VERSIONS)
 
 
 def generate() -> None:
@@ -105,4 +122,4 @@ def grpo() -> None:
 
 
 if __name__ == "__main__":
-    {"generate": generate, "grpo": grpo}[sys.argv[1]]()
+    {"update": update, "generate": generate, "grpo": grpo}[sys.argv[1]]()
