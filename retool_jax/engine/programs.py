@@ -9,9 +9,10 @@ from retool_jax import mesh as meshes
 from retool_jax.engine.sampling import Sampling, row_keys, sample
 from retool_jax.engine.turns import STOPS
 from retool_jax.models import decoder
-from retool_jax.models.cache import Rows, copy_pages, init_cache, refresh_rows, scatter_rows
+from retool_jax.models.cache import copy_pages, init_cache
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
+from retool_jax.models.rows import Rows, refresh_rows, scatter_rows
 
 CHANGES = 6 + STOPS  # columns of the turns that begin
 

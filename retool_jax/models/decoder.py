@@ -24,12 +24,11 @@ from retool_jax.models.attention import (
     resolve_kernel,
     rotate,
     rotation,
-    row_attention,
 )
 from retool_jax.models.blocks import ATTENTION
-from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.products import by_weight
+from retool_jax.models.rows import Rows, row_attention
 
 Params = nnx.State
 Cache = jax.Array | Rows
@@ -337,7 +336,7 @@ def extend(
     """Put `count` tokens behind the first `start` entries of rows; the model call of all decoding.
 
     Prefill, append and decode differ only in T. The cache is a pool of pages with the table that says which are each
-    row's, or, with unstacked weights, the dense copy of rows for one token each (see `cache.py`). Tokens beyond `count`
+    row's, or, with unstacked weights, the dense copy of rows for one token each (see `rows.py`). Tokens beyond `count`
     are padding.
 
     Returns the cache and the hidden state [B,D] after each row's last token, from which the next is sampled.
