@@ -12,9 +12,9 @@ from retool_jax.clock import AHEAD
 from retool_jax.engine.compiled import Layouts, Program, Programs
 from retool_jax.engine.config import FILLED, EngineConfig
 from retool_jax.engine.programs import CHANGES, init_engine_state
-from retool_jax.models.cache import init_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, abstract_params, unstack, weight_dtype
+from retool_jax.models.rows import init_rows
 
 AT_ONCE = 2  # programs that are compiled side by side; more take memory and, of a few cores, no less time
 
@@ -44,7 +44,8 @@ class Shapes(NamedTuple):
         slots, layouts, rows = self.config.slots, self.layouts, None
         if layouts.rows:
             length = pages * layouts.sizes.page_size
-            rows = placed(jax.eval_shape(partial(init_rows, self.model, slots, length)), layouts.rows)
+            platform = layouts.everywhere.mesh.devices.flat[0].platform
+            rows = placed(jax.eval_shape(partial(init_rows, self.model, slots, length, platform)), layouts.rows)
         key = placed(jax.eval_shape(lambda: jax.random.key(0)), layouts.everywhere)
         host = self.ints(), self.ints(slots, CHANGES), self.ints(slots, pages), self.ints(slots), self.ints()
         return self.state, rows, self.weights, key, *host

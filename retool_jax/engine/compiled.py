@@ -27,9 +27,9 @@ from retool_jax.engine.programs import (
 from retool_jax.engine.sampling import Sampling
 from retool_jax.errors import UserError
 from retool_jax.models.attention import resolve_cache_kernel
-from retool_jax.models.cache import Rows, init_rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
+from retool_jax.models.rows import Rows, init_rows
 from retool_jax.models.sharding import param_shardings, unstacked_shardings
 
 P = ParamSpec("P")
@@ -71,7 +71,7 @@ class Layouts(NamedTuple):
 
     sizes: Sizes
     state: EngineState
-    rows: Rows | None  # None where a kernel reads pages where they lie
+    rows: NamedSharding | None  # of each array of the dense rows; None where a kernel reads pages where they lie
     weights: Params | dict
     everywhere: NamedSharding
 
@@ -85,8 +85,7 @@ class Layouts(NamedTuple):
         rows = None
         if kernel == "xla":
             weights = unstacked_shardings(model, mesh)
-            split = meshes.sharding(mesh, batch, "kv_heads", None, None)
-            rows = Rows((split,) * model.num_layers, (split,) * model.num_layers)
+            rows = meshes.sharding(mesh, batch, "kv_heads", None, None)
         pool = meshes.sharding(mesh, None, None, "kv_heads", "head_dim")
         by_row = meshes.sharding(mesh, batch) if batch else everywhere
         state = EngineState(pool, *[by_row] * 5, Sampling(*[by_row] * 3))
@@ -159,7 +158,7 @@ class Programs:
         decode = partial(decode_steps, model, config.decode_steps, tuple(stop_ids), mesh.shape["tp"])
         empty_state = partial(init_engine_state, model, config.slots, sizes.pages, sizes.page_size)
         options = meshes.decode_options(mesh)
-        empty_rows = jax.jit(partial(init_rows, model, config.slots), static_argnums=0, out_shardings=rows)
+        empty_rows = partial(init_rows, model, config.slots, backend=mesh.devices.flat[0].platform)
 
         def program(function: Callable, out_shardings: object, donated: int | tuple[int, ...] = 0) -> Program:
             jitted = jax.jit(function, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options)
@@ -167,7 +166,7 @@ class Programs:
 
         return cls(
             init_state=jax.jit(empty_state, out_shardings=state),
-            init_rows=empty_rows,
+            init_rows=jax.jit(empty_rows, static_argnums=0, out_shardings=rows),
             decode=program(decode, (state, rows, everywhere, everywhere), donated=(0, 1)),
             extend=tuple(
                 program(partial(extend_rows, model, row_parts(mesh), some), (state, everywhere))

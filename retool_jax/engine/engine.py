@@ -29,9 +29,9 @@ from retool_jax.engine.pages import OutOfPages, Pages
 from retool_jax.engine.programs import CHANGES
 from retool_jax.engine.turns import STOPS, Drawn, Parked, Prefix, Turn, Turns
 from retool_jax.engine.weights import Weights, make_adopt
-from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
+from retool_jax.models.rows import Rows
 
 
 @lru_cache(maxsize=8)
@@ -358,7 +358,7 @@ class Engine:
     def _fit_rows(self, pages: int) -> None:
         """Make the dense copy anew where rows of so many pages need one of another length."""
         length = pages * self.sizes.page_size
-        if self.layouts.rows and (self._rows is None or self._rows.v[0].shape[2] != length):
+        if self.layouts.rows and (self._rows is None or self._rows.length != length):
             self._rows = None  # its memory goes first
             with jax.set_mesh(self.mesh):
                 self._rows = self._programs.init_rows(length)

@@ -9,9 +9,11 @@ from retool_jax import mesh as meshes
 from retool_jax.engine.sampling import Sampling, row_keys, sample
 from retool_jax.engine.turns import STOPS
 from retool_jax.models import decoder
-from retool_jax.models.cache import Rows, copy_pages, init_cache, refresh_rows, scatter_rows
+from retool_jax.models.attention import rotation
+from retool_jax.models.cache import copy_pages, init_cache
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
+from retool_jax.models.rows import Rows, refresh_rows, scatter_rows
 
 CHANGES = 6 + STOPS  # columns of the turns that begin
 
@@ -78,8 +80,9 @@ def decode_steps(
     state = apply_turns(state, changes_BC)
     rows = state.length.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
-    cache = state.cache
+    cache, turns = state.cache, None
     if dense is not None:
+        turns = rotation(model, jnp.arange(dense.length)[None])
         cache = refresh_rows(cache, dense, table_BP, state.length, stale_B, stale_count)
 
     class Loop(NamedTuple):
@@ -107,6 +110,7 @@ def decode_steps(
             loop.length,
             go.astype(jnp.int32),
             table_BP,
+            turns,
         )
         both = jnp.stack([draw.logprobs, draw.plain_logprobs], 1)
         return Loop(

@@ -3,7 +3,8 @@
 `attend` is the plain form, which every kernel is tested against. Packed rows go through `packed_attention`, which runs
 the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, blocks of plain products (`blocks.py`) elsewhere.
 Tokens behind a cache go through `paged_attention` (ragged on TPU, triton on GPU) or, one at a time, through
-`row_attention`. Kernels of the TPU are imported where they are called: a run on other chips loads none of them.
+`row_attention` (`rows.py`). Kernels of the TPU are imported where they are called: a run on other chips loads none of
+them.
 """
 
 import math
@@ -17,7 +18,7 @@ import numpy as np
 from retool_jax import mesh as meshes
 from retool_jax.errors import UserError
 from retool_jax.models.blocks import ATTENTION, Seen, blocked_attention
-from retool_jax.models.cache import Rows, read_pages, write_pages, write_row
+from retool_jax.models.cache import read_pages, write_pages
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.paged import paged_decode
 
@@ -286,27 +287,6 @@ def _triton(q_B1NH: jax.Array, pages: jax.Array, table_BP: jax.Array, lengths_B:
         specs = queries, meshes.spec(None, None, "kv_heads", "head_dim"), meshes.spec(), meshes.spec()
         decode = jax.shard_map(decode, in_specs=specs, out_specs=queries, check_vma=False)
     return decode(q_B1NH[:, 0], pages, table_BP.astype(jnp.int32), lengths_B.astype(jnp.int32))[:, None]
-
-
-def row_attention(
-    start_B: jax.Array, count_B: jax.Array
-) -> Callable[[Rows, int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Rows]]:
-    """What `paged_attention` computes, for one token a row (count 0 or 1) and the dense copy of the rows.
-
-    Values behind what a row holds must be finite, though no query sees them; `refresh_rows` makes them 0.
-    """
-
-    def apply(rows: Rows, layer: int, q: jax.Array, k: jax.Array, v: jax.Array):
-        rows = write_row(rows, layer, start_B, count_B > 0, k[:, 0], v[:, 0])
-        keys, values = rows.k[layer].astype(q.dtype), rows.v[layer].astype(q.dtype)
-        B, _, N, H = q.shape
-        K, S = keys.shape[1], keys.shape[3]
-        scores = jnp.einsum("BKGH,BKHS->BKGS", q.reshape(B, K, N // K, H), keys, preferred_element_type=jnp.float32)
-        seen = (jnp.arange(S) <= start_B[:, None])[:, None, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores * H**-0.5, jnp.finfo(jnp.float32).min), axis=-1)
-        return jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values).reshape(B, 1, N, H), rows
-
-    return apply
 
 
 class Rotation(NamedTuple):

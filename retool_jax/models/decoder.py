@@ -24,12 +24,11 @@ from retool_jax.models.attention import (
     resolve_kernel,
     rotate,
     rotation,
-    row_attention,
 )
 from retool_jax.models.blocks import ATTENTION
-from retool_jax.models.cache import Rows
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.products import by_weight
+from retool_jax.models.rows import Rows, row_attention
 
 Params = nnx.State
 Cache = jax.Array | Rows
@@ -333,12 +332,14 @@ def extend(
     start_B: jax.Array,
     count_B: jax.Array,
     table_BP: jax.Array | None = None,
+    turns: Rotation | None = None,
 ) -> tuple[Cache, jax.Array]:
     """Put `count` tokens behind the first `start` entries of rows; the model call of all decoding.
 
     Prefill, append and decode differ only in T. The cache is a pool of pages with the table that says which are each
-    row's, or, with unstacked weights, the dense copy of rows for one token each (see `cache.py`). Tokens beyond `count`
-    are padding.
+    row's, or, with unstacked weights, the dense copy of rows for one token each (see `rows.py`). Tokens beyond `count`
+    are padding. `turns` are those of the positions 0, 1, ... as a batch of one row, where somebody has them: who
+    extends rows step by step need not compute sines at each, as a CPU does for each head.
 
     Returns the cache and the hidden state [B,D] after each row's last token, from which the next is sampled.
     """
@@ -347,7 +348,11 @@ def extend(
     else:
         kernel = resolve_cache_kernel(config, current_backend())
         attend = paged_attention(kernel, config.num_layers, table_BP, start_B, count_B)
-    turn = rotation(config, start_B[:, None] + jnp.arange(tokens_BT.shape[1]))
+    positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    if turns is None:
+        turn = rotation(config, positions_BT)
+    else:
+        turn = Rotation(*(jnp.take(of_all[0], positions_BT, axis=0, mode="clip") for of_all in turns))
     hidden_BTD, cache = _decoder(config, params)(tokens_BT, turn, attend, "rows", cache)
     last_B = jnp.maximum(count_B - 1, 0)
     return cache, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]

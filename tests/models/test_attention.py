@@ -23,9 +23,8 @@ from retool_jax.models.attention import (
     rotary_frequencies,
     rotate,
     rotation,
-    row_attention,
 )
-from retool_jax.models.cache import Rows, init_cache, read_pages, refresh_rows, scatter_rows
+from retool_jax.models.cache import init_cache, read_pages
 from retool_jax.models.config import ModelConfig
 
 
@@ -192,16 +191,6 @@ def paged(
     return paged_attention("xla", 2, TABLE, start, count)(pool, layer, q, k, v)
 
 
-@partial(jax.jit, static_argnums=1)
-def dense(
-    rows: Rows, layer: int, start: jax.Array, count: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, Rows]:
-    return row_attention(start, count)(rows, layer, q, k, v)
-
-
-refresh = jax.jit(lambda pool, rows, stale, count: refresh_rows(pool, rows, TABLE, START, stale, count))
-
-
 def full_pool(rng: np.random.Generator) -> jax.Array:
     return jnp.asarray(rng.normal(size=init_cache(CACHED, 9, 4).shape), jnp.float32)
 
@@ -250,28 +239,10 @@ def test_the_ragged_kernels_arguments_mean_what_the_plain_form_computes(T):
     assert seen == [(3 if T == 1 else 4, 3 * T)]
 
 
-def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
-    """Single tokens through both forms, and what was written goes back to the pages."""
-    rng = np.random.default_rng(0)
-    first = pool = full_pool(rng)
-    rows = Rows(*(tuple(jnp.zeros(shape) for _ in range(2)) for shape in ((3, 2, 8, 12), (3, 2, 12, 8))))
-    rows = refresh(pool, rows, jnp.array([2, 0, 1]), 3)
-    length = START.copy()
-    for go in ([1, 1, 1], [1, 0, 0], [1, 1, 0]):
-        q, k, v = queries(rng, 1)
-        for layer in (0, 1):
-            expected, pool = paged(pool, layer, length, np.array(go), q, k, v)
-            ours, rows = dense(rows, layer, length, np.array(go), q, k, v)
-            live = np.flatnonzero(go)
-            np.testing.assert_allclose(ours[live], expected[live], atol=1e-5)
-        length = length + go
-    np.testing.assert_array_equal(scatter_rows(first, rows, TABLE, START, length - START, 5), pool)
-
-
 @pytest.mark.parametrize("left", [np.nan, np.inf])
 @pytest.mark.parametrize("T", [1, 4])
 def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left, T):
-    """A weight of 0 times NaN is NaN: through the pages and through their dense copy, nothing of it is seen."""
+    """A weight of 0 times NaN is NaN: nothing of it is seen."""
     rng = np.random.default_rng(0)
     pool, (q, k, v) = full_pool(rng), queries(rng, T)
     count = np.minimum(COUNT, T)
@@ -284,10 +255,6 @@ def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left, T):
     ours, _ = paged(jnp.asarray(dirty), 1, START, count, q, k, v)
     for row in range(3):
         np.testing.assert_array_equal(ours[row, : count[row]], clean[row, : count[row]])
-    if T == 1:
-        rows = Rows(*(tuple(jnp.full(s, left) for _ in range(2)) for s in ((3, 2, 8, 12), (3, 2, 12, 8))))
-        rows = refresh(jnp.asarray(dirty), rows, jnp.arange(3), 3)
-        np.testing.assert_allclose(dense(rows, 1, START, count, q, k, v)[0], clean, atol=1e-5)
 
 
 @pytest.mark.parametrize(
