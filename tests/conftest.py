@@ -140,6 +140,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
+def pytest_sessionfinish() -> None:
+    """No look for garbage at the end: pytest takes five and Python some more, each through all that jax has made."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def one_device() -> dict[str, str]:
     """The environment of a command on one device."""
