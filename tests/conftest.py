@@ -43,7 +43,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["RETO
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,11 +156,22 @@ def turn(alone: bool) -> Iterator[None]:
         yield
 
 
+KEPT: list[ExitStack] = []
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run a test marked `alone` while no other worker runs one, for it looks at the whole machine."""
-    with turn(item.get_closest_marker("alone") is not None):
-        return (yield)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Run a test marked `alone` while no other worker runs one, for it looks at the whole machine. If the next one is
+    to be alone, too, it has the same turn: each of them costs the others a wait."""
+    alone, again = (test is not None and test.get_closest_marker("alone") is not None for test in (item, nextitem))
+    kept = bool(KEPT)
+    with KEPT.pop() if kept else ExitStack() as own:
+        if not kept:
+            own.enter_context(turn(alone))
+        result = yield
+        if alone and again:
+            KEPT.append(own.pop_all())
+    return result
 
 
 def pytest_sessionfinish() -> None:
