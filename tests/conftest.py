@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 
 # Programs of tests are compiled more often than run, so the compiler is told to hurry: 21 instead of 78 s of processor
 # time for test_step.py. `fully_compiled` undoes it. Before jax is imported, as all of this.
@@ -42,7 +43,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["RETO
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 from xdist.scheduler import LoadScopeScheduling
 
 from retool_jax.engine.engine import Engine, EngineConfig, Parked, Turn, Turns
@@ -66,6 +68,27 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 
 # Tracing makes many objects that live on and are looked at again and again: a tenth of test_step.py's processor time.
 gc.set_threshold(100_000, 50, 1000)
+
+
+def reuse_contexts(programs: int = 10) -> None:
+    """Let each thread lower several programs in one MLIR context, as jax 0.12 does by itself.
+
+    To make one takes 4 ms of processor time, where a small program takes 14 more. A worker has thousands of these.
+    """
+    make, own = mlir.make_ir_context, threading.local()
+
+    def used_again() -> mlir.ir.Context:
+        context, left = getattr(own, "context", (None, 0))
+        if not left:
+            context, left = make(), programs
+        own.context = context, left - 1
+        return context
+
+    mlir.make_ir_context = used_again
+
+
+if jax.__version_info__[:2] == (0, 10):
+    reuse_contexts()
 
 # Groups that take long, the longest of each kind first, with their seconds beside others'. What is not named takes 7.
 SECONDS = {
@@ -133,11 +156,27 @@ def turn(alone: bool) -> Iterator[None]:
         yield
 
 
+KEPT: list[ExitStack] = []
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run a test marked `alone` while no other worker runs one, for it looks at the whole machine."""
-    with turn(item.get_closest_marker("alone") is not None):
-        return (yield)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Run a test marked `alone` while no other worker runs one, for it looks at the whole machine. If the next one is
+    to be alone, too, it has the same turn: each of them costs the others a wait."""
+    alone, again = (test is not None and test.get_closest_marker("alone") is not None for test in (item, nextitem))
+    kept = bool(KEPT)
+    with KEPT.pop() if kept else ExitStack() as own:
+        if not kept:
+            own.enter_context(turn(alone))
+        result = yield
+        if alone and again:
+            KEPT.append(own.pop_all())
+    return result
+
+
+def pytest_sessionfinish() -> None:
+    """No look for garbage at the end: pytest takes five and Python some more, each through all that jax has made."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

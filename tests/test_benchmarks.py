@@ -92,7 +92,7 @@ def test_the_sandbox_is_measured(run_benchmark, backend, through):
     # As many calls as make it certain that the kernel's clock, which counts in 10 ms, sees some processor time.
     words = [
         f"backends={backend}",
-        f"calls={8 if backend == 'gvisor' else 40}",
+        f"calls={4 if backend == 'gvisor' else 24}",
         "clients=2",
         "slots=1",
         "restarts=1",

@@ -56,6 +56,19 @@ def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path):
     assert done.returncode == 0 and (tmp_path / "numbers").read_text() == "mine"
 
 
+ENDS = """
+import atexit, gc
+from retool_jax.errors import run_command
+atexit.register(lambda: print(gc.get_freeze_count() > 0))  # what is registered first is called last
+run_command(lambda words: None)
+"""
+
+
+def test_a_command_ends_without_a_look_for_garbage():
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 GONE = """
 import os
 from pathlib import Path

@@ -69,15 +69,6 @@ def _layer_by_layer(model: ModelConfig, layouts: Layouts) -> Callable[[Weights |
 
     One program for all of them takes as long to compile as one that decodes.
     """
-
-    @lru_cache
-    def program(dtype: str, sharding: NamedSharding) -> Callable[..., jax.Array]:
-        def take(old: jax.Array | None, new: jax.Array, layer: np.ndarray | None) -> jax.Array:
-            own = new if layer is None else jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
-            return jnp.array(own, dtype, copy=True)
-
-        return jax.jit(take, donate_argnums=0, out_shardings=sharding, keep_unused=True)
-
     wanted, structure = jax.tree.flatten_with_path(layouts.weights)
 
     def adopt(old: Weights | None, new: Params) -> Weights:
@@ -87,10 +78,22 @@ def _layer_by_layer(model: ModelConfig, layouts: Layouts) -> Callable[[Weights |
             name, layer = path[0].key, None
             if name == "layers":
                 path, layer = (path[0], *path[2:]), np.int32(path[1].idx)
-            taken.append(program(weight_dtype(model, name), sharding)(used, given[path], layer))
+            taken.append(_cut(weight_dtype(model, name), sharding)(used, given[path], layer))
         return structure.unflatten(taken)
 
     return adopt
+
+
+@lru_cache(maxsize=64)  # for all engines of a process, whatever their sizes
+def _cut(dtype: str, sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """A jitted function from (what it may overwrite or None, a weight, a layer or None) to a copy of the weight, or of
+    one layer of its stack."""
+
+    def take(old: jax.Array | None, new: jax.Array, layer: np.ndarray | None) -> jax.Array:
+        own = new if layer is None else jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
+        return jnp.array(own, dtype, copy=True)
+
+    return jax.jit(take, donate_argnums=0, out_shardings=sharding, keep_unused=True)
 
 
 def _every(own: Mesh, trainer: Mesh) -> Mesh:

@@ -119,7 +119,8 @@ def drawn(train, runs) -> Path:
 def with_critic() -> list[str]:
     """Words of a run with a critic, which begins alone, that keeps the rollouts and the checkpoint of each step."""
     learning = ["rl.algorithm=ppo", "rl.critic.warmup_steps=1", "rl.critic.optimizer.learning_rate=0.001"]
-    return [*learning, "evaluation.every=0", "rl.save_rollouts=true", "checkpoint.every=1", "checkpoint.keep=7"]
+    kept = ["rl.save_rollouts=true", "checkpoint.every=1", "checkpoint.keep=5"]
+    return [*learning, "rl.steps=4", "evaluation.every=0", *kept]
 
 
 @pytest.fixture(scope="session")

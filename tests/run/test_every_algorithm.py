@@ -30,14 +30,14 @@ OWN = {
 @pytest.mark.parametrize("kind", OWN)
 def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, drawn, alone, with_critic, kind):
     if kind == "ppo":
-        whole, words, steps = alone, with_critic, 6
+        whole, words = alone, with_critic
     else:
         teacher = [f"rl.teacher.init_from={shutil.copytree(drawn, runs / 'teacher')}"] if kind == "opd" else []
-        whole, words, steps = runs / kind, [*SHORT, *KINDS[kind], *teacher], 4
+        whole, words = runs / kind, [*SHORT, *KINDS[kind], *teacher]
         output = train(whole, *words)
         assert "error:" not in output, output
     lines = [line for line in read_metrics(whole) if line["kind"] == "rl"]
-    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert undefined({name for line in lines for name in line}) == set()
     assert OWN[kind] <= set.intersection(*(set(line) for line in lines))
     assert sum(line.get("grad_norm", 0) > 0 for line in lines) >= 2, "it must have learned something"
@@ -48,10 +48,10 @@ def test_an_algorithm_learns_and_resumes(train, comparable, undefined, runs, dra
     # As a kill in the last step but one leaves it.
     broken = Path(shutil.copytree(whole, runs / f"{kind}-broken"))
     for path in (broken / "checkpoints").iterdir():
-        if path.name.isdecimal() and int(path.name) > steps - 2:
+        if path.name.isdecimal() and int(path.name) > 2:
             shutil.rmtree(path)
     (broken / "summary.json").unlink()
-    assert f"from step {steps - 2} of {steps}" in train(broken, *words)
+    assert "from step 2 of 4" in train(broken, *words)
     if kind == "opd":
         (broken / "summary.json").unlink()
         for folder in (broken, runs / "teacher"):

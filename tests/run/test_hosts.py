@@ -140,7 +140,7 @@ def draws_of(run: Path) -> list[list[list[int]]]:
 
 
 def test_two_hosts_draw_and_learn_what_one_process_does(both, alone, comparable):
-    assert draws_of(both) == draws_of(alone) and len(draws_of(both)) == 6
+    assert draws_of(both) == draws_of(alone) and len(draws_of(both)) == 4
     ours, theirs = numbers_of(both, comparable), numbers_of(alone, comparable)
     assert {line["kind"] for line in ours} == {"sft", "rl", "eval"}
     assert_alike(ours, theirs)
@@ -169,18 +169,18 @@ def test_the_first_host_writes_what_a_run_keeps_once(both, alone):
 
 
 def go_on(run: Path, name: str) -> Path:
-    """A copy of a run as a kill after its fifth step leaves it."""
+    """A copy of a run as a kill after its third step leaves it."""
     folder = Path(shutil.copytree(run, run.with_name(name)))
-    shutil.rmtree(folder / "checkpoints" / "6")
+    shutil.rmtree(folder / "checkpoints" / "4")
     (folder / "summary.json").unlink()
     return folder
 
 
 def test_another_number_of_hosts_goes_on_with_a_run(pair, train, small_run, with_critic, both, alone, comparable):
     one = go_on(both, "one")
-    assert "from step 5 of 6" in train(one, *with_critic)
+    assert "from step 3 of 4" in train(one, *with_critic)
     two = go_on(alone, "two")
-    assert f"resuming {two} from step 5 of 6" in pair.run(*small_run, *with_critic, f"run={two}")[1]
+    assert f"resuming {two} from step 3 of 4" in pair.run(*small_run, *with_critic, f"run={two}")[1]
     for run in (one, two):
         assert draws_of(run) == draws_of(alone)
         assert_alike(comparable(run), comparable(alone))
@@ -241,8 +241,8 @@ def test_a_host_that_is_killed_is_named_and_the_run_goes_on_later(
     assert pair.processes[0].wait(timeout=300) == 1, pair.said()[0]
     assert f"error: host 1 ({socket.gethostname()}, process {pair.processes[1].pid}) has said nothing" in pair.said()[0]
     latest = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
-    steps = max(6, latest + 1)  # six, unless this process slept between two looks
+    steps = max(4, latest + 1)  # four, unless this process slept between two looks
     assert f"from step {latest} of {steps}" in train(run, *words, f"rl.steps={steps}")
-    assert draws_of(run)[:6] == draws_of(alone)
-    first = [[line for line in comparable(of) if line["kind"] == "rl"][:6] for of in (run, alone)]
+    assert draws_of(run)[:4] == draws_of(alone)
+    first = [[line for line in comparable(of) if line["kind"] == "rl"][:4] for of in (run, alone)]
     assert_alike(*first)

@@ -2,23 +2,32 @@
 
 import asyncio
 import json
+from types import ModuleType
 
 import pytest
 
 from .conftest import call_turn, python
-
-openai = pytest.importorskip("openai", reason="the client is absent: pip install 'openai>=3.57,<4'")
 
 ASKED = [{"role": "user", "content": "What is gcd(12, 18)?"}]
 SHOUT = {"name": "shout", "parameters": {"type": "object", "properties": {"text": {"type": "string"}}}}
 TURNS = [python("print(5)"), python("print(6)"), "So \\boxed{6}.<|im_end|>"]
 
 
-def client_of(served) -> "openai.AsyncOpenAI":
-    return openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="secret", max_retries=0)
+@pytest.fixture(scope="module")
+def openai() -> ModuleType:
+    """Imported when a test asks for it: each worker reads this file, and it takes half a second."""
+    return pytest.importorskip("openai", reason="the client is absent: pip install 'openai>=3.57,<4'")
 
 
-def test_a_chat_streams_an_answer_with_two_programs(serve, scripted):
+@pytest.fixture(scope="module")
+def client_of(openai):
+    """The client of a server: `client_of(served)`."""
+    return lambda served: openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{served.port}/v1", api_key="secret", max_retries=0
+    )
+
+
+def test_a_chat_streams_an_answer_with_two_programs(serve, scripted, client_of):
     async def main() -> tuple[list, object]:
         async with serve(scripted({7: TURNS * 2}), ["python"], token="secret") as served, client_of(served) as client:
             options = {"model": "tiny", "messages": ASKED, "seed": 7, "logprobs": True}
@@ -37,7 +46,7 @@ def test_a_chat_streams_an_answer_with_two_programs(serve, scripted):
     assert {entry.logprob for entry in choice.logprobs.content} == {-0.5}
 
 
-def test_functions_of_the_client_round_trip(serve, scripted):
+def test_functions_of_the_client_round_trip(serve, scripted, client_of):
     turn = call_turn(("shout", {"text": "six"}), ("shout", {"text": "two"}))
 
     async def main() -> tuple[object, object]:
@@ -57,7 +66,7 @@ def test_functions_of_the_client_round_trip(serve, scripted):
     assert second.choices[0].message.content == "So \\boxed{6}."
 
 
-def test_a_response_streams_its_programs_and_goes_on(serve, scripted):
+def test_a_response_streams_its_programs_and_goes_on(serve, scripted, client_of):
     async def main() -> tuple[list, object, object]:
         engine = scripted({7: [*TURNS, "Yes.<|im_end|>"]})
         async with serve(engine, ["python"]) as served, client_of(served) as client:
@@ -78,7 +87,7 @@ def test_a_response_streams_its_programs_and_goes_on(serve, scripted):
     assert first.output_text.endswith("So \\boxed{6}.") and second.output_text == "Yes."
 
 
-def test_refusals_are_the_clients_own_errors(serve, scripted):
+def test_refusals_are_the_clients_own_errors(serve, scripted, client_of, openai):
     async def main() -> None:
         async with serve(scripted({}), token="secret") as served, client_of(served) as client:
             with pytest.raises(openai.BadRequestError, match="temperature is 1500"):

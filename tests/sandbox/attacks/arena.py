@@ -9,11 +9,10 @@ from typing import Any
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 
 from ..processes import kill
-from .case import Case, fill, judge
+from .case import MEMORY_MB, Case, fill, judge
 from .host import Host
 from .sessions import FRESH, Cell, Session
 
-MEMORY_MB = 512
 CROWD = 4
 """Cases that run side by side, each in a worker of its own, if they are sociable."""
 BATCH = 12

@@ -18,6 +18,8 @@ HARMLESS = frozenset({"time", "output", "encoding", "python", "protocol", "trans
 """Categories whose cases do no harm to a machine where nothing holds them."""
 ENDED = ("success", "user_error")  # the program's own affair, as long as nothing was reached
 KILLED = ("timeout", "oom", "user_error")
+MEMORY_MB = 256
+"""What a program may have, unless its case says more; what fills it takes as long as there is of it."""
 BUSY = 4.0
 """How many times as long everything may take beside other work on the same cores."""
 BUSY_S = 15.0
@@ -67,7 +69,7 @@ class Case:
     signal: int | None = None
     """Signal that ended the program."""
     wall_s: float = 6.0
-    memory_mb: int = 512
+    memory_mb: int = MEMORY_MB
     limits: Mapping[str, int] = field(default_factory=dict)
     """Other limits."""
     within_s: float = 4.0

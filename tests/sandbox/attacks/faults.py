@@ -18,6 +18,7 @@ from retool_jax.sandbox.launch.procfs import stat_fields
 from ..processes import kill, send
 from ..programs import nap
 from .arena import Arena
+from .case import MEMORY_MB
 from .host import alive, command, descendants, remains, start_owner
 
 Outcomes = dict[str, list[str]]
@@ -25,7 +26,7 @@ Script = Callable[[Arena], Awaitable[Outcomes]]
 
 NAP_TEXT = "begun\nok\n"
 LOOP = "while True:\n    pass"
-SHORT = Limits(wall_s=1.5, memory_mb=512)
+SHORT = Limits(wall_s=1.5, memory_mb=MEMORY_MB)
 
 
 def napping() -> str:
@@ -157,7 +158,9 @@ async def kill_all(arena: Arena) -> Outcomes:
 
 async def kill_every_attempt(arena: Arena) -> Outcomes:
     """The worker dies under each attempt: the caller learns it as what it is, and the next call is served."""
-    call = asyncio.create_task(arena.box.run("import time\ntime.sleep(20)", limits=Limits(wall_s=60, memory_mb=512)))
+    call = asyncio.create_task(
+        arena.box.run("import time\ntime.sleep(20)", limits=Limits(wall_s=60, memory_mb=MEMORY_MB))
+    )
     killed = 0
     while not call.done():
         await asyncio.sleep(0.05)
@@ -175,7 +178,7 @@ async def kill_every_attempt(arena: Arena) -> Outcomes:
 
 async def give_up(arena: Arena) -> Outcomes:
     """The caller cancels: the program is gone, the next call is served."""
-    call = asyncio.create_task(arena.box.run(LOOP, limits=Limits(wall_s=60, memory_mb=512)))
+    call = asyncio.create_task(arena.box.run(LOOP, limits=Limits(wall_s=60, memory_mb=MEMORY_MB)))
     await asyncio.sleep(0.3)
     before = family(busy_worker(arena).pid)
     call.cancel()

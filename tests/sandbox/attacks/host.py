@@ -167,7 +167,7 @@ class Host:
         that run outside of these groups hold; MiB."""
         charged, members = 0, set()
         if (where := cgroup.memory_folder()) is not None:
-            for group in where.path.glob(f"{owner_tag()}/*/"):
+            for group in where.path.glob(f"{owner_tag()}*/*/"):
                 with suppress(OSError):
                     name = "memory.current" if where.unified else "memory.usage_in_bytes"
                     charged += int((group / name).read_text())

@@ -8,7 +8,7 @@ MEMORY_OUT = ("oom", "user_error")
 def stays_small(host, running) -> str:
     """How much memory the machine loses while the program runs."""
     lost = host.most_memory_mb(running)
-    return f"the sandbox took {lost:.0f} MB of the host" if lost > 1400 else ""  # 512 MB + 384 MB of gVisor + tiers
+    return f"the sandbox took {lost:.0f} MB of the host" if lost > 1150 else ""  # 256 MB + 384 MB of gVisor + tiers
 
 
 MEMORY = [
@@ -39,12 +39,12 @@ MEMORY = [
     ),
     Case(
         "memory",
-        "twelve children of 300 MB",
+        "twelve children of 150 MB",
         """
 import os, time
 for _ in range(12):
     if os.fork() == 0:
-        x = bytearray(300 << 20)
+        x = bytearray(150 << 20)
         for at in range(0, len(x), 4096):
             x[at] = 1
         time.sleep(3)
@@ -68,7 +68,7 @@ try:
             wrote += os.write(kept[-1], bytes(1 << 20))
 except OSError:
     pass
-print("REACHED" if wrote > 1 << 30 else "held")
+print("REACHED" if wrote > 768 << 20 else "held")
 """,
         status=("oom", "success"),
         wall_s=8.0,
@@ -90,7 +90,7 @@ for _ in range(100):
     ctypes.memset(where, 1, 64 << 20)
     libc.shmdt(ctypes.c_void_p(where))
     taken += 64
-print("REACHED" if taken > 2048 else "held")
+print("REACHED" if taken > 1024 else "held")
 """,
         status=("oom", "success", "user_error"),
         wall_s=8.0,
@@ -185,7 +185,7 @@ for thread in threads:
         "memory",
         "locks its memory, or hides from the killer",
         """
-block = ctypes.create_string_buffer(256 << 20)
+block = ctypes.create_string_buffer(128 << 20)
 attempt("mlock", lambda: syscall(149, ctypes.addressof(block), len(block)))
 attempt("huge pages", lambda: syscall(9, 0, 1 << 30, 3, 0x40022, -1, 0))
 for value in (b"-1000", b"-500", b"-1") if "@BACKEND@" != "gvisor" else ():  # whose kernel has no such killer

@@ -215,7 +215,7 @@ import os, time
 for _ in range(20):
     if os.fork() == 0:
         time.sleep(0.3)
-        x = bytearray(100 << 20)
+        x = bytearray(50 << 20)
         for at in range(0, len(x), 4096):
             x[at] = 1
         time.sleep(60)
