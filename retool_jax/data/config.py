@@ -4,7 +4,10 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED
+
+MADE_HERE = ("arithmetic", "word_problems")  # sources whose problems are made as they are asked for, without an end
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -29,3 +32,16 @@ class SetConfig:
     question: str = ""  # the column that asks; empty: those that published sets have (docs/data.md)
     answer: str = ""  # the column with the answer that scores; empty: as above
     id: str = ""  # the column that names a problem; empty: as above, or its place in the set
+
+    def __post_init__(self) -> None:
+        made = self.source.partition(":")[0] in MADE_HERE
+        if not made and self.split != SetConfig.split:
+            raise UserError(
+                f"data.split={self.split} is of problems that are made here, and data.source={self.source} says its"
+                " own, as ID:SPLIT; leave data.split out"
+            )
+        if made and (named := [key for key in ("question", "answer", "id") if getattr(self, key)]):
+            raise UserError(
+                f"data.{named[0]}={getattr(self, named[0])} is a column, and data.source={self.source}, which is made"
+                " here, has none; leave it out"
+            )

@@ -56,6 +56,11 @@ class SampledConfig:
                 f"evaluation.samples={self.samples} at evaluation.temperature=0 are one and the same; set"
                 " evaluation.samples=1, or a temperature above 0"
             )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise UserError(
+                f"evaluation.top_p={self.top_p} and evaluation.top_k={self.top_k} choose among tokens to draw, and at"
+                " evaluation.temperature=0 the most likely one is taken; leave them out, or set a temperature above 0"
+            )
         if above := [k for k in self.pass_k if k > self.samples]:
             raise UserError(
                 f"evaluation.pass_k={above[0]} is above evaluation.samples={self.samples}, the samples of a problem;"

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.fields import CHECKED, NotNegative, Positive, complaint
+from retool_jax.fields import CHECKED, NotNegative, Positive, complaint, hints_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -124,6 +124,12 @@ class ModelConfig:
                 raise UserError(
                     f"model.{kind}_factor={factor} with model.{kind}_original_length={length}: this scaling needs a"
                     " factor of at least 1 and the length it starts from; a factor of 0 switches it off"
+                )
+            parts = [name for name in hints_of(ModelConfig) if name.startswith(f"{kind}_") and not factor]
+            if odd := [name for name in parts if getattr(self, name) != getattr(ModelConfig, name)]:
+                raise UserError(
+                    f"model.{odd[0]}={getattr(self, odd[0])} is not read with model.{kind}_factor=0, which switches"
+                    " that scaling off; leave it out, or set the factor"
                 )
         if self.yarn_factor and self.llama3_factor:
             raise UserError("model.yarn_factor and model.llama3_factor scale the same rotation; set one of them to 0")

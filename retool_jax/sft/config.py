@@ -5,11 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from retool_jax.data.config import MADE_HERE
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, Positive
 from retool_jax.learn.config import OptimizerConfig, check_schedule
-
-ENDLESS = ("arithmetic", "word_problems")  # demonstrations that are made as they are asked for
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -38,9 +37,14 @@ class SFTConfig:
             raise UserError(
                 f"sft.steps={self.steps} and sft.epochs={self.epochs} are {state}; set one of them, and 0 for the other"
             )
+        if self.batch_size and self.batch_tokens != SFTConfig.batch_tokens:
+            raise UserError(
+                f"sft.batch_tokens={self.batch_tokens} is not read with sft.batch_size={self.batch_size}, which says"
+                " how many demonstrations a step has; leave one of them out"
+            )
         if self.data == "word_problems:held_out":
             raise UserError(f"sft.data={self.data}: these kinds are kept out of training; use sft.data=word_problems")
-        if self.epochs and self.data in ENDLESS:
+        if self.epochs and self.data in MADE_HERE:
             raise UserError(f"sft.epochs={self.epochs}: sft.data={self.data} has no end; use sft.steps, or other data")
         if not self.warmup_fraction:  # which brings a cosine
             check_schedule(self.optimizer, "sft.optimizer")

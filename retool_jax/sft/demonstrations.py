@@ -6,18 +6,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from retool_jax.data import arithmetic, word_problems
+from retool_jax.data.config import MADE_HERE
 from retool_jax.data.rows import tools_of
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch, Example, pack
-from retool_jax.sft.config import ENDLESS, SFTConfig
+from retool_jax.sft.config import SFTConfig
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import CODE_TOOL, DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
-_MADE = dict(zip(ENDLESS, (arithmetic.demonstration, word_problems.demonstration), strict=True))
+_MADE = dict(zip(MADE_HERE, (arithmetic.demonstration, word_problems.demonstration), strict=True))
 
 
 class Demonstrations:
@@ -126,7 +127,7 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
             long; or none is left.
     """
     examples, too_long = [], []
-    for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(ENDLESS)}"), start=1):
+    for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(MADE_HERE)}"), start=1):
         where = f"sft.data={sft.data} row {number}"
         own = tools.of(tools_of(row, where), where) if tools else None
         try:

@@ -167,6 +167,26 @@ def test_what_nothing_would_read_is_refused():
     assert "sft.optimizer.final_fraction=0.0 is where a cosine ends, and with sft.optimizer.decay_steps=0" in constant
     prompt = error_of("config=sft", "sft.tool_prompt=paper")
     assert "sft.tool_prompt explains <code>, and sft.grammar=hermes is explained by the chat template" in prompt
+    for words, message in (
+        ("config=sft sft.batch_size=8 sft.batch_tokens=99", "sft.batch_tokens=99 is not read with sft.batch_size=8"),
+        (
+            "config=eval evaluation.preset=greedy evaluation.top_p=0.9",
+            "evaluation.top_p=0.9 and evaluation.top_k=0",
+        ),
+        ("config=eval_aime25 data.split=dev", "data.split=dev is of problems that are made here, and data.source="),
+        ("config=eval data.answer=x", "data.answer=x is a column, and data.source=arithmetic, which is made here, has"),
+        ("config=sft model.yarn_beta_fast=9", "model.yarn_beta_fast=9.0 is not read with model.yarn_factor=0"),
+        (
+            "config=grpo model.llama3_high_factor=9",
+            "model.llama3_high_factor=9.0 is not read with",
+        ),
+        ("config=grpo tools=none rollout.strict_calls=true", "rollout.strict_calls=true refuses calls that are not as"),
+        (
+            "config=grpo sandbox.urls=[http://x:1]",
+            "sandbox.urls is ('http://x:1',), which the back-end remote",
+        ),
+    ):
+        assert message in error_of(*words.split())
     load(["config=sft", "sft.tool_prompt=paper", "sft.grammar=retool"])
     cold_start_of(load(["config=grpo", "tools=none", "rollout.grammar=retool", "rollout.tool_prompt=paper"]))
     load(["config=grpo", "rl.reward.overlong_tokens=88", "rl.reward.overlong_penalty=0.5"])
