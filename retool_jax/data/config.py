@@ -8,6 +8,13 @@ from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED
 
 MADE_HERE = ("arithmetic", "word_problems")  # sources whose problems are made as they are asked for, without an end
+HELD_OUT = "word_problems:held_out"
+
+
+def check_trained(key: str, source: str) -> None:
+    """A `UserError` where a run would learn from problems that are kept for tests."""
+    if source == HELD_OUT:
+        raise UserError(f"{key}={source}: these kinds are kept out of training; use {key}=word_problems")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -15,10 +22,19 @@ class DataConfig:
     """Where problems come from: made here, a JSONL or parquet file, a data set id of the hub, `tfds:NAME/SPLIT`."""
 
     train: str = "arithmetic"
-    """Or word_problems, word_problems:held_out, a JSONL or parquet file, a hub id, tfds:NAME/SPLIT; a published set is
-    best cleaned by `python -m retool_jax.prepare` first."""
+    """Or word_problems, a JSONL or parquet file, a hub id, tfds:NAME/SPLIT; a published set is best cleaned by
+    `python -m retool_jax.prepare` first."""
     dev: str = "arithmetic"  # looked at while tuning
-    test: str = "arithmetic"  # looked at once, for the final table
+    test: str = "arithmetic"
+    """Looked at once, for the final table; word_problems:held_out has kinds that are not trained."""
+
+    def __post_init__(self) -> None:
+        check_trained("data.train", self.train)
+        if self.train == self.test and self.train not in MADE_HERE:  # whose splits share nothing
+            raise UserError(
+                f"data.train={self.train} is data.test, too, which would measure what was learned by heart; train on"
+                " another set, or leave data.test to one that is not trained"
+            )
 
 
 @dataclass(frozen=True, config=CHECKED)

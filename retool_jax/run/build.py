@@ -1,7 +1,7 @@
 """A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
-from retool_jax.data.problems import Problem, Problems, problems_of_set
+from retool_jax.data.problems import Problem, Problems, also_in, problems_of_set
 from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import MOST_PROBLEMS
@@ -120,10 +120,23 @@ def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
 def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict[str, Problems]:
     """The problems of each split. Over-long prompts are refused, those of the miniature as far as its first show it."""
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
+    _check_apart(run, problems["train"].finite or [], problems["test"].finite or [])
     for stream in problems.values():
         for problem in stream.finite or stream.head(8):
             encode_prompt(tokenizer, problem, tools, run.rollout)
     return problems
+
+
+def _check_apart(run: RLRun, train: Sequence[Problem], test: Sequence[Problem]) -> None:
+    """Refuse to train on all of the test set, whatever its file is called; say how much of it is trained on."""
+    shared = also_in(test, train)
+    if shared and shared == len(test):
+        raise UserError(
+            f"data.train={run.data.train} has every question of data.test={run.data.test}, which would measure what was"
+            " learned by heart; train on another set, or test on one that is not trained"
+        )
+    if shared:
+        print(f"data: {shared} of the {len(test)} questions of data.test={run.data.test} are in data.train, too")
 
 
 def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox | None) -> list[Problem]:

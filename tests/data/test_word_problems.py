@@ -226,6 +226,14 @@ def test_demonstrations_are_read_back_as_they_were_meant_in_the_papers_grammar(t
             "sft.data=word_problems has no end; use sft.steps, or other data",
         ),
         (["config=sft", "sft.data=word_problems:held_out"], "are kept out of training; use sft.data=word_problems"),
+        (
+            ["config=grpo", "data.train=word_problems:held_out"],
+            "kept out of training; use data.train=word_problems",
+        ),
+        (
+            ["config=grpo", "data.train=x.jsonl", "data.test=x.jsonl"],
+            "data.train=x.jsonl is data.test, too, which",
+        ),
     ],
 )
 def test_a_cold_start_that_cannot_be_is_refused(words, message):
