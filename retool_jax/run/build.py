@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
 from retool_jax.data.problems import Problem, Problems, also_in, problems_of_set
+from retool_jax.engine.ahead import held_bytes
 from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import MOST_PROBLEMS
+from retool_jax.memory import host_bytes
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_heads, check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
@@ -181,12 +183,32 @@ def compiled_ahead(run: EngineRun, mesh: Mesh, tokenizer: Tokenizer) -> Iterator
     """Compile what the run's engine is going to need, in threads, while the block does other things.
 
     `warm_up` waits for what is not there yet. Where the block ends early, what has not begun is left.
+
+    Raises:
+        UserError: the engine's cache cannot fit.
     """
+    _check_cache(run, mesh)
     threads = compile_ahead(run.model, run.engine, mesh, stop_ids_of(run, tokenizer))
     try:
         yield
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_cache(run: EngineRun, mesh: Mesh) -> None:
+    """A `UserError` where an engine holds more than the device has, or, of a CPU's, than the machine has."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    held, there = held_bytes(run.model, run.engine, mesh), (own[0].memory_stats() or {}).get("bytes_limit")
+    if own[0].platform == "cpu":
+        held, there = held * len(own), host_bytes()
+    if there and held > there:
+        sizes = [f"engine.{key}={getattr(run.engine, key)}" for key in ("slots", "max_length")]
+        others = ("pages", "prefix_tokens")
+        sizes += [f"engine.{key}={value}" for key in others if (value := getattr(run.engine, key))]
+        raise UserError(
+            f"an engine of {', '.join(sizes)} holds {held / 1e9:,.1f} GB with its weights, and there are"
+            f" {there / 1e9:,.1f} GB; lower one of them"
+        )
 
 
 def engine_of(run: EngineRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:

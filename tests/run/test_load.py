@@ -22,7 +22,7 @@ from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
-from retool_jax.run.build import resolve, sandbox_config, told_of_memory
+from retool_jax.run.build import compiled_ahead, resolve, sandbox_config, told_of_memory
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
@@ -484,6 +484,22 @@ def test_a_device_without_room_is_told_with_what_to_lower(config, sizes):
     assert f"; lower {sizes}" in message and "\n" not in message
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), told_of_memory(load([f"config={config}"])):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["engine.slots=65536", "engine.max_length=1048576"],
+        ["engine.slots=192", "engine.max_length=128", "engine.pages=2000000000"],
+        ["engine.slots=192", "engine.max_length=128", "engine.prefix_tokens=2000000000"],
+    ],
+)
+def test_a_cache_that_no_machine_holds_is_refused_before_anything_is_compiled(tokenizer, compiles, words):
+    run, known = load(["config=eval", "init_from=x", "mesh.tp=2", "model.num_layers=99", *words]), len(compiles)
+    said = rf"an engine of {', '.join(words)} holds [0-9,.]+ GB with its weights, and there are [0-9,.]+ GB; lower one"
+    with pytest.raises(UserError, match=said), compiled_ahead(run, make_mesh(run.mesh), tokenizer):
+        raise AssertionError
+    assert len(compiles) == known
 
 
 def test_a_checkpoint_of_another_kind_is_refused_when_its_shape_is_read(tmp_path):
