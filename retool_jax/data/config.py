@@ -11,6 +11,14 @@ MADE_HERE = ("arithmetic", "word_problems")  # sources whose problems are made a
 HELD_OUT = "word_problems:held_out"
 
 
+def check_source(key: str, source: str, held_out: bool = True) -> None:
+    """A `UserError` where a source has the name of one that is made here and is none: the hub would be asked for it."""
+    name, mark, _ = source.partition(":")
+    if name in MADE_HERE and mark and not (held_out and source == HELD_OUT):
+        known = (*MADE_HERE, HELD_OUT) if held_out else MADE_HERE
+        raise UserError(f"{key}={source} is none of what is made here: {', '.join(known)}")
+
+
 def check_trained(key: str, source: str) -> None:
     """A `UserError` where a run would learn from problems that are kept for tests."""
     if source == HELD_OUT:
@@ -30,6 +38,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_trained("data.train", self.train)
+        for key in ("train", "dev", "test"):
+            check_source(f"data.{key}", getattr(self, key))
         if self.train == self.test and self.train not in MADE_HERE:  # whose splits share nothing
             raise UserError(
                 f"data.train={self.train} is data.test, too, which would measure what was learned by heart; train on"
@@ -50,6 +60,7 @@ class SetConfig:
     id: str = ""  # the column that names a problem; empty: as above, or its place in the set
 
     def __post_init__(self) -> None:
+        check_source("data.source", self.source)
         made = self.source.partition(":")[0] in MADE_HERE
         if not made and self.split != SetConfig.split:
             raise UserError(

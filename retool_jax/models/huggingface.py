@@ -224,6 +224,9 @@ def check_target(config: ModelConfig, folder: Path, tokenizer_from: Path | None)
         check_tokenizer(config, tokenizer_from)
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another folder, or remove that one")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{folder} cannot be made, as {above} is no folder; choose another one")
 
 
 def _load_weight(leaf: Weight, own: list[tuple[str, Part]], tensors: dict[str, Tensor], mesh: Mesh) -> jax.Array:

@@ -40,6 +40,10 @@ def main(words: list[str]) -> None:
     if not run.mesh.name:
         raise UserError("for which chips? add mesh=NAME: v5p-64, v6e-256, tpu7x-128, h100-8, cpu-8 (docs/tpu.md)")
     place = slices.named(run.mesh.name)
+    longest = run.sft.row_length if isinstance(run, SFTRun) else run.engine.max_length
+    if tokens and tokens > longest:
+        key = "sft.row_length" if isinstance(run, SFTRun) else "engine.max_length"
+        raise UserError(f"tokens={tokens} of a trajectory are more than {key}={longest} holds; lower it, or raise that")
     teacher = load.load([f"config={own['teacher']}"]).model if "teacher" in own else None
     devices.prepare(place)
     # Imported now, as jax reads its settings when it starts, and so that mistakes above are told at once.

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from retool_jax.data.config import MADE_HERE, check_trained
+from retool_jax.data.config import MADE_HERE, check_source, check_trained
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, Positive
 from retool_jax.learn.config import OptimizerConfig, check_schedule
@@ -45,6 +45,7 @@ class SFTConfig:
                 " how many demonstrations a step has; leave one of them out"
             )
         check_trained("sft.data", self.data)
+        check_source("sft.data", self.data, held_out=False)
         if self.epochs and self.data in MADE_HERE:
             raise UserError(f"sft.epochs={self.epochs}: sft.data={self.data} has no end; use sft.steps, or other data")
         if not self.warmup_fraction:  # which brings a cosine

@@ -344,6 +344,12 @@ def test_a_refusal_writes_nothing(config, tokenizer, named, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"out cannot be made, as .*/file is no folder; choose another one"):
+        save_params(CONFIG, random_params(CONFIG), tmp_path / "file" / "a" / "out")
+
+
 def test_a_folder_that_is_there_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):

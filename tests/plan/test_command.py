@@ -103,6 +103,10 @@ def test_without_a_compiler_shapes_and_formulas_remain_and_nothing_of_a_tpu_is_i
         ("config=grpo mesh=cpu-8 json", "cannot read 'json'; did you mean json=...?"),
         ("config=grpo mesh=cpu-8 json=", "json= is empty; give it a value or leave it out"),
         ("config=grpo mesh=cpu-8 json=.", "json=. is a folder; name a file"),
+        (
+            "config=grpo mesh=cpu-8 rl.rows_per_micro=8 sft.rows_per_micro=8 tokens=129",
+            "tokens=129 of a trajectory are more than engine.max_length=128 holds",
+        ),
         ("config=grpo mesh=cpu-8 tokens=5 search=true", "tokens=5 is not read with search=true"),
         (
             "config=sft mesh=cpu-8 sft.rows_per_micro=8 teacher=grpo",
