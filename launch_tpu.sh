@@ -332,13 +332,19 @@ status() {
 }
 
 main() {
-    local verb=${1-}
+    local word verb=${1-}
     case $verb in
     up | run | watch | logs | ssh | status | down) ;;
     '' | -h | --help | help) help && return ;;
     *) refuse "$verb is no verb; they are up, run, watch, logs, ssh, status and down. See ./launch_tpu.sh --help" ;;
     esac
     read_words "${@:2}"
+    for word in "${asked[@]}"; do
+        case $verb:$word in
+        run:*=* | logs:follow) ;;
+        *) refuse "$verb does not read $word; the words of a run go with run, and follow with logs" ;;
+        esac
+    done
     check_settings
     [ "$verb" != run ] || [ "${#asked[@]}" -gt 0 ] ||
         refuse "run needs the words of a training or an evaluation, such as config=grpo_qwen2.5_32b"

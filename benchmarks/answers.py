@@ -25,6 +25,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import math_verify
+import words as own_words
 
 from retool_jax.answers import check, workers
 
@@ -44,8 +45,7 @@ Grader = Callable[[str, str], bool]
 
 
 def main(words: list[str]) -> None:
-    given = dict(word.split("=", 1) for word in words)
-    options = DEFAULTS | {key: type(DEFAULTS[key])(value) for key, value in given.items()}
+    options = own_words.read(words, DEFAULTS)
     graders = {"ours": lambda text, truth: check(text, truth).correct, "math_verify": by_math_verify}
     if options["verl"]:
         graders |= verls(Path(options["verl"]))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import words as own_words
 
 MODEL = {"layers": 4, "hidden": 256, "ffn": 768, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocabulary": 2048}
 OPTIONS = {"rows": 32, "prompt": 64, "new": 192, "repeats": 3, "core": 0}
@@ -162,9 +163,8 @@ def measure(side: str, options: dict) -> None:
 
 
 def main(words: list[str]) -> None:
-    given = dict(word.split("=", 1) for word in words)
-    python, side = given.pop("tunix", ""), given.pop("side", "")
-    options = OPTIONS | {key: int(value) for key, value in given.items()}
+    options = own_words.read(words, OPTIONS | {"tunix": "", "side": ""})
+    python, side = options.pop("tunix"), options.pop("side")
     if side:
         return measure(side, options)
     results: dict[str, dict] = {}

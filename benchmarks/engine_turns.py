@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
+import words as own_words
 
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.conversation import Statistics
@@ -225,9 +226,9 @@ def tools(model: ModelConfig, scale: float) -> list[dict]:
 
 
 def main(words: list[str]) -> None:
-    options = {"scale": 1.0, "repeats": 3.0, "layers": 4.0} | {k: float(v) for k, v in (w.split("=") for w in words)}
-    scale, repeats = options["scale"], int(options["repeats"])
-    model = replace(MODEL, num_layers=int(options["layers"]))
+    options = own_words.read(words, {"scale": 1.0, "repeats": 3, "layers": 4})
+    scale, repeats = options["scale"], options["repeats"]
+    model = replace(MODEL, num_layers=options["layers"])
     numbers = {
         "benchmark": "engine_turns",
         "scale": scale,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import words as own_words
 
 from retool_jax.answers import workers
 from retool_jax.evaluation.measure import draw
@@ -98,12 +99,11 @@ async def measure(words: list[str], repeats: int) -> dict:
 
 
 def main(words: list[str]) -> None:
-    known = {"init_from": "runs/grpo", "problems": "256", "samples": "8", "repeats": "3"}
-    options = known | dict(word.split("=", 1) for word in words if word.split("=")[0] in known)
-    others = [word for word in words if word.split("=")[0] not in known]
+    known = {"init_from": "runs/grpo", "problems": 256, "samples": 8, "repeats": 3}
+    options, others = own_words.take(words, known)
     own = [f"init_from={options['init_from']}"]
     own += [f"evaluation.{key}={options[key]}" for key in ("problems", "samples")]
-    numbers = asyncio.run(measure([*own, *others], int(options["repeats"])))
+    numbers = asyncio.run(measure([*own, *others], options["repeats"]))
     print(json.dumps({"benchmark": "evaluate", **numbers, "jax": jax.__version__}, indent=2))
 
 

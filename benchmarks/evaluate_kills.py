@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import words as own_words
 from kills import run_killed
 
 
@@ -40,10 +41,9 @@ def moment(folder: Path, draw: random.Random, total: int) -> Callable[[float], b
 
 
 def main(words: list[str]) -> None:
-    known = {"init_from": "runs/grpo", "kills": "5", "seed": "0", "folder": "runs/kills"}
-    options = known | dict(word.split("=", 1) for word in words if word.split("=")[0] in known)
-    others = [word for word in words if word.split("=")[0] not in known]
-    root, draw = Path(options["folder"]), random.Random(int(options["seed"]))
+    known = {"init_from": "runs/grpo", "kills": 5, "seed": 0, "folder": "runs/kills"}
+    options, others = own_words.take(words, known)
+    root, draw = Path(options["folder"]), random.Random(options["seed"])
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     log = root / "log.txt"
@@ -56,9 +56,9 @@ def main(words: list[str]) -> None:
     run_killed(command(whole), log)
     theirs, total = (whole / "result.json").read_bytes(), lines_in(whole)
     killed, folders, at = 0, 0, []
-    while killed < int(options["kills"]):
+    while killed < options["kills"]:
         folder = root / f"killed-{folders}"
-        while killed < int(options["kills"]) and run_killed(command(folder), log, moment(folder, draw, total)):
+        while killed < options["kills"] and run_killed(command(folder), log, moment(folder, draw, total)):
             killed += 1
             at.append(lines_in(folder))
         run_killed(command(folder), log)

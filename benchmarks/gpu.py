@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import words as own_words
+
 SIZES = {
     "layers": 28,
     "width": 1536,
@@ -338,15 +340,11 @@ def card_name() -> str:
 
 
 def main(words: list[str]) -> None:
-    known = {"minutes": "8", "parts": ",".join(PARTS), "json": "gpu.json"} | {k: str(v) for k, v in SIZES.items()}
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    if set(given) - set(known) or len(given) < len(words):
-        sys.exit(f"{__doc__}\nwords are: {', '.join(known)}")
-    options = known | given
-    sizes = {name: int(options[name]) for name in SIZES}
+    options = own_words.read(words, {"minutes": 8.0, "parts": ",".join(PARTS), "json": "gpu.json"} | SIZES)
+    sizes = {name: options[name] for name in SIZES}
     if unknown := set(options["parts"].split(",")) - set(PARTS):
         sys.exit(f"parts={','.join(sorted(unknown))} not known; there are: {', '.join(PARTS)}")
-    end = time.monotonic() + 60 * float(options["minutes"])
+    end = time.monotonic() + 60 * options["minutes"]
     found = {"benchmark": "gpu", "card": card_name(), "versions": versions(), "sizes": sizes, "parts": {}}
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(path())}
     for name in options["parts"].split(","):

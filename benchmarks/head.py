@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+import words as own_words
+
 MIB = 2**20
 
 
@@ -78,8 +80,8 @@ def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
 
 
 def main(words: list[str]) -> None:
-    options = {"vocabulary": 152_064, "length": 4096, "hidden": 64, "chunk": 512, "only": -1}
-    options |= {key: int(value) for key, value in (word.split("=") for word in words)}
+    known = {"vocabulary": 152_064, "length": 4096, "hidden": 64, "chunk": 512, "only": -1}
+    options = own_words.read(words, known)
     if options["only"] >= 0:
         print(json.dumps(measure(options, options["only"])))
         return

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import words as own_words
+
 from retool_jax.sandbox import SandboxConfig, open_sandbox, tool_text
 
 PROGRAMS = (
@@ -108,10 +110,8 @@ async def measure(options: dict) -> dict:
 
 
 def main(words: list[str]) -> None:
-    options = {"backend": "bubblewrap", "trajectories": 50, "turns": 10, "slots": 2, "beat_ms": 1}
-    for word in words:
-        key, _, value = word.partition("=")
-        options[key] = type(options[key])(value)
+    known = {"backend": "bubblewrap", "trajectories": 50, "turns": 10, "slots": 2, "beat_ms": 1}
+    options = own_words.read(words, known)
     print(json.dumps(asyncio.run(measure(options))))
 
 

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import words as own_words
+
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics
 
@@ -72,16 +74,16 @@ def losses(run: Path) -> list[float]:
 
 
 def main(words: list[str]) -> None:
-    options = {"hosts": "4", "algorithm": "grpo", "steps": "4"} | dict(word.split("=", 1) for word in words)
+    options = own_words.read(words, {"hosts": 4, "algorithm": "grpo", "steps": 4})
     asked = [*WORDS, f"rl.algorithm={options['algorithm']}", f"rl.steps={options['steps']}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked += made_data(folder)
-        one, several = (train(count, asked, folder / str(count)) for count in (1, int(options["hosts"])))
+        one, several = (train(count, asked, folder / str(count)) for count in (1, options["hosts"]))
         ours, theirs = losses(several), losses(one)
         found = {
             "benchmark": "hosts",
-            "hosts": int(options["hosts"]),
+            "hosts": options["hosts"],
             "algorithm": options["algorithm"],
             "trajectories": len(draws(one)),
             "same_ids": draws(one) == draws(several),

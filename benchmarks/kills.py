@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import words as own_words
+
 SMALL = [
     *("sandbox.backend=[bubblewrap,process]", "model.num_layers=1", "model.hidden_size=64"),
     *("model.intermediate_size=128", "model.head_dim=16", "sft.steps=60", "rl.steps=18", "rl.prompts_per_step=4"),
@@ -92,10 +94,9 @@ def moment(folder: Path, draw: random.Random) -> Callable[[float], bool]:
 
 
 def main(words: list[str]) -> None:
-    known = {"algorithm": "grpo", "kills": "10", "seed": "0", "folder": "runs/kills"}
-    options = known | dict(word.split("=", 1) for word in words if word.split("=")[0] in known)
-    others = [word for word in words if word.split("=")[0] not in known]
-    algorithm, root, draw = options["algorithm"], Path(options["folder"]), random.Random(int(options["seed"]))
+    known = {"algorithm": "grpo", "kills": 10, "seed": 0, "folder": "runs/kills"}
+    options, others = own_words.take(words, known)
+    algorithm, root, draw = options["algorithm"], Path(options["folder"]), random.Random(options["seed"])
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     log, teacher = root / "log.txt", root / "teacher"
@@ -108,10 +109,10 @@ def main(words: list[str]) -> None:
     theirs, killed, folders, steps = found_in(whole), 0, 0, []
     if not theirs:
         sys.exit(f"{whole} left nothing that could be compared; see {log}")
-    while killed < int(options["kills"]):
+    while killed < options["kills"]:
         folder = root / f"killed-{folders}" / "run"
         command = command_of(algorithm, folder, teacher, others)
-        while killed < int(options["kills"]) and run_killed(command, log, moment(folder, draw)):
+        while killed < options["kills"] and run_killed(command, log, moment(folder, draw)):
             killed += 1
             steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
         run_killed(command, log)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import words as own_words
 
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig, config_from_hf
@@ -34,7 +35,7 @@ def main(words: list[str]) -> None:
     if words[:1] == ["read"]:
         print(json.dumps(read(Path(words[1]), Path(words[2]))))
         return
-    options = DEFAULTS | {key: type(DEFAULTS[key])(value) for key, value in (word.split("=") for word in words)}
+    options = own_words.read(words, DEFAULTS)
     model = ModelConfig(
         vocab_size=options["vocab"],
         hidden_size=options["hidden"],

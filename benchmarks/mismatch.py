@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import words as own_words
 
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.engine import Engine, Turn
@@ -72,15 +73,14 @@ def measure(model: ModelConfig, params: Params, rows: int, length: int) -> dict[
 
 
 def main(words: list[str]) -> None:
-    options = {"init_from": "", "rows": "32", "length": "192", "layers": "4", "width": "256"}
-    options |= dict(word.split("=", 1) for word in words)
-    rows, length, width = (int(options[name]) for name in ("rows", "length", "width"))
+    options = own_words.read(words, {"init_from": "", "rows": 32, "length": 192, "layers": 4, "width": 256})
+    rows, length, width = (options[name] for name in ("rows", "length", "width"))
     if folder := options["init_from"]:
         run = resolve(["config=sft", f"init_from={folder}"])
         model, params = run.model, load_weights(run, Path(folder))
     else:
         sizes = {"num_heads": width // 64, "num_kv_heads": max(width // 128, 1), "head_dim": 64}
-        model = ModelConfig(2048, width, 3 * width, int(options["layers"]), **sizes, tie_embeddings=False)
+        model = ModelConfig(2048, width, 3 * width, options["layers"], **sizes, tie_embeddings=False)
         params = init_params(model, jax.random.key(0))
     found = {
         name: {key: float(f"{value:.3g}") for key, value in measure(own, params, rows, length).items()}

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import words as own_words
+
 from retool_jax.report.page import write_report
 
 DEFAULTS = {"trajectories": 10_000, "tokens": 100, "steps": 60, "browser": "chromium", "out": ""}
@@ -25,8 +27,7 @@ EVERY = 5
 
 
 def main(words: list[str]) -> None:
-    given = dict(word.split("=", 1) for word in words)
-    options = DEFAULTS | {key: type(DEFAULTS[key])(value) for key, value in given.items()}
+    options = own_words.read(words, DEFAULTS)
     folder = Path(options["out"] or tempfile.mkdtemp(prefix="retool-report-"))
     make_run(folder, options["trajectories"], options["tokens"], options["steps"])
     page, began = folder / "report.html", time.monotonic()

@@ -19,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import words as own_words
 
 from retool_jax.files import replacing
 from retool_jax.report.curves import draw_accuracy
@@ -37,7 +38,7 @@ ALGORITHMS = {
 }
 KINDS = ABLATION | ALGORITHMS
 AT_TEST = "the run without the tool, given it for the test alone"
-OPTIONS = ("seeds", "kinds", "runs", "docs")
+OPTIONS = {"seeds": "0,1,2", "kinds": ",".join(KINDS), "runs": "runs/results", "docs": ""}
 COLUMNS = ("run", "seed", "T=1 before", "T=1 after", "gain", "greedy before", "greedy after", "cold start", "rest")
 
 
@@ -162,11 +163,10 @@ def insert(page: Path, tables: dict[str, str]) -> None:
 
 
 def main(words: list[str]) -> None:
-    options = dict(word.split("=", 1) for word in words if word.split("=")[0] in OPTIONS)
-    others = [word for word in words if word.split("=")[0] not in options]
-    runs = Path(options.get("runs", "runs/results"))
-    seeds = options.get("seeds", "0,1,2").split(",")
-    kinds = options.get("kinds", ",".join(KINDS)).split(",")
+    options, others = own_words.take(words, OPTIONS)
+    runs = Path(options["runs"])
+    seeds = options["seeds"].split(",")
+    kinds = options["kinds"].split(",")
     found: dict[str, list[dict]] = defaultdict(list)
     rows = []
     for seed in seeds:
@@ -184,7 +184,7 @@ def main(words: list[str]) -> None:
     if (first / "versions.txt").is_file():
         tables["machine"] = machine(first)
     print("\n\n".join(tables.values()))
-    if "docs" in options:
+    if options["docs"]:
         page = Path(options["docs"])
         insert(page, tables)
         drawn = [runs / f"{kind}-{seed}" for kind in ABLATION if kind in found for seed in seeds]

@@ -21,6 +21,8 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
+import words as own_words
+
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.launch.launchers import LAUNCHERS
@@ -53,7 +55,7 @@ Call = Callable[[str], Awaitable[str]]
 
 
 def main(words: list[str]) -> None:
-    options = DEFAULTS | {key: type(DEFAULTS[key])(value) for key, value in (word.split("=", 1) for word in words)}
+    options = own_words.read(words, DEFAULTS)
     begun = os.getloadavg()[0]
     backends = {name: asyncio.run(measure(name, options)) for name in options["backends"].split(",")}
     about = {key: options[key] for key in ("calls", "clients", "slots")}

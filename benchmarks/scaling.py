@@ -20,6 +20,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import words as own_words
 from engine_turns import MODEL, Trajectory, make_engine, tokens
 from sandbox import PROGRAMS, drive, through_pool
 
@@ -43,14 +44,14 @@ Point = tuple[int, float, str]  # how much work, its rate, and what else is to b
 
 
 def main(words: list[str]) -> None:
-    options = {"parts": "rollout,update,sandbox", "scale": "1.0", "layers": "4", "read_late": "1", "png": ""}
-    options |= dict(word.split("=", 1) for word in words)
-    scale, model = float(options["scale"]), replace(MODEL, num_layers=int(options["layers"]))
+    known = {"parts": "rollout,update,sandbox", "scale": 1.0, "layers": 4, "read_late": 1, "png": ""}
+    options = own_words.read(words, known)
+    scale, model = options["scale"], replace(MODEL, num_layers=options["layers"])
     parts = {
         "rollout": (
             "trajectories",
             "tokens per CPU-second",
-            partial(rollouts, model, scale, int(options["read_late"])),
+            partial(rollouts, model, scale, options["read_late"]),
         ),
         "update": ("tokens of a row", "tokens per CPU-second", partial(updates, model, scale)),
         "sandbox": ("workers", "calls per second", partial(sandboxes, scale)),

@@ -30,6 +30,7 @@ from typing import Any
 
 import aiohttp
 import uvicorn
+import words as own_words
 from sandbox_soak import kill_one
 
 from retool_jax.data.arithmetic import exercise
@@ -271,7 +272,7 @@ async def soak(options: dict) -> dict:
 
 
 def main(words: list[str]) -> None:
-    options = DEFAULTS | {key: type(DEFAULTS[key])(value) for key, value in (word.split("=", 1) for word in words)}
+    options = own_words.read(words, DEFAULTS)
     if options["client"]:
         asyncio.run(clients(options))
         return

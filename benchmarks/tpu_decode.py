@@ -19,6 +19,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 import jax.numpy as jnp
+import words as own_words
 from jax.experimental import topologies
 
 from retool_jax.engine.compiled import Layouts, Programs
@@ -32,8 +33,8 @@ from retool_jax.slices import CHIPS
 
 
 def main(words: list[str]) -> None:
-    options = {"topology": "v6e:2x4", "slots": 64, "max_length": 8192, "page_size": 128}
-    options |= {key: value if key == "topology" else int(value) for key, value in (word.split("=") for word in words)}
+    known = {"topology": "v6e:2x4", "slots": 64, "max_length": 8192, "page_size": 128}
+    options = own_words.read(words, known)
     model = load(["config=sft_qwen2.5_32b"]).model
     config = EngineConfig(options["slots"], options["max_length"], decode_steps=64, page_size=options["page_size"])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"]).devices

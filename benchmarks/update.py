@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import words as own_words
 
 from retool_jax.data.arithmetic import demonstration
 from retool_jax.learn.optimizer import init_state
@@ -50,9 +51,8 @@ def trajectories(run: RLRun, options: dict[str, int]) -> list[Example]:
 
 
 def main(words: list[str]) -> None:
-    options = {"trajectories": 96, "repeats": 5, "group": 1, "prompt": 0, "answer": 0}
-    keys = [word for word in words if "." in word.partition("=")[0]]
-    options |= {k: int(v) for k, v in (word.split("=") for word in words if word not in keys)}
+    known = {"trajectories": 96, "repeats": 5, "group": 1, "prompt": 0, "answer": 0}
+    options, keys = own_words.take(words, known)
     run = load(["config=grpo", *keys])
     mesh, examples = make_mesh(run.mesh), trajectories(run, options)
     rows = run.rl.row_length, run.rl.rows_per_micro

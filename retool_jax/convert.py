@@ -92,8 +92,9 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
     Raises:
         UserError: what the source lacks or the target already is, before any weight is read.
     """
+    from retool_jax.models.companions import COMPANIONS
     from retool_jax.models.config import DTYPES
-    from retool_jax.models.huggingface import COMPANIONS, check_target, find_folder, save_params
+    from retool_jax.models.huggingface import check_target, find_folder, save_params
     from retool_jax.run.card import model_card
     from retool_jax.run.weights import load_weights
     from retool_jax.tokens.tokenizer import MINIATURE, load_tokenizer

@@ -24,9 +24,12 @@ HIDDEN = "***"  # what is shown of a secret
 # No unknown keys, nothing converted silently, numbers that are numbers.
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+MOST = (1 << 31) - 1  # of counts, which arrays on a device hold in 32 bits
+LARGEST = 1e9  # of coefficients and bounds: it stands for none, and its products stay finite in fp32
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
+Above0 = Annotated[float, Field(gt=0, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -57,7 +60,7 @@ def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
         return f"{key}={shown} is not one of: {', '.join(filter(None, typing.get_args(wanted)))}"
     if kind == "finite_number":
         return f"{key}={shown} must be a finite number"
-    if limit := _limit(wanted) if kind.startswith(("greater_than", "less_than")) else "":
+    if limit := _limit(wanted, kind) if kind.startswith(("greater_than", "less_than")) else "":
         return f"{key}={shown} must be {limit}"
     if isinstance(value, dict) and not secret:
         return f"{key} is a single {_type_name(wanted)} and has no key {next(iter(value), '')!r} below it"
@@ -73,12 +76,17 @@ def _without_none(hint: object) -> object:
     return kinds[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(kinds) == 1 else hint
 
 
-def _limit(hint: object) -> str:
-    """The range of a number in words, from the constraints in its annotation."""
+def _limit(hint: object, kind: str) -> str:
+    """The range of a number in words, from the constraints in its annotation.
+
+    What bounds every count and coefficient from above is told to those that it stopped.
+    """
     constraints = [each for item in getattr(hint, "__metadata__", ()) for each in item.metadata]
     bounds = {
         name: getattr(each, name) for each in constraints for name in ("ge", "gt", "le", "lt") if hasattr(each, name)
     }
+    if bounds.get("le") in (MOST, LARGEST):
+        bounds = {name: value for name, value in bounds.items() if (name == "le") == kind.startswith("less_than")}
     if {"ge", "le"} <= bounds.keys():
         return f"between {bounds['ge']} and {bounds['le']}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -63,8 +63,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, object]]:
             yield number, value
 
 
-def check_result(path: Path, key: str = "out") -> None:
-    """A `UserError` where what a command writes would take the place of a file that a run keeps for itself."""
+def check_result(path: Path, key: str = "out", folder: bool = False) -> None:
+    """A `UserError` where what a command writes would take the place of a file that a run keeps for itself, or of a
+    folder, unless it writes a `folder`."""
+    if path.is_dir() and not folder:
+        raise UserError(f"{key}={path} is a folder; name a file, such as {key}={path / 'file'}")
     if not path.exists() or path.suffix in (".html", ".png", ".parquet", ".eval"):
         return
     for folder in path.resolve().parents[:3]:

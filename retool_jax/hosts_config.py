@@ -1,8 +1,13 @@
 """The processes of one job: what a run may set of them."""
 
+from typing import Annotated
+
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from retool_jax.fields import CHECKED, Positive
+from retool_jax.fields import CHECKED
+
+Seconds = Annotated[int, Field(ge=1, le=86_400)]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -12,5 +17,5 @@ class HostsConfig:
     On Cloud TPU they find each other. Elsewhere each has JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
 
-    start_s: Positive = 300  # seconds to wait for all hosts at the start
-    silent_s: Positive = 30  # seconds after which a host that says nothing counts as dead, which ends the others too
+    start_s: Seconds = 300  # seconds to wait for all hosts at the start
+    silent_s: Seconds = 30  # seconds after which a host that says nothing counts as dead, which ends the others too

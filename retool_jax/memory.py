@@ -3,7 +3,10 @@
 import ctypes
 import gc
 import glob
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 # Of glibc's mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -27,6 +30,15 @@ def keep_freed_memory() -> None:
         mallopt(ARENA_MAX, 1)  # the only arena that can keep large pieces
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, NEVER)
+
+
+def host_bytes() -> int:
+    """The memory that this machine, or the control group of this process, has in all."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            there = min(there, int(Path(path).read_text()))
+    return there
 
 
 def collect_rarely() -> None:

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
+from typing import Annotated
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from retool_jax import slices
@@ -10,18 +12,23 @@ from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED
 
 AXES = ("data", "fsdp", "tp")
+Axis = Annotated[int, Field(le=1 << 20)]
 
 
 @dataclass(frozen=True, config=CHECKED)
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and takes what is left."""
 
-    data: int = 1  # copies of the weights, each with rows of its own
-    fsdp: int = -1  # devices that split weights and rows; one of the three may be -1: all devices that are left
-    tp: int = 1  # devices that split heads, hidden units and vocabulary
+    data: Axis = 1  # copies of the weights, each with rows of its own
+    fsdp: Axis = -1  # devices that split weights and rows; one of the three may be -1: all devices that are left
+    tp: Axis = 1  # devices that split heads, hidden units and vocabulary
     name: str = ""  # of what the run is for, as v5p-64, v6e-256, tpu7x-128, h100-8 (docs/tpu.md); empty: what is here
 
     def __post_init__(self) -> None:
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            named = dict(zip(AXES, sizes, strict=True))
+            raise UserError(f"mesh {named}: axes are positive device counts, and at most one may be -1")
         known_sizes(self)
 
 
@@ -42,8 +49,6 @@ def sizes_over(config: MeshConfig, devices: int, where: str = "here") -> dict[st
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {sizes}: axes are positive device counts, and at most one may be -1")
     if devices % fixed or (not free and fixed != devices):
         raise UserError(
             f"mesh {sizes} does not divide the {devices} device(s) {where}; set mesh.data, mesh.fsdp and mesh.tp so"

@@ -18,12 +18,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as LiveBar
 from rich.table import Table
 
-from retool_jax.errors import UserError
-from retool_jax.files import read_lines, replacing
+from retool_jax.files import replacing
+from retool_jax.shapes import FINITE, SINGLE, TEXT, WHOLE, OrNull, complaint, read_records
 from retool_jax.trackers import SERVICES, TensorBoard, Tracker, known_names, open_service, tell_once
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINES_PER_PHASE = 15
+# Of a line: what closing tables and pictures show, and what names it. Others may be words.
+_SHOWN = (
+    *("accuracy", "accuracy_stderr", "greedy_accuracy", "response_tokens", "calls_per_sample", "entropy", "loss"),
+    *("clip_fraction", "logprob_diff_mean", "logprob_diff_p99", "mismatch_k3", "tool_rate", "tool_success"),
+)
+_NUMBERS = {f"{name}?": OrNull(FINITE) for name in _SHOWN} | dict.fromkeys(
+    ("perf/*", "end/*", "behaviour/*"), OrNull(FINITE)
+)
+_LOOK = {"split?": OrNull(TEXT), "trajectories?": OrNull(TEXT), **_NUMBERS, ...: SINGLE}
+LINE = {"kind": TEXT, "step": WHOLE} | _LOOK
+SUMMARY = {
+    **{"before?": OrNull(_LOOK), "after?": OrNull(_LOOK)},
+    **{"split?": OrNull(TEXT), "problems?": OrNull(WHOLE), "steps?": OrNull(WHOLE)},
+    **{"tokens_per_s?": OrNull({...: OrNull(FINITE)}), "seconds?": OrNull({...: FINITE})},
+}
 
 # ------------------------------------------------------------------------------------------------ the metrics file
 
@@ -120,14 +135,10 @@ def read_metrics(folder: Path) -> list[dict]:
     """The records of a run folder, oldest first. A last line that a kill tore is left out.
 
     Raises FileNotFoundError when there is no metrics file, UserError when a line before the last is not JSON, or one
-    has no kind and step.
+    has no kind and step, or something else than the number that is shown of it.
     """
-    path, records = folder / METRICS_FILE, []
-    for number, record in read_lines(path):
-        if not isinstance(record, dict) or type(record.get("step")) is not int or "kind" not in record:
-            raise UserError(f"{path} line {number} is no record, which has kind and step; remove that line")
-        records.append(record)
-    return records
+    lines = read_records(folder / METRICS_FILE, "record", lambda line: complaint(line, LINE))
+    return [record for _, record in lines]
 
 
 def _plain(value: object) -> object:

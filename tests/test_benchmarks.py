@@ -1,6 +1,8 @@
 """The benchmarks of the miniature run and print numbers; what the numbers are is not a test's business."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,22 @@ def test_the_engine_is_measured_against_its_own_ideal(computed):
     assert (numbers["live_cache"]["tokens_live"], numbers["live_cache"]["tokens_anew"]) == (17, 248)
     assert numbers["fork"]["ratio"] > 0 and numbers["fused"]["ratio"] > 0
     assert [line["tool_s"] for line in numbers["tools"]] == [0.0, 0.0005, 0.005, 0.025]
+
+
+def test_a_word_that_nobody_would_read_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    own_words = importlib.import_module("words")
+    defaults = {"slots": 2, "scale": 1.0, "folder": ""}
+    assert own_words.read(["slots=3", "folder=a=b"], defaults) == {"slots": 3, "scale": 1.0, "folder": "a=b"}
+    assert own_words.take(["seed=1", "scale=2"], defaults) == ({"slots": 2, "scale": 2.0, "folder": ""}, ["seed=1"])
+    for word, message in (
+        ("slot=3", "cannot read 'slot=3'; the words are slots=..., scale=..., folder=..."),
+        ("--help", "cannot read '--help'; the words are"),
+        ("slots", "'slots' gives no int; say slots=..., as slots=2"),
+        ("slots=many", "'slots=many' gives no int"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            own_words.read([word], defaults)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ LONGEST = 450  # lines of a file
 
 # From the ground up: a room knows those of its own floor and of the floors below it.
 FLOORS = (
-    {"errors", "fields", "files", "memory", "slices"},
+    {"errors", "fields", "files", "memory", "shapes", "slices"},
     {"hosts_config", "hosts"},
     {"mesh_config", "mesh", "clock", "compile_cache", "trackers", "metrics", "checkpoint"},
     {"models", "tokens"},

@@ -46,6 +46,9 @@ PEERS = {  # by work: who does it, in which Python, by which script and word
 
 def main(words: list[str]) -> None:
     options = {"core": "0", "rounds": "2", "works": ",".join(PEERS), "environments": "build/peers"}
+    known = {*options, *ENVIRONMENTS}
+    if odd := [word for word in words if "=" not in word or word.split("=")[0] not in known]:
+        sys.exit(f"error: cannot read {odd[0]!r}; the words are {', '.join(f'{key}=...' for key in known)}")
     options |= dict(word.split("=", 1) for word in words)
     works = options["works"].split(",")
     jobs = {(work, who): job for work in works for who, job in ({"ours": ("ours", "ours", work)} | PEERS[work]).items()}

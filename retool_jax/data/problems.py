@@ -17,7 +17,7 @@ from pathlib import PurePath
 import numpy as np
 
 from retool_jax.data import arithmetic, word_problems
-from retool_jax.data.config import SetConfig
+from retool_jax.data.config import HELD_OUT, SetConfig
 from retool_jax.data.instructions import prompt_of, question_of, without_instructions
 from retool_jax.data.rows import IDS, asked, object_in, tools_of, true_answer, with_our_names
 from retool_jax.data.sources import read_rows
@@ -28,7 +28,7 @@ from retool_jax.tokens.demonstrations import holds_control
 MADE: dict[str, Callable[[str, int, int], dict]] = {
     "arithmetic": arithmetic.problem_row,
     "word_problems": word_problems.problem_row,
-    "word_problems:held_out": partial(word_problems.problem_row, held_out=True),
+    HELD_OUT: partial(word_problems.problem_row, held_out=True),
 }
 
 
@@ -96,6 +96,12 @@ def digest_of(problems: Sequence[Problem]) -> str:
     """SHA-256 of all that problems say, in their order."""
     said = [(p.id, p.messages, p.ground_truth, p.tools) for p in problems]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def also_in(problems: Sequence[Problem], others: Sequence[Problem]) -> int:
+    """How many problems ask a question that others ask, too, word for word."""
+    asked = {problem.question for problem in others}
+    return sum(problem.question in asked for problem in problems)
 
 
 def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list[Problem]:

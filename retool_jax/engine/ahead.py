@@ -1,5 +1,6 @@
 """What an engine is going to run, from shapes alone: it can be compiled before there are weights."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -7,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from retool_jax.clock import AHEAD
-from retool_jax.engine.compiled import Layouts, Program, Programs
+from retool_jax.engine.compiled import Layouts, Program, Programs, decode_mesh
 from retool_jax.engine.config import FILLED, EngineConfig
 from retool_jax.engine.programs import CHANGES, init_engine_state
 from retool_jax.models.config import ModelConfig
@@ -54,6 +56,14 @@ class Shapes(NamedTuple):
         """Of the blocks of one size, by its place in `Sizes.tokens`, in rows of so many pages."""
         rows, tokens = self.layouts.sizes.rows[size], self.layouts.sizes.tokens[size]
         return self.state, self.weights, self.ints(rows, tokens), self.ints(rows, 3), self.ints(rows, pages)
+
+
+def held_bytes(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> int:
+    """Bytes that an engine's cache, rows and weights take on each of its devices."""
+    layouts = Layouts.of(model, config, decode_mesh(model, mesh, config.tp))
+    state, rows, weights, *_ = Shapes(model, config, layouts).decode(layouts.sizes.reads[-1])
+    parts = jax.tree.leaves((state, rows, weights))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in parts)
 
 
 class Call(NamedTuple):

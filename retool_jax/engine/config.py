@@ -7,10 +7,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
-from retool_jax.fields import CHECKED, Count, Positive
+from retool_jax.fields import CHECKED, MOST, Count, Positive
 
 CALL_TOKENS = 2048  # places of a call; what more is to be written takes several
 FILLED = 0.75  # of a block, at least; fewer tokens go into smaller ones
+Rows = Annotated[int, Field(ge=1, le=1 << 16)]
+Length = Annotated[int, Field(ge=1, le=1 << 24)]
+Late = Annotated[int, Field(ge=0, le=64)]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -21,14 +24,14 @@ class EngineConfig:
     `token_buckets` and one in `read_buckets` is a program to compile at start.
     """
 
-    slots: Positive = 192  # B: trajectories that hold a cache row at once
-    max_length: Positive = 128  # S: tokens of one trajectory, prompt and tool output included
-    decode_steps: Positive = 16  # most tokens per row and dispatch
-    chunk_tokens: Count = 0
+    slots: Rows = 192  # B: trajectories that hold a cache row at once
+    max_length: Length = 128  # S: tokens of one trajectory, prompt and tool output included
+    decode_steps: Annotated[int, Field(ge=1, le=4096)] = 16  # most tokens per row and dispatch
+    chunk_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     """Tokens of prompts and answers that go through the model at once; 0: 64 on a CPU, 128 where weights take longer to
     read than that many tokens to compute."""
-    read_late: Count = 1  # dispatches that may be under way while the results of an earlier one are read
-    tool_lag: Annotated[int, Field(ge=-1)] = 1
+    read_late: Late = 1  # dispatches that may be under way while the results of an earlier one are read
+    tool_lag: Annotated[int, Field(ge=-1, le=MOST)] = 1
     """Decode dispatches between a tool call and its answer's append; -1 appends answers as they come."""
     stale_rows: Literal["rewrite", "discard", "keep"] = "rewrite"
     """When weights change under a conversation: rewrite its row, discard it, or keep what the old weights wrote."""

@@ -16,7 +16,9 @@ class Conversation(Protocol):
     prompt: list[int]
     request: int  # names the stream of random draws: unique in a run
     temperature: float
-    cancelled: bool  # may be set at any time: nobody wants the rest, and it is dropped
+    cancelled: bool
+    """May be set at any time: nobody wants the rest, and it is dropped, at the latest when a seat is free for it. Who
+    cancels its future has it dropped at once."""
     cached: int  # set by the scheduler: tokens of the prompt that an earlier conversation had written
 
     def turn_budget(self) -> int:

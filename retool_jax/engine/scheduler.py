@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -67,6 +67,7 @@ class Service:
         self.engine = engine
         self._seats = Seats(engine)
         self._talks: dict[Talk, None] = {}  # that have not ended, in order
+        self._cancelled: list[Talk] = []  # whose futures were
         self._in_flight: deque[_Dispatch] = deque()
         self._dispatches = 0
         self._orders = count()
@@ -122,6 +123,7 @@ class Service:
         def cancel(done: asyncio.Future) -> None:
             if done.cancelled():
                 conversation.cancelled = True
+                self._cancelled.append(talk)
                 self._woken.set()
 
         talk.done.add_done_callback(cancel)
@@ -178,11 +180,8 @@ class Service:
 
     def gauges(self) -> dict[str, int]:
         """Conversations by where they are: waiting for their first seat, drawing, or with a tool at work."""
-        return {
-            "waiting": len(self._seats.waiting),
-            "drawing": len(self._seats.live),
-            "calling": len(self._seats.calls),
-        }
+        seats = self._seats
+        return {"waiting": len(seats.waiting), "drawing": len(seats.live), "calling": len(seats.calls)}
 
     async def close(self) -> None:
         """Give everything back: who has not ended is dropped, tools are cancelled, results in flight waited for.
@@ -253,9 +252,10 @@ class Service:
         self._seats.rewrite()
 
     def _drop_cancelled(self) -> None:
-        """Let go of conversations that nobody wants any more."""
-        for talk in list(self._talks):
-            if talk.conversation.cancelled:
+        """Let go of whom nobody wants any more; of those that wait, the next one and whose futures were cancelled."""
+        told, self._cancelled = self._cancelled, []
+        for talk in (*self._seats.begun(), *islice(self._seats.waiting, 1), *told):
+            if talk.conversation.cancelled and talk in self._talks:
                 self._finish(talk, Finish.CANCELLED)
 
     def _seat(self) -> None:

@@ -6,7 +6,7 @@ rest: the prompt, later the last drawn token and a tool's answer, or all of it w
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 from retool_jax.engine.conversation import Conversation, Finish, OnTokens, SamplingParams, Statistics
@@ -50,7 +50,7 @@ class Seats:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.stats = Statistics()
-        self.waiting: deque[Talk] = deque()
+        self.waiting: OrderedDict[Talk, None] = OrderedDict()  # thousands, of which any may leave
         self.ready: list[Talk] = []  # begun, and with something to write before they draw on
         self.live: dict[int, Talk] = {}  # by slot
         self.calls: dict[Talk, Call] = {}
@@ -65,7 +65,7 @@ class Seats:
 
     def add(self, talk: Talk) -> None:
         """Let a new conversation wait for its first seat."""
-        self.waiting.append(talk)
+        self.waiting[talk] = None
         self._wanted[tuple(talk.conversation.prompt)] += 1
 
     def seat(self, in_flight: int, piled_up: bool) -> list[Talk]:
@@ -91,21 +91,24 @@ class Seats:
         The oldest that has begun is next, and may take the pages of younger ones; a new one waits until there are
         enough, and while calls pile up. Rows that are kept for later make way for both.
         """
-        queue = self.ready or (() if piled_up else self.waiting)
-        if not queue:
+        begun = bool(self.ready)
+        if not begun and (piled_up or not self.waiting):
             return None, pages
-        talk = min(queue, key=lambda talk: talk.order) if queue is self.ready else queue[0]
-        if queue is self.waiting and (shared := self._prefixes.share(talk.ids)):
+        talk = min(self.ready, key=lambda talk: talk.order) if begun else next(iter(self.waiting))
+        if not begun and (shared := self._prefixes.share(talk.ids)):
             talk.parked, talk.written = shared, shared.length
         needed = self._pages_for(talk, in_flight)
-        urgent = queue is self.ready or not (self.live or seated)
+        urgent = begun or not (self.live or seated)
         while needed > pages and (self.evict(talk) if urgent else self._prefixes.drop_oldest()):
             pages, needed = self._room(seated, in_flight), self._pages_for(talk, in_flight)
         if needed > pages:
-            if queue is self.waiting:
+            if not begun:
                 self._let_go(talk)
             return None, pages
-        queue.remove(talk)
+        if begun:
+            self.ready.remove(talk)
+        else:
+            del self.waiting[talk]
         return talk, pages - needed
 
     def _room(self, seated: list[Talk], in_flight: int) -> int:
@@ -242,7 +245,7 @@ class Seats:
         if talk in self.ready:
             self.ready.remove(talk)
         elif talk in self.waiting:
-            self.waiting.remove(talk)
+            del self.waiting[talk]
             self._want_no_more(tuple(talk.conversation.prompt))
             self.drop_prompts(unwanted=True)
         if ended and talk.parked and self.engine.config.prefix_tokens and talk.version == self.engine.version:

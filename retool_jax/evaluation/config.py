@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
-from retool_jax.fields import CHECKED, Count, NotNegative, Positive
+from retool_jax.fields import CHECKED, Count, Positive
 
 MOST_PROBLEMS, MOST_SAMPLES = 1 << 18, 1 << 12  # each sample of each problem has a stream of draws, see `request_of`
 # Samples of each problem, temperature and top-p, as others report their numbers.
@@ -25,7 +25,7 @@ class EvaluationConfig:
     """Accuracy on held-out problems, sampled at temperature 1 and greedily."""
 
     every: Count = 10  # RL steps between looks at the dev split; 0 never looks
-    problems: Positive = 256
+    problems: Annotated[int, Field(ge=1, le=MOST_PROBLEMS)] = 256
     answer_tokens: Count = 256  # as rollout.answer_tokens, which is training's
     purposes: str = "rules"  # who says what a program is for: rules, or my_package.my_module:my_classifier
     final_split: Literal["dev", "test"] = "test"  # for the table before and after RL; use dev while tuning
@@ -39,7 +39,8 @@ class SampledConfig:
     """How others sample: recipe (30, top-p 0.6), paper (32, top-p 0.7), open (16), each at temperature 1, or greedy."""
     problems: Annotated[int, Field(ge=0, le=MOST_PROBLEMS)] = 0  # the first so many of the set; 0: all
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None  # of each problem; null: the preset's, or 8
-    temperature: NotNegative | None = None  # 0 is greedy; null: the preset's, or 1
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    """0 is greedy, above it at least 0.01, as rl.temperature; null: the preset's, or 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # 1 is off; null: the preset's, or 1
     top_k: Count = 0  # only the k most likely tokens; 0 is off
     pass_k: tuple[Positive, ...] = ()  # the k of pass@k and maj@k; empty: 1, 2, 4, ... and all samples
@@ -51,10 +52,20 @@ class SampledConfig:
         for key, value in (PRESETS[self.preset] if self.preset else OWN).items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
+        if 0 < self.temperature < 0.01:
+            raise UserError(
+                f"evaluation.temperature={self.temperature} must be 0, which is greedy, or between 0.01 and 100: below"
+                " that what rounds a logit decides"
+            )
         if self.temperature == 0 and self.samples > 1:
             raise UserError(
                 f"evaluation.samples={self.samples} at evaluation.temperature=0 are one and the same; set"
                 " evaluation.samples=1, or a temperature above 0"
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise UserError(
+                f"evaluation.top_p={self.top_p} and evaluation.top_k={self.top_k} choose among tokens to draw, and at"
+                " evaluation.temperature=0 the most likely one is taken; leave them out, or set a temperature above 0"
             )
         if above := [k for k in self.pass_k if k > self.samples]:
             raise UserError(

@@ -17,6 +17,8 @@ from retool_jax.evaluation.estimators import (
     recipe_best_worst_maj,
 )
 from retool_jax.metrics import format_percent
+from retool_jax.rollout.trajectory import INFRASTRUCTURE
+from retool_jax.shapes import FINITE, TEXT, WHOLE, OrNull
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,23 @@ class Answered:
     id: str
     correct: tuple[bool, ...]
     answers: tuple[str | None, ...]
+
+
+# Of result.json, as far as others read it.
+_ESTIMATE = {"value": FINITE, "stderr": OrNull(FINITE), "low": FINITE, "high": FINITE, "problems": WHOLE}
+_LOOK = ("turns_mean", "calls_per_sample", "response_tokens", "checker_timeouts")
+_SHARES = {"tool_rate": OrNull(FINITE), "tool_success": OrNull(FINITE)}
+RESULT = {
+    **{"set?": TEXT, "samples?": WHOLE, "dropped?": WHOLE},
+    "numbers?": OrNull({"recipe?": OrNull({...: OrNull(FINITE)}), ...: OrNull(_ESTIMATE)}),
+    "strict_differs?": OrNull({"count": WHOLE, "share": OrNull(FINITE)}),
+    "trajectories?": OrNull({...: OrNull(FINITE)}),
+}
+# One that is shown again has all of it.
+_DRAWN = (
+    {f"end/{end}": WHOLE for end in INFRASTRUCTURE} | dict.fromkeys(_LOOK, FINITE) | _SHARES | {...: OrNull(FINITE)}
+)
+COMPLETE = {key.removesuffix("?"): shape for key, shape in RESULT.items()} | {"trajectories": _DRAWN}
 
 
 def numbers_of(problems: Sequence[Answered], ks: Sequence[int] = (), seed: int = 0) -> dict:

@@ -12,6 +12,7 @@ them over when all have drawn their share, or, after a kill, at the next start, 
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -22,13 +23,17 @@ from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
+from retool_jax.rollout.records import RECORD, fault_of
 from retool_jax.rollout.trajectory import INFRASTRUCTURE, End, Segment, ToolUse, Trajectory
+from retool_jax.shapes import TEXT, WHOLE, OrNull
 
 # What a record has to hold.
 NEEDED = (
     *("group", "sample", "id", "ids", "sampled", "segments", "tool_calls", "forced", "end", "fault"),
     *("correct", "answer", "verdict", "exact_match", "reward", "reward_terms"),
 )
+SAMPLE = RECORD | {"group": WHOLE, "end": frozenset(End), "answer": OrNull(TEXT)}
+USED = tuple(field.name for field in fields(ToolUse))
 OTHERS = "samples.*.jsonl"  # of the other hosts, by their numbers
 
 
@@ -116,7 +121,16 @@ class Store:
         return found is not None and not found.dropped
 
     def trajectories(self, problems: Sequence[Problem]) -> Iterator[tuple[tuple[int, int], Trajectory]]:
-        """Each sample's key and its trajectory, in the order of keys."""
+        """Each sample's key and its trajectory, in the order of keys.
+
+        Raises:
+            UserError: a sample is of a problem that is not among them.
+        """
+        if self.done and (last := max(self.done)[0]) >= len(problems):
+            raise UserError(
+                f"{self._path} has a sample of group {last}, and the set has {len(problems)} problems, which count from"
+                " 0; remove its lines"
+            )
         with self._path.open("rb") as file:
             for key in sorted(self.done):
                 file.seek(self.done[key].at)
@@ -136,16 +150,26 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict]]:
                 return
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if file.peek(1):
                     raise UserError(f"{path} line {number} is not JSON; remove that line, to draw it again") from error
                 return
-            if not isinstance(record, dict) or any(key not in record for key in NEEDED):
+            if fault := _fault_of_sample(record):
                 raise UserError(
-                    f"{path} line {number} is no sample of an evaluation; remove that line, to draw it again"
+                    f"{path} line {number} is no sample of an evaluation ({fault}); remove that line, to draw it again"
                 )
             yield at, line, record
             at += len(line)
+
+
+def _fault_of_sample(record: object) -> str:
+    """What is wrong with what a line holds; nothing: an empty text."""
+    if fault := fault_of(record, NEEDED, SAMPLE):
+        return fault
+    if record["group"] < 0 or record["sample"] < 0:
+        return f"group {record['group']} and sample {record['sample']} must be at least 0"
+    scored = record["end"] not in INFRASTRUCTURE
+    return "reward is null, which a sample that was scored has not" if scored and record["reward"] is None else ""
 
 
 def trajectory_of(record: dict, problem: Problem) -> Trajectory:
@@ -157,7 +181,7 @@ def trajectory_of(record: dict, problem: Problem) -> Trajectory:
         ids=record["ids"],
         sampled=record["sampled"],
         segments=[Segment(s["role"], s["start"], s["stop"]) for s in record["segments"]],
-        tool_uses=[ToolUse(**use) for use in record["tool_calls"]],
+        tool_uses=[ToolUse(**{name: use[name] for name in USED if name in use}) for use in record["tool_calls"]],
         forced=record["forced"],
         end=End(record["end"]),
         fault=record["fault"],

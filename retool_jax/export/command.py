@@ -119,7 +119,7 @@ def check_target(out: Path, kind: str, sources: list[Path]) -> None:
     rooms = {path.parent for path in read if path.parent.name == "trajectories"}
     if target in read | rooms or target.parent in rooms:
         raise UserError(f"out={out} is where trajectories are read from; choose another out=")
-    check_result(out)
+    check_result(out, folder=True)
     if kind == "traces":
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"out={out} exists already; remove it, or choose another out=")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
-from retool_jax.files import read_lines
+from retool_jax.rollout.records import TOKENS, fault_of
 from retool_jax.sandbox.text import writable
+from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.grammar import CODE_TOOL
 from retool_jax.tokens.shown import show_outputs, show_turn
 
 GREEDY = "-greedy"  # how the names of files end whose trajectories were drawn greedily
-TOKENS = ("ids", "sampled", "logprobs", "versions")  # lists of numbers, one for each id
 NEEDED = ("id", "ids", "sampled", "logprobs", "segments", "tool_calls")
 _CHAT = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(<\|im_end\|>|\Z)", re.DOTALL)
 
@@ -98,10 +98,7 @@ def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict]]:
     """The lines of a file, by their numbers."""
-    for number, values in read_lines(path):
-        if not isinstance(values, dict) or any(key not in values for key in NEEDED):
-            needed = ", ".join(NEEDED)
-            raise UserError(f"{path} line {number} is no trajectory, which has {needed}; remove that line")
+    for number, values in read_shaped(path, "trajectory", lambda record: fault_of(record, NEEDED)):
         yield number, {key: value if key in TOKENS else clean(value) for key, value in values.items()}
 
 

@@ -9,11 +9,12 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.fields import CHECKED, NotNegative, Positive, complaint
+from retool_jax.fields import CHECKED, Above0, Count, NotNegative, Positive, complaint, hints_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
-Above0 = Annotated[float, Field(gt=0)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]  # of a published model at most a sixth of it
+Heads = Annotated[int, Field(ge=1, le=4096)]
 
 # What tells the families apart; R1-Distill-Qwen is a qwen2. Their files may repeat `qkv_bias` as `attention_bias`:
 # false in a qwen2 would contradict its three biases, and true in the others puts one on the output projection too.
@@ -69,25 +70,27 @@ class ModelConfig:
     D model, N query heads, K key/value heads, G = N / K, H head, F feed-forward, V vocabulary, L layers.
     """
 
-    vocab_size: Positive = 384  # V
-    hidden_size: Positive = 128  # D
-    intermediate_size: Positive = 256  # F
-    num_layers: Positive = 2  # L
-    num_heads: Positive = 4  # N
-    num_kv_heads: Positive = 2  # K
-    head_dim: int = 32  # H
-    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
-    yarn_factor: float = 0.0  # YaRN (arXiv 2309.00071): how many times longer than trained; 0 is off
-    yarn_original_length: int = 0  # of the training before it
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)] = 384  # V
+    hidden_size: Width = 128  # D
+    intermediate_size: Width = 256  # F
+    num_layers: Annotated[int, Field(ge=1, le=4096)] = 2  # L
+    num_heads: Heads = 4  # N
+    num_kv_heads: Heads = 2  # K
+    head_dim: Annotated[int, Field(le=4096)] = 32  # H
+    rope_theta: Annotated[float, Field(ge=100, le=1e12)] = 10_000.0
+    """Of the rotary embedding, whose slowest pair of a head turns about so many times more slowly than the fastest,
+    which is round after 6 tokens. Below 100 all are round within some hundreds, and far places look like near ones."""
+    yarn_factor: NotNegative = 0.0  # YaRN (arXiv 2309.00071): how many times longer than trained; 0 is off
+    yarn_original_length: Count = 0  # of the training before it
     yarn_beta_fast: Above0 = 32.0  # turns over that length above which a frequency is kept
     yarn_beta_slow: Above0 = 1.0  # and below which it is divided by the factor
     yarn_attention_factor: NotNegative = 0.0  # of cos and sin; 0: 0.1 ln(factor) + 1
-    llama3_factor: float = 0.0  # Llama 3's scaling (its `llama3`): how many times longer than trained; 0 is off
-    llama3_original_length: int = 0  # of the training before it
+    llama3_factor: NotNegative = 0.0  # Llama 3's scaling (its `llama3`): how many times longer than trained; 0 is off
+    llama3_original_length: Count = 0  # of the training before it
     llama3_low_factor: float = 1.0  # turns over that length below which a frequency is divided by the factor
     llama3_high_factor: float = 4.0  # and above which it is kept
-    max_positions: int = 32_768  # what the checkpoint says it is made for; nothing here is limited by it
-    rms_norm_eps: Above0 = 1e-6
+    max_positions: Positive = 32_768  # what the checkpoint says it is made for; nothing here is limited by it
+    rms_norm_eps: Annotated[float, Field(ge=1e-12, le=0.1)] = 1e-6  # fp32 divides by its root
     tie_embeddings: bool = True
     qkv_bias: bool = True  # Qwen2; the others have none
     qk_norm: bool = False  # Qwen3: RMS norm over each query and key head, before rotation
@@ -125,8 +128,18 @@ class ModelConfig:
                     f"model.{kind}_factor={factor} with model.{kind}_original_length={length}: this scaling needs a"
                     " factor of at least 1 and the length it starts from; a factor of 0 switches it off"
                 )
+            parts = [name for name in hints_of(ModelConfig) if name.startswith(f"{kind}_") and not factor]
+            if odd := [name for name in parts if getattr(self, name) != getattr(ModelConfig, name)]:
+                raise UserError(
+                    f"model.{odd[0]}={getattr(self, odd[0])} is not read with model.{kind}_factor=0, which switches"
+                    " that scaling off; leave it out, or set the factor"
+                )
         if self.yarn_factor and self.llama3_factor:
             raise UserError("model.yarn_factor and model.llama3_factor scale the same rotation; set one of them to 0")
+        if self.yarn_factor and self.yarn_beta_slow >= self.yarn_beta_fast:
+            raise UserError(
+                f"model.yarn_beta_slow={self.yarn_beta_slow} must be below model.yarn_beta_fast={self.yarn_beta_fast}"
+            )
         if not 0 < self.llama3_low_factor < self.llama3_high_factor:
             raise UserError(
                 f"model.llama3_low_factor={self.llama3_low_factor} must be above 0 and below"

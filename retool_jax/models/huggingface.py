@@ -6,12 +6,10 @@ cast and checked for NaN there. Of a stack of L layers, each one is written into
 """
 
 import collections
-import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.errors import UserError, one_line
+from retool_jax.models.companions import check_companions, check_tokenizer, write_companions, write_json
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf, config_to_hf
 from retool_jax.models.decoder import Params, Weight, abstract_params
 from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
 from retool_jax.models.sharding import is_weight, weight_sharding
-
-COMPANIONS = (  # what goes with the weights: tokenizer, chat template, when to stop
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 
 # Of each weight: its name there, and our axes (without L) in the order that they have there. torch's linear layers
 # keep [out, in], with heads and head_dim as one axis.
@@ -209,9 +203,9 @@ def save_params(
                 collections.deque(values, maxlen=0)  # its part in gathering them
         if writes:
             if split.is_sharded:
-                _write_json(temporary / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+                write_json(temporary / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
             hf = config_to_hf(config) | {"torch_dtype": stored.name}
-            _write_companions(temporary, hf, tokenizer_from, stop_ids)
+            write_companions(temporary, hf, tokenizer_from, stop_ids)
             if card:
                 (temporary / "README.md").write_text(card)
             temporary.rename(folder)
@@ -220,48 +214,19 @@ def save_params(
         raise
 
 
-def _write_companions(folder: Path, hf: dict, source: Path | None, stop_ids: Sequence[int]) -> None:
-    """config.json, and what goes with the weights: the source's files, with these stop ids in place of its own."""
-    stops = {"eos_token_id": list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]} if stop_ids else {}
-    if source is not None:
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        # A checkpoint keeps these in config.json, though the model does not use them.
-        there = _read_table(source / "config.json")
-        hf |= {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
-    if stops:  # generate() asks that file, where it is, and no other
-        _write_json(folder / "generation_config.json", _read_table(folder / "generation_config.json") | stops)
-    _write_json(folder / "config.json", hf | stops)
-
-
 def check_target(config: ModelConfig, folder: Path, tokenizer_from: Path | None) -> None:
     """A `UserError` when `save_params` could not write these files there; nothing is written."""
     config_to_hf(config)
     if tokenizer_from is not None:
         if not any((tokenizer_from / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise UserError(f"no tokenizer at {tokenizer_from}: expected tokenizer.json or vocab.json there")
+        check_companions(tokenizer_from)
         check_tokenizer(config, tokenizer_from)
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another folder, or remove that one")
-
-
-def check_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """A `UserError` when the folder's tokenizer, if it has one, has a token without a row in the embedding."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    from tokenizers import Tokenizer
-
-    try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path} is no tokenizer ({' '.join(str(error).split())[:160]}); copy it again") from error
-    tokens = max(vocabulary.values(), default=-1) + 1
-    if tokens > config.vocab_size:
-        raise UserError(
-            f"{path} has {tokens} tokens, the model's embedding {config.vocab_size} rows; use the model's own tokenizer"
-        )
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{folder} cannot be made, as {above} is no folder; choose another one")
 
 
 def _load_weight(leaf: Weight, own: list[tuple[str, Part]], tensors: dict[str, Tensor], mesh: Mesh) -> jax.Array:
@@ -387,15 +352,3 @@ def _check_tensors(config: ModelConfig, folder: Path, tensors: dict[str, Tensor]
                 f"{tensors[name].file} has {name} of shape {list(tensors[name].shape)};"
                 f" the model in config.json needs {list(expected)}"
             )
-
-
-def _read_table(path: Path) -> dict:
-    """A JSON object; empty where there is none."""
-    with suppress(OSError, ValueError):
-        table = json.loads(path.read_text())
-        return table if isinstance(table, dict) else {}
-    return {}
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retool_jax import slices
 from retool_jax.errors import UserError
-from retool_jax.fields import whole_number
+from retool_jax.fields import split_words, whole_number
 from retool_jax.files import check_result, replacing
 from retool_jax.mesh_config import MeshConfig, check_heads, known_sizes
 from retool_jax.models.config import ARCHITECTURE
@@ -26,23 +26,32 @@ def main(words: list[str]) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(load.help_text([word for word in words if word.partition("=")[0] not in OWN], "plan", "grpo_qwen2.5_32b"))
         return
-    own = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OWN and "=" in word)
+    own = dict(split_words([word for word in words if word.partition("=")[0] in OWN], OWN))
     words = [word for word in words if word.partition("=")[0] not in OWN]
     if "json" in own:
         check_result(Path(own["json"]), "json")
     tokens = whole_number("tokens", own["tokens"], 1) if "tokens" in own else None
     search = _truth("search", own.get("search"))
+    if search and tokens:
+        raise UserError(f"tokens={tokens} is not read with search=true, which compares updates alone; leave it out")
     run = load.load(words)
     if not isinstance(run, SFTRun | RLRun):
         raise UserError(f"this config is of task {task_of(type(run))} and trains nothing; plan a config that trains")
     if not run.mesh.name:
         raise UserError("for which chips? add mesh=NAME: v5p-64, v6e-256, tpu7x-128, h100-8, cpu-8 (docs/tpu.md)")
     place = slices.named(run.mesh.name)
+    longest = run.sft.row_length if isinstance(run, SFTRun) else run.engine.max_length
+    if tokens and tokens > longest:
+        key = "sft.row_length" if isinstance(run, SFTRun) else "engine.max_length"
+        raise UserError(f"tokens={tokens} of a trajectory are more than {key}={longest} holds; lower it, or raise that")
     teacher = load.load([f"config={own['teacher']}"]).model if "teacher" in own else None
     devices.prepare(place)
     # Imported now, as jax reads its settings when it starts, and so that mistakes above are told at once.
+    from retool_jax.rl.algorithms import algorithm_of
     from retool_jax.run.build import resolve, with_checkpoint
 
+    if teacher and (isinstance(run, SFTRun) or "teacher" not in algorithm_of(run.rl).models):
+        raise UserError(f"teacher={own['teacher']} is a model that this run does not ask; leave it out")
     _, values = load.read(words)
     if run.init_from and not set(ARCHITECTURE) & (with_checkpoint(values).get("model") or {}).keys():
         raise UserError(

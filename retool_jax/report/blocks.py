@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from retool_jax.errors import UserError, one_line
+from retool_jax.errors import UserError
 from retool_jax.metrics import Progress
 from retool_jax.report.runs import Run
 from retool_jax.report.trajectories import (
@@ -186,15 +186,9 @@ def _fitting(sources: Sequence[Source], tokenizers: Sequence[Tokenizer | str]) -
 
 
 def _details(source: Source, records: Iterable[dict], with_texts: bool) -> Iterator[tuple[dict, dict]]:
-    """The `row` and the `detail` of each record. Raises UserError where one of them is not what trajectories are."""
+    """The `row` and the `detail` of each record."""
     for record in records:
-        try:
-            yield row(source.run, record, source.greedy), detail(record, with_texts)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
-            raise UserError(
-                f"{source.path} has a trajectory that cannot be shown, {record['id']!r} ({what}); remove its line"
-            ) from error
+        yield row(source.run, record, source.greedy), detail(record, with_texts)
 
 
 def _batches(details: Iterable[tuple[dict, dict]]) -> Iterator[list[tuple[dict, dict]]]:

@@ -253,6 +253,9 @@ def main(words: list[str]) -> None:
     ]
     if not folders:
         raise UserError("no run to report on; usage: python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]")
+    there = [folder.resolve() for folder in folders]
+    if twice := [str(folder) for folder, path in zip(folders, there, strict=True) if there.count(path) > 1]:
+        raise UserError(f"run={twice[-1]} is given twice, and would count as two seeds; give each folder once")
     given = dict(pairs)
     limit = whole_number("trajectories", given["trajectories"]) if "trajectories" in given else None
     out = Path(given.get("out", folders[0] / "report.html"))

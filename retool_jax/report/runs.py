@@ -9,11 +9,13 @@ import numpy as np
 
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import RESULT, SAMPLES
+from retool_jax.evaluation.results import RESULT as RESULT_SHAPE
 from retool_jax.fields import defaults_of, flatten_dict
 from retool_jax.files import CONFIG
-from retool_jax.metrics import METRICS_FILE, read_metrics
+from retool_jax.metrics import METRICS_FILE, SUMMARY, read_metrics
 from retool_jax.run.load import read_yaml
 from retool_jax.run.schema import TASKS
+from retool_jax.shapes import complaint
 
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
 
@@ -86,7 +88,7 @@ def with_defaults(config: dict) -> dict:
 def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
     path, result = folder / METRICS_FILE, folder / RESULT
     if result.exists() and not path.exists():
-        return Run(folder, [], {}, True, label, setting, config, _read_object(result))
+        return Run(folder, [], {}, True, label, setting, config, _read_object(result, RESULT_SHAPE))
     records = read_metrics(folder) if path.exists() else []
     if not records:
         if (folder / SAMPLES).exists():
@@ -97,16 +99,18 @@ def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
         raise UserError(f"{path} {state}; start or resume the run with `python -m retool_jax.train config=grpo`")
     summary_path = folder / "summary.json"
     finished = summary_path.exists()
-    summary = _read_object(summary_path) if finished else summary_so_far(records)
+    summary = _read_object(summary_path, SUMMARY) if finished else summary_so_far(records)
     return Run(folder, records, summary, finished, label, setting, config)
 
 
-def _read_object(path: Path) -> dict:
+def _read_object(path: Path, shape: dict) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); move it away, or write it again") from error
-    return value if isinstance(value, dict) else {}
+    if fault := complaint(value, shape):
+        raise UserError(f"{path} is not as a run writes it ({fault}); mend it, move it away, or write it again")
+    return value
 
 
 def summary_so_far(records: Iterable[dict]) -> dict:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
-from retool_jax.files import read_lines
 from retool_jax.report.runs import Run
+from retool_jax.rollout.records import fault_of
+from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -108,11 +108,7 @@ def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
         for trajectory in read_rollouts(source.path):
             yield trajectory.record(tokenizer, split="training", step=source.step)
         return
-    for number, record in read_lines(source.path):
-        if not isinstance(record, dict) or any(key not in record for key in NEEDED):
-            raise UserError(
-                f"{source.path} line {number} is no trajectory, which has {', '.join(NEEDED)}; remove that line"
-            )
+    for _, record in read_shaped(source.path, "trajectory", lambda record: fault_of(record, NEEDED)):
         yield record
 
 

@@ -16,7 +16,7 @@ from retool_jax.rl.advantage import (
     group_relative,
     leave_one_out,
 )
-from retool_jax.rl.config import KLConfig, RLConfig, TeacherConfig
+from retool_jax.rl.config import ClipConfig, KLConfig, RLConfig, TeacherConfig
 from retool_jax.rl.loss import clipped_loss, sequence_loss, truncated_loss
 from retool_jax.tools.toolbox import imported
 
@@ -100,6 +100,11 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
         raise UserError(
             f"rl.kl.place={rl.kl.place} and rl.kl.estimator={rl.kl.estimator} say how the divergence from the first"
             " weights counts, and with rl.kl.coefficient=0 it does not; set that above 0, or leave rl.kl out"
+        )
+    if algorithm.loss is truncated_loss and rl.clip.dual != ClipConfig.dual and ":" not in name:
+        raise UserError(
+            f"rl.clip.dual={rl.clip.dual} is not read with rl.algorithm={name}, whose bounds limit how much a token"
+            " counts and not what it costs; leave it out"
         )
     return algorithm
 

@@ -7,9 +7,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from retool_jax.errors import UserError
-from retool_jax.fields import CHECKED, Count, NotNegative, Positive, Share
+from retool_jax.fields import CHECKED, LARGEST, MOST, Count, NotNegative, Positive, Share
 from retool_jax.learn.config import OptimizerConfig, check_schedule
 from retool_jax.rollout.config import RewardConfig
+
+Steps = Annotated[int, Field(ge=0, le=1024)]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -18,7 +20,7 @@ class ClipConfig:
 
     low: Share = 0.2  # the ratio may fall to 1 - low
     high: NotNegative = 0.28  # and rise to 1 + high: more room for unlikely tokens (DAPO, arXiv 2503.14476 section 3.1)
-    dual: Annotated[float, Field(ge=1)] = 10.0
+    dual: Annotated[float, Field(ge=1, le=LARGEST)] = 10.0
     """A token with negative advantage A costs at most dual * |A| (arXiv 1912.09729)."""
 
 
@@ -95,7 +97,9 @@ class RLConfig:
     epochs: Positive = 1  # how often a rollout is learned from
     max_dropped: Annotated[float, Field(ge=0, le=0.99)] = 0.5
     """Share of a step's trajectories that the machinery may lose before the run stops."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # above 0: groups need different samples
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Above 0, since groups need different samples. Below 0.01 the rounding of a logit counts for nats, and above 100
+    any token is as likely as another."""
     row_length: Positive = 256  # T of a packed row; at least engine.max_length
     rows_per_micro: Positive = 4  # B of a micro-batch
     share_prefixes: bool = True
@@ -115,7 +119,7 @@ class RLConfig:
     teacher: TeacherConfig = TeacherConfig()
     reward: RewardConfig = RewardConfig()
     groups: GroupsConfig = GroupsConfig()
-    ahead: Count = 0  # steps that rollouts may run ahead of the weights that learn from them; 0 is exact
+    ahead: Steps = 0  # steps that rollouts may run ahead of the weights that learn from them; 0 is exact
     max_staleness: Count | None = None  # drop what holds tokens of weights older than so many steps; null: nothing
     save_rollouts: bool = False  # keep each step's trajectories with all that the update needs, for replay=FOLDER
     rollout_only: bool = False  # draw and keep them, and train nothing
@@ -126,6 +130,12 @@ class RLConfig:
             raise UserError(
                 f"rl.prompts_per_step={self.prompts_per_step} does not divide into rl.minibatches={self.minibatches};"
                 f" choose prompts_per_step as a multiple of {self.minibatches}"
+            )
+        if (drawn := self.steps * self.prompts_per_step * self.group_size) > MOST:
+            raise UserError(
+                f"rl.steps={self.steps} x rl.prompts_per_step={self.prompts_per_step} x"
+                f" rl.group_size={self.group_size} are {drawn} draws, and a run has random numbers for {MOST}; lower"
+                " one of them"
             )
         check_schedule(self.optimizer, "rl.optimizer")
         check_schedule(self.critic.optimizer, "rl.critic.optimizer")

@@ -25,12 +25,21 @@ from retool_jax.files import replacing
 from retool_jax.models.decoder import Params
 from retool_jax.rl.collector import Rollouts
 from retool_jax.rl.config import RLConfig
+from retool_jax.rollout.records import CALL, SEGMENT, TOKENS, fault_of
 from retool_jax.rollout.trajectory import End, Segment, ToolUse, Trajectory
+from retool_jax.shapes import FLAG, NUMBER, TEXT, WHOLE, OrNull
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FOLDER = "rollouts"  # in a run's folder
-TOKENS = ("ids", "sampled", "logprobs", "versions")  # with an entry for each token
 NEEDED = ("group", "ids", "sampled", "logprobs", "reward")  # of a line; docs/data.md has what else there may be
+SHAPE = {
+    **{"id?": TEXT, "versions?": [WHOLE], "segments?": [SEGMENT], "tool_uses?": [CALL], "end?": TEXT, "fault?": TEXT},
+    **{"temperature?": OrNull(NUMBER), "top_p?": NUMBER, "top_k?": WHOLE, "forced?": FLAG, "exact?": FLAG},
+    **{"room?": WHOLE, "final_text?": TEXT, "reward?": OrNull(NUMBER), "reward_terms?": {...: NUMBER}},
+    **{"started_s?": NUMBER, "finished_s?": NUMBER},
+    "problem?": {"id?": TEXT, "messages?": [{"role": TEXT, "content": TEXT}], "tools?": OrNull([TEXT])},
+    "verdict?": OrNull({"correct": FLAG, "answer": OrNull(TEXT), "reason": TEXT}),
+}
 
 
 def rollouts_path(run: Path, step: int) -> Path:
@@ -131,6 +140,8 @@ def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
     drawn = np.array(logprobs, np.float32)
     if np.isnan(drawn).any():
         raise ValueError("logprobs has NaN, which no token is drawn with")
+    if fault := fault_of(record, NEEDED, SHAPE):
+        raise ValueError(fault)
     problem = {"id": f"group {group}", "messages": [{"role": "user", "content": ""}], "ground_truth": ""}
     problem |= record.get("problem", {})
     tools = problem.get("tools")

@@ -10,8 +10,10 @@ from retool_jax.engine.scheduler import Statistics
 from retool_jax.evaluation.config import EvaluationConfig
 from retool_jax.evaluation.measure import looked
 from retool_jax.files import replacing
+from retool_jax.metrics import SUMMARY as SHAPE
 from retool_jax.rollout.reward import NOT_RUN
 from retool_jax.rollout.trajectory import Trajectory
+from retool_jax.shapes import complaint
 
 SUMMARY = "summary.json"
 
@@ -79,4 +81,4 @@ def read_summary(folder: Path, steps: int) -> dict | None:
         summary = json.loads((folder / SUMMARY).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return summary if summary.get("steps") == steps else None
+    return summary if not complaint(summary, SHAPE) and summary.get("steps") == steps else None

@@ -1,7 +1,7 @@
 """A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,10 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
-from retool_jax.data.problems import Problem, Problems, problems_of_set
+from retool_jax.data.problems import Problem, Problems, also_in, problems_of_set
+from retool_jax.engine.ahead import held_bytes
 from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import MOST_PROBLEMS
+from retool_jax.memory import host_bytes
 from retool_jax.mesh import make_mesh
 from retool_jax.mesh_config import check_heads, check_rows
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
@@ -120,10 +122,23 @@ def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
 def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict[str, Problems]:
     """The problems of each split. Over-long prompts are refused, those of the miniature as far as its first show it."""
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
+    _check_apart(run, problems["train"].finite or [], problems["test"].finite or [])
     for stream in problems.values():
         for problem in stream.finite or stream.head(8):
             encode_prompt(tokenizer, problem, tools, run.rollout)
     return problems
+
+
+def _check_apart(run: RLRun, train: Sequence[Problem], test: Sequence[Problem]) -> None:
+    """Refuse to train on all of the test set, whatever its file is called; say how much of it is trained on."""
+    shared = also_in(test, train)
+    if shared and shared == len(test):
+        raise UserError(
+            f"data.train={run.data.train} has every question of data.test={run.data.test}, which would measure what was"
+            " learned by heart; train on another set, or test on one that is not trained"
+        )
+    if shared:
+        print(f"data: {shared} of the {len(test)} questions of data.test={run.data.test} are in data.train, too")
 
 
 def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox | None) -> list[Problem]:
@@ -168,12 +183,32 @@ def compiled_ahead(run: EngineRun, mesh: Mesh, tokenizer: Tokenizer) -> Iterator
     """Compile what the run's engine is going to need, in threads, while the block does other things.
 
     `warm_up` waits for what is not there yet. Where the block ends early, what has not begun is left.
+
+    Raises:
+        UserError: the engine's cache cannot fit.
     """
+    _check_cache(run, mesh)
     threads = compile_ahead(run.model, run.engine, mesh, stop_ids_of(run, tokenizer))
     try:
         yield
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_cache(run: EngineRun, mesh: Mesh) -> None:
+    """A `UserError` where an engine holds more than the device has, or, of a CPU's, than the machine has."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    held, there = held_bytes(run.model, run.engine, mesh), (own[0].memory_stats() or {}).get("bytes_limit")
+    if own[0].platform == "cpu":
+        held, there = held * len(own), host_bytes()
+    if there and held > there:
+        sizes = [f"engine.{key}={getattr(run.engine, key)}" for key in ("slots", "max_length")]
+        others = ("pages", "prefix_tokens")
+        sizes += [f"engine.{key}={value}" for key in others if (value := getattr(run.engine, key))]
+        raise UserError(
+            f"an engine of {', '.join(sizes)} holds {held / 1e9:,.1f} GB with its weights, and there are"
+            f" {there / 1e9:,.1f} GB; lower one of them"
+        )
 
 
 def engine_of(run: EngineRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Engine:

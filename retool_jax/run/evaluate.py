@@ -27,7 +27,7 @@ from retool_jax.evaluation.config import RESULT
 from retool_jax.evaluation.measure import draw, request_of
 from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.evaluation.purposes import classifier_named
-from retool_jax.evaluation.results import Answered, compare, numbers_of, table
+from retool_jax.evaluation.results import COMPLETE, Answered, compare, numbers_of, table
 from retool_jax.evaluation.store import Store
 from retool_jax.files import replacing
 from retool_jax.metrics import Progress, format_percent
@@ -52,6 +52,7 @@ from retool_jax.run.folder import check_folder, claim_folder, to_flat, write_con
 from retool_jax.run.origin import versions, write_origin
 from retool_jax.run.schema import EvaluateRun
 from retool_jax.run.weights import load_weights, no_checkpoint, require_checkpoint
+from retool_jax.shapes import complaint
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
@@ -339,7 +340,7 @@ def read_result(path: Path) -> dict:
         result = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(result, dict) or not {"set", "problems", "numbers", "dropped"} <= result.keys():
             raise ValueError("it has no set, problems, numbers and dropped")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}); give the {RESULT} of an evaluation") from error
     return result
 
@@ -350,8 +351,7 @@ def complete_result(folder: Path) -> dict | None:
         result = read_result(folder / RESULT)
     except UserError:
         return None
-    shown = {"samples", "strict_differs", "trajectories"} <= result.keys()
-    return result if shown and not result["dropped"] else None
+    return result if not complaint(result, COMPLETE) and not result["dropped"] else None
 
 
 def write_json(path: Path, values: dict) -> None:

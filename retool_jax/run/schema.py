@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, with_config
 from pydantic.dataclasses import dataclass
 
-from retool_jax.data.config import DataConfig, SetConfig
+from retool_jax.data.config import MADE_HERE, DataConfig, SetConfig
 from retool_jax.engine.config import EngineConfig
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import EvaluationConfig, SampledConfig
@@ -17,7 +17,7 @@ from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
 from retool_jax.sandbox.types import Limits, SandboxConfig
 from retool_jax.serving.config import ServeConfig
-from retool_jax.sft.config import ENDLESS, SFTConfig
+from retool_jax.sft.config import SFTConfig
 from retool_jax.tools.config import check_tools, words_of
 
 Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
@@ -100,6 +100,7 @@ class RLRun:
         _no_logger(self)
         check_tools(self.tools, self.rollout.grammar)
         _check_sessions(self)
+        _check_strict(self)
         if not self.init_from:
             _check_cold_start(self)
         check_micro_batches(self)
@@ -137,6 +138,7 @@ class EvaluateRun:
         _one_spelling(self)
         check_tools(self.tools, self.rollout.grammar)
         _check_sessions(self)
+        _check_strict(self)
         _check_room(self, {"rollout": self.rollout.answer_tokens})
         _check_queue(self)
 
@@ -275,10 +277,19 @@ def _check_unread(run: RLRun) -> None:
             f"engine.stale_rows={run.engine.stale_rows} is for rows under which weights change, and with rl.ahead=0"
             " they change between rollouts; leave it out, or set rl.ahead=1 or more"
         )
-    if (times := run.rl.groups.skip_solved) and run.data.train.partition(":")[0] in ENDLESS:
+    if (times := run.rl.groups.skip_solved) and run.data.train.partition(":")[0] in MADE_HERE:
         raise UserError(
             f"rl.groups.skip_solved={times} passes over prompts that come again, and none of"
             f" data.train={run.data.train} does; leave it out, or give a data set"
+        )
+
+
+def _check_strict(run: RLRun | EvaluateRun) -> None:
+    """A `UserError` where calls are to be read strictly and none is read."""
+    if run.rollout.strict_calls and not words_of(run.tools):
+        raise UserError(
+            "rollout.strict_calls=true refuses calls that are not as the grammar writes them, and with tools=none a"
+            " call is only text; leave it out, or name a tool"
         )
 
 

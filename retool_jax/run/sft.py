@@ -47,7 +47,6 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
     # Loaded early when they will be needed: a wrong path is told before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
     batches = demonstrations_of(run, tokenizer)
-    batches.at(0)  # of rows that are made as they are asked for, the first that do not fit are told here
     optimizer = optimizer_of(run.sft, batches.steps)
     with ExitStack() as stack:
         stack.enter_context(told_of_memory(run))
@@ -75,7 +74,10 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
         bar = stack.enter_context(Progress("cold start", batches.steps, start, quiet=not first))
         if batches.description:
             bar.say(batches.description)
-        return loop.train(state, start, batches, update, checkpoints, run.checkpoint.every, clock, log, bar)
+        state = loop.train(state, start, batches, update, checkpoints, run.checkpoint.every, clock, log, bar)
+        if left_out := len(batches.left_out):
+            bar.say(f"{left_out} demonstrations of more than sft.row_length={run.sft.row_length} tokens were left out")
+        return state
 
 
 def finished_weights(run: SFTRun) -> Params | None:

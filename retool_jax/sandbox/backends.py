@@ -7,10 +7,12 @@ from retool_jax.errors import UserError
 from retool_jax.sandbox.host.member import WorkerFault
 from retool_jax.sandbox.host.pool import Sandbox
 from retool_jax.sandbox.launch.launchers import LAUNCHERS
+from retool_jax.sandbox.launch.procfs import machine_memory_mb
 from retool_jax.sandbox.remote.client import RemoteSandbox
 from retool_jax.sandbox.types import SandboxConfig
 
 AUTO = ("gvisor", "bubblewrap")
+WORKER_MB = 64  # of a worker whose programs use NumPy and SymPy; under gVisor it is more
 NAMES = ("auto", *LAUNCHERS, "remote")
 
 
@@ -23,11 +25,21 @@ def candidates(backend: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
+def _check_slots(slots: int) -> None:
+    """A `UserError` where the workers of so many slots do not fit into this machine."""
+    most = machine_memory_mb() // WORKER_MB
+    if slots > most:
+        raise UserError(
+            f"sandbox.slots={slots} is more than this machine's memory holds, as a worker takes about {WORKER_MB} MiB;"
+            f" lower it to {most} or less (more than the cores make time limits unfair)"
+        )
+
+
 @asynccontextmanager
 async def open_sandbox(config: SandboxConfig | None = None) -> AsyncIterator[Sandbox | RemoteSandbox]:
     """The first back-end of the list that works here and passes its self-test.
 
-    Raises UserError if none does: it gives each one's reason, and the ways out.
+    Raises UserError if none does: it gives each one's reason, and the ways out; or if the slots do not fit here.
     """
     config = config or SandboxConfig()
     names = candidates(config.backend)
@@ -39,6 +51,7 @@ async def open_sandbox(config: SandboxConfig | None = None) -> AsyncIterator[San
             reasons.append(f"{name}: {reason}")
             continue
         else:
+            _check_slots(config.slot_count)
             box = Sandbox(name, config)
         try:
             try:

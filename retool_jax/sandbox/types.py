@@ -119,6 +119,11 @@ class SandboxConfig:
             object.__setattr__(self, name, tuple(value))  # YAML brings a list
         if not self.backend:
             raise UserError("sandbox.backend is empty; name at least one, e.g. [auto]")
+        if self.urls and "remote" not in self.backend:
+            raise UserError(
+                f"sandbox.urls is {shown(self.urls)}, which the back-end remote alone asks; set"
+                " sandbox.backend=[remote], or leave it out"
+            )
         if not isinstance(self.limits, Limits):
             raise UserError(f"sandbox.limits is {shown(self.limits)}; it must be a Limits")
         _check(

@@ -8,7 +8,8 @@ from pydantic.dataclasses import dataclass
 from retool_jax.fields import CHECKED, Count, Positive
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0.1, le=604_800)]  # a week
+Kilobytes = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -22,7 +23,7 @@ class ServeConfig:
     streams: Positive = 256  # requests that are answered at once; further ones are refused with 429
     queue: Positive = 1024  # conversations that may wait for a slot of the engine; further ones are refused with 503
     choices: Positive = 16  # the largest n of a request
-    body_kb: Positive = 1024  # of a request; larger ones are refused with 413
+    body_kb: Kilobytes = 1024  # of a request; larger ones are refused with 413
     answer_s: Seconds = 600.0  # for one answer, tools and waiting for a slot included
     keep: Count = 1024  # answers that stay for previous_response_id and /v1/trajectories, the newest; 0: none
     record: str = ""  # folder for finished conversations, prompts and answers, to learn from them; empty: none

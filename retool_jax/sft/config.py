@@ -5,11 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from retool_jax.data.config import MADE_HERE, check_source, check_trained
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, Count, Positive
 from retool_jax.learn.config import OptimizerConfig, check_schedule
-
-ENDLESS = ("arithmetic", "word_problems")  # demonstrations that are made as they are asked for
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -26,7 +25,9 @@ class SFTConfig:
     batch_size: Count = 0  # demonstrations per step; 0: as many as hold batch_tokens on average
     row_length: Positive = 192
     """T of a packed row, and the longest demonstration; rows of a file are no longer than its longest one needs."""
-    overlong: Literal["error", "drop"] = "error"  # for rows of `data` longer than row_length: error, or drop
+    overlong: Literal["error", "drop"] = "error"
+    """For demonstrations longer than row_length: error, or drop. Of those that are made as they are asked for the first
+    256 are looked at; in the place of a later one stands another, and their number is said in the end."""
     warmup_fraction: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     """Share of all steps that warm up; the cosine takes the rest. 0: as sft.optimizer says."""
     rows_per_micro: Positive = 4  # B of a micro-batch
@@ -38,9 +39,14 @@ class SFTConfig:
             raise UserError(
                 f"sft.steps={self.steps} and sft.epochs={self.epochs} are {state}; set one of them, and 0 for the other"
             )
-        if self.data == "word_problems:held_out":
-            raise UserError(f"sft.data={self.data}: these kinds are kept out of training; use sft.data=word_problems")
-        if self.epochs and self.data in ENDLESS:
+        if self.batch_size and self.batch_tokens != SFTConfig.batch_tokens:
+            raise UserError(
+                f"sft.batch_tokens={self.batch_tokens} is not read with sft.batch_size={self.batch_size}, which says"
+                " how many demonstrations a step has; leave one of them out"
+            )
+        check_trained("sft.data", self.data)
+        check_source("sft.data", self.data, held_out=False)
+        if self.epochs and self.data in MADE_HERE:
             raise UserError(f"sft.epochs={self.epochs}: sft.data={self.data} has no end; use sft.steps, or other data")
         if not self.warmup_fraction:  # which brings a cosine
             check_schedule(self.optimizer, "sft.optimizer")

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from retool_jax.data import arithmetic, word_problems
+from retool_jax.data.config import MADE_HERE
 from retool_jax.data.rows import tools_of
 from retool_jax.data.sources import read_rows
 from retool_jax.data.traces import BadTrace, messages_of
 from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch, Example, pack
-from retool_jax.sft.config import ENDLESS, SFTConfig
+from retool_jax.sft.config import SFTConfig
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import CODE_TOOL, DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
-_MADE = dict(zip(ENDLESS, (arithmetic.demonstration, word_problems.demonstration), strict=True))
+KNOWN = 256  # demonstrations that are looked at before a run, where they are made without an end
+_ELSEWHERE = 1 << 40  # from a demonstration to the one that is taken in its place: no run comes so far
+_MADE = dict(zip(MADE_HERE, (arithmetic.demonstration, word_problems.demonstration), strict=True))
 
 
 class Demonstrations:
@@ -33,6 +36,7 @@ class Demonstrations:
         steps: batches that the run takes.
         digest: of finite data, as ids and mask; empty for what is made here.
         description: finite data in a sentence; empty for what is made here.
+        left_out: numbers of demonstrations that were made and were longer than a row; others stand in their places.
     """
 
     def __init__(self, sft: SFTConfig, tools: Toolbox | None, seed: int, tokenizer: Tokenizer) -> None:
@@ -42,10 +46,13 @@ class Demonstrations:
                 f"sft.data={sft.data} calls {CODE_TOOL}, and tools has {', '.join(tools.names)}; add python to it, or"
                 " give other sft.data, or init_from"
             )
+        self.left_out: set[int] = set()
         self._finite = None if sft.data in _MADE else read_demonstrations(sft, tokenizer, self._tools)
+        if self._finite is None:
+            self._look_ahead()
         # Its number follows from their mean length, so that runs with shorter ones (text only) see as many tokens, and
         # cost as much.
-        known = [self._example(i) for i in range(256)] if self._finite is None else self._finite
+        known = [self._example(i) for i in range(KNOWN)] if self._finite is None else self._finite
         lengths = sorted((len(example.ids) for example in known), reverse=True)
         self.row_length = sft.row_length if self._finite is None else min(sft.row_length, -(-lengths[0] // 128) * 128)
         self.per_step = sft.batch_size or max(round(sft.batch_tokens / np.mean(lengths)), 1)
@@ -85,8 +92,30 @@ class Demonstrations:
     def _example(self, index: int) -> Example:
         if self._finite is not None:
             return self._finite[index]
+        while len((example := self._made(index)).ids) > self._config.row_length:
+            self.left_out.add(index)
+            index += _ELSEWHERE
+        return example
+
+    def _made(self, index: int) -> Example:
         messages = _MADE[self._config.data](index, self._tools is not None, self._seed)
         return to_example(self._tokenizer, messages, self._tools, self._config)
+
+    def _look_ahead(self) -> None:
+        """Refuse what is made here where some of the first are too long by the rule of `sft.overlong`, or most are."""
+        sft = self._config
+        lengths = [len(self._made(index).ids) for index in range(KNOWN)]
+        too_long = [
+            (length, f"sft.data={sft.data} number {index}")
+            for index, length in enumerate(lengths)
+            if length > sft.row_length
+        ]
+        _check_overlong(sft, too_long)
+        if 2 * len(too_long) > KNOWN:
+            raise UserError(
+                f"{len(too_long)} of the first {KNOWN} demonstrations of sft.data={sft.data} have more than"
+                f" sft.row_length={sft.row_length} tokens; raise it to {max(lengths)} or more"
+            )
 
 
 def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, sft: SFTConfig) -> Example:
@@ -126,7 +155,7 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
             long; or none is left.
     """
     examples, too_long = [], []
-    for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(ENDLESS)}"), start=1):
+    for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(MADE_HERE)}"), start=1):
         where = f"sft.data={sft.data} row {number}"
         own = tools.of(tools_of(row, where), where) if tools else None
         try:
@@ -148,18 +177,23 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
         else:
             examples.append(example)
     if too_long:
-        length, where = max(too_long)
-        if sft.overlong == "error":
-            raise UserError(
-                f"{where} has {length} tokens, and {len(too_long)} row(s) more than sft.row_length={sft.row_length};"
-                " raise it, or set sft.overlong=drop"
-            )
+        _check_overlong(sft, too_long)
         print(f"dropped {len(too_long)} row(s) of sft.data={sft.data} above sft.row_length={sft.row_length} tokens")
     if not examples:
         raise UserError(
             f"sft.data={sft.data} has no rows to learn from; give at least one of at most sft.row_length tokens"
         )
     return examples
+
+
+def _check_overlong(sft: SFTConfig, too_long: Sequence[tuple[int, str]]) -> None:
+    """A `UserError` that names the longest demonstration, where `sft.overlong` has none dropped: (tokens, where)."""
+    if too_long and sft.overlong == "error":
+        length, where = max(too_long)
+        raise UserError(
+            f"{where} has {length} tokens, and {len(too_long)} row(s) more than sft.row_length={sft.row_length};"
+            " raise it, or set sft.overlong=drop"
+        )
 
 
 def _digest(examples: Sequence[Example]) -> str:

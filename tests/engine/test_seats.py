@@ -1,6 +1,7 @@
 """Few slots and pages, tools that pile up, new weights: rows give way and come back, and draws stay the same."""
 
 import asyncio
+from collections import Counter
 from functools import partial
 
 import jax
@@ -126,6 +127,30 @@ def test_a_cancelled_conversation_lets_go_and_the_others_do_not_notice(engines, 
     for i, (ours, expected) in enumerate(zip(conversations, reference, strict=True)):
         assert (ours.ids == expected.ids and ours.ended) != (i in (1, 4, 9))
         assert ours.dropped == ("cancelled" if i in (1, 4, 9) else "")
+
+
+def test_of_those_that_wait_only_the_next_one_is_asked_whether_it_is_wanted(engines):
+    """It is asked at each dispatch, and thousands may wait."""
+    asked = Counter()
+
+    class Counted(Chat):
+        begun = False
+
+        @property
+        def cancelled(self) -> bool:
+            asked[self.begun] += 1
+            return False
+
+        @cancelled.setter
+        def cancelled(self, value: bool) -> None:
+            pass
+
+        def turn_budget(self) -> int:
+            self.begun = True
+            return super().turn_budget()
+
+    run(engines(16, 1, tool_lag=-1), [Counted([3, 5], request, turns=1) for request in range(100)])
+    assert 0 < asked[False] < asked[True]
 
 
 def test_no_more_tools_run_at_once_than_allowed(engines, reference):

@@ -133,6 +133,9 @@ def test_spot_is_the_default_and_a_reservation_is_named(cloud, backend, words, h
         (["run"], "config="),
         (["run", "grpo"], "grpo is neither"),
         (["start"], "start is no verb"),
+        (["up", "config=grpo"], "up does not read config=grpo; the words of a run go with run"),
+        (["run", "config=grpo", "follow"], "run does not read follow"),
+        (["logs", "config=grpo"], "logs does not read config=grpo"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_called(cloud, words, said):

@@ -310,6 +310,28 @@ def test_a_tokenizer_beyond_the_embedding_is_named(damaged, mesh, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer_config.json", '{"chat_template": "{{ mess'),
+        ("special_tokens_map.json", "[]"),
+        ("added_tokens.json", ""),
+        ("generation_config.json", '{"eos_token_id": [3'),
+        ("config.json", "null"),
+        ("vocab.json", "[" * 100_000),
+        ("merges.txt", "#version: 0.2\na b\nc"),
+        ("chat_template.jinja", "{% for m in messages %}{{ m.content }}"),
+        ("chat_template.jinja", ""),
+    ],
+)
+def test_a_torn_file_beside_the_weights_is_named_and_goes_nowhere(name, text, tmp_path):
+    source = write_tokenizer(tmp_path / "source", V)
+    (source / name).write_text(text)
+    with pytest.raises(UserError, match=rf"source/{re.escape(name)} is torn \(.*\); copy it again"):
+        save_params(CONFIG, random_params(CONFIG), tmp_path / "out", tokenizer_from=source)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
     ("config", "tokenizer", "named"),
     [
         (replace(CONFIG, qk_norm=True), None, "neither Qwen2"),
@@ -320,6 +342,12 @@ def test_a_refusal_writes_nothing(config, tokenizer, named, tmp_path):
     with pytest.raises(UserError, match=named):
         save_params(config, random_params(config), tmp_path / "out", tokenizer_from=tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"out cannot be made, as .*/file is no folder; choose another one"):
+        save_params(CONFIG, random_params(CONFIG), tmp_path / "file" / "a" / "out")
 
 
 def test_a_folder_that_is_there_is_not_touched(tmp_path):

@@ -100,6 +100,22 @@ def test_without_a_compiler_shapes_and_formulas_remain_and_nothing_of_a_tpu_is_i
         ("config=grpo_qwen2.5_32b mesh=h100-8 search=maybe", "search=maybe must be true or false"),
         ("config=grpo mesh=cpu-8 sft.rows_per_micro=8 rl.rows_per_micro=8 search=true", "has no known speed"),
         ("config=grpo_qwen2.5_32b mesh=h100-8 rl.setps=3", "unknown key rl.setps"),
+        ("config=grpo mesh=cpu-8 json", "cannot read 'json'; did you mean json=...?"),
+        ("config=grpo mesh=cpu-8 json=", "json= is empty; give it a value or leave it out"),
+        ("config=grpo mesh=cpu-8 json=.", "json=. is a folder; name a file"),
+        (
+            "config=grpo mesh=cpu-8 rl.rows_per_micro=8 sft.rows_per_micro=8 tokens=129",
+            "tokens=129 of a trajectory are more than engine.max_length=128 holds",
+        ),
+        ("config=grpo mesh=cpu-8 tokens=5 search=true", "tokens=5 is not read with search=true"),
+        (
+            "config=sft mesh=cpu-8 sft.rows_per_micro=8 teacher=grpo",
+            "teacher=grpo is a model that this run does not ask",
+        ),
+        (
+            "config=grpo mesh=cpu-8 rl.rows_per_micro=8 sft.rows_per_micro=8 teacher=grpo",
+            "teacher=grpo is a model that",
+        ),
         ("config=grpo_smollm2 mesh=cpu-2 init_from=nowhere", "the model's shape is left to init_from=nowhere"),
     ],
 )

@@ -112,6 +112,7 @@ def test_tokens_have_texts_of_the_runs_own_tokenizer(make_run, opened, tmp_path,
     records = [json.loads(line) for line in path.open()]
     for record in records:
         record |= {"ids": ids, "sampled": [1] * len(ids), "logprobs": [-0.5] * len(ids)}
+        record["segments"] = [record["segments"][0] | {"stop": len(ids)}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     write_report([folder], tmp_path / "page.html")
     (table,) = opened(tmp_path / "page.html").tables
@@ -162,7 +163,13 @@ def test_a_record_that_cannot_be_shown_is_named(make_run, tmp_path):
     run = make_run(tmp_path / "a", "python", 0, steps=5, count=2, curves=False)
     path = min((run / "trajectories").iterdir())
     whole, *others = path.read_text().splitlines()
-    for key, value in (("end", None), ("segments", [{"role": "policy"}]), ("sampled", [])):
+    for key, value, message in (
+        ("end", None, "end is null and must be a text"),
+        ("segments", [{"role": "policy"}], r"segments\[0\] has no start"),
+        ("sampled", [], r"\d+ ids, 0 sampled, \d+ logprobs, and must have as many of each"),
+    ):
         path.write_text("\n".join([json.dumps(json.loads(whole) | {key: value}), *others]))
-        with pytest.raises(UserError, match=rf"{path.name} has a trajectory that cannot be shown, .*; remove its line"):
+        with pytest.raises(
+            UserError, match=rf"{path.name} line 1 is no trajectory \(.*{message}\); mend or remove that line"
+        ):
             make_blocks(load_runs([run]))

@@ -106,6 +106,8 @@ def test_several_runs_share_one_picture(make_run, tmp_path):
     assert "test 46 → 80 %" in picture
     with pytest.raises(UserError, match="run folder nowhere does not exist"):  # in one word, too
         main([f"run={folders[0]},{folders[1]},nowhere"])
+    with pytest.raises(UserError, match=rf"run={folders[0]} is given twice, and would count as two seeds"):
+        main([f"run={folders[0]},{folders[1]}", f"run={folders[0]}/"])
 
 
 def test_what_the_machinery_lost_is_neither_right_nor_wrong(make_run, opened, tmp_path, tokenizer):

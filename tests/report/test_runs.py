@@ -48,8 +48,22 @@ def test_a_key_that_is_newer_than_a_run_has_its_default():
         ("config.yaml", "task: grpo\nrl: {steps", "cannot read .*config.yaml: "),
         ("config.yaml", "- a\n", "cannot read .*config.yaml: expected keys and values"),
         ("config.yaml", "\0", "cannot read .*config.yaml: "),
-        ("metrics.jsonl", '[1]\n{"kind": "rl", "step": 1}\n', "line 1 is no record, which has kind and step; remove"),
-        ("metrics.jsonl", '{"kind": "rl"}\n', "line 1 is no record, which has kind and step; remove that line"),
+        ("metrics.jsonl", '[1]\n{"kind": "rl", "step": 1}\n', r"line 1 is no record \(it is a list and must be an obj"),
+        ("metrics.jsonl", '{"kind": "rl"}\n', r"line 1 is no record \(it has no step\); mend or remove that"),
+        ("metrics.jsonl", '{"kind": "rl", "step": 1.5}\n', r"line 1 is no record \(step is 1.5 and must be a whole"),
+        (
+            "metrics.jsonl",
+            '{"kind": "eval", "step": 0, "accuracy": "high"}\n',
+            r"y is \"high\" and must be null or",
+        ),
+        ("metrics.jsonl", '{"kind": "rl", "step": 1, "end/answered": Infinity}\n', "end/answered is Infinity and must"),
+        (
+            "summary.json",
+            '{"before": {"accuracy": [1]}}',
+            r"summary.json is not .* \(before.accuracy is a list",
+        ),
+        ("summary.json", "[]", r"summary.json is not as a run writes it \(it is a list and must be an object\); mend"),
+        ("summary.json", '{"seconds": {"rollout": null}}', r"seconds.rollout is null and must be a finite number"),
         ("metrics.jsonl", '{"kind"\n{"kind": "rl", "step": 1}\n', "line 1 is not JSON .*; remove that line"),
         ("metrics.jsonl", "\n\n", "metrics.jsonl is empty; start or resume the run"),
     ],
@@ -73,7 +87,7 @@ def test_a_line_that_is_no_trajectory_is_named(tmp_path):
     path = tmp_path / "dev-000000.jsonl"
     for line in ("[1]", json.dumps({"id": "a"})):
         path.write_text(line + "\n")
-        with pytest.raises(UserError, match=r"dev-000000.jsonl line 1 is no trajectory, which has id, .*; remove that"):
+        with pytest.raises(UserError, match=r"dev-000000.jsonl line 1 is no trajectory \(.*; mend or remove that"):
             list(read_records(Source(0, path, 1), "none"))
 
 

@@ -11,7 +11,7 @@ from retool_jax.errors import UserError
 from retool_jax.learn.packing import Batch
 from retool_jax.rl.advantage import Scored
 from retool_jax.rl.algorithms import ALGORITHMS, Algorithm, aggregation_of, algorithm_of
-from retool_jax.rl.config import CriticConfig, KLConfig, RLConfig, TeacherConfig
+from retool_jax.rl.config import ClipConfig, CriticConfig, KLConfig, RLConfig, TeacherConfig
 from retool_jax.rl.loss import aggregation_weights
 
 TEACHER = TeacherConfig(init_from="runs/teacher")
@@ -44,6 +44,32 @@ def test_an_algorithm_makes_what_its_loss_reads(name):
     aggregation_weights(aggregation_of(config(name), algorithm), np.array([3, 4]), 9)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_loss_reads_each_of_its_keys_or_the_key_is_refused(name):
+    rng = np.random.default_rng(0)
+    ids = np.ones((4, 16), np.int32)
+    columns = {column: rng.normal(size=(4, 16)).astype(np.float32) for column in ("old_logprobs", "advantages")}
+    columns |= {"teacher_logprobs": columns["old_logprobs"], "old_values": ids, "returns": ids}
+    moved = np.array([[-1.0], [-0.3], [0.3], [1.0]], np.float32)  # of whole sequences, beyond each bound
+    outputs = {"logprobs": columns["old_logprobs"] + moved, "entropy": np.ones((4, 16), np.float32)}
+
+    def loss(**keys) -> np.ndarray:
+        batch = Batch(ids, ids, ids, ids > 0, columns, np.int32(1))
+        return np.asarray(ALGORITHMS[name].loss(outputs, batch, config(name, **keys)).loss)
+
+    for keys in (
+        *({"clip": ClipConfig(**{key: value})} for key, value in (("low", 0.1), ("high", 0.1), ("dual", 1.5))),
+        {"entropy_coefficient": 0.1},
+    ):
+        unread = np.array_equal(loss(), loss(**keys))
+        try:
+            algorithm_of(config(name, **keys))
+        except UserError as error:
+            assert unread and "is not read" in str(error), keys
+        else:
+            assert not unread, keys
+
+
 def test_a_run_may_say_how_losses_become_one_number():
     dr_grpo, grpo = (ALGORITHMS[name] for name in ("dr_grpo", "grpo"))
     assert (aggregation_of(RLConfig(), grpo), aggregation_of(RLConfig(), dr_grpo)) == ("token_mean", "fixed")
@@ -66,6 +92,7 @@ def test_a_run_may_say_how_losses_become_one_number():
         (config("ppo", kl=KLConfig(estimator="k1")), ["rl.kl.estimator=k1", "rl.kl.coefficient=0"]),
         (config("grpo", gae_lambda=0.9), ["rl.algorithm=grpo has no critic", "rl.gae_lambda", "rl.algorithm=ppo"]),
         (config("opd", critic=CriticConfig(warmup_steps=1)), ["rl.algorithm=opd has no critic", "rl.critic;"]),
+        (config("cispo", clip=ClipConfig(dual=3.0)), ["rl.clip.dual=3.0", "rl.algorithm=cispo"]),
         (config("no_such_package.mine:MINE"), ["no_such_package.mine:MINE", "cannot be loaded", "has MINE"]),
         (config("retool_jax.rl.algorithms:NONE"), ["cannot be loaded", "has NONE"]),
         (config("retool_jax.rl.algorithms:ALGORITHMS"), ["of the type dict", "retool_jax.rl.algorithms.Algorithm"]),

@@ -36,12 +36,18 @@ def test_a_classifier_of_ones_own_says_what_programs_are_for(tokenizer, tmp_path
 
 def test_what_is_damaged_in_a_folder_is_made_again_or_named(tmp_path):
     whole = {"set": "s", "samples": 1, "problems": [], "numbers": {}, "dropped": 0}
-    whole |= {"strict_differs": {}, "trajectories": {}}
+    numbers = dict.fromkeys(("turns_mean", "calls_per_sample", "response_tokens", "checker_timeouts"), 1)
+    numbers |= {"tool_rate": 0.5, "tool_success": None} | {f"end/{end}": 0 for end in End}
+    whole |= {"strict_differs": {"count": 0, "share": 0.0}, "trajectories": numbers}
     for text, there in (
         (json.dumps(whole), whole),
         (json.dumps(whole | {"dropped": 1}), None),
         ('{"set":', None),
         ("[]", None),
+        ("[" * 100_000, None),
+        (json.dumps(whole | {"numbers": {"accuracy": {"value": "high", "stderr": None}}}), None),
+        (json.dumps(whole | {"strict_differs": [0]}), None),
+        (json.dumps(whole | {"trajectories": numbers | {"turns_mean": None}}), None),
         (json.dumps({key: value for key, value in whole.items() if key != "trajectories"}), None),
     ):
         (tmp_path / "result.json").write_text(text)

@@ -22,7 +22,7 @@ from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
-from retool_jax.run.build import resolve, sandbox_config, told_of_memory
+from retool_jax.run.build import compiled_ahead, resolve, sandbox_config, told_of_memory
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
@@ -118,17 +118,17 @@ def test_a_word_without_an_equals_sign(word):
         ("evaluation.answer_tokens=88", "evaluation.answer_tokens=88 must lie between 0 (none) and 87, what"),
         ("evaluation.final_split=train", "evaluation.final_split=train is not one of: dev, test"),
         ("rl.clip.dual=0.5", "rl.clip.dual=0.5 must be at least 1"),
-        ("rl.temperature=0", "rl.temperature=0.0 must be above 0"),
+        ("rl.temperature=0", "rl.temperature=0.0 must be between 0.01 and 100"),
         ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),
         ("sandbox.slots=-1", "sandbox.slots is -1; it must lie between 0 and 1024"),
         ("sandbox.slots=two", "sandbox.slots=two is of type str; it must be int"),
         ("sandbox.limits.wall_s=0", "limits.wall_s is 0.0; it must lie between 0.05 and 600"),
         ("seed=-1", "seed=-1 must be between 0 and 4294967295"),
         ("rl.steps=0", "rl.steps=0 must be at least 1"),
-        ("rl.optimizer.learning_rate=-1", "rl.optimizer.learning_rate=-1.0 must be at least 0"),
-        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be at least 0 and below 1"),
-        ("rl.optimizer.b2=1", "rl.optimizer.b2=1.0 must be at least 0 and below 1"),
-        ("rl.critic.optimizer.max_grad_norm=0", "rl.critic.optimizer.max_grad_norm=0.0 must be above 0"),
+        ("rl.optimizer.learning_rate=-1", "rl.optimizer.learning_rate=-1.0 must be between 0 and 10"),
+        ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be between 0 and 0.999999"),
+        ("rl.optimizer.b2=1", "rl.optimizer.b2=1.0 must be between 0 and 0.999999"),
+        ("rl.critic.optimizer.max_grad_norm=0", "rl.critic.optimizer.max_grad_norm=0.0 must be between 1e-06 and"),
         ("rl.optimizer.final_fraction=0.5", "rl.optimizer.final_fraction=0.5 is where a cosine ends, and with"),
         ("rl.critic.optimizer.final_fraction=0", "rl.critic.optimizer.final_fraction=0.0 is where a cosine ends"),
         ("rl.groups.refills=3", "rl.groups.refills=3 says how often groups are drawn in the place of others, and"),
@@ -142,14 +142,24 @@ def test_a_word_without_an_equals_sign(word):
         ("rl.reward.overlong_tokens=89", "rl.reward.overlong_tokens=89 are the end of the room for a response, which"),
         ("rl.clip.low=1.5", "rl.clip.low=1.5 must be between 0 and 1"),
         ("evaluation.every=-1", "evaluation.every=-1 must be at least 0"),
-        ("model.rope_theta=0", "model.rope_theta=0.0 must be above 1"),
-        ("model.rms_norm_eps=-1", "model.rms_norm_eps=-1.0 must be above 0"),
+        ("model.rope_theta=0", "model.rope_theta=0.0 must be between 100 and"),
+        ("model.rms_norm_eps=-1", "model.rms_norm_eps=-1.0 must be between 1e-12 and 0.1"),
         ("model.yarn_beta_slow=0", "model.yarn_beta_slow=0.0 must be above 0"),
         ("model.yarn_attention_factor=-1", "model.yarn_attention_factor=-1.0 must be at least 0"),
-        ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
+        ("model.num_kv_heads=0", "model.num_kv_heads=0 must be between 1 and 4096"),
         ("model.compute_dtype=float33", "model.compute_dtype=float33 is not one of: float32"),
         ("rl.minibatches=5", "rl.prompts_per_step=24 does not divide into rl.minibatches=5"),
         ("rl.group_size=0", "rl.group_size=0 must be at least 1"),
+        ("rl.temperature=1e-6", "rl.temperature=1e-06 must be between 0.01 and 100"),
+        ("rl.temperature=1e6", "rl.temperature=1000000.0 must be between 0.01 and 100"),
+        ("model.rope_theta=1.0001", "model.rope_theta=1.0001 must be between 100 and"),
+        ("engine.slots=1000000", "engine.slots=1000000 must be between 1 and 65536"),
+        ("rl.steps=99999999999", "rl.steps=99999999999 must be at most 2147483647"),
+        ("rl.steps=99999999", "x rl.group_size=8 are 19199999808 draws, and a run has random numbers for 2147483647"),
+        ("rl.clip.high=1e300", "rl.clip.high=1e+300 must be at most 1000000000.0"),
+        ("rl.kl.coefficient=.inf", "rl.kl.coefficient=inf must be a finite number"),
+        ("rl.optimizer.weight_decay=1e8", "learning_rate=0.0001 x weight_decay=100000000.0 takes more from a weight"),
+        ("evaluation.problems=1000000000", "evaluation.problems=1000000000 must be between 1 and 262144"),
         ("rl.row_length=64", "rl.row_length=64 is shorter than engine.max_length=128"),
         ("task=sft", "task=sft: a config's task is said in its file alone; choose another config=NAME"),
         ("run=a\udcffb", "run has bytes that are no text in UTF-8"),
@@ -167,6 +177,26 @@ def test_what_nothing_would_read_is_refused():
     assert "sft.optimizer.final_fraction=0.0 is where a cosine ends, and with sft.optimizer.decay_steps=0" in constant
     prompt = error_of("config=sft", "sft.tool_prompt=paper")
     assert "sft.tool_prompt explains <code>, and sft.grammar=hermes is explained by the chat template" in prompt
+    for words, message in (
+        ("config=sft sft.batch_size=8 sft.batch_tokens=99", "sft.batch_tokens=99 is not read with sft.batch_size=8"),
+        (
+            "config=eval evaluation.preset=greedy evaluation.top_p=0.9",
+            "evaluation.top_p=0.9 and evaluation.top_k=0",
+        ),
+        ("config=eval_aime25 data.split=dev", "data.split=dev is of problems that are made here, and data.source="),
+        ("config=eval data.answer=x", "data.answer=x is a column, and data.source=arithmetic, which is made here, has"),
+        ("config=sft model.yarn_beta_fast=9", "model.yarn_beta_fast=9.0 is not read with model.yarn_factor=0"),
+        (
+            "config=grpo model.llama3_high_factor=9",
+            "model.llama3_high_factor=9.0 is not read with",
+        ),
+        ("config=grpo tools=none rollout.strict_calls=true", "rollout.strict_calls=true refuses calls that are not as"),
+        (
+            "config=grpo sandbox.urls=[http://x:1]",
+            "sandbox.urls is ('http://x:1',), which the back-end remote",
+        ),
+    ):
+        assert message in error_of(*words.split())
     load(["config=sft", "sft.tool_prompt=paper", "sft.grammar=retool"])
     cold_start_of(load(["config=grpo", "tools=none", "rollout.grammar=retool", "rollout.tool_prompt=paper"]))
     load(["config=grpo", "rl.reward.overlong_tokens=88", "rl.reward.overlong_penalty=0.5"])
@@ -188,7 +218,7 @@ def test_a_section_that_is_made_in_python_refuses_the_same_values():
 def test_a_checkpoint_that_describes_no_model_is_told_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ModelConfig()) | {"num_hidden_layers": 0}))
     message = f"{tmp_path / 'config.json'} describes a model that cannot be computed here: model.num_layers=0 must be"
-    with pytest.raises(UserError, match=rf"^{re.escape(message)} at least 1$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(message)} between 1 and 4096$"):
         resolve(["config=sft_retool", f"init_from={tmp_path}"])
 
 
@@ -454,6 +484,22 @@ def test_a_device_without_room_is_told_with_what_to_lower(config, sizes):
     assert f"; lower {sizes}" in message and "\n" not in message
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), told_of_memory(load([f"config={config}"])):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["engine.slots=65536", "engine.max_length=1048576"],
+        ["engine.slots=192", "engine.max_length=128", "engine.pages=2000000000"],
+        ["engine.slots=192", "engine.max_length=128", "engine.prefix_tokens=2000000000"],
+    ],
+)
+def test_a_cache_that_no_machine_holds_is_refused_before_anything_is_compiled(tokenizer, compiles, words):
+    run, known = load(["config=eval", "init_from=x", "mesh.tp=2", "model.num_layers=99", *words]), len(compiles)
+    said = rf"an engine of {', '.join(words)} holds [0-9,.]+ GB with its weights, and there are [0-9,.]+ GB; lower one"
+    with pytest.raises(UserError, match=said), compiled_ahead(run, make_mesh(run.mesh), tokenizer):
+        raise AssertionError
+    assert len(compiles) == known
 
 
 def test_a_checkpoint_of_another_kind_is_refused_when_its_shape_is_read(tmp_path):

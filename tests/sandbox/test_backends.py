@@ -25,6 +25,14 @@ def open_and_close(config: SandboxConfig) -> str:
     return asyncio.run(main())
 
 
+def test_more_workers_than_memory_holds_are_refused_before_one_is_started(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 18, "SC_PAGE_SIZE": 4096}[name])  # 1 GiB
+    said = "sandbox.slots=1000 is more than this machine's memory holds, .*; lower it to 16 or less"
+    with pytest.raises(UserError, match=said):
+        open_and_close(SandboxConfig(backend=("process",), slots=1000))
+    assert open_and_close(SandboxConfig(backend=("process",), slots=16)) == "process"
+
+
 def test_where_nothing_works_every_reason_and_the_way_out_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gvisor, "missing", lambda _: "there is no runsc; apt-get install runsc")
     monkeypatch.setattr(bubblewrap, "missing", lambda _: "there is no bwrap")

@@ -70,6 +70,12 @@ def texts(tokenizer, batch) -> list[str]:
     return sorted(found)
 
 
+def lengths(batch) -> list[int]:
+    """Of the sequences of a packed batch."""
+    rows = batch.segments.reshape(-1, batch.tokens.shape[-1])
+    return [int((row == s).sum()) for row in rows for s in range(1, row.max() + 1)]
+
+
 def numbers(tokenizer, batch) -> list[int]:
     return sorted(int(text.split("What is ")[1][:3]) for text in texts(tokenizer, batch))
 
@@ -183,6 +189,26 @@ def test_overlong_rows_are_an_error_or_dropped(data, tokenizer, capsys):
     assert seen == set(range(100, 110)) - {103, 107}
     with pytest.raises(UserError, match="has no rows to learn from"):
         demonstrations_of(run_of(data, "sft.row_length=8", "sft.overlong=drop"), tokenizer)
+
+
+def test_made_demonstrations_that_are_too_long_are_an_error_or_have_others_in_their_places(tokenizer):
+    whole = demonstrations_of(load(["config=sft"]), tokenizer)
+    known = [length for step in range(8) for length in lengths(whole.at(step))]
+    longest = max(known)
+    tight = ["config=sft", f"sft.row_length={longest - 1}"]
+    with pytest.raises(UserError, match=r"sft.data=arithmetic number \d+ has \d+ tokens, and \d+ row\(s\) more"):
+        demonstrations_of(load(tight), tokenizer)
+    with pytest.raises(UserError, match=r"of the first 256 demonstrations of sft.data=arithmetic have more than"):
+        demonstrations_of(load(["config=sft", "sft.row_length=20", "sft.overlong=drop"]), tokenizer)
+    batches = demonstrations_of(load([*tight, "sft.overlong=drop", f"sft.batch_size={whole.per_step}"]), tokenizer)
+    assert not whole.left_out and batches.left_out
+    for step in range(8):
+        ours, theirs = texts(tokenizer, batches.at(step)), texts(tokenizer, whole.at(step))
+        assert len(ours) == len(theirs) and max(lengths(batches.at(step))) < longest
+        replaced = lengths(whole.at(step)).count(longest)
+        assert len(set(theirs) - set(ours)) <= replaced, "the others stay where they are"
+    again = demonstrations_of(load([*tight, "sft.overlong=drop", f"sft.batch_size={whole.per_step}"]), tokenizer)
+    np.testing.assert_array_equal(again.at(7).tokens, batches.at(7).tokens)
 
 
 def test_rows_that_are_no_conversations_are_named(tmp_path, data, tokenizer):

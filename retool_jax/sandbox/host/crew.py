@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from retool_jax.sandbox.launch.launchers import Launcher
 from retool_jax.sandbox.types import SandboxConfig
 
 START_S = 60.0  # a cold start of the heavy fork servers on a loaded machine
+STARTS = 2 * (os.cpu_count() or 1) + 2  # at a time: more of them would only make each slower
 PROBE_WALL_S = 5.0
 BREAKER = 5  # starts that fail in a row before callers are told at once instead of waiting for the next one
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 10.0
@@ -221,14 +223,13 @@ class Crew:
         task.add_done_callback(tasks.discard)
 
     def _refill(self) -> None:
-        """Start what is missing; one at a time while starts fail. The spare waits for a core that has nothing to do."""
+        """Start what is missing, a few at a time, or one while starts fail. The spare waits for a core without work."""
         if self._closed:
             return
         have = len(self._ready) + len(self._lent) + self._probing + self._starting
         spare = self._cores.enough or self._queue.busy < self._queue.slots
         missing = self._queue.slots + spare - have
-        if self._failures:
-            missing = min(missing, 1 - self._starting)
+        missing = min(missing, (1 if self._failures else STARTS) - self._starting)
         for _ in range(missing):
             self._starting += 1
             self._spawn(self._start(), self._work)

@@ -24,6 +24,14 @@ def stat_fields(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
 
 
+def machine_memory_mb() -> int:
+    """MiB that this machine, or the control group that this process is in, has in all."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no such group, or "max"
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there >> 20
+
+
 def started_at(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None if there is none. With the pid, its unique name."""
     seen = look_at(pid)
