@@ -176,8 +176,8 @@ class Engine:
         Free of device work: the next append says where it begins. What is in flight for the row does not count.
         """
         self._check_thread()
-        if not 0 <= length <= self._reach(row):
-            raise ValueError(f"row {row} cannot keep {length} tokens: it holds at most {self._reach(row)}")
+        if not 0 <= length <= (reach := int(self._reaches()[row])):
+            raise ValueError(f"row {row} cannot keep {length} tokens: it holds at most {reach}")
         under_way = any(drawn.live[row] for drawn in self._unread)
         self._drawable[row] &= length == self._length[row] and not under_way
         self._end_turn(row)
@@ -297,8 +297,8 @@ class Engine:
             raise ValueError(f"{steps} steps were asked for; a dispatch has 1 to {most} (engine.decode_steps)")
         live = self._budget > 0
         rows = np.flatnonzero(live).tolist()
-        reaches = [self._reach(row, steps) for row in rows]
-        self._take_pages(rows, [self.length(row) for row in rows], reaches, [self._reach(row) for row in rows])
+        reaches = self._reaches(steps)[live].tolist()
+        self._take_pages(rows, self._length[live].tolist(), reaches, self._reaches()[live].tolist())
         farthest = max(reaches, default=1)
         width = bucket(self.pages.pages_for(farthest), self.sizes.reads)
         arguments = self._decode_arguments(steps, width, live)
@@ -320,14 +320,15 @@ class Engine:
         n = self.config.decode_steps
         tokens, real, length = ints[:, :n], ints[:, n : 2 * n], ints[:, 2 * n]
         counts = np.where(drawn.live, real.sum(1), 0)
-        ended = np.zeros(self.config.slots, bool)
-        for row in np.flatnonzero(drawn.live & (counts > 0)).tolist():
-            ended[row] = length[row] - self._length[row] < counts[row]  # a turn's last token is not written
-            self._budget[row] -= counts[row]
-            self._length[row] = length[row]
-            if ended[row]:
-                self._end_turn(row)
-            self.pages.truncate(row, self._reach(row))
+        drew = counts > 0
+        ended = drew & (length - self._length < counts)  # a turn's last token is not written
+        self._budget -= counts
+        self._length[drew] = length[drew]
+        for row in np.flatnonzero(ended).tolist():
+            self._end_turn(row)
+        reaches = self._reaches().tolist()
+        for row in np.flatnonzero(drew).tolist():
+            self.pages.truncate(row, reaches[row])
         return Turns(tokens, floats[:, :n], floats[:, n:], counts, ended)
 
     # --- how it is done ---
@@ -364,10 +365,10 @@ class Engine:
                 self._rows = self._programs.init_rows(length)
             self._stale[:] = True
 
-    def _reach(self, row: int, more: int = 0) -> int:
-        """The most tokens that a row can hold once all in flight, and `more` steps, are done."""
-        ahead = more + sum(drawn.steps for drawn in self._unread if drawn.live[row])
-        return int(self._length[row]) + max(min(ahead, int(self._budget[row]) - 1), 0)
+    def _reaches(self, more: int = 0) -> np.ndarray:
+        """The most tokens that each row can hold once all in flight, and `more` steps, are done."""
+        ahead = sum((drawn.steps * drawn.live for drawn in self._unread), start=np.full(self.config.slots, more))
+        return self._length + np.maximum(np.minimum(ahead, self._budget - 1), 0)
 
     def _settled(self, row: int) -> int:
         """A row's length, when it is not drawing."""
