@@ -121,16 +121,7 @@ class Store:
         return found is not None and not found.dropped
 
     def trajectories(self, problems: Sequence[Problem]) -> Iterator[tuple[tuple[int, int], Trajectory]]:
-        """Each sample's key and its trajectory, in the order of keys.
-
-        Raises:
-            UserError: a sample is of a problem that is not among them.
-        """
-        if self.done and (last := max(self.done)[0]) >= len(problems):
-            raise UserError(
-                f"{self._path} has a sample of group {last}, and the set has {len(problems)} problems, which count from"
-                " 0; remove its lines"
-            )
+        """Each sample's key and its trajectory, in the order of keys."""
         with self._path.open("rb") as file:
             for key in sorted(self.done):
                 file.seek(self.done[key].at)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from retool_jax.checkpoint import PARAMS, WHOLE, Checkpoints
 from retool_jax.data.problems import MADE, Problem, digest_of
 from retool_jax.engine.conversation import Statistics
 from retool_jax.errors import UserError, one_line
-from retool_jax.evaluation.config import RESULT
+from retool_jax.evaluation.config import RESULT, SAMPLES
 from retool_jax.evaluation.measure import draw, request_of
 from retool_jax.evaluation.numbers import faults, summarise
 from retool_jax.evaluation.purposes import classifier_named
@@ -105,6 +105,7 @@ async def evaluate(run: EvaluateRun) -> dict:
         write_config(run)
         write_origin(folder)
         every = keys(len(problems), run.evaluation.samples)
+        check_samples(folder, store, every)
         missing, total = [key for key in every if not store.finished(*key)], len(every)
         own = [key for number, key in enumerate(missing) if hosts.is_mine(number)]
         if missing:
@@ -269,6 +270,16 @@ def check_asked(folder: Path, asked: dict) -> None:
                 f"{folder} has samples of other {what}: {key} is not what it was when they were drawn; restore it, or"
                 " choose another run=FOLDER"
             )
+
+
+def check_samples(folder: Path, store: Store, every: Collection[tuple[int, int]]) -> None:
+    """A `UserError` where a folder holds a sample that is none of those that are asked for: (problem, sample)."""
+    if odd := sorted(store.done.keys() - set(every)):
+        problem, sample = odd[0]
+        raise UserError(
+            f"{folder / SAMPLES} has sample {sample} of group {problem}, and groups count from 0 up to"
+            f" {max(every)[0]}, their samples up to {max(every)[1]}; remove its line"
+        )
 
 
 def check_writable(folder: Path) -> None:

@@ -55,7 +55,7 @@ def test_every_reader_names_what_it_cannot_read_and_writes_nothing(record, tmp_p
 
     def stored() -> None:
         with Store(folder) as store:
-            found = [trajectory for _, trajectory in store.trajectories([PROBLEM])]
+            found = [trajectory for _, trajectory in store.trajectories([PROBLEM])] if max(store.done) == (0, 0) else []
             summarise(found, 0.99) if any(not t.dropped for t in found) else None
 
     readers = {
@@ -72,7 +72,7 @@ def test_every_reader_names_what_it_cannot_read_and_writes_nothing(record, tmp_p
             except UserError as error:
                 refused[name] += 1
                 assert not out.exists() and path.read_text() == text, (name, place)
-                assert re.search(rf"{SAMPLES} (line 1 is|has a sample of group)", str(error)), (name, place, str(error))
+                assert re.search(rf"{SAMPLES} line 1 is", str(error)), (name, place, str(error))
                 assert place.split("[")[0].split(".")[0] in str(error) or "an id is" in str(error), (name, str(error))
             except Exception as error:
                 raise AssertionError((name, place, changed.get(place))) from error

@@ -9,7 +9,7 @@ from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.evaluation.store import Store
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
-from retool_jax.run.evaluate import check_asked, complete_result, result_of
+from retool_jax.run.evaluate import check_asked, check_samples, complete_result, keys, result_of
 from retool_jax.run.load import load
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 2 + 4?"},), "6")
@@ -56,3 +56,16 @@ def test_what_is_damaged_in_a_folder_is_made_again_or_named(tmp_path):
         (tmp_path / "asked.json").write_text(text)
         with pytest.raises(UserError, match=r"asked.json cannot be read .*; restore it, or choose another run=FOLDER"):
             check_asked(tmp_path, ASKED)
+
+
+def test_a_sample_that_nobody_asked_for_is_named_before_anything_is_drawn(tmp_path):
+    for group, sample in ((1, 2), (7, 0)):
+        (folder := tmp_path / str(group)).mkdir()
+        said = (
+            f"samples.jsonl has sample {sample} of group {group}, and groups count from 0 up to 1, their samples up to"
+        )
+        with Store(folder) as store:
+            there = ((0, 0), (group, sample))
+            store.add([{"group": g, "sample": s, "end": "answered", "correct": True} for g, s in there])
+            with pytest.raises(UserError, match=said):
+                check_samples(tmp_path, store, keys(2, 2))
