@@ -35,7 +35,7 @@ def error_of(main, *words: str) -> str:
         ("port=70000", "serve.port=70000 must be between 0 and 65535"),
         ("prot=8000", "unknown key prot"),
         ("serve.streems=3", "did you mean serve.streams?"),
-        ("serve.answer_s=0", "serve.answer_s=0.0 must be above 0"),
+        ("serve.answer_s=0", "serve.answer_s=0.0 must be between 0.1 and 604800"),
         ("init_from=", "init_from is empty, and a server needs weights"),
         ("engine.tool_lag=1", "set engine.tool_lag=-1"),
         ("rollout.max_prompt_tokens=256", "leaves no room in engine.max_length=256; lower it"),
