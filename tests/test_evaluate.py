@@ -85,7 +85,11 @@ def error_of(*words: str) -> str:
         (["data.answer="], "row 1 has no column 'reward_model'; it has"),
         (["rollout.max_prompt_tokens=30"], "problem 0 has a prompt of 57 tokens; the limit is"),
         (["rollout.max_prompt_tokens=200"], "rollout.max_prompt_tokens=200 leaves no room in engine.max_length=128"),
-        (["data.source=arithmetic"], "data.source=arithmetic has no end; set evaluation.problems"),
+        (["data.source=arithmetic"], "data.question=frage is a column, and data.source=arithmetic, which is made here"),
+        (
+            ["data.source=arithmetic", "data.question=", "data.answer=", "data.id="],
+            "data.source=arithmetic has no end; set evaluation.problems",
+        ),
         (["data.source=/nope.jsonl"], "no data file /nope.jsonl; give a JSONL or parquet file"),
         (["compare=/nope.json"], "cannot read /nope.json ("),
         (["config=grpo"], "this config trains; run python -m retool_jax.train with it"),
