@@ -26,7 +26,7 @@ class EngineConfig:
 
     slots: Rows = 192  # B: trajectories that hold a cache row at once
     max_length: Length = 128  # S: tokens of one trajectory, prompt and tool output included
-    decode_steps: Annotated[int, Field(ge=1, le=4096)] = 16  # most tokens per row and dispatch
+    decode_steps: Annotated[int, Field(ge=1, le=1 << 16)] = 16  # most tokens per row and dispatch
     chunk_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     """Tokens of prompts and answers that go through the model at once; 0: 64 on a CPU, 128 where weights take longer to
     read than that many tokens to compute."""
