@@ -121,6 +121,7 @@ def draw(curves: dict[tuple[str, str], list[tuple[int, float]]], path: str) -> N
         place.plot(*zip(*points, strict=True), marker="o")
         place.set(title=title, xlabel=what, xscale="log", xticks=[work for work, _ in points])
         place.set_xticklabels([f"{work}" for work, _ in points])
+        place.minorticks_off()
         place.set_ylim(bottom=0)
     pyplot.tight_layout()
     pyplot.savefig(path, dpi=120)
