@@ -138,7 +138,7 @@ def recipe_best_worst_maj(
     sizes = [*(2**i for i in range(1, most.bit_length()) if 2**i < most), most] if most > 1 else []
     found = {}
     for size in sizes:
-        shares = [_recipe_shares(c, a, size) for c, a in zip(correct, answers, strict=True) if len(c)]
+        shares = [_recipe_shares(tuple(c), _numbered(a), size) for c, a in zip(correct, answers, strict=True) if len(c)]
         best, worst, majority = np.mean(shares, axis=0).tolist()
         found |= {f"best@{size}": best, f"worst@{size}": worst, f"maj@{size}": majority}
     return found
@@ -252,11 +252,17 @@ def _recipe_draws(count: int, size: int) -> np.ndarray:
     return np.ascontiguousarray(rng.choice(count, size=(RECIPE_DRAWS, size), replace=True).T)
 
 
-def _recipe_shares(correct: Sequence[bool], answers: Sequence[str | None], size: int) -> tuple[float, float, float]:
+def _numbered(answers: Sequence[str | None]) -> tuple[int, ...]:
+    """Each answer as a number that equal ones share; no answer (None or empty) has one too."""
+    numbers = {answer: number for number, answer in enumerate(dict.fromkeys(answer or "" for answer in answers))}
+    return tuple(numbers[answer or ""] for answer in answers)
+
+
+@lru_cache(maxsize=4096)  # many problems of an evaluation are alike: all samples right, with one answer
+def _recipe_shares(correct: tuple[bool, ...], answers: tuple[int, ...], size: int) -> tuple[float, float, float]:
     """Of one problem's draws of `size` samples: the shares with a right one, without a wrong one, with a right vote."""
     drawn, draws = _recipe_draws(len(correct), size), np.arange(RECIPE_DRAWS)
     verdicts = np.asarray(correct)[drawn]
-    numbers = {answer: number for number, answer in enumerate(dict.fromkeys(answer or "" for answer in answers))}
-    votes = np.array([numbers[answer or ""] for answer in answers])[drawn] + len(numbers) * draws
+    votes = np.array(answers)[drawn] + (max(answers) + 1) * draws
     first = np.bincount(votes.ravel())[votes].argmax(axis=0)  # where a draw first has the answer with the most votes
     return verdicts.any(axis=0).mean(), verdicts.all(axis=0).mean(), verdicts[first, draws].mean()
