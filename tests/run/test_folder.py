@@ -74,7 +74,7 @@ def test_a_config_is_written_again_once_nothing_is_refused(tmp_path, capsys):
         assert (folder / "config.yaml").read_bytes() == before, "what follows may still refuse"
         write_config(longer)
     assert saved(folder)["rl.steps"] == 99
-    assert capsys.readouterr().out == "rl.steps is 99 from here on; it was 80\n"
+    assert capsys.readouterr().out == "rl.steps is 99 from here on; it was 30\n"
 
 
 # ------------------------------------------------------------------------------------------------- whose folder it is
