@@ -1,4 +1,4 @@
-"""Runs Python that a model wrote, apart from everything else, and says whose fault it was when it fails.
+"""Runs Python that a model wrote, isolated from everything else, and says whose fault a failure was.
 
 async with open_sandbox(SandboxConfig(backend=("gvisor",), slots=2)) as box:
     result = await box.run("print(2 + 2)", limits=Limits(wall_s=5))

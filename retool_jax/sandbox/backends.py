@@ -1,4 +1,4 @@
-"""`open_sandbox`: the first back-end of a list that works here."""
+"""`open_sandbox`: opens the first back-end of a list that works on this machine."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,12 +12,12 @@ from retool_jax.sandbox.remote.client import RemoteSandbox
 from retool_jax.sandbox.types import SandboxConfig
 
 AUTO = ("gvisor", "bubblewrap")
-WORKER_MB = 64  # of a worker whose programs use NumPy and SymPy; under gVisor it is more
+WORKER_MB = 64  # memory of a worker whose programs use NumPy and SymPy; under gVisor it is more
 NAMES = ("auto", *LAUNCHERS, "remote")
 
 
 def candidates(backend: Sequence[str]) -> list[str]:
-    """Back-ends to try, in order, with `auto` spelled out. Raises UserError for a name that is none."""
+    """Back-ends to try, in order, with `auto` spelled out. Raises UserError for an unknown name."""
     for name in backend:
         if name not in NAMES:
             raise UserError(f"sandbox.backend: there is no {name!r}; there is {', '.join(NAMES)}")
@@ -26,7 +26,7 @@ def candidates(backend: Sequence[str]) -> list[str]:
 
 
 def _check_slots(slots: int) -> None:
-    """A `UserError` where the workers of so many slots do not fit into this machine."""
+    """Raise UserError if the workers of so many slots do not fit into this machine's memory."""
     most = machine_memory_mb() // WORKER_MB
     if slots > most:
         raise UserError(
@@ -37,9 +37,9 @@ def _check_slots(slots: int) -> None:
 
 @asynccontextmanager
 async def open_sandbox(config: SandboxConfig | None = None) -> AsyncIterator[Sandbox | RemoteSandbox]:
-    """The first back-end of the list that works here and passes its self-test.
+    """Open the first back-end of the list that works here and passes its self-test.
 
-    Raises UserError if none does: it gives each one's reason, and the ways out; or if the slots do not fit here.
+    Raises UserError if none does, with the reason of each and what to do, or if the slots do not fit into memory.
     """
     config = config or SandboxConfig()
     names = candidates(config.backend)

@@ -1,6 +1,6 @@
 """`python -m retool_jax.sandbox.image`: builds the runtime that programs see.
 
-That is a root file system with a Python, its libraries and packages, and nothing else.
+The runtime is a root file system with a Python, its libraries and packages, and nothing else.
 """
 
 import compileall
@@ -24,7 +24,7 @@ from retool_jax.sandbox.words import help_text, read_words, word
 PACKAGES = "numpy==2.4.6 sympy==1.14.0 scipy==1.17.1 mpmath==1.3.0 networkx==3.6.1 pandas==3.1.1"
 ABOUT = "Build the runtime that programs see: a root file system with a Python, its libraries and some packages."
 PREFIX = "runtime"
-# Parts of the standard library that a program without a terminal, a display or an installer has no use for.
+# Parts of the standard library that are useless without a terminal, a display or an installer.
 LEFT_OUT = (
     *("site-packages", "test", "idlelib", "lib2to3", "tkinter", "_tkinter*", "turtledemo", "ensurepip", "config-*"),
 )
@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 
 def libraries(files: Iterable[Path]) -> set[Path]:
-    """The shared libraries that the dynamic linker finds for these files, itself included."""
+    """The shared libraries that the dynamic linker finds for these files, and the linker itself."""
     done = subprocess.run(["ldd", *map(str, files)], capture_output=True, text=True, check=False)
     return {Path(path) for path in re.findall(r"(?:=>|^)\s*(/\S+) \(0x", done.stdout, re.MULTILINE)}
 
@@ -59,7 +59,7 @@ def copy_python(root: Path) -> tuple[Path, Path]:
 
 
 def install(packages: list[str], folder: Path) -> dict[str, str]:
-    """Have pip put the packages and what they need into `folder`; returns names and versions. Raises UserError."""
+    """Install packages and their dependencies into `folder` with pip; returns names and versions. Raises UserError."""
     if packages:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command += ["--no-warn-conflicts", "--no-compile", "--only-binary=:all:", "--target", str(folder), *packages]
@@ -72,14 +72,14 @@ def install(packages: list[str], folder: Path) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def copy_libraries(root: Path, interpreter: Path) -> tuple[Path, Path]:
-    """Copy the system's libraries that anything in the image needs; returns the linker and the libraries' folder.
+def copy_libraries(root: Path) -> tuple[Path, Path]:
+    """Copy the system libraries that the image needs; returns the linker and the libraries' folder.
 
-    The interpreter is asked where it lies on this machine: it may find its libpython relative to that or at a fixed
-    place. In the image that place does not exist, and all libraries lie where the linker looks by itself, in the
-    folder of libc, so that none of another version can be picked up instead.
+    `ldd` gets the interpreter of this machine, not the copy: it may find its libpython relative to its own place or at
+    a fixed one, which the image does not have. In the image all libraries lie in the folder of libc, where the linker
+    looks by default, so that it cannot pick up one of another version.
     """
-    # Files of the image use libraries of the image or of the system; only the latter have to be copied.
+    # Files of the image use libraries of the image or of the system; only those of the system are copied.
     needed = libraries([Path(os.path.realpath(sys.executable))])
     needed |= libraries(path for path in root.rglob("*.so*") if path.is_file())
     needed = {path for path in needed if not path.is_relative_to(root)}
@@ -97,7 +97,7 @@ def copy_libraries(root: Path, interpreter: Path) -> tuple[Path, Path]:
 
 
 def try_out(linker: Path, folder: Path, interpreter: Path, packages: Iterable[str]) -> None:
-    """Run the image's interpreter with the image's libraries alone. Raises UserError if it is not what it should be."""
+    """Run the image's interpreter with only the image's libraries. Raises UserError if it fails."""
     imports = ["ctypes", "ssl", "sqlite3", "zlib", *packages]
     code = "import importlib.util as u, sys\n" + "".join(
         f"import {name}\n" if name not in ("ssl", "sqlite3") else f"u.find_spec('_{name}') and __import__('{name}')\n"
@@ -113,7 +113,7 @@ def build(to: Path, packages: list[str]) -> None:
     """Build an image in the folder `to`, which must not exist. Raises UserError."""
     if to.exists():
         raise UserError(f"to={to} exists already; name another folder, or remove it once no sandbox uses it")
-    beside = to.parent / f".{to.name}.{os.getpid()}"  # becomes `to` in one step, when it is complete
+    beside = to.parent / f".{to.name}.{os.getpid()}"  # renamed to `to` when it is complete
     root = beside / ROOT
     started = time.monotonic()
     try:
@@ -129,7 +129,7 @@ def build(to: Path, packages: list[str]) -> None:
         say("compiling")
         compileall.compile_dir(interpreter.parent.parent / "lib", quiet=2, stripdir=str(root), workers=1)
         say("copying libraries")
-        linker, shared = copy_libraries(root, interpreter)
+        linker, shared = copy_libraries(root)
         say("trying it")
         try_out(linker, shared, interpreter, [re.split(r"[\s=<>!~\[;]", name, maxsplit=1)[0] for name in packages])
         manifest = {
@@ -155,9 +155,9 @@ class Options:
     """The command line."""
 
     to: str = word(
-        "", "where it goes; empty is a new folder below ~/.cache/retool_jax/images; the sandbox takes the newest there"
+        "", "folder to build; empty: a new one below ~/.cache/retool_jax/images, of which the sandbox takes the newest"
     )
-    packages: str = word(PACKAGES, "what pip is asked for, with spaces between; empty is nothing")
+    packages: str = word(PACKAGES, "packages for pip, with spaces between them; empty: none")
 
 
 def main(words: list[str]) -> None:

@@ -33,27 +33,27 @@ class Options:
         "auto", "auto, or names in order of preference, with commas: gvisor, bubblewrap, process (unsafe)"
     )
     host: str = word("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
-    port: int = word(8080, "0 takes a free one and prints it")
+    port: int = word(8080, "0 takes a free port and prints it")
     token: str = word(
         "",
-        f"bearer token that requests must bring; better given as ${TOKEN_VARIABLE}, which other users of the machine "
+        f"bearer token that requests must have; better given as ${TOKEN_VARIABLE}, which other users of the machine "
         "cannot see",
     )
-    slots: int = word(_CONFIG.slots, "programs at once; 0 is half of the cores")
+    slots: int = word(_CONFIG.slots, "programs that run at once; 0: half of the cores")
     image: str = word(
         _CONFIG.image,
-        "folder of the runtime (python -m retool_jax.sandbox.image); empty is the one built last, or this Python",
+        "folder of the runtime (python -m retool_jax.sandbox.image); empty: the one built last, else this Python",
     )
     wall_s: float = word(_LIMITS.wall_s, "time limit of a request that names none")
-    max_wall_s: float = word(60.0, "the largest one")
-    memory_mb: int = word(_LIMITS.memory_mb, "memory of a program, also the largest one")
-    output_bytes: int = word(_LIMITS.output_bytes, "kept of each output stream")
-    processes: int = word(_LIMITS.processes, "processes and threads of a program")
-    file_mb: int = word(_LIMITS.file_mb, "files of a program")
-    queue_limit: int = word(_CONFIG.queue_limit, "requests that may wait; 0 is 64 a slot")
-    queue_s: float = word(60.0, "how long one may wait before it is answered 503")
-    modules: str = word("", "top-level modules that programs may import, with commas; empty is all")
-    drain_s: int = word(65, "after SIGTERM, how long running requests may take to end")
+    max_wall_s: float = word(60.0, "the longest time limit that a request may ask for")
+    memory_mb: int = word(_LIMITS.memory_mb, "memory of a program, and the most that a request may ask for")
+    output_bytes: int = word(_LIMITS.output_bytes, "bytes that are kept of each output stream")
+    processes: int = word(_LIMITS.processes, "processes and threads that a program may have")
+    file_mb: int = word(_LIMITS.file_mb, "MiB of files that a program may write")
+    queue_limit: int = word(_CONFIG.queue_limit, "requests that may wait for a slot; 0: 64 per slot")
+    queue_s: float = word(60.0, "seconds that a request may wait before it is answered 503")
+    modules: str = word("", "top-level modules that programs may import, with commas; empty: all")
+    drain_s: int = word(65, "seconds that running requests may take after SIGTERM")
 
     def __post_init__(self) -> None:
         for name, high in (("port", 65535), ("drain_s", 86400)):
@@ -62,7 +62,7 @@ class Options:
 
 
 def settings(options: Options) -> tuple[SandboxConfig, Limits]:
-    """The sandbox and the ceiling that a command line asks for. Raises UserError."""
+    """The sandbox's configuration and the largest limits, from the command line. Raises UserError."""
     own = {f.name: getattr(options, f.name) for f in fields(Limits) if hasattr(options, f.name)}
     limits = Limits(**own | {"raw_output_bytes": max(Limits().raw_output_bytes, options.output_bytes)})
     if options.max_wall_s < limits.wall_s:
@@ -80,14 +80,14 @@ def settings(options: Options) -> tuple[SandboxConfig, Limits]:
 
 
 async def serve(options: Options) -> None:
-    """Open the sandbox and serve until SIGTERM or SIGINT; then finish what runs and close it."""
+    """Open the sandbox and serve until SIGTERM or SIGINT; then finish running requests and close it."""
     config, ceiling = settings(options)
     token = options.token or os.environ.pop(TOKEN_VARIABLE, "")
     with listen(options.host, options.port) as listener:
         async with open_sandbox(config) as box:
             print(f"sandbox: {box.description}", flush=True)
             if not token and options.host not in LOCAL:
-                print(f"whoever reaches {options.host} can run programs here; set ${TOKEN_VARIABLE}", flush=True)
+                print(f"everybody who reaches {options.host} can run programs here; set ${TOKEN_VARIABLE}", flush=True)
             print(f"serving on {url_of(options.host, listener)}", flush=True)
             await serve_until_signal(build_app(box, ceiling, token), listener, options.drain_s)
     print("closed", flush=True)

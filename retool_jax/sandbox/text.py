@@ -1,4 +1,4 @@
-"""What the model is told about a run."""
+"""The text that the model gets about a run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,15 +6,15 @@ from dataclasses import replace
 from retool_jax.sandbox.types import ToolResult
 
 NO_OUTPUT = "[no output: use print()]"
-CUT = "\n[... characters removed ...]\n"  # does not say how many: a policy would take that for a number of the output
-# The end of Python's message about a number of more than 4,300 digits. A number that stands in the code itself has
-# another message: code is read before it runs, so there the call would come too late.
+CUT = "\n[... characters removed ...]\n"  # without a count, which a policy could take for a number of the output
+# The end of Python's message about a number of more than 4,300 digits. For a literal in the code Python has another
+# message: code is parsed before it runs, so the call that helps would come too late there.
 DIGITS_ERROR = "use sys.set_int_max_str_digits() to increase the limit"
 DIGITS_HELP = "[to write longer numbers, begin with: import sys; sys.set_int_max_str_digits(0)]"
 MAX_FRAMES = 3
 MAX_ERROR_LINES = 10
 SNIPPET_FRAME = '  File "<snippet'  # a session's later cells are <snippet 2> and so on
-# No more of a text than this is measured per unit of room: a token longer than that is a run of white space.
+# At most so many characters of a text are measured per unit of room. Longer tokens are runs of white space.
 CHARS_PER_UNIT = 16
 SEARCH_STEPS = 8
 
@@ -22,18 +22,18 @@ Count = Callable[[str], int]
 
 
 def writable(text: str) -> str:
-    r"""`text` as UTF-8 can hold it: a lone surrogate becomes its escape, six characters like `\ud800`.
+    r"""`text` as UTF-8 can encode it: a lone surrogate becomes its escape, six characters like `\ud800`.
 
-    JSON can spell a lone surrogate, so a model's code and a server's answer may hold one, and neither a file nor a
-    tokenizer takes it. The escape is what a program's own streams print for one. Other text is not changed.
+    JSON can contain lone surrogates, so a model's code and a server's answer may hold one, which neither a file nor a
+    tokenizer accepts. A program's own streams print the same escape. Other text is not changed.
     """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def longest(text: str, room: int, count: Count, tail: bool = False) -> str:
-    """About as much of the head (or tail) of `text` as fits: `count` of it is at most `room`, exactly.
+    """A head (or tail) of `text` that fills most of `room`; its `count` is never more than `room`.
 
-    A count of tokens is not quite monotone in the length, so the search stops when 95 % of the room is used.
+    A count of tokens does not always grow with the length, so the search stops when 95 % of the room is used.
     """
     if room <= 0 or not text:
         return ""
@@ -49,13 +49,13 @@ def longest(text: str, room: int, count: Count, tail: bool = False) -> str:
             over = guess
         if over - fits <= 1:
             break
-        likely = guess * room // max(used, 1)  # exact where one unit is as long as the next
+        likely = guess * room // max(used, 1)  # exact if all units have the same length
         guess = likely if fits < likely < over else (fits + over) // 2
     return text[len(text) - fits :] if tail else text[:fits]
 
 
 def cut(text: str, room: int, count: Count = len) -> str:
-    """`text` without its middle if `count` of it is more than `room`; the result is never larger than that."""
+    """`text`, without its middle if its `count` is more than `room`; the count of the result never is."""
     if len(text) <= CHARS_PER_UNIT * room and count(text) <= room:
         return text
     share = room - count(CUT)
@@ -66,15 +66,15 @@ def cut(text: str, room: int, count: Count = len) -> str:
         used = count(whole)
         if used <= room:
             return whole
-        share -= used - room  # tokens of the parts may join differently
+        share -= used - room  # joined text can have more tokens than its parts
     return longest(text, room, count)
 
 
 def short_error(stderr: str, room: int, count: Count) -> str:
-    """The last traceback's own frames and message; the last lines of stderr if there is no traceback in it.
+    """The program's own frames and the message of the last traceback; without a traceback, the last lines of stderr.
 
-    Frames inside libraries are left out: what counts is the line of the program that led there. What is more than half
-    of `room` is cut, first the frames; the line that names the error stays whole where `room` holds it.
+    Frames inside libraries are left out: the line of the program that led there is what counts. A text of more than
+    half of `room` is cut, the frames first. The line that names the error stays whole if it fits into `room`.
     """
     frames, message = _error_parts(stderr)
     name, _, more = message.partition("\n")
@@ -82,13 +82,13 @@ def short_error(stderr: str, room: int, count: Count) -> str:
     whole = "\n".join(filter(None, (frames, message)))
     if cut(whole, limit, count) == whole:
         return whole
-    told = longest(name, limit, count)
-    for part, write in ((more, "{told}\n{part}"), (frames, "{part}\n{told}")):
-        left = limit - count(f"\n{told}")
-        longer = write.format(told=told, part=cut(part, left, count))
+    error = longest(name, limit, count)
+    for part, template in ((more, "{error}\n{part}"), (frames, "{part}\n{error}")):
+        left = limit - count(f"\n{error}")
+        longer = template.format(error=error, part=cut(part, left, count))
         if part and left > count(CUT) and count(longer) <= limit:
-            told = longer
-    return told
+            error = longer
+    return error
 
 
 def _error_parts(stderr: str) -> tuple[str, str]:
@@ -112,12 +112,12 @@ def _error_parts(stderr: str) -> tuple[str, str]:
 
 
 def verdict(result: ToolResult) -> str:
-    """The end that the program's own output does not tell, in words; empty if there is nothing to add."""
+    """How the run ended, in words, if the program's own output does not say it; else empty."""
     if result.status in ("timeout", "oom", "output_limit"):
         return f"[stopped: {result.message}]"
     if result.status == "rejected":
         return f"[not run: {result.message}]"
-    if result.status == "success" and result.message:  # of a session: the interpreter ended
+    if result.status == "success" and result.message:  # a session's interpreter ended
         return f"[{result.message}]"
     if result.status == "user_error" and (result.signal or not result.stderr.strip() or ";" in result.message):
         return f"[{result.message}]"
@@ -125,16 +125,16 @@ def verdict(result: ToolResult) -> str:
 
 
 def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
-    """Output, then a short error and what helps against it, then how the run ended; `count` of it is at most `room`.
+    """Output, then a short error with advice, then how the run ended; `count` of the text is at most `room`.
 
     Args:
         result: how the program ended.
-        room: how much may be told, in the unit of `count`.
+        room: the largest size of the text, in the unit of `count`.
         count: size of a text. Characters by default; for a budget of tokens, the number of ids that the text becomes
             in the context (`tokens.chat.defuse` included).
 
-    A long error gets at most half of the room, or what its name needs, and the output the rest. Raises ValueError for
-    `infra_error` and `cancelled`: what the machinery did is never told to a model.
+    A long error gets at most half of the room, or what its first line needs; the output gets the rest. Raises
+    ValueError for `infra_error` and `cancelled`: a model is never told about faults of the machinery.
     """
     if result.status in ("infra_error", "cancelled"):
         raise ValueError(f"a result of status {result.status} is not for the model: {result.message}")
@@ -151,5 +151,5 @@ def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
         over = count(whole) - room
         if over <= 0:
             return whole
-        left -= over  # tokens of the parts may join differently
+        left -= over  # joined text can have more tokens than its parts
     return cut(ending, room, count)

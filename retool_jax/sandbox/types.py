@@ -24,7 +24,7 @@ MAX_STDIN_BYTES = 8 << 20
 
 
 class _Shown(reprlib.Repr):
-    """A value of any kind and size on one short line."""
+    """Writes a value of any type and size on one short line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Shown(reprlib.Repr):
     def repr_int(self, value: int, level: int) -> str:
         try:
             return super().repr_int(value, level)
-        except ValueError:  # Python writes no number of more than 4300 digits
+        except ValueError:  # Python does not print numbers of more than 4300 digits
             return f"a number of {value.bit_length()} bits"
 
 
@@ -42,13 +42,13 @@ KINDS = {str: "a string", bool: "true or false", int: "a whole number", float: "
 
 
 def is_a(value: object, kind: type) -> bool:
-    """Whether a value is of a kind as requests and configurations mean it: 1 is a number with a point too (a float),
-    and True is no number."""
+    """Whether a value has a type, as requests and configurations understand it: an int is a float too, a bool is not a
+    number."""
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _check(section: str, owner: object, **ranges: tuple[float, float] | None) -> None:
-    """Raise UserError unless each named field has the type that its class says and lies in its range, if it has one."""
+    """Raise UserError unless each named field has its annotated type and lies in its range, if it has one."""
     for name, bounds in ranges.items():
         value, kind = getattr(owner, name), type(owner).__dataclass_fields__[name].type
         if not is_a(value, kind):
@@ -61,12 +61,12 @@ def _check(section: str, owner: object, **ranges: tuple[float, float] | None) ->
 class Limits:
     """What one program may use."""
 
-    wall_s: float = 10.0  # seconds of real time, counted from the start of the program (waiting for a slot is free)
+    wall_s: float = 10.0  # seconds of real time from the start of the program; the wait for a slot does not count
     memory_mb: int = 1024  # MiB of address space per process, on top of what a bare interpreter takes
     output_bytes: int = 65536  # bytes kept of each output stream, half from its head and half from its tail
     raw_output_bytes: int = 8 << 20  # bytes written, over both streams, at which the program is stopped
     processes: int = 64  # processes and threads that may live at once (where the back-end can count them)
-    file_mb: int = 64  # MiB per file, and in all where the working directory is a file system of its own
+    file_mb: int = 64  # MiB per file, and for all files together where the working directory is its own file system
 
     def __post_init__(self) -> None:
         _check(
@@ -87,10 +87,10 @@ class SandboxConfig:
     """Which isolation to use, and how many programs run at once."""
 
     backend: tuple[str, ...] = ("auto",)
-    """Back-ends in order of preference, the first that passes its self-test is used: gvisor, bubblewrap, process
-    (unsafe), remote; auto is gvisor, else bubblewrap, and never anything weaker."""
-    slots: int = 0  # programs that run at the same time; 0: half of the cores. More than the cores makes limits unfair
-    limits: Limits = field(default_factory=Limits)  # limits of a call that brings none of its own
+    """Back-ends in order of preference; the first one that passes its self-test is used. There are gvisor, bubblewrap,
+    process (unsafe) and remote; auto means gvisor, else bubblewrap, and never anything weaker."""
+    slots: int = 0  # programs that run at once; 0: half of the cores. More slots than cores make time limits unfair
+    limits: Limits = field(default_factory=Limits)  # limits of a call that names none
     queue_limit: int = 0  # calls that may wait for a slot before further ones are refused; 0 means 64 per slot
     queue_s: float = 600.0  # seconds that a call may wait for a slot
     retries: int = 2  # how often a call is repeated when the machinery, not the program, failed
@@ -101,13 +101,14 @@ class SandboxConfig:
     built last, or, where there is none, this Python and its packages, read-only."""
     recycle_calls: int = 2000  # calls after which a worker is replaced
     recycle_s: float = 3600.0  # age at which a worker is replaced
-    recycle_memory_mb: int = 600  # memory of an idle worker, MiB, from which on it is replaced; see each 50 calls
-    probe_s: float = 30.0  # idle time after which a worker is tried with a small program; 0 never
+    recycle_memory_mb: int = 600  # MiB that an idle worker may hold before it is replaced; checked every 50 calls
+    probe_s: float = 30.0  # idle time after which a worker is tested with a small program; 0: never
     sessions: int = 16  # interpreters that `session()` may keep alive at once; each has a worker of its own
     session_ttl_s: float = 900.0  # idle time after which a session is closed
     urls: tuple[str, ...] = ()  # servers of the `remote` back-end, e.g. http://127.0.0.1:8080
     token: str = field(default="", repr=False, metadata={"secret": True})
-    """Bearer token for those servers; empty: the environment's RETOOL_SANDBOX_TOKEN, which stands in no command."""
+    """Bearer token for those servers; empty: the environment variable RETOOL_SANDBOX_TOKEN, which appears in no command
+    line."""
 
     def __post_init__(self) -> None:
         for name in ("backend", "allowed_modules", "urls"):
@@ -121,7 +122,7 @@ class SandboxConfig:
             raise UserError("sandbox.backend is empty; name at least one, e.g. [auto]")
         if self.urls and "remote" not in self.backend:
             raise UserError(
-                f"sandbox.urls is {shown(self.urls)}, which the back-end remote alone asks; set"
+                f"sandbox.urls is {shown(self.urls)}, which only the back-end remote uses; set"
                 " sandbox.backend=[remote], or leave it out"
             )
         if not isinstance(self.limits, Limits):
@@ -157,10 +158,10 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """How one program ended. Only `infra_error` and `cancelled` are not the program's own doing."""
+    """How one program ended. All statuses but `infra_error` and `cancelled` are the program's own doing."""
 
     status: Status
-    stdout: str = ""  # text kept of the stream: UTF-8, undecodable bytes replaced, the middle cut out if it is too long
+    stdout: str = ""  # kept text of the stream: UTF-8, undecodable bytes replaced, the middle removed if it is too long
     stderr: str = ""
     stdout_bytes: int = 0  # bytes written to the stream, cut or not
     stderr_bytes: int = 0
@@ -174,5 +175,5 @@ class ToolResult:
     peak_rss_mb: float = 0.0  # largest resident set of the program's main process, MiB
     backend: str = ""
     attempts: int = 0  # how often it was tried; above 1 only after faults of the machinery
-    files: dict[str, bytes] = field(default_factory=dict)  # what `fetch` asked for and was there, by the path asked for
+    files: dict[str, bytes] = field(default_factory=dict)  # content of the files in `fetch` that were there, by path
     message: str = ""  # why the status is what it is, in words; empty for `success`

@@ -10,19 +10,19 @@ from retool_jax.errors import UserError
 from retool_jax.sandbox.types import KINDS, shown
 
 Options = TypeVar("Options")
-COLUMN = 26  # where the help on a key begins
+COLUMN = 26  # where the help of a key begins
 
 
 def word(default: Any, text: str) -> Any:
-    """A field of such a dataclass: a text, a whole number or a number, with what `--help` says about it."""
+    """A field of such a dataclass (str, int or float), with its text for `--help`."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 def read_words(words: Sequence[str], kind: type[Options]) -> Options:
-    """The options that a command line gives; the last word for a key wins.
+    """The options of a command line; the last word for a key wins.
 
     Raises:
-        UserError: an unknown key (naming the nearest), a word without "=", or a value of the wrong type.
+        UserError: an unknown key (with the nearest known one), a word without "=", or a value of the wrong type.
     """
     known = {f.name: f for f in dataclasses.fields(kind)}
     values = {}
@@ -40,11 +40,11 @@ def read_words(words: Sequence[str], kind: type[Options]) -> Options:
 
 
 def help_text(usage: str, about: str, kind: type) -> str:
-    """What `--help` prints: how to call, what it does, and the keys with their defaults."""
+    """The text of `--help`: usage, purpose, and the keys with their defaults."""
     lines = []
     for f in dataclasses.fields(kind):
         left, room = f"    {f.name}={f.default} ", " " * COLUMN
-        if len(left) > COLUMN:  # on a line of its own
+        if len(left) > COLUMN:  # the help then begins on the next line
             lines.append(left.rstrip())
             left = ""
         lines.append(textwrap.fill(f"{left:<{COLUMN}}{f.metadata['help']}", 110, subsequent_indent=room))
