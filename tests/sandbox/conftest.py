@@ -17,13 +17,13 @@ from .processes import below
 
 @pytest.fixture(autouse=True)
 def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No worker imports NumPy and SymPy ahead of need, for that costs more than most tests do."""
-    monkeypatch.setattr("retool_jax.sandbox.host.crew.ASKED_S", 0.0)
+    """No worker imports NumPy and SymPy in advance, which costs more than most tests do."""
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.NEEDED_S", 0.0)
 
 
 @pytest.fixture(params=["process", "bubblewrap", "gvisor"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each back-end that can work here."""
+    """Each back-end that works here."""
     if reason := LAUNCHERS[request.param].missing(SandboxConfig()):
         pytest.skip(f"{request.param}: {reason}")
     return request.param

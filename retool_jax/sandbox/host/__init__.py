@@ -1,1 +1,1 @@
-"""The side of the sandbox that the caller sees: queue, workers, retries, sessions, and whose fault an end was."""
+"""The caller's side of the sandbox: queue, workers, retries, sessions, and the judgement whose fault a failure was."""

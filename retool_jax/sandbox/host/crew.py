@@ -1,4 +1,4 @@
-"""The workers that a sandbox keeps ready: started, tried, replaced, stopped."""
+"""The workers that a sandbox keeps ready: it starts, tests, replaces and stops them."""
 
 import asyncio
 import json
@@ -19,48 +19,48 @@ from retool_jax.sandbox.launch.launchers import Launcher
 from retool_jax.sandbox.types import SandboxConfig
 
 START_S = 60.0  # a cold start of the heavy fork servers on a loaded machine
-STARTS = 2 * (os.cpu_count() or 1) + 2  # at a time: more of them would only make each slower
+STARTS = 2 * (os.cpu_count() or 1) + 2  # at a time: more would only make each of them slower
 PROBE_WALL_S = 5.0
-BREAKER = 5  # starts that fail in a row before callers are told at once instead of waiting for the next one
+BREAKER = 5  # failed starts in a row after which calls fail at once instead of waiting for the next start
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 10.0
-MEMORY_CALLS = 50  # calls between two looks at a worker's memory
-MEMORY_S = 1.0  # for how long it must hold too much: some kernels take their time to free what a program had
+MEMORY_CALLS = 50  # calls between two checks of a worker's memory
+MEMORY_S = 1.0  # how long it must hold too much: some kernels free a program's memory late
 TEND_S = 1.0
-WARM_S = 1.0  # idle time after which a worker starts fork servers ahead of need: a second of processor time, or two
-ASKED_S = 600.0  # for how long a fork server counts as needed after a program has asked for it
+WARM_S = 1.0  # idle time after which a worker starts needed fork servers, which takes a second or two of processor time
+NEEDED_S = 600.0  # how long a fork server counts as needed after a program used it
 
 
 def pause_s(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: doubling, and uneven so that not all come back at once."""
+    """Seconds to wait after so many failures in a row: doubling, and random so that not all retry at once."""
     return min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
 
 
 class Crew:
-    """A worker for each slot of the queue and a spare, each replaced in the background when it is spent, sick or dead.
+    """A worker for each slot of the queue and a spare; used-up, faulty and dead ones are replaced in the background.
 
-    A replacement serves once it runs the fork servers that programs have asked for of late, so that none of them finds
-    a slower worker than others did. Until then calls wait, unless the spare is there. Where there is a core for each
-    slot and no more, a spare that was used up is replaced when a slot has nothing to do: to start one beside a
-    program would make that twice as slow.
+    A replacement serves as soon as it runs the fork servers that programs used in the last `NEEDED_S` seconds, so that
+    no program gets a slower worker than others did. Until then calls wait, unless the spare is there. If there are no
+    more cores than slots, a spare that was taken is replaced while a slot is idle: a start beside a program would make
+    the program twice as slow.
 
-    A start that fails is tried again with growing pauses for as long as the crew is open. After `BREAKER` failures in
-    a row `take` raises at once; the next start that succeeds ends that.
+    A failed start is repeated with growing pauses as long as the crew is open. After `BREAKER` failures in a row `take`
+    raises at once; the next successful start ends that.
     """
 
     def __init__(self, launcher: Launcher, config: SandboxConfig, metrics: Metrics, queue: Queue) -> None:
         self.description = ""
         self._launcher, self._config, self._metrics, self._queue = launcher, config, metrics, queue
         self._ready: list[Member] = []
-        self._lent: set[Member] = set()  # to calls that give them back
-        self._own: set[Member] = set()  # to sessions and large calls, which do not
+        self._lent: set[Member] = set()  # given to calls that return them
+        self._own: set[Member] = set()  # given to sessions and large calls, which do not return them
         self._waiting: Line[Member] = Line(self._admit)
-        self._work: set[asyncio.Task] = set()  # starting and tending
+        self._work: set[asyncio.Task] = set()  # starts, and `_tend`
         self._stops: set[asyncio.Task] = set()
         self._starting = self._probing = 0
         self._failures = 0
         self._last_fault = ""
         self._cores = Cores(queue.slots + 1)
-        self._asked: dict[str, float] = {}  # when a program last asked for a fork server
+        self._tier_used: dict[str, float] = {}  # when a program last used each fork server
         self._closed = False
 
     @property
@@ -70,7 +70,7 @@ class Crew:
 
     @property
     def broken(self) -> bool:
-        """Whether no worker can be had for now."""
+        """Whether no worker is available and starts keep failing."""
         return self._failures >= BREAKER and not self._ready and not self._lent
 
     async def open(self) -> None:
@@ -80,7 +80,7 @@ class Crew:
         self._spawn(self._tend(), self._work)
 
     async def recruit(self, memory_mb: int, warm: bool = False) -> Member:
-        """Start a worker for programs of up to `memory_mb`, if `warm` with the fork servers that they ask for.
+        """Start a worker for programs of up to `memory_mb`; with `warm`, also the fork servers that programs need.
 
         Raises WorkerFault.
         """
@@ -103,8 +103,8 @@ class Crew:
             self._cores.leave(core)
             if launched is not None:
                 await launched.stop()
-            # Any error becomes a fault. `_start` counts only faults, and after an error that it did not count the next
-            # start would follow at once, again and again.
+            # Any error becomes a WorkerFault. `_start` counts only these, and after an error that it did not count it
+            # would start again at once, without end.
             if isinstance(fault, Exception) and not self._closed:
                 raise WorkerFault("start", f"no worker started: {fault}") from None
             raise
@@ -112,15 +112,15 @@ class Crew:
         return member
 
     async def take(self, memory_mb: int) -> Member:
-        """A worker for one call; hand it to `give` or `drop` afterwards. Raises WorkerFault.
+        """A worker for one call; pass it to `give` or `drop` afterwards. Raises WorkerFault.
 
-        A call that may use more memory than the others gets a worker of its own, so that theirs stay tight.
+        A call that may use more memory than the others gets its own worker, so that the limits of theirs stay tight.
         """
         if memory_mb > self._config.limits.memory_mb:
             return await self.claim(memory_mb)
         while self._ready:
             busy = self._busy()
-            # A worker whose core has the least to do; of several such, the one used last, whose caches are the warmest.
+            # The worker whose core is the least busy; of several, the one used last, whose caches are the warmest.
             member = min(reversed(self._ready), key=lambda member: busy[member.core])
             self._ready.remove(member)
             if not member.dead:
@@ -133,10 +133,10 @@ class Crew:
         return await self._waiting.wait()
 
     async def claim(self, memory_mb: int) -> Member:
-        """A worker that does not come back; hand it to `drop` afterwards. Raises WorkerFault."""
+        """A worker that is not used again afterwards; pass it to `drop` then. Raises WorkerFault."""
         default = self._config.limits.memory_mb
         idle = [member for member in self._ready if not member.calls and not member.dead]
-        # The spare may go, a worker that calls will ask for may not.
+        # The spare may be taken; the workers of the slots may not.
         if memory_mb <= default and idle and len(self._ready) + len(self._lent) > self._queue.slots:
             member = idle[0]
             self._ready.remove(member)
@@ -147,9 +147,9 @@ class Crew:
         return member
 
     def give(self, member: Member, response: dict) -> None:
-        """Take a worker back after a call that it answered."""
+        """Return a worker after a call that it answered."""
         age = time.monotonic() - member.born
-        self._asked[member.tier] = time.monotonic()
+        self._tier_used[member.tier] = time.monotonic()
         if not response.get("clean"):  # something of the program could not be killed
             self.drop(member, "unclean")
         elif member in self._own:
@@ -164,7 +164,7 @@ class Crew:
             self._admit(member)
 
     def _too_heavy(self, member: Member) -> bool:
-        """Whether a worker holds too much memory, and has for a while."""
+        """Whether a worker has held too much memory for a while."""
         if member.calls % MEMORY_CALLS and member.heavy_since is None:
             return False
         now = time.monotonic()
@@ -177,13 +177,13 @@ class Crew:
         return False
 
     def drop(self, member: Member, reason: str) -> None:
-        """Give a worker up; it is stopped in the background and, unless it was a caller's own, replaced."""
+        """Stop a worker in the background and replace it, unless it belonged to one owner."""
         self._lent.discard(member)
         self._own.discard(member)
         self._retire(member, reason)
 
     def _admit(self, member: Member) -> None:
-        """Hand a worker to the one who waits longest, or keep it ready."""
+        """Give a worker to the caller that has waited longest, or keep it ready."""
         self._lent.discard(member)
         if self._closed:
             return self._retire(member, "closed")
@@ -194,7 +194,7 @@ class Crew:
             self._ready.append(member)
 
     def settle(self, member: Member) -> None:
-        """Put a worker that is about to run something on the core that has the least to do."""
+        """Move a worker that is about to run something to the least busy core."""
         core = self._cores.best(member.core, self._busy())
         if core != member.core:
             member.launched.move(self._cores.among(core))
@@ -203,7 +203,7 @@ class Crew:
             member.core = core
 
     def _busy(self) -> Counter[int | None]:
-        """How many workers that run a program each core has."""
+        """The number of lent workers on each core."""
         return Counter(member.core for member in self._lent)
 
     def _lend(self, member: Member) -> None:
@@ -223,7 +223,7 @@ class Crew:
         task.add_done_callback(tasks.discard)
 
     def _refill(self) -> None:
-        """Start what is missing, a few at a time, or one while starts fail. The spare waits for a core without work."""
+        """Start missing workers, `STARTS` at once or one while starts fail. The spare waits for an idle core."""
         if self._closed:
             return
         have = len(self._ready) + len(self._lent) + self._probing + self._starting
@@ -253,8 +253,8 @@ class Crew:
             self._refill()
 
     async def _tend(self) -> None:
-        """Look after workers that nobody uses: replace those that died or grew old, start fork servers that they lack
-        and programs ask for, and try those that were idle for long."""
+        """Check idle workers once a second: replace dead and old ones, start fork servers that programs need, and test
+        those that were idle for long."""
         while True:
             await asyncio.sleep(TEND_S)
             self._refill()
@@ -265,7 +265,7 @@ class Crew:
                 due = 0 < self._config.probe_s <= idle or (cold and idle >= WARM_S)
                 if not member.dead and old < self._config.recycle_s and not due:
                     continue
-                if member not in self._ready:  # taken while another one was tried
+                if member not in self._ready:  # taken while another one was tested
                     continue
                 self._ready.remove(member)
                 if member.dead or old >= self._config.recycle_s:
@@ -274,19 +274,21 @@ class Crew:
                     await self._probe(member)
 
     def _cold(self, member: Member) -> list[str]:
-        """The fork servers that programs have asked for of late and that do not run in this worker."""
-        since = time.monotonic() - ASKED_S
-        return sorted(name for name, asked in self._asked.items() if asked > since and name not in member.tiers)
+        """The fork servers that programs need and that do not run in this worker."""
+        since = time.monotonic() - NEEDED_S
+        return sorted(name for name, used in self._tier_used.items() if used > since and name not in member.tiers)
 
     async def _warm(self, member: Member) -> None:
-        """Have a worker start the fork servers that it lacks. Raises WorkerFault."""
+        """Start the needed fork servers that a worker lacks. Raises WorkerFault."""
         if cold := self._cold(member):
             await member.exchange(json.dumps({"op": "warm", "tiers": cold}).encode(), START_S)
             member.tiers.update(cold)
 
     async def _probe(self, member: Member) -> None:
+        """Test an idle worker, or start the fork servers that it lacks; then keep or replace it."""
         self._probing += 1
         limits = replace(self._config.limits, wall_s=PROBE_WALL_S)
+        reason = "closed"  # what interrupts a probe is the end of the crew
         try:
             if self._cold(member):
                 await self._warm(member)
@@ -295,20 +297,19 @@ class Crew:
                 result, response = await member.perform(Request("print(2 + 2)", limits=limits))
                 if result.stdout != "4\n" or not response.get("clean"):
                     raise WorkerFault("probe", f"print(2 + 2) ended as {result.status}: {result.stdout[:80]!r}")
+            reason = ""
         except WorkerFault as fault:
             self._metrics.faults[fault.kind] += 1
+            reason = "probe"
+        finally:
             self._probing -= 1
-            self._retire(member, "probe")
-        except BaseException:  # closing
-            self._probing -= 1
-            self._retire(member, "closed")
-            raise
-        else:
-            self._probing -= 1
-            self._admit(member)
+            if reason:
+                self._retire(member, reason)
+            else:
+                self._admit(member)
 
     async def close(self) -> None:
-        """Stop every worker, those that run a program too, and wait until nothing is left of them."""
+        """Stop every worker, even if it runs a program, and wait until nothing is left of them."""
         self._closed = True
         self._waiting.send_away(WorkerFault("closed", "the sandbox was closed"))
         for task in self._work:

@@ -1,4 +1,4 @@
-"""A worker as its crew sees it: talking to it, and what became of it if it does not answer."""
+"""A worker as its crew sees it: requests, answers, and what happened to a worker that does not answer."""
 
 import asyncio
 import json
@@ -10,19 +10,20 @@ from retool_jax.sandbox.host.request import Nonsense, Request, to_result
 from retool_jax.sandbox.launch.worker import Worker
 from retool_jax.sandbox.types import ToolResult
 
-OVERTIME_S = 10.0  # what a worker gets beyond a program's own time limit before it counts as hung
-COLD_S = 30.0  # and beyond that where it first has to start the fork server: `START_S` of inside/supervisor.py
-LATE_S = 1.0  # where a hang is noticed so much too late, this process has stood still itself, and cannot judge it
+OVERTIME_S = 10.0  # beyond a program's time limit before its worker counts as hung
+COLD_S = 30.0  # added if it first has to start the fork server: `START_S` of inside/supervisor.py
+LATE_S = 1.0  # a hang noticed so much too late cannot be judged: this process itself stood still
 MAX_FRAME_BYTES = 96 << 20
-CRASH = re.compile(r'File ".*", line \d+')  # a traceback among a worker's last words
+CRASH = re.compile(r'File ".*", line \d+')  # a traceback in the last output of a worker
 
 
 class WorkerFault(Exception):
     """A worker is lost, and `kind` says how.
 
-    It did not start ("start"), "died", "hung", answered "nonsense", "crashed", which is a fault of the program inside
-    and not of what it ran, or was "killed" or "stopped" from outside. Two kinds are the doing of what it ran: "overrun"
-    and "broken" (see `Worker.why_hung` and `Worker.why_dead`).
+    "start": it did not start. "died", "hung", "nonsense": it died, did not answer, or answered nonsense. "crashed": the
+    supervisor failed, not the program that it ran. "killed", "stopped": somebody outside did that. "overrun", "broken":
+    the program that it ran did that (see `Worker.why_hung` and `Worker.why_dead`). "closed": the sandbox was closed.
+    "probe": it failed a test while idle.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -31,7 +32,7 @@ class WorkerFault(Exception):
 
 
 class Member:
-    """A launched worker, with what the crew knows of it."""
+    """A launched worker, with what the crew knows about it."""
 
     def __init__(self, launched: Worker, memory_mb: int, core: int | None = None) -> None:
         self.launched = launched
@@ -45,11 +46,11 @@ class Member:
 
     @property
     def dead(self) -> bool:
-        """Whether its output has ended (noticed without asking it anything)."""
+        """Whether its output has ended; sends nothing to the worker."""
         return self.launched.reader.at_eof()
 
     async def exchange(self, payload: bytes, timeout_s: float | None) -> dict:
-        """Send a request (none if empty) and wait for the next frame. Raises WorkerFault."""
+        """Send a request (nothing if it is empty) and wait for the next frame. Raises WorkerFault."""
         reader, writer = self.launched.reader, self.launched.writer
         try:
             async with asyncio.timeout(timeout_s):
@@ -73,10 +74,10 @@ class Member:
             raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
 
     async def perform(self, request: Request) -> tuple[ToolResult, dict]:
-        """Run a program. Returns the result and the response that it was read from. Raises WorkerFault."""
+        """Run a program; returns the result and the raw response. Raises WorkerFault."""
         self.calls += 1
         self.tier = request.tier
-        if request.op == "run" or self.calls == 1:  # all that ever ran in a session's worker is that session's doing
+        if request.op == "run" or self.calls == 1:  # later cells of a session do not reset what earlier ones caused
             self.launched.begin_call()
         timeout_s = request.limits.wall_s + OVERTIME_S + (0.0 if request.tier in self.tiers else COLD_S)
         self.tiers.add(request.tier)
@@ -87,7 +88,7 @@ class Member:
             if not asking.done():
                 if time.monotonic() - begun > timeout_s + LATE_S:
                     reason = "hung"
-                    await asyncio.wait([asking], timeout=LATE_S)  # what has come meanwhile is not read yet
+                    await asyncio.wait([asking], timeout=LATE_S)  # an answer may have come that is not read yet
                 else:
                     reason = await self._why_hung(asking)
                 if not asking.done():
@@ -100,7 +101,7 @@ class Member:
             asking.cancel()
 
     async def _why_hung(self, asking: asyncio.Task[dict]) -> str:
-        """`Worker.why_hung`, unless the answer comes while it looks; then this says nothing."""
+        """`Worker.why_hung`; empty if the answer comes meanwhile."""
         looking = asyncio.create_task(self.launched.why_hung())
         try:
             await asyncio.wait([asking, looking], return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What a sandbox counts, and its form for Prometheus."""
+"""The counts of a sandbox, and their text for Prometheus."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from retool_jax.sandbox.types import ToolResult
 
-Family = tuple[str, str, Mapping[str, float]]  # name, kind, and samples by what follows the name
+Family = tuple[str, str, Mapping[str, float]]  # name, kind, and samples by the suffix of the name
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -24,7 +24,7 @@ class Histogram:
         self.total_s += seconds
 
     def samples(self) -> dict[str, float]:
-        """As Prometheus has them: counts up to each bound, the sum and the count, by what follows the name."""
+        """Prometheus samples by the suffix of the name: cumulative counts by bound, the sum and the count."""
         bounds = [f"{bound:g}" for bound in BOUNDS_S] + ["+Inf"]
         sums = accumulate(self.counts)
         below = {f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums, strict=True)}
@@ -36,16 +36,16 @@ class Metrics:
     """Counts since the sandbox was opened."""
 
     calls: Counter[str] = field(default_factory=Counter)  # results by status
-    truncated: int = 0  # results with a stream that was cut
+    truncated: int = 0  # results with a truncated stream
     retries: int = 0  # attempts beyond the first
-    faults: Counter[str] = field(default_factory=Counter)  # of the machinery, by kind, also where a retry ended well
+    faults: Counter[str] = field(default_factory=Counter)  # of the machinery, by kind, also if a retry succeeded
     restarts: Counter[str] = field(default_factory=Counter)  # workers that were given up, by reason
     queue_s: Histogram = field(default_factory=Histogram)
     wall_s: Histogram = field(default_factory=Histogram)
-    start_s: Histogram = field(default_factory=Histogram)  # how long workers took from launch to their first frame
+    start_s: Histogram = field(default_factory=Histogram)  # from a worker's launch until it serves
 
     def record(self, result: ToolResult) -> None:
-        """Count a result that goes back to a caller."""
+        """Count a result that a caller gets."""
         self.calls[result.status] += 1
         self.truncated += result.stdout_truncated or result.stderr_truncated
         self.retries += max(result.attempts - 1, 0)
@@ -55,20 +55,20 @@ class Metrics:
 
 
 def by(counts: Counter, *labels: str) -> dict[str, float]:
-    """Samples of counts whose keys are a label's values, or tuples with a value of each label.
+    """Samples of counts whose keys are values of one label, or tuples with a value for each label.
 
-    Keys are words of the program and of its configuration, so nothing in them is escaped.
+    Keys are words of this program and its configuration, so they need no escaping.
     """
     samples = {}
     for key, count in sorted(counts.items()):
         values = key if isinstance(key, tuple) else (key,)
-        told = ",".join(f'{label}="{value}"' for label, value in zip(labels, values, strict=True))
-        samples[f"{{{told}}}"] = count
+        pairs = ",".join(f'{label}="{value}"' for label, value in zip(labels, values, strict=True))
+        samples[f"{{{pairs}}}"] = count
     return samples
 
 
 def exposition(prefix: str, families: Iterable[Family], gauges: Mapping[str, float]) -> str:
-    """Families, and present values by name, in Prometheus' text format 0.0.4; each name begins with the prefix."""
+    """Families and gauges in Prometheus' text format 0.0.4; each name begins with the prefix."""
     lines: list[str] = []
     for name, kind, samples in (*families, *((name, "gauge", {"": value}) for name, value in gauges.items())):
         lines.append(f"# TYPE {prefix}_{name} {kind}")
@@ -77,7 +77,7 @@ def exposition(prefix: str, families: Iterable[Family], gauges: Mapping[str, flo
 
 
 def prometheus(metrics: Metrics, gauges: Mapping[str, float]) -> str:
-    """A sandbox's counts, and its present values by name."""
+    """A sandbox's metrics and gauges as Prometheus text."""
     families = [
         ("calls_total", "counter", by(metrics.calls, "status")),
         ("faults_total", "counter", by(metrics.faults, "kind")),

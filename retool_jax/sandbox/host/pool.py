@@ -1,4 +1,4 @@
-"""`Sandbox`: a fair queue in front of workers, and retries of what was not the program's fault."""
+"""`Sandbox`: a fair queue in front of workers, and retries after faults that are not the program's."""
 
 import asyncio
 import time
@@ -15,19 +15,19 @@ from retool_jax.sandbox.host.session import Session
 from retool_jax.sandbox.launch.launchers import LAUNCHERS
 from retool_jax.sandbox.types import Limits, SandboxConfig, Status, ToolResult
 
-RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first
-QUIET_S = 600.0  # how long an innocent program's lost worker casts doubt on later losses
-NOT_BY_PROGRAMS = frozenset({"crashed", "killed", "stopped"})  # ways to lose a worker that say nothing of a program
+RETRY_BUDGET_S = 120.0  # no attempt begins later than this after the first one
+QUIET_S = 600.0  # for how long a worker that was lost under an innocent program casts doubt on later losses
+NOT_BY_PROGRAMS = frozenset({"crashed", "killed", "stopped"})  # losses that do not count against the program
 
 
 class Sandbox:
-    """Runs programs in workers of one back-end. Made by `open_sandbox`."""
+    """Runs programs in workers of one back-end. `open_sandbox` makes it."""
 
     def __init__(self, backend: str, config: SandboxConfig) -> None:
         self.backend = backend
         self.config = config
         self.metrics = Metrics()
-        self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)  # for sessions that are open
+        self.sessions = Queue(config.sessions, 1 << 20, config.queue_s)  # its slots are held by open sessions
         self._queue = Queue(config.slot_count, config.max_waiting, config.queue_s)
         self.crew = Crew(LAUNCHERS[backend], config, self.metrics, self._queue)
         self._innocent_loss = -QUIET_S
@@ -49,13 +49,13 @@ class Sandbox:
         show_last_expression: bool | None = None,
         allowed_modules: Sequence[str] | None = None,
     ) -> ToolResult:
-        """Run a program. Every fault is a status of the result; cancelling the caller kills the program.
+        """Run a program. Every fault becomes a status of the result. Cancelling the caller kills the program.
 
         Args:
             code: the program.
-            stdin: what it can read; its input ends there.
-            files: put into its working directory first, by relative path.
-            fetch: relative paths that are returned in `ToolResult.files` if they are regular files afterwards.
+            stdin: all that it can read from its standard input.
+            files: content by relative path, written to its working directory first.
+            fetch: relative paths to return in `ToolResult.files`, if they are regular files afterwards.
             limits: instead of the configuration's.
             show_last_expression: instead of the configuration's.
             allowed_modules: instead of the configuration's.
@@ -72,11 +72,11 @@ class Sandbox:
         return Session(self, self.config)
 
     async def serve(self, request: Request, source: Session | None = None, retries: int | None = None) -> ToolResult:
-        """`run` for a request that is made already.
+        """`run` for a request that exists already.
 
         Args:
             request: what to run.
-            source: the session that has a worker for it; None: one of the crew's.
+            source: the session whose worker runs it; None: a worker of the crew.
             retries: instead of the configuration's.
         """
         if self._closed:
@@ -103,6 +103,7 @@ class Sandbox:
         return result
 
     async def _attempts(self, request: Request, source: Crew | Session, retries: int, asked: float) -> ToolResult:
+        """Run a request until an attempt gives a result; `asked` is when the caller asked for it."""
         limits = request.limits
         losses = attempts = 0
         last_start = time.monotonic() + RETRY_BUDGET_S
@@ -127,7 +128,7 @@ class Sandbox:
                     if verdict is not None:
                         return replace(verdict, attempts=attempts, queue_s=started - asked, wall_s=wall_s)
                 self.metrics.faults[fault.kind] += 1
-            except BaseException:  # cancelled: the program must not live on
+            except BaseException:  # cancelled: the program must not go on running
                 if member is not None:
                     source.drop(member, "cancelled")
                 raise
@@ -147,13 +148,13 @@ class Sandbox:
         return replace(self._cancelled(), attempts=attempts)
 
     def _verdict(self, kind: str, losses: int, last: bool, limits: Limits) -> ToolResult | None:
-        """The result of a call that has lost so many workers, the last one as `kind` says; None as long as that may not
-        be the program's doing.
+        """The result of a call that lost `losses` workers, the last one by `kind`; None if it may not be the program's
+        doing.
 
-        A worker at its memory limit is evidence at once, and one that is too busy with the program to answer. So is
-        one that broke, if this was the call's last attempt. Otherwise a second loss is taken as the program's doing,
-        unless a program that then ended well has lost a worker in the last `QUIET_S` seconds too: where workers die by
-        themselves, the third one decides.
+        Two kinds are proof at once: a worker at its memory limit, and one that the program keeps too busy to answer.
+        So is a broken worker at the call's `last` attempt. Otherwise the second loss counts as the program's doing.
+        If in the last `QUIET_S` seconds a program lost a worker and then succeeded, workers may be dying by
+        themselves, and the third loss decides.
         """
         status: Status = "user_error"
         if kind == "memory limit":
@@ -171,7 +172,7 @@ class Sandbox:
         return ToolResult("cancelled", message="the sandbox was closed")
 
     def gauges(self) -> dict[str, float]:
-        """Present values, by name, for `metrics.prometheus`."""
+        """Current values by name, for `metrics.prometheus`."""
         return {
             "slots": self._queue.slots,
             "slots_busy": self._queue.busy,
@@ -182,7 +183,7 @@ class Sandbox:
         }
 
     async def open(self) -> None:
-        """Remove what dead owners left, start the workers and prove the back-end's promises.
+        """Remove what dead owners left, start the workers and test the back-end's promises.
 
         Raises WorkerFault or UserError, also if a promise does not hold.
         """
@@ -191,11 +192,11 @@ class Sandbox:
         await self.crew.open()
         await prove(self, launcher.PROMISES)
         started = self.metrics.start_s
-        self.metrics.__init__()  # the self-test's calls are nobody's
+        self.metrics.__init__()  # the calls of the self-test do not count
         self.metrics.start_s = started
 
     async def aclose(self) -> None:
-        """Kill what runs, answer what waits with `cancelled`, and wait until no process is left."""
+        """Kill running programs, answer waiting calls with `cancelled`, and wait until no process is left."""
         self._closed = True
         self._queue.close()
         self.sessions.close()

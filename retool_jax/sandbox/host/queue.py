@@ -1,4 +1,4 @@
-"""A fair queue for slots: first come first served, with bounds on how many wait and for how long."""
+"""A fair queue for slots: first come, first served, with limits on how many wait and for how long."""
 
 import asyncio
 from collections import deque
@@ -17,10 +17,10 @@ class Closed(Exception):
 
 
 class Line(Generic[T]):
-    """Callers that wait for a thing, the one who has waited longest first.
+    """Callers that wait for a thing; the one that has waited longest gets the next.
 
     Args:
-        give_back: takes a thing whose new owner gave up between being handed it and waking up.
+        give_back: takes a thing back if the caller that got it gave up before it woke up.
     """
 
     def __init__(self, give_back: Callable[[T], None]) -> None:
@@ -31,7 +31,7 @@ class Line(Generic[T]):
         return len(self._turns)
 
     async def wait(self, wait_s: float | None = None) -> T:
-        """Raises TimeoutError, and what `send_away` is given."""
+        """The next thing for this caller. Raises TimeoutError, or the exception given to `send_away`."""
         turn: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._turns.append(turn)
         try:
@@ -45,18 +45,18 @@ class Line(Generic[T]):
             raise
 
     def hand(self, thing: T) -> bool:
-        """Give a thing to the one who waits longest; False if nobody waits."""
+        """Give a thing to the caller that has waited longest; False if nobody waits."""
         if turn := self._first():
             turn.set_result(thing)
         return turn is not None
 
     def send_away(self, why: Exception) -> None:
-        """Raise it where they wait."""
+        """Raise `why` in every waiting caller."""
         while turn := self._first():
             turn.set_exception(why)
 
     def _first(self) -> asyncio.Future[T] | None:
-        """Whose turn it is; those who have given up are passed over."""
+        """The first caller that still waits, taken off the line."""
         while self._turns:
             turn = self._turns.popleft()
             if not turn.done():
@@ -67,7 +67,7 @@ class Line(Generic[T]):
 class Queue:
     """`slots` slots for which at most `max_waiting` callers wait, each at most `wait_s` seconds.
 
-    A slot that becomes free is handed to the one who waits longest, so nobody can overtake.
+    A free slot goes to the caller that has waited longest, so nobody can overtake.
     """
 
     def __init__(self, slots: int, max_waiting: int, wait_s: float) -> None:
@@ -99,5 +99,5 @@ class Queue:
             self.busy -= 1
 
     def close(self) -> None:
-        """Send everybody away who waits."""
+        """Raise Closed in every waiting caller."""
         self._line.send_away(Closed())

@@ -1,4 +1,4 @@
-"""A call on its way to a worker and back: what is refused, how it is written, how the answer is read."""
+"""A call on its way to a worker and back: checks, the request's frame, and how the answer is read."""
 
 import base64
 import json
@@ -26,12 +26,12 @@ MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
 MAX_FRAME_BYTES = 64 << 20
 
-# Looked for in the first part of a program only, by words and not by parsing: a hostile program must not cost the host
-# anything, and a wrong guess costs no more than time.
+# Only the first part of a program is searched, for words and without parsing: a hostile program must not cost the host
+# anything, and a wrong guess costs only time.
 _TIER_CHARS = 65536
 _IMPORT = re.compile(r"(?:^|[\n;:])[ \t]*(?:import|from)[ \t]+([^\n;#]*)")
 _WORD = re.compile(r"[A-Za-z_]\w*")
-_TIERS = (  # heaviest first: each holds the ones below it
+_TIERS = (  # a program that imports from several gets the first one
     ("scipy", {"scipy"}),
     ("sympy", {"sympy", "mpmath"}),
     ("numpy", {"numpy", "pandas"}),
@@ -39,11 +39,11 @@ _TIERS = (  # heaviest first: each holds the ones below it
 
 
 class Nonsense(ValueError):
-    """A worker's response is not one."""
+    """A worker's response cannot be read."""
 
 
 def tier_of(code: str) -> str:
-    """The fork server that already holds what a program imports: base, numpy, sympy or scipy."""
+    """The fork server that has already imported what a program imports: base, numpy, sympy or scipy."""
     named: set[str] = set()
     for match in _IMPORT.finditer(code, 0, _TIER_CHARS):
         named.update(_WORD.findall(match.group(1)))
@@ -51,9 +51,9 @@ def tier_of(code: str) -> str:
 
 
 def _path_fault(path: str) -> str:
-    """Why a path may not be written to or read from; empty if it may."""
+    """Why a path is refused; empty if it is not."""
     if "\0" in path:
-        return "it is no path"
+        return "it contains a NUL character"
     try:
         size = len(path.encode())
     except UnicodeEncodeError:
@@ -90,7 +90,7 @@ def _files_fault(files: Mapping[str, bytes], fetch: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One program, with everything that decides what it does."""
+    """One program, with everything that determines what it does."""
 
     code: str
     stdin: str = ""
@@ -99,7 +99,7 @@ class Request:
     limits: Limits = field(default_factory=Limits)
     show_last_expression: bool = True
     allowed_modules: Sequence[str] = ()
-    op: str = "run"  # or "cell": in the interpreter that the worker keeps
+    op: str = "run"  # or "cell": run in the interpreter that the worker keeps
 
     @classmethod
     def of(
@@ -114,7 +114,7 @@ class Request:
         allowed_modules: Sequence[str] | None = None,
         op: str = "run",
     ) -> Self:
-        """A program, with the configuration's limits and options in the place of those that are None."""
+        """A request that takes limits and options from the configuration where they are None."""
         return cls(
             code,
             stdin,
@@ -127,7 +127,7 @@ class Request:
         )
 
     def _mistyped(self) -> Iterator[tuple[str, object, str]]:
-        """Fields that no worker can take, each with its value and what it must be. (`Limits` looks at its own.)"""
+        """Fields of a wrong type, with their values and what they must be. (`Limits` checks its own.)"""
         for name, kind in (("code", str), ("stdin", str), ("show_last_expression", bool)):
             if not is_a(getattr(self, name), kind):
                 yield name, getattr(self, name), KINDS[kind]
@@ -149,7 +149,7 @@ class Request:
                 yield f"files[{shown(path)}]", data, "bytes"
 
     def fault(self) -> str:
-        """Why it is not run at all; empty if it is."""
+        """Why the request is refused; empty if it is not."""
         for name, value, expected in self._mistyped():
             return f"{name} is {shown(value)}; it must be {expected}"
         if "\0" in self.code:
@@ -163,7 +163,7 @@ class Request:
 
     @cached_property
     def tier(self) -> str:
-        """The fork server that it is for."""
+        """The fork server that runs it."""
         return tier_of(self.code)
 
     @cached_property
@@ -184,7 +184,7 @@ class Request:
 
 
 def to_result(response: dict) -> ToolResult:
-    """A worker's response as a result. Raises Nonsense if it is not one."""
+    """A worker's response as a result. Raises Nonsense if it cannot be read."""
     try:
         streams = {}
         for name, stream in zip(("stdout", "stderr"), response["streams"], strict=True):

@@ -1,4 +1,4 @@
-"""What a back-end promises, tried on this machine before anything is run in it."""
+"""Tests a back-end's promises on this machine before anything else runs in it."""
 
 import asyncio
 import json
@@ -19,14 +19,14 @@ from retool_jax.sandbox.types import Limits, SandboxConfig, ToolResult
 
 WALL_S = 20.0
 MEMORY_MB = 64
-# Folders of the host that programs must not see. Some back-ends put folders of their own over the temporary ones.
+# Folders of the host that programs must not see. Some back-ends mount their own folders over the temporary ones.
 CANARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", "~", ".")
 
-# Looks for everything that the host has laid out for it and prints what it got.
+# Looks for everything that the host has prepared and prints what it found.
 _PROGRAM = """
 import json, os, socket
 given = json.loads({given!r})
-if os.environ.get("PWD") in ("/", os.getcwd()):  # what a launcher sets says nothing of the host
+if os.environ.get("PWD") in ("/", os.getcwd()):  # set by a launcher, so it tells nothing about the host
     del os.environ["PWD"]
 found = {{"sum": 2 + 2, "environment": sorted(os.environ), "files": [], "network": [], "processes": []}}
 for path in given["canaries"]:
@@ -59,7 +59,7 @@ _BOMB = f"x = bytearray({2 * MEMORY_MB} << 20)\nprint(len(x))"
 
 @contextmanager
 def _canaries(secret: str) -> Iterator[list[Path]]:
-    """A file with the secret, for everybody to read, in each of the usual places."""
+    """Files with the secret that everybody can read, one in each of the usual places."""
     folders = []
     try:
         for parent in dict.fromkeys(Path(name).expanduser().absolute() for name in CANARY_FOLDERS):
@@ -92,7 +92,7 @@ def _was_reached(server: socket.socket) -> bool:
 
 
 class Subject(Protocol):
-    """What the self-test needs of a sandbox."""
+    """The part of a sandbox that the self-test needs."""
 
     config: SandboxConfig
 
@@ -101,16 +101,16 @@ class Subject(Protocol):
 
 
 async def prove(box: Subject, promises: Set[str]) -> None:
-    """Try each of the back-end's promises from inside and judge by what the host sees.
+    """Test each of the back-end's promises from inside, and judge by what the host sees.
 
-    Raises UserError for the first one that does not hold, and for a sandbox in which nothing runs.
+    Raises UserError for the first promise that does not hold, and if no program runs.
     """
     secret = secrets.token_hex(16)
     with ExitStack() as stack:
         canaries = stack.enter_context(_canaries(secret))
         listener = stack.enter_context(_listener(socket.AF_INET, ("127.0.0.1", 0)))
         abstract = stack.enter_context(_listener(socket.AF_UNIX, f"\0{secret}"))
-        # Waits for its input to end, so it cannot outlive this process.
+        # It ends with its input, so it cannot outlive this process.
         marker = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", "read line", f"marker-{secret}", stdin=asyncio.subprocess.PIPE
         )

@@ -1,4 +1,4 @@
-"""A session: one interpreter that stays, for one trajectory, with the same limits for each of its cells."""
+"""A session: one interpreter that is kept for one trajectory; each of its cells has the same limits."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
 from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import Limits, SandboxConfig, Status, ToolResult
 
-BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that are a cell's own doing
+BY_PROGRAMS = ("memory limit", "overrun", "broken", "unclean")  # ways to lose a worker that the cell itself caused
 ENDED = "the interpreter ended, and with it all that earlier code defined"
 
 
 class Parent(Protocol):
-    """What a session needs of the sandbox that it belongs to."""
+    """The part of a sandbox that its sessions need."""
 
     backend: str
     crew: Crew
@@ -25,17 +25,16 @@ class Parent(Protocol):
     sessions: Queue
 
     async def serve(self, request: Request, source: "Session", retries: int) -> ToolResult:
-        """Run a request in the worker that `source` has."""
+        """Run a request in the worker of `source`."""
 
 
 class Session:
-    """Variables, imports and files stay from one `run` to the next. Made by `Sandbox.session`.
+    """Keeps variables, imports and files from one `run` to the next. `Sandbox.session` makes it.
 
-    It has a worker of its own from its first cell on; a cell that runs takes one of the sandbox's slots, like any
-    call. A cell that is killed at a limit, or that exits, ends the interpreter: the result says so in `message`, and
-    the next cell finds a fresh one. If the machinery loses the interpreter, or lets it wait longer than
-    `session_ttl_s`, that cell and all later ones are `infra_error`, for a program that misses its variables would be
-    blamed for it.
+    It has its own worker from its first cell on. A running cell takes one of the sandbox's slots, like any call. A cell
+    that is killed at a limit, or that exits, ends the interpreter: the result's `message` says so, and the next cell
+    gets a fresh one. If the machinery loses the interpreter, or the session is idle for longer than `session_ttl_s`,
+    that cell and all later ones are `infra_error`: otherwise a program would be blamed for the missing variables.
     """
 
     def __init__(self, box: Parent, config: SandboxConfig) -> None:
@@ -43,10 +42,10 @@ class Session:
         self._config = config
         self._member: Member | None = None
         self._turn = asyncio.Lock()
-        self._fresh = True  # nothing ran in the interpreter yet, so that a cell can be repeated
-        self._counted = False
-        self._over = ""  # why no further cell is run
-        self._over_status: Status = "rejected"
+        self._fresh = True  # nothing has run in the interpreter yet, so a cell can be repeated
+        self._holds_place = False  # whether it holds one of `Parent.sessions`
+        self._end_reason = ""  # why no further cell runs; empty while the session is open
+        self._end_status: Status = "rejected"
         self._expiry: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -63,34 +62,34 @@ class Session:
         fetch: Sequence[str] = (),
         limits: Limits | None = None,
     ) -> ToolResult:
-        """Run a cell; see `Sandbox.run`. Cells of one session run one after the other."""
+        """Run a cell; see `Sandbox.run`. The cells of a session run one after the other."""
         async with self._turn:
             if self._expiry is not None:
                 self._expiry.cancel()
             try:
                 return await self._cell(Request.of(self._config, code, stdin, files, fetch, limits, op="cell"))
             finally:
-                if not self._over:
+                if not self._end_reason:
                     self._expiry = asyncio.get_running_loop().call_later(self._config.session_ttl_s, self._expire)
 
     async def _cell(self, request: Request) -> ToolResult:
         config, limits = self._config, request.limits
-        if not self._over:
+        if not self._end_reason:
             if reason := request.fault():
                 return self._answer("rejected", reason)
             if self._member is not None and limits.memory_mb > (most := self._member.memory_mb):
                 return self._answer("rejected", f"memory_mb={limits.memory_mb}: this session began with at most {most}")
-            if not self._counted:
+            if not self._holds_place:
                 try:
                     await self._box.sessions.acquire()
                 except Overloaded:
                     return self._answer("infra_error", f"overloaded: {config.sessions} sessions are open")
                 except Closed:
                     return self._answer("cancelled", "the sandbox was closed")
-                self._counted = True
-        if self._over:  # also where it was closed while this cell waited
-            self._end(self._over)
-            return self._answer(self._over_status, self._over)
+                self._holds_place = True
+        if self._end_reason:  # also if it was closed while this cell waited
+            self._end(self._end_reason)
+            return self._answer(self._end_status, self._end_reason)
         result = await self._box.serve(request, self, config.retries if self._fresh else 0)
         if self._fresh and result.status not in ("rejected", "infra_error", "cancelled"):
             return replace(result, message="; ".join(filter(None, (result.message, ENDED))))
@@ -103,13 +102,13 @@ class Session:
 
     async def take(self, memory_mb: int) -> Member:
         """The session's worker (for `Sandbox.serve`)."""
-        if self._over:
-            raise WorkerFault("closed", self._over)
+        if self._end_reason:
+            raise WorkerFault("closed", self._end_reason)
         if self._member is None:
             member = await self._box.crew.claim(memory_mb)
-            if self._over:  # closed meanwhile
+            if self._end_reason:  # closed meanwhile
                 self._box.crew.drop(member, "session end")
-                raise WorkerFault("closed", self._over)
+                raise WorkerFault("closed", self._end_reason)
             self._member = member
         self._box.crew.settle(self._member)
         return self._member
@@ -121,7 +120,7 @@ class Session:
             self.drop(member, "unclean")
 
     def drop(self, member: Member, reason: str) -> None:
-        """Give the worker up, unless the session was closed meanwhile and has done so."""
+        """Give up the worker, unless the session was closed meanwhile and has done so already."""
         if member is not self._member:
             return
         self._member = None
@@ -137,11 +136,11 @@ class Session:
     def _end(self, why: str, status: Status = "rejected") -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        if not self._over:
-            self._over, self._over_status = why, status
+        if not self._end_reason:
+            self._end_reason, self._end_status = why, status
         if self._member is not None:
             member, self._member = self._member, None
             self._box.crew.drop(member, "session end")
-        if self._counted:
-            self._counted = False
+        if self._holds_place:
+            self._holds_place = False
             self._box.sessions.release()

@@ -50,7 +50,7 @@ def test_memory_that_is_freed_late_costs_no_worker(monkeypatch: pytest.MonkeyPat
 
 
 def test_idle_workers_start_the_fork_servers_that_programs_ask_for(descendants, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.host.crew.ASKED_S", 600.0)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.NEEDED_S", 600.0)
     monkeypatch.setattr("retool_jax.sandbox.host.crew.TEND_S", 0.05)
     monkeypatch.setattr("retool_jax.sandbox.host.crew.WARM_S", 0)
 
@@ -70,7 +70,7 @@ def test_idle_workers_start_the_fork_servers_that_programs_ask_for(descendants, 
 
 
 def test_a_replacement_serves_once_it_runs_what_programs_ask_for(worker_pids, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("retool_jax.sandbox.host.crew.ASKED_S", 600.0)
+    monkeypatch.setattr("retool_jax.sandbox.host.crew.NEEDED_S", 600.0)
 
     async def main() -> tuple[list[set[str]], ToolResult, ToolResult]:
         async with open_sandbox(PROCESS) as box:
