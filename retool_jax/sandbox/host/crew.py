@@ -96,7 +96,7 @@ class Crew:
             self.description = self._launcher.describe(hello["isolation"])
             if warm:
                 await self._warm(member)
-            launched.know_machinery()
+            launched.note_machinery()
             if self._closed:
                 raise WorkerFault("closed", "the sandbox was closed")
         except BaseException as fault:
@@ -292,7 +292,7 @@ class Crew:
         try:
             if self._cold(member):
                 await self._warm(member)
-                member.launched.know_machinery()
+                member.launched.note_machinery()
             else:
                 result, response = await member.perform(Request("print(2 + 2)", limits=limits))
                 if result.stdout != "4\n" or not response.get("clean"):

@@ -1,1 +1,1 @@
-"""The back-ends: how a worker is started, what keeps it apart, and what is left of it, which is removed."""
+"""The back-ends: they start workers, isolate them, and remove what is left of them."""

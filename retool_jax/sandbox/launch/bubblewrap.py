@@ -1,8 +1,8 @@
-"""The `bubblewrap` back-end: a worker lives in namespaces of its own, and its programs under a filter on system calls.
+"""The `bubblewrap` back-end: a worker has its own namespaces, and a filter of system calls holds its programs.
 
-Programs see the runtime, read-only, and nothing else of the host's files; no network device; no process but theirs.
-As root each of them has a user id of its own; without root each gets nested namespaces. A memory control group bounds
-what a worker uses in all, where this process may make one.
+Programs see the runtime, read-only, no other file of the host, no network device, and no processes but their own. As
+root each program has its own user id; without root each gets nested namespaces. A memory control group limits what a
+worker uses in total, if this process may make one.
 """
 
 import functools
@@ -25,21 +25,22 @@ INSTALL = "install bubblewrap: apt-get install bubblewrap (Fedora: dnf install b
 MACHINES = ("x86_64", "aarch64")
 PROBE_S = 10.0
 OVERHEAD_MB = 128  # what the supervisor and a program's own files take
-TIERS_MB = 256  # what the fork servers take when all of them run
+TIERS_MB = 256  # what the fork servers take if all of them run
 NAMESPACES = ("--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 
 
 def namespaces(root: bool) -> list[str]:
-    """Options that leave the host's namespaces; without root that takes a user namespace."""
+    """Options that leave the host's namespaces; without root this needs a user namespace."""
     return [*NAMESPACES, *([] if root else ["--unshare-user"]), "--die-with-parent"]
 
 
 @functools.cache
 def _fault(root: bool) -> str:
+    """Why bubblewrap cannot work here, and what to do; empty if it can."""
     if sys.platform != "linux":
         return f"it needs Linux, this is {sys.platform}; run in a Linux container"
     if os.uname().machine not in MACHINES:
-        return f"its filter on system calls knows {' and '.join(MACHINES)}, this is {os.uname().machine}"
+        return f"its filter of system calls knows {' and '.join(MACHINES)}, this is {os.uname().machine}"
     path = shutil.which("bwrap")
     if path is None:
         return f"there is no bwrap; {INSTALL}"
@@ -71,13 +72,13 @@ def missing(config: SandboxConfig) -> str:
 
 
 def make_command(runtime: Runtime, root: bool, memory_mb: int, **setup: object) -> list[str]:
-    """The command line of a worker; `setup` as in `worker.supervisor_command`."""
+    """The command line of a worker; for `setup` see `worker.supervisor_command`."""
     command = [shutil.which("bwrap") or "bwrap", *namespaces(root), "--as-pid-1", "--hostname", "sandbox"]
     if root:
         command += ["--cap-drop", "ALL", *(word for name in CAPABILITIES for word in ("--cap-add", name))]
     if runtime.root is not None:
         command += ["--ro-bind", str(runtime.root), "/"]
-    # Made by itself, a folder on the way would be as closed as the host's: an interpreter below /root, unreachable.
+    # bwrap would make folders on the way with the host's rights; an interpreter below /root would then be unreachable.
     above = sorted({str(parent) for path in runtime.binds for parent in Path(path).parents} - {"/"})
     command += [word for folder in above for word in ("--dir", folder)]
     for path in runtime.binds:
@@ -107,7 +108,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     if cgroup.memory_folder() is None:
         return await start(make_command(runtime, root, memory_mb))
     group = cgroup.WorkerGroup(owner_tag(), memory_mb + OVERHEAD_MB + TIERS_MB)
-    # Through this descriptor the supervisor learns that the kernel killed a program for want of memory.
+    # This descriptor tells the supervisor when the kernel kills a program because memory ran out.
     events = os.open(group.events, os.O_RDONLY)
     try:
         return await start(make_command(runtime, root, memory_mb, events=events), group=group, keep=(events,))
@@ -116,14 +117,14 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
 
 
 def describe(isolation: dict[str, bool]) -> str:
-    """One line for people: what the supervisor said it was granted."""
+    """One line for people about what the supervisor was granted."""
     users = "a uid per program" if isolation["own_uid"] else "nested namespaces per program"
     memory = "memory bounded as a whole" if isolation["memory_group"] else "memory bounded per process only"
     return f"bubblewrap: own namespaces, filtered system calls, no network, host files hidden, {users}, {memory}"
 
 
 async def sweep_stale() -> int:
-    """Kill the workers of dead owners and remove their memory groups; returns how many of both."""
+    """Kill the workers of dead owners and remove their memory groups; returns the number of both together."""
     found = await kill_stale_workers()
     for tag in cgroup.owners():
         if owner_is_gone(tag):

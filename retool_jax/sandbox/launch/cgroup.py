@@ -1,7 +1,7 @@
-"""Control groups: limits on the memory and the processor time of a worker, in either version of the interface.
+"""Control groups: limits on the memory and the processor time of a worker, in version 1 and 2 of the interface.
 
-The groups of one process lie in a folder of its own, `retool-PID-START`, below the group that it runs in (below an
-ancestor where version 2's rules want that), so that what a dead owner left can be told and removed.
+The groups of a process lie in its own folder, `retool-PID-START`, below the group that it runs in (below an ancestor
+where the rules of version 2 require that), so that the groups of a dead owner can be recognized and removed.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ _numbers = count(1)
 
 
 class MemoryFolder(NamedTuple):
-    """Where memory groups can be made."""
+    """A place for memory groups."""
 
     path: Path  # the group under which ours are made
     unified: bool  # version 2 of the interface
 
 
 def _hierarchies(controller: str) -> list[tuple[Path, Path, bool]]:
-    """(mount point, this process's group, unified) of each mounted hierarchy that could hold groups of a controller."""
+    """(mount point, group of this process, unified) of each mounted hierarchy that may offer a controller."""
     own: dict[str, str] = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -43,17 +43,22 @@ def _hierarchies(controller: str) -> list[tuple[Path, Path, bool]]:
             path, unified = own.get("", "/"), True
         else:
             continue
-        group = Path(mount) / os.path.relpath(path, root)  # a container sees the part below `root` only
+        group = Path(mount) / os.path.relpath(path, root)  # a container sees only the part below `root`
         found.append((Path(mount), group if group.is_dir() else Path(mount), unified))
     return found
 
 
+def _around(mount: Path, group: Path) -> list[Path]:
+    """A group and those around it, up to the mount point."""
+    return [group, *group.parents][: len(group.relative_to(mount).parts) + 1]
+
+
 def _offers(controller: str, folder: Path) -> bool:
-    """Whether groups made in this folder of a version 2 hierarchy get a controller; asks for it if need be."""
+    """Whether groups in this folder of a version 2 hierarchy get a controller; turns it on if necessary."""
     control = folder / "cgroup.subtree_control"
     with suppress(OSError):
         if controller not in control.read_text().split():
-            control.write_text(f"+{controller}")  # refused while the group holds processes, unless it is the root
+            control.write_text(f"+{controller}")  # refused if the group holds processes, except in the root
         return True
     return False
 
@@ -66,8 +71,7 @@ def memory_folder() -> MemoryFolder | None:
     except (OSError, ValueError):
         return None
     for mount, own, unified in hierarchies:
-        candidates = [own, *own.parents][: len(own.relative_to(mount).parts) + 1] if unified else [own]
-        for folder in candidates:
+        for folder in _around(mount, own) if unified else [own]:
             if os.access(folder, os.W_OK) and (not unified or _offers("memory", folder)):
                 return MemoryFolder(folder, unified)
     return None
@@ -75,7 +79,7 @@ def memory_folder() -> MemoryFolder | None:
 
 @cache
 def cpu_folder() -> Path | None:
-    """Where this process can make groups for processor time in version 1; None if nowhere."""
+    """Where this process can make groups for processor time, in version 1 only; None if nowhere."""
     with suppress(OSError, ValueError):
         for _, own, unified in _hierarchies("cpu"):
             if not unified and os.access(own, os.W_OK):
@@ -84,10 +88,10 @@ def cpu_folder() -> Path | None:
 
 
 def has_processor_quota() -> bool:
-    """Whether this process, or a group around it, may use less processor time than the cores have that it sees."""
+    """Whether this process, or a group around it, may use less processor time than its cores have."""
     with suppress(OSError, ValueError):
         for mount, own, unified in _hierarchies("cpu"):
-            for folder in [own, *own.parents][: len(own.relative_to(mount).parts) + 1]:
+            for folder in _around(mount, own):
                 with suppress(OSError):  # the root group has no such file in version 2
                     names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
                     quota, period = " ".join((folder / name).read_text() for name in names).split()
@@ -97,13 +101,13 @@ def has_processor_quota() -> bool:
 
 
 class WorkerGroup:
-    """A group with a limit on its memory, swap included, and with the time of one core where that can be set.
+    """A group with a limit on its memory, swap included, and on its processor time (one core), if that can be set.
 
     Raises OSError if it cannot be made.
     """
 
     def __init__(self, owner: str, limit_mb: int):
-        """owner: the tag of the process that it belongs to, which names the folder around it."""
+        """owner: name of the folder around it, which begins with the tag of the owning process."""
         folder = memory_folder()
         if folder is None:
             raise OSError("no memory control group can be made here")
@@ -115,7 +119,7 @@ class WorkerGroup:
             if self.unified and not _offers("memory", self.parent):
                 raise OSError(f"{self.parent} does not offer memory limits")
             for name in ("memory.max",) if self.unified else ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
-                if (self.path / name).exists():  # the one for swap is an option of the kernel
+                if (self.path / name).exists():  # the file for swap depends on how the kernel was built
                     (self.path / name).write_text(str(limit_mb << 20))
             if self.unified:
                 with suppress(OSError):
@@ -123,7 +127,7 @@ class WorkerGroup:
         except BaseException:
             self.path.rmdir()
             raise
-        with suppress(OSError):  # a limit on processor time is welcome, not needed
+        with suppress(OSError):  # the limit on processor time is optional
             if not self.unified and (cpu := cpu_folder()):
                 self.cpu_path = _make(cpu / owner)
                 (self.cpu_path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
@@ -138,9 +142,9 @@ class WorkerGroup:
 
     @property
     def entrances(self) -> list[Path]:
-        """A process with one thread that writes 0 into these files enters the group.
+        """Files of the group: a process with one thread that writes 0 into each of them enters it.
 
-        In version 1 by the file for threads: with the one for processes the kernel stops all forks for 12 ms.
+        In version 1 this is the file for threads: with the file for processes the kernel stops all forks for 12 ms.
         """
         name = "cgroup.procs" if self.unified else "tasks"
         return [path / name for path in (self.path, self.cpu_path) if path is not None]
@@ -157,7 +161,7 @@ class WorkerGroup:
             return 0
 
     def usage_mb(self) -> float | None:
-        """Memory charged now, MiB, without file pages that the kernel can drop at will."""
+        """Memory charged now, MiB, without file pages that the kernel can drop at any time."""
         used = self._number("memory.current" if self.unified else "memory.usage_in_bytes")
         with suppress(OSError):
             for line in (self.path / "memory.stat").read_text().splitlines():
@@ -167,7 +171,7 @@ class WorkerGroup:
         return used / (1 << 20) if used else None
 
     def oom_kills(self) -> int:
-        """Processes of this group that the kernel killed for want of memory."""
+        """How many processes of this group the kernel has killed because memory ran out."""
         with suppress(OSError):
             for line in self.events.read_text().splitlines():
                 if line.startswith("oom_kill "):
@@ -175,11 +179,11 @@ class WorkerGroup:
         return 0
 
     def processes(self) -> list[int]:
-        """What runs in the group and below it."""
+        """The processes in the group and below it."""
         return _processes(self.path)
 
     async def remove(self) -> None:
-        """Kill what is left in the group and remove it, and the owner's folder if it was the last; never raises."""
+        """Kill the processes in the group and remove it, and the owner's folder if it is empty then; never raises."""
         for path in (self.path, self.cpu_path):
             if path is not None:
                 await asyncio.to_thread(_remove, path)
@@ -188,11 +192,11 @@ class WorkerGroup:
 
 
 def _make(parent: Path) -> Path:
-    """A new group in `parent`, which goes with the last one in it."""
+    """A new group in `parent`, a folder that is removed with the last group in it."""
     path = parent / str(next(_numbers))
     while True:
         parent.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # the last one has just gone
+        with suppress(FileNotFoundError):  # `parent` has just been removed
             path.mkdir()
             return path
 
@@ -206,7 +210,7 @@ def _processes(folder: Path) -> list[int]:
 
 
 def _remove(folder: Path) -> None:
-    """Kill and remove, within a time; the kernel may take 10 ms for it, which is much to an event loop."""
+    """Kill and remove a group, within `REMOVE_S`; the kernel may take 10 ms, which is too long in an event loop."""
     deadline = time.monotonic() + REMOVE_S
     while folder.is_dir() and time.monotonic() < deadline:
         for pid in _processes(folder):
@@ -225,7 +229,7 @@ def _folders() -> list[Path]:
 
 
 def owners() -> list[str]:
-    """The tags of all processes that have groups here, dead or alive."""
+    """The folders' names of all processes that have groups here, dead or alive."""
     return list({path.name for folder in _folders() for path in folder.glob("retool-*-*") if path.is_dir()})
 
 

@@ -1,12 +1,12 @@
-"""The `gvisor` back-end: a worker is a gVisor sandbox, whose kernel is a program of its own between ours and theirs.
+"""The `gvisor` back-end: a worker is a gVisor sandbox, whose own kernel serves its programs' system calls.
 
-Programs see a root file system that cannot be written, with the runtime and nothing else of the host in it, and a
-network without devices. As root, control groups bound the memory and the processor time of the whole sandbox; an
-ordinary user has to do with the limits per process. `keeper` is the program that removes a worker.
+Programs see a read-only root file system, which holds the runtime and nothing else of the host, and a network without
+devices. As root, control groups limit the memory and the processor time of the whole sandbox; an ordinary user has only
+the limits per process. The program `keeper` removes a worker.
 
-Workers are not restored from checkpoints, though `runsc restore` works: with numpy and sympy in the image it took 0.8 s
-and 0.8 CPU seconds until the first answer, a cold start with both takes 1.5 s. Workers are rarely replaced, and an
-image is good for one build, one set of flags and one memory limit only.
+Workers are not restored from checkpoints, although `runsc restore` works: with numpy and sympy in the image it took
+0.8 s and 0.8 CPU seconds until the first answer; a cold start with both takes 1.5 s. Workers are rarely replaced, and
+a checkpoint fits only one build, one set of flags and one memory limit.
 """
 
 import asyncio
@@ -41,9 +41,9 @@ from retool_jax.sandbox.launch.worker import (
 from retool_jax.sandbox.types import SandboxConfig
 
 PROMISES = frozenset({"files", "network", "memory", "environment", "processes"})
-COUNTS_CORES = True  # so it is put on a single core only when it is up: see `two_cores`
+COUNTS_CORES = True  # so a worker moves to a single core only after its start: see `two_cores`
 INSTALL = "install gVisor: apt-get install runsc (elsewhere: https://gvisor.dev/docs/user_guide/install)"
-PLATFORMS = ("systrap", "ptrace")  # by preference; never kvm, which needs a device and hangs on some machines
+PLATFORMS = ("systrap", "ptrace")  # in order of preference; never kvm, which needs a device and hangs on some machines
 PROBE_S = 5.0
 REMOVE_S = 12.0
 OVERHEAD_MB = 384  # what gVisor's kernel and the fork servers take on top of a program
@@ -62,7 +62,7 @@ class Build(NamedTuple):
 
 @functools.cache
 def probe() -> Build:
-    """Ask `runsc` what it is. Raises UserError if it is missing or has no platform that is used here."""
+    """Ask `runsc` what it can do. Raises UserError if it is missing or offers none of `PLATFORMS`."""
     path = shutil.which("runsc")
     if path is None:
         raise UserError(f"there is no runsc; {INSTALL}")
@@ -87,7 +87,7 @@ def probe() -> Build:
 
 
 def missing(config: SandboxConfig) -> str:
-    """Why the back-end cannot work here and what to do about it; "" if nothing is known to be in its way."""
+    """Why this back-end cannot work here, and what to do; empty if nothing is known to prevent it."""
     if sys.platform != "linux":
         return f"gVisor needs Linux, this is {sys.platform}"
     try:
@@ -99,12 +99,12 @@ def missing(config: SandboxConfig) -> str:
 
 
 def base_folder() -> Path:
-    """Where this user's workers have their folders; it comes with the first of them and goes with the last."""
+    """Where this user's workers have their folders; made with the first one and removed with the last."""
     return Path("/run/retool-sandbox") if os.geteuid() == 0 else Path(f"/tmp/retool-sandbox-{os.geteuid()}")
 
 
 def make_folder(name: str) -> Path:
-    """A worker's own folder. Raises UserError if the one around it is somebody else's."""
+    """Make a worker's own folder. Raises UserError if the folder around it belongs to somebody else."""
     base = base_folder()
     while True:
         try:
@@ -114,7 +114,7 @@ def make_folder(name: str) -> Path:
                 raise UserError(f"{base} is not a private folder of this user; remove it")
             (base / name).mkdir(mode=0o700)
             return base / name
-        except FileNotFoundError:  # the last worker has just left
+        except FileNotFoundError:  # it was removed with the last worker just now
             continue
         except FileExistsError:
             raise UserError(f"{base} is not a folder; remove it") from None
@@ -123,7 +123,7 @@ def make_folder(name: str) -> Path:
 
 
 def make_spec(runtime: Runtime, root: str, memory_mb: int) -> dict:
-    """The OCI configuration of a worker on the root folder `root`, for programs of up to `memory_mb`."""
+    """The OCI configuration of a worker with the root folder `root`, for programs of up to `memory_mb`."""
     binds = {path: path for path in runtime.binds} | {INSIDE_TARGET: str(INSIDE)}
     command = supervisor_command(
         runtime.python, INSIDE_TARGET, packages=runtime.packages, python=runtime.version, memory_mb=memory_mb
@@ -155,7 +155,7 @@ def make_spec(runtime: Runtime, root: str, memory_mb: int) -> dict:
 
 
 def make_root(runtime: Runtime, folder: Path) -> Path:
-    """The root folder of a worker: the image's, or one below `folder` with nothing in it but links."""
+    """The root folder of a worker: that of the image, or one below `folder` that holds only links."""
     if runtime.root is not None:
         return runtime.root
     root = folder / "root"
@@ -167,7 +167,7 @@ def make_root(runtime: Runtime, folder: Path) -> Path:
 
 
 async def _start_keeper(folder: Path, stdin: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
-    """A shell that waits for the end of its input, which comes when this process closes it or dies, then cleans up."""
+    """Start a shell that runs the keeper when its input ends, because this process closes it or dies."""
     return await asyncio.create_subprocess_exec(
         *("/bin/sh", "-c", 'read _; exec "$@"', keeper.SHELL),
         *(sys.executable, "-I", "-S", keeper.__file__, str(folder)),
@@ -180,7 +180,7 @@ async def _start_keeper(folder: Path, stdin: int = asyncio.subprocess.PIPE) -> a
 
 
 async def _remove(folder: Path, first: asyncio.subprocess.Process | None = None) -> None:
-    """Let the keeper do its work; where it is dead or stuck itself, another one does it."""
+    """Have the worker's keeper remove it; if that one is dead or stuck, another keeper does."""
     for running in (first, None):
         process = running or await _start_keeper(folder, asyncio.subprocess.DEVNULL)
         if process.stdin is not None:
@@ -195,11 +195,11 @@ async def _remove(folder: Path, first: asyncio.subprocess.Process | None = None)
 
 
 def two_cores() -> list[str]:
-    """Words before a command that make it begin on two cores, where the machine has more.
+    """Words before a command that start it on two cores, if the machine has more.
 
-    gVisor's kernel sets itself up for the cores that it sees, and keeps to that when it is moved to a single one. Set
-    up for one, its threads often wait for a timer before they let each other go on, while the core has nothing to do:
-    the slowest tenth of print calls took 34 ms and more, not 25. Set up for many, it has threads for each.
+    gVisor's kernel configures itself for the cores that it sees, and stays so when it is moved to a single one.
+    Configured for one core, its threads often wait for a timer before they wake each other, while the core is idle: the
+    slowest tenth of print calls took 34 ms and more, not 25. Configured for many cores, it has threads for each.
     """
     cores, taskset = sorted(os.sched_getaffinity(0)), shutil.which("taskset")
     if len(cores) <= 2 or taskset is None:
@@ -218,12 +218,12 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
         guard = await _start_keeper(folder)
         (folder / "state").mkdir()
         root = make_root(runtime, folder)
-        if memory_folder():  # its parent is its own, so that nobody removes that while another worker is being made
+        if memory_folder():  # each worker has a folder of groups to itself, so nobody removes it while a worker is made
             group = WorkerGroup(name, memory_mb + OVERHEAD_MB)
             (folder / "cgroups").write_text("\n".join(map(str, group.folders)))
         (folder / "config.json").write_text(json.dumps(make_spec(runtime, str(root), memory_mb)))
     except BaseException:
-        if guard is None:  # there is nothing in it yet, and to start another keeper would fail as this one did
+        if guard is None:  # the folder is still empty, and another keeper would not start either
             with suppress(OSError):
                 folder.rmdir()
                 folder.parent.rmdir()
@@ -236,7 +236,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
         [
             *two_cores(),
             *(build.path, f"--root={folder}/state", "--network=none", "--file-access-mounts=exclusive", *build.flags),
-            # Its groups would be one more level in each hierarchy, and to enter them stops all forks of the machine.
+            # runsc's own groups would add a level in each hierarchy, and entering them stops all forks of the machine.
             "--ignore-cgroups",
             *(() if os.geteuid() == 0 else ("--rootless",)),
             *("run", f"--bundle={folder}", name),
@@ -247,7 +247,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
 
 
 async def sweep_stale() -> int:
-    """Remove what dead owners left; returns the number of their workers. Those of live owners are not touched."""
+    """Remove what dead owners left; returns the number of their workers. Workers of live owners are not touched."""
     found = [folder for folder in base_folder().glob("retool-*") if owner_is_gone(folder.name.rpartition("-")[0])]
     for folder in found:
         await _remove(folder)
@@ -258,7 +258,7 @@ async def sweep_stale() -> int:
 
 
 def describe(isolation: dict[str, bool]) -> str:
-    """One line for people."""
+    """One line for people about the back-end."""
     build = probe()
     bounds = "memory bounded as a whole" if memory_folder() else "memory bounded per process only"
     return f"gvisor: runsc {build.version} on {build.platform}, own kernel, no network, host files hidden, {bounds}"

@@ -1,9 +1,9 @@
-"""Ends a gVisor worker, in whatever state it is, and removes all of it: processes, control groups, files.
+"""Ends a gVisor worker, whatever its state, and removes its processes, control groups and files.
 
-A program of its own, `python -I -S keeper.py FOLDER ...`, with nothing but the standard library: next to each worker a
-shell waits to run it as soon as the worker's owner closes its end of a pipe, by will or by death. All it needs is the
-worker's folder: the name of the folder is the container's, the processes have `--root=FOLDER/state` on their command
-line, and the file `cgroups` in it lists the control groups.
+This is a separate program, `python -I -S keeper.py FOLDER ...`, which uses only the standard library. Next to each
+worker a shell waits to run it as soon as the worker's owner closes a pipe or dies. It needs only the worker's folder:
+the folder has the name of the container, the processes have `--root=FOLDER/state` on their command line, and the file
+`cgroups` in the folder lists the control groups.
 """
 
 import os
@@ -11,18 +11,17 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# What a shell that waits to run this program is called: `sh -c ... SHELL python -I -S keeper.py FOLDER`.
+# Name of a shell that waits to run this program: `sh -c ... SHELL python -I -S keeper.py FOLDER`.
 SHELL = "retool-sandbox-keeper"
 DEADLINE_S = 5.0
 RUNNER_GRACE_S = 0.3
 
 
 def cgroups(folder: Path) -> list[Path]:
-    """The control groups of the worker that are there, innermost first."""
+    """The control groups of the worker that exist, innermost first."""
     try:
         names = (folder / "cgroups").read_text().splitlines()
     except OSError:
@@ -31,8 +30,8 @@ def cgroups(folder: Path) -> list[Path]:
 
 
 def processes(folder: Path) -> tuple[list[int], list[int]]:
-    """The worker's processes: those that run the sandbox, and those that watch it: `runsc` commands, and other keepers
-    that still wait (a stopped one would wait for ever)."""
+    """The worker's processes: first those that run the sandbox, then those that watch it, which are `runsc` commands
+    and other keepers that still wait (a stopped one would wait for ever)."""
     mark = f"\0--root={folder}/state\0"
     sandbox, watchers = set(), set()
     for name in filter(str.isdecimal, os.listdir("/proc")):
@@ -51,13 +50,11 @@ def processes(folder: Path) -> tuple[list[int], list[int]]:
 def kill_all(folder: Path, deadline: float) -> bool:
     """Kill the worker's processes by their ids; returns whether they are gone.
 
-    `runsc kill` would ask the sandbox's kernel for its consent, and wait for ever if that is stopped. Its watchers get
-    a moment more, to put their own affairs in order.
+    `runsc kill` would ask the sandbox's kernel, and wait for ever if that is stopped. The watchers are killed only
+    `RUNNER_GRACE_S` later, so that they can clean up themselves.
     """
-    grace = time.monotonic() + RUNNER_GRACE_S
-    for pause in pauses():
-        if time.monotonic() > deadline:
-            return False
+    grace, pause = time.monotonic() + RUNNER_GRACE_S, 0.005
+    while time.monotonic() <= deadline:
         sandbox, watchers = processes(folder)
         if not sandbox and not watchers:
             return True
@@ -65,14 +62,8 @@ def kill_all(folder: Path, deadline: float) -> bool:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(pause)
-
-
-def pauses() -> Iterator[float]:
-    """Seconds between two looks, more and more: each look is at every process of the machine."""
-    pause = 0.005
-    while True:
-        yield pause
-        pause = min(2 * pause, 0.08)
+        pause = min(2 * pause, 0.08)  # each look reads every process of the machine
+    return False
 
 
 def remove_cgroups(folder: Path, deadline: float) -> bool:
@@ -81,21 +72,21 @@ def remove_cgroups(folder: Path, deadline: float) -> bool:
         if time.monotonic() > deadline:
             return False
         for group in groups:
-            with suppress(OSError):  # busy until the kernel has buried the last process
+            with suppress(OSError):  # busy until the kernel has removed the last process
                 group.rmdir()
         time.sleep(0.005)
     return True
 
 
 def remove(folder: Path) -> bool:
-    """Kill the worker and remove all of it; returns whether nothing is left."""
+    """Kill the worker and remove everything of it; returns whether nothing is left."""
     deadline = time.monotonic() + DEADLINE_S
-    dead = kill_all(folder, deadline)
-    bare = remove_cgroups(folder, deadline)
-    if not (dead and bare):
-        return False  # the folder is what a later sweep finds it by
-    shutil.rmtree(folder, ignore_errors=True)  # all else that `runsc delete` would do, and that can take it seconds
-    with suppress(OSError):  # not empty: other workers are there
+    processes_gone = kill_all(folder, deadline)
+    cgroups_gone = remove_cgroups(folder, deadline)
+    if not (processes_gone and cgroups_gone):
+        return False  # the folder stays, so that a later sweep finds the worker
+    shutil.rmtree(folder, ignore_errors=True)  # as `runsc delete` would, which can take seconds
+    with suppress(OSError):  # not empty: it holds other workers
         folder.parent.rmdir()
     return not folder.exists()
 

@@ -1,8 +1,8 @@
 """The `process` back-end: a worker is an ordinary child process.
 
-What keeps a program apart is resource limits and whatever the kernel grants the supervisor on the spot: a user id of
-its own, and network, process and mount namespaces. The host's files stay readable to the extent that other users can
-read them, so this back-end is for one's own machine and is never chosen unless the configuration names it.
+A program is isolated only by resource limits and by what the kernel grants the supervisor: a separate user id, and
+network, process and mount namespaces. Programs can read all files of the host that other users can read. So this
+back-end is for your own machine, and it is never chosen unless the configuration names it.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from retool_jax.sandbox.types import SandboxConfig
 PROMISES = frozenset({"memory", "environment"})
 COUNTS_CORES = False
 SCRATCH_PREFIX = "sandbox-"
+REMOVE_S = 5.0
 
 
 def missing(config: SandboxConfig) -> str:
@@ -28,21 +29,20 @@ def missing(config: SandboxConfig) -> str:
     return "" if sys.platform == "linux" else f"it needs Linux, this is {sys.platform}; run in a Linux container"
 
 
-async def finish(*command: str, timeout_s: float = 5.0) -> int | None:
-    """Run an external command without output; its exit code, or None if it had to be killed."""
+async def _remove(folder: Path) -> None:
+    """Remove a folder with `rm -rf`: programs can nest folders too deep for `shutil.rmtree`."""
     process = await asyncio.create_subprocess_exec(
-        *command,
+        *("rm", "-rf", str(folder)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        return await asyncio.wait_for(process.wait(), timeout_s)
+        await asyncio.wait_for(process.wait(), REMOVE_S)
     except TimeoutError:
         with suppress(ProcessLookupError):
             process.kill()
-        await asyncio.wait_for(process.wait(), timeout_s)
-        return None
+        await asyncio.wait_for(process.wait(), REMOVE_S)
 
 
 async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
@@ -54,8 +54,8 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
     async def tidy() -> None:
         try:
             scratch.rmdir()
-        except OSError:  # not empty: a killed worker could not tidy up; what programs nested is too deep for shutil
-            await finish("rm", "-rf", str(scratch))
+        except OSError:  # not empty: the worker was killed before it could tidy up
+            await _remove(scratch)
 
     packages = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     command = supervisor_command(
@@ -70,7 +70,7 @@ async def launch(config: SandboxConfig, memory_mb: int) -> Worker:
 
 
 def describe(isolation: dict[str, bool]) -> str:
-    """One line for people: what the supervisor said it was granted."""
+    """One line for people about what the supervisor was granted."""
     granted = {
         "own_uid": "own uid",
         "network": "no network",
@@ -84,11 +84,11 @@ def describe(isolation: dict[str, bool]) -> str:
 
 
 async def sweep_stale() -> int:
-    """Kill the workers of dead owners and remove their folders; returns how many of both."""
+    """Kill the workers of dead owners and remove their folders; returns the number of both together."""
     found = await kill_stale_workers()
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}retool-*"):
         tag = folder.name.removeprefix(SCRATCH_PREFIX).rpartition("-")[0]
         if owner_is_gone(tag) and folder.lstat().st_uid == os.geteuid():
-            await finish("rm", "-rf", str(folder))
+            await _remove(folder)
             found += 1
     return found

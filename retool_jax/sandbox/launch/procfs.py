@@ -1,6 +1,6 @@
-"""Processes of this machine, as the kernel tells of them: what they do, and whose workers they are.
+"""Processes of this machine, read from /proc: their state, and which of them are workers of which owner.
 
-Everything that an owner makes on the machine carries its tag, so that a later one can tell what a dead one left.
+Everything that an owner makes on the machine carries its tag, so that a later owner can recognize what a dead one left.
 """
 
 import asyncio
@@ -8,24 +8,24 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 TICKS = os.sysconf("SC_CLK_TCK")
+GONE_S = 2.0  # how long killed processes may take to end
 
 
 def stat_fields(pid: int) -> list[str]:
-    """What the kernel says of a process, from its state on. Before that is its name, which may be any bytes.
+    """The fields of /proc/PID/stat from the state on. (The name before it may be any bytes.)
 
-    Raises OSError if there is none.
+    Raises OSError if there is no such process.
     """
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
 
 
 def machine_memory_mb() -> int:
-    """MiB that this machine, or the control group that this process is in, has in all."""
+    """Total memory of this machine, or of the control group of this process if that is less, in MiB."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no such group, or "max"
         there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -33,22 +33,22 @@ def machine_memory_mb() -> int:
 
 
 def started_at(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is none. With the pid, its unique name."""
+    """When a process started, in clock ticks since boot; None if it is dead. Unique together with the pid."""
     seen = look_at(pid)
     return None if seen is None or seen.state in "ZX" else seen.started
 
 
 class Seen(NamedTuple):
-    """A process, looked at from the host."""
+    """The state of a process, seen from the host."""
 
-    state: str  # T where somebody has stopped it
+    state: str  # T if somebody has stopped it
     cpu_s: float  # processor time of it and of the children it waited for
     threads: int
-    started: int  # as `started_at`, for a number is given again once its process has ended
+    started: int  # as in `started_at`: the kernel reuses the number of a process that has ended
 
 
 def look_at(pid: int) -> Seen | None:
-    """What a process is doing; None if there is none."""
+    """The state of a process; None if there is none."""
     try:
         fields = stat_fields(pid)
     except OSError:
@@ -68,7 +68,7 @@ def family(pid: int) -> list[int]:
 
 
 def proportional_mb(pid: int) -> float | None:
-    """Memory of a process and its descendants, MiB, pages shared by n processes counted as 1/n."""
+    """Memory of a process and its descendants, MiB; a page that n processes share counts 1/n. None if unknown."""
     total = 0
     try:
         for member in family(pid):
@@ -79,34 +79,24 @@ def proportional_mb(pid: int) -> float | None:
     return total / 1024
 
 
-async def gone(pids: Sequence[int], timeout_s: float = 2.0) -> bool:
-    """Wait until none of these processes is left."""
-    deadline = time.monotonic() + timeout_s
-    while any(started_at(pid) is not None for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(0.01)
-    return True
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Owners
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def owner_tag() -> str:
-    """The name of this process in all that it leaves on the machine, so that a later one can tell it is dead."""
+    """The name of this process in all that it makes on the machine, by which others can tell that it is dead."""
     return f"retool-{os.getpid()}-{started_at(os.getpid())}"
 
 
 def owner_is_gone(tag: str) -> bool:
-    """Whether `tag` names a process that no longer exists; False for what is no tag at all."""
+    """Whether `tag` names a process that no longer exists; False if it is not a tag."""
     match = re.fullmatch(r"retool-(\d+)-(\d+)", tag)
     return match is not None and started_at(int(match[1])) != int(match[2])
 
 
 def stale_workers() -> list[int]:
-    """Processes of workers whose owner is dead: a stopped one cannot notice that its input has ended."""
+    """Processes of workers whose owner is dead (a stopped worker cannot notice that its input has ended)."""
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):
@@ -120,10 +110,12 @@ def stale_workers() -> list[int]:
 
 
 async def kill_stale_workers() -> int:
-    """Kill what `stale_workers` finds, and wait until it is gone; returns how many."""
+    """Kill what `stale_workers` finds and wait up to `GONE_S` until it is gone; returns the number."""
     stale = stale_workers()
     for pid in stale:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    await gone(stale)
+    deadline = time.monotonic() + GONE_S
+    while any(started_at(pid) is not None for pid in stale) and time.monotonic() <= deadline:
+        await asyncio.sleep(0.01)
     return len(stale)

@@ -1,4 +1,4 @@
-"""The Python and the packages that programs see, and how a launcher gets them into a sandbox."""
+"""The Python and the packages that programs see, and how a launcher puts them into a sandbox."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from retool_jax.errors import UserError
 
 INSIDE_TARGET = "/inside"  # where the programs of `inside/` are mounted
-OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # where programs have folders of their own
+OWN_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # programs have their own folders here
 MANIFEST = "manifest.json"
 ROOT = "root"
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
@@ -23,9 +23,9 @@ class Runtime:
     python: str  # the interpreter's path inside
     version: str  # the `sys.version` that the interpreter must report
     packages: tuple[str, ...]  # folders for `sys.path`, as paths inside
-    root: Path | None = None  # a whole root file system, mounted read-only, with folders for /proc, /dev, /tmp, /inside
-    binds: tuple[str, ...] = ()  # without one: paths of the host to be mounted read-only at the same place
-    links: tuple[tuple[str, str], ...] = ()  # and links to be made: (what it points to, where it lies)
+    root: Path | None = None  # a root file system to mount read-only, with folders for /proc, /dev, /tmp, /inside
+    binds: tuple[str, ...] = ()  # without a root: paths of the host to mount read-only at the same place
+    links: tuple[tuple[str, str], ...] = ()  # and links to make: (what it points to, where it lies)
 
 
 def images_folder() -> Path:
@@ -35,7 +35,7 @@ def images_folder() -> Path:
 
 
 def read_manifest(folder: Path) -> dict:
-    """What an image says of itself. Raises UserError if the folder holds none."""
+    """The manifest of an image. Raises UserError if the folder holds no image."""
     try:
         return json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -46,13 +46,13 @@ def read_manifest(folder: Path) -> dict:
 
 
 def newest_image() -> Path | None:
-    """The image built last, if any."""
+    """Folder of the image that was built last, if any."""
     found = [path.parent for path in images_folder().glob(f"*/{MANIFEST}")]
     return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime, default=None)
 
 
 def find_runtime(image: str) -> Runtime:
-    """The runtime in the folder `image`; if that is empty, the newest image, else this very Python.
+    """The runtime in the folder `image`; if `image` is empty, the newest image, or else this Python.
 
     Raises UserError if the folder holds no image.
     """
@@ -71,9 +71,9 @@ def find_runtime(image: str) -> Runtime:
 
 
 def this_python() -> Runtime:
-    """The interpreter that runs this, with its packages and the system's libraries.
+    """The interpreter that runs this code, with its packages and the system's libraries.
 
-    Raises UserError if they lie where programs have folders of their own.
+    Raises UserError if they lie where programs have their own folders.
     """
     executable = Path(sys.executable)
     folders = {Path(sys.base_prefix), Path(os.path.realpath(sys.base_prefix)), Path(sys.prefix)}
@@ -89,7 +89,7 @@ def this_python() -> Runtime:
     for path in sorted(binds):
         if path.startswith(OWN_FOLDERS):
             raise UserError(
-                f"{path} cannot be shown to programs, which have {', '.join(OWN_FOLDERS)} to themselves; install this"
+                f"{path} cannot be shown to programs, which have their own {', '.join(OWN_FOLDERS)}; install this"
                 " Python and its packages elsewhere, or build an image: `python -m retool_jax.sandbox.image`"
             )
     outermost = [path for path in binds if not any(path.startswith(f"{other}/") for other in binds)]

@@ -47,7 +47,7 @@ def commands() -> dict[int, str]:
 
 
 def traces(tag: str) -> list[str]:
-    """All that is left on this machine of the workers of an owner."""
+    """All that is left of an owner's workers on this machine."""
     processes = [f"{pid} {command}" for pid, command in commands().items() if f"{tag}-" in command]
     groups = [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"{tag}-" in path]
     base = gvisor.base_folder()
@@ -57,7 +57,7 @@ def traces(tag: str) -> list[str]:
 
 
 def wait_until_gone(tag: str) -> list[str]:
-    """What is left of an owner's workers, given time to go."""
+    """What is left of an owner's workers after some time to end."""
     deadline = time.monotonic() + GONE_S
     while (left := traces(tag)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -65,7 +65,7 @@ def wait_until_gone(tag: str) -> list[str]:
 
 
 def part_of(member: Member, role: str) -> int:
-    """The process that plays a part in a worker: runner, sentry or gofer."""
+    """The process with a role in a worker: runner, sentry or gofer."""
     folder = next(gvisor.base_folder().glob(f"{owner_tag()}-*"))
     sandbox, watchers = keeper.processes(folder)
     if role == "runner":
@@ -75,13 +75,13 @@ def part_of(member: Member, role: str) -> int:
 
 
 async def start(memory_mb: int = 256) -> tuple[Member, dict]:
-    """A worker that has said hello, and what it said."""
+    """A started worker, and its first frame."""
     member = Member(await gvisor.launch(CONFIG, memory_mb), memory_mb)
     return member, await member.exchange(b"", 60)
 
 
 def with_worker(use: Callable[[Member], Awaitable[object]]) -> None:
-    """Run `use` on a fresh worker; nothing of it may be left afterwards."""
+    """Run `use` on a new worker; nothing of the worker may be left afterwards."""
 
     async def main() -> None:
         member, _ = await start()
@@ -294,7 +294,7 @@ def test_a_start_without_a_keeper_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     assert traces(owner_tag()) == []
 
 
-# A program of its own, so that it can be killed: starts a worker, does to it what it is told, then waits.
+# A separate program, so that it can be killed: it starts a worker, treats it as its arguments say, then waits.
 OWNER = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -334,7 +334,7 @@ def kill_owner(mode: str) -> str:
         assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
         tag = f"retool-{owner.pid}-{started_at(owner.pid)}"
         assert traces(tag)
-        time.sleep(0.2)  # into the program
+        time.sleep(0.2)  # until the program runs
         owner.kill()
     return tag
 
@@ -346,7 +346,7 @@ def test_nothing_outlives_an_owner_that_is_killed(mode: str):
 
 
 @needs_runsc
-@pytest.mark.alone  # whoever opens a sandbox sweeps
+@pytest.mark.alone  # every sandbox that opens sweeps
 @pytest.mark.parametrize("mode", ["orphaned", "all stopped"])
 def test_a_sweep_removes_what_dead_owners_left_and_spares_the_living(mode: str):
     async def use(member: Member) -> None:
@@ -396,7 +396,7 @@ def test_an_ordinary_user_can_have_it_too():
     found = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False) if python else None
     if found is None or found.stdout != "True\n":
         pytest.skip("no Python 3.11 that other users can run")
-    with tempfile.TemporaryDirectory() as folder:  # this checkout may lie where other users cannot look
+    with tempfile.TemporaryDirectory() as folder:  # other users may be unable to read this checkout
         os.chmod(folder, 0o755)
         shutil.copytree(Path(retool_jax.__file__).parent, Path(folder, "retool_jax"))
         environment = {"PYTHONPATH": folder, "PATH": os.environ["PATH"], "HOME": "/nonexistent"}
@@ -418,7 +418,7 @@ def fake_runsc(folder: Path, platforms: str, flags: str) -> None:
 
 @pytest.fixture
 def path_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A PATH on which there is nothing but what the test puts there."""
+    """A PATH that holds only what the test puts there."""
     monkeypatch.setenv("PATH", str(tmp_path))
     gvisor.probe.cache_clear()
     yield tmp_path

@@ -1,4 +1,4 @@
-"""bubblewrap as an ordinary user would run it: nested namespaces in place of user ids."""
+"""bubblewrap for an ordinary user: nested namespaces instead of user ids."""
 
 import asyncio
 import os
@@ -75,7 +75,7 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
     description, results = asyncio.run(main())
     assert "nested namespaces per program" in description
     assert results["who"].stdout == f"{NOBODY} False\n0000000000000000\n"
-    assert results["kill"].stdout == "nobody else\nTrue\n"  # process 1 is out of its reach, and there is no other
+    assert results["kill"].stdout == "nobody else\nTrue\n"  # it cannot signal process 1, and there is no other process
     assert results["find"].stdout == "[] []\n"
     assert (results["signal"].status, results["signal"].signal, results["signal"].stdout) == ("user_error", 6, "a")
     assert results["daemon"].stdout == "done\n" and results["daemon"].wall_s < 5

@@ -1,4 +1,4 @@
-"""What the launchers share: a dead owner's workers are found and removed, a live one's are left alone."""
+"""Code that launchers share: workers of a dead owner are found and removed, those of a live owner stay."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from retool_jax.sandbox.launch.worker import start
 from ..processes import kill
 from ..programs import SLEEP, until
 
-# Starts a worker, stops all of it with SIGSTOP, so that the end of its input goes unnoticed, and waits to be killed.
+# Starts a worker, stops all its processes, so that they cannot notice the end of their input, and waits to be killed.
 OWNER = """
 import asyncio, json, os, signal, sys, time
 from retool_jax.sandbox import SandboxConfig
@@ -47,7 +47,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.alone  # whoever opens a sandbox sweeps
+@pytest.mark.alone  # every sandbox that opens sweeps
 @pytest.mark.parametrize("launcher", [process, bubblewrap], ids=["process", "bubblewrap"])
 def test_workers_of_a_dead_owner_are_swept_and_those_of_a_live_one_are_not(launcher):
     if reason := launcher.missing(SandboxConfig()):
@@ -127,7 +127,7 @@ def test_a_quota_below_what_the_cores_have_is_seen(unified: bool, tmp_path: Path
 
 
 def test_a_start_can_be_cancelled_between_the_fork_and_the_pipes(tmp_path: Path):
-    """On a busy machine the child may have children by then, which hold its pipes open when it is dead."""
+    """On a busy machine the child may have its own children by then, which keep its pipes open after its death."""
     told = tmp_path / "pid"
     command = ["/bin/sh", "-c", f"sleep 60 & echo $! > {told}.part; mv {told}.part {told}; exec sleep 60"]
 
@@ -140,11 +140,11 @@ def test_a_start_can_be_cancelled_between_the_fork_and_the_pipes(tmp_path: Path)
         while set(family(os.getpid())) <= before:
             await asyncio.sleep(0)
         while not told.exists():
-            time.sleep(0.01)  # the loop stands still, so that no pipe is connected
+            time.sleep(0.01)  # the loop is blocked, so that no pipe is connected
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=30)
         kill(int(told.read_text()))
-        await until(lambda: open_files() <= files)  # so that no transport is left to the end of the loop
+        await until(lambda: open_files() <= files)  # no transport may be left until the loop ends
         return bool(done)
 
     assert asyncio.run(main()), "it waits for pipes that the child's child holds"
@@ -152,14 +152,14 @@ def test_a_start_can_be_cancelled_between_the_fork_and_the_pipes(tmp_path: Path)
 
 @pytest.mark.skipif(cgroup.memory_folder() is None, reason="no memory control group can be made here")
 def test_a_busy_worker_that_lost_a_process_of_its_own_was_killed_from_outside():
-    """gVisor's kernel may spin for a process that lent it memory, and no program can have ended that one."""
+    """gVisor's kernel may spin when a process that lent it memory is gone, and no program can end that process."""
 
     async def main() -> list[str]:
         command = ["/bin/sh", "-c", "sleep 60 & while :; do :; done"]
         worker = await start(command, group=cgroup.WorkerGroup(owner_tag(), 64))
         try:
             await until(lambda: len(worker.processes()) == 2)
-            worker.know_machinery()
+            worker.note_machinery()
             found = [await worker.why_hung()]
             kill(*(pid for pid in worker.processes() if pid != worker.pid))
             await until(lambda: len(worker.processes()) == 1)
