@@ -1,4 +1,4 @@
-"""A program that runs: its pipes, what it and its fork server say, and the verdict at its end."""
+"""A running program: its pipes, the messages of it and its fork server, and the verdict at its end."""
 
 import base64
 import contextlib
@@ -13,31 +13,31 @@ from tiers import Tier
 from wire import send_packet
 
 SIGNAL_NUMBERS = frozenset(signal.Signals)
-MOST = 1e7  # seconds or MiB; what a program says of itself beyond that is not believed
-MOST_WORDS = 1000  # taken at once of what a program says; an honest one says two or three
-STARTING_S = 0.05  # how often a program that has not started at its time limit is looked at again
+MOST = 1e7  # seconds or MiB; larger values that a program reports about itself are not believed
+MOST_MESSAGES = 1000  # read at once from a program; an honest one sends two or three
+STARTING_S = 0.05  # between two checks of a program that has not started at its time limit
 
 
 class CallerGone(Exception):
-    """Something came in, or the input ended, while a program was running."""
+    """Input arrived, or ended, while a program was running."""
 
 
 class Program:
-    """A forked program, seen from the supervisor."""
+    """A forked program, as the supervisor sees it."""
 
     def __init__(self, tier: Tier, request: dict, stdin: int):
-        """Have `tier` fork it. `request` is what `child.run_child` reads."""
+        """Have `tier` fork it. `child.run_child` reads `request`."""
         self.tier = tier
         self.uid: int | None = request["uid"]
         self.session = request["session"]
-        self.cells = 1  # the number of a session's present cell
+        self.cells = 1  # the number of a session's current cell
         self.streams: Streams | None = None
-        self.status: int | None = None  # the wait status, once it has ended
+        self.status: int | None = None  # the wait status, after it has ended
         self.usage = (0.0, 0.0)  # CPU seconds, peak resident size in MiB
-        self.unsent: list[bytes] = []  # what it had written to each stream and not sent when it ended
-        self.gone = False  # whether its fork server has said that no process of the call is left
+        self.unsent: list[bytes] = []  # what each stream still held in its buffer when it ended
+        self.gone = False  # whether its fork server has reported that no process of the call is left
         self.started: float | None = None
-        # What a session's interpreter said at the end of a cell: exit code, CPU seconds, peak resident size in MiB.
+        # What a session's interpreter reported at the end of a cell: exit code, CPU seconds, peak resident size in MiB.
         self.done: tuple[int, float, float] | None = None
         self.oom = False
         self.sent = time.monotonic()
@@ -53,18 +53,18 @@ class Program:
         os.set_blocking(self.err, False)
 
     def feed(self, request: dict, stdin: int) -> None:
-        """Give a session's interpreter its next cell."""
+        """Send a session's interpreter its next cell."""
         self.done, self.oom = None, False
         self.cells += 1
         self.sent = self.started = time.monotonic()
         cell = {name: request[name] for name in ("code", "limits", "show_last_expression")}
-        # Sent without waiting: one that has ended is found by `watch`, and one that only says that its cells are done
-        # and takes none of the next ones runs into its time limit.
+        # Sent without waiting: `watch` notices an interpreter that has ended, and one that takes no further cell runs
+        # into its time limit.
         with contextlib.suppress(OSError):
             send_packet(self.report, cell, (stdin,))
 
     def has_ended(self) -> bool:
-        """Whether a session's interpreter ended since its last cell."""
+        """Whether a session's interpreter has ended since its last cell."""
         while self.status is None and not self.tier.dead and select.select([self.tier.channel], [], [], 0)[0]:
             self.hear_tier()
         return self.status is not None or self.tier.dead
@@ -77,7 +77,7 @@ class Program:
     # -- listening ----------------------------------------------------------------------------------------------------
 
     def hear_tier(self) -> None:
-        """Take one message of the fork server, waiting for it if need be."""
+        """Read one message of the fork server, waiting for it if necessary."""
         message = self.tier.receive()
         if message is None:
             return
@@ -90,9 +90,9 @@ class Program:
             self.gone = True
 
     def hear_child(self) -> bool:
-        """Take one message of the child if there is one; False if there is none.
+        """Read one message of the child; False if there is none.
 
-        It is the program's to write here, too, so what comes may be anything; it can only tell on itself.
+        The program can write here too, so the message may be anything; but it can only be about the program itself.
         """
         try:
             data = self.report.recv(4096)
@@ -114,16 +114,16 @@ class Program:
         return bool(data)
 
     def hear_last(self) -> None:
-        """Take what is left in the streams and what the child said."""
+        """Read what is left in the streams, and the last messages of the child."""
         self.streams.drain()
         for descriptor, data in zip((self.out, self.err), self.unsent, strict=False):
             self.streams.captures[descriptor].add(data)
-        for _ in range(MOST_WORDS):  # where it lives on it may go on saying things for ever
+        for _ in range(MOST_MESSAGES):  # a program that lives on may send messages for ever
             if not self.hear_child():
                 break
 
     def watch(self, limits: dict, protocol_in: int, start_s: float, cell: bool) -> str:
-        """Wait for the end of the program (or, with `cell`, of its cell), its deadline or its output limit.
+        """Wait for the end of the program (or, with `cell`, of its cell), its time limit or its output limit.
 
         Returns "" if it ended by itself, "timeout", "output_limit", "unstarted" or "lost" (its fork server died).
         """
@@ -138,7 +138,7 @@ class Program:
             if left <= 0:
                 while self.started is None and self.hear_child():
                     pass
-                # The clock starts with the program; until now it ran from the request.
+                # The time limit counts from the program's start; until now it counted from the request.
                 if self.started is None:
                     verdict = "unstarted" if time.monotonic() > self.sent + start_s + limits["wall_s"] else None
                     deadline = time.monotonic() + STARTING_S
@@ -177,7 +177,7 @@ class Program:
 
 
 def judge(verdict: str, program: Program, limits: dict, starved: bool) -> tuple[str, str]:
-    """The result's status and message. `starved` says that the kernel killed something for want of memory."""
+    """The result's status and message. `starved`: the kernel killed a process because memory ran out."""
     if program.streams.over:
         verdict = "output_limit"
     if verdict == "output_limit":
@@ -198,16 +198,16 @@ def judge(verdict: str, program: Program, limits: dict, starved: bool) -> tuple[
     return ("user_error", f"exit code {code}") if code else ("success", "")
 
 
-def tell_of(program: Program) -> dict:
-    """How a program ended, for `answer`."""
+def describe_end(program: Program) -> dict:
+    """How a program ended, as arguments of `answer`."""
     if program.done and program.status is None:
         code, cpu_s, peak_mb = program.done
     else:
         code = os.waitstatus_to_exitcode(signal.SIGKILL if program.status is None else program.status)
         cpu_s, peak_mb = program.usage
     wall_s = program.ended_at - (program.started or program.sent)
-    told = {"return_code": code, "wall_s": wall_s, "cpu_s": cpu_s, "peak_rss_mb": peak_mb}
-    return told | {"streams": program.streams}
+    used = {"wall_s": wall_s, "cpu_s": cpu_s, "peak_rss_mb": peak_mb}
+    return {"return_code": code, **used, "streams": program.streams}
 
 
 def answer(
@@ -217,17 +217,17 @@ def answer(
     files: dict[str, str] | None = None,
     clean: bool = True,
     ended: bool = False,
-    **told: float,
+    **fields: float,
 ) -> dict:
-    """The response. `told` are further fields of the result, which has a default for each of them."""
+    """The response. `fields` are further fields of the result, which has a default for each of them."""
     captures = streams.captures.values() if streams else ()
     shown = [
         {"data": base64.b64encode(c.kept()).decode(), "bytes": c.total, "truncated": c.truncated} for c in captures
     ]
-    if told.get("return_code", 0) < 0:
-        told["signal"] = -told["return_code"]
+    if fields.get("return_code", 0) < 0:
+        fields["signal"] = -fields["return_code"]
     return {
-        "result": {"status": status, "message": message, **told},
+        "result": {"status": status, "message": message, **fields},
         "streams": shown or [{"data": "", "bytes": 0, "truncated": False}] * 2,
         "files": files or {},
         "clean": clean,

@@ -1,9 +1,9 @@
-"""Keeping the ends of output streams of any length."""
+"""Keeps the first and the last part of output streams of any length."""
 
 import os
 
 READ_BYTES = 65536
-CUT = b"\n[... bytes removed ...]\n"  # does not say how many: a policy would take that for a number of the output
+CUT = b"\n[... bytes removed ...]\n"  # without a count, which a policy could take for a number of the output
 
 
 class Capture:
@@ -20,7 +20,7 @@ class Capture:
         room = self.half - len(self.head)
         self.head += data[:room]
         self.tail += data[room:]
-        if len(self.tail) > 4 * self.half:  # trimmed now and then: each trim copies what stays
+        if len(self.tail) > 4 * self.half:  # trimmed only now and then, because each trim copies what stays
             del self.tail[: -self.half]
 
     @property
@@ -42,7 +42,7 @@ class Streams:
         self.raw_limit = limits["raw_output_bytes"]
 
     def read(self, descriptor: int) -> bool:
-        """Take what one stream holds, at most `READ_BYTES`; False if there was nothing."""
+        """Read what one stream holds, at most `READ_BYTES`; False if there was nothing."""
         try:
             data = os.read(descriptor, READ_BYTES)
         except BlockingIOError:
@@ -53,7 +53,7 @@ class Streams:
         return bool(data)
 
     def drain(self) -> None:
-        """Take all that is left once nobody writes any more, or what is there if someone still may."""
+        """Read what is left in the streams, without waiting and up to the limit."""
         for descriptor in tuple(self.open):
             while not self.over and self.read(descriptor):
                 pass

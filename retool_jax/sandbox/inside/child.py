@@ -1,4 +1,4 @@
-"""One program, from the fork to its end."""
+"""One program, from its fork to its end."""
 
 import ast
 import atexit
@@ -38,14 +38,14 @@ from wire import receive_packet, unpack
 
 INSIDE = os.path.dirname(os.path.abspath(__file__))
 OWN_MODULES = tuple(name.removesuffix(".py") for name in os.listdir(INSIDE) if name.endswith(".py"))
-REPORT = 3  # the descriptor on which a child reports about itself
+REPORT = 3  # descriptor on which a child reports about itself
 MESSAGE_HEADROOM_BYTES = 32 << 20  # memory beyond the limit, for the traceback of a MemoryError
 OPEN_FILES = 128
 WARM_UP_RUNS = 40
 
 
 def report(text: str) -> None:
-    """Tell the supervisor something: a word, and numbers where there are some."""
+    """Send the supervisor a message: a word, and numbers for some words."""
     with contextlib.suppress(OSError):  # the program may have closed it
         os.write(REPORT, text.encode())
 
@@ -54,30 +54,30 @@ def report(text: str) -> None:
 # Confinement
 # ---------------------------------------------------------------------------------------------------------------------
 
-# After a fork each page that is written to is copied, and running a function writes to the pages in which it lies. So
-# everything that can be done before the fork is done in `prepare`, and the rest is written plainly.
+# After a fork each page that is written to is copied, and running a function writes to the pages that hold it. So all
+# that can be done before the fork is done in `prepare`, and the rest calls few functions.
 
 
 def prepare() -> tuple[dict, tuple[Output, Output]]:
-    """What every program finds, done once per fork server.
+    """Set up what is the same for every program, once per fork server.
 
-    Returns the namespace of the `__main__` to be, and where what it writes to stdout and stderr is kept.
+    Returns the namespace of the future `__main__`, and the buffers of stdout and stderr.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot forbid new privileges")
     outputs = replace_streams()
-    # Children that are ended while they run `__main__` leave semaphores behind. No program's output tells of that.
+    # Children that are ended while they run `__main__` leave semaphores behind; no program's output must mention that.
     sys.warnoptions.append("ignore:resource_tracker")
-    site.setquit()  # -S left out exit(), quit() and help()
+    site.setquit()  # the option -S left out exit(), quit() and help()
     site.sethelper()
     site.setcopyright()
     sys.argv = [""]
     sys.path.insert(0, "")  # the working directory, which belongs to one call alone
     for name in OWN_MODULES:
         sys.modules.pop(name, None)
-    for _ in range(WARM_UP_RUNS):  # the interpreter rewrites a function while it is new
+    for _ in range(WARM_UP_RUNS):  # the interpreter rewrites a function during its first calls
         execute("x = 1\nx + 1 and None", "<snippet>", True, {"__builtins__": builtins})
         LIBC.prctl(PR_SET_DUMPABLE, 0)
         print(1)
@@ -89,11 +89,11 @@ def prepare() -> tuple[dict, tuple[Output, Output]]:
 
 
 def confine(isolation: Isolation, request: dict, base_bytes: int) -> None:
-    """Turn the fresh fork into a process that may run a stranger's code. Raises OSError if that fails."""
+    """Take all rights from the new fork that untrusted code must not have. Raises OSError if that fails."""
     os.setsid()
     os.chdir(isolation.work)
     limits, uid = request["limits"], request["uid"]
-    if request["oom_first"]:  # when the worker's memory runs out, this process goes, not the fork server
+    if request["oom_first"]:  # if the worker's memory runs out, the kernel kills this process, not the fork server
         with contextlib.suppress(OSError):
             score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(score, b"500")
@@ -109,24 +109,24 @@ def confine(isolation: Isolation, request: dict, base_bytes: int) -> None:
         setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
     if uid is None:
         drop_capabilities()
-    else:  # to leave root behind is to leave its capabilities behind; the bounding set was emptied long ago
+    else:  # a change from root to another user drops all capabilities; the bounding set is empty already
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     LIBC.prctl(PR_SET_DUMPABLE, 1)  # the change of user closed /proc/self to the program itself
-    if not isolation.processes:  # elsewhere the namespace ends with its first process
+    if not isolation.processes:  # otherwise the namespace ends with its first process
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def fork_nested(isolation: Isolation, outcome: int) -> int | None:
-    """Fork into user, process and mount namespaces of the program's own, below an init that waits for it.
+def fork_nested(outcome: int) -> int | None:
+    """Fork a program into its own user, process and mount namespaces, below an init that waits for it.
 
-    Without user ids to give away, that is what keeps a program from the processes of the same user around it: it
-    cannot name them. It is not the init itself, for such a process ignores its own fatal signals. Returns None in the
-    program, the pid to wait for in the caller; the init writes the wait status and usage into `outcome`.
+    If no user ids are available, this protects other processes of the same user from the program: it cannot name them.
+    The program is not the init itself, because such a process ignores its own fatal signals. Returns None in the
+    program, and the pid to wait for in the caller. The init writes the wait status and usage to `outcome`.
     """
     if outer := os.fork():
         return outer
-    LIBC.prctl(PR_SET_DUMPABLE, 1)  # or else the maps of the new user namespace are not writable
+    LIBC.prctl(PR_SET_DUMPABLE, 1)  # otherwise the maps of the new user namespace are not writable
     if not enter_user_namespace(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC):
         os._exit(1)
     if init := os.fork():
@@ -134,7 +134,7 @@ def fork_nested(isolation: Isolation, outcome: int) -> int | None:
         os.waitpid(init, 0)
         os._exit(0)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    mount_proc()  # refused where /proc is covered in part; other namespaces' processes then stay visible, but not more
+    mount_proc()  # refused if /proc is covered in part; other namespaces' processes then stay visible, but no more
     if program := os.fork():
         LIBC.prctl(PR_SET_DUMPABLE, 0)
         os.dup2(outcome, 0)
@@ -148,8 +148,8 @@ def fork_nested(isolation: Isolation, outcome: int) -> int | None:
 
 
 def reseed() -> None:
-    """Give the program random numbers of its own; `random` itself does that at every fork."""
-    if "numpy.random" in sys.modules:  # with a number, because to let numpy find one takes ten times as long
+    """Give the program its own random numbers; `random` itself does that at every fork."""
+    if "numpy.random" in sys.modules:  # with a seed from here, because numpy takes ten times as long to find one
         sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
     if "sympy.core.random" in sys.modules:
         sys.modules["sympy.core.random"].rng.seed()
@@ -161,10 +161,10 @@ def reseed() -> None:
 
 
 def restrict_imports(allowed: list[str], namespace: dict) -> None:
-    """Refuse what the program itself imports beyond `allowed`; what the allowed modules import is their business."""
+    """Refuse imports by the program itself that are not in `allowed`; allowed modules may import anything."""
     original = builtins.__import__
 
-    def __import__(name, globals=None, locals=None, fromlist=(), level=0):  # the signature is the language's
+    def __import__(name, globals=None, locals=None, fromlist=(), level=0):  # the signature of the builtin
         if globals is namespace and name.partition(".")[0] not in allowed:
             raise ImportError(f"module {name!r} is not allowed here; these are: {', '.join(allowed)}", name=name)
         return original(name, globals, locals, fromlist, level)
@@ -180,7 +180,7 @@ def execute(code: str, name: str, show_last_expression: bool, namespace: dict) -
         tree = ast.parse(code.removeprefix("\ufeff"), name)
         last = tree.body.pop() if show_last_expression and tree.body and isinstance(tree.body[-1], ast.Expr) else None
         parts = [compile(tree, name, "exec", dont_inherit=True)]
-        if last is not None:  # what the interactive prompt does with a statement: show its value unless it is None
+        if last is not None:  # as the interactive prompt does: show the value unless it is None
             parts.append(compile(ast.Interactive([last]), name, "single", dont_inherit=True))
         running = True
         for part in parts:
@@ -192,13 +192,13 @@ def execute(code: str, name: str, show_last_expression: bool, namespace: dict) -
         print(stop.code, file=sys.__stderr__)
         return 1, False, True
     except BaseException as error:
-        tell(error, running)
+        print_traceback(error, running)
         # The parser raises MemoryError, too, for code nested too deeply.
         return 1, running and isinstance(error, MemoryError), False
 
 
-def without_own_frames(summary: traceback.TracebackException) -> None:
-    """Take the frames of this folder's files out of a traceback and of those that led to it."""
+def remove_own_frames(summary: traceback.TracebackException) -> None:
+    """Remove the frames of this folder's files from a traceback and from those that led to it."""
     while summary is not None:
         for index in reversed(range(len(summary.stack))):
             if summary.stack[index].filename.startswith(INSIDE):
@@ -206,17 +206,17 @@ def without_own_frames(summary: traceback.TracebackException) -> None:
         summary = summary.__cause__ or summary.__context__
 
 
-def tell(error: BaseException, running: bool) -> None:
-    """Write the traceback of the program's own frames."""
+def print_traceback(error: BaseException, running: bool) -> None:
+    """Print the traceback without frames of this folder, or without any frame if the program was not `running`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         frames = error.__traceback__ if running else None
         summary = traceback.TracebackException(type(error), error, frames, compact=True)
-        without_own_frames(summary)
+        remove_own_frames(summary)
         for line in summary.format():
             print(line, file=sys.__stderr__, end="")
-    except BaseException:  # no memory even for that, or the program closed what is written to
+    except BaseException:  # not even memory for that, or the program closed the stream
         with contextlib.suppress(OSError):
             os.write(2, f"{type(error).__name__}\n".encode())
     finally:
@@ -236,7 +236,7 @@ def cpu_seconds() -> float:
 
 
 def serve_cells(request: dict, base_bytes: int, namespace: dict) -> int:
-    """Run cell after cell in one namespace until one asks to exit; returns the exit code."""
+    """Run cells in one namespace until one of them exits; returns the exit code."""
     channel = socket.socket(fileno=REPORT)
     number = 1
     while True:
@@ -252,7 +252,7 @@ def serve_cells(request: dict, base_bytes: int, namespace: dict) -> int:
         if leave:
             return code
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.set_blocking(REPORT, True)  # the cell may have played with it
+        os.set_blocking(REPORT, True)  # the cell may have changed that
         if oom:
             report("oom")
         report(f"done {number} {code} {cpu_seconds() - cpu} {peak / 1024}")
@@ -272,7 +272,10 @@ def run_child(
     payload: bytes,
     descriptors: list[int],
 ) -> None:
-    """All of a program's life; never returns. `descriptors`: stdin, stdout, stderr, report, [the packet's file]."""
+    """Run a program from its fork to its end; never returns.
+
+    `descriptors`: stdin, stdout, stderr, report, and the packet's memory file if there is one.
+    """
     exit_code, ready = 1, False
     try:
         request = unpack(payload, descriptors)
@@ -280,11 +283,11 @@ def run_child(
             os.dup2(source, target, target != REPORT)
         os.closerange(REPORT + 1, 256)
         confine(isolation, request, base_bytes)
-        if filter_ is not None and isolation.nested:  # elsewhere the fork server already wears it
+        if filter_ is not None and isolation.nested:  # otherwise the fork server has installed it already
             seccomp.install(filter_)
         reseed()
         for stream in (sys.stdout, sys.stderr):
-            os.register_at_fork(after_in_child=stream.buffer.part_from_parent)
+            os.register_at_fork(after_in_child=stream.buffer.detach_from_parent)
         gc.enable()
         if request["allowed_modules"]:
             restrict_imports(request["allowed_modules"], namespace)
@@ -300,7 +303,7 @@ def run_child(
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
     except BaseException:
-        if not ready:  # for the caller's log; later on it could only be noise about streams the program broke
+        if not ready:  # for the caller's log; later errors could only come from streams that the program broke
             traceback.print_exc(file=sys.__stderr__)
     finally:
         flush()

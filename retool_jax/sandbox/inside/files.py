@@ -1,4 +1,4 @@
-"""The working directory of a call: an empty place, files put there before the program, files taken from it after."""
+"""The working directory of a call: empty at first, with files put there before the program and taken out after it."""
 
 import base64
 import contextlib
@@ -31,22 +31,22 @@ class WorkFolder:
 
     def __init__(self, isolation: Isolation):
         self.isolation = isolation
-        self.mounted = ""  # the options of the file systems that are mounted now
+        self.mounted = ""  # options of the file systems that are mounted now
         self.targets = [isolation.work]
         if isolation.files and os.path.isdir(SHARED_MEMORY):
             self.targets.append(SHARED_MEMORY)
-        # In a runtime of ours that is a link to /tmp.
+        # In our images it is a link to /tmp.
         self.bind_other = isolation.files and os.path.isdir(OTHER_TEMPORARY) and not os.path.islink(OTHER_TEMPORARY)
 
     def open(self, limits: dict, uid: int | None) -> None:
-        """An empty working directory that `uid` (None: this process's user) can write. Raises OSError."""
+        """Make an empty working directory that `uid` (None: this process's user) can write to. Raises OSError."""
         if not self.isolation.files:
             os.mkdir(self.isolation.work, 0o700)
             if uid is not None:
                 os.chown(self.isolation.work, uid, -1)
             return
-        # Programs of every uid can write into it, but none can change the folder itself. So a folder in which nothing
-        # was left can serve the next call.
+        # Programs of every uid can write into it, but none can change the folder itself. So the next call can use it
+        # again if nothing was left in it.
         owner = "mode=1777" if uid is not None else f"mode=700,uid={os.geteuid()}"
         options = f"{owner},size={limits['file_mb']}m,nr_inodes={MAX_INODES}"
         if options == self.mounted:
@@ -59,16 +59,16 @@ class WorkFolder:
         self.mounted = options
 
     def _mount(self, target: str, options: str) -> None:
-        """Mount a file system; without the options at the end where the kernel (gVisor's) does not know them."""
+        """Mount a file system, without the last options if the kernel (gVisor's) does not know them."""
         while not mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, options):
             options, comma, _ = options.rpartition(",")
             if not comma:
                 raise OSError(ctypes.get_errno(), f"cannot mount {target}")
 
     def close(self) -> None:
-        """Make what the call left vanish."""
+        """Remove what the call left."""
         if not self.isolation.files:
-            # Not shutil.rmtree: a tree nested thousands deep, which a program can make, ends it with a RecursionError.
+            # Not shutil.rmtree: a program can nest folders thousands deep, and rmtree then ends with a RecursionError.
             os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", self.isolation.work], os.environ), 0)
         elif self.isolation.first_uid is None or any(map(os.listdir, self.targets)):
             self._unmount()
@@ -81,7 +81,7 @@ class WorkFolder:
 
     @contextlib.contextmanager
     def _as_user(self, uid: int | None) -> Iterator[None]:
-        """Reach files with the rights of the call's user and no others."""
+        """Access files with only the rights of the call's user."""
         if uid is None:
             yield
             return
@@ -95,7 +95,7 @@ class WorkFolder:
             restore_guards(self.isolation)
 
     def put(self, files: dict[str, str], uid: int | None) -> str:
-        """Write files (base64) as the user of the call; returns why that failed, or an empty text."""
+        """Write files (base64) as the user of the call; returns why that failed, or an empty string."""
         with self._as_user(uid):
             for path, content in files.items():
                 try:
@@ -107,7 +107,7 @@ class WorkFolder:
         return ""
 
     def take(self, paths: list[str], uid: int | None) -> dict[str, str]:
-        """The content (base64) of those paths that are regular files within the limits on size."""
+        """The content (base64) of those paths that are regular files and within the size limits."""
         found, room = {}, MAX_FILES_BYTES
         with self._as_user(uid):
             for path in paths:
@@ -127,16 +127,16 @@ class WorkFolder:
 
 
 def restore_guards(isolation: Isolation) -> None:
-    """A change of user id resets two things that the kernel keeps per process."""
+    """Set two attributes of this process again, which the kernel resets when the user id changes."""
     LIBC.prctl(PR_SET_DUMPABLE, 0)
     if isolation.dies_with_parent:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def open_beneath(root: str, path: str, flags: int, make: bool = False) -> int:
-    """Open a relative path below `root` without following a link at any step; `make` makes missing folders.
+    """Open a relative path below `root` without following links; `make` makes missing folders.
 
-    Raises ValueError for a path that would leave `root`, OSError where the file cannot be opened.
+    Raises ValueError for a path that would leave `root`, OSError if the file cannot be opened.
     """
     *folders, name = path.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in (*folders, name)):

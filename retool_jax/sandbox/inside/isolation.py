@@ -1,4 +1,4 @@
-"""What the supervisor arranges once per worker: namespaces, mounts, user ids, capabilities."""
+"""The isolation that the supervisor sets up once per worker: namespaces, mounts, user ids, capabilities."""
 
 import ctypes
 import os
@@ -19,23 +19,23 @@ NO_CAPABILITIES = struct.pack("<II6I", CAPABILITIES_VERSION, 0, *[0] * 6)
 
 
 class Isolation(NamedTuple):
-    """What the kernel granted, and what the calls need to know of it."""
+    """What the kernel granted, as far as calls need to know it."""
 
-    first_uid: int | None  # programs run as this user or one of the `uid_count - 1` after it; None: as the caller's
+    first_uid: int | None  # programs run as this user or one of the `uid_count - 1` after it; None: as the caller
     uid_count: int
-    nested: bool  # no user ids to give away: each program gets user, process and mount namespaces of its own
-    network: bool  # no network device, not even the host's loopback
-    processes: bool  # a process namespace in which nothing but this worker runs
-    files: bool  # each call's working directory is a file system that vanishes with it
-    nproc: bool  # a limit on processes counts this worker's alone
-    seccomp: bool  # programs run under a filter on system calls
-    ipc: bool  # each program is to leave the IPC namespace (needless under the filter, which refuses what is in it)
-    immune: bool  # this is process 1 under Linux, which ignores the signals of the programs
+    nested: bool  # no user ids available: each program gets its own user, process and mount namespaces
+    network: bool  # there is no network device, not even the host's loopback
+    processes: bool  # only this worker runs in its process namespace
+    files: bool  # each call's working directory is a file system that is unmounted after it
+    nproc: bool  # the limit on processes counts only those of this worker
+    seccomp: bool  # programs run under a filter of system calls
+    ipc: bool  # each program must leave the IPC namespace (not needed under the filter, which refuses its calls)
+    immune: bool  # this is process 1 of Linux, which ignores signals of the programs
     work: str  # the working directory of the programs
-    dies_with_parent: bool  # the kernel kills this worker when what started it dies
+    dies_with_parent: bool  # the kernel kills this worker when its parent dies
 
     def uid(self, call: int) -> int | None:
-        """The user that the programs of call number `call` run as; None for this process's own."""
+        """The user id for the programs of call number `call`; None: that of this process."""
         return None if self.first_uid is None else self.first_uid + call % self.uid_count
 
 
@@ -48,7 +48,7 @@ def mount_proc() -> bool:
 
 
 def enter_user_namespace(flags: int) -> bool:
-    """Leave the user namespace and those of `flags`; in the new one this process has every capability."""
+    """Leave the user namespace and those in `flags`; in the new one this process has every capability."""
     uid, gid = os.geteuid(), os.getegid()
     if LIBC.unshare(CLONE_NEWUSER | flags) != 0:
         return False
@@ -59,14 +59,14 @@ def enter_user_namespace(flags: int) -> bool:
 
 
 def unshare_all(wanted: tuple[int, ...]) -> int:
-    """Leave as many of the namespaces as the kernel allows; returns the flags of those left."""
+    """Leave as many of the namespaces as the kernel allows; returns the flags of those that were left."""
     if os.geteuid() == 0:
         return sum(flag for flag in wanted if LIBC.unshare(flag) == 0)
     return CLONE_NEWUSER | sum(wanted) if enter_user_namespace(sum(wanted)) else 0
 
 
 def become_init() -> None:
-    """Go on as process 1 of the new process namespace: when it dies, by whatever cause, the kernel kills the rest."""
+    """Continue as process 1 of the new process namespace: if it dies, the kernel kills all others in it."""
     child = os.fork()
     if child:
         os.closerange(0, 256)
@@ -81,7 +81,7 @@ def drop_capabilities() -> None:
 
 
 def close_bounding_set() -> None:
-    """No program may ever get a capability from a file, and none is handed down; what this process holds stays."""
+    """Make sure that programs never get a capability, from a file or by inheritance; this process keeps its own."""
     for capability in range(LAST_CAPABILITY + 1):
         LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     header = struct.pack("<II", CAPABILITIES_VERSION, 0)
@@ -92,7 +92,7 @@ def close_bounding_set() -> None:
 
 
 def open_to_others(path: str) -> bool:
-    """Whether a user without rights can reach `path`."""
+    """Whether a user without special rights can reach `path`."""
     while path != "/":
         if not os.stat(path).st_mode & 0o001:
             return False
@@ -101,7 +101,7 @@ def open_to_others(path: str) -> bool:
 
 
 def outermost(paths: list[str]) -> list[str]:
-    """`paths` without duplicates and without those that lie inside another one."""
+    """`paths` without duplicates and without those inside another one."""
     kept: list[str] = []
     for path in sorted(set(paths)):
         if not any(path.startswith(outer + "/") for outer in kept):
@@ -110,9 +110,9 @@ def outermost(paths: list[str]) -> list[str]:
 
 
 def uncover(paths: list[str]) -> bool:
-    """Let other users reach `paths` (an interpreter installed below /root, say) and nothing else there.
+    """Let other users reach `paths` (for example an interpreter below /root) but nothing else there.
 
-    In this mount namespace only, each closed folder on the way is replaced by an empty one that holds just `paths`.
+    In this mount namespace only, each closed folder on the way is replaced by an empty one that holds only `paths`.
     """
     handles = {path: os.open(path, os.O_PATH) for path in paths}
     try:
@@ -134,20 +134,20 @@ def uncover(paths: list[str]) -> bool:
 
 
 def choose_uids() -> tuple[int, int]:
-    """User ids that nothing else on the machine uses, so that limits and signals per user hit one worker alone."""
+    """(first, count) of user ids that nothing else uses, so that limits and signals per user hit only one worker."""
     salt = int.from_bytes(os.urandom(4), "big")
     first, count = (1 << 30) + (salt & 0x3FFFFF) * 256, 256
     with open("/proc/self/uid_map") as file:
         ranges = [tuple(map(int, line.split())) for line in file]
     if any(start <= first and first + count <= start + length for start, _, length in ranges):
         return first, count
-    return 20000 + salt % 40000, 1  # a container with 65536 ids
+    return 20000 + salt % 40000, 1  # for a container with 65536 ids
 
 
 def isolate(setup: dict) -> Isolation:
-    """Leave the host as far as the launcher asks and the kernel allows; see `supervisor.py` for `setup`.
+    """Isolate this process as far as the launcher asks and the kernel allows; see `supervisor.py` for `setup`.
 
-    Exits with a message if no program could be run safely.
+    Exits with a message if no program could run safely.
     """
     root = os.geteuid() == 0
     scratch = setup.get("scratch")
@@ -156,9 +156,9 @@ def isolate(setup: dict) -> Isolation:
         granted = {"network": bool(left & CLONE_NEWNET), "processes": bool(left & CLONE_NEWPID)}
         if granted["processes"]:
             become_init()
-    elif not __file__.startswith("/inside/"):  # where launchers put this folder: mounts made here would be the host's
-        sys.exit("this is no sandbox: started without `unshare`, this program must run inside one")
-    else:  # the launcher has done it; without root, mounting still takes a user namespace
+    elif not __file__.startswith("/inside/"):  # where launchers put this folder; elsewhere a mount would be the host's
+        sys.exit("this is no sandbox: without `unshare` in SETUP, this program must run inside one")
+    else:  # the launcher has done it; without root, mounting still needs a user namespace
         left = CLONE_NEWNS if root else unshare_all((CLONE_NEWNS,))
         granted = {"network": True, "processes": True}
     files = bool(left & CLONE_NEWNS)
@@ -175,7 +175,7 @@ def isolate(setup: dict) -> Isolation:
                 f"an unprivileged user cannot read this Python ({sys.base_prefix}); install it outside closed folders"
             )
         if files and granted["processes"]:
-            mount_proc()  # hides what runs on the host
+            mount_proc()  # hides the host's processes
         if not files or any(path.startswith("/tmp/") for path in needed):
             work = f"{scratch}/work"
         if files:
@@ -184,7 +184,7 @@ def isolate(setup: dict) -> Isolation:
     elif not files:
         sys.exit("the sandbox cannot mount a working directory: it needs root or user namespaces")
     os.environ["HOME"] = os.environ["TMPDIR"] = work
-    for name in ("PWD", "OLDPWD"):  # not the launcher's doing, but its shell's
+    for name in ("PWD", "OLDPWD"):  # set by the launcher's shell
         os.environ.pop(name, None)
     release = [int(part) for part in os.uname().release.split("-")[0].split(".")[:2]]
     nested = bool(left & CLONE_NEWUSER)
@@ -194,8 +194,8 @@ def isolate(setup: dict) -> Isolation:
     if root:
         close_bounding_set()
         os.setgroups([])
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a tier that died come here
-    LIBC.prctl(PR_SET_DUMPABLE, 0)  # programs that share this user id must not trace it or read its memory
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # this process adopts the orphans of a fork server that died
+    LIBC.prctl(PR_SET_DUMPABLE, 0)  # programs with the same user id must not trace this process or read its memory
     return Isolation(
         first_uid=first_uid,
         uid_count=uid_count,
@@ -203,7 +203,7 @@ def isolate(setup: dict) -> Isolation:
         network=granted["network"],
         processes=granted["processes"],
         files=files,
-        nproc=root or (nested and release >= [5, 14]),  # older kernels count all of a user's
+        nproc=root or (nested and release >= [5, 14]),  # older kernels count all processes of a user
         seccomp=bool(setup.get("seccomp")),
         ipc=root and not setup.get("seccomp"),
         immune=os.getpid() == 1 and bool(setup.get("unshare") or setup.get("seccomp")),

@@ -1,7 +1,7 @@
-"""Killing all processes of one user in one go, so that none can fork away from it.
+"""Kills all processes of one user with one call, so that none can escape by forking.
 
-To do that takes being that user for a moment, and while it lasts the user's processes can hit back. Process 1 of Linux
-ignores their signals; elsewhere (gVisor) a process of its own takes the risk.
+The killer must be that user for a moment, and meanwhile the user's processes can send it signals. Process 1 of Linux
+ignores them; elsewhere (gVisor) a separate process does the killing.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ ANSWER_S = 0.5
 
 
 def kill_user(uid: int) -> None:
-    """Kill every process of that user, as root and back."""
+    """Kill every process of a user: become that user, kill, and become root again."""
     os.setresuid(uid, uid, 0)
     try:
         with contextlib.suppress(ProcessLookupError):
@@ -27,11 +27,11 @@ def kill_user(uid: int) -> None:
 
 
 class Reaper:
-    """Kills for the supervisor, which must be root."""
+    """Kills processes for the supervisor, which must be root."""
 
     def __init__(self, isolation: Isolation):
         self.isolation = isolation
-        self.pid: int | None = None  # the process that takes the risk, where there is one
+        self.pid: int | None = None  # the separate process, if there is one
         self.channel: socket.socket | None = None
         if not isolation.immune:
             self._start()
@@ -60,7 +60,7 @@ class Reaper:
             os._exit(0)
 
     def kill(self, uid: int) -> None:
-        """Kill every process of that user. They may have killed the one who does it first: then call again."""
+        """Kill every process of a user. They may kill the separate process first; then it is restarted: call again."""
         if self.isolation.immune:
             kill_user(uid)
             restore_guards(self.isolation)

@@ -1,7 +1,7 @@
-"""A filter on system calls: it refuses those that programs do not need and attacks on the kernel or on others do.
+"""A filter of system calls: it refuses those that attacks on the kernel or on others need and programs do not.
 
 Refused calls fail with EPERM. The filter is a search tree over the numbers of the refused calls, because the kernel
-walks it once for each of its system calls whenever a filter is installed.
+runs it once for each of its system calls whenever a filter is installed.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_dat
 
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW* flag that clone() takes
-SOCKET_FAMILIES = (1, 2, 10)  # UNIX, INET, INET6: not VSOCK, which reaches the hypervisor, nor NETLINK, nor PACKET
+SOCKET_FAMILIES = (1, 2, 10)  # UNIX, INET, INET6; not VSOCK, which reaches the hypervisor, NETLINK or PACKET
 
 # name: (number on x86_64, number on aarch64), -1 where it does not exist
 REFUSED = {
@@ -51,7 +51,7 @@ REFUSED = {
     "open_by_handle_at": (304, 265),
     "quotactl": (179, 60),
     "quotactl_fd": (443, 443),
-    # large parts of the kernel that mathematics does without
+    # large parts of the kernel that mathematics does not need
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "io_uring_setup": (425, 425),
@@ -95,7 +95,7 @@ REFUSED = {
     "ioperm": (173, -1),
     "vhangup": (153, 58),
     # System V objects and message queues outlive the processes that made them, and nobody would remove them.
-    # multiprocessing uses POSIX semaphores and shared memory, which are files of the call's own.
+    # multiprocessing uses POSIX semaphores and shared memory, which are files that belong to the call.
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -112,7 +112,7 @@ REFUSED = {
     "mq_unlink": (241, 181),
 }
 CLONE, CLONE3, SOCKET, SOCKETPAIR = (56, 220), (435, 435), (41, 198), (53, 199)
-X32_NUMBERS = 0x40000000  # x86_64 has a second table of calls from here on
+X32_NUMBERS = 0x40000000  # x86_64 has a second table of calls, which begins here
 
 
 class Filter(ctypes.Structure):
@@ -122,7 +122,7 @@ class Filter(ctypes.Structure):
 
 
 def build() -> Filter:
-    """The filter for this machine. Raises KeyError if there is none for it."""
+    """The filter for this machine. Raises KeyError if its architecture is unknown."""
     architecture, column = ARCHITECTURES[os.uname().machine]
     refuse = [(RETURN, 0, 0, ERRNO | errno.EPERM)]
     allow = [(RETURN, 0, 0, ALLOW)]
@@ -163,8 +163,8 @@ def build() -> Filter:
 
 
 def install(filter_: Filter) -> None:
-    """Filter this process and all that it will fork, for good. Raises OSError if the kernel refuses."""
+    """Filter this process and all that it forks, permanently. Raises OSError if the kernel refuses."""
     if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or LIBC.prctl(
         PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_), 0, 0
     ):
-        raise OSError(ctypes.get_errno(), "cannot install the filter on system calls")
+        raise OSError(ctypes.get_errno(), "cannot install the filter of system calls")

@@ -1,4 +1,4 @@
-"""A program's output streams, whose buffers outlive it: what it wrote before it was killed is not lost."""
+"""A program's output streams. Their buffers outlive it, so output from before it was killed is not lost."""
 
 import _thread
 import errno
@@ -7,13 +7,13 @@ import mmap
 import sys
 
 ROOM_BYTES = 8192
-EMPTY = b"\xff"  # fills what is unused: UTF-8 text never has this byte
+EMPTY = b"\xff"  # fills the unused part: this byte never occurs in UTF-8 text
 NOTHING = EMPTY * ROOM_BYTES
 
 
 class Output(io.BufferedWriter):
-    """Bytes of a stream. They are sent line by line; what is no whole line yet is kept in memory that is shared with
-    the process that forks the program, which can read it when the program is gone."""
+    """Sends a stream line by line. An unfinished line is kept in memory that is shared with the fork server, which can
+    read it after the program has ended."""
 
     def __init__(self, raw: io.FileIO):
         super().__init__(raw, 1)
@@ -24,15 +24,15 @@ class Output(io.BufferedWriter):
         self._memory, self._keep, self._lock = memory, memory.write, _thread.RLock()
 
     def clear(self) -> None:
-        """Leave nothing of a program for the next one."""
+        """Remove everything, so that the next program finds nothing of the last one."""
         self._memory[:] = NOTHING
 
     def kept(self) -> bytes:
-        """What is kept. The program could write there whatever it liked."""
+        """What is kept. The program can write anything there."""
         return self._memory[:].rstrip(EMPTY)
 
-    def part_from_parent(self) -> None:
-        """In a child that the program has forked: go on with a copy, as it is with any buffer."""
+    def detach_from_parent(self) -> None:
+        """In a child that the program has forked: continue with a copy, as with any buffer."""
         begun = self._memory[: self._memory.tell()]
         self._keep_in(mmap.mmap(-1, ROOM_BYTES))
         self._keep(begun)
@@ -44,7 +44,7 @@ class Output(io.BufferedWriter):
             if b"\n" not in data:
                 try:
                     return self._keep(data)
-                except ValueError:  # there is no room for it
+                except ValueError:  # it does not fit
                     pass
             self._send(data)
         return len(data)
@@ -58,17 +58,17 @@ class Output(io.BufferedWriter):
         if used := self._memory.tell():
             data = self._memory[:used] + data
             self._memory.seek(0)
-            self._memory[:used] = NOTHING[:used]  # before it is sent: who is killed meanwhile would show it twice
+            self._memory[:used] = NOTHING[:used]  # before sending: a kill in between would show it twice
         while data:
             sent = self.raw.write(data)
-            if sent is None:  # the program has made its pipe one that does not wait
+            if sent is None:  # the program has made its pipe non-blocking
                 self._keep(data[:ROOM_BYTES])
                 raise BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0)
             data = memoryview(data)[sent:] if sent < len(data) else b""
 
 
 def replace_streams() -> tuple[Output, Output]:
-    """Make `sys.stdout` and `sys.stderr` streams of UTF-8 that keep what is unsent; returns what is below the text."""
+    """Make `sys.stdout` and `sys.stderr` UTF-8 streams over an `Output`; returns both outputs."""
     outputs = []
     for name in ("stdout", "stderr"):
         output = Output(getattr(sys, name).detach().detach())

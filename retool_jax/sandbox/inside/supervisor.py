@@ -1,13 +1,13 @@
-"""The program inside a worker: has snippets forked, watches them, and answers over stdin and stdout.
+"""The main program of a worker: it has programs forked, watches them, and answers over stdin and stdout.
 
-Started as `python -I -S supervisor.py SETUP` with nothing but the standard library, so that every back-end can run it
-inside whatever it isolates with. SETUP is JSON: `packages` (folders for sys.path), `tiers` (names of fork servers),
-`memory_mb` (the most that a program of this worker may have), `python` (the sys.version that must be found here, or
-absent), `seccomp` (filter system calls), `events` (a descriptor of the memory group's counters, or absent), and for
-`process` alone `unshare` (leave the host's namespaces oneself) and `scratch` (a folder of the worker's own).
+It is started as `python -I -S supervisor.py SETUP` and uses only the standard library, so that every back-end can run
+it inside its own isolation. SETUP is JSON: `packages` (folders for sys.path), `tiers` (names of fork servers),
+`memory_mb` (the most that a program of this worker may have), `python` (the sys.version that it must run on, or
+absent), `seccomp` (filter system calls), `events` (a descriptor of the memory group's counters, or absent), and only
+for `process` `unshare` (leave the host's namespaces itself) and `scratch` (a folder for this worker alone).
 
-Each frame (see `wire`) gets one in return; the first one out says what was granted. Anything on stdin during a call,
-above all its end, means that the caller has given up: the supervisor kills what runs and leaves.
+Each frame (see `wire`) gets one frame as its answer; before that, a first frame says what was granted. Input during a
+call, or the end of input, means that the caller has given up: the supervisor kills the program and exits.
 """
 
 import base64
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import seccomp
-from call import CallerGone, Program, answer, judge, tell_of
+from call import CallerGone, Program, answer, describe_end, judge
 from files import WorkFolder
 from isolation import Isolation, isolate
 from reaper import Reaper
@@ -32,12 +32,12 @@ from scheduling import Scheduling
 from tiers import Tier, available
 from wire import memory_file, read_frame, write_frame
 
-START_S = 30.0  # what a fork server may take to import its packages
+START_S = 30.0  # how long a fork server may take to import its packages
 SWEEP_S = 2.0
 
 
 class Supervisor:
-    """One worker: its fork servers, its working directory, and the one program that may be running."""
+    """One worker: its fork servers, its working directory, and the program that may be running."""
 
     def __init__(self, setup: dict, isolation: Isolation, protocol_in: int):
         self.setup = setup
@@ -49,19 +49,19 @@ class Supervisor:
         self.names = available(setup["tiers"])
         self.calls = 0
         self.session: Program | None = None
-        # Only where this worker sees no processes of others. There all processes of a user can be killed in one call.
+        # Only if this worker sees no processes of others: then all processes of a user can be killed with one call.
         users = isolation.first_uid is not None and isolation.processes
         self.reaper = Reaper(isolation) if users else None
         # Whether every process seen here is this worker's or a program's.
         self.alone = isolation.processes and os.getpid() == 1
-        # gVisor lets any program change the priority and the cores of any process.
+        # Under gVisor any program can change the priority and the cores of any process.
         self.scheduling = Scheduling() if os.getpid() == 1 and not isolation.immune else None
-        self.oom_kills = 0  # what `count_oom_kills` was when the call began
+        self.oom_kills = 0  # `count_oom_kills` at the start of the call
 
     # -- fork servers -------------------------------------------------------------------------------------------------
 
     def tier(self, name: str) -> Tier:
-        """The fork server of that name, the base one if there is none; started if it does not run."""
+        """The fork server of that name, or the base one if there is none; started if it does not run."""
         name = name if name in self.names else "base"
         self.reap()
         if name not in self.tiers or self.tiers[name].dead:
@@ -71,7 +71,7 @@ class Supervisor:
         return self.tiers[name]
 
     def warm(self, names: list[str]) -> list[str]:
-        """Have these fork servers run; returns those that do now."""
+        """Start these fork servers where necessary; returns those that run now."""
         tiers = [self.tier(name) for name in names]
         deadline = time.monotonic() + START_S
         for tier in tiers:
@@ -88,16 +88,16 @@ class Supervisor:
     # -- killing ------------------------------------------------------------------------------------------------------
 
     def others(self) -> tuple[dict[int, int], set[int]]:
-        """All processes seen here but this worker's own: the parent of each that lives, and those that are dead.
+        """Processes that are not this worker's own: the parent of each live one, and the dead ones.
 
-        A dead one is a zombie, or ended between the listing of the names and the look at it.
+        A dead one is a zombie, or it ended between the listing of /proc and the look at it.
         """
         known, parents, dead = self.known(), {}, set()
         for name in filter(str.isdecimal, os.listdir("/proc")):
             if int(name) in known:
                 continue
             try:
-                with open(f"/proc/{name}/stat", "rb") as file:  # a program's name need not be text
+                with open(f"/proc/{name}/stat", "rb") as file:  # the name in it may be any bytes
                     state, parent = file.read().rpartition(b")")[2].split()[:2]
             except OSError:
                 state, parent = b"X", b"0"
@@ -113,7 +113,7 @@ class Supervisor:
         return {os.getpid(), *reaper, *(tier.pid for tier in self.tiers.values() if not tier.dead)}
 
     def victims(self) -> list[int]:
-        """Every process of the programs: all that are seen where only this worker is, else those below it."""
+        """All processes of programs: every other process if this worker is alone here, else its other descendants."""
         parents, _ = self.others()
         if self.alone:
             return list(parents)
@@ -124,11 +124,10 @@ class Supervisor:
         return list(below - known)
 
     def nothing_left(self, dead: set[int]) -> bool:
-        """Whether no process of the programs lives. `dead` is what the last look found dead, and is brought up to date.
+        """Whether no process of a program lives. `dead` holds what the last look found dead, and is updated.
 
-        A program that forks and ends again and again has a live process at the moment in which the names are listed,
-        but that one may be dead when it is looked at, and its child is not in the list. So one that was not among the
-        dead before counts as alive.
+        A program that forks and ends again and again has a live process when /proc is listed, but this one may be dead
+        when it is looked at, and its child is not in the list. So a process that was not dead before counts as alive.
         """
         if not self.alone:
             return not self.victims()
@@ -139,7 +138,7 @@ class Supervisor:
         return quiet
 
     def kill_all(self, uid: int | None) -> None:
-        """Kill every process of the call, once; more may be forked meanwhile."""
+        """Kill every process of the call once; new ones may be forked meanwhile."""
         if self.reaper is not None:
             self.reaper.kill(uid)
             return
@@ -148,10 +147,10 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
 
     def settle(self, program: Program) -> bool:
-        """Kill what is left of a program and wait until it is gone; False if something would not go."""
+        """Kill what is left of a program and wait until it is gone; False if something is still there."""
         deadline, pause, dead = time.monotonic() + SWEEP_S, 0.0005, set()
-        # A fork server that gets the orphans knows when the last is gone. On gVisor it can miss one that is just
-        # being handed over.
+        # A fork server that adopts the orphans knows when the last one is gone. On gVisor it can miss one that is just
+        # being handed to it.
         trusted = program.tier.subreaper and self.isolation.immune
         while not (program.gone and (trusted or self.nothing_left(dead))):
             if time.monotonic() > deadline:
@@ -174,7 +173,7 @@ class Supervisor:
         return True
 
     def kill_everything(self) -> None:
-        """Before leaving: nothing of the programs or fork servers may stay, even where no namespace ends with us."""
+        """Kill all programs and fork servers before this process ends, because not every namespace ends with it."""
         for tier in self.tiers.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(tier.pid, signal.SIGKILL)
@@ -194,14 +193,14 @@ class Supervisor:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def count_oom_kills(self) -> int:
-        """How many processes of this worker the kernel has killed for want of memory, as far as that is told."""
+        """How many processes of this worker the kernel has killed because memory ran out; 0 if that is unknown."""
         if "events" not in self.setup:
             return 0
         text = os.pread(self.setup["events"], 4096, 0).decode()
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
 
     def start(self, request: dict, session: bool) -> Program:
-        """Hand a program to its fork server. The working directory is open already."""
+        """Pass a program to its fork server. The working directory is open already."""
         content = {
             "code": request["code"],
             "show_last_expression": request["show_last_expression"],
@@ -216,7 +215,7 @@ class Supervisor:
             return Program(self.tier(request["tier"]), content, stdin)
 
     def run(self, request: dict) -> dict:
-        """Run one program to its end, whatever end that is; returns the response."""
+        """Run one program to its end; returns the response."""
         self.calls += 1
         self.oom_kills = self.count_oom_kills()
         uid, limits = self.isolation.uid(self.calls), request["limits"]
@@ -234,7 +233,7 @@ class Supervisor:
             self.folder.close()
 
     def cell(self, request: dict) -> dict:
-        """Run one cell of the session, in the interpreter that is there or in a new one; returns the response."""
+        """Run one cell of the session, in its interpreter or in a new one; returns the response."""
         limits, fresh = request["limits"], self.session is None
         self.oom_kills = self.count_oom_kills()
         if fresh:
@@ -267,16 +266,16 @@ class Supervisor:
         return response
 
     def conclude(self, verdict: str, program: Program, request: dict, clean: bool, ended: bool) -> dict:
-        """The response about a program, or a cell, that has come to its end."""
+        """The response about a program or a cell that has ended."""
         program.hear_last()
-        # A program that ended well did not need what the kernel killed.
+        # A program that succeeded did not need what the kernel killed.
         starved = program.status != 0 and self.count_oom_kills() > self.oom_kills
         status, message = judge(verdict, program, request["limits"], starved)
         files = self.folder.take(request["fetch"], program.uid)
-        return answer(status, message, **tell_of(program), files=files, clean=clean, ended=ended)
+        return answer(status, message, **describe_end(program), files=files, clean=clean, ended=ended)
 
     def end_session(self) -> bool:
-        """Kill the session's interpreter if there is one; False if something of it would not go."""
+        """Kill the session's interpreter if there is one; False if something of it is still there."""
         if self.session is None:
             return True
         program, self.session = self.session, None
@@ -288,7 +287,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def opened_stdin(content: str) -> Iterator[int]:
-    """A descriptor from which the base64 text's bytes can be read."""
+    """A descriptor from which the decoded bytes of a base64 text can be read."""
     data = base64.b64decode(content)
     descriptor = memory_file("stdin", data) if data else os.open("/dev/null", os.O_RDONLY)
     try:
@@ -301,9 +300,9 @@ def main() -> None:
     setup = json.loads(sys.argv[1])
     if setup.get("python", sys.version) != sys.version:
         sys.exit(f"the runtime should be Python {setup['python']!r}, but this is {sys.version!r}")
-    # The protocol moves off 0 and 1, where a stray print or a program's input() could touch it.
+    # The protocol moves away from 0 and 1, where a stray print or a program's input() could reach it.
     protocol_in, protocol_out = os.dup(0), os.dup(1)
-    if "events" in setup:  # brought down to the numbers that a fork server closes
+    if "events" in setup:  # moved to a low number, because a fork server closes only those below 256
         given, setup["events"] = setup["events"], os.dup(setup["events"])
         os.close(given)
     null = os.open("/dev/null", os.O_RDWR)

@@ -1,7 +1,7 @@
-"""Fork servers: processes that have imported much, so that a program that wants it starts at the price of a fork.
+"""Fork servers: processes with packages already imported, so that a program that needs these starts as fast as a fork.
 
-The more memory a process has, the more a fork of it costs. So there are several: a print is forked from one with little
-in it, a symbolic integral from one in which sympy is loaded and its caches are warm.
+The more memory a process has, the more its fork costs. So there are several: a print is forked from a small one, a
+symbolic integral from one in which sympy is loaded and its caches are warm.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ simplify(sin(x)**2 + cos(x)**2), integrate(x**2 * exp(x), x), integrate(sin(x), 
 
 
 def available(names: list[str]) -> list[str]:
-    """Those tiers whose packages are there."""
+    """The tiers whose packages are installed."""
     return [name for name in names if name == "base" or importlib.util.find_spec(name) is not None]
 
 
@@ -53,7 +53,7 @@ class Tier:
         self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dead = False
         self.ready = False  # whether it has imported its packages
-        self.subreaper = True  # whether orphans of its programs come to it rather than to the supervisor
+        self.subreaper = True  # whether it adopts its programs' orphans, and not the supervisor
         self.pid = os.fork()
         if self.pid == 0:
             serve(other, name, isolation, filter_)
@@ -71,7 +71,7 @@ class Tier:
         return message
 
     def await_ready(self, timeout_s: float) -> None:
-        """Wait until it serves; one that takes longer than that counts as dead."""
+        """Wait until it serves; one that takes longer than `timeout_s` counts as dead."""
         if not self.ready:
             self.channel.settimeout(max(timeout_s, 0.001))
             self.receive()
@@ -93,14 +93,14 @@ def address_space() -> int:
 def preload(name: str) -> None:
     for tier in (*ANCESTORS[name], "base", name):
         for module in PRELOADED[tier]:
-            with contextlib.suppress(ImportError):  # then its programs meet the error themselves
+            with contextlib.suppress(ImportError):  # its programs will get the error themselves
                 __import__(module)
     if name == "sympy" and "sympy" in sys.modules:
         exec(WARM_UP, {})
 
 
 def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: seccomp.Filter | None) -> None:
-    """All of a fork server's life; never returns."""
+    """Run a fork server until its end; never returns."""
     try:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.dup2(channel.fileno(), 3)
@@ -113,7 +113,7 @@ def serve(channel: socket.socket, name: str, isolation: Isolation, filter_: secc
             seccomp.install(filter_)
         namespace, outputs = prepare()
         gc.collect()
-        gc.freeze()  # a collection in a child then leaves these pages alone, which saves copying them
+        gc.freeze()  # a collection in a child then does not touch these pages, so they are not copied
         gc.disable()
         child = functools.partial(run_child, isolation, filter_, address_space(), namespace)
         send_packet(channel, ["ready", subreaper])
@@ -141,12 +141,12 @@ def run_program(
 ) -> list:
     """Fork a program and wait for its end; returns the wait status, user and system seconds and peak size in KiB.
 
-    `child` is what the program does with the packet; it never returns.
+    `child` runs the program in the packet; it never returns.
     """
     outcome = outcome_end = None
     if isolation.nested:
         outcome, outcome_end = os.pipe()
-        pid = fork_nested(isolation, outcome_end)
+        pid = fork_nested(outcome_end)
     else:
         pid = os.fork()
     if not pid:
@@ -154,14 +154,14 @@ def run_program(
     for descriptor in descriptors:
         os.close(descriptor)
     ended = 0
-    while ended != pid:  # orphans on the way: a zombie would count as one of the program's processes
+    while ended != pid:  # reap orphans too: a zombie would count as a process of the program
         ended, status, usage = os.wait4(-1, 0)
     if outcome is None:
         return [status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss]
     os.close(outcome_end)
-    told = os.read(outcome, 4096)
+    data = os.read(outcome, 4096)
     os.close(outcome)
-    return marshal.loads(told) if told else [int(signal.SIGKILL), 0.0, 0.0, 0]
+    return marshal.loads(data) if data else [int(signal.SIGKILL), 0.0, 0.0, 0]
 
 
 def has_children() -> bool:
@@ -173,7 +173,7 @@ def has_children() -> bool:
 
 
 def reap_all() -> None:
-    """Wait until every process of the call is dead; killing them is the supervisor's part."""
+    """Wait until every process of the call is dead; the supervisor kills them."""
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait4(-1, 0)

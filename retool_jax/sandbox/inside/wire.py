@@ -1,8 +1,8 @@
 """Messages: frames to and from the host, and packets with descriptors between the processes inside.
 
-A frame is a 4-byte big-endian length and that many bytes of JSON. A packet is one datagram of a SEQPACKET socket:
-`marshal` data, or a single "@" when that is too long for a datagram and lies in a memory file, the last of its
-descriptors. Packets are only ever read from processes that no program can reach.
+A frame is a 4-byte big-endian length and that many bytes of JSON. A packet is one datagram of a SEQPACKET socket: data
+of `marshal`, or a single "@" if the data is too long for a datagram; then the last descriptor is a memory file that
+holds it. Packets are read only from processes that no program can reach.
 """
 
 import array
@@ -18,7 +18,7 @@ MAX_DESCRIPTORS = 8
 
 
 def read_exactly(descriptor: int, size: int) -> bytes:
-    """`size` bytes; raises EOFError if the stream ends first."""
+    """The next `size` bytes. Raises EOFError if the stream ends first."""
     data = bytearray()
     while len(data) < size:
         part = os.read(descriptor, min(size - len(data), 1 << 20))
@@ -29,7 +29,7 @@ def read_exactly(descriptor: int, size: int) -> bytes:
 
 
 def read_frame(descriptor: int) -> dict:
-    """The next frame. Raises EOFError at the end of the stream, or if what comes is no frame."""
+    """The next frame. Raises EOFError at the end of the stream, or if the data is not a frame."""
     (size,) = struct.unpack(">I", read_exactly(descriptor, 4))
     if size > MAX_FRAME_BYTES:
         raise EOFError
@@ -47,7 +47,7 @@ def write_frame(descriptor: int, message: dict) -> None:
 
 
 def memory_file(name: str, data: bytes) -> int:
-    """A descriptor from which `data` can be read; not a pipe, so nobody has to feed it."""
+    """A descriptor from which `data` can be read; unlike a pipe, nobody has to feed it."""
     descriptor = os.memfd_create(name)
     view = memoryview(data)
     while view:
@@ -57,7 +57,7 @@ def memory_file(name: str, data: bytes) -> int:
 
 
 def send_packet(channel: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
-    """Send a message of plain values and duplicates of descriptors. Raises OSError if nobody is left to take them."""
+    """Send a message of plain values, and copies of descriptors. Raises OSError if the other end is closed."""
     payload = marshal.dumps(message)
     if len(payload) > MAX_PACKET_BYTES:
         spill = memory_file("packet", payload)
@@ -75,7 +75,7 @@ def _send(channel: socket.socket, payload: bytes, descriptors: tuple[int, ...]) 
 
 
 def receive_packet(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """The next packet as it came, for `unpack`. Raises EOFError when the other end is closed."""
+    """The next packet, still packed, for `unpack`. Raises EOFError if the other end is closed."""
     payload, ancillary, _, _ = channel.recvmsg(MAX_PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS))
     descriptors = array.array("i")
     for _, _, data in ancillary:
@@ -86,7 +86,7 @@ def receive_packet(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def unpack(payload: bytes, descriptors: list[int]) -> object:
-    """The message of a packet; takes the memory file off `descriptors` if that is where it lies."""
+    """The message of a packet; if it lies in a memory file, that one is removed from `descriptors`."""
     if payload == b"@":
         spill = descriptors.pop()
         payload = read_exactly(spill, os.fstat(spill).st_size)
