@@ -1,1 +1,1 @@
-"""The sandbox over HTTP, in Sandbox Fusion's protocol: both ends of the wire."""
+"""The sandbox over HTTP, in Sandbox Fusion's protocol: server and client."""

@@ -1,4 +1,4 @@
-"""The sandbox as an HTTP application: Sandbox Fusion's protocol and that of the simple local servers."""
+"""The sandbox as an HTTP application, with the protocols of Sandbox Fusion and of the simple local servers."""
 
 import hmac
 import json
@@ -23,7 +23,7 @@ RETRY_AFTER_S = 1
 
 
 async def read_body(http: HTTPRequest) -> dict[str, Any]:
-    """The JSON object of a request. Raises Malformed, and OverflowError if it is too large."""
+    """The JSON object in a request's body. Raises Malformed, or OverflowError if it is too large."""
     data = bytearray()
     async for part in http.stream():
         data += part
@@ -39,7 +39,7 @@ async def read_body(http: HTTPRequest) -> dict[str, Any]:
 
 
 def is_overload(result: ToolResult) -> bool:
-    """Whether another server, or a later try, may well succeed."""
+    """Whether another server, or a later attempt, may succeed."""
     return result.status == "cancelled" or (result.status == "infra_error" and result.message.startswith("overloaded"))
 
 
@@ -47,9 +47,9 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
     """The ASGI application over an open sandbox.
 
     Args:
-        box: runs the programs; its configuration's limits are those of requests that name none.
-        ceiling: limits that no request can exceed.
-        token: what `Authorization: Bearer ...` must say on the two POST routes; empty lets everybody in.
+        box: runs the programs; requests that name no limits get those of its configuration.
+        ceiling: the largest limits that a request can get.
+        token: what `Authorization: Bearer ...` must contain on the two POST routes; empty: everybody may call.
     """
     default, modules = box.config.limits, set(box.config.allowed_modules)
 
@@ -70,7 +70,7 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
         return route
 
     async def answer(http: HTTPRequest, request: Request, write: Callable[[ToolResult], Response]) -> Response:
-        if modules:  # what the server forbids, no request can allow
+        if modules:  # a request cannot allow what the server forbids
             both = modules.intersection(request.allowed_modules) if request.allowed_modules else modules
             request = replace(request, allowed_modules=tuple(both) or ("",))
         try:
@@ -86,14 +86,14 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
 
     async def run_code(http: HTTPRequest, body: dict) -> Response:
         request = read_request(body, default, ceiling)
-        number(body, "compile_timeout", 0)  # nothing is compiled; still checked as the other fields are
+        number(body, "compile_timeout", 0)  # nothing is compiled, but the field is checked like the others
         language = text(body, "language", "python")
         if language != "python":
             return JSONResponse(fault_response(f"language {language[:40]!r} is not served, python is"))
         return await answer(http, request, lambda result: JSONResponse(write_result(result)))
 
     async def execute(http: HTTPRequest, body: dict) -> Response:
-        newer = "generated_code" in body  # the servers of this kind that say how a process ended
+        newer = "generated_code" in body  # the newer servers of this kind, which report how a process ended
         standard = {
             "code": text(body, "generated_code" if newer else "code"),
             "stdin": text(body, "std_input" if newer else "stdin", ""),
@@ -106,14 +106,14 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
 
         def write(result: ToolResult) -> Response:
             run = write_result(result)["run_result"] or {"stdout": "", "stderr": result.message, "return_code": None}
-            ends = {"success": "completed", "timeout": "timeout"}
-            said = {"stdout": run["stdout"], "stderr": run["stderr"], "returncode": run["return_code"]}
-            said["process_status"] = ends.get(result.status, "error")
+            statuses = {"success": "completed", "timeout": "timeout"}
+            reply = {"stdout": run["stdout"], "stderr": run["stderr"], "returncode": run["return_code"]}
+            reply["process_status"] = statuses.get(result.status, "error")
             if result.status == "infra_error":
-                return JSONResponse(said | {"error": result.message}, 500)
+                return JSONResponse(reply | {"error": result.message}, 500)
             if result.status == "timeout" and not newer:
-                return JSONResponse(said | {"error": "Timeout"}, 408)
-            return JSONResponse(said)
+                return JSONResponse(reply | {"error": "Timeout"}, 408)
+            return JSONResponse(reply)
 
         return await answer(http, request, write)
 

@@ -1,4 +1,4 @@
-"""The `remote` back-end: programs run on one or several Sandbox Fusion servers, this project's or others'."""
+"""The `remote` back-end: programs run on one or several Sandbox Fusion servers, of this project or of others."""
 
 import asyncio
 import json
@@ -17,18 +17,18 @@ from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.remote.fusion import read_result, write_request
 from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, ToolResult, shown
 
-BREAKER = 3  # faults in a row after which a server is left alone for a while
+BREAKER = 3  # faults in a row after which a server gets no calls for a while
 FIRST_REST_S, LONGEST_REST_S = 1.0, 30.0
-BUSY_S = 0.5  # how long a server that is full and does not say how long is left alone
+BUSY_S = 0.5  # pause for a full server that does not name one
 OPEN_S = 60.0  # for the first program
-PING_S = 5.0  # between two looks at the servers that hold calls of ours, and how long they may take to answer
-SILENT_PINGS = 2  # after so many without an answer, calls there are given up and go elsewhere
-REFUSED_STATUS = (400, 413, 422)  # from a server that runs our programs: it is about this request's content
+PING_S = 5.0  # between two pings of servers that hold calls of ours, and how long an answer may take
+SILENT_PINGS = 2  # unanswered pings after which calls there are given up and go elsewhere
+REFUSED_STATUS = (400, 413, 422)  # errors in the content of this request; the server itself works
 BUSY_STATUS = (429, 503)
 
 
 class _Fault(Exception):
-    """An attempt failed and says nothing about the program."""
+    """An attempt failed for a reason that says nothing about the program."""
 
 
 class _Busy(Exception):
@@ -37,17 +37,17 @@ class _Busy(Exception):
 
 @dataclass(eq=False)
 class Endpoint:
-    """A server, and how it has behaved."""
+    """A server and its recent behaviour."""
 
     url: str
     failures: int = 0  # in a row
-    rest_until: float = 0.0  # after failures
+    rest_until: float = 0.0  # end of the pause after failures
     busy_until: float = 0.0
-    silent: int = 0  # pings without an answer, in a row
+    silent: int = 0  # unanswered pings in a row
     calls: set[asyncio.Task] = field(default_factory=set)
 
     def available(self, now: float) -> bool:
-        """Whether to send it a call; after a rest, one call tries whether it is back."""
+        """Whether to send it a call; after a pause, a single call tests whether it works again."""
         return now >= self.busy_until and (self.failures < BREAKER or (now >= self.rest_until and not self.calls))
 
     def failed(self) -> None:
@@ -57,12 +57,12 @@ class Endpoint:
 
 
 class RemoteSandbox:
-    """The interface of `Sandbox` over HTTP: each call goes to the least loaded server that behaves. Made by
-    `open_sandbox` with `backend=("remote",)` and `urls`.
+    """The interface of `Sandbox` over HTTP: each call goes to the least loaded server that works. `open_sandbox` makes
+    it, with `backend=("remote",)` and `urls`.
 
-    A fault (no connection, a cut-off answer, 502, 504, SandboxError) is tried again, elsewhere if possible, `retries`
-    times with growing pauses; a server that is full is asked again until `queue_s` is over. Isolation is the
-    servers' to hold: nothing of it can be proved from here.
+    After a fault (no connection, a cut-off answer, 502, 504, SandboxError) a call is repeated, elsewhere if possible,
+    `retries` times with growing pauses. Full servers are asked again until `queue_s` is over. The servers are
+    responsible for the isolation; it cannot be tested from here.
     """
 
     backend = "remote"
@@ -77,7 +77,7 @@ class RemoteSandbox:
         self._closed = False
 
     async def open(self) -> None:
-        """See that a server answers and can add. Raises UserError."""
+        """Check that a server answers and can compute a sum. Raises UserError."""
         if not self._endpoints:
             raise UserError("no servers given; set sandbox.urls=[http://HOST:PORT,...]")
         try:
@@ -89,7 +89,7 @@ class RemoteSandbox:
         self._session = aiohttp.ClientSession(
             headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
-        self._watch = asyncio.create_task(self._look_after())
+        self._watch = asyncio.create_task(self._watch_servers())
         if not any(await asyncio.gather(*map(self._ping, self._endpoints))):
             servers = ", ".join(self.config.urls)
             raise UserError(
@@ -114,7 +114,7 @@ class RemoteSandbox:
         show_last_expression: bool | None = None,
         allowed_modules: Sequence[str] | None = None,
     ) -> ToolResult:
-        """Run a program; see `Sandbox.run`. Servers of others ignore the two options and some of the limits."""
+        """Run a program; see `Sandbox.run`. Other projects' servers ignore the last two options and some limits."""
         if self._closed:
             raise RuntimeError("the sandbox is closed")
         request = Request.of(self.config, code, stdin, files, fetch, limits, show_last_expression, allowed_modules)
@@ -127,15 +127,16 @@ class RemoteSandbox:
         return result
 
     def session(self) -> NoReturn:
-        """There is none: the protocol has no state between calls. Raises UserError."""
+        """Raises UserError: the protocol keeps no state between calls, so there are no sessions."""
         raise UserError("sandbox sessions need a back-end on this machine; sandbox.backend=[remote] has none")
 
     async def _serve(self, request: Request) -> ToolResult:
+        """Send a request to servers until one gives a result, or time or retries are used up."""
         asked = time.monotonic()
         queue_until = asked + self.config.queue_s
         until = queue_until + (self.config.retries + 1) * (request.limits.wall_s + OVERTIME_S)
         payload = json.dumps(write_request(request)).encode()
-        faults, message, refused = 0, "", 0.0
+        faults, message, waited_s = 0, "", 0.0
         while not self._closed:
             endpoint = self._choose()
             try:
@@ -152,38 +153,38 @@ class RemoteSandbox:
                     return ToolResult("infra_error", attempts=faults, queue_s=now - asked, message=message)
                 wait_s = min((e.busy_until for e in self._endpoints if e.busy_until > now), default=now) - now
                 await asyncio.sleep(min(max(wait_s, 0.01) * random.uniform(1.0, 1.5), queue_until - now))
-                refused = time.monotonic() - asked
+                waited_s = time.monotonic() - asked
             except _Fault as fault:
                 if self._closed:
                     break
                 self.metrics.faults["remote"] += 1
                 faults, message = faults + 1, str(fault)
                 if faults > self.config.retries or time.monotonic() >= until:
-                    waited = time.monotonic() - asked
-                    return ToolResult("infra_error", attempts=faults, queue_s=waited, message=message)
+                    queue_s = time.monotonic() - asked
+                    return ToolResult("infra_error", attempts=faults, queue_s=queue_s, message=message)
                 await asyncio.sleep(pause_s(faults))
             else:
-                waited = result.queue_s + refused
-                return replace(result, attempts=result.attempts + faults, queue_s=waited)
+                return replace(result, attempts=result.attempts + faults, queue_s=result.queue_s + waited_s)
         return ToolResult("cancelled", attempts=faults, message="the sandbox was closed")
 
     def _choose(self) -> Endpoint | None:
+        """The server for the next call, if any is available."""
         now = time.monotonic()
         free = [endpoint for endpoint in self._endpoints if endpoint.available(now)]
         return min(free, key=lambda e: (e.failures, len(e.calls), random.random()), default=None)
 
     async def _post(self, endpoint: Endpoint, payload: bytes, limits: Limits, timeout_s: float) -> ToolResult:
-        """One attempt. Raises _Busy or _Fault, and tells the endpoint."""
+        """One attempt, which updates the endpoint. Raises _Busy or _Fault."""
         call = asyncio.create_task(self._exchange(endpoint, payload, limits, timeout_s))
         endpoint.calls.add(call)
         try:
             result = await asyncio.shield(call)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if task is None or not task.cancelling():  # `_look_after` gave it up, not our caller
+            if task is None or not task.cancelling():  # `_watch_servers` gave it up, not our caller
                 raise _Fault(f"{endpoint.url} stopped answering") from None
             call.cancel()
-            await asyncio.wait([call])  # closes the connection, which tells the server to kill the program
+            await asyncio.wait([call])  # the connection closes, and the server kills the program
             raise
         except _Fault:
             endpoint.failed()
@@ -213,7 +214,7 @@ class RemoteSandbox:
             text = body[:200].decode("utf-8", "replace")
             if response.status in REFUSED_STATUS:
                 return ToolResult("rejected", message=f"the server answered HTTP {response.status}: {shown(text)}")
-            if response.status in (401, 403):  # no other try can end differently
+            if response.status in (401, 403):  # another attempt would end the same way
                 return ToolResult("infra_error", attempts=1, message=f"{url}: HTTP {response.status}: {text}")
             raise _Fault(f"{url}: HTTP {response.status}: {text}")
         try:
@@ -237,8 +238,8 @@ class RemoteSandbox:
         endpoint.silent = 0 if answered else endpoint.silent + 1
         return answered
 
-    async def _look_after(self) -> None:
-        """Give up calls at servers that are gone without having said so: a lost machine closes no connection."""
+    async def _watch_servers(self) -> None:
+        """Give up calls at servers that stop answering pings: a machine that is lost does not close its connections."""
         while True:
             await asyncio.sleep(PING_S)
             holding = [endpoint for endpoint in self._endpoints if endpoint.calls]
@@ -251,7 +252,7 @@ class RemoteSandbox:
                         call.cancel()
 
     def gauges(self) -> dict[str, float]:
-        """Present values, by name, for `metrics.prometheus`."""
+        """Current values by name, for `metrics.prometheus`."""
         now = time.monotonic()
         return {
             "servers": len(self._endpoints),

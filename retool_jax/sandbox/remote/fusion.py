@@ -1,7 +1,7 @@
 """Sandbox Fusion's `/run_code` protocol: requests and results as JSON, in both directions.
 
-The protocol knows fewer ends than `ToolResult`; what it cannot say is added under the key `retool`, which clients and
-servers of others ignore.
+The protocol has fewer statuses than `ToolResult`. The key `retool` holds what it cannot express; clients and servers of
+other projects ignore it.
 """
 
 import base64
@@ -15,20 +15,20 @@ from retool_jax.sandbox.host.request import Request
 from retool_jax.sandbox.types import KINDS, Limits, Status, ToolResult, is_a, shown
 
 EXTRA = "retool"
-CUT = "\n[... bytes removed ...]\n"  # as a worker writes it
-# Everything that the standard fields do not say, or say in another form.
+CUT = "\n[... bytes removed ...]\n"  # the same text as in a worker
+# What the standard fields do not hold, or hold in another form.
 _EXTRA_FIELDS = tuple(f.name for f in fields(ToolResult) if f.name not in ("stdout", "stderr", "files"))
 
 
 class Malformed(Exception):
-    """A body that is no request; `field` is the one at fault, with dots between the names of those around it."""
+    """A body that is not a valid request; `field` is the path of the wrong field, with dots between names."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
 
     def detail(self) -> dict:
-        """The body of the answer, as FastAPI writes it."""
+        """The body of the answer, in the format of FastAPI."""
         loc = ["body", *filter(None, self.field.split("."))]
         return {"detail": [{"loc": loc, "msg": str(self), "type": "value_error"}]}
 
@@ -39,7 +39,7 @@ class Malformed(Exception):
 
 
 def write_request(request: Request) -> dict:
-    """The body of a request to any Sandbox Fusion server."""
+    """The body of a request to a Sandbox Fusion server of any project."""
     limits = request.limits
     extra = {
         "limits": asdict(limits),
@@ -67,7 +67,7 @@ def _wrong(name: str, value: object, expected: str) -> Malformed:
 
 
 def _get(body: Mapping[str, Any], name: str, kind: type, default: Any = None, within: str = "") -> Any:
-    """A field of that kind, the default if it is null or not there. Raises Malformed, also without a default."""
+    """A field of type `kind`, or the default if it is null or absent. Raises Malformed, also without a default."""
     value = body.get(name)
     if value is None and default is not None:
         return default
@@ -87,7 +87,7 @@ def number(body: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def _whole(value: object) -> object:
-    """JSON has one kind of numbers: 512.0 is the whole number 512."""
+    """The whole number for a float like 512.0: JSON has only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -114,15 +114,15 @@ def _below(limits: Limits, ceiling: Limits) -> Limits:
 
 
 def read_request(body: Mapping[str, Any], default: Limits, ceiling: Limits) -> Request:
-    """The request that a body describes; what it asks for beyond `ceiling` is cut down to that.
+    """The request in a body; limits above `ceiling` are lowered to it.
 
-    A script's last value is not printed unless the body's `retool` part asks for it. Raises Malformed.
+    The value of a script's last expression is printed only if the body's `retool` part asks for it. Raises Malformed.
     """
     wall_s, memory_mb = number(body, "run_timeout", default.wall_s), _whole(number(body, "memory_limit_MB", -1))
     if not is_a(memory_mb, int):
         raise _wrong("memory_limit_MB", memory_mb, KINDS[int])
     asked: dict[str, Any] = {"wall_s": min(max(wall_s, 0.05), ceiling.wall_s)}
-    if memory_mb > 0:  # -1 is the protocol's word for no limit
+    if memory_mb > 0:  # -1 means no limit in the protocol
         asked["memory_mb"] = min(max(memory_mb, 16), ceiling.memory_mb)
     extra = _get(body, EXTRA, dict, {})
     exact = _get(extra, "limits", dict, {}, f"{EXTRA}.")
@@ -150,7 +150,7 @@ def read_request(body: Mapping[str, Any], default: Limits, ceiling: Limits) -> R
 
 
 def fault_response(message: str) -> dict:
-    """The body that says that nothing was run."""
+    """The body of an answer when nothing was run."""
     return {"status": "SandboxError", "message": message, "compile_result": None, "run_result": None, "files": {}}
 
 
@@ -191,7 +191,7 @@ def write_result(result: ToolResult) -> dict:
 
 
 def _clip(text: str, limit: int) -> tuple[str, int, bool]:
-    """What is kept of a whole stream, its bytes, and whether it was cut (a server of others keeps everything)."""
+    """The kept part of a stream, its size in bytes, and whether it was cut (other projects' servers cut nothing)."""
     data = text.encode("utf-8", "replace")
     if len(data) <= limit:
         return text, len(data), False
@@ -200,10 +200,10 @@ def _clip(text: str, limit: int) -> tuple[str, int, bool]:
 
 
 def read_result(body: Mapping[str, Any], limits: Limits) -> ToolResult:
-    """The result that an answer describes, in full if the server is one of ours.
+    """The result in an answer; complete if the server is one of ours.
 
-    A server of others says less: an end by SIGKILL after a MemoryError is `oom`, any other return code that is not
-    zero a `user_error`, and `SandboxError` an `infra_error`. Raises ValueError if it is no answer.
+    Other projects' servers say less: an end by SIGKILL after a MemoryError is `oom`, any other return code but zero is
+    `user_error`, and `SandboxError` is `infra_error`. Raises ValueError if the answer cannot be read.
     """
     result = _read_result(body, limits)
     for f in fields(result):
@@ -222,7 +222,7 @@ def read_result(body: Mapping[str, Any], limits: Limits) -> ToolResult:
 
 
 def _read_result(body: Mapping[str, Any], limits: Limits) -> ToolResult:
-    """The same, as the answer has it."""
+    """`read_result`, without checks of types and ranges."""
     try:
         files = {path: base64.b64decode(data) for path, data in (body.get("files") or {}).items()}
         if isinstance(extra := body.get(EXTRA), dict):
