@@ -1,14 +1,14 @@
 # A server of a checkpoint: docker build -f deploy/serve.Dockerfile -t retool-serve .
 # On a GPU or a TPU add --build-arg EXTRAS=serve,sandbox,cuda or EXTRAS=serve,sandbox,tpu.
-# Programs run on the sandbox servers that sandbox.urls names (deploy/Dockerfile): this image has no sandbox, and needs
-# no privileges.
+# Programs run on the sandbox servers in sandbox.urls (deploy/Dockerfile): this image has no sandbox and needs no
+# privileges.
 FROM python:3.11-slim-bookworm
 
 ARG EXTRAS=serve,sandbox
 COPY pyproject.toml README.md /src/
 COPY configs /src/configs
 COPY retool_jax /src/retool_jax
-# google-jetstream is there for the messages of its gRPC alone, and would bring TensorFlow.
+# Only the gRPC messages of google-jetstream are used; its dependencies would install TensorFlow.
 RUN pip install --no-cache-dir "/src[${EXTRAS}]" grpcio protobuf \
     && pip install --no-cache-dir --no-deps google-jetstream==0.2.2
 

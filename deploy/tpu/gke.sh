@@ -1,4 +1,4 @@
-# BACKEND=gke: a cluster with a node pool for each slice, and the run as a JobSet, which restarts what was preempted.
+# BACKEND=gke: a cluster with a node pool for each slice; the run is a JobSet, which restarts after preemptions.
 # https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice
 # shellcheck shell=bash
 
@@ -49,7 +49,7 @@ gke_up() {
     call gcloud container clusters get-credentials "$CLUSTER" --project="$PROJECT" --zone="$ZONE" --quiet
     call "${kube[@]}" apply --server-side -f "$JOBSET"
     call "${kube[@]}" -n jobset-system wait --for=condition=Available deploy/jobset-controller-manager --timeout=300s
-    # Pods of this account are, to the bucket, the run's service account.
+    # Pods with this account access the bucket as the run's service account.
     ensure "Kubernetes service account $NAME" "${kube[@]}" get serviceaccount "$NAME" :: \
         "${kube[@]}" create serviceaccount "$NAME"
     call "${kube[@]}" annotate --overwrite serviceaccount "$NAME" "iam.gke.io/gcp-service-account=$account"
@@ -81,7 +81,7 @@ gke_state() {
     echo "${answer:-ACTIVE}"
 }
 
-# The JobSet starts again what fails, until it gives up.
+# The JobSet restarts a failed run until it gives up.
 gke_watch() {
     local state
     if dry; then
@@ -107,7 +107,7 @@ gke_down() {
         remove "cluster $CLUSTER" \
             gcloud container clusters describe "$CLUSTER" --project="$PROJECT" --zone="$ZONE" :: \
             gcloud container clusters delete "$CLUSTER" --project="$PROJECT" --zone="$ZONE" --quiet
-    else # in somebody's cluster only what is of this run
+    else # in another owner's cluster, remove only what belongs to this run
         try "${kube[@]}" delete jobset "$NAME" --ignore-not-found
         try "${kube[@]}" delete serviceaccount "$NAME" --ignore-not-found
         for secret in $SECRETS; do try "${kube[@]}" delete secret "$(secret_name "$secret")" --ignore-not-found; done
@@ -122,13 +122,13 @@ gke_down() {
         gcloud compute resource-policies delete "$workload" --project="$PROJECT" --region="$REGION" --quiet
 }
 
-gke_pod() { # of WORKER, or in a dry run the question for it
+gke_pod() { # the pod of WORKER, or in a dry run the command that finds it
     local slice=${WORKER%%/*} labels=jobset.sigs.k8s.io/jobset-name=$NAME
     labels+=,jobset.sigs.k8s.io/job-index=$slice,batch.kubernetes.io/job-completion-index=${WORKER##*/}
     query "${kube[@]}" get pods -l "$labels" -o name
 }
 
-in_pod() { # WORDS of kubectl, with POD where the pod's name belongs
+in_pod() { # WORDS for kubectl, with POD in the place of the pod's name
     local pod line
     pod=$(gke_pod)
     if dry; then

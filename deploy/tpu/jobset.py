@@ -1,8 +1,8 @@
 """Print the JobSet of a training run on GKE: `python3 deploy/tpu/jobset.py --name=... -- WORDS OF worker.sh`.
 
-It needs the standard library alone and prints JSON, which is YAML: `kubectl apply -f -` reads it.
+It needs only the standard library and prints JSON, which is also YAML: `kubectl apply -f -` reads it.
 
-One replica of the job is one slice, with a pod for each of its machines; all of its nodes are of one node pool. The
+One replica of the job is one slice, with a pod for each of its machines; all its nodes belong to one node pool. The
 fields are those of the JobSet API (https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/), and labels, resources
 and annotations those of GKE (https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice and
 https://cloud.google.com/kubernetes-engine/docs/how-to/cloud-storage-fuse-csi-driver-setup).
@@ -13,7 +13,7 @@ import json
 import sys
 
 MOUNT = "/mnt/retool"  # where worker.sh looks for the bucket
-BAD_INPUT = 2  # the exit status of a command that will fail the same way again
+BAD_INPUT = 2  # exit status of a command that would fail in the same way again
 PORTS = {"libtpu": 8471, "slices": 8080, "coordinator": 8482}
 
 
@@ -33,8 +33,8 @@ def jobset(
 ) -> dict:
     """The manifest as plain data.
 
-    `secrets` are names of variables and of the Kubernetes secrets that hold them under the same key; a secret that is
-    not there leaves its variable unset. `command` are the words of `worker.sh work`.
+    `secrets` maps names of variables to the Kubernetes secrets that hold them under the same key; if a secret does not
+    exist, its variable stays unset. `command` holds the words for `worker.sh work`.
     """
     chips = str(chips_per_host)
     selector = {"cloud.google.com/gke-tpu-accelerator": gke_type, "cloud.google.com/gke-tpu-topology": topology}
@@ -51,10 +51,10 @@ def jobset(
         "env": keys,
         "ports": [{"name": port, "containerPort": number} for port, number in PORTS.items()],
         "resources": {"requests": {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}},
-        "securityContext": {"privileged": True},  # gVisor makes namespaces and control groups of its own
+        "securityContext": {"privileged": True},  # gVisor makes its own namespaces and control groups
         "volumeMounts": [{"name": "bucket", "mountPath": MOUNT}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
-    # As on a machine of its own: nothing of another host's is remembered, and fsync puts a file into the bucket.
+    # As on virtual machines: what other hosts write is not cached, and fsync puts a file into the bucket.
     options = "implicit-dirs,metadata-cache:ttl-secs:0,write:enable-streaming-writes:false"
     volumes = [
         {
@@ -83,7 +83,7 @@ def jobset(
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
-        "backoffLimit": 0,  # one pod less is a slice less: all begin again
+        "backoffLimit": 0,  # a lost pod means a lost slice: all start again
         "podFailurePolicy": {
             "rules": [
                 {

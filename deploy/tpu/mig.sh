@@ -1,4 +1,4 @@
-# BACKEND=mig: a managed instance group on Compute Engine for each slice, whose machines come all at once or not at all.
+# BACKEND=mig: a managed instance group on Compute Engine for each slice; it gets all its machines at once or none.
 # https://docs.cloud.google.com/compute/docs/tpus/create-tpu-mig-multi-host-slice
 # shellcheck shell=bash
 
@@ -19,7 +19,7 @@ groups() { # VERB SLICE WORDS
 
 mig_groups() {
     local slice words=(--template="projects/$PROJECT/regions/$REGION/instanceTemplates/$template" --size="$hosts")
-    # A slice of several machines is wired as its workload policy says; one machine needs no wires.
+    # The workload policy sets how the machines of a slice are connected; a single machine needs none.
     [ "$hosts" = 1 ] || words+=(--target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing
         --workload-policy="projects/$PROJECT/regions/$REGION/resourcePolicies/$workload")
     for ((slice = 0; slice < SLICES; slice++)); do
@@ -68,7 +68,7 @@ mig_state() {
         }
         running=$(grep -c RUNNING <<<"$answer" || true)
         [ "$running" -ge "$hosts" ] || {
-            # While it waits for machines and once it has lost some it looks the same: who asks knows which it is.
+            # A group that waits for machines and one that has lost some look the same: the caller knows which it is.
             echo "WAITING ($running of $hosts machines of slice $slice run)"
             return
         }
@@ -103,7 +103,7 @@ mig_down() {
         gcloud compute resource-policies delete "$workload" --project="$PROJECT" --region="$REGION" --quiet
 }
 
-machines() { # SLICE: the names of its machines, or in a dry run the question for them
+machines() { # SLICE: the names of its machines, or in a dry run the command that lists them
     local how=(query)
     groups list-instances "$1" '--format=value(instance.basename())'
 }
@@ -127,7 +127,7 @@ mig_start() {
     done
 }
 
-mig_ssh() { # COMMAND, or none to type there
+mig_ssh() { # COMMAND, or nothing for an interactive shell
     local machine names slice=${WORKER%%/*} number=${WORKER##*/}
     local words=(--project="$PROJECT" --zone="$ZONE" --quiet "${tunnel[@]}" ${1:+"--command=$1"})
     if dry; then

@@ -7,7 +7,7 @@ queued_check() {
         refuse "queued resources do not serve tpu7x and later; choose BACKEND=mig or BACKEND=gke"
 }
 
-queued() { # VERB WORDS: on this run's request
+queued() { # VERB WORDS: a command on this run's request
     local verb=$1
     shift
     "${how[@]}" gcloud compute tpus queued-resources "$verb" "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet "$@"
@@ -16,7 +16,7 @@ queued() { # VERB WORDS: on this run's request
 queued_create() {
     local tool=(gcloud compute) words=()
     if [ -n "$RESERVATION" ]; then
-        tool=(gcloud alpha compute) # only there a reservation has a name
+        tool=(gcloud alpha compute) # only the alpha command takes the name of a reservation
         words+=(--reserved --reservation="projects/$PROJECT/locations/$ZONE/reservations/$RESERVATION")
     elif [ "$SPOT" = 1 ]; then
         words+=(--spot)
@@ -67,7 +67,7 @@ queued_start() {
     queued ssh --node=all --worker=all "${tunnel[@]}" --command="$(worker_line)"
 }
 
-queued_ssh() { # COMMAND, or none to type there
+queued_ssh() { # COMMAND, or nothing for an interactive shell
     local how=(take_over)
     queued ssh --node="${WORKER%%/*}" --worker="${WORKER##*/}" "${tunnel[@]}" ${1:+"--command=$1"}
 }

@@ -1,14 +1,14 @@
-# Of launch_tpu.sh and its back-ends: commands that are run or printed, what their failures mean, the types of TPUs.
+# For launch_tpu.sh and its back-ends: running or printing commands, the meaning of failures, the types of TPUs.
 # shellcheck shell=bash
 
-errors=''    # what the last command said on stderr
-made=()      # what this call has made so far, for who reads that it failed
+errors=''    # stderr of the last command
+made=()      # what this call has made so far, printed if it fails
 stuck=()     # what could not be removed
 removed=0
 
 dry() { [ "$DRY_RUN" = 1 ]; }
 
-# What a person should know: on stderr, and in a dry run as a comment between the commands.
+# A message for people: on stderr, or in a dry run as a comment between the commands.
 note() { if dry; then printf '# %s\n' "$*"; else printf '%s\n' "$*" >&2; fi; }
 
 refuse() {
@@ -26,7 +26,7 @@ fail() {
     exit 1
 }
 
-# Words as a shell reads them back.
+# Words, quoted for a shell.
 quoted() {
     local word words=()
     for word; do
@@ -42,7 +42,7 @@ split() {
     second=("${@:2}")
 }
 
-# Run a command; what it says on stderr is shown as it comes, and kept in `errors`.
+# Run a command; its stderr is shown at once and kept in `errors`.
 attempt() {
     local code=0 kept
     kept=$(mktemp)
@@ -60,21 +60,21 @@ call() {
     fi
 }
 
-# A look, which may find nothing.
+# Show something that may not exist.
 look() { if dry; then call "$@"; else "$@" || true; fi; }
 
-# As `call`, where it does not matter whether the command succeeds.
+# Like `call`, but the command may fail.
 try() { if dry; then printf '%s || true\n' "$(quoted "$@")"; else "$@" >/dev/null 2>&1 || true; fi; }
 
-# A command that has the terminal from here on.
+# Replace this program by a command, which gets the terminal.
 take_over() { if dry; then call "$@"; else exec "$@"; fi; }
 
-# A question, whose answer is printed; nothing where it fails. In a dry run the command itself, for a loop.
+# Print what a command prints, or nothing if it fails. In a dry run print the command itself, for use in a loop.
 query() { if dry; then quoted "$@"; else "$@" 2>/dev/null || true; fi; }
 
 ssh_lost() { [[ $errors =~ "status 255"|"code [255]"|"onnection timed out"|"onnection refused" ]]; }
 
-# A command on workers. A machine that has just begun lets nobody in at first, and lines break.
+# A command on workers, tried again if ssh fails: a new machine refuses connections at first, and connections break.
 through() {
     local tries=1
     if dry; then
@@ -89,7 +89,7 @@ through() {
     done
 }
 
-# The state of something that could not be asked for: gone, or unknown as the line is down.
+# The state to report when a query failed: gone, or unknown because there was no connection.
 unanswered() {
     case $1 in
     *NOT_FOUND* | *NotFound* | *"was not found"* | *code=404* | *SERVICE_DISABLED*) echo "GONE (there is none)" ;;
@@ -97,7 +97,7 @@ unanswered() {
     esac
 }
 
-# Ask for a state: what the command prints, without its warnings, or why it could not, as `answer`.
+# Query a state: `answer` is what the command prints, without its warnings, or why it failed.
 ask() {
     local kept code=0
     kept=$(mktemp)
@@ -117,7 +117,7 @@ piped() {
     fi
 }
 
-# secretly NAME COMMAND: the command reads the variable's value on stdin, and nobody reads it anywhere else.
+# secretly NAME COMMAND: the command reads the variable's value from stdin; it is printed nowhere.
 secretly() {
     local name=$1
     shift
@@ -128,7 +128,7 @@ secretly() {
     fi
 }
 
-# ensure WHAT QUESTION :: COMMAND: make what is not there.
+# ensure WHAT QUESTION :: COMMAND: make something unless it exists.
 ensure() {
     local what=$1 code
     split "${@:2}"
@@ -145,7 +145,7 @@ ensure() {
     fi
 }
 
-# remove WHAT QUESTION :: COMMAND: remove what is there. One that stays does not keep the others.
+# remove WHAT QUESTION :: COMMAND: remove something if it exists. After a failure the other removals still run.
 remove() {
     local what=$1 said
     split "${@:2}"
@@ -161,7 +161,7 @@ remove() {
     fi
 }
 
-# What a failure means and what to do, from the exit status and the words of the command in `errors`.
+# What a failure means and what to do, from the exit status and the command's stderr in `errors`.
 meaning() {
     local code=$1 quotas="https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT"
     shift
@@ -194,7 +194,7 @@ meaning() {
 
 # --------------------------------------------------------------------------------------------------------------- types
 
-# The shape of a slice of so many chips: 2D tori for v5e and v6e, 3D ones for v5p and tpu7x.
+# The shape of a slice with this number of chips: a 2D torus for v5e and v6e, a 3D torus for v5p and tpu7x.
 shape() {
     case $1-$2 in
     2d-1) echo 1x1 ;; 2d-4) echo 2x2 ;; 2d-8) echo 2x4 ;; 2d-16) echo 4x4 ;; 2d-32) echo 4x8 ;; 2d-64) echo 8x8 ;;
@@ -204,7 +204,7 @@ shape() {
     esac
 }
 
-# TYPE to what the back-ends need to know of it. v5p and tpu7x count cores, two a chip; v5e and v6e count chips.
+# Set what the back-ends need to know about TYPE. v5p and tpu7x count cores, two per chip; v5e and v6e count chips.
 read_type() {
     local number=${TYPE#*-} kind sizes
     [[ $TYPE =~ ^(v5p|v5e|v5litepod|v6e|tpu7x)-[1-9][0-9]{0,3}$ ]] ||
@@ -223,7 +223,7 @@ read_type() {
     [ "$kind" = 2d ] || sizes='8, 16, 32, 64, 128, 256, 512, 1024 and 2048'
     [ -n "$topology" ] && { [ "$kind" = 2d ] || [ $((number % 2)) = 0 ]; } ||
         refuse "TYPE=$TYPE: sizes of $generation are $sizes"
-    # Slices of at most 8 chips of v5e and v6e are one machine; all others have four chips on each.
+    # Slices of v5e and v6e with at most 8 chips are one machine; all others have four chips on each machine.
     chips_per_host=4
     if [ "$kind" = 2d ] && [ "$chips" -le 8 ]; then chips_per_host=$chips; fi
     hosts=$((chips / chips_per_host))

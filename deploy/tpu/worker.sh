@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One host of a run: has the bucket at /mnt/retool, installs, trains or evaluates, and tells the bucket the end.
-#   worker.sh start KEY=value ... -- COMMAND   on a virtual machine, as root: begins the work as a systemd unit, which
-#                                              goes on without whoever began it; a unit that is there is stopped first
-#   worker.sh work  KEY=value ... -- COMMAND   the work, of that unit or of a pod on GKE, which has the bucket mounted
+# One host of a run: mounts the bucket at /mnt/retool, installs, trains or evaluates, and writes the end to the bucket.
+#   worker.sh start KEY=value ... -- COMMAND   on a virtual machine, as root: starts the work as a systemd unit, which
+#                                              continues after the caller leaves; an older unit is stopped first
+#   worker.sh work  KEY=value ... -- COMMAND   the work itself, in that unit or in a pod on GKE with the bucket mounted
 set -euo pipefail
 
-root=${RETOOL_ROOT-} # a folder in the place of /, for tests
+root=${RETOOL_ROOT-} # for tests, a folder to use instead of /
 bucket_at=$root/mnt/retool
 local_at=$root/opt/retool
 log=$root/var/log/retool.log
@@ -29,7 +29,7 @@ export PATH=$PATH:/snap/bin # where Google's images have gcloud
 start() {
     systemctl stop retool 2>/dev/null || true
     systemctl reset-failed retool 2>/dev/null || true
-    rm -f "$here/status/$host" # of what was just stopped
+    rm -f "$here/status/$host" # the status of the unit that was just stopped
     install -D -m 700 "$0" "$root/usr/local/sbin/retool-worker"
     systemd-run --unit=retool --property=LimitNOFILE=1000000 --property=LimitMEMLOCK=infinity --setenv=HOME=/root \
         "$root/usr/local/sbin/retool-worker" work "${words[@]}"
@@ -37,7 +37,7 @@ start() {
 
 on_machine() { [ -d "$root/run/systemd/system" ]; }
 
-# One line for launch_tpu.sh: HOST STATE. Where the bucket could not be mounted gcloud brings it there.
+# One line for launch_tpu.sh: HOST STATE. If the bucket could not be mounted, gcloud writes it there.
 tell() {
     if mountpoint -q "$bucket_at"; then
         mkdir -p "$here/status"
@@ -54,7 +54,7 @@ finish() {
     tell "exit $code"
 }
 
-repository() { # NAME KEY "ADDRESS SUITE COMPONENT": of apt
+repository() { # NAME KEY "ADDRESS SUITE COMPONENT": add a repository to apt
     curl -fsSL "$2" | gpg --dearmor --yes -o "/usr/share/keyrings/$1.gpg"
     echo "deb [signed-by=/usr/share/keyrings/$1.gpg] $3" >"/etc/apt/sources.list.d/$1.list"
 }
@@ -72,8 +72,8 @@ mount_bucket() {
         packages gcsfuse
     }
     mkdir -p "$bucket_at"
-    # A unit of its own, so that it outlives the training. What another host wrote is seen at once, and a file is in the
-    # bucket when fsync returns, which it is not while it streams.
+    # A separate unit, so that it outlives the training. Files of other hosts are visible at once, and a file is in the
+    # bucket when fsync returns, which would not be so with streaming writes.
     systemd-run --unit=retool-bucket --collect gcsfuse --foreground --implicit-dirs --metadata-cache-ttl-secs=0 \
         --enable-streaming-writes=false "$BUCKET" "$bucket_at"
     for _ in {1..60}; do
@@ -84,15 +84,15 @@ mount_bucket() {
     return 1
 }
 
-# The code of one commit in an environment of its own. Packages are those that there were when it was made, so every
-# host and every restart has the same versions.
+# The code of one commit, in its own environment. Packages are not newer than PINNED_AT, so every host and every restart
+# has the same versions.
 install_code() {
     local to=$local_at/$CODE
     [ ! -e "$to/ready" ] || return 0
     rm -rf "$to"
     mkdir -p "$to/code"
     tar -xzf "$here/code/$CODE.tar.gz" -C "$to/code"
-    if on_machine; then packages python3-venv; fi # the pod's Python has it
+    if on_machine; then packages python3-venv; fi # the Python of a pod has it
     [ -x "$local_at/uv/bin/uv-$UV_VERSION" ] || {
         python3 -m venv --clear "$local_at/uv"
         "$local_at/uv/bin/pip" install -q "uv==$UV_VERSION"
@@ -121,23 +121,23 @@ prepare() {
     install_code
 }
 
-# Secrets become variables of the training process, and stand nowhere else.
+# Secrets become variables of the training process and are stored nowhere else.
 read_secrets() {
     local key value object
     for key in $SECRETS; do
-        on_machine || continue # a pod has them already
+        on_machine || continue # a pod has its secrets already
         object=$NAME-$(tr '[:upper:]_' '[:lower:]-' <<<"$key")
         value=$(gcloud secrets versions access latest --secret="$object" 2>/dev/null) || continue # none was stored
         export "$key=$value"
     done
 }
 
-attribute() { # of this machine's metadata
+attribute() { # NAME: a value from this machine's metadata
     curl -fsS -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
 
-# Queued resources and GKE say which slices there are. Of instance groups the first machine of the first slice says
-# where it is, and all others wait for that.
+# Queued resources and GKE tell the hosts about the slices. With instance groups, the first machine of the first slice
+# writes its address, and all others wait for it.
 join_slices() {
     local address=$here/status/coordinator
     [ "$SLICES" -gt 1 ] || return 0
@@ -163,9 +163,9 @@ work() {
     export JAX_COMPILATION_CACHE_DIR=$bucket_at/compiled TF_CPP_MIN_LOG_LEVEL=1
     cd "$local_at/$CODE/code"
     mkdir -p "$bucket_at/runs"
-    ln -sfn "$bucket_at/runs" runs # where training keeps its runs unless it is told otherwise
+    ln -sfn "$bucket_at/runs" runs # the default folder of runs
     "${command[@]}" 2>&1 | tee -a "$log"
 }
 
-export UV_PYTHON_INSTALL_DIR=$local_at/python # not below /root, so that the sandbox can show it to programs
+export UV_PYTHON_INSTALL_DIR=$local_at/python # not below /root, so that programs in the sandbox can read it
 "$verb"
