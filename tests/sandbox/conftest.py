@@ -1,4 +1,4 @@
-"""The back-ends of this machine, and what tests see of workers from outside."""
+"""The back-ends of this machine, and fixtures that observe workers from outside."""
 
 import asyncio
 import socket
@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 class Box:
-    """An open sandbox, for tests that do not run in an event loop themselves."""
+    """An open sandbox for tests without an event loop of their own."""
 
     def __init__(self, runner: asyncio.Runner, sandbox: Sandbox) -> None:
         self.runner, self.sandbox = runner, sandbox
@@ -46,7 +46,7 @@ class Box:
 
 @pytest.fixture(scope="module", params=["process", "bubblewrap", "gvisor"])
 def box(request: pytest.FixtureRequest) -> Iterator[Box]:
-    """One sandbox of each back-end that can work here, with two slots, for all tests of a file."""
+    """One sandbox of each back-end that works here, with two slots, for all tests of a file."""
     if reason := LAUNCHERS[request.param].missing(SandboxConfig()):
         pytest.skip(f"{request.param}: {reason}")
     with asyncio.Runner() as runner:
@@ -60,7 +60,7 @@ def box(request: pytest.FixtureRequest) -> Iterator[Box]:
 
 @pytest.fixture
 def worker_pids() -> Callable[[Sandbox], list[int]]:
-    """Outermost processes of all workers of a sandbox, those that run something first."""
+    """Outermost processes of all workers of a sandbox; workers that run something come first."""
 
     def pids(box: Sandbox) -> list[int]:
         crew = box.crew
@@ -71,13 +71,13 @@ def worker_pids() -> Callable[[Sandbox], list[int]]:
 
 @pytest.fixture
 def descendants() -> Callable[[int], set[int]]:
-    """Live processes below one, as the host sees them."""
+    """Live descendants of a process, as the host sees them."""
     return below
 
 
 @pytest.fixture
 def alive() -> Callable[[set[int]], set[int]]:
-    """Those of some processes that still run, given a moment to go."""
+    """The given processes that still run after some time to end."""
 
     def left(pids: set[int]) -> set[int]:
         deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""What tests see of processes, and do to them, from outside."""
+"""How tests observe processes, and send signals to them, from outside."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from retool_jax.sandbox.launch.procfs import family
 
 
 def send(number: int, *pids: int) -> None:
-    """Send a signal to those of the processes that are still there."""
+    """Send a signal to those processes that still exist."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -20,11 +20,11 @@ def kill(*pids: int) -> None:
 
 
 def kill_whole(workers: Iterable[int]) -> None:
-    """Kill workers with all that lies below them: what is inside lives a moment longer than what holds it, and on a
-    busy machine that is long enough for an answer."""
+    """Kill workers with all their descendants: these live a moment longer than the outermost process, and on a busy
+    machine that is long enough for an answer."""
     kill(*(pid for worker in workers for pid in family(worker)))
 
 
 def below(pid: int) -> set[int]:
-    """Live processes below one."""
+    """Live descendants of a process."""
     return set(family(pid)) - {pid}

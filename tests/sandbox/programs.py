@@ -1,4 +1,4 @@
-"""Programs that more than one file of tests runs, and how to wait for what they bring about."""
+"""Programs that several test files run, and how to wait for their effects."""
 
 import asyncio
 import time

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def dockerfile() -> list[tuple[str, str]]:
-    """Instructions with their arguments, continued lines joined."""
+    """Instructions with their arguments; continued lines are joined."""
     text = (ROOT / "deploy/Dockerfile").read_text().replace("\\\n", " ")
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
@@ -39,7 +39,7 @@ def container() -> dict:
 
 
 def arguments(words: list[str]):
-    """The command line that a container starts with; ends the test if the server does not know a word of it."""
+    """The command line that a container starts with; the test fails if the server does not know a word of it."""
     return read_words(words, server.Options)
 
 

@@ -1,4 +1,4 @@
-"""Every field that a caller can set, with every kind of value: what has no meaning is told, and reaches no worker."""
+"""Every field that a caller can set, with every kind of value: a wrong value is reported and reaches no worker."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ VALUES: list[Any] = [
     *({}, {"a": 1}, {"a": None}, {"a": "*"}, {"a": []}, {"a": {}}, {"": ""}, {"\ud800": ""}, {"a": "eA=="}),
 ]
 LIMITS = ("wall_s", "memory_mb", "output_bytes", "raw_output_bytes", "processes", "file_mb")
-# Route -> its fields, each as the names that lead to it.
+# Route -> its fields, each as its path of names.
 FIELDS = {
     "/run_code": [
         *((name,) for name in ("code", "stdin", "language", "files", "fetch_files", "retool")),
@@ -41,7 +41,7 @@ KIND = dict.fromkeys(("code", "stdin", "generated_code", "std_input", "language"
 
 
 def fits(name: str, value: Any) -> bool:
-    """Whether a value has the type of its field. One that is null is as good as absent, but for the code and limits."""
+    """Whether a value has the type of its field. Null counts as absent, except for the code and the limits."""
     if value is None:
         return name not in ("code", "generated_code", "unknown", *LIMITS)
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
@@ -77,7 +77,7 @@ def test_every_value_of_every_field_is_served_or_named_and_no_worker_is_lost(ser
         async with session.post(route, data=json.dumps(body)) as response:
             said = await response.text()
         name, case = path[-1], f"{route} {'.'.join(path)}={value!r:.60}: {response.status} {said[:200]}"
-        # A value of the right type may still be out of range, which is a 422 too, or no language of ours.
+        # A value of the right type may still be out of range, which is also a 422, or an unknown language.
         if response.status not in (200, 400, 408, 422) or (response.status != 422 and not fits(name, value)):
             wrong.append(case)
         if response.status == 422:
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said_by_its_own_name(serve, route: str, body: dict, fi
 
 
 def mistyped() -> list[tuple[str, Any]]:
-    """(argument of `Sandbox.run`, value that it cannot have)."""
+    """(argument of `Sandbox.run`, value that it must refuse)."""
     odd = [None, True, 1, 1.5, HUGE, "text", b"bytes", [1], [b"x"], {1: b"x"}, {"a": "text"}, {"a": 1}, {"a": None}]
     odd += [object(), float("nan"), ("a", 1), {"b"}, 10**5000, iter(["a"])]
     found = []

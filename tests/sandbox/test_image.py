@@ -1,4 +1,4 @@
-"""The runtime image: built small, then used."""
+"""The runtime image: a small one is built, then used."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def test_the_manifest_says_what_is_in_it(small: Path):
     assert (root / manifest["executable"].lstrip("/")).is_file()
     assert {"proc", "dev", "tmp", "inside"} <= {path.name for path in root.iterdir()}
     assert os.readlink(root / "var" / "tmp") == "/tmp"
-    assert list(small.parent.iterdir()) == [small]  # nothing of the building site is left
+    assert list(small.parent.iterdir()) == [small]  # the temporary folder of the build is gone
     assert not list(root.rglob("site-packages/*"))
 
 
@@ -111,7 +111,7 @@ def test_errors_name_the_folder_and_the_way_out(small: Path, tmp_path: Path):
 def test_packages_where_programs_have_folders_of_their_own_are_refused(
     launcher: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """They would be hidden, and every import of them would fail as if it were the program's fault."""
+    """Programs could not see them, and every import would fail as if that were the program's fault."""
     if why := launcher.missing(SandboxConfig()):
         pytest.skip(why)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

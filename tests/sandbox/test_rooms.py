@@ -1,4 +1,4 @@
-"""The rooms of the sandbox: an arrow of imports never runs up, in a circle, or out of the package."""
+"""The rooms of the sandbox: imports never go up a storey, in a circle, or out of the package."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ import retool_jax.sandbox
 
 PACKAGE = "retool_jax.sandbox"
 FOLDER = Path(retool_jax.sandbox.__file__).parent
-# From the ground up: a module knows those of its own storey and of the ones below.
+# From the bottom up: a module may import those of its own storey and of the storeys below.
 STOREYS = (
     {"types", "text", "words"},
     {"launch"},
@@ -20,12 +20,12 @@ STOREYS = (
     {"backends"},
     {"server", "image", "__init__"},
 )
-ERRORS = "retool_jax.errors"  # all that the package takes from the rest of the project
+ERRORS = "retool_jax.errors"  # the only import from the rest of the project
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of all that a file imports, inside of functions and for type checkers too; `a.b` of `from a import b`,
-    which may be a module."""
+    """Full names of all that a file imports, also inside functions and for type checkers; `a.b` for `from a import b`,
+    because `b` may be a module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,18 +35,18 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def modules(folder: Path) -> dict[str, Path]:
-    """The package's files by the name of the module in it: "host.pool", "host", "__init__"."""
+    """The package's files by module name: "host.pool", "host", "__init__"."""
     parts = {path: path.relative_to(folder).with_suffix("").parts for path in sorted(folder.rglob("*.py"))}
     return {".".join(p[:-1] if p[1:] and p[-1] == "__init__" else p): path for path, p in parts.items()}
 
 
 def arrows(folder: Path) -> dict[str, set[str]]:
-    """Every module of the package, with those of it that it imports, and what else it takes by its full name."""
+    """Each module of the package with its imports: modules of the package by short name, others by full name."""
     known = modules(folder)
 
     def target(name: str, full: str) -> str:
         inner = full.removeprefix(f"{PACKAGE}.")
-        if name.startswith("inside."):  # whose programs name each other barely
+        if name.startswith("inside."):  # these programs import each other by bare names
             return f"inside.{full.partition('.')[0]}" if f"inside.{full.partition('.')[0]}" in known else full
         if inner == full:
             return full
@@ -56,16 +56,16 @@ def arrows(folder: Path) -> dict[str, set[str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules in circles, and on the way from one to another; empty if there is none."""
+    """Modules in circles of imports, or between two of them; empty if there is none."""
     left = {name: others & graph.keys() for name, others in graph.items()}
     while ends := [name for name in left if not left[name] & left.keys() or not any(name in left[one] for one in left)]:
-        for name in ends:  # nothing that is left comes after it, or nothing before it
+        for name in ends:  # no module that is left comes after it, or none before it
             left.pop(name)
     return sorted(left)
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with the imports of the package in that folder."""
+    """What is wrong with the imports of the package in a folder."""
     graph = arrows(folder)
     level = {name: level for level, names in enumerate(STOREYS) for name in names}
     wrong = []

@@ -28,7 +28,7 @@ PROCESS = SandboxConfig(backend=("process",), slots=1, probe_s=0)
 
 
 def with_client(serve, talk, *args, **kwargs):
-    """What `talk(client, box)` returns, with a server of these settings; its answers are (status, body, headers)."""
+    """The result of `talk(client, box)` with a server of these settings; answers are (status, body, headers)."""
 
     async def main():
         async with serve(*args, **kwargs) as (url, box), aiohttp.ClientSession(url) as session:

@@ -1,4 +1,4 @@
-"""What the model is told."""
+"""The text that the model gets."""
 
 import pytest
 
@@ -77,7 +77,7 @@ def test_ends_are_said_in_words(result: ToolResult, expected: str):
 
 
 def test_long_output_loses_its_middle_and_says_so_without_a_number():
-    """A policy took the number of characters for the answer."""
+    """A policy once took the number of removed characters for the answer."""
     text = tool_text(ToolResult("success", stdout="a" * 5000 + "b" * 5000, stdout_bytes=10000), 200)
     assert 190 <= len(text) <= 200
     head, mark, tail = text.partition("\n[... characters removed ...]\n")
@@ -136,7 +136,7 @@ def test_frames_of_a_sessions_later_cells_are_told():
 
 
 def test_half_a_surrogate_pair_is_told_as_its_escape():
-    """A server of another make may answer with one, and no tokenizer takes it."""
+    """Another project's server may answer with one, and no tokenizer accepts it."""
     answered = ToolResult("user_error", stdout="a\udc80", stderr="E: \ud800", message="\udfff;", stdout_bytes=9)
     assert tool_text(answered, 100) == "a\\udc80\nE: \\ud800\n[\\udfff;]"
     cut_off = ToolResult("success", stdout="\ud800" * 900, stdout_bytes=90_000, stdout_truncated=True)

@@ -1,4 +1,4 @@
-"""Configuration: values out of bounds are named, and defaults follow the machine."""
+"""Configuration: errors name values out of bounds, and defaults depend on the machine."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""One back-end under attack: the sandbox, the host beside it, and what has been seen of its processes."""
+"""One back-end under attack: its sandbox, the host, and the processes that were seen."""
 
 import asyncio
 import time
@@ -14,11 +14,11 @@ from .host import Host
 from .sessions import FRESH, Cell, Session
 
 CROWD = 4
-"""Cases that run side by side, each in a worker of its own, if they are sociable."""
+"""Number of sociable cases that run side by side, each in its own worker."""
 BATCH = 12
-"""Sociable cases between two looks at what they left."""
+"""Number of sociable cases between two checks of what they left."""
 
-# What a program finds when nothing of an earlier one is left; printed by a call after each attack.
+# Prints what a program finds; after each attack it must be the same as at the beginning.
 CENSUS = """
 import glob, os, resource, signal, sys
 def listed(path):
@@ -43,7 +43,7 @@ for pid in (1, os.getppid() or 1):
 print(len(os.listdir("/proc/self/fd")), signal.getsignal(signal.SIGINT), sys.getrecursionlimit(), os.nice(0))
 """
 
-# What must hold before a program that could harm the machine is let loose.
+# Checks that the back-end isolates, before any program that could harm the machine runs.
 GUARD = """
 import os
 status = dict(line.split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
@@ -65,7 +65,7 @@ print(wrong)
 
 
 class Arena:
-    """An open sandbox of one back-end in an event loop of its own, with `slots` workers. Close it in the end."""
+    """An open sandbox of one back-end in its own event loop, with `slots` workers. Call `close` at the end."""
 
     def __init__(self, backend: str, host: Host, slots: int = 1) -> None:
         self.backend, self.host = backend, host
@@ -73,7 +73,7 @@ class Arena:
         self.runner = asyncio.Runner()
         self.played: dict[tuple[str, str], list[str]] = {}
         self.seen: dict[int, str] = {}
-        """Every process of the sandbox that was ever looked at."""
+        """Every process of the sandbox that was ever seen."""
         self._stack = AsyncExitStack()
         config = SandboxConfig(backend=(backend,), slots=slots, limits=Limits(memory_mb=MEMORY_MB), probe_s=0)
         self.box: Sandbox = self.runner.run(self._stack.enter_async_context(open_sandbox(config)))
@@ -89,7 +89,7 @@ class Arena:
         self.runner.close()
 
     async def take_census(self) -> list[str]:
-        """Run a harmless program; complain if it finds other than the first one did."""
+        """Run a harmless program; complain if it does not find the same as the first one."""
         result = await self.box.run(CENSUS, limits=Limits(wall_s=15, memory_mb=MEMORY_MB))
         self.seen |= self.host.own()
         if result.status != "success":
@@ -108,13 +108,13 @@ class Arena:
         return ["the host's secret came out"] if self.host.secret.encode() in data else []
 
     async def attack(self, case: Case) -> list[str]:
-        """Run a case and the calls after it; returns what did not hold."""
+        """Run a case and the calls after it; returns complaints."""
         return await self.play(case) + await self.take_census() + self.host.complaints()
 
     async def beside(self, *attacks: Coroutine[Any, Any, list[str]], fresh: bool = False) -> list[list[str]]:
-        """Run attacks side by side, then look at every worker, and if `fresh` at a new session.
+        """Run attacks side by side, then check every worker, and with `fresh` a new session.
 
-        What is found there counts against each of them.
+        What these checks find counts against each of the attacks.
         """
         found = await asyncio.gather(*attacks)
         if fresh:
@@ -125,7 +125,7 @@ class Arena:
         return [wrong + shared for wrong in found]
 
     async def play(self, case: Case) -> list[str]:
-        """Run a case and what is to follow it; returns what did not hold, as far as that shows in results."""
+        """Run a case and the calls that follow it; returns complaints about their results."""
         case = fill(case, self.words)
         limits = Limits(wall_s=case.limit_s, memory_mb=case.memory_mb, **case.limits)
         begun = time.monotonic()
@@ -152,7 +152,7 @@ class Arena:
         return wrong
 
     def attack_in_company(self, case: Case, cases: list[Case]) -> list[str]:
-        """What did not hold of a sociable case: it is run together with those around it among the sociable `cases`."""
+        """Complaints about a sociable case, which runs together with its neighbours among the sociable `cases`."""
         key = case.category, case.name
         if key not in self.played:
             company = [other for other in cases if other.sociable]
@@ -163,7 +163,7 @@ class Arena:
         return self.played[key]
 
     def converse_in_company(self, session: Session, sessions: list[Session]) -> list[str]:
-        """What did not hold of a session, which is played together with those around it."""
+        """Complaints about a session, which runs together with its neighbours."""
         key = "sessions", session.name
         if key not in self.played:
             at = sessions.index(session) // CROWD * CROWD
@@ -173,15 +173,15 @@ class Arena:
         return self.played[key]
 
     async def converse(self, session: Session) -> list[str]:
-        """Run the cells of a session; returns what did not hold."""
+        """Run the cells of a session; returns complaints."""
         wrong: list[str] = []
 
         async def ask(talk, cell: Cell) -> None:
             begun = time.monotonic()
             case = Case("sessions", session.name, cell.code, cell.status, cell.stdout, wall_s=cell.wall_s)
             result = await talk.run(cell.code, limits=Limits(wall_s=case.limit_s, memory_mb=MEMORY_MB))
-            told = judge(case, result, time.monotonic() - begun - result.queue_s) + self.shows_secret(result)
-            wrong.extend(f"cell {cell.code[:60]!r}: {text}" for text in told)
+            complaints = judge(case, result, time.monotonic() - begun - result.queue_s) + self.shows_secret(result)
+            wrong.extend(f"cell {cell.code[:60]!r}: {text}" for text in complaints)
 
         async with self.box.session() as talk:
             for cell in session.cells:

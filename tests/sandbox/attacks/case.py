@@ -15,17 +15,17 @@ CATEGORIES = (
     *("protocol", "resources", "transfer", "sessions", "faults"),
 )
 HARMLESS = frozenset({"time", "output", "encoding", "python", "protocol", "transfer"})
-"""Categories whose cases do no harm to a machine where nothing holds them."""
-ENDED = ("success", "user_error")  # the program's own affair, as long as nothing was reached
+"""Categories whose cases do not harm a machine even if they succeed."""
+ENDED = ("success", "user_error")  # either is fine, as long as nothing was reached
 KILLED = ("timeout", "oom", "user_error")
 MEMORY_MB = 256
-"""What a program may have, unless its case says more; what fills it takes as long as there is of it."""
+"""Memory of a program unless its case has more; little, because it takes time to fill it."""
 BUSY = 4.0
-"""How many times as long everything may take beside other work on the same cores."""
+"""Factor by which everything may take longer beside other work on the same cores."""
 BUSY_S = 15.0
-"""What an answer may be late there, on top."""
+"""Further seconds that an answer may be late there."""
 
-# What a program that tries many doors begins with. System calls are by number: those of x86-64.
+# The beginning of programs that try many ways out. Numbers of system calls are those of x86-64.
 PRELUDE = r"""
 import ctypes, errno, os, sys
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -55,17 +55,17 @@ def others():
 
 @dataclass(frozen=True)
 class Case:
-    """One attack. The words `@CANARY@` and so on in texts stand for what `Host.words` holds."""
+    """One attack. Words like `@CANARY@` in its texts are replaced by values of `Host.words`."""
 
     category: str
     name: str
     code: str
     status: tuple[str, ...] = ("success",)
-    """Statuses of which the result has one."""
+    """Statuses that the result may have."""
     stdout: str | None = None
-    """All of stdout."""
+    """The whole stdout."""
     contains: tuple[str, ...] = ()
-    """What stdout and stderr, taken together, contain."""
+    """Texts that stdout and stderr together contain."""
     signal: int | None = None
     """Signal that ended the program."""
     wall_s: float = 6.0
@@ -78,18 +78,18 @@ class Case:
     files: Mapping[str, bytes] = field(default_factory=dict)
     fetch: tuple[str, ...] = ()
     then: tuple[tuple[str, str], ...] = ()
-    """Programs of the following calls, each with all that it must print; @STDOUT@ is what the attack printed."""
+    """Programs of the following calls with their expected stdout; @STDOUT@ is what the attack printed."""
     during: Callable[["Host", Callable[[], bool]], str] | None = None
-    """Runs in a thread of the host while the program does, given a function that says whether it still does; returns
-    a complaint or nothing."""
+    """Called in a thread of the host while the program runs, with a function that says whether it still runs; returns
+    a complaint or ""."""
     check: Callable[[ToolResult], str] | None = None
-    """A further look at the result; returns a complaint or nothing."""
+    """A further check of the result; returns a complaint or ""."""
     safe: bool = False
-    """Whether it does no harm to the machine where nothing holds it; so it is in the `HARMLESS` categories."""
+    """Whether it does not harm the machine even if it succeeds; always true in the `HARMLESS` categories."""
 
     @property
     def limit_s(self) -> float:
-        """The program's time limit. One that is to end by itself does not depend on the machine's load."""
+        """The program's time limit; long enough for a loaded machine if the program should end by itself."""
         return self.wall_s if "timeout" in self.status else BUSY * self.wall_s
 
     @property
@@ -98,16 +98,16 @@ class Case:
 
     @property
     def sociable(self) -> bool:
-        """Whether it can run beside others: it is harmless, and nobody watches the host meanwhile."""
+        """Whether it can run beside others: it is harmless, and nothing on the host is measured meanwhile."""
         return self.harmless and self.during is None
 
 
 def probe(category: str, name: str, code: str, **more) -> Case:
-    """A program that tries many doors: none may open, and it must get to its end."""
+    """A program that tries many ways out: none may work, and it must run to its end."""
 
     def check(result: ToolResult) -> str:
         if not result.stdout.endswith("done\n"):
-            return f"the program did not get to its end: {result.stdout[-200:]!r} {result.stderr[-300:]!r}"
+            return f"the program did not run to its end: {result.stdout[-200:]!r} {result.stderr[-300:]!r}"
         return ""
 
     more.setdefault("check", check)
@@ -115,12 +115,12 @@ def probe(category: str, name: str, code: str, **more) -> Case:
 
 
 def loops(category: str, name: str, code: str, **more) -> Case:
-    """A program that must be stopped by the clock."""
+    """A program that must be stopped at its time limit."""
     return Case(category, name, code, **({"status": ("timeout",), "wall_s": 0.4, "within_s": 2.0} | more))
 
 
 def fill(case: Case, words: Mapping[str, str]) -> Case:
-    """The case with the host's names and numbers put in."""
+    """The case with the host's names and numbers in the place of its words."""
 
     def put(text: str) -> str:
         for name, value in words.items():

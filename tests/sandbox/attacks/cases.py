@@ -1,4 +1,4 @@
-"""All attacks that are data; sessions and faults apart."""
+"""All attacks that are data, without sessions and faults."""
 
 from .case import Case
 from .files import FILES
@@ -19,5 +19,5 @@ CASES = [
 
 
 def named(case: Case) -> str:
-    """The case's name in a test's."""
+    """The case's part of a test's name."""
     return f"{case.category}: {case.name}".replace(" ", "-")

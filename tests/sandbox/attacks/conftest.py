@@ -1,4 +1,4 @@
-"""The host as referee, and the table of what held."""
+"""The host that judges attacks, and the table of attacks that were stopped."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def record(backend: str, category: str, held: bool) -> None:
     HELD.setdefault(backend, Counter())[category] += held
 
 
-@pytest.fixture(scope="module")  # no longer: as referee this process adopts orphans, which other tests would see
+@pytest.fixture(scope="module")  # not longer: meanwhile this process adopts orphans, which other tests would see
 def host() -> Iterator[Host]:
     with Host() as host:
         yield host

@@ -1,6 +1,6 @@
-"""Faults of the machinery, made from the host: its processes are killed and stopped while a program runs.
+"""Faults of the machinery, caused from the host: its processes are killed and stopped while a program runs.
 
-A script is a coroutine that gets the arena and returns what did not hold, by the name of what was done.
+A script is a coroutine that gets the arena and returns complaints by the name of the fault.
 """
 
 import asyncio
@@ -30,24 +30,24 @@ SHORT = Limits(wall_s=1.5, memory_mb=MEMORY_MB)
 
 
 def napping() -> str:
-    """A program that says that it runs, and for a second more can be meddled with."""
+    """A program that prints that it runs, and then runs for a second more, in which faults can be caused."""
     return f"print('begun')\n{nap(1.2)}"
 
 
 def busy_worker(arena: Arena) -> Any:
-    """The launched worker that runs a call at the moment."""
+    """The launched worker that runs a call now."""
     return next(iter(arena.box.crew._lent)).launched
 
 
 def family(root: int) -> dict[int, str]:
-    """A process and all below it."""
+    """A process and its descendants."""
     below = descendants(root)
     start = descendants(os.getpid()).get(root)
     return below | ({root: start} if start else {})
 
 
 def kinds(root: int) -> dict[str, list[int]]:
-    """The processes of a worker by what they are: how deep they lie, and the words of their command lines."""
+    """The processes of a worker by kind: words of the command line, and depth in the tree of processes."""
     found: dict[str, list[int]] = {}
     layer, depth = [root], 1
     everything = {pid: command(pid) for pid in family(root)}
@@ -70,8 +70,8 @@ def parent_of(pid: int) -> int:
 
 
 def runs_programs(backend: str, name: str, pids: list[int]) -> bool:
-    """Whether a kind of process is, or holds, the program: on gVisor the ones that lend it their memory, else those of
-    another user than this one's."""
+    """Whether a kind of process is, or holds, the program: under gVisor those that lend it their memory, else those of
+    another user."""
     if backend == "gvisor":
         return "runsc" not in name and not name.startswith("sh ")
     with suppress(OSError):
@@ -80,7 +80,7 @@ def runs_programs(backend: str, name: str, pids: list[int]) -> bool:
 
 
 def served(result: ToolResult, hurt: int = 0) -> list[str]:
-    """Complains unless the call ended as if nothing had happened, or as a program that was itself sent `hurt`."""
+    """Complain unless the call ended as if nothing had happened, or as a program that itself got the signal `hurt`."""
     if (result.status, result.stdout) == ("success", NAP_TEXT):
         return []
     if hurt == signal.SIGKILL and (result.status, result.signal) == ("user_error", signal.SIGKILL):
@@ -126,7 +126,7 @@ async def stop_each_kind(arena: Arena) -> Outcomes:
 
 
 async def calm(arena: Arena) -> dict[int, str]:
-    """Wait until no worker is being started or removed (its removers do not rise for ever); what lives."""
+    """Wait until no worker is being started or removed; returns the live processes."""
     crew = arena.box.crew
     while crew._stops or crew.ready + len(crew._lent) <= arena.box.config.slot_count:
         await asyncio.sleep(0.05)
@@ -149,7 +149,7 @@ async def kill_all(arena: Arena) -> Outcomes:
     call = asyncio.create_task(arena.box.run(napping(), limits=SHORT))
     await asyncio.sleep(0.3)
     before = arena.host.own()
-    # The oldest first: a supervisor that lived a moment longer than its program would tell how that ended.
+    # The oldest first: a supervisor that lived longer than its program would report how that one ended.
     kill(*sorted(before, key=lambda pid: (int(before[pid]), pid)))
     wrong = served(await call) + await arena.take_census()
     wrong += [f"{text} is left" for text in (await asyncio.to_thread(alive, before)).values()]
@@ -157,7 +157,7 @@ async def kill_all(arena: Arena) -> Outcomes:
 
 
 async def kill_every_attempt(arena: Arena) -> Outcomes:
-    """The worker dies under each attempt: the caller learns it as what it is, and the next call is served."""
+    """The worker dies under each attempt: the caller gets the true reason, and the next call is served."""
     call = asyncio.create_task(
         arena.box.run("import time\ntime.sleep(20)", limits=Limits(wall_s=60, memory_mb=MEMORY_MB))
     )
@@ -192,7 +192,7 @@ async def give_up(arena: Arena) -> Outcomes:
 
 
 async def nonsense_in(arena: Arena) -> Outcomes:
-    """Bytes that are no frame go into the pipe of a worker at rest and of one at work."""
+    """Bytes that are not a frame go into the pipe of an idle worker and of a busy one."""
     wrong: list[str] = []
     for member in tuple(arena.box.crew._ready):
         member.launched.writer.write(b"\xff" * 100)
@@ -205,9 +205,9 @@ async def nonsense_in(arena: Arena) -> Outcomes:
 
 
 async def owner_dies(arena: Arena) -> Outcomes:
-    """The owning process dies in different ways; nothing of its sandbox survives it for long.
+    """The owning process dies in different ways; nothing of its sandbox survives for long.
 
-    A stopped sandbox cannot notice that its owner has died: the next owner must sweep it.
+    A stopped sandbox cannot notice that its owner has died, so the next owner must remove it.
     """
     ways = ((signal.SIGKILL, "kill"), (signal.SIGTERM, "terminate"), (signal.SIGINT, "interrupt"))
 
@@ -239,7 +239,7 @@ async def owner_dies(arena: Arena) -> Outcomes:
 
 
 async def swept(arena: Arena, *dead: int) -> list[str]:
-    """Start another owner, which sweeps, and look for what dead ones left."""
+    """Start another owner, which sweeps; returns what is left of dead owners."""
     other = await asyncio.to_thread(start_owner, arena.backend, "print(1)", 5.0)
     await asyncio.to_thread(other.wait, 15)
     left = [what for pid in dead for what in await asyncio.to_thread(remains, f"retool-{pid}-")]
@@ -247,7 +247,7 @@ async def swept(arena: Arena, *dead: int) -> list[str]:
 
 
 async def owner_pauses(arena: Arena) -> Outcomes:
-    """The owner stands still for longer than the program may run; the result is what it would have been."""
+    """The owner is stopped for longer than the program may run; the result must be the same as otherwise."""
     owner = await asyncio.to_thread(start_owner, arena.backend, "import time\ntime.sleep(0.8)", 1.4)
     owner.send_signal(signal.SIGSTOP)
     await asyncio.sleep(1.5)
@@ -269,7 +269,7 @@ async def seeds_differ(arena: Arena) -> Outcomes:
 
 
 async def sessions_apart(arena: Arena) -> Outcomes:
-    """Two sessions and a call know nothing of each other and cannot hurt each other."""
+    """Two sessions and a call cannot see or harm each other."""
     wrong: list[str] = []
     hostile = """
 import os

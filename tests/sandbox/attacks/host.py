@@ -1,4 +1,4 @@
-"""The host as the attacks' referee: what they must not reach, and what the machine looks like before and after."""
+"""The host judges the attacks: what they must not reach, and the state of the machine before and after."""
 
 import ctypes
 import os
@@ -21,20 +21,20 @@ from retool_jax.sandbox.launch.procfs import owner_tag, stat_fields
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.shmat.restype = ctypes.c_void_p
 IPC_RMID, PR_SET_CHILD_SUBREAPER = 0, 36
-OPEN_FOLDERS = ("/srv", "/var/lib", "/var/tmp")  # for the canary: where any user can read
+OPEN_FOLDERS = ("/srv", "/var/lib", "/var/tmp")  # for the canary: any user can read there
 
 
 class Host:
-    """Canary, secrets and listeners of the host. Use as a context; `words` goes into the programs."""
+    """Canary, secrets and listeners of the host. A context manager; `words` are put into the programs."""
 
     def __init__(self) -> None:
         self._exit = ExitStack()
         self.visits: list[str] = []
-        """What got in touch with a listener."""
+        """Connections to a listener."""
 
     def __enter__(self) -> "Host":
         head, tail = secrets.token_hex(8), secrets.token_hex(8)
-        self.secret = f"{head}-{tail}"  # in one piece only on the host
+        self.secret = f"{head}-{tail}"  # joined only on the host
         parent = next((path for path in OPEN_FOLDERS if os.access(path, os.W_OK)), tempfile.gettempdir())
         self.folder = Path(tempfile.mkdtemp(prefix="canary-", dir=parent))
         self._exit.callback(shutil.rmtree, self.folder)
@@ -54,7 +54,7 @@ class Host:
         ctypes.memmove(LIBC.shmat(segment, None, 0), self.secret.encode(), len(self.secret))
         abstract = f"attack-{secrets.token_hex(4)}"
         ports = [self._listen(*words) for words in self._sockets(abstract)]
-        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # whoever outlives its parent becomes ours, and is seen
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # this process adopts orphans, and so sees them
         self._exit.callback(LIBC.prctl, PR_SET_CHILD_SUBREAPER, 0)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.free_port = free.getsockname()[1]
@@ -90,7 +90,7 @@ class Host:
         yield socket.AF_UNIX, socket.SOCK_STREAM, str(self.folder / "socket")
 
     def _listen(self, family: int, kind: int, name: str | tuple[str, int]) -> int:
-        """Listen and note every visit; returns the port, 0 if there is none."""
+        """Listen and note every connection; returns the port, or 0 if there is none."""
         server = self._exit.enter_context(socket.socket(family, kind))
         server.bind(name)
         if family == socket.AF_UNIX and not str(name).startswith("\0"):
@@ -104,7 +104,7 @@ class Host:
                     visitor = server.recv(100) if kind == socket.SOCK_DGRAM else server.accept()[0]
                     self.visits.append(f"{socket.AddressFamily(family).name} {socket.SocketKind(kind).name}")
                     if isinstance(visitor, socket.socket):
-                        with visitor, suppress(OSError):  # it may be gone again
+                        with visitor, suppress(OSError):  # it may have closed already
                             visitor.send(self.secret.encode())
 
         if kind != socket.SOCK_DGRAM:
@@ -116,7 +116,7 @@ class Host:
         return server.getsockname()[1] if family == socket.AF_INET else 0
 
     def state(self) -> dict[str, object]:
-        """What no program may change."""
+        """The state that no program may change."""
         core = Path("/proc/sys/kernel/core_pattern")
         return {
             "canary": (self.canary.read_text(), oct(self.canary.stat().st_mode), self.canary.stat().st_uid),
@@ -128,11 +128,11 @@ class Host:
         }
 
     def own(self) -> dict[int, str]:
-        """Live processes below this one that came after the referee: start time by pid."""
+        """Live descendants of this process that are newer than this object: start time by pid."""
         return {pid: start for pid, start in descendants().items() if self._others.get(pid) != start}
 
     def complaints(self) -> list[str]:
-        """What has changed or been touched since the last look."""
+        """Changes of the state, and connections, since the last check."""
         now, wrong = self.state(), []
         for name, value in self.before.items():
             if name == "clock" and abs(now[name] - value) <= 1:
@@ -147,7 +147,7 @@ class Host:
     # While a program runs
 
     def most_processes(self, running: Callable[[], bool]) -> int:
-        """The largest number of processes below this one, above that at the beginning."""
+        """The largest growth of the number of this process's descendants."""
         first = most = len(self.own())
         while running():
             most = max(most, len(self.own()))
@@ -155,7 +155,7 @@ class Host:
         return most - first
 
     def most_memory_mb(self, running: Callable[[], bool]) -> float:
-        """The largest growth of what this process's workers hold, MiB."""
+        """The largest growth of the memory of this process's workers, MiB."""
         first = most = self.memory_mb()
         while running():
             most = max(most, self.memory_mb())
@@ -163,8 +163,8 @@ class Host:
         return most - first
 
     def memory_mb(self) -> float:
-        """What the workers' control groups are charged for, files in memory too, and what the processes below this one
-        that run outside of these groups hold; MiB."""
+        """Memory charged to the workers' control groups, files in memory included, and memory of descendants outside
+        these groups; MiB."""
         charged, members = 0, set()
         if (where := cgroup.memory_folder()) is not None:
             for group in where.path.glob(f"{owner_tag()}*/*/"):
@@ -184,14 +184,14 @@ class Host:
 
 
 def mounts_of_nobody_else() -> list[str]:
-    """Where something is mounted, but for what other owners' workers and other tests have mounted for themselves."""
+    """All mount points except those of other owners' workers and of other tests."""
     elsewhere = re.compile(rf"/retool-(?!{os.getpid()}-)|/pytest-of-")
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     return [mount for mount in mounts if not elsewhere.search(mount)]
 
 
 def addresses() -> list[str]:
-    """This machine's own addresses, loopback left out."""
+    """This machine's addresses without the loopback."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     except OSError:
@@ -203,7 +203,7 @@ def addresses() -> list[str]:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third, the state, on; empty if it is gone."""
+    """Fields of /proc/PID/stat from the third one, the state, on; empty if the process is gone."""
     try:
         return stat_fields(pid)
     except OSError:
@@ -211,7 +211,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def descendants(root: int | None = None) -> dict[int, str]:
-    """Live processes below `root` (default: this one): start time by pid. Zombies are not among them."""
+    """Live descendants of `root` (default: this process) without zombies: start time by pid."""
     stats = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
     below, found = {root or os.getpid()}, set()
     while below:
@@ -221,7 +221,7 @@ def descendants(root: int | None = None) -> dict[int, str]:
 
 
 def share_mb(pid: int) -> float:
-    """Memory of a process, MiB, pages that n processes share counted as 1/n; 0 if it is gone."""
+    """Memory of a process, MiB; a page that n processes share counts 1/n. 0 if the process is gone."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -230,7 +230,7 @@ def share_mb(pid: int) -> float:
 
 
 def command(pid: int) -> str:
-    """The command line, "" if it is gone."""
+    """The command line of a process; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -238,7 +238,7 @@ def command(pid: int) -> str:
 
 
 def alive(processes: dict[int, str], patience_s: float = 30.0) -> dict[int, str]:
-    """Those of `processes` (start time by pid) that still live after a while, with their command lines."""
+    """Those of `processes` (start time by pid) that live after `patience_s`, with their command lines."""
     deadline = time.monotonic() + patience_s
     while True:
         left = {
@@ -250,8 +250,8 @@ def alive(processes: dict[int, str], patience_s: float = 30.0) -> dict[int, str]
 
 
 def remains(tag: str, patience_s: float = 10.0) -> list[str]:
-    """Mounts, control groups, files and sockets whose name contains `tag`, and that stay for a while."""
-    deadline = time.monotonic() + patience_s  # another sandbox of this machine may be sweeping them
+    """Mounts, control groups, files and sockets whose name contains `tag` and that are there after `patience_s`."""
+    deadline = time.monotonic() + patience_s  # another sandbox on this machine may be removing them
     while (found := _named(tag)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
@@ -280,13 +280,13 @@ def _named(tag: str) -> list[str]:
     return found
 
 
-# An owner apart, which can be killed
+# A separate owner, which can be killed
 
 OWNER = """
 import asyncio, signal, sys
 from retool_jax.sandbox import Limits, SandboxConfig, open_sandbox
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 
 async def main():
     async with open_sandbox(SandboxConfig(backend=(sys.argv[1],), slots=1)) as box:
@@ -299,7 +299,7 @@ asyncio.run(main())
 
 
 def start_owner(backend: str, code: str, wall_s: float = 60.0) -> subprocess.Popen:
-    """Another process with a sandbox of its own that runs `code`; returns once the program runs."""
+    """Start another process with its own sandbox, which runs `code`; returns when the program runs."""
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, backend, code, str(wall_s)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Attacks on memory, and on everything else that can be used up."""
+"""Attacks on memory, and on all other resources that can be used up."""
 
 from .case import KILLED, Case, probe
 
@@ -6,7 +6,7 @@ MEMORY_OUT = ("oom", "user_error")
 
 
 def stays_small(host, running) -> str:
-    """How much memory the machine loses while the program runs."""
+    """Complain if the machine loses too much memory while the program runs."""
     lost = host.most_memory_mb(running)
     return f"the sandbox took {lost:.0f} MB of the host" if lost > 1150 else ""  # 256 MB + 384 MB of gVisor + tiers
 
@@ -188,7 +188,7 @@ for thread in threads:
 block = ctypes.create_string_buffer(128 << 20)
 attempt("mlock", lambda: syscall(149, ctypes.addressof(block), len(block)))
 attempt("huge pages", lambda: syscall(9, 0, 1 << 30, 3, 0x40022, -1, 0))
-for value in (b"-1000", b"-500", b"-1") if "@BACKEND@" != "gvisor" else ():  # whose kernel has no such killer
+for value in (b"-1000", b"-500", b"-1") if "@BACKEND@" != "gvisor" else ():  # gVisor's kernel has no such killer
     attempt("oom_score_adj", write, "/proc/self/oom_score_adj", value)
 """,
     ),
@@ -359,7 +359,7 @@ with open("f", "wb") as file:
         pass
 print("ended")
 """,
-        status=("success", "timeout"),  # the time goes into the kernel's list of them
+        status=("success", "timeout"),  # the kernel's list of them takes the time
         wall_s=1.0,
         during=stays_small,
     ),

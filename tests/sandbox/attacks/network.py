@@ -116,7 +116,7 @@ for path in ("/proc/net/route", "/proc/net/arp", "/proc/net/tcp"):
         "talks to the kernel by netlink",
         """
 import socket, struct
-played = {15} if "@BACKEND@" == "gvisor" else set()  # by its own kernel, as ROUTE is
+played = {15} if "@BACKEND@" == "gvisor" else set()  # gVisor's own kernel serves it, like ROUTE
 for protocol in {1, 2, 4, 6, 8, 9, 10, 11, 12, 15, 16, 18, 19, 20, 21} - played:
     attempt(f"netlink {protocol}", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol))
 def new_device():

@@ -8,7 +8,7 @@ FLOOD = {"status": ("output_limit",), "wall_s": 10.0, "within_s": 0.0}
 
 
 def near(limit_s: float):
-    """Complains about a call whose own clock says that it ran on past its limit."""
+    """Complain about a call that ran past its limit by its own clock."""
 
     def check(result: ToolResult) -> str:
         return "" if limit_s - 0.1 <= result.wall_s <= limit_s + 5.0 else f"wall_s {result.wall_s:.2f}, limit {limit_s}"
@@ -93,7 +93,7 @@ while True:
 
 
 def counted(stdout: int, stderr: int = 0):
-    """Complains unless exactly so many bytes were counted."""
+    """Complain unless exactly so many bytes were counted."""
 
     def check(result: ToolResult) -> str:
         have = result.stdout_bytes, result.stderr_bytes
@@ -103,7 +103,7 @@ def counted(stdout: int, stderr: int = 0):
 
 
 def short(result: ToolResult) -> str:
-    """Complains if more came back than the limit keeps."""
+    """Complain if more came back than the limit keeps."""
     size = max(len(result.stdout), len(result.stderr))
     return "" if size < 80000 and (result.stdout_truncated or result.stderr_truncated) else f"kept {size}, cut nothing"
 

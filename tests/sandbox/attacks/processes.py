@@ -4,7 +4,7 @@ from .case import KILLED, Case, probe
 
 
 def stays_few(host, running) -> str:
-    """How many processes of the sandbox the host sees, at most, while the program runs."""
+    """Complain if the host sees too many processes of the sandbox while the program runs."""
     most = host.most_processes(running)
     return f"{most} more processes on the host" if most > 140 else ""  # 64 allowed; gVisor needs up to 2 for one
 
@@ -32,7 +32,7 @@ for pid in others():
     if os.stat(f"/proc/{pid}").st_uid == os.getuid():
         print("REACHED a process of the same user", pid)
     names = ["mem", "syscall", "stack", "io", "pagemap", "personality"]
-    if "@BACKEND@" != "gvisor":  # which shows these of every process; there is nothing of ours in them
+    if "@BACKEND@" != "gvisor":  # gVisor shows these for every process, without anything of ours in them
         names += ["environ", "maps", "smaps", "auxv"]
     for name in names:
         attempt(f"{pid} {name}", lambda: read(f"/proc/{pid}/{name}", 100) or (_ for _ in ()).throw(OSError("empty")))
@@ -191,7 +191,7 @@ for _ in range(8):
     try:
         if os.fork() == 0:
             run()
-    except OSError:  # where the dead are not gone yet, those before it take all the room that there is
+    except OSError:  # no room while dead processes are not gone yet
         pass
 time.sleep(0.2)
 print("ended")
@@ -311,7 +311,7 @@ for name, number, words in (
     ("pivot_root", 155, (b"/", b"/")),
 ):
     attempt(name, syscall, number, *words)
-if "@BACKEND@" != "gvisor":  # whose kernel plays these itself
+if "@BACKEND@" != "gvisor":  # gVisor's kernel emulates these itself
     attempt("io_uring_setup", syscall, 425, 8, bytes(120))
     for flags in (0x10000000, 0x00020000, 0x40000000, 0x20000000, 0x02000000):
         attempt(f"unshare {flags:x}", syscall, 272, flags)
@@ -327,7 +327,7 @@ attempt("reboot", syscall, 169, 0xFEE1DEAD, 672274793, 0, None)  # switches Ctrl
 attempt("clock_settime", lambda: __import__("time").clock_settime(0, 86400.0))
 attempt("settimeofday", syscall, 164, bytes(16), None)
 attempt("adjtimex", syscall, 159, (1).to_bytes(4, "little") + bytes(300))
-if "@BACKEND@" != "gvisor":  # which keeps the number and no more
+if "@BACKEND@" != "gvisor":  # gVisor only stores the number
     attempt("nice", os.nice, -5)
     attempt("priority of 1", os.setpriority, os.PRIO_PROCESS, 1, 5)
 attempt("real time", os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(1))

@@ -1,4 +1,4 @@
-"""Attacks on the wires between the program, the sandbox's own processes and the caller."""
+"""Attacks on the channels between the program, the sandbox's own processes and the caller."""
 
 from retool_jax.sandbox import ToolResult
 

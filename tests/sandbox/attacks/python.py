@@ -1,4 +1,4 @@
-"""Attacks from within the interpreter: on its machinery, and on ours as far as it runs in the same process."""
+"""Attacks from within the interpreter: on its machinery, and on our code in the same process."""
 
 from .case import ENDED, Case, probe
 
@@ -23,7 +23,7 @@ PYTHON = [
         "searches all objects for secrets",
         """
 import gc
-head, tail = "@SECRET_HEAD@", "@SECRET_TAIL@"  # never joined here: this program would find itself
+head, tail = "@SECRET_HEAD@", "@SECRET_TAIL@"  # not joined here, or this program would find itself
 def search(where, data):
     at = data.find(head.encode())
     while at >= 0:

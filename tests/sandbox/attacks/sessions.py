@@ -1,4 +1,4 @@
-"""Attacks within a session: on its interpreter, and on its wires to the sandbox."""
+"""Attacks within a session: on its interpreter, and on its channels to the sandbox."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Session:
-    """Cells run in order in one session; in the end a new session must know nothing of them."""
+    """Cells that run in order in one session; afterwards a new session must find nothing of them."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -25,8 +25,8 @@ FRESH = Cell("print('x' in globals())", "False\n")
 KEPT = Cell("print(x)", "1\n")
 SET = Cell("x = 1")
 OVER = ("user_error", "success", "oom", "output_limit", "timeout")
-MAYBE = Cell("print(x if 'x' in globals() else 1)", "1\n")  # whether it lived on is its own affair
-AFTER = Cell("x", status=OVER)  # what it broke is its own affair, too, but the machinery's faults are not its doing
+MAYBE = Cell("print(x if 'x' in globals() else 1)", "1\n")  # the interpreter may live on or not
+AFTER = Cell("x", status=OVER)  # it may be broken, but the result must not be a fault of the machinery
 LIES = """
 import os
 for text in (b"started nan", b"done nan nan nan", b"done 0 inf inf", b"done 0 -1 1e308", b"started 1e999", b"gone"):

@@ -1,4 +1,4 @@
-"""Attacks on the calls that follow: what a program leaves behind for the next one."""
+"""Attacks on later calls: what a program leaves behind for the next one."""
 
 from .case import ENDED, Case
 

@@ -1,4 +1,4 @@
-"""Attacks on the sandbox and faults made in it, judged from outside: `gvisor` and `bubblewrap` hold every case."""
+"""Attacks on the sandbox and faults in it, judged from outside: `gvisor` and `bubblewrap` must stop every attack."""
 
 import os
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def crowd(request: pytest.FixtureRequest, arena: Arena, host: Host) -> Iterator[
     crowd = Arena(arena.backend, host, CROWD)
     yield crowd
     crowd.close()
-    arena.seen.update(crowd.seen)  # it saw the other's workers too, which are to be gone when that one is closed
+    arena.seen.update(crowd.seen)  # it saw the workers of `arena` too, which must be gone when that one is closed
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.sociable], ids=named)

@@ -10,7 +10,7 @@ MB = 1 << 20
 
 
 def fetched(expected: dict[str, bytes]) -> Callable[[ToolResult], str]:
-    """Complains unless exactly these files came back."""
+    """Complain unless exactly these files came back."""
 
     def check(result: ToolResult) -> str:
         have = {path: data[:50] for path, data in result.files.items()}
@@ -94,7 +94,7 @@ open("closed/f", "w").write("x")
 os.chmod("closed", 0)
 """,
         fetch=("fifo", "folder", "socket", "folder/x", "."),
-        status=("success", "rejected"),  # "." is no path to a file
+        status=("success", "rejected"),  # "." does not name a file
         check=fetched({}),
     ),
     Case(

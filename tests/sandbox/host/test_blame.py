@@ -1,4 +1,4 @@
-"""Who lost a worker: a program cannot have itself dropped, and what came from outside is never held against it."""
+"""Whose fault a lost worker is: a program cannot get itself dropped, and it is never blamed for causes outside."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ from ..programs import SLEEP, until
 OVERTIME = "retool_jax.sandbox.host.member.OVERTIME_S"
 LIMITS = Limits(wall_s=3, memory_mb=256, processes=24)
 PATIENT = replace(LIMITS, wall_s=30)
-# Busy enough to keep others from their work where there is little, and no burden for the machine of a test.
+# Busy enough to keep others from working where there is little, but no load for the machine of a test.
 BUSY = """
 import time
 while True:
@@ -32,7 +32,7 @@ while True:
 """
 BOMB = r"""
 import ctypes, os, time
-ctypes.CDLL(None).prctl(15, b"\xff) T", 0, 0, 0)  # a name that is no text, for those who look
+ctypes.CDLL(None).prctl(15, b"\xff) T", 0, 0, 0)  # a process name that is not text, for readers of /proc
 while True:
     try:
         os.fork()
@@ -49,7 +49,7 @@ for _ in range(8):
             x[at] = at >> 12 & 255
         time.sleep(30)
         os._exit(0)
-os.wait()  # until the first of them was killed
+os.wait()  # until the first child was killed
 os._exit(1)
 """
 
@@ -58,7 +58,7 @@ Meddle = Callable[[list[int]], Awaitable[None]]
 
 
 class Outcome(NamedTuple):
-    """How some code ended, the workers that were lost by reason, and the faults that were counted."""
+    """How a program ended, the number of lost workers by reason, and the counted faults."""
 
     result: ToolResult
     restarts: dict[str, int]
@@ -66,23 +66,23 @@ class Outcome(NamedTuple):
 
 
 def once(backend: str, **changes) -> SandboxConfig:
-    """A back-end whose calls are tried once, as cells of a session are."""
+    """A back-end whose calls are tried only once, like cells of a session."""
     return replace(SandboxConfig((backend,), slots=1, retries=0, probe_s=0, limits=LIMITS), **changes)
 
 
 async def busy_worker(box: Sandbox) -> Member:
-    """The one that runs a call, or the second cell of the session that it belongs to."""
+    """The worker that runs a call, or the second cell of its session."""
 
     def busy() -> list[Member]:
         return [*box.crew._lent, *(member for member in box.crew._own if member.calls > 1)]
 
     await until(busy)
-    await asyncio.sleep(0.2)  # so that the program has begun
+    await asyncio.sleep(0.2)  # until then the program has begun
     return busy()[0]
 
 
 async def play(box: Sandbox, way: str, code: str, limits: Limits = LIMITS, meddle: Meddle | None = None) -> Outcome:
-    """Run some code as a call or as the second cell of a session; `meddle` is awaited while it runs.
+    """Run some code as a call or as the second cell of a session; await `meddle` while it runs.
 
     It gets the worker's processes without the program's, the outermost first.
     """
@@ -108,7 +108,7 @@ async def play(box: Sandbox, way: str, code: str, limits: Limits = LIMITS, meddl
 
 
 def outcomes(config: SandboxConfig, *plays: tuple) -> list[Outcome]:
-    """What `play` says of each of some plays in one sandbox."""
+    """The results of several `play` calls in one sandbox."""
 
     async def main() -> list[Outcome]:
         async with open_sandbox(config) as box:
@@ -119,7 +119,7 @@ def outcomes(config: SandboxConfig, *plays: tuple) -> list[Outcome]:
 
 @pytest.fixture(autouse=True)
 def patient_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host may be late, and programs get little of the processor, on a machine that also runs other tests."""
+    """On a machine that also runs other tests, the host may be late, and programs get little processor time."""
     monkeypatch.setattr("retool_jax.sandbox.host.member.LATE_S", 20.0)
     monkeypatch.setattr("retool_jax.sandbox.launch.worker.BUSY_SHARE", 0.03)
     monkeypatch.setattr("retool_jax.sandbox.launch.worker.LOOK_S", 1.0)
@@ -127,7 +127,7 @@ def patient_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def grouped(backend: str) -> str:
-    """A back-end with a control group, from which the host can tell how a worker died."""
+    """A back-end with a control group, by which the host can tell how a worker died."""
     if cgroup.memory_folder() is None:
         pytest.skip("no memory control group can be made here")
     return backend
@@ -137,8 +137,8 @@ with_group = pytest.mark.parametrize("backend", ["bubblewrap", "gvisor"], indire
 
 
 def test_a_program_that_keeps_its_worker_from_answering_is_to_blame(backend: str, monkeypatch: pytest.MonkeyPatch):
-    """The host gives the worker up while the program is at it, as if the supervisor did not get through to it."""
-    # It looks for a second from the third on, when the program has long begun and its own limit has not ended it yet.
+    """The host gives up the worker while the program runs, as if the supervisor got no answer through."""
+    # The host looks for a second, three seconds after the start: the program runs, and its own limit has not ended it.
     monkeypatch.setattr(OVERTIME, -5.0)
     limits = replace(LIMITS, wall_s=8)
     programs = ("session", QUIET_BOMB), ("call", QUIET_BOMB), ("session", BUSY)  # a call is not tried again, nor a cell
@@ -149,7 +149,7 @@ def test_a_program_that_keeps_its_worker_from_answering_is_to_blame(backend: str
 
 
 def test_an_answer_that_comes_while_the_host_looks_counts(backend: str, monkeypatch: pytest.MonkeyPatch):
-    """The host gives up after a second, and the program ends while it looks for the reason."""
+    """The host gives up after a second, and the program ends while the host looks for the reason."""
     monkeypatch.setattr(OVERTIME, -29.0)
     monkeypatch.setattr("retool_jax.sandbox.launch.worker.LOOK_S", 20.0)
     code = "import time\ntime.sleep(2)\nprint('ended')"
@@ -179,7 +179,7 @@ def test_a_supervisor_that_starves_beside_a_bomb_is_the_bombs_doing(monkeypatch:
 
 
 def test_a_worker_that_was_stopped_from_outside_is_nobodys_fault(backend: str, monkeypatch: pytest.MonkeyPatch):
-    """Its program goes on all the while, busy, because nobody ends it."""
+    """Its program stays busy all the time, because nobody ends it."""
     monkeypatch.setattr(OVERTIME, 0.3)
 
     async def stop(pids: list[int]) -> None:
@@ -191,8 +191,8 @@ def test_a_worker_that_was_stopped_from_outside_is_nobodys_fault(backend: str, m
 
 
 def test_a_worker_that_was_killed_from_outside_is_nobodys_fault(backend: str):
-    """Whichever of its processes it was, but for those in which gVisor's kernel runs what is inside it (they have no
-    command line): the host cannot tell their end from a fault of that kernel."""
+    """Each of its processes, except those in which gVisor's kernel runs the programs (they have no command line): the
+    host cannot tell their end from a fault of that kernel."""
     index, parts = 0, 1
 
     async def kill_one(pids: list[int]) -> None:
@@ -231,7 +231,7 @@ def test_a_worker_that_broke_without_a_signal_from_outside_is_its_programs_doing
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_an_owner_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch, ends: bool):
-    """It finds the answer that has come meanwhile; where there is none it does not know why."""
+    """If an answer has come meanwhile, it is found; if not, the reason is unknown."""
     limits = replace(LIMITS, wall_s=9)
     monkeypatch.setattr(OVERTIME, 2.0 - limits.wall_s)
     monkeypatch.setattr("retool_jax.sandbox.host.member.LATE_S", 1.0)

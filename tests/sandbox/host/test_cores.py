@@ -1,4 +1,4 @@
-"""Which core a worker gets, and what the kernel then says of its threads."""
+"""Which core a worker gets, and where the kernel then runs its threads."""
 
 import asyncio
 import os

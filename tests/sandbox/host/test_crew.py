@@ -1,4 +1,4 @@
-"""The crew: workers that are tried, replaced and kept in reserve, and starts that fail."""
+"""The crew: workers are tested, replaced and kept in reserve, and starts fail."""
 
 import asyncio
 import signal
@@ -59,7 +59,7 @@ def test_idle_workers_start_the_fork_servers_that_programs_ask_for(descendants, 
             await until(lambda: box.crew.ready == 2)
             spare = box.crew._ready[0]
             before = len(descendants(spare.launched.pid))
-            await box.run("import numpy")  # goes to the one used last
+            await box.run("import numpy")  # goes to the worker used last
             await until(lambda: box.crew.ready == 2 and "numpy" in spare.tiers)
             after = len(descendants(spare.launched.pid))
             result, _ = await spare.perform(Request("import numpy\nprint(numpy.eye(2).sum())"))
@@ -150,7 +150,7 @@ def test_a_spare_takes_over_without_a_start(worker_pids, monkeypatch: pytest.Mon
     assert (result.stdout, result.attempts) == ("ok\n", 2)
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # a fault of the machine, and one that nobody thought of
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # a fault of the machine, and an unexpected error
 def test_starts_that_fail_open_the_breaker_and_one_that_works_closes_it(kind, worker_pids, monkeypatch):
     launch = process.launch
     broken = True

@@ -1,4 +1,4 @@
-"""What is counted, and that Prometheus can read it."""
+"""The counts, and that Prometheus can read them."""
 
 import re
 

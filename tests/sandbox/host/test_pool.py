@@ -116,7 +116,7 @@ def test_what_no_program_can_have_done_is_not_blamed_on_one(name: str, role: str
                 await asyncio.sleep(0.1)
                 (member,) = box.crew._lent
                 inner = descendants(member.launched.pid) if role == "all" else set()
-                send(signal.SIGSTOP, *inner, member.launched.pid)  # so that none can act on the death of another
+                send(signal.SIGSTOP, *inner, member.launched.pid)  # so that none can react to the death of another
                 kill(*inner, member.launched.pid)
                 await until(lambda member=member: member not in box.crew._lent)
             return await call, box.metrics.faults
@@ -153,7 +153,7 @@ def test_worker_death_at_the_memory_limit_is_oom_at_once(worker_pids, monkeypatc
 
 
 def test_what_an_earlier_program_was_killed_for_is_not_held_against_the_next(worker_pids):
-    """An earlier program's child is killed for memory; later its worker dies under an innocent one."""
+    """The child of an earlier program is killed for its memory; later the worker dies under an innocent program."""
     if reason := bubblewrap.missing(SandboxConfig()):
         pytest.skip(reason)
     if cgroup.memory_folder() is None:
@@ -190,7 +190,7 @@ def test_hung_worker_is_noticed_from_outside(box, worker_pids, descendants, aliv
     sandbox = box.sandbox
 
     async def main() -> tuple[ToolResult, set[int]]:
-        # Until a point in time, so that the second try, which comes after it, is short.
+        # It sleeps until a point in time, so that the second attempt, which comes later, is short.
         code = f"import time\ntime.sleep(max(0, {time.time() + 3} - time.time()))\nprint('ok')"
         call = asyncio.create_task(sandbox.run(code, limits=Limits(wall_s=4)))
         await until(lambda: sandbox.crew._lent)
@@ -260,7 +260,7 @@ def test_cancelling_the_caller_kills_the_program_and_frees_the_slot(box, worker_
 
 
 def test_closing_answers_open_calls_and_leaves_nothing(backend: str, worker_pids, descendants, alive):
-    before = descendants(os.getpid())  # other tests' workers, for one
+    before = descendants(os.getpid())  # for example workers of other tests
 
     async def main() -> tuple[list[ToolResult], set[int]]:
         async with open_sandbox(SandboxConfig(backend=(backend,), slots=2)) as box:
@@ -280,7 +280,7 @@ def test_closing_answers_open_calls_and_leaves_nothing(backend: str, worker_pids
 
 
 def test_awaiting_calls_makes_no_call_that_can_block_the_loop():
-    """Structure instead of time: while 50 callers wait, the loop's thread starts nothing and sleeps nowhere."""
+    """Checked without a clock: while 50 callers wait, the loop's thread starts no process and never sleeps."""
     blocking = ("time.sleep", "subprocess.Popen", "os.system", "os.fork", "os.posix_spawn", "socket.connect")
     loop_thread, watching, seen = threading.get_ident(), False, []
 

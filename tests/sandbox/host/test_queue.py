@@ -1,4 +1,4 @@
-"""The queue: order, bounds, and nothing lost when callers give up."""
+"""The queue: order, limits, and no slot is lost when callers give up."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ def test_first_come_first_served_and_nobody_overtakes():
         calls = [asyncio.create_task(caller(name)) for name in "abc"]
         await settle()
         queue.release()
-        late = asyncio.create_task(caller("late"))  # comes while the slot is being handed to a
+        late = asyncio.create_task(caller("late"))  # arrives while the slot is being handed to a
         await asyncio.gather(*calls, late)
         assert (queue.busy, queue.waiting) == (0, 0)
         return order

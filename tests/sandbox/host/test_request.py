@@ -1,4 +1,4 @@
-"""What is refused before it runs, and which fork server a program is sent to."""
+"""Which requests are refused, and which fork server a program gets."""
 
 import pytest
 

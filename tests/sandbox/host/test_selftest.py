@@ -1,4 +1,4 @@
-"""The self-test: a back-end that does not hold what it promises is refused, and nothing of the test is left."""
+"""The self-test: a back-end that breaks a promise is refused, and the test leaves nothing behind."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from retool_jax.sandbox.launch import process
 
 
 class Bare:
-    """A sandbox that keeps nothing apart. What it is given here is the self-test's own program."""
+    """A sandbox that isolates nothing. It runs only the self-test's own program here."""
 
     config = SandboxConfig()
 
@@ -27,7 +27,7 @@ class Bare:
 
 
 def canaries() -> list[Path]:
-    """What a self-test of this process has laid out; other sandboxes of the machine have theirs."""
+    """Folders that a self-test of this process has made; other sandboxes on the machine make theirs."""
     return [path for name in CANARY_FOLDERS for path in Path(name).expanduser().glob(f".canary-{os.getpid()}-*")]
 
 

@@ -1,4 +1,4 @@
-"""Sessions: what stays, what ends one, and that a lost one is never the model's fault."""
+"""Sessions: what they keep, what ends them, and that a lost session is never the model's fault."""
 
 import asyncio
 import os
@@ -130,7 +130,7 @@ def test_a_cancelled_cell_is_killed_and_ends_the_session(descendants, alive):
 def test_idle_sessions_are_closed_and_say_so(descendants, alive):
     async def main() -> tuple[ToolResult, set[int]]:
         async with open_sandbox(replace(PROCESS, session_ttl_s=0.7)) as box, box.session() as session:
-            for _ in range(3):  # each cell begins the wait anew
+            for _ in range(3):  # each cell restarts the wait
                 await session.run("x = 1")
                 await asyncio.sleep(0.3)
             pid = session._member.launched.pid

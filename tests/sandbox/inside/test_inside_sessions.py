@@ -1,4 +1,4 @@
-"""An interpreter that stays: what survives from one cell to the next, and what ends it."""
+"""A session's interpreter: what it keeps from one cell to the next, and what ends it."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from retool_jax.sandbox import Limits, ToolResult
 
 
 def run_cells(box, *cells: str | tuple[str, dict]) -> list[ToolResult]:
-    """Results of cells that run one after the other in one session; a cell with options is a pair."""
+    """Results of cells that run one after the other in a session; a cell with options is a pair."""
 
     async def main() -> list[ToolResult]:
         async with box.sandbox.session() as session:

@@ -1,4 +1,4 @@
-"""What a program must not reach, use up or leave behind, on every back-end that can work here."""
+"""What a program must not reach, use up or leave behind, on every back-end that works here."""
 
 import asyncio
 import os
@@ -141,7 +141,7 @@ def test_system_v_objects_do_not_outlive_a_program(box):
 
 DAEMON = """
 import os, sys, time
-if os.fork() == 0:  # one that holds the pipes, in a session and a group of its own
+if os.fork() == 0:  # it holds the pipes, in its own session and process group
     os.setsid()
     if os.fork() == 0:
         code = "import time; print('up', flush=True); time.sleep(300)"
@@ -168,7 +168,7 @@ def test_fork_bomb_is_bounded_and_swept(box):
         assert (after.status, after.stdout, after.attempts) == ("success", "1\n", 1)
 
 
-@pytest.mark.parametrize("box", ["bubblewrap", "gvisor"], indirect=True)  # the others have no group of their own
+@pytest.mark.parametrize("box", ["bubblewrap", "gvisor"], indirect=True)  # `process` has no memory group
 def test_memory_of_all_processes_together_is_bounded(box):
     if "memory bounded as a whole" not in box.sandbox.description:
         pytest.skip("no memory control group here")

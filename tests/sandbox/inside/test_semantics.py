@@ -1,4 +1,4 @@
-"""What a program meets inside: the language, its streams, its limits."""
+"""What a program finds inside: the language, its streams, its limits."""
 
 import asyncio
 
@@ -57,7 +57,7 @@ OPTED = (
 
 
 def check_options(results: list[ToolResult]) -> None:
-    """Results of `OPTED` where the last expression is not shown and two modules are allowed."""
+    """Results of `OPTED` if the last expression is not shown and two modules are allowed."""
     silent, allowed, *refused = results
     assert (silent.status, silent.stdout) == ("success", "")
     assert (allowed.status, allowed.stdout) == ("success", "True\n")
@@ -121,7 +121,7 @@ def test_timeout_keeps_partial_output_and_the_wall_limit_starts_with_the_program
     assert "0.4 s" in results[0].message
 
 
-# What a program has written and not sent when it is gone: (program, how it ends, stdout, stderr).
+# Output that is still in the buffer when a program ends: (program, status, stdout, stderr).
 CUT_OFF = {
     "time runs out in a line": (
         "for i in range(12):\n    print(i, end=' ')\nwhile True:\n    pass",
@@ -266,7 +266,7 @@ def test_programs_cannot_reach_each_others_state(box):
     read = "import math, os\nprint(math.pi > 3, os.listdir('.'), os.path.exists('/dev/shm/f'), 'leak' in globals())"
     mounts = "len(open('/proc/self/mountinfo').readlines())"
 
-    # Several rounds, because any of the workers may take a program.
+    # Several rounds, because each worker may take any program.
     programs = (write, read, "import random\nrandom.random()", mounts)
     results = [result for program in programs * 2 for result in box.run(program)]
     assert [r.status for r in results] == ["success"] * 8

@@ -1,4 +1,4 @@
-"""Fork servers: what programs find loaded, and what happens when one of them dies."""
+"""Fork servers: what programs find imported, and what happens when a fork server dies."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""The client: our own server behind it, and servers that misbehave in every way that ours does not."""
+"""The client, with our own server and with servers that misbehave in every way that ours does not."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ OURS = write_result(ToolResult("success", stdout="x"))
 
 @asynccontextmanager
 async def fake_server(reply: Callable[[dict, int], bytes | None]) -> AsyncIterator[tuple[str, list[dict]]]:
-    """A Sandbox Fusion server of others: `reply(request, number)` makes each answer, None never does."""
+    """Another project's Sandbox Fusion server: `reply(request, number)` makes each answer; None: it never answers."""
     seen: list[dict] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -50,7 +50,7 @@ async def fake_server(reply: Callable[[dict, int], bytes | None]) -> AsyncIterat
                     continue
                 length = next(int(l.split(b":")[1]) for l in head.split(b"\r\n") if l.lower().startswith(b"content-le"))
                 body = json.loads(await reader.readexactly(length))
-                first = body["code"] == "print(2 + 2)"  # the client's own look at the server
+                first = body["code"] == "print(2 + 2)"  # the client's own test of the server
                 if not first:
                     seen.append(body)
                 data = answer(foreign("4\n")) if first else reply(body, len(seen))
@@ -72,7 +72,7 @@ async def fake_server(reply: Callable[[dict, int], bytes | None]) -> AsyncIterat
 
 
 def against(*replies: Callable[[dict, int], bytes | None], calls: int = 1, **config):
-    """The results of some calls, and what each of the fake servers saw."""
+    """The results of some calls, and the requests that each fake server got."""
 
     async def main() -> tuple[list[ToolResult], list[list[dict]]]:
         async with AsyncExitStack() as stack:
@@ -110,7 +110,7 @@ def test_our_own_server_gives_the_very_results_of_the_sandbox_behind_it(serve):
     for here, there in asyncio.run(main()):
         assert there.backend in ("remote/process", "remote")
         clock = {"wall_s": 0, "cpu_s": 0, "queue_s": 0, "peak_rss_mb": 0, "backend": ""}
-        if here.status == "output_limit":  # how much came before the stop is chance
+        if here.status == "output_limit":  # how much was written before the stop is random
             clock |= {"stdout": "", "stdout_bytes": 0}
         assert replace(there, **clock) == replace(here, **clock)
 
@@ -182,7 +182,7 @@ def test_a_refused_token_is_told_at_once():
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "413 Content Too Large", "422 Unprocessable Content"])
 def test_what_a_server_refuses_for_what_it_holds_is_rejected(status: str):
-    """It has served this client before; a policy that could make it refuse would choose to be dropped."""
+    """The server worked before; a policy that could make it refuse could choose to be dropped."""
     (result,), (requests,) = against(lambda *_: answer({"detail": "a lone\nsurrogate"}, status))
     assert (result.status, result.backend, len(requests)) == ("rejected", "remote", 1)
     assert f"HTTP {status[:3]}" in result.message and "\n" not in result.message
@@ -208,7 +208,7 @@ def test_calls_at_a_server_that_fell_silent_go_elsewhere(monkeypatch: pytest.Mon
     silent = False
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A machine that takes everything and, once it is gone, answers nothing."""
+        """A machine that accepts everything and, after it is gone, answers nothing."""
         while data := await reader.read(65536):
             if not silent and data.startswith(b"GET"):
                 writer.write(answer("pong"))
@@ -222,7 +222,7 @@ def test_calls_at_a_server_that_fell_silent_go_elsewhere(monkeypatch: pytest.Mon
         gone = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         async with fake_server(works) as (url, _), open_sandbox(remote(url, gone)) as box:
             bad, good = box._endpoints[1], box._endpoints[0]
-            good.busy_until = time.monotonic() + 1  # so that the call begins at the other one
+            good.busy_until = time.monotonic() + 1  # so that the call begins at the other server
             bad.failures = 0
             call = asyncio.create_task(box.run("print(1)"))
             await asyncio.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Sandbox Fusion's protocol: nothing of ours is lost on the way, and others' answers are understood."""
+"""Sandbox Fusion's protocol: our own results arrive unchanged, and other projects' answers are understood."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The SDK that others' trainers use, unchanged, and the standard library's HTTP client, against our server."""
+"""Our server, called by the SDK that other trainers use and by the standard library's HTTP client."""
 
 import asyncio
 import base64
