@@ -144,43 +144,48 @@ def choose_uids() -> tuple[int, int]:
     return 20000 + salt % 40000, 1  # for a container with 65536 ids
 
 
+def open_scratch(scratch: str, packages: list[str], files: bool, processes: bool) -> str:
+    """Let programs use the worker's own folder and reach this Python; returns their working directory.
+
+    `files` and `processes` are as in `Isolation`. Exits with a message if programs cannot read this Python.
+    """
+    prefixes = [sys.base_prefix, os.path.dirname(sys.executable), os.path.dirname(os.path.realpath(sys.executable))]
+    needed = outermost([*prefixes, os.path.realpath(sys.base_prefix), *filter(os.path.exists, packages)])
+    if os.geteuid() == 0 and not all(map(open_to_others, needed)) and not (files and uncover(needed)):
+        sys.exit(f"an unprivileged user cannot read this Python ({sys.base_prefix}); install it outside closed folders")
+    if files and processes:
+        mount_proc()  # hides the host's processes
+    work = "/tmp"
+    if not files or any(path.startswith("/tmp/") for path in needed):
+        work = f"{scratch}/work"
+    if files:
+        os.makedirs(work, exist_ok=True)
+    os.chmod(scratch, 0o711)
+    return work
+
+
 def isolate(setup: dict) -> Isolation:
     """Isolate this process as far as the launcher asks and the kernel allows; see `supervisor.py` for `setup`.
 
     Exits with a message if no program could run safely.
     """
     root = os.geteuid() == 0
-    scratch = setup.get("scratch")
     if setup.get("unshare"):
         left = unshare_all((CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWNS, CLONE_NEWIPC))
-        granted = {"network": bool(left & CLONE_NEWNET), "processes": bool(left & CLONE_NEWPID)}
-        if granted["processes"]:
+        network, processes = bool(left & CLONE_NEWNET), bool(left & CLONE_NEWPID)
+        if processes:
             become_init()
     elif not __file__.startswith("/inside/"):  # where launchers put this folder; elsewhere a mount would be the host's
         sys.exit("this is no sandbox: without `unshare` in SETUP, this program must run inside one")
     else:  # the launcher has done it; without root, mounting still needs a user namespace
         left = CLONE_NEWNS if root else unshare_all((CLONE_NEWNS,))
-        granted = {"network": True, "processes": True}
+        network = processes = True
     files = bool(left & CLONE_NEWNS)
     if files and (setup.get("unshare") or not root):
         files = mount("none", "/", "none", MS_REC | MS_PRIVATE)
     work = "/tmp"
-    if scratch:
-        prefixes = [sys.base_prefix, os.path.dirname(sys.executable), os.path.dirname(os.path.realpath(sys.executable))]
-        needed = outermost(
-            [*prefixes, os.path.realpath(sys.base_prefix), *filter(os.path.exists, setup.get("packages", ()))]
-        )
-        if root and not all(map(open_to_others, needed)) and not (files and uncover(needed)):
-            sys.exit(
-                f"an unprivileged user cannot read this Python ({sys.base_prefix}); install it outside closed folders"
-            )
-        if files and granted["processes"]:
-            mount_proc()  # hides the host's processes
-        if not files or any(path.startswith("/tmp/") for path in needed):
-            work = f"{scratch}/work"
-        if files:
-            os.makedirs(work, exist_ok=True)
-        os.chmod(scratch, 0o711)
+    if scratch := setup.get("scratch"):
+        work = open_scratch(scratch, setup.get("packages", []), files, processes)
     elif not files:
         sys.exit("the sandbox cannot mount a working directory: it needs root or user namespaces")
     os.environ["HOME"] = os.environ["TMPDIR"] = work
@@ -200,8 +205,8 @@ def isolate(setup: dict) -> Isolation:
         first_uid=first_uid,
         uid_count=uid_count,
         nested=nested,
-        network=granted["network"],
-        processes=granted["processes"],
+        network=network,
+        processes=processes,
         files=files,
         nproc=root or (nested and release >= [5, 14]),  # older kernels count all processes of a user
         seccomp=bool(setup.get("seccomp")),
