@@ -1,4 +1,4 @@
-"""Conversations to learn from: chat messages as ids and mask, and the paper's own text form as chat messages."""
+"""Demonstrations: chat messages to ids and a mask, and the paper's text form to chat messages."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from retool_jax.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenList:
-    """Ids with the mask of those that a policy is to imitate."""
+    """Token ids, and for each one whether the policy learns to sample it."""
 
     ids: list[int]
     sampled: list[bool]
@@ -23,14 +23,14 @@ def demonstration_ids(
     grammar: str = "hermes",
     tool_prompt: str = "",
 ) -> TokenList:
-    """A whole conversation as ids and mask, by the same segments as a rollout's.
+    """A whole conversation as ids and mask, made of the same segments as a rollout.
 
     Args:
-        messages: user (or system) turns, then assistant turns with tool turns between. What follows the last assistant
-            turn is left out.
+        messages: user (or system) turns, then assistant turns with tool turns between them. Messages after the last
+            assistant turn are left out.
         tools: schemas of the tools that the prompt shows.
         grammar: how calls are written.
-        tool_prompt: how the paper's grammar is explained (`rollout.tool_prompt`).
+        tool_prompt: how the `retool` grammar is explained (`rollout.tool_prompt`).
 
     Raises:
         UserError: the messages are in another order, or cannot be written in this grammar.
@@ -38,7 +38,7 @@ def demonstration_ids(
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
     if not first:
         raise UserError("a demonstration needs a user message and then an assistant message")
-    rules = GRAMMARS[grammar if tools else "hermes"]  # without tools there is nothing to write in another way
+    rules = GRAMMARS[grammar if tools else "hermes"]  # without tools there are no calls to write
     tokens = TokenList([], [])
     pieces = [(rules.prompt(tokenizer, messages[:first], tools or [], tool_prompt), False)]
     turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
@@ -59,26 +59,26 @@ def demonstration_ids(
 _CODE = re.compile(r"</?code>")
 _OUTPUT = re.compile(r"\s*<interpreter>(.*?)</interpreter>", re.DOTALL)
 _FINAL = re.compile(r"(.*?)<answer>(.*?)</answer>(.*)", re.DOTALL)
-# What a tokenizer would turn into control tokens: in the policy's words they would end a turn or open a call.
+# Strings that a tokenizer would turn into control tokens.
 _CONTROL = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
 
 
 class Unreadable(ValueError):
-    """A text that is no transcript. The message is one of a few fixed reasons, to be counted by."""
+    """A text is not a transcript. The message is one of a few fixed reasons, so that reasons can be counted."""
 
 
 def holds_control(text: str) -> bool:
-    """Whether a policy's words hold what would end a turn or open a call."""
+    """Whether a text contains a mark that would end a turn or open a call."""
     return bool(_CONTROL.search(text))
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text has calls and their outputs in it, as published ReTool trajectories have."""
+    """Whether a text contains calls and their outputs, as published ReTool trajectories do."""
     return "<code>" in text and "<interpreter>" in text
 
 
 def read_transcript(text: str) -> list[dict]:
-    """The turns in one text: a call for each `<code>`, a tool turn for each `<interpreter>`, and the last words.
+    """The turns in one text: a call for each `<code>`, a tool turn for each `<interpreter>`, and the final answer.
 
     Raises:
         Unreadable: a tag without its partner, code without output, text after the answer.
@@ -113,7 +113,7 @@ def _call_turn(text: str, code: str) -> dict:
 
 
 def _code(inside: str) -> str:
-    """The program between `<code>` and `</code>`, in whatever form a rollout would read it."""
+    """The program between `<code>` and `</code>`, in any form that a rollout would accept."""
     call = read_code(inside)
     if call.error:
         raise Unreadable("empty code" if "there is no code" in call.error else "several fences in one code")

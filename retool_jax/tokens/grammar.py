@@ -1,14 +1,14 @@
-"""How a policy calls tools, and how it is answered: two grammars with one interface.
+"""How a policy calls tools and gets their answers: two grammars with one interface.
 
 `hermes` is the tool calling of Qwen's chat template: `<tool_call>` JSON `</tool_call>`, any number of calls in one
-turn, answered together in a turn of their own. `retool` is the text form of the ReTool paper (arXiv 2504.11536, 3.1):
-the policy stops at `</code>`, reads what its program printed between `<interpreter>` and `</interpreter>`, and goes on
-in the same turn. It knows no other tool than the interpreter. Marks are strings in both, whether they are tokens of the
-vocabulary or not.
+turn. All of them are answered together in a separate turn. `retool` is the text form of the ReTool paper (arXiv
+2504.11536, 3.1): the policy stops at `</code>`, reads the program's output between `<interpreter>` and
+`</interpreter>`, and continues in the same turn. It can only call the interpreter. In both grammars a mark is a string,
+whether the vocabulary has a token for it or not.
 
-Only what the policy sampled is ever parsed, so nothing in a tool's output can become a call. A call that cannot be read
-is still a call: it is answered with an error that says what was expected. Whether there is such a tool, and what
-arguments it takes, is not known here (`retool_jax.tools`).
+Only text that the policy sampled is parsed, so nothing in a tool's output can become a call. A call that cannot be read
+is still a call: it is answered with an error that says what was expected. This file does not check whether a tool
+exists or which arguments it takes (`retool_jax.tools` does).
 """
 
 import json
@@ -24,12 +24,12 @@ from retool_jax.tokens.chat import environment_ids, prompt_ids, tool_segment
 from retool_jax.tokens.tokenizer import QWEN, Tokenizer
 
 CODE_TOOL = "code_interpreter"  # the tool that <code> calls
-# What stands before a question in the paper's grammar. How to answer is said by the question itself.
+# The text before a question in the `retool` grammar. The question itself says how to answer.
 TOOL_PROMPT = (
     "You can run Python: write a complete program like this, and what it prints is shown to you between `<interpreter>`"
     " and `</interpreter>`.\n<code>\n```python\nthe program\n```\n</code>\n\n"
 )
-# In function the prompt of the paper's evaluation code; its own has quotes inside the box, which models copy.
+# Does the same as the prompt in the paper's evaluation code, which has quotes inside the box that models copy.
 PAPER_PROMPT = (
     "Work on the problem below step by step. Wherever a computation or a check would help your reasoning, you can write"
     " Python code: a sandbox executes it and shows you the output as `<interpreter>output</interpreter>`, and you"
@@ -43,11 +43,11 @@ PAPER_PROMPT = (
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call of a turn as it was written, or the error that answers what cannot be read.
+    """One call of a turn as the policy wrote it, or the error that answers a call that cannot be read.
 
-    `name` and `arguments` are any JSON: nobody has looked yet whether there is such a tool. `repaired` says what is not
-    as the grammar writes it, where that can mean one thing only and was read so. `start` is where its mark begins in
-    the turn's text, which does not make two calls differ.
+    `name` and `arguments` can be any JSON, because the tool is not looked up yet. `repaired` lists deviations from the
+    grammar that have only one possible meaning and were read with it. `start` is the position of the call's mark in
+    the turn's text; two calls that differ only in `start` are equal.
     """
 
     name: object = None
@@ -58,18 +58,18 @@ class ToolCall:
 
     @property
     def code(self) -> str:
-        """What to show of it: the program, or the arguments as JSON; empty where there are none."""
+        """The program, or for other tools the arguments as JSON; empty if there are no arguments."""
         if self.arguments is None:
             return ""
         if isinstance(self.arguments, dict) and self.name == CODE_TOOL and isinstance(self.arguments.get("code"), str):
             return self.arguments["code"]
         try:
             return json.dumps(self.arguments, ensure_ascii=False)
-        except RecursionError:  # nested a little less deep than what cannot be read
+        except RecursionError:  # nesting that can just be read can be too deep to be written
             return ""
 
     def strict(self) -> "ToolCall":
-        """The same without leniency: a call that had to be repaired is answered with what is wrong with it."""
+        """The same call, but with an error instead of a repair."""
         return ToolCall(error=f"malformed call: {self.repaired}", start=self.start) if self.repaired else self
 
 
@@ -77,11 +77,15 @@ class ToolCall:
 class Grammar:
     """One way to call tools, as pure functions.
 
-    `prompt(tokenizer, messages, tools, tool_prompt)` gives the ids up to the policy's first token, the tools (JSON
-    schemas as `{"type": "function", "function": ...}`) explained in them; `calls(text)` the calls of one turn in order,
-    its text beginning with `<think>` where the turn began in a thought; `segment(tokenizer, turn_ids, outputs)` the ids
-    that answer them, one output per call; `written(tokenizer, message, outputs, tool_prompt)` a demonstrated turn and
-    its answers as pieces of (ids, whether a policy would have sampled them). `stop` is a string that ends a turn too.
+    Attributes:
+        prompt: `prompt(tokenizer, messages, tools, tool_prompt)` returns the ids up to the policy's first token. They
+            explain the tools, which are JSON schemas: `{"type": "function", "function": ...}`.
+        calls: `calls(text)` returns the calls of one turn, in order. The text begins with `<think>` if the turn began
+            inside a thought.
+        segment: `segment(tokenizer, turn_ids, outputs)` returns the ids that answer the calls, one output per call.
+        written: `written(tokenizer, message, outputs, tool_prompt)` returns a demonstrated turn and its answers as
+            pieces of (ids, whether a policy would have sampled them).
+        stop: a string that also ends a turn; empty if there is none.
     """
 
     prompt: Callable[[Tokenizer, list[dict], list[dict], str], list[int]]
@@ -91,36 +95,39 @@ class Grammar:
     stop: str = ""
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The ids at which a turn ends, which the engine watches for."""
+        """The ids that end a turn. The engine stops at them."""
         return (*tokenizer.stop_ids, *(i for text, i in tokenizer.control_tokens.items() if text == self.stop))
 
     def stop_at(self, tokenizer: Tokenizer, turn_ids: list[int], seen: int) -> int | None:
-        """How many of a turn's ids there are up to the one that completes `stop`, when the first `seen` hold none.
+        """The number of ids up to and including the one that completes `stop`; None if the turn does not contain it.
 
-        `</code>` is several tokens in Qwen. The last id is kept whole, as it was sampled, with what it may hold behind
-        the mark (a line's end, mostly). None where there is no such string.
+        The first `seen` ids are known not to contain it. `</code>` is several tokens in Qwen. The last id is kept as it
+        was sampled, even if it holds text after the mark (mostly a line break).
         """
         return end_of(tokenizer, turn_ids, seen, self.stop) if self.stop else None
 
 
 def end_of(tokenizer: Tokenizer, ids: list[int], seen: int, string: str) -> int | None:
-    """How many ids there are up to the one that completes a string, when the first `seen` hold none; None without."""
-    first = max(seen - len(string.encode()), 0)  # an id stands for a byte or more, so it begins no further back
+    """The number of ids up to and including the one that completes `string`; None if the ids do not contain it.
+
+    The first `seen` ids are known not to contain it.
+    """
+    first = max(seen - len(string.encode()), 0)  # each id has at least one byte, so the string cannot begin earlier
     if string not in tokenizer.decode(ids[first:]):
         return None
     counts = range(max(seen, 1), len(ids) + 1)
     return counts[bisect_left(counts, True, key=lambda count: string in tokenizer.decode(ids[first:count]))]
 
 
-# --- what stands between marks ----------------------------------------------------------------------------------------
+# --- text between marks -----------------------------------------------------------------------------------------------
 
 _MARK = re.compile(r"<(/?)(tool_call|code|think)>")
 _FENCE = "```"
-_PYTHON = re.compile(r"((i?python|py)[\d.]*)?", re.IGNORECASE)  # what a fence around a program may say
+_PYTHON = re.compile(r"((i?python|py)[\d.]*)?", re.IGNORECASE)  # allowed language words of a fence around a program
 
 
 class Marked(NamedTuple):
-    """What a text has between `<tag>` and `</tag>`; `fault` is `opened` or `closed` where the other one is missing."""
+    """The text between `<tag>` and `</tag>`. If one of the two is missing, `fault` names the other: opened, closed."""
 
     tag: str
     inside: str
@@ -130,25 +137,25 @@ class Marked(NamedTuple):
 
 
 def marked(text: str, *tags: str) -> list[Marked]:
-    """What a turn has between these tags, in order.
+    """The parts of a turn between these tags, in order.
 
-    What stands in a thought that was closed was only thought of. A thought ends where there are as many `</think>` as
-    `<think>`, or else at the last one; in one that goes on, calls are calls. Inside a call other marks are text, but
-    for `<tool_call>`, which begins another one.
+    Parts inside a closed thought are left out. A thought ends when there are as many `</think>` as `<think>`, or else
+    at the last `</think>`. A thought that is never closed hides nothing. Inside a call other marks are plain text,
+    except `<tool_call>`, which begins another call.
     """
     found: list[Marked] = []
     opened: re.Match[str] | None = None
-    depth, last_end = 0, text.rfind("</think>")  # of thoughts
+    thought_depth, last_thought_end = 0, text.rfind("</think>")
     for mark in _MARK.finditer(text):
         closes, tag = bool(mark[1]), mark[2]
-        if depth:
+        if thought_depth:
             if tag == "think":
-                depth = 0 if mark.start() == last_end else depth + (-1 if closes else 1)
+                thought_depth = 0 if mark.start() == last_thought_end else thought_depth + (-1 if closes else 1)
         elif opened and closes and tag == opened[2]:
             found.append(Marked(tag, text[opened.end() : mark.start()], opened.start(), mark.end()))
             opened = None
         elif tag == "think":
-            depth = int(not opened and not closes and mark.start() < last_end)
+            thought_depth = int(not opened and not closes and mark.start() < last_thought_end)
         elif tag in tags and closes and not opened:
             found.append(Marked(tag, "", mark.start(), mark.end(), "closed"))
         elif tag in tags and not closes and (not opened or tag == "tool_call"):
@@ -162,17 +169,22 @@ def marked(text: str, *tags: str) -> list[Marked]:
 
 
 def marking_ids(tokenizer: Tokenizer, turn_ids: list[int], text: str, starts: Iterable[int]) -> list[int]:
-    """Which of a turn's ids brings the first character of the mark that begins at each of these places of its text.
+    """For each mark of a turn, the index of the id that holds its first character.
 
-    Marks begin with `<`, and each of these comes from one id, so they are counted and nothing is decoded again: from
-    the end, since the text may begin with a `<think>` that the ids have not.
+    Marks begin with `<`, and each `<` comes from one id, so counting them is enough and nothing is decoded again. They
+    are counted from the end, since the text may begin with a `<think>` that is not among the ids.
+
+    Args:
+        turn_ids: the turn as it was sampled.
+        text: the decoded turn.
+        starts: the position of each mark in `text`.
     """
-    bringing = [place for place, i in enumerate(turn_ids) for _ in range(tokenizer.brackets.get(i, 0))]
-    return [bringing[-text.count("<", start)] for start in starts]
+    with_bracket = [place for place, i in enumerate(turn_ids) for _ in range(tokenizer.brackets.get(i, 0))]
+    return [with_bracket[-text.count("<", start)] for start in starts]
 
 
 def unfenced(text: str) -> tuple[str, str | None]:
-    """What the one fence around a text holds, and the word that it opens with; without one the text, and None."""
+    """The content of the fence around a text, and the fence's language word; the text and None if there is no fence."""
     first, newline, rest = text.strip().partition("\n")
     if not (newline and first.startswith(_FENCE) and rest.endswith(_FENCE)):
         return text, None
@@ -188,7 +200,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def hermes_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict], tool_prompt: str = "") -> list[int]:
-    """Ids of a prompt that shows the tools as the template does, or in words where the template leaves them out."""
+    """Ids of a prompt that shows the tools: as the template does, or in words if the template leaves them out."""
     if not tools or tokenizer.writes_tools:
         return tokenizer.encode(tokenizer.render(messages, tools, generation_prompt=True))
     schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -206,14 +218,14 @@ def hermes_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict],
 
 
 def tool_calls(text: str) -> list[ToolCall]:
-    """The `<tool_call>`s in the text of a turn, in order; empty when the turn holds none."""
+    """The `<tool_call>`s in the text of a turn, in order; empty if there are none."""
     unfinished = ToolCall(error="unfinished call: <tool_call> without </tool_call>")
     found = [part for part in marked(text, "tool_call") if part.fault != "closed"]
     return [replace(unfinished if part.fault else read_call(part.inside), start=part.start) for part in found]
 
 
 def read_call(text: str) -> ToolCall:
-    """What stands between `<tool_call>` and `</tool_call>`: JSON, or what teachers and served models write for it."""
+    """Read the text between `<tool_call>` and `</tool_call>`: JSON, or the variants that models are known to write."""
     try:
         call, repairs = _read_json(text)
     except json.JSONDecodeError as error:
@@ -241,10 +253,10 @@ def read_call(text: str) -> ToolCall:
 
 
 def _read_json(text: str) -> tuple[object, list[str]]:
-    """JSON, with its slips repaired that are common and leave no doubt, and which ones there were.
+    """A JSON value, and a list of the repairs that were made. Only common and unambiguous mistakes are repaired.
 
     Raises:
-        ValueError, RecursionError: as `json.loads`, of the text as it is.
+        ValueError, RecursionError: what `json.loads` raises for the original text.
     """
     try:
         return json.loads(text), []
@@ -253,7 +265,7 @@ def _read_json(text: str) -> tuple[object, list[str]]:
     try:
         return json.loads(text, strict=False), ["a line's end or a tab in a string must be escaped"]
     except json.JSONDecodeError as error:
-        as_it_is = error
+        first_error = error
     body, word = unfenced(text)
     repairs = [f"the JSON stands between {_FENCE}"] if word is not None else []
     body = body.strip()
@@ -263,26 +275,26 @@ def _read_json(text: str) -> tuple[object, list[str]]:
     if (escaped := _ESCAPE.sub(_escape, body)) != body:
         body = escaped
         repairs.append("a backslash in a string must be doubled")
-    body += "}"  # one that is missing, or one more to be left over
+    body += "}"  # closes an object that lacks its last brace; otherwise this brace is left over
     try:
         value, end = json.JSONDecoder(strict=False).raw_decode(body)
     except json.JSONDecodeError:
-        raise as_it_is from None
+        raise first_error from None
     left = body[end:].strip()
     if not value or left not in ("", "}", "}}"):
-        raise as_it_is
+        raise first_error
     return value, repairs + ([] if left == "}" else ["there is a closing brace too many or too few"])
 
 
 def _escape(match: re.Match[str]) -> str:
-    r"""An escape as JSON has it: `\'` is only a quote, and before what JSON does not know a backslash is one."""
+    r"""A valid JSON escape: `\'` becomes a quote; a backslash before any other unknown character is doubled."""
     if match[1] in '"\\/bfnrtu':
         return match[0]
     return "'" if match[1] == "'" else f"\\{match[0]}"
 
 
 def _arguments_in(text: str, name: object) -> dict | None:
-    """The arguments that a string stands for: JSON, or the program alone."""
+    """The arguments in a string: JSON, or only the program."""
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -293,7 +305,7 @@ def _arguments_in(text: str, name: object) -> dict | None:
 
 
 def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
-    """The text that a policy would have sampled for an assistant message, the end of its turn included."""
+    """The text that a policy would have sampled for an assistant message, including the end of the turn."""
     calls = [
         f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
         f"{json.dumps(call['function']['arguments'], ensure_ascii=False)}}}\n</tool_call>"
@@ -304,29 +316,29 @@ def policy_turn_text(message: dict, turn_end: str = QWEN.turn_end) -> str:
 
 
 def hermes_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]) -> list[int]:
-    """Ids of the turn of the environment that answers a turn, whatever that said."""
+    """Ids of the environment's turn with these outputs; `turn_ids` play no part in this grammar."""
     return tool_segment(tokenizer, outputs)
 
 
 def hermes_written(
     tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
 ) -> list[tuple[list[int], bool]]:
-    """A demonstrated turn with all of its calls, and the segment that answers them."""
+    """A demonstrated turn with all its calls, and the segment that answers them (`Grammar.written`)."""
     said = tokenizer.encode(policy_turn_text(message, tokenizer.family.turn_end))
     return [(said, True), *([(tool_segment(tokenizer, outputs), False)] if outputs else [])]
 
 
 # --- retool -----------------------------------------------------------------------------------------------------------
 
-# The errors below name no tag as it is written: shown to the policy, a mark is broken up (`chat.defuse`).
+# The errors below do not spell tags out: the policy would see them broken up (`chat.defuse`).
 _CODE_END = "</code>"
 _FENCE_LINE = re.compile(r"^[ \t]*```", re.MULTILINE)
 
 
 def tool_prompt_of(tokenizer: Tokenizer, tool_prompt: str) -> str:
-    """What stands before a question: a text of the run's own, `paper`, or by default a short one.
+    """The text before a question: the run's own, the paper's for `paper`, or by default `TOOL_PROMPT`.
 
-    The miniature keeps the paper's by default: its numbers were measured with it.
+    The miniature's default is the paper's, because its numbers were measured with that.
     """
     if tool_prompt == "paper" or (not tool_prompt and tokenizer.is_miniature):
         return PAPER_PROMPT
@@ -334,10 +346,10 @@ def tool_prompt_of(tokenizer: Tokenizer, tool_prompt: str) -> str:
 
 
 def retool_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict], tool_prompt: str = "") -> list[int]:
-    """Ids of a prompt whose last message, the question, comes with the explanation of `<code>`.
+    """Ids of a prompt whose last message, the question, begins with an explanation of `<code>`.
 
     Raises:
-        UserError: there are other tools than the interpreter.
+        UserError: there are tools other than the interpreter.
     """
     if not tools:
         return prompt_ids(tokenizer, messages)
@@ -347,12 +359,12 @@ def retool_prompt(tokenizer: Tokenizer, messages: list[dict], tools: list[dict],
             " rollout.grammar=hermes, or leave the tool out"
         )
     *before, question = messages
-    asked = tool_prompt_of(tokenizer, tool_prompt) + question["content"]
-    return prompt_ids(tokenizer, [*before, question | {"content": asked}])
+    content = tool_prompt_of(tokenizer, tool_prompt) + question["content"]
+    return prompt_ids(tokenizer, [*before, question | {"content": content}])
 
 
 def retool_calls(text: str) -> list[ToolCall]:
-    """The `<code>`s in the text of a turn, in order; empty when the turn holds none."""
+    """The `<code>`s in the text of a turn, in order; empty if there are none."""
     faults = {
         "closed": ToolCall(error="malformed call: the code tag was closed and never opened"),
         "opened": ToolCall(error="unfinished call: the code tag was opened and never closed"),
@@ -364,7 +376,7 @@ def retool_calls(text: str) -> list[ToolCall]:
 
 
 def read_code(inside: str) -> ToolCall:
-    """What stands between `<code>` and `</code>`: one fenced block, or the bare program."""
+    """Read the text between `<code>` and `</code>`: one fenced block, or the bare program."""
     expected = "expected one ```python block between the code tags"
     code, word = unfenced(inside)
     if word is None:
@@ -380,10 +392,11 @@ def read_code(inside: str) -> ToolCall:
 
 
 def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]) -> list[int]:
-    """Ids that answer a turn in place, so that the policy goes on in the same turn.
+    """Ids that answer a turn in place, so that the policy continues in the same turn.
 
-    A policy that ended its turn inside a call is answered by the user, in a turn of its own: nothing may follow an end
-    of turn but the header of the next. The last token before an answer in place may have brought the line's end along.
+    If the policy ended its turn inside a call, the answer is a separate user turn, because only the header of the next
+    turn may follow an end of turn. An answer in place begins with a newline, unless the policy's last token ends in
+    one.
     """
     family = tokenizer.family
     if turn_ids[-1] in tokenizer.stop_ids:
@@ -400,10 +413,10 @@ def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
 def retool_written(
     tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
 ) -> list[tuple[list[int], bool]]:
-    """A demonstrated turn: each call with its answer in place; without a call the answer as the prompt asks for it.
+    """A demonstrated turn: each call followed by its answer. A turn without calls answers in the form of the prompt.
 
     Raises:
-        UserError: a call of another tool, or one that would not be read as it was meant.
+        UserError: a call of another tool, or one that would be read back as something else.
     """
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     said = message.get("content") or ""
@@ -427,7 +440,7 @@ def retool_written(
 
 
 def _answer_in_tags(text: str) -> str:
-    r"""A final turn as the paper's prompt asks for it: a `\boxed{...}` at its end between answer tags, on its own."""
+    r"""A final turn in the form of the paper's prompt: a `\boxed{...}` at its end is put between answer tags."""
     before, box, inside = text.rstrip(" \n.").rpartition("\\boxed{")
     depths = [*accumulate(({"{": 1, "}": -1}.get(c, 0) for c in _ESCAPE.sub("", inside)), initial=1)]
     if not box or "<answer>" in text or depths.count(0) != 1 or depths[-1]:
@@ -435,7 +448,7 @@ def _answer_in_tags(text: str) -> str:
     return "\n".join(filter(None, (before.rstrip(), f"<answer>\n{box}{inside}\n</answer>")))
 
 
-DEFAULT_GRAMMAR = "hermes"  # that of the chat templates
+DEFAULT_GRAMMAR = "hermes"  # what chat templates write
 GRAMMARS = {
     "hermes": Grammar(hermes_prompt, tool_calls, hermes_segment, hermes_written),
     "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_written, stop=_CODE_END),

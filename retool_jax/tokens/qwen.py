@@ -1,4 +1,4 @@
-"""Qwen's vocabularies: byte-level BPE with its pre-tokenization and added tokens, from the published ranks."""
+"""Qwen's vocabularies from the published ranks: byte-level BPE with its pre-tokenization and added tokens."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ QWEN_ADDED = {"qwen2": _QWEN25_ADDED, "qwen3": _QWEN3_ADDED}  # by `model_type` 
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """A tiktoken file, lines of `base64 rank`, as the rank of each token."""
+    """The rank of each token in a tiktoken file, whose lines are `base64 rank`."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -48,7 +48,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def merges_of_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merges of byte-level BPE, in order, from the ranks of its tokens.
 
-    A token's merge is the pair that is left when its own bytes are merged with the merges of lower rank.
+    A token's merge is the pair that remains when its bytes are merged with all merges of lower rank.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -84,14 +84,14 @@ def added_after(first: int, tokens: dict[str, bool]) -> dict[int, AddedToken]:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the rest are moved up."""
+    """GPT-2's characters for the 256 bytes: printable bytes are themselves, the others are moved to 256 and above."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     moved = iter(range(256, 512))
     return {byte: chr(byte if byte in printable else next(moved)) for byte in range(256)}
 
 
 def byte_bpe(vocab: dict[str, int], merges: list[list[str]], added: dict[int, AddedToken]) -> FastTokenizer:
-    """Qwen's pipeline around a vocabulary, by way of the file format: the constructors cannot set the decoder."""
+    """Qwen's pipeline with this vocabulary. Made from the file format, as the constructors cannot set the decoder."""
     bytes_as_they_are = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -1,4 +1,4 @@
-"""Turns and answers of either grammar as people are shown them, without their marks."""
+"""Turns and tool outputs of both grammars for human readers, without their marks."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from retool_jax.tokens.tokenizer import FAMILIES
 _FRAMES = re.compile(
     "|".join([r"<\|im_start\|>(?:assistant\n?)?", *(re.escape(mark) for family in FAMILIES for mark in family.stops)])
 )
-# What an answer stands between; a segment has answers of one kind.
+# The marks before and after an output; all outputs of a segment have the same kind.
 _OUTPUTS = (
     *((family.output_open, family.output_close) for family in FAMILIES),
     ("<interpreter>\n", "\n</interpreter>"),
@@ -18,7 +18,7 @@ _OUTPUTS = (
 
 @dataclass(frozen=True)
 class Shown:
-    """A piece of a policy's turn for people: `kind` is `said` or `call`; `fault` says why a call cannot be read."""
+    """A piece of a policy's turn. `kind` is `said` (text) or `call`; `fault` says why a call cannot be read."""
 
     kind: str
     text: str
@@ -26,9 +26,9 @@ class Shown:
 
 
 def show_turn(text: str) -> list[Shown]:
-    """A turn of either grammar, decoded, in pieces: what was said, and each call as a program or as name and arguments.
+    """The pieces of a decoded turn of either grammar: text, and each call as a program or as name and arguments.
 
-    A mark without its partner is words. Marks of turns are left out, and so are words of nothing but space.
+    A mark without its partner is text. Marks of turns and blank text are left out.
     """
     pieces, last = [], 0
     for part in marked(text, "tool_call", "code"):
@@ -51,9 +51,9 @@ def _show_call(part: Marked) -> Shown:
 
 
 def show_outputs(text: str) -> list[str]:
-    """What the tools answered, from the decoded segment that answers a turn; the whole segment where it holds none.
+    """The outputs in the decoded segment that answers a turn; the whole segment if it holds none.
 
-    An output ends at the last closing mark before the next one begins, so that a mark inside of it cuts nothing off.
+    An output ends at the last closing mark before the next output begins, so a mark inside an output cuts nothing off.
     """
     for opening, closing in _OUTPUTS:
         _, *pieces = text.split(opening)

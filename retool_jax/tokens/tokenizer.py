@@ -1,9 +1,9 @@
 """Load a checkpoint's tokenizer with its chat template.
 
 Three forms of a tokenizer are read: `tokenizer.json`; `vocab.json` with `merges.txt`; and the ranks file
-`qwen.tiktoken` that Qwen publishes with its own packages, from which the merges follow. Files are read as they are,
-not through the class that a checkpoint's settings name: exports of one vocabulary name different ones (DeepSeek's
-distilled Qwen names Llama's), and ids must not hang on what a library makes of that.
+`qwen.tiktoken` that Qwen publishes with its own packages, from which the merges are derived. The class that a
+checkpoint's settings name is ignored: exports of one vocabulary name different classes (DeepSeek's distilled Qwen
+names Llama's), and the ids must not depend on how a library treats them.
 """
 
 # ruff: noqa: RUF001  (DeepSeek writes its marks with full-width bars)
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from retool_jax.errors import UserError, one_line
 from retool_jax.tokens.qwen import QWEN_ADDED, added_after, byte_bpe, read_ranks, tokenizer_of_ranks
 
-if TYPE_CHECKING:  # slow to import, and who only reads texts (the report) needs no tokenizer
+if TYPE_CHECKING:  # slow to import, and the report, which only reads texts, needs no tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MINIATURE = Path(__file__).parent.parent / "data" / "miniature"
@@ -37,15 +37,15 @@ _EXPECTED = "tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken"
 
 @dataclass(frozen=True)
 class Family:
-    """The strings by which a family's chat template marks turns, as far as segments need them.
+    """The strings with which a family's chat template marks turns, as far as segments need them.
 
-    After a turn that called tools the template continues with `answer_open`, the outputs, each between `output_open`
-    and `output_close` and with newlines between them, then `answer_close`, and, if `header_after_answer`, with the
-    header of the next turn, which is what it also writes at the end of a prompt.
+    After a turn that called tools the template writes `answer_open`, the outputs, then `answer_close`. Each output
+    stands between `output_open` and `output_close`, and newlines separate them. If `header_after_answer`, the header of
+    the next turn follows, the same that ends a prompt.
     """
 
-    stops: tuple[str, ...]  # tokens that end a turn; the first is the one that the template writes
-    user_open: str  # what follows a finished turn when the user speaks
+    stops: tuple[str, ...]  # tokens that end a turn; the template writes the first
+    user_open: str  # begins a user's turn after a finished turn
     user_close: str
     answer_open: str
     output_open: str
@@ -59,12 +59,12 @@ class Family:
 
     @property
     def marks(self) -> list[str]:
-        """Everything in angle brackets among these strings."""
+        """All marks in angle brackets in these strings."""
         texts = [*self.stops, self.user_open, self.user_close, self.answer_open, self.answer_close]
         return re.findall(r"<[^<>\s]+>", "".join([*texts, self.output_open, self.output_close]))
 
 
-# Qwen2.5, Qwen3 and whoever kept their ChatML. The template puts the newline after <|im_end|>, where the policy has
+# Qwen2.5, Qwen3 and others that use their ChatML. The template puts a newline after <|im_end|>, where the policy has
 # already stopped. Instruct models end with the first stop, Base models with the second.
 QWEN = Family(
     stops=("<|im_end|>", "<|endoftext|>"),
@@ -77,7 +77,7 @@ QWEN = Family(
     header_after_answer=True,
 )
 # DeepSeek-R1-Distill-Qwen: the marks of tool outputs are not tokens of its vocabulary. The published template opens the
-# list of outputs only at a conversation's first; here every answer is a whole one.
+# list of outputs only for the first answer of a conversation; here each answer opens its own list.
 R1 = Family(
     stops=("<｜end▁of▁sentence｜>",),
     user_open="<｜User｜>",
@@ -89,17 +89,17 @@ R1 = Family(
     header_after_answer=False,
 )
 FAMILIES = (QWEN, R1)
-_USER = {"role": "user", "content": "?"}  # to see what a template makes of it
+_USER = {"role": "user", "content": "?"}  # for trial renders of a template
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Hugging Face tokenizer, narrowed to what a token-in, token-out pipeline may do with it."""
+    """A Hugging Face tokenizer with only the operations that a token-in, token-out pipeline may use."""
 
     hf: "PreTrainedTokenizerBase"
 
     def __len__(self) -> int:
-        """The largest id + 1, the rows of a table of all ids: more than there are tokens where ids have gaps."""
+        """The largest id + 1: the number of rows in a table of all ids, above the number of tokens if ids have gaps."""
         return self._rows
 
     @cached_property
@@ -111,30 +111,30 @@ class Tokenizer:
         return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, control tokens included, nothing cleaned up."""
+        """Text of ids, including control tokens, without any clean-up."""
         return self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
-        """Every added token and its id: what tool output must never become."""
+        """Every added token and its id. Tool output must never contain one of these ids."""
         return dict(self.hf.get_added_vocab())
 
     @cached_property
     def brackets(self) -> dict[int, int]:
-        """How many `<` an id brings to a text, for the ids that bring any."""
-        having = [i for token, i in self.hf.get_vocab().items() if "<" in token]
-        return {i: count for i in having if (count := self.decode([i]).count("<"))}
+        """The number of `<` in an id's text, for the ids that have any."""
+        candidates = [i for token, i in self.hf.get_vocab().items() if "<" in token]
+        return {i: count for i in candidates if (count := self.decode([i]).count("<"))}
 
     @cached_property
     def family(self) -> Family:
-        """The family whose end of turn the vocabulary has, and which marks turns as the template does."""
+        """The family whose end of turn is in the vocabulary and whose marks the template writes."""
         known = [family for family in FAMILIES if family.turn_end in self.control_tokens]
         if not known:
             ends = " nor ".join(family.turn_end for family in FAMILIES)
             raise UserError(f"the tokenizer has neither {ends}; use one of Qwen2.5, Qwen3 or DeepSeek-R1-Distill-Qwen")
-        if not self.hf.chat_template:  # who renders is told
+        if not self.hf.chat_template:  # `render` raises an error about it
             return known[0]
-        written = self._tried([_USER, {"role": "assistant", "content": "!"}, _USER], None)
+        written = self._render_or_empty([_USER, {"role": "assistant", "content": "!"}, _USER], None)
         for family in known:
             if f"!{family.turn_end}{family.user_open}?" in written:
                 return family
@@ -145,23 +145,23 @@ class Tokenizer:
 
     @cached_property
     def writes_tools(self) -> bool:
-        """Whether a prompt needs no words about tools: the template shows them, or it is the miniature's."""
+        """Whether a prompt needs no extra text about tools: the template shows them, or it is the miniature's."""
         tool = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-        written = self._tried([_USER], [{"type": "function", "function": tool}])
+        written = self._render_or_empty([_USER], [{"type": "function", "function": tool}])
         return self.is_miniature or ('"probe"' in written and "<tool_call>" in written)
 
     @cached_property
     def writes_system(self) -> bool:
         """Whether the template has a place for a system message."""
-        return "probe" in self._tried([{"role": "system", "content": "probe"}, _USER], None)
+        return "probe" in self._render_or_empty([{"role": "system", "content": "probe"}, _USER], None)
 
     @cached_property
     def is_miniature(self) -> bool:
-        """Whether the template is the miniature's, whose policy knows its tool from demonstrations alone."""
+        """Whether the template is the miniature's, whose policy knows its tool only from demonstrations."""
         return self.hf.chat_template == (MINIATURE / "chat_template.jinja").read_text(encoding="utf-8")
 
-    def _tried(self, messages: list[dict], tools: list[dict] | None) -> str:
-        """What the template makes of messages; empty where it refuses them."""
+    def _render_or_empty(self, messages: list[dict], tools: list[dict] | None) -> str:
+        """`render`ed messages; empty if the template refuses them."""
         try:
             return self.render(messages, tools, generation_prompt=True)
         except UserError:
@@ -169,14 +169,14 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a turn; the first is the one that the template writes."""
+        """Ids that end a turn; the template writes the first."""
         names = [*self.family.stops, self.hf.eos_token]
         found = (self.control_tokens[name] for name in names if name in self.control_tokens)
         return tuple(dict.fromkeys(found))
 
     @cached_property
     def turn_header(self) -> str:
-        """What the template writes before a turn of the policy; some thinking models' ends with `<think>`."""
+        """The text that the template writes before a turn of the policy; some thinking models' ends with `<think>`."""
         before, after = self.render([_USER], None, False), self.render([_USER], None, True)
         if not after.startswith(before) or after == before:
             raise UserError(
@@ -193,7 +193,7 @@ class Tokenizer:
             return self.hf.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except (TemplateError, TypeError, ValueError) as error:  # a template's own, and what it does to wrong types
+        except (TemplateError, TypeError, ValueError) as error:  # the last two when a template gets wrong types
             raise UserError(
                 f"the chat template refuses turns of {', '.join(message['role'] for message in messages)}"
                 f" ({one_line(error)}); change the data, or chat_template.jinja beside the tokenizer"
@@ -225,12 +225,12 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"no tokenizer at {folder}: expected {_EXPECTED} there; set tokenizer=FOLDER or miniature")
     _check_added(fast, _declared_tokens(folder, config), folder)
     tokenizer = Tokenizer(_with_template(fast, folder, config))
-    _ = tokenizer.family  # a vocabulary without an end of turn is refused here, before a run begins
+    _ = tokenizer.family  # raises for a vocabulary without an end of turn, before a run begins
     return tokenizer
 
 
 def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
-    """A tokenizer from `vocab.json` and `merges.txt`, which say nothing about the pipeline: Qwen's only."""
+    """A tokenizer from `vocab.json` and `merges.txt`. They do not describe the pipeline, so only Qwen's are read."""
     named = config.get("tokenizer_class")
     if named not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise UserError(
@@ -250,7 +250,7 @@ def _from_merges_file(folder: Path, config: dict) -> FastTokenizer:
 
 
 def _declared_tokens(folder: Path, config: dict) -> dict[int, AddedToken]:
-    """The added tokens that the folder's settings list, by id; empty when they list none."""
+    """The added tokens that the folder's settings list, by id; empty if they list none."""
     try:
         if declared := config.get("added_tokens_decoder"):
             return {
@@ -281,7 +281,7 @@ def _tokens_by_model_type(folder: Path) -> dict[str, bool]:
 
 
 def _check_added(fast: FastTokenizer, declared: dict[int, AddedToken], folder: Path) -> None:
-    """Every listed token must have its listed id: the embedding was trained by it."""
+    """Every listed token must have its listed id, because the embedding was trained with it."""
     for index, token in declared.items():
         found = fast.token_to_id(token.content)
         if found != index:
@@ -304,7 +304,7 @@ def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> "PreTrain
         if text:
             names[name] = text
     template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
+    if isinstance(template, list):  # several templates with names
         template = next((item["template"] for item in template if item.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
         template = _read_text(folder / "chat_template.jinja")
@@ -314,8 +314,8 @@ def _with_template(fast: FastTokenizer, folder: Path, config: dict) -> "PreTrain
 
 
 def _download(name: str) -> Path:
-    """The tokenizer's files of a hub id, in the hub's own cache."""
-    from huggingface_hub import snapshot_download  # slow to import, and a folder does not need it
+    """The folder of a hub id's tokenizer files, in the hub's own cache."""
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
@@ -334,7 +334,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON object; empty when there is no such file."""
+    """A JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
