@@ -1,11 +1,11 @@
-"""Does what a policy wrote fit a schema? The part of JSON Schema that tools need, with answers in words."""
+"""Check a call's arguments against a schema: the part of JSON Schema that tools need, with readable errors."""
 
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-# A type of JSON: the classes of its values, an example, and how it is called. A truth value is no number here.
+# For each JSON type: the classes of its values, an example, and its name in errors. A boolean is not a number here.
 TYPES: dict[str, tuple[tuple[type, ...], str, str]] = {
     "string": ((str,), '"..."', "a string"),
     "integer": ((int,), "0", "a whole number"),
@@ -18,10 +18,10 @@ TYPES: dict[str, tuple[tuple[type, ...], str, str]] = {
 
 
 def fault_of(arguments: object, schema: Mapping[str, Any]) -> str:
-    """Why arguments do not fit the schema of an object, naming what there is; empty where they do.
+    """Why arguments do not fit the schema of an object, with the expected shape; empty if they fit.
 
     Known are `type`, `enum`, `properties`, `required`, `additionalProperties` as true or false, `items`, `minimum` and
-    `maximum`. Of a tool with several arguments the one at fault is named beside the shape of all of them.
+    `maximum`. For a tool with several arguments the message also names the wrong one.
     """
     fault = _fault(arguments, {"type": "object"} | dict(schema), "")
     if not fault:
@@ -31,7 +31,7 @@ def fault_of(arguments: object, schema: Mapping[str, Any]) -> str:
 
 
 def declared(arguments: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the schema names; all of them where it names none or asks for others."""
+    """The arguments that the schema names; all arguments if it names none or allows additional ones."""
     properties = schema.get("properties")
     if not properties or schema.get("additionalProperties"):
         return arguments
@@ -39,7 +39,7 @@ def declared(arguments: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, 
 
 
 def shape_of(schema: Mapping[str, Any]) -> str:
-    """What fits a schema, as an example for a reader: `{"code": "..."}`; a `?` follows what may be left out."""
+    """An example of what fits a schema, such as `{"code": "..."}`; a `?` marks an optional argument."""
     if "enum" in schema:
         return " | ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     kinds = _kinds(schema)
@@ -59,7 +59,7 @@ def _kinds(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _fault(value: object, schema: Mapping[str, Any], name: str) -> str:
-    """What is wrong with a value of this name; empty if nothing is. It goes as deep as the schema, not as the value."""
+    """What is wrong with the value called `name`; empty if nothing is. The recursion is as deep as the schema."""
     kinds = _kinds(schema)
     if kinds and not any(_is(value, kind) for kind in kinds):
         return f"{name} must be {' or '.join(TYPES[kind][2] for kind in kinds)}"

@@ -1,7 +1,7 @@
-"""Exact arithmetic without a sandbox: whole numbers, decimals and fractions, read by a parser of our own.
+"""Exact arithmetic without a sandbox: integers, decimals and fractions, with a parser written here.
 
-What a policy writes is bounded before it is computed: the length of the text, and the digits that each result may have.
-So `9**9**9` is refused in a microsecond, and the longest computation that is allowed takes milliseconds.
+The length of an expression and the digits of each result are limited before anything is computed. So `9**9**9` is
+refused in a microsecond, and the longest allowed computation takes milliseconds.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from retool_jax.tools.tool import Output, Tool
 
 MAX_LENGTH = 500  # characters of an expression
-MAX_BITS = 12_000  # of a numerator or denominator, 3612 digits; Python writes no number of more than 4300
-DIGITS = 12  # of the decimal beside a fraction
+MAX_BITS = 12_000  # of a numerator or denominator, 3612 digits; Python prints at most 4300 digits
+DIGITS = 12  # of the decimal value shown after a fraction
 
 _SPELLINGS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{MIDDLE DOT}": "*", "÷": "/", "\N{MINUS SIGN}": "-"})
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)|(\*\*|//|[-+*/%^()]))")
@@ -24,16 +24,16 @@ _OPERATIONS = {
     **{"/": operator.truediv, "//": operator.floordiv, "%": operator.mod},
 }
 _NEGATIVE = "neg"
-# How tightly an operator binds; powers bind to the right, and tighter than a sign before them: -2**2 is -4.
-_STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, _NEGATIVE: 3, "**": 4}
+# The precedence of operators. Powers are right-associative and bind tighter than a sign before them: -2**2 is -4.
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, _NEGATIVE: 3, "**": 4}
 
 
 class Refused(Exception):
-    """An expression that is not computed, and why, in words for the policy."""
+    """An expression is not computed. The message says why; the policy reads it."""
 
 
 class Calculator(Tool):
-    """`calculator({"expression": "2/3 + 0.5"})` is told `7/6 (about 1.16666666667)`."""
+    """`calculator({"expression": "2/3 + 0.5"})` returns `7/6 (about 1.16666666667)`."""
 
     name = "calculator"
     description = "Compute an arithmetic expression exactly: numbers, + - * / // % ** and parentheses."
@@ -54,55 +54,55 @@ def compute(expression: str) -> Fraction:
     """The exact value of an expression.
 
     Raises:
-        Refused: it is too long, is no arithmetic, divides by zero, has a power that is not whole, or a value of more
-            than about 3600 digits.
+        Refused: it is too long, is not arithmetic, divides by zero, has an exponent that is not whole, or a value of
+            more than about 3600 digits.
     """
     if len(expression) > MAX_LENGTH:
         raise Refused(f"the expression has {len(expression)} characters, the limit is {MAX_LENGTH}")
     values: list[Fraction] = []
-    waiting: list[str] = []  # operators and open parentheses, in the order in which they were read
+    operators: list[str] = []  # operators that are not applied yet, and open parentheses
 
-    def bind() -> None:
-        sign, right = waiting.pop(), values.pop()
+    def apply_last() -> None:
+        sign, right = operators.pop(), values.pop()
         values.append(-right if sign == _NEGATIVE else _apply(sign, values.pop(), right))
 
-    operand = True  # whether one may begin here
+    expects_operand = True
     for token, position in _tokens(expression):
-        if operand:
+        if expects_operand:
             if token in ("+", "-"):
-                waiting += [_NEGATIVE] if token == "-" else []
+                operators += [_NEGATIVE] if token == "-" else []
             elif token == "(":
-                waiting.append(token)
-            elif token in _STRENGTH or token == ")":
+                operators.append(token)
+            elif token in _PRECEDENCE or token == ")":
                 raise Refused(f"a number is missing before {token!r} at character {position}")
             else:
                 values.append(Fraction(token))
-                operand = False
-        elif token in _STRENGTH:
-            tighter = _STRENGTH[token] + (token == "**")  # it binds to the right: equal ones wait
-            while waiting and waiting[-1] != "(" and _STRENGTH[waiting[-1]] >= tighter:
-                bind()
-            waiting.append(token)
-            operand = True
+                expects_operand = False
+        elif token in _PRECEDENCE:
+            least = _PRECEDENCE[token] + (token == "**")  # right-associative: an earlier ** is not applied yet
+            while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= least:
+                apply_last()
+            operators.append(token)
+            expects_operand = True
         elif token == ")":
-            while waiting and waiting[-1] != "(":
-                bind()
-            if not waiting:
+            while operators and operators[-1] != "(":
+                apply_last()
+            if not operators:
                 raise Refused(f"the parenthesis at character {position} was never opened")
-            waiting.pop()
+            operators.pop()
         else:
             raise Refused(f"an operator is missing before {token!r} at character {position}")
-    if operand:
+    if expects_operand:
         raise Refused("a number is missing at the end")
-    while waiting:
-        if waiting[-1] == "(":
+    while operators:
+        if operators[-1] == "(":
             raise Refused("a parenthesis is not closed")
-        bind()
+        apply_last()
     return values[0]
 
 
 def written(value: Fraction) -> str:
-    """A whole number in digits, a fraction with its decimal beside it."""
+    """An integer in digits; a fraction followed by its decimal value."""
     if value.denominator == 1:
         return str(value.numerator)
     about = Context(prec=DIGITS).divide(Decimal(value.numerator), Decimal(value.denominator))
@@ -110,7 +110,7 @@ def written(value: Fraction) -> str:
 
 
 def _tokens(expression: str) -> list[tuple[str, int]]:
-    """Numbers, operators and parentheses with their places, counted from 1."""
+    """Numbers, operators and parentheses with their positions, counted from 1."""
     text, found, position = expression.translate(_SPELLINGS), [], 0
     while text[position:].strip():
         match = _TOKEN.match(text, position)
@@ -127,8 +127,8 @@ def _tokens(expression: str) -> list[tuple[str, int]]:
 
 
 def _apply(sign: str, left: Fraction, right: Fraction) -> Fraction:
-    """The result of an operation. It is at most about twice as long as what goes in, so its length is checked
-    afterwards; only a power can be longer, and checks that before."""
+    """The result of an operation. It is at most about twice as long as the operands, so its length is checked
+    afterwards. Only a power can be longer; `_power` checks its length before."""
     try:
         value = _power(left, right) if sign == "**" else Fraction(_OPERATIONS[sign](left, right))
     except ZeroDivisionError:
@@ -141,7 +141,7 @@ def _apply(sign: str, left: Fraction, right: Fraction) -> Fraction:
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
         raise Refused(f"the power {exponent} is not a whole number")
-    if abs(base) == 1:  # of any power
+    if abs(base) == 1:  # any exponent is allowed
         return Fraction(base ** (exponent.numerator % 2))
     if base and abs(exponent.numerator) > MAX_BITS / math.log2(max(abs(base.numerator), base.denominator)):
         raise _too_long()

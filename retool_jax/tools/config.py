@@ -1,11 +1,11 @@
-"""Which tools a run may name, checked without loading any of them."""
+"""Check the tools that a run names, without loading them."""
 
 import re
 from collections.abc import Sequence
 
 from retool_jax.errors import UserError
 
-NONE = "none"  # a run without tools, where a call is only text
+NONE = "none"  # a run without tools: calls are plain text
 INTERPRETERS = ("python", "python_session")
 BUILT_IN = (*INTERPRETERS, "calculator")
 MCP = "mcp:"  # before the URL of a server
@@ -14,16 +14,16 @@ _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # my_package.m
 
 
 def words_of(tools: str | Sequence[str]) -> tuple[str, ...]:
-    """The tools that a config names, in its order; empty for a run without any."""
+    """The entries of a config's `tools`, in order; empty for a run without tools."""
     words = (tools,) if isinstance(tools, str) else tuple(tools)
     return () if words == (NONE,) else words
 
 
 def check_tools(tools: str | Sequence[str], grammar: str) -> None:
-    """Refuse what names no tool, and tools that the grammar cannot call.
+    """Refuse entries that cannot name a tool, and tools that the grammar cannot call.
 
     Raises:
-        UserError: with the word and the ways out.
+        UserError: with the entry and possible fixes.
     """
     words = words_of(tools)
     if not words and tools != NONE and list(tools) != [NONE]:

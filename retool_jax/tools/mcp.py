@@ -1,7 +1,7 @@
 """Tools of a server that speaks the Model Context Protocol: `tools=[python,mcp:URL]`, with the package `mcp`.
 
-Names, descriptions and schemas are listed once, when the run is made. Each call is a session of its own, as each
-program has a fresh interpreter: no call depends on an earlier one, and a server that was started again is found again.
+Names, descriptions and schemas are listed once, when the run is made. Each call has its own session, as each program
+has a fresh interpreter. So no call depends on an earlier one, and a server may be restarted between calls.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ except ModuleNotFoundError as missing:
         f"tools=mcp:... needs {missing.name}; pip install 'retool_jax[mcp]', or leave it out of tools"
     ) from None
 
-CONNECT_S = 30.0  # to find a server, and to begin a session
-# Errors that say that the server, or the way to it, is broken. Other errors are answers to what was asked.
+CONNECT_S = 30.0  # limit for connecting to a server and starting a session
+# Errors that mean that the server or the connection is broken. Other errors are answers to the request.
 _LOST = (CONNECTION_CLOSED, INTERNAL_ERROR, PARSE_ERROR, REQUEST_TIMEOUT)
 
 
 class MCPTool(Tool):
-    """One tool of a server. What it answers, refusals among them, is told to the policy; a server that cannot be
-    reached, breaks off or fails by itself is a fault of the machinery."""
+    """One tool of a server. The policy reads all its answers, including refusals. If the server cannot be reached,
+    closes the connection or fails itself, that is the machinery's fault."""
 
     def __init__(self, url: str, listed: Listed) -> None:
         self.url, self.name = url, listed.name
@@ -39,11 +39,11 @@ class MCPTool(Tool):
         result = None
         try:
             async with asyncio.timeout(CONNECT_S) as clock, Client(self.url) as client:
-                clock.reschedule(None)  # from here on it is the call's time, which the toolbox has
+                clock.reschedule(None)  # from here on the toolbox limits the time
                 result = await client.call_tool(self.name, arguments)
         except Exception as error:  # of the network, of HTTP or of the server, often in a group
-            cause = _innermost(error)
-            if result is None:  # the rest is a session that did not end well
+            cause = _first_error(error)
+            if result is None:  # otherwise only the end of the session failed
                 answered = isinstance(cause, MCPError) and cause.code not in _LOST
                 reason = one_line(str(cause) or repr(cause))
                 return Output(f"{self.name}: {reason}", "program" if answered else "machinery")
@@ -54,19 +54,19 @@ def tools_at(url: str) -> list[Tool]:
     """The tools that a server offers now.
 
     Raises:
-        UserError: it cannot be reached, offers none, or one whose schema cannot be read; with the URL.
+        UserError: it cannot be reached, offers no tools, or has one with an unreadable schema; with the URL.
     """
-    with ThreadPoolExecutor(1) as thread:  # whoever asks may be on an event loop
+    with ThreadPoolExecutor(1) as thread:  # the caller's thread may already run an event loop
         try:
-            listed = thread.submit(asyncio.run, _listed(url)).result()
+            listed = thread.submit(asyncio.run, list_tools(url)).result()
         except Exception as error:  # as in a call
-            cause = _innermost(error)
+            cause = _first_error(error)
             reason = f"no answer in {CONNECT_S:g} s" if isinstance(cause, TimeoutError) else str(cause) or repr(cause)
             raise UserError(
                 f"tools=mcp:{url} lists no tools ({one_line(reason)}); see that an MCP server answers there by"
                 " streamable HTTP, or leave it out of tools"
             ) from None
-    if unreadable := [tool.name for tool in listed if not _readable(tool.input_schema)]:
+    if unreadable := [tool.name for tool in listed if not _is_readable(tool.input_schema)]:
         raise UserError(
             f"tools=mcp:{url} has a tool {unreadable[0]!r} whose arguments have no schema that can be read; mend it"
             " there, or leave the server out of tools"
@@ -76,7 +76,8 @@ def tools_at(url: str) -> list[Tool]:
     return [MCPTool(url, tool) for tool in listed]
 
 
-async def _listed(url: str) -> list[Listed]:
+async def list_tools(url: str) -> list[Listed]:
+    """All pages of a server's list."""
     async with asyncio.timeout(CONNECT_S), Client(url) as client:
         page = await client.list_tools()
         found = [*page.tools]
@@ -87,15 +88,15 @@ async def _listed(url: str) -> list[Listed]:
 
 
 def _text_of(result: CallToolResult) -> str:
-    """What a policy can read of an answer: its texts, or the data that stand for them."""
+    """The text of a result, or its structured content as JSON if it has no parts."""
     parts = [getattr(part, "text", None) or f"[{part.type}, which is no text]" for part in result.content]
     if not parts and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)
     return "\n".join(parts)
 
 
-def _readable(schema: object) -> bool:
-    """Whether arguments can be compared with a schema (`arguments.fault_of`)."""
+def _is_readable(schema: object) -> bool:
+    """Whether `arguments.fault_of` can check arguments against this schema."""
     if not isinstance(schema, dict):
         return False
     kinds = schema.get("type", [])
@@ -106,11 +107,11 @@ def _readable(schema: object) -> bool:
     if not all(isinstance(schema[key], form) for key, form in forms.items() if key in schema):
         return False
     inside = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
-    return all(map(_readable, inside))
+    return all(map(_is_readable, inside))
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The first error of a group, which is how the package's tasks tell theirs."""
+def _first_error(error: BaseException) -> BaseException:
+    """The first error in a group, also of nested groups; the package raises its errors in such groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -1,4 +1,4 @@
-"""The Python interpreter: programs in the sandbox, each in a fresh one, or a trajectory's in one that stays."""
+"""The Python interpreter as a tool: a fresh one for each program, or a persistent one for each trajectory."""
 
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
@@ -12,9 +12,10 @@ STAYS = " Variables, imports and files stay from one call to the next."
 
 
 class Python(Tool):
-    """Runs a program and tells what it prints.
+    """Runs a program and returns what it prints.
 
-    The sandbox has limits of its own, repeats what was not the program's fault, and refuses what its queue cannot hold.
+    The sandbox has its own limits, retries failures that were not the program's fault, and refuses calls when its queue
+    is full.
 
     Args:
         box: where programs run; None until the run has opened its sandbox.
@@ -37,8 +38,8 @@ class Python(Tool):
 
     @property
     def at_once(self) -> int:
-        """As many as the sandbox lets wait. Interpreters that stay are waited for by calls that hold none, which must
-        not keep those from their turn that hold one."""
+        """As many as the sandbox lets wait. With persistent interpreters any number: calls that wait for one must not
+        block calls that already have one."""
         return 0 if self.lifetime != "call" else self.box.config.max_waiting
 
     def open(self) -> AbstractAsyncContextManager[Sandbox | Session]:
@@ -47,7 +48,7 @@ class Python(Tool):
     async def call(self, arguments: dict[str, Any], state: Sandbox | Session) -> Output:
         try:
             result = await state.run(arguments["code"])
-        except Exception as error:  # what a program does is in the result
+        except Exception as error:  # not of the program: its errors are in the result
             return Output(f"the sandbox failed: {error!r}", "machinery")
         metrics = {"wall_s": result.wall_s, "queue_s": result.queue_s}
         if result.status in ("infra_error", "cancelled"):

@@ -1,4 +1,4 @@
-"""The interface of a tool: a name, a JSON schema of its arguments, and one `async` function.
+"""The interface of a tool: a name, a description, a JSON schema of its arguments, and one `async` function.
 
     class Reverse(Tool):
         name, description = "reverse", "Return a text backwards."
@@ -7,7 +7,7 @@
         async def call(self, arguments, state):
             return Output(arguments["text"][::-1])
 
-A plain function is a tool too: `as_tool` reads its schema from the annotations.
+A plain function can be a tool, too: `as_tool` reads its schema from the annotations.
 """
 
 import inspect
@@ -31,53 +31,53 @@ _STATUS = {"none": "success", "program": "user_error", "machinery": "infra_error
 class Output:
     """How a call ended.
 
-    A fault is nobody's; the program's, which is anything that the policy wrote; or the machinery's, which says nothing
-    about the policy. A call that the machinery lost is repeated, and then its trajectory is dropped.
+    `fault` says whose fault a failure was: `program` for anything that the policy wrote, `machinery` for what says
+    nothing about the policy. A call that the machinery lost is retried, and if that fails its trajectory is dropped.
     """
 
-    text: str  # what the policy is told; of a fault of the machinery, what the log is told
+    text: str  # the policy reads it; for a fault of the machinery, only the log has it
     fault: Fault = "none"
-    # Numbers for the call's record. `wall_s` and `queue_s` are the seconds of its work and of its wait for it.
+    # Numbers for the call's record. `wall_s` is the time of the call's work in seconds, `queue_s` the time before it.
     metrics: Mapping[str, float] = field(default_factory=dict)
-    kind: str = ""  # the status in the record, where that is finer than the fault
-    fit: Callable[[int, Count], str] | None = None  # the text for a room, where a cut in the middle is not the best one
+    kind: str = ""  # the status in the record, if it is more precise than the fault
+    fit: Callable[[int, Count], str] | None = None  # shortens the text, if a cut in the middle is not the best way
 
     @property
     def status(self) -> str:
         return self.kind or _STATUS[self.fault]
 
     def told(self, room: int, count: Count) -> str:
-        """What the policy is told: `count` of it is at most `room`."""
+        """The text for the policy, shortened so that its `count` is at most `room`."""
         return self.fit(room, count) if self.fit else cut(writable(self.text), room, count)
 
 
 class Tool(ABC):
     """Something that a policy can call."""
 
-    name: str  # by which the policy calls it
+    name: str  # the policy calls the tool by it
     description: str  # for the policy, in the prompt
     parameters: Mapping[str, Any]  # JSON schema of the arguments, an object
-    lifetime: Lifetime = "call"  # of the state that `open` gives: one call, the calls of a trajectory, or the run
-    limit_s: float | None = 60.0  # after which a call is ended, by the program's fault; None: the tool ends it itself
-    # How often a call is repeated after a fault of the machinery. A call that failed may have changed its state, so
-    # nothing is repeated where that lives for a trajectory.
+    lifetime: Lifetime = "call"  # of the state that `open` returns: one call, the calls of a trajectory, or the run
+    limit_s: float | None = 60.0  # a longer call is stopped, as the program's fault; None: the tool has its own limit
+    # How often a call is retried after a fault of the machinery. A failed call may have changed its state, so nothing
+    # is retried if the state lives for a trajectory.
     retries: int = 2
-    at_once: int = 0  # calls of a step that may be at work together; 0: any number
-    uses_sandbox: ClassVar[bool] = False  # whether it runs programs, in `box`
-    box: Sandbox | None = None  # the run's
+    at_once: int = 0  # how many calls of a step may run at the same time; 0: any number
+    uses_sandbox: ClassVar[bool] = False  # whether it runs programs in `box`
+    box: Sandbox | None = None  # the run's sandbox
 
     def open(self) -> AbstractAsyncContextManager[Any]:
-        """What the tool keeps for one lifetime; `call` is given it as `state`, and it is closed at the end."""
+        """The state that the tool keeps for one lifetime. `call` gets it as `state`; it is closed at the end."""
         return nullcontext()
 
     @abstractmethod
     async def call(self, arguments: dict[str, Any], state: Any) -> Output:
-        """Do it. The arguments have the schema's types. An exception is told to the policy as the program's fault; an
-        `OSError` that is not about a path, a lost connection for example, is the machinery's."""
+        """Answer one call. The arguments have the schema's types. The policy reads an exception as the program's fault;
+        an `OSError` that is not about a path, for example a lost connection, is the machinery's fault."""
 
     @property
     def schema(self) -> dict:
-        """As chat templates take it."""
+        """The tool as chat templates expect it."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
@@ -86,9 +86,9 @@ _KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list:
 
 
 class FunctionTool(Tool):
-    """A function with annotated arguments; what it returns is told as text, if it is no `Output`.
+    """A function with annotated arguments. It returns an `Output`, or something that is converted to text.
 
-    A function that is not `async` must be quick, whatever it is given: everything else waits for it.
+    A function that is not `async` must be quick for any arguments, because everything else waits for it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -107,7 +107,7 @@ def _parameters_of(function: Callable[..., Any]) -> dict:
     """The JSON schema of a function's arguments.
 
     Raises:
-        UserError: an argument without an annotation, or with one that is no type of JSON.
+        UserError: an argument has no annotation, or one that is not a JSON type.
     """
     hints = typing.get_type_hints(function)
     properties, required = {}, []
@@ -125,7 +125,7 @@ def _parameters_of(function: Callable[..., Any]) -> dict:
 
 
 def as_tool(thing: object, where: str) -> Tool:
-    """A tool from a `Tool`, a class of them that takes no arguments, or a function; `where` is for the error.
+    """A tool from a `Tool`, a subclass of it that takes no arguments, or a function; `where` is for the error.
 
     Raises:
         UserError: it is none of these.

@@ -1,4 +1,4 @@
-"""The tools of a run: loaded by their words, shown in prompts, called by name; every call is answered in words."""
+"""The tools of a run: loading them by name, showing them in prompts, and answering every call with text."""
 
 import asyncio
 import errno
@@ -23,10 +23,10 @@ from retool_jax.tools.tool import Output, Tool, as_tool
 
 logger = logging.getLogger(__name__)
 
-INVALID = "invalid_call"  # the status of a call that names no tool, or whose arguments do not fit
-PAUSES_S = (0.5, 2.0)  # before each repetition of a call that the machinery lost; the last one again and again
-CLOSE_S = 60.0  # for the states of one trajectory or call, after which they are left as they are
-# Errors about a path, which a policy may have written. Other errors of the system are the machinery's.
+INVALID = "invalid_call"  # the status of a call of an unknown tool, or with arguments that do not fit
+PAUSES_S = (0.5, 2.0)  # before each retry of a call that the machinery lost; later retries wait for the last one
+CLOSE_S = 60.0  # limit for closing the states of one trajectory or call; then closing is given up
+# Errors about a path, which the policy may have written. Other `OSError`s are faults of the machinery.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _PATH_CODES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.EROFS)
 _BUILT_IN: dict[str, Callable[[], Tool]] = {
@@ -37,46 +37,46 @@ _BUILT_IN: dict[str, Callable[[], Tool]] = {
 
 
 class Kept:
-    """The states of tools for one trajectory or one call, which are opened by the first call and closed together."""
+    """The tools' states of one trajectory or one call. A tool's first call opens its state; all are closed together."""
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
         self._states: dict[str, Any] = {}
-        self._turn = asyncio.Lock()  # a call that is cancelled ends before its state is closed
+        self._lock = asyncio.Lock()  # so that a cancelled call ends before its state is closed
         self._closing: asyncio.Task | None = None
 
     async def call(self, tool: Tool, arguments: dict[str, Any]) -> Output:
-        async with self._turn:
+        async with self._lock:
             if tool.name not in self._states:
                 self._states[tool.name] = await _open(tool, self._stack)
             return await _call(tool, arguments, self._states[tool.name])
 
     def begin_to_close(self) -> None:
-        """Close in the background what there is: others may be waiting for it."""
+        """Start closing the states in the background, since other trajectories may wait for them."""
         if self._states and self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close())
 
     async def close(self) -> None:
-        """Close what there is, and wait for that; what goes wrong there is told and ends nothing."""
+        """Close the states and wait for it. Errors are only logged."""
         await (self._closing or self._close())
 
     async def _close(self) -> None:
-        async with self._turn:
+        async with self._lock:
             try:
                 async with asyncio.timeout(CLOSE_S):
                     await self._stack.aclose()
-            except Exception as error:  # of others' code; the answer was given before
+            except Exception as error:  # from a tool's own code; the calls were answered before
                 logger.warning("a tool's state could not be closed (%r)", error)
 
 
 class Toolbox:
-    """Tools by the names that a policy calls them by.
+    """Tools by the names with which a policy calls them.
 
     Args:
         tools: in the order in which prompts show them.
 
     Raises:
-        UserError: two of them have one name.
+        UserError: two of them have the same name.
     """
 
     def __init__(self, tools: Iterable[Tool]) -> None:
@@ -93,21 +93,21 @@ class Toolbox:
 
     @property
     def schemas(self) -> list[dict]:
-        """What prompts show."""
+        """The tools' schemas, as prompts show them."""
         return [tool.schema for tool in self.tools.values()]
 
     @property
     def sandbox(self) -> Sandbox | None:
-        """The sandbox that the tools run programs in, if one of them does and it is open."""
+        """The open sandbox in which tools run programs; None if there is none."""
         return next((tool.box for tool in self.tools.values() if tool.box is not None), None)
 
     @property
     def at_once(self) -> int:
-        """Calls that may be at work together; 0 for any number."""
+        """How many calls may run at the same time; 0 for any number."""
         return min((tool.at_once for tool in self.tools.values() if tool.at_once), default=0)
 
     def of(self, names: Sequence[str] | None, where: str) -> "Toolbox":
-        """Those that a problem names, in its order, with the states of this run; all of them where it names none.
+        """The tools that a problem names, in its order, with the states of this run; all tools for None.
 
         Raises:
             UserError: there is no such tool; `where` says who named it.
@@ -126,11 +126,11 @@ class Toolbox:
 
     @asynccontextmanager
     async def open(self, sandbox: SandboxConfig) -> AsyncIterator["Toolbox"]:
-        """Open what lives as long as the run: the sandbox, if a tool runs programs there, and the tools' own states.
+        """Open what lives as long as the run: the sandbox, if a tool needs it, and the tools' own states.
 
         Raises:
-            UserError: no sandbox works here, it has no interpreters that stay, which a tool needs, or a tool cannot be
-                opened.
+            UserError: no sandbox works here, it has no persistent interpreters although a tool needs them, or a tool
+                cannot be opened.
         """
         async with AsyncExitStack() as stack:
             users = [tool for tool in self.tools.values() if tool.uses_sandbox and tool.box is None]
@@ -139,7 +139,7 @@ class Toolbox:
                 for tool in users:
                     tool.box = box
                     if isinstance(tool, Python):
-                        tool.open()  # says at once that a server keeps no interpreter
+                        tool.open()  # raises now if the sandbox cannot keep interpreters
             for tool in self.tools.values():
                 if tool.lifetime == "run":
                     try:
@@ -156,12 +156,12 @@ class Toolbox:
                     tool.box = None
 
     async def run(self, call: ToolCall, kept: Kept) -> Output:
-        """Do what a policy wrote. Whatever that is, the outcome is an `Output`; what the machinery lost is repeated."""
+        """Answer a call, whatever the policy wrote. A call that the machinery lost is retried."""
         if call.error:
             return Output(call.error, "program", kind=INVALID)
         tool = self.tools.get(call.name) if isinstance(call.name, str) else None
         if tool is None:
-            return Output(f"unknown tool {shown(call.name)}; {self._known()}", "program", kind=INVALID)
+            return Output(f"unknown tool {shown(call.name)}; {self._known_names()}", "program", kind=INVALID)
         if fault := fault_of(call.arguments, tool.parameters):
             return Output(fault, "program", kind=INVALID)
         arguments = declared(call.arguments, tool.parameters)
@@ -173,13 +173,13 @@ class Toolbox:
             output = await self._try(tool, arguments, kept)
         return output
 
-    def _known(self) -> str:
+    def _known_names(self) -> str:
         if len(self.tools) == 1:
             return f"the only tool is {self.names[0]}"
         return f"the tools are {', '.join(self.tools)}" if self.tools else "there are no tools here"
 
     async def _try(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:
-        """One attempt; what a tool raises is an outcome too."""
+        """One attempt. An exception of the tool becomes an `Output`."""
         own = Kept() if tool.lifetime == "call" else kept
         try:
             if tool.lifetime == "run":
@@ -196,7 +196,7 @@ class Toolbox:
 
 
 async def _call(tool: Tool, arguments: dict[str, Any], state: Any) -> Output:
-    """One attempt with a state that is open, ended after the tool's time."""
+    """One attempt with an open state, stopped after the tool's `limit_s`."""
     try:
         async with asyncio.timeout(tool.limit_s) as clock:
             output = await tool.call(arguments, state)
@@ -210,36 +210,36 @@ async def _call(tool: Tool, arguments: dict[str, Any], state: Any) -> Output:
 
 
 async def _open(tool: Tool, stack: AsyncExitStack) -> Any:
-    """The state of a tool; one that cannot be opened, or not in time, is the machinery's fault, whatever was raised."""
+    """The state of a tool. If it cannot be opened in time, that is the machinery's fault (a `ConnectionError`)."""
     try:
         async with asyncio.timeout(tool.limit_s) as clock:
             state = await stack.enter_async_context(tool.open())
         if clock.expired() or asyncio.get_running_loop().time() > (clock.when() or math.inf):
-            raise TimeoutError  # it held up the loop, or took the end of its time for something else
+            raise TimeoutError  # it blocked the event loop, or it suppressed the time-out
         return state
-    except Exception as error:  # of others' code
+    except Exception as error:  # from a tool's own code
         raise ConnectionError(f"cannot be opened: {error!r}") from error
 
 
 def load_tools(tools: str | Sequence[str]) -> Toolbox | None:
-    """The tools that a config names, not opened yet; None for a run without any.
+    """The tools that a config names, not opened yet; None for a run without tools.
 
     Raises:
-        UserError: a module cannot be imported, or holds no such tool, or a server cannot be asked for its own.
+        UserError: a module cannot be imported or has no such tool, or a server does not list its tools.
     """
     words = words_of(tools)
-    return Toolbox([tool for word in words for tool in _named(word)]) if words else None
+    return Toolbox([tool for word in words for tool in _tools_named(word)]) if words else None
 
 
-def _named(word: str) -> Sequence[Tool]:
-    """The tools that a word names: one, or those of a server."""
+def _tools_named(word: str) -> Sequence[Tool]:
+    """The tools that one entry of `tools` names: one tool, or all tools of a server."""
     if word.startswith(MCP):
         return import_module("retool_jax.tools.mcp").tools_at(word.removeprefix(MCP))
     return [_BUILT_IN[word]() if word in _BUILT_IN else as_tool(imported(word, "tools"), f"tools={word}")]
 
 
 def imported(word: str, key: str) -> Any:
-    """What `my_package.my_module:my_name` names, as a key of a config says it.
+    """The object that `my_package.my_module:my_name` names; `key` is the config's, for the error.
 
     Raises:
         UserError: the module cannot be imported, or has no such name.
@@ -247,7 +247,7 @@ def imported(word: str, key: str) -> Any:
     module, _, name = word.partition(":")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # what is raised while others' code is imported
+    except Exception as error:  # importing a user's code may raise anything
         raise UserError(
             f"{key}={word} cannot be loaded ({_raised(error)}); see that {module} can be imported from here and has"
             f" {name}"
@@ -255,5 +255,5 @@ def imported(word: str, key: str) -> Any:
 
 
 def _raised(error: BaseException) -> str:
-    """An exception as Python shows it, in one line or more."""
+    """An exception as Python shows it, without the traceback."""
     return "".join(traceback.format_exception_only(error)).strip()

@@ -141,7 +141,7 @@ def test_a_server_without_tools_and_one_with_strange_schemas_are_told(mcp_server
         async def listed(_: str) -> list[Tool]:
             return [Tool(name="odd", input_schema=schema)]
 
-        monkeypatch.setattr(mcp, "_listed", listed)
+        monkeypatch.setattr(mcp, "list_tools", listed)
 
     inside = ({"type": "money"}, {"type": [1]}, {"enum": 3}, True, {"items": [1]}, {"minimum": "1"})
     for odd in ({"properties": []}, *({"type": "object", "properties": {"x": one}} for one in inside)):
