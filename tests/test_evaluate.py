@@ -69,7 +69,7 @@ def error_of(*words: str) -> str:
         (["evaluation.samples=two"], "evaluation.samples=two is of type str; it must be int"),
         (["evaluation.preset=verl"], "evaluation.preset=verl is not one of: recipe, paper, open, greedy"),
         (["evaluation.pass_k=[1,4]"], "evaluation.pass_k=4 is above evaluation.samples=3, the samples of a problem;"),
-        (["evaluation.temperature=0"], "evaluation.samples=3 at evaluation.temperature=0 are one and the same; set"),
+        (["evaluation.temperature=0"], "evaluation.samples=3 at evaluation.temperature=0 would all be the same; set"),
         (["evaluation.top_p=0"], "evaluation.top_p=0 must be above 0 and at most 1"),
         (["evaluation.purposes=rule"], "evaluation.purposes=rule is not rules or my_package.my_module:my_classifier"),
         (["evaluation.smaples=3"], "unknown key evaluation.smaples; did you mean evaluation.samples?"),

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: how it is drawn, when it is due, what it is, and every trajectory to read."""
+"""Accuracy on held-out problems: drawing and scoring samples, and the looks at a split while a run trains."""
 
 import asyncio
 import json
@@ -28,15 +28,15 @@ from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
-HOLD_S = 1.0  # for which trajectories that have ended are kept together, to be scored and handed over as one
-FIRST_REQUEST = 3 << 30  # behind those of training, from 0 on, and those of its looks, from 1 << 31 on
+HOLD_S = 1.0  # with `stream`, how long ended trajectories are collected before they are scored together
+FIRST_REQUEST = 3 << 30  # after the requests of training, which begin at 0, and of its looks, which begin at 1 << 31
 
 Take = Callable[[list[tuple[int, Trajectory]]], object]
 
 
 def request_of(problem: int, sample: int) -> int:
-    """The request of a sample, which names its stream of draws, from its numbers alone: 12 bits for the sample, 18 for
-    the problem's place in its set. So neither how many samples there are nor which others are drawn plays a part.
+    """The request of a sample, which chooses its random stream: 12 bits for the sample, 18 for the problem's place in
+    its set. So the stream depends neither on the number of samples nor on which others are drawn.
     """
     if not (0 <= problem < MOST_PROBLEMS and 0 <= sample < MOST_SAMPLES):
         raise ValueError(f"problem {problem}, sample {sample}: below {MOST_PROBLEMS} and {MOST_SAMPLES} have a stream")
@@ -46,11 +46,13 @@ def request_of(problem: int, sample: int) -> int:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-class _UnderWay(NamedTuple):
+class _Attempt(NamedTuple):
+    """One try to draw a sample."""
+
     number: int
     sample: Sample
     dialogue: Dialogue
-    again: bool  # drawn a second time
+    is_retry: bool
 
 
 async def draw(
@@ -66,113 +68,116 @@ async def draw(
     """Draw a trajectory for each sample and score it.
 
     Args:
-        samples: in order of their numbers, from 0 on.
-        take: is given (number, trajectory) of all that were scored together, in another thread, one call at a time.
-        reward: what trajectories are worth; accuracy does not depend on it.
-        stream: samples are taken from the iterable as seats become free, scored and handed over while others draw,
-            and what the machinery lost is drawn once more; a fault of a conversation ends that one alone. Otherwise
-            all are submitted at once and scored together in the end, and the first fault of one is raised.
+        samples: numbered in this order, from 0 on.
+        take: gets (number, trajectory) of all trajectories that were scored together; called in another thread, never
+            twice at the same time.
+        reward: how trajectories are rewarded; accuracy does not depend on it.
+        stream: samples are taken from the iterable as seats become free, and are scored and given to `take` while
+            others are drawn. A sample that the machinery lost is drawn once more, and an exception of a conversation
+            ends only that one. Without `stream` all samples are submitted together and scored together at the end, and
+            the first exception is raised.
 
     Raises:
         UserError: as `rollout`.
     """
     origin, chunk = time.perf_counter(), 2 * engine.config.slots if stream else None
-    left = enumerate(samples)
-    ended: asyncio.Queue[tuple[_UnderWay, BaseException | None]] = asyncio.Queue()  # each with its fault
-    under_way: set[Dialogue] = set()
-    scored: list[tuple[int, Trajectory]] = []  # to be
-    over = asyncio.Event()  # nothing will be added to them
-    judge = asyncio.create_task(_judge(tokenizer, scored, over, take, reward, stream))
+    remaining = enumerate(samples)
+    ended: asyncio.Queue[tuple[_Attempt, BaseException | None]] = asyncio.Queue()  # each with its exception
+    active: set[Dialogue] = set()
+    unscored: list[tuple[int, Trajectory]] = []
+    no_more = asyncio.Event()  # nothing will be added to `unscored`
+    scoring = asyncio.create_task(_score_ended(tokenizer, unscored, no_more, take, reward, stream))
 
     service = Service(engine, tools.at_once if tools else 0)
 
-    def begin(pairs: Sequence[tuple[int, Sample]], again: bool = False) -> None:
+    def begin(pairs: Sequence[tuple[int, Sample]], is_retry: bool = False) -> None:
         dialogues = dialogues_of(engine, tokenizer, tools, [sample for _, sample in pairs], limits)
         for (number, sample), dialogue in zip(pairs, dialogues, strict=True):
-            one = _UnderWay(number, sample, dialogue, again)
+            attempt = _Attempt(number, sample, dialogue, is_retry)
             future = service.submit(dialogue, dialogue.sampling, dialogue.on_tokens)
-            future.add_done_callback(lambda done, one=one: ended.put_nowait((one, done.exception())))
-            under_way.add(dialogue)
+            future.add_done_callback(lambda done, attempt=attempt: ended.put_nowait((attempt, done.exception())))
+            active.add(dialogue)
 
     try:
         async with service:
             while True:
-                if len(under_way) <= (chunk or 0):
-                    begin(list(islice(left, chunk)))
-                if not under_way:
+                if len(active) <= (chunk or 0):
+                    begin(list(islice(remaining, chunk)))
+                if not active:
                     break
-                one, error = await ended.get()
-                if judge.done():
-                    judge.result()
-                await one.dialogue.close()
-                under_way.discard(one.dialogue)
-                if stream and not one.again and (error or one.dialogue.trajectory.end is End.SANDBOX_LOST):
+                attempt, error = await ended.get()
+                if scoring.done():
+                    scoring.result()
+                dialogue = attempt.dialogue
+                await dialogue.close()
+                active.discard(dialogue)
+                if stream and not attempt.is_retry and (error or dialogue.trajectory.end is End.SANDBOX_LOST):
                     try:
-                        begin([(one.number, one.sample)], again=True)
-                    except RuntimeError as refused:  # the engine's fault, so that nothing goes on
+                        begin([(attempt.number, attempt.sample)], is_retry=True)
+                    except RuntimeError as refused:  # the engine has failed, so nothing can go on
                         raise error or refused from None
                     continue
                 if error and not stream:
                     raise error
                 if error:
-                    one.dialogue.drop(f"{type(error).__name__}: {one_line(error)}")
-                scored.append((one.number, trajectories_of([one.dialogue], origin)[0]))
+                    dialogue.drop(f"{type(error).__name__}: {one_line(error)}")
+                unscored.append((attempt.number, trajectories_of([dialogue], origin)[0]))
     except BaseException:
         if not stream:
-            scored.clear()
-        over.set()  # of a stream, what has ended by now is kept
-        await asyncio.wait([judge])
+            unscored.clear()
+        no_more.set()  # with `stream`, what has ended by now is still scored and kept
+        await asyncio.wait([scoring])
         raise
     finally:
-        for dialogue in under_way:
+        for dialogue in active:
             await dialogue.close()
     statistics = service.take_statistics()
-    over.set()
-    await judge
+    no_more.set()
+    await scoring
     return statistics
 
 
-async def _judge(
+async def _score_ended(
     tokenizer: Tokenizer,
-    scored: list[tuple[int, Trajectory]],
-    over: asyncio.Event,
+    unscored: list[tuple[int, Trajectory]],
+    no_more: asyncio.Event,
     take: Take,
     reward: RewardConfig | None,
     stream: bool,
 ) -> None:
-    """Score what has ended and hand it over, all that there is at once, in a thread: comparing takes long."""
+    """Score trajectories that have ended and give them to `take`, in a thread, because comparing answers takes long."""
 
-    def work(found: list[tuple[int, Trajectory]]) -> None:
-        found.sort(key=lambda pair: pair[0])
-        _score([trajectory for _, trajectory in found], again=stream)
-        take(found)
+    def score_and_take(batch: list[tuple[int, Trajectory]]) -> None:
+        batch.sort(key=lambda pair: pair[0])
+        score_all([trajectory for _, trajectory in batch], retry=stream)
+        take(batch)
 
-    def _score(trajectories: list[Trajectory], again: bool) -> None:
+    def score_all(trajectories: list[Trajectory], retry: bool) -> None:
         ends = [trajectory.end for trajectory in trajectories]
         score(tokenizer, trajectories, reward)
         lost = [(t, end) for t, end in zip(trajectories, ends, strict=True) if t.end is not end]
-        if again and lost:
+        if retry and lost:
             for trajectory, end in lost:
                 trajectory.end, trajectory.fault = end, ""
-            _score([trajectory for trajectory, _ in lost], again=False)
+            score_all([trajectory for trajectory, _ in lost], retry=False)
 
-    while scored or not over.is_set():
+    while unscored or not no_more.is_set():
         with suppress(TimeoutError):
             async with asyncio.timeout(HOLD_S if stream else None):
-                await over.wait()
-        if scored:
-            found = scored.copy()
-            scored.clear()
-            await asyncio.to_thread(work, found)
+                await no_more.wait()
+        if unscored:
+            batch = unscored.copy()
+            unscored.clear()
+            await asyncio.to_thread(score_and_take, batch)
 
 
 # --- looks while a run trains -----------------------------------------------------------------------------------------
 
 
-def _val_names(name: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Numbers of an evaluation with one sample a problem, by the names that verl has for them.
+def _verl_numbers(name: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Numbers of an evaluation with one sample for each problem, by verl's names for them.
 
-    `name` is the set's. verl counts the turns of everybody: the question, what the policy says, what tools answer.
+    `name` is the set's. verl counts all turns: the question, the policy's turns and the answers of tools.
     """
     kept = [t for t in trajectories if not t.dropped]
     turns = [len(t.segments) for t in kept]
@@ -185,7 +190,7 @@ def _val_names(name: str, trajectories: Sequence[Trajectory]) -> dict[str, float
 
 
 def splits_at(evaluation: EvaluationConfig, step: int, last: int) -> list[str]:
-    """The final split before the first and after the last step, the dev split every so often."""
+    """The splits to evaluate after a step: `final_split` at steps 0 and `last`, dev after every `every` steps."""
     splits = [evaluation.final_split] if step in (0, last) else []
     if evaluation.every and step % evaluation.every == 0:
         splits.append("dev")
@@ -193,7 +198,7 @@ def splits_at(evaluation: EvaluationConfig, step: int, last: int) -> list[str]:
 
 
 def looked(folder: Path, step: int, split: str) -> dict | None:
-    """The numbers of a look at a split after a step, from the log; None while there are none."""
+    """The logged numbers of the evaluation of a split after a step; None if there are none yet."""
     for record in read_metrics(folder) if (folder / METRICS_FILE).is_file() else ():
         if (record["kind"], record["step"], record.get("split")) == ("eval", step, split):
             return {key: value for key, value in record.items() if key not in ("kind", "step")}
@@ -215,14 +220,14 @@ async def evaluate(
 ) -> dict:
     """Draw one trajectory at temperature 1 and one greedily for each of the first `count` problems.
 
-    The random streams depend on the split and the problem but not on the step, so two evaluations differ by the
-    weights alone. Writes all trajectories under `folder/trajectories`; returns the numbers for the metrics file.
-    `reward` says what trajectories are worth there; accuracy does not depend on it. `purposes` is that of `summarise`.
+    The random streams depend on the split and the problem but not on the step, so two evaluations differ only by the
+    weights. Writes all trajectories under `folder/trajectories`; returns the numbers for the metrics file. `reward`
+    sets the rewards in these files; accuracy does not depend on it. `purposes` is as for `summarise`.
 
     Raises:
         UserError: more than the share `max_dropped` of the trajectories was dropped.
     """
-    # Requests of training count up from 0 and stay below the first of these.
+    # Training's requests count up from 0 and stay below this.
     split = problems.split
     first = (1 << 31) + (SPLITS.index(split) << 24)
     chosen = problems.head(count)
@@ -231,10 +236,10 @@ async def evaluate(
     own = [i for i in range(len(samples)) if hosts.is_mine(i)]
     drawn: dict[int, Trajectory] = {}
     statistics = await draw(engine, tokenizer, tools, [samples[i] for i in own], limits, drawn.update, reward)
-    found: dict[int, Trajectory] = {}
-    for theirs in hosts.gather({own[number]: trajectory for number, trajectory in drawn.items()}):
-        found |= theirs
-    trajectories = [found[i] for i in range(len(samples))]
+    of_all_hosts: dict[int, Trajectory] = {}
+    for of_one_host in hosts.gather({own[number]: trajectory for number, trajectory in drawn.items()}):
+        of_all_hosts |= of_one_host
+    trajectories = [of_all_hosts[i] for i in range(len(samples))]
     sampled, greedy = trajectories[:count], trajectories[count:]
     path = folder / "trajectories" / f"{split}-{step:06d}.jsonl"
     if hosts.is_first():
@@ -247,7 +252,7 @@ async def evaluate(
         **numbers,
         "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / kept)),
         "greedy_accuracy": float(np.mean([t.verdict.correct for t in require_kept(greedy, max_dropped)])),
-        **_val_names(problems.name, sampled),
+        **_verl_numbers(problems.name, sampled),
         "trajectories": str(path.relative_to(folder)),
         "perf/eval_s": statistics.total_s,
     }
@@ -256,9 +261,9 @@ async def evaluate(
 def write_trajectories(
     path: Path, tokenizer: Tokenizer, trajectories: Sequence[Trajectory], split: str, step: int
 ) -> None:
-    """One JSON record per line, in UTF-8, replacing the file in one step; each is a group of its own.
+    """Write one JSON record per line, in UTF-8; the file is replaced in one step. Each trajectory is its own group.
 
-    What no encoding can hold (a lone surrogate in a problem's text) is written as JSON's escape of it.
+    A character that UTF-8 cannot encode (a lone surrogate in a problem's text) is written as its JSON escape.
     """
     with replacing(path, errors="backslashreplace") as file:
         for group, trajectory in enumerate(trajectories):

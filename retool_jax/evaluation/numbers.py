@@ -1,4 +1,4 @@
-"""What a set of trajectories amounts to: rates over trajectories and over their calls, in one dict of names."""
+"""The numbers of a set of trajectories: rates over trajectories and over their calls, by name in one dict."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from retool_jax.tokens.tokenizer import Tokenizer
 
 
 def require_kept(trajectories: Sequence[Trajectory], max_dropped: float) -> list[Trajectory]:
-    """Those that the machinery has not dropped.
+    """The trajectories that the machinery has not dropped.
 
     Raises:
-        UserError: it dropped more than that share.
+        UserError: the dropped share is above `max_dropped`.
     """
     kept = [t for t in trajectories if not t.dropped]
     if 1 - len(kept) / len(trajectories) > max_dropped:
@@ -24,8 +24,8 @@ def require_kept(trajectories: Sequence[Trajectory], max_dropped: float) -> list
         faults = {t.end: f"{ends[t.end]} {t.end} ({t.fault})" for t in trajectories if t.dropped}
         raise UserError(
             f"{len(trajectories) - len(kept)} of {len(trajectories)} trajectories were dropped, a share above"
-            f" rl.max_dropped={max_dropped:g}: {', '.join(faults.values())}. That is no fault of the policy, and the"
-            " run's last checkpoint is good: mend the cause and start the same command again, or raise rl.max_dropped"
+            f" rl.max_dropped={max_dropped:g}: {', '.join(faults.values())}. This is not the policy's fault, and the"
+            " run's last checkpoint is good: fix the cause and start the same command again, or raise rl.max_dropped"
         )
     return kept
 
@@ -36,21 +36,21 @@ def summarise(
     purposes: str = "rules",
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, float | None]:
-    """Rates over trajectories and over their calls (None without any); dropped ones count under their end only.
+    """Rates over trajectories and over their calls; None if there are none. Dropped trajectories count only in `end/`.
 
     Args:
         trajectories: scored ones.
-        max_dropped: the share of them that the machinery may have dropped, below 1.
+        max_dropped: the share that the machinery may have dropped, below 1.
         purposes, tokenizer: as for `behaviour`.
 
     Raises:
-        UserError: it dropped more, or there is no such classifier of purposes.
+        UserError: more were dropped, or there is no such classifier of purposes.
     """
     kept = require_kept(trajectories, max_dropped)
     ends = Counter(str(t.end) for t in trajectories)
     uses = [use for t in kept for use in t.tool_uses]
     success = _share(uses, "success")
-    written = [len(use.code) for use in uses if use.code]
+    code_lengths = [len(use.code) for use in uses if use.code]
     return {
         "accuracy": float(np.mean([t.verdict.correct for t in kept])),
         "reward_mean": float(np.mean([t.reward for t in kept])),
@@ -67,10 +67,10 @@ def summarise(
         "checker_timeouts": sum(t.verdict.reason == TIMEOUT for t in kept),
         "dropped": 1 - len(kept) / len(trajectories),
         **{f"end/{end}": ends[end] for end in End},
-        # Names that dashboards of other ReTool recipes know.
+        # The names that other ReTool recipes use in dashboards.
         "retool/tool_calls_per_sample": len(uses) / len(kept),
         "retool/tool_success_rate": success,
-        "retool/avg_code_length_chars": float(np.mean(written)) if written else None,
+        "retool/avg_code_length_chars": float(np.mean(code_lengths)) if code_lengths else None,
         "reward/exact_match": float(np.mean([t.exact for t in kept])),
         "reward/format_bonus": float(np.mean([t.verdict.answer is not None for t in kept])),
         "reward/guarded": float(np.mean(["guard" in t.reward_terms for t in kept])),
@@ -82,24 +82,24 @@ def summarise(
 
 
 def reasons(trajectories: Sequence[Trajectory]) -> str:
-    """What the machinery said of trajectories that it dropped, the first four of it in brackets; empty without any."""
-    said = list(dict.fromkeys(one_line(t.fault) for t in trajectories if t.dropped and t.fault))
-    return f" ({'; '.join(said[:4])})" if said else ""
+    """The first four different reasons for which trajectories were dropped, in brackets; empty if there are none."""
+    found = list(dict.fromkeys(one_line(t.fault) for t in trajectories if t.dropped and t.fault))
+    return f" ({'; '.join(found[:4])})" if found else ""
 
 
 def _share(uses: Sequence[ToolUse], status: str) -> float | None:
-    """The share of calls that ended so; None without any."""
+    """The share of calls with this status; None if there are no calls."""
     return float(np.mean([use.status == status for use in uses])) if uses else None
 
 
 def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
-    """The tenth and the ninetieth percentile, for what a mean hides."""
+    """The 10th and the 90th percentile."""
     low, high = np.percentile(values, (10, 90))
     return {f"{name}_p10": float(low), f"{name}_p90": float(high)}
 
 
 def faults(numbers: Mapping[str, float | None]) -> str:
-    """What the machinery did to the trajectories of a `summarise`, in words; empty where all went well."""
+    """The failures of the machinery in the numbers of a `summarise`, as text; empty if there are none."""
     counts = {str(end): numbers[f"end/{end}"] for end in INFRASTRUCTURE}
     words = [f"{count} trajectories {end.replace('_', ' ')}" for end, count in counts.items() if count]
     late = numbers["checker_timeouts"]

@@ -1,8 +1,8 @@
-"""What a program is for: one purpose each, by rules on its syntax tree or by a function of one's own.
+"""What a program is for: one purpose for each program, from rules on its syntax tree or from a user's function.
 
-The ReTool paper (arXiv 2504.11536, on how code is used) has a language model name the purpose of each program. Here it
-is the first of `RULES` that fits, which costs microseconds and says the same in every run; docs/behaviour.md says what
-that sees and what it does not. `evaluation.purposes=my_package.my_module:my_classifier` puts a function in its place.
+In the ReTool paper (arXiv 2504.11536, on how code is used) a language model names the purpose of each program. Here the
+first of `RULES` that fits decides, which takes microseconds and gives the same result in every run. docs/behaviour.md
+says what the rules can see. `evaluation.purposes=my_package.my_module:my_classifier` replaces them with a function.
 """
 
 import ast
@@ -15,30 +15,31 @@ from typing import NamedTuple
 from retool_jax.errors import UserError
 from retool_jax.tools.toolbox import imported
 
-Classifier = Callable[[str, str], str]  # a program and all that stands before it, to the name of its purpose
+Classifier = Callable[[str, str], str]  # from a program and all text before it to the name of its purpose
 
 OTHER = "other"
 UNPARSABLE = "unparsable"
-FAILED = "failed"  # a classifier of one's own raised
-LONGEST = 10_000  # characters of a program that is parsed
-MOST_NAMES = 24  # that a set of programs may have, and
-NAME_LENGTH = 32  # characters of each, so that what a classifier says cannot grow without bound in a run's numbers
+FAILED = "failed"  # the user's classifier raised an exception
+LONGEST = 10_000  # characters; longer programs are not parsed
+# Limits, so that a user's classifier cannot add any number of names to a run's metrics.
+MOST_NAMES = 24  # different names for a set of programs
+NAME_LENGTH = 32  # characters of a name
 
 
-# --- what the rules ask -----------------------------------------------------------------------------------------------
+# --- the facts that the rules use -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Facts:
-    """What there is to know of a program. A comprehension is a loop, and what it filters by is a condition in it."""
+    """Facts about a program. A comprehension counts as a loop, and its filter as a condition in the loop."""
 
-    modules: set[str] = field(default_factory=set)  # imported and used: `numpy`, and `numpy.random` where it is that
-    calls: set[str] = field(default_factory=set)  # what is called, by its last name
+    modules: set[str] = field(default_factory=set)  # imported and used; for a submodule `numpy` and `numpy.random`
+    calls: set[str] = field(default_factory=set)  # the last part of each called name
     attributes: set[str] = field(default_factory=set)
     asserts: bool = False
-    tells_truth: bool = False  # prints whether something holds, as a truth value or in words
-    keeps_best: bool = False  # max or min of many, or the larger of two kept in a loop
-    counts: bool = False  # adds one under a condition in a loop, or sums or measures what a comprehension leaves
+    prints_truth: bool = False  # prints whether something holds, as a boolean or in words
+    keeps_best: bool = False  # takes max or min of many, or keeps the larger of two in a loop
+    counts: bool = False  # adds one under a condition in a loop, or applies sum or len to a comprehension
     searches: bool = False  # has a condition in a loop
     computes: bool = False  # has an operation, a loop or a call of anything but print
 
@@ -52,19 +53,20 @@ class Facts:
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, *_COMPREHENSIONS)
 _ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-# Functions that are called to hear yes or no.
+# Functions that return true or false.
 _YES_OR_NO = re.compile(r"all|any|bool|(all|is)close|equals|is(prime|disjoint|subset|superset)|is_\w+|has_\w+")
 
 
 def facts_of(tree: ast.Module) -> Facts:
     """One walk over a program, without recursion."""
     facts = Facts()
-    imports: list[tuple[str, str]] = []  # the name that is bound, and what to
+    imports: list[tuple[str, str]] = []  # a name, and the module or object that it is bound to
     loaded, truths = {"*"}, set()
     printed: list[ast.expr] = []
-    waiting: list[tuple[ast.AST, bool, bool]] = [(tree, False, False)]  # node, in a loop, under a condition in one
-    while waiting:
-        node, looping, conditional = waiting.pop()
+    # Node, whether it is in a loop, whether it is under a condition in a loop.
+    remaining: list[tuple[ast.AST, bool, bool]] = [(tree, False, False)]
+    while remaining:
+        node, looping, conditional = remaining.pop()
         if isinstance(node, ast.Name):
             if isinstance(node.ctx, ast.Load):
                 loaded.add(node.id)
@@ -91,7 +93,7 @@ def facts_of(tree: ast.Module) -> Facts:
         elif isinstance(node, ast.If):
             facts.searches |= looping
             facts.keeps_best |= looping and _replaces_smaller(node)
-            facts.tells_truth |= not looping and _says_in_words(node)
+            facts.prints_truth |= not looping and _prints_words(node)
         elif isinstance(node, (ast.BinOp, ast.AugAssign)):
             facts.computes = True
             facts.counts |= conditional and _adds_one(node)
@@ -100,8 +102,8 @@ def facts_of(tree: ast.Module) -> Facts:
         facts.computes |= isinstance(node, _LOOPS)
         conditional |= looping and isinstance(node, ast.If)
         looping |= isinstance(node, _LOOPS)
-        waiting += [(child, looping, conditional) for child in ast.iter_child_nodes(node)]
-    facts.tells_truth |= any(_is_truth(value, truths) for value in printed)
+        remaining += [(child, looping, conditional) for child in ast.iter_child_nodes(node)]
+    facts.prints_truth |= any(_is_truth(value, truths) for value in printed)
     for name, module in imports:
         if name in loaded:
             parts = module.split(".", 2)
@@ -114,7 +116,7 @@ def _name_of(called: ast.expr) -> str:
 
 
 def _is_truth(value: ast.expr, truths: Collection[str] = ()) -> bool:
-    """Whether an expression is a truth value by its form, or a text that says one; `truths` are names of such."""
+    """Whether an expression has the form of a boolean, or of a text with one; `truths` are variables that hold one."""
     match value:
         case ast.Compare() | ast.UnaryOp(op=ast.Not()) | ast.Constant(value=bool()):
             return True
@@ -131,8 +133,8 @@ def _is_truth(value: ast.expr, truths: Collection[str] = ()) -> bool:
     return False
 
 
-def _says_in_words(node: ast.If) -> bool:
-    """`if a == b: print("yes")`: all that follows from the condition is what is said."""
+def _prints_words(node: ast.If) -> bool:
+    """`if a == b: print("yes")`: the condition only decides what is printed."""
     match node.body:
         case [ast.Expr(value=ast.Call(func=ast.Name(id="print"), args=args))]:
             return bool(args) and all(isinstance(arg, ast.Constant) for arg in args)
@@ -153,7 +155,7 @@ def _keeps_larger(node: ast.Assign) -> bool:
 
 
 def _replaces_smaller(node: ast.If) -> bool:
-    """`if x > best: best = x`, also with more conditions beside it."""
+    """`if x > best: best = x`, also with further conditions."""
     tests = node.test.values if isinstance(node.test, ast.BoolOp) else [node.test]
     sides = [
         {ast.unparse(test.left), ast.unparse(test.comparators[0])}
@@ -198,19 +200,19 @@ _TRIES = re.compile(r"product|permutations|combinations\w*|next")
 
 
 class Rule(NamedTuple):
-    """One purpose, in words and as a question to a program's facts."""
+    """One purpose: its name, its meaning in words, and a test of a program's facts."""
 
     name: str
     meaning: str
     fits: Callable[[Facts], bool]
 
 
-# The first that fits counts: what a program says that it wants stands before the means that it takes.
+# The first rule that fits counts. Rules about a program's stated aim come before rules about its methods.
 RULES = (
     Rule(
         "verification",
         "asserts, prints whether something holds, or calls a function named verify, check or validate without a search",
-        lambda f: f.asserts or f.tells_truth or (not f.searches and f.calls_a(_CHECKS)),
+        lambda f: f.asserts or f.prints_truth or (not f.searches and f.calls_a(_CHECKS)),
     ),
     Rule("plotting", "draws, with matplotlib, seaborn, plotly, turtle or PIL", lambda f: f.uses(*_PLOTS)),
     Rule(
@@ -249,18 +251,18 @@ NAMES = (*(rule.name for rule in RULES), OTHER, UNPARSABLE)
 
 
 def by_rules(code: str, context: str = "") -> str:
-    """The purpose of a program by the first rule that fits; `other` where none does.
+    """The purpose of a program by the first rule that fits; `other` if none does.
 
-    `unparsable` is one of another language or version, with an error of syntax, nested too deep, or longer than
-    `LONGEST`.
+    A program is `unparsable` if it has a syntax error, is in another language or version of Python, is nested too deep,
+    or is longer than `LONGEST`.
     """
     if len(code) > LONGEST:
         return UNPARSABLE
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a program's escapes
+            warnings.simplefilter("ignore")  # about invalid escapes in the program
             facts = facts_of(ast.parse(code))
-    except Exception:  # errors of syntax and values, RecursionError, MemoryError: a policy may write anything
+    except Exception:  # SyntaxError, ValueError, RecursionError, MemoryError: a policy may write anything
         return UNPARSABLE
     return next((rule.name for rule in RULES if rule.fits(facts)), OTHER)
 
@@ -272,7 +274,7 @@ def classifier_named(name: str) -> Classifier:
     """The function that `evaluation.purposes` chooses.
 
     Raises:
-        UserError: there is none of that name, or it cannot be loaded.
+        UserError: there is no such function, or it cannot be loaded.
     """
     if name == "rules":
         return by_rules
@@ -284,12 +286,12 @@ def classifier_named(name: str) -> Classifier:
     return function
 
 
-def asked(classify: Classifier, code: str, context: str) -> str:
-    """What a classifier says of a program, as part of a number's name; what it raises ends nothing."""
+def purpose_of(classify: Classifier, code: str, context: str) -> str:
+    """A classifier's name for a program, in the form of a metric's name; `failed` if it raises an exception."""
     try:
-        said = classify(code, context)
-    except Exception:  # of others' code, about what a policy wrote
+        name = classify(code, context)
+    except Exception:  # from a user's function
         return FAILED
-    if not isinstance(said, str):
+    if not isinstance(name, str):
         return OTHER
-    return re.sub(r"[^a-z0-9]+", "_", said[: 4 * NAME_LENGTH].lower())[:NAME_LENGTH].strip("_") or OTHER
+    return re.sub(r"[^a-z0-9]+", "_", name[: 4 * NAME_LENGTH].lower())[:NAME_LENGTH].strip("_") or OTHER

@@ -1,4 +1,4 @@
-"""What a finished evaluation says: its numbers, as JSON can hold them and as people read them, and two compared."""
+"""The numbers of a finished evaluation, as JSON and as a table, and the comparison of two evaluations."""
 
 import math
 import os
@@ -23,12 +23,12 @@ from retool_jax.shapes import FINITE, TEXT, WHOLE, OrNull
 
 @dataclass(frozen=True)
 class Answered:
-    """A problem and what became of its samples, without those that the machinery dropped.
+    """A problem and the results of its samples, without those that the machinery dropped.
 
     Attributes:
         id: the problem's.
         correct: the verdict of each sample.
-        answers: what each one answered, None for nothing.
+        answers: the answer of each sample, None without one.
     """
 
     id: str
@@ -36,7 +36,7 @@ class Answered:
     answers: tuple[str | None, ...]
 
 
-# Of result.json, as far as others read it.
+# The parts of result.json that other code reads.
 _ESTIMATE = {"value": FINITE, "stderr": OrNull(FINITE), "low": FINITE, "high": FINITE, "problems": WHOLE}
 _LOOK = ("turns_mean", "calls_per_sample", "response_tokens", "checker_timeouts")
 _SHARES = {"tool_rate": OrNull(FINITE), "tool_success": OrNull(FINITE)}
@@ -46,7 +46,7 @@ RESULT = {
     "strict_differs?": OrNull({"count": WHOLE, "share": OrNull(FINITE)}),
     "trajectories?": OrNull({...: OrNull(FINITE)}),
 }
-# One that is shown again has all of it.
+# A result that is complete, so that it can be shown again, has all of these.
 _DRAWN = (
     {f"end/{end}": WHOLE for end in INFRASTRUCTURE} | dict.fromkeys(_LOOK, FINITE) | _SHARES | {...: OrNull(FINITE)}
 )
@@ -54,14 +54,14 @@ COMPLETE = {key.removesuffix("?"): shape for key, shape in RESULT.items()} | {"t
 
 
 def numbers_of(problems: Sequence[Answered], ks: Sequence[int] = (), seed: int = 0) -> dict:
-    """Accuracy, pass@k and maj@k as JSON can hold them, and verl's numbers beside them.
+    """Accuracy, pass@k, maj@k and verl's numbers in a form for JSON.
 
-    `accuracy`, `pass@1`, `maj@1` and so on are each the fields of an `Estimate`, None for NaN, and the number of
-    `problems` that it is a mean over; or None where no problem is left with k samples, which costs an evaluation that
-    is done no other number. `recipe` has those of `estimators.recipe_best_worst_maj`.
+    `accuracy`, `pass@1`, `maj@1` and so on each have the fields of an `Estimate`, with None for NaN, and the number of
+    `problems` in the mean. An entry is None if no problem has k samples. `recipe` has the numbers of
+    `estimators.recipe_best_worst_maj`.
 
     Args:
-        ks: of pass@k and maj@k; without any, the powers of two below the most samples of a problem, and that.
+        ks: the k of pass@k and maj@k; if empty, the largest number of samples of a problem and all powers of two below.
         seed: of the intervals.
 
     Raises:
@@ -70,24 +70,24 @@ def numbers_of(problems: Sequence[Answered], ks: Sequence[int] = (), seed: int =
     correct, answers = [p.correct for p in problems], [p.answers for p in problems]
     most = max(map(len, correct), default=0)
     ks = ks or [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-    having = {k: sum(len(samples) >= k for samples in correct) for k in (1, *ks)}
-    numbers = {"accuracy": _fields(mean_at_n(correct, seed), having[1])}
-    numbers |= {f"pass@{k}": _fields(pass_at(correct, k, seed), having[k]) if having[k] else None for k in ks}
-    numbers |= {f"maj@{k}": _fields(maj_at(correct, answers, k, seed), having[k]) if having[k] else None for k in ks}
+    count = {k: sum(len(samples) >= k for samples in correct) for k in (1, *ks)}  # of problems with k samples
+    numbers = {"accuracy": _fields(mean_at_n(correct, seed), count[1])}
+    numbers |= {f"pass@{k}": _fields(pass_at(correct, k, seed), count[k]) if count[k] else None for k in ks}
+    numbers |= {f"maj@{k}": _fields(maj_at(correct, answers, k, seed), count[k]) if count[k] else None for k in ks}
     return {**numbers, "recipe": recipe_best_worst_maj(correct, answers)}
 
 
 def compare(ours: Mapping, theirs: Mapping) -> dict:
-    """Two results, `{"set": str, "problems": [{"id", "correct": [bool, ...], ...}, ...]}`, over the problems of both.
+    """Compare two results, `{"set": str, "problems": [{"id", "correct": [bool, ...], ...}, ...]}`.
 
-    Returns `set`; how many `problems` both have, `only_ours` and `only_theirs`; and `ours`, `theirs` and the paired
-    `difference` (ours less theirs) as `numbers_of` gives estimates, over the problems of both. A problem without
-    samples counts as absent.
+    Returns `set`; the numbers of shared `problems` and of problems in `only_ours` and `only_theirs`; and `ours`,
+    `theirs` and the paired `difference` (ours minus theirs) over the shared problems, as estimates in the form of
+    `numbers_of`. A problem without samples counts as absent.
 
     Raises:
-        UserError: one is no such result, they are of different sets, or they have no problem in common. Sets are one
-            where their names are, whatever their case and punctuation, where these are paths to one file, or where
-            the results' `problems_sha256` are the same.
+        UserError: one is not such a result, they are of different sets, or they have no problem in common. Two sets are
+            the same if their names are equal apart from case and punctuation, if the names are paths to the same file,
+            or if the results have the same `problems_sha256`.
     """
     (name, first), (other, second) = _read(ours, "this result"), _read(theirs, "the result to compare with")
     plain = ["".join(filter(str.isalnum, os.path.realpath(text))).casefold() for text in (name, other)]
@@ -114,17 +114,17 @@ def compare(ours: Mapping, theirs: Mapping) -> dict:
 
 
 def table(numbers: Mapping, title: str | None = None) -> Table:
-    """The estimates of `numbers_of` or `compare` for the console, a row each in per cent; other entries are left out.
+    """The estimates of `numbers_of` or `compare` for the console, one row each, in per cent; without other entries.
 
-    verl's best@k stands beside pass@k, and its maj@k beside maj@k, where there are any.
+    If there are verl's numbers, its best@k is shown beside pass@k, and its maj@k beside maj@k.
     """
     shown = Table("", title=title, title_justify="left", title_style="bold")
     recipe = numbers.get("recipe") or {}
     for column in ("mean ± standard error", "95 % interval", "problems", *(["verl's bootstrap"] if recipe else [])):
         shown.add_column(column, justify="right")
     for name, *cells in rows_of(numbers):
-        beside = format_percent(recipe.get(name.replace("pass@", "best@")))
-        shown.add_row(name, *cells, *([beside] if recipe else []))
+        of_verl = format_percent(recipe.get(name.replace("pass@", "best@")))
+        shown.add_row(name, *cells, *([of_verl] if recipe else []))
     return shown
 
 
@@ -149,11 +149,11 @@ def _fields(estimate: Estimate, problems: int) -> dict[str, float | int | None]:
 
 
 def _read(result: Mapping, what: str) -> tuple[str, dict[str, list[bool]]]:
-    """The name of its set, and each problem's verdicts by id, of those that have any."""
+    """The name of a result's set, and the verdicts of each problem by its id, without problems that have none."""
     try:
         name, rows = result["set"], [(str(row["id"]), list(row["correct"])) for row in result["problems"]]
         if not all(isinstance(verdict, bool) for _, correct in rows for verdict in correct):
-            raise TypeError("a verdict that is neither true nor false")
+            raise TypeError("a verdict is neither true nor false")
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{what} cannot be read ({type(error).__name__}: {one_line(error)}): it needs a 'set', and 'problems' with"

@@ -172,7 +172,7 @@ def test_more_dropped_than_allowed_stops_with_reasons_counts_and_the_way_out():
         summarise(trajectories, 0.5)
     assert str(caught.value) == (
         "3 of 5 trajectories were dropped, a share above rl.max_dropped=0.5: 2 sandbox_lost (fault of sandbox_lost), 1"
-        " discarded (fault of discarded). That is no fault of the policy, and the run's last checkpoint is good: mend"
+        " discarded (fault of discarded). This is not the policy's fault, and the run's last checkpoint is good: fix"
         " the cause and start the same command again, or raise rl.max_dropped"
     )
 
