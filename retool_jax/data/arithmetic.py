@@ -1,11 +1,11 @@
-"""The miniature: arithmetic that a small model cannot do in its head, and demonstrations of how to ask Python.
+"""The miniature: arithmetic that a small model cannot do in its head, and demonstrations of how to use Python for it.
 
-Problems come in the columns of DAPO-Math-17k. Products, greatest common divisors and modular powers of three-digit
-numbers are out of reach for a model of a few hundred thousand weights; small sums, of a number and a round one, are
-within it, so that a model without tools is not at zero. All operands have three digits: copying them is what the model
-spends its capacity on, and two widths are two skills to learn.
+Problems have the columns of DAPO-Math-17k. A model of a few hundred thousand weights cannot compute products, greatest
+common divisors and modular powers of three-digit numbers. It can compute small sums of a number and a round one, so a
+model without tools is not at zero. All operands have three digits: the model spends its capacity on copying them, and
+each width is a separate skill to learn.
 
-The splits are disjoint by operands: no pair or triple of numbers stands in two of them, whatever is asked about it.
+The splits are disjoint by operands: no pair or triple of numbers is in two splits, whatever is asked about it.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ _QUESTIONS = {
     "power": ("What is {0} to the power {1} modulo {2}?", "Compute {0}^{1} mod {2}."),
     "sum": ("What is {0} plus {1}?", "Add {0} and {1}."),
 }
-# For each kind: the code, and what it prints.
+# For each kind: the code, and a function for what it prints.
 _RIGHT: dict[str, tuple[str, Callable[..., int]]] = {
     "product": ("print({0} * {1})", lambda a, b: a * b),
     "gcd": ("import math\nprint(math.gcd({0}, {1}))", math.gcd),
     "power": ("print(pow({0}, {1}, {2}))", pow),
     "sum": ("print({0} + {1})", lambda a, b: a + b),
 }
-# What an unpractised programmer might run instead: it runs, and answers another question.
+# A beginner's mistake for each kind: the code runs, but answers another question.
 _WRONG: dict[str, tuple[str, Callable[..., int]]] = {
     "product": ("print({0} ** 2)", lambda a, b: a**2),
     "gcd": ("import math\nprint(math.lcm({0}, {1}))", math.lcm),
@@ -56,7 +56,7 @@ class Exercise:
 
 
 def split_of(operands: tuple[int, ...]) -> str:
-    """The split that owns these operands in any order, by a hash that does not depend on the process."""
+    """The split of these operands, in any order, from a hash that is the same in every process."""
     digest = hashlib.blake2b(repr(sorted(operands)).encode(), digest_size=8).digest()
     percent = int.from_bytes(digest, "big") % 100
     for split, share in _HELD_OUT_PERCENT.items():
@@ -67,9 +67,9 @@ def split_of(operands: tuple[int, ...]) -> str:
 
 
 def exercise(split: str, index: int, seed: int = 0) -> Exercise:
-    """Exercise number `index` of an endless, reproducible stream; `seed` chooses among those of the train split.
+    """Exercise number `index` of an endless, reproducible stream. `seed` chooses the stream of the train split.
 
-    The held-out splits have one stream, so that runs of different seeds are measured on the same problems.
+    Each held-out split has only one stream, so that runs with different seeds are measured on the same problems.
     """
     rng = np.random.default_rng([seed if split == "train" else 0, SPLITS.index(split), index])
     kind = _KINDS[rng.choice(len(_KINDS), p=_KIND_SHARES)]
@@ -96,9 +96,9 @@ def problem_row(split: str, index: int, seed: int = 0) -> dict:
 def demonstration(index: int, tools: bool, seed: int = 0) -> list[dict]:
     """A cold-start conversation about train exercise `index`, as chat messages; imperfect on purpose.
 
-    With tools 45 % of them compute the right thing, 25 % run the wrong operator and the rest state a number
-    that was never computed. Without tools every one states the number. Demonstrations of a right use and of a
-    guess look alike in their first words, so only the reward can tell them apart.
+    With tools, 45 % compute the right thing, 25 % run the wrong operator and the rest state a number without computing
+    it. Without tools, all state the number. A right use and a guess begin alike, so only the reward can distinguish
+    them.
     """
     item = exercise("train", index, seed)
     messages = [{"role": "user", "content": item.question}]
@@ -118,16 +118,16 @@ def demonstration(index: int, tools: bool, seed: int = 0) -> list[dict]:
 def _draw_operands(kind: str, rng: np.random.Generator) -> tuple[int, ...]:
     match kind:
         case "product":
-            # Always six digits: numbers of one width are what a small model can learn to copy.
+            # The product always has six digits: a small model can learn to copy numbers of one width.
             return tuple(int(x) for x in rng.integers(317, 1000, 2))
         case "gcd":
-            # A common factor of two digits, so that "1" is not a free guess.
+            # A common factor of two digits, so that guessing "1" never helps.
             factor = int(rng.integers(12, 100))
             low, high = -(-100 // factor), 999 // factor
             return tuple(factor * int(x) for x in rng.integers(low, high + 1, 2))
         case "power":
             return tuple(int(x) for x in rng.integers(100, 1000, 3))
         case "sum":
-            # The second number is round: one digit to add and two to copy, which needs no interpreter.
+            # The second number is round, so the sum needs no interpreter: one digit to add and two to copy.
             return int(rng.integers(100, 500)), 100 * int(rng.integers(1, 5))
     raise ValueError(f"unknown kind {kind!r}")

@@ -1,6 +1,6 @@
-"""GSM8K's solutions as programs: its calculator annotations (`<<48/2=24>>`) as steps with named values.
+"""GSM8K's solutions as programs: each calculator annotation (`<<48/2=24>>`) becomes a step with a named value.
 
-Real cold-start traces for a small model without a teacher, and the same solutions in words for the control.
+They are real cold-start traces for a small model without a teacher. The control uses the same solutions in words.
 """
 
 import ast
@@ -17,36 +17,38 @@ from retool_jax.tokens.grammar import CODE_TOOL
 _STEP = re.compile(r"<<([^<>=]+)=([^<>]*)>>")
 _MARK = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"\d[\d,]*\.?\d*|\.\d+")
-_RESULT = re.compile(r"[\s$]*[\d,.]*\d%?(?=\s)")  # the value once more, behind its annotation
-_IDLE = {"a", "an", "and", "are", "at", "by", "for", "from", "in", "is", "of", "on", "or", "per", "so", "than", "that"}
-_IDLE |= {"the", "then", "this", "to", "was", "were", "with"}
+_RESULT = re.compile(r"[\s$]*[\d,.]*\d%?(?=\s)")  # the value, which is repeated after its annotation
+# Words that are left out at both ends of a name.
+_STOP_WORDS = {"a", "an", "and", "are", "at", "by", "for", "from", "in", "is", "of", "on", "or", "per", "so", "than"}
+_STOP_WORDS |= {"that", "the", "then", "this", "to", "was", "were", "with"}
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_TAKEN = frozenset([*keyword.kwlist, *keyword.softkwlist, *dir(builtins)])
+_PYTHON_NAMES = frozenset([*keyword.kwlist, *keyword.softkwlist, *dir(builtins)])
 
 
 class NoProgram(Exception):
-    """A solution that cannot be a program. The message is one of a few fixed reasons, to be counted by."""
+    """A solution cannot become a program. The message is one of a few fixed reasons, so that reasons can be counted."""
 
 
 def program_of(question: str, solution: str) -> str:
     """The steps of a solution as assignments, and a line that prints the last value.
 
-    A number that an earlier step has computed is written by its name, unless the question holds that number too. A
-    division without a remainder is written with `//`, so that counts stay whole.
+    A number that an earlier step computed is written as its name, unless the question contains that number, too. A
+    division without a remainder is written with `//`, so that counts stay integers.
 
     Raises:
-        NoProgram: there is no annotation, or one that is no arithmetic.
+        NoProgram: there is no annotation, or one that is not arithmetic.
     """
-    asked = {_value(number) for number in _NUMBER.findall(question)}
-    names: dict[Fraction, tuple[str, bool]] = {}  # by value: the latest name, and whether it is a whole number there
+    in_question = {_value(number) for number in _NUMBER.findall(question)}
+    names: dict[Fraction, tuple[str, bool]] = {}  # by value: the latest name, and whether it is an integer in Python
     lines: list[str] = []
     taken: set[str] = set()
     whole = True
     for step in _STEP.finditer(solution):
-        expression, value, whole = _rewritten(_parsed(step[1]), {v: n for v, n in names.items() if v not in asked})
+        usable = {value: name for value, name in names.items() if value not in in_question}
+        expression, value, whole = _rewritten(_parsed(step[1]), usable)
         name = _name(solution[: step.start()], solution[step.end() :], taken)
         lines.append(f"{name} = {ast.unparse(expression)}")
-        for known in {value, _value(step[2])} - {None}:  # computed, and as it was rounded there
+        for known in {value, _value(step[2])} - {None}:  # the exact value, and the one in the annotation
             names[known] = name, whole
     if not lines:
         raise NoProgram("no calculator annotation")
@@ -75,7 +77,7 @@ def twin_of(question: str, solution: str, answer: str) -> list[dict]:
 
 
 def answer_of(solution: str) -> str:
-    """What stands behind `####`, in digits alone; empty where nothing does."""
+    """The answer after `####`; an integer as plain digits. Empty if there is none."""
     return plain_integer(solution.rpartition("####")[2].strip()) if "####" in solution else ""
 
 
@@ -87,7 +89,7 @@ def _value(number: str) -> Fraction | None:
 
 
 def _parsed(text: str) -> ast.expr:
-    """An annotation's left side as Python: thousands without commas, `5%` as (5/100), `x` as times."""
+    """The left side of an annotation as Python: thousands without commas, `5%` as (5/100), `x` as `*`."""
     text = re.sub(r"(?<=\d),(?=\d{3})|[$\s]", "", text)
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"([\d.]+)%", r"(\1/100)", text)).replace("x", "*")
     try:
@@ -97,7 +99,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _rewritten(node: ast.expr, names: dict[Fraction, tuple[str, bool]]) -> tuple[ast.expr, Fraction, bool]:
-    """An expression with names in it, its value, and whether Python computes it in whole numbers."""
+    """An expression with names for known values, its value, and whether Python computes it as an integer."""
     match node:
         case ast.Constant(value=int() | float() as number) if (value := _value(repr(number))) is not None:
             name, whole = names.get(value, ("", isinstance(number, int)))
@@ -116,15 +118,15 @@ def _rewritten(node: ast.expr, names: dict[Fraction, tuple[str, bool]]) -> tuple
     raise NoProgram("an annotation that is no arithmetic")
 
 
-def _name(before: str, behind: str, taken: set[str]) -> str:
-    """A name for a step's value, from the words behind it: `24 clips in May` is clips_in_may, `$24.` is dollars."""
-    behind = _RESULT.sub("", behind, count=1) if _RESULT.match(behind) else behind
-    words = re.findall(r"[a-z]+", re.match(r"[A-Za-z $'-]*", behind)[0].lower())[:3]
+def _name(before: str, after: str, taken: set[str]) -> str:
+    """A name for a step's value, from the words after it: `24 clips in May` is clips_in_may, `$24.` is dollars."""
+    after = _RESULT.sub("", after, count=1) if _RESULT.match(after) else after
+    words = re.findall(r"[a-z]+", re.match(r"[A-Za-z $'-]*", after)[0].lower())[:3]
     for end in (-1, 0):
-        while words and words[end] in _IDLE:
+        while words and words[end] in _STOP_WORDS:
             words.pop(end)
     name = "_".join(words) or ("dollars" if before.endswith("$") else "value")
-    name = f"{name}_1" if name in _TAKEN else name
+    name = f"{name}_1" if name in _PYTHON_NAMES else name
     number, unique = 1, name
     while unique in taken:
         number += 1

@@ -1,13 +1,13 @@
-r"""Sentences by which published prompts ask for a form of the answer: taken out, so that ours is the only one."""
+r"""Sentences of published prompts that ask for a form of the answer. They are removed, so that only ours remains."""
 
 import re
 from collections.abc import Iterable
 
-# The one sentence that asks for the form which the reward reads; without quotes, since models copy them.
+# Asks for the form of the answer that the reward reads. It has no quotes, since models copy them.
 INSTRUCTION = r"Reason step by step and give the final answer in \boxed{}."
 
-# Sentences by where they were read; `...` stands for a few words. Case, line breaks, the last full stop and the way in
-# which an empty box is escaped do not matter. A new recipe is one more entry.
+# Known sentences by their source; `...` stands for a few words. Case, line breaks, the last full stop and the escaping
+# of an empty box do not matter. Add an entry for each new recipe.
 KNOWN: dict[str, tuple[str, ...]] = {
     "this project": (INSTRUCTION,),
     "ReTool, evaluation/prompt_template.json; JoeYing/ReTool-SFT": (
@@ -87,7 +87,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Whole prompts around a question, by where they were read.
+# Whole prompts around a question, by their source.
 FRAMES: dict[str, str] = {
     "ReTool, evaluation/prompt_template.json": r".*\*user question:\*(?P<question>.*)",
     "TinyZero; Open-Reasoner-Zero": (
@@ -98,7 +98,7 @@ FRAMES: dict[str, str] = {
 
 
 def _pattern(sentence: str) -> str:
-    """A sentence as it is written by people: any white space, and the box of a careless literal."""
+    """A pattern for a sentence with any white space, and with a wrongly escaped `boxed`."""
     pattern = r"\s*".join(map(re.escape, sentence.split()))
     pattern = pattern.replace(re.escape("..."), ".{1,150}?").replace(re.escape("\\boxed"), r"(?:\\+b|\x08)oxed")
     pattern = pattern.replace(re.escape("{}"), r"\{+\s*\}+").replace("'", "['\u2019]")
@@ -117,7 +117,7 @@ _ASKS_FOR_A_FORM = re.compile(
 
 
 def question_of(prompt: str) -> str:
-    """The bare question of a published prompt: without what is known to ask for a form of the answer."""
+    """The question of a published prompt, without known sentences that ask for a form of the answer."""
     for frame in _FRAMES:
         if match := frame.fullmatch(prompt):
             prompt = match["question"]
@@ -125,16 +125,16 @@ def question_of(prompt: str) -> str:
 
 
 def prompt_of(question: str) -> str:
-    """A question as the policy is asked it: with our instruction, once."""
+    """A question as the policy gets it: with our instruction, once."""
     return f"{question_of(question)}\n\n{INSTRUCTION}"
 
 
 def without_instructions(turns: Iterable[dict]) -> list[dict]:
-    """The turns before a question, with what system turns know of the form of an answer taken out of them."""
+    """The turns before a question; system turns lose the known sentences about the form of an answer."""
     cut = [turn | {"content": question_of(turn["content"])} if turn["role"] == "system" else turn for turn in turns]
     return [turn for turn in cut if turn["content"]]
 
 
 def unknown_instructions(text: str) -> list[str]:
-    """Sentences that still seem to ask for a form of the answer once the known ones are gone; they are left there."""
+    """Sentences that seem to ask for a form of the answer but are not known, so they are not removed."""
     return [line.strip() for line in _END_OF_SENTENCE.split(question_of(text)) if _ASKS_FOR_A_FORM.search(line)]

@@ -1,4 +1,4 @@
-"""Questions that (nearly) stand in another set too, such as a benchmark's."""
+"""Questions that are also (nearly) in another set, such as a benchmark."""
 
 import re
 import unicodedata
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from retool_jax.data.instructions import question_of
 
-_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|\d+")  # a Chinese character is a word
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|\d+")  # each Chinese character is a word
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Overlap:
 
 
 def overlaps(questions: Sequence[str], references: Sequence[str], size: int = 8, least: float = 0.5) -> list[Overlap]:
-    """Questions that (nearly) stand among `references`, each with its nearest one.
+    """Questions that are also (nearly) among `references`, each with the nearest one.
 
-    Compared are sequences of words, without case, punctuation and LaTeX's signs. The share is that of common n-grams
-    of `size` words, relative to the shorter question; a question below `size` words must be equal in all of them.
+    The words are compared, without case, punctuation and LaTeX's signs. The share is the number of common n-grams of
+    `size` words relative to the shorter question. A question with fewer words must be equal in all of them.
     """
     theirs = [_ngrams(text, size) for text in references]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)

@@ -1,7 +1,7 @@
-r"""Problems to learn from: the miniature's, word problems, or published rows from a file or the hub.
+r"""Problems: the miniature's, word problems, or published rows from a file or the hub.
 
-`clean` repairs what is wrong with published sets: repeats, contradicting answers, and prompts that ask for the answer
-in two forms at once.
+`clean` repairs common faults of published sets: repeated rows, contradicting answers, and prompts that ask for the
+answer in two forms.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ import numpy as np
 from retool_jax.data import arithmetic, word_problems
 from retool_jax.data.config import HELD_OUT, SetConfig
 from retool_jax.data.instructions import prompt_of, question_of, without_instructions
-from retool_jax.data.rows import IDS, asked, object_in, tools_of, true_answer, with_our_names
+from retool_jax.data.rows import IDS, object_in, question_in, tools_of, true_answer, with_our_names
 from retool_jax.data.sources import read_rows
 from retool_jax.errors import UserError
 from retool_jax.tokens.demonstrations import holds_control
 
-# Sources whose rows are made as they are asked for, by (split, index, seed).
+# Sources whose rows are generated on demand, from (split, index, seed).
 MADE: dict[str, Callable[[str, int, int], dict]] = {
     "arithmetic": arithmetic.problem_row,
     "word_problems": word_problems.problem_row,
@@ -34,12 +34,12 @@ MADE: dict[str, Callable[[str, int, int], dict]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A question as chat messages, and the answer that scores."""
+    """A question as chat messages, and the true answer."""
 
     id: str
     messages: tuple[dict, ...]
     ground_truth: str
-    tools: tuple[str, ...] | None = None  # those that it may call, by name; None: all that the run has
+    tools: tuple[str, ...] | None = None  # names of the tools that it may use; None: all tools of the run
 
     @property
     def question(self) -> str:
@@ -47,10 +47,10 @@ class Problem:
 
 
 class Problems:
-    """An endless, reproducible stream: position i holds the same problem in every run with this seed.
+    """An endless, reproducible stream: position i has the same problem in every run with this seed.
 
-    A finite data set is repeated, the train split in a new order each epoch; what is made here never repeats. The dev
-    and test splits do not depend on the seed.
+    A finite data set is repeated, with a new order of the train split in each epoch; sources that are made here never
+    repeat. The dev and test splits do not depend on the seed.
     """
 
     def __init__(self, source: str, split: str, seed: int) -> None:
@@ -60,22 +60,22 @@ class Problems:
 
     @property
     def name(self) -> str:
-        """What the set is called in names of numbers: what is made here as its split, a file without its folder and
-        suffix, and what is on the hub as verl-recipe's `retool.py` has it, aime_2025 for yentinglin/aime_2025."""
+        """The set's name in metric names: its split if it is made here, a file's name without folder and suffix, and
+        for the hub verl-recipe's name in `retool.py`, such as aime_2025 for yentinglin/aime_2025."""
         if self.finite is None:
             return self.split
-        path, made = PurePath(self._source), self._source.removeprefix("tfds:")
+        path = PurePath(self._source)
         if path.suffix in (".jsonl", ".json", ".parquet"):
             name = path.stem
-        elif made != self._source:  # tfds:NAME/SPLIT
-            name = made.rpartition("/")[0]
+        elif self._source.startswith("tfds:"):  # tfds:NAME/SPLIT
+            name = self._source.removeprefix("tfds:").rpartition("/")[0]
         else:
-            name = PurePath(made.partition(":")[0]).name
+            name = PurePath(self._source.partition(":")[0]).name
         return re.sub(r"[^a-z0-9_.-]", "_", name.lower())
 
     @property
     def digest(self) -> str:
-        """`digest_of` a finite data set; empty for what is made here."""
+        """`digest_of` a finite data set; empty for a source that is made here."""
         return digest_of(self.finite) if self.finite else ""
 
     def __getitem__(self, index: int) -> Problem:
@@ -93,21 +93,21 @@ class Problems:
 
 
 def digest_of(problems: Sequence[Problem]) -> str:
-    """SHA-256 of all that problems say, in their order."""
-    said = [(p.id, p.messages, p.ground_truth, p.tools) for p in problems]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    """SHA-256 of the problems' fields, in their order."""
+    fields = [(p.id, p.messages, p.ground_truth, p.tools) for p in problems]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def also_in(problems: Sequence[Problem], others: Sequence[Problem]) -> int:
-    """How many problems ask a question that others ask, too, word for word."""
-    asked = {problem.question for problem in others}
-    return sum(problem.question in asked for problem in problems)
+    """The number of problems with exactly the same question as one of `others`."""
+    questions = {problem.question for problem in others}
+    return sum(problem.question in questions for problem in problems)
 
 
 def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list[Problem]:
-    """The rows of a source (see `sources.read_rows`), checked; one that is repeated (DAPO-Math-17k's are) once.
+    """The checked rows of a source (see `sources.read_rows`); repeated rows, as in DAPO-Math-17k, only once.
 
-    `columns` are those that a config names for the `question`, the `answer` and the `id`.
+    `columns` has the names that a config sets for the columns `question`, `answer` and `id`.
     """
     problems: dict[str, Problem] = {}
     for number, row in enumerate(read_rows(source, f", or one of {', '.join(MADE)}"), start=1):
@@ -126,7 +126,7 @@ def problems_of_set(config: SetConfig, count: int) -> list[Problem]:
     """The first `count` problems of an evaluation's set, in its order; 0: all of them.
 
     Raises:
-        UserError: as `load_problems`, or all are asked for of a set that is made here, which does not end.
+        UserError: as `load_problems`, or `count` is 0 for a set that is made here and has no end.
     """
     if config.source not in MADE:
         columns = {"question": config.question, "answer": config.answer, "id": config.id}
@@ -141,9 +141,9 @@ def problems_of_set(config: SetConfig, count: int) -> list[Problem]:
 
 
 def to_problem(row: dict, where: str) -> Problem:
-    """One row of any form that `rows` knows; `where` is for errors."""
+    """The problem in a row of any form that `rows` knows; `where` is for errors."""
     tools = tools_of(row, where)
-    messages, bare = asked(row, where)
+    messages, bare = question_in(row, where)
     index = object_in(row, "extra_info", where).get("index")
     if index is None and row.get("prompt") is None:
         index = next((row[key] for key in IDS if row.get(key) is not None), None)
@@ -153,7 +153,7 @@ def to_problem(row: dict, where: str) -> Problem:
 
 
 def to_row(problem: Problem, source: str) -> dict:
-    """The reverse: a row in DAPO's columns, with the tools that the problem names."""
+    """The reverse of `to_problem`: a row in DAPO's columns, with the problem's tools if it names any."""
     row = {
         "data_source": source,
         "prompt": list(problem.messages),
@@ -168,15 +168,15 @@ def to_row(problem: Problem, source: str) -> dict:
 
 
 def control_characters(text: str) -> str:
-    r"""The control characters in a text except line breaks and tabs: `\boxed` in a careless literal begins with one."""
+    r"""The control characters in a text except line breaks and tabs; a wrongly escaped `\boxed` begins with one."""
     return "".join(sorted({c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t\r"}))
 
 
 def clean(problems: Iterable[Problem]) -> tuple[list[Problem], Counter[str]]:
-    """Each question once, in order, with our instruction; and how many rows were dropped, by reason.
+    """Each question once, in order, with our instruction; and the number of dropped rows by reason.
 
-    DAPO-Math-17k repeats each of its rows a hundred times; repeats go by id first, which is cheap, then by question.
-    A question that has two different answers is dropped with all its rows, as nobody knows which one is right.
+    DAPO-Math-17k repeats each row a hundred times. Repeats are found first by id, which is cheap, then by question. A
+    question with two different answers is dropped with all its rows, as it is unknown which answer is right.
     """
     dropped: Counter[str] = Counter()
     by_id: dict[str, Problem] = {}

@@ -1,6 +1,6 @@
-"""Rows as others publish them: which column asks, and which one holds the answer that scores.
+"""Rows of published data sets: which column has the question, and which one has the true answer.
 
-A row is read, or refused with the name of what cannot be meant; docs/data.md has the forms.
+A row is read, or refused with the name of the column that cannot be read. docs/data.md lists the forms.
 """
 
 import json
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from retool_jax.answers import extract_boxed
 from retool_jax.errors import UserError
 
-QUESTIONS = ("problem", "question", "Problem", "input")  # a bare question each
-# In the order in which they count: a label beside an answer may be a class, and a solution is longer than its answer.
+QUESTIONS = ("problem", "question", "Problem", "input")  # columns with a bare question
+# In order of priority: a label beside an answer may be a class, and a solution is longer than its answer.
 ANSWERS = ("answer", "Answer", "final_answer", "reference_answer", "ground_truth", "label", "solution", "output")
 IDS = ("ID", "unique_id", "uuid", "id")
-# The columns that a config's own choice stands in the place of.
-_MEANT = {
+# The columns that are ignored if a config names another column for this part.
+_REPLACED = {
     "question": ("prompt", *QUESTIONS, "messages", "conversations"),
     "answer": ("reward_model", *ANSWERS),
     "id": ("extra_info",),
 }
-TEXTS = ("text", "input_text", "output_text")  # parts of a content that are its words
-# In the terms of chat templates; the others are OpenAI's newest and oldest ones, and those of ShareGPT.
+TEXTS = ("text", "input_text", "output_text")  # types of content parts that are text
+# Other names of roles, from OpenAI (newest and oldest) and ShareGPT, to those of chat templates.
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -30,7 +30,7 @@ _INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+|\d{1,1000})(?:\
 
 
 def unpacked(value: object) -> object:
-    """The object or list that a text is the JSON of, as some exports hold them; anything else as it is."""
+    """The object or list in a JSON text, as some exports have it; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)
@@ -40,12 +40,12 @@ def unpacked(value: object) -> object:
 
 
 def is_text(*values: object) -> bool:
-    """Whether all of these are texts with something in them."""
+    """Whether all of these are texts that are not blank."""
     return all(isinstance(value, str) and value.strip() for value in values)
 
 
 def messages_in(value: object) -> list[dict] | None:
-    """A column's chat messages with our names of roles, and content in parts as one text; None where it holds none."""
+    """A column's chat messages, with our names of roles and content parts joined to one text; None if it has none."""
     value = unpacked(value)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return None
@@ -61,31 +61,31 @@ def messages_in(value: object) -> list[dict] | None:
 
 
 def with_our_names(row: dict, where: str, columns: Mapping[str, str]) -> dict:
-    """A row whose columns for the `question`, the `answer` and the `id` are those that a config names.
+    """A row with the columns that a config names for `question`, `answer` and `id` under the names used here.
 
-    What would count in their place elsewhere is left out; where a config names none, the row is as it is.
+    Columns that they replace are removed. Without configured columns the row is unchanged.
 
     Raises:
         UserError: it has no such column.
     """
-    taken = {}
+    chosen = {}
     for part, column in columns.items():
         if not column:
             continue
         if row.get(column) is None:
             kind = "an empty" if column in row else "no"
             raise UserError(f"{where} has {kind} {column!r}, which data.{part}={column} names; it has {_columns(row)}")
-        taken[part] = row[column]
-    left = {column: value for column, value in row.items() if not any(column in _MEANT[part] for part in taken)}
-    if "question" in taken:
-        left["problem" if is_text(taken["question"]) else "prompt"] = taken["question"]
-    if "answer" in taken:
-        left["answer"] = taken["answer"]
-    return left | ({"extra_info": {"index": taken["id"]}} if "id" in taken else {})
+        chosen[part] = row[column]
+    renamed = {column: value for column, value in row.items() if not any(column in _REPLACED[part] for part in chosen)}
+    if "question" in chosen:
+        renamed["problem" if is_text(chosen["question"]) else "prompt"] = chosen["question"]
+    if "answer" in chosen:
+        renamed["answer"] = chosen["answer"]
+    return renamed | ({"extra_info": {"index": chosen["id"]}} if "id" in chosen else {})
 
 
 def conversation_in(row: dict) -> list[dict] | None:
-    """The turns of a row that brings the policy's along; None where it brings none.
+    """The turns of a row that includes the policy's turns; None if no column can have them.
 
     Columns: `messages` (OpenAI, verl, TRL), `conversations` (ShareGPT), or `prompt` with `completion` (TRL).
     """
@@ -103,19 +103,19 @@ def conversation_in(row: dict) -> list[dict] | None:
 
 
 def asks_and_answers(row: dict) -> bool:
-    """Whether a row holds turns of a policy, so that it can be a demonstration."""
+    """Whether a row has turns of a policy, so that it can be a demonstration."""
     return any(turn["role"] == "assistant" for turn in conversation_in(row) or ())
 
 
-def asked(row: dict, where: str) -> tuple[list[dict], bool]:
-    """The turns up to the question, and whether that is bare, so that nothing has asked for a form of its answer yet.
+def question_in(row: dict, where: str) -> tuple[list[dict], bool]:
+    """The turns up to the question, and whether the question is bare, without a request for a form of the answer.
 
     Raises:
-        UserError: no column asks, or what it holds is no question.
+        UserError: there is no column for a question, or it has no usable one.
     """
-    for there in ([name for name in row if row[name] is not None], row):  # an empty one only where there is no other
-        bare = next((name for name in QUESTIONS if name in there), None)
-        column = next((name for name in ("prompt", bare, "messages", "conversations") if name in there), None)
+    for present in ([name for name in row if row[name] is not None], row):  # an empty column only if all are empty
+        bare = next((name for name in QUESTIONS if name in present), None)
+        column = next((name for name in ("prompt", bare, "messages", "conversations") if name in present), None)
         if column is not None:
             break
     if column is None:
@@ -134,7 +134,7 @@ def asked(row: dict, where: str) -> tuple[list[dict], bool]:
 
 
 def true_answer(row: dict, where: str) -> str:
-    """The answer that scores: `reward_model.ground_truth` as verl has it, or the first of `ANSWERS` that says one.
+    """The true answer: verl's `reward_model.ground_truth`, or the first of `ANSWERS` that is not empty.
 
     Raises:
         UserError: there is none, or it is not one answer.
@@ -151,7 +151,7 @@ def true_answer(row: dict, where: str) -> str:
 
 
 def object_in(row: dict, column: str, where: str) -> dict:
-    """A column that holds an object, also as its JSON; an empty one where it is absent or null."""
+    """A column's object, which may be JSON in a text; empty if the column is missing or null."""
     value = unpacked(row.get(column))
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{where}: reward_model and extra_info must be objects, as {{'ground_truth': '34'}}")
@@ -159,18 +159,18 @@ def object_in(row: dict, column: str, where: str) -> dict:
 
 
 def _columns(row: dict) -> str:
-    """The names of a row's columns, for a message."""
+    """The names of a row's columns, for an error."""
     names = sorted(map(str, row))
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _one_answer(value: object, column: str, where: str) -> str:
-    """The answer in a column's value, empty where it says nothing."""
-    held = unpacked(value)
-    if isinstance(held, list) and len(held) == 1 and (isinstance(held[0], str) or not isinstance(value, str)):
-        value = held = held[0]
-    if isinstance(held, dict | bool) or (isinstance(held, list) and not isinstance(value, str)):
-        kind = {bool: "is true or false", dict: "is an object"}.get(type(held), "does not hold one answer")
+    """The answer in a column's value; empty if there is none."""
+    content = unpacked(value)
+    if isinstance(content, list) and len(content) == 1 and (isinstance(content[0], str) or not isinstance(value, str)):
+        value = content = content[0]
+    if isinstance(content, dict | bool) or (isinstance(content, list) and not isinstance(value, str)):
+        kind = {bool: "is true or false", dict: "is an object"}.get(type(content), "does not hold one answer")
         raise UserError(f"{where} cannot be scored: its {column} {kind}; give one answer as text ({str(value)[:60]})")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -192,7 +192,7 @@ def _one_answer(value: object, column: str, where: str) -> str:
 
 
 def plain_integer(answer: str) -> str:
-    r"""An integer in digits alone: `336^\circ`, `1,234`, `$042$` and `7.0` are 336, 1234, 42 and 7; others as given."""
+    r"""An integer as plain digits: `336^\circ`, `1,234`, `$042$` and `7.0` are 336, 1234, 42 and 7; else unchanged."""
     match = _INTEGER.fullmatch(answer.replace("$", "").strip().replace("\N{MINUS SIGN}", "-"))
     if not match or not match[2].isascii():
         return answer
@@ -201,9 +201,9 @@ def plain_integer(answer: str) -> str:
 
 
 def tools_of(row: dict, where: str) -> tuple[str, ...] | None:
-    """The tools that a row names in its column `tools`; None where it names none, so that it gets all.
+    """The tools that a row names in its column `tools`; None if it names none, so that it gets all.
 
-    Schemas there, as published conversations have, name nothing: the run's tools have their own.
+    Schemas in this column, as in published conversations, are ignored: the run's tools have their own.
 
     Raises:
         UserError: the column is no list of names.

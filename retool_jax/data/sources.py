@@ -1,4 +1,4 @@
-"""Rows as dicts from wherever they lie: JSONL, JSON and parquet files, the Hugging Face hub, TensorFlow Datasets."""
+"""Read rows as dicts from JSONL, JSON and parquet files, the Hugging Face hub and TensorFlow Datasets."""
 
 import json
 from collections.abc import Iterable
@@ -8,19 +8,19 @@ from typing import Any
 from retool_jax.errors import UserError, one_line
 from retool_jax.sandbox.text import writable
 
-FORMS = "a JSONL or parquet file, a hub id"  # what error messages offer; the caller adds its own, as `arithmetic`
+FORMS = "a JSONL or parquet file, a hub id"  # for error messages; the caller adds its own sources, like `arithmetic`
 
 
 def read_rows(source: str, others: str = "") -> Iterable[dict]:
-    """All rows of a source, in its order; sized, and safe to iterate again.
+    """All rows of a source, in its order. The result has a length and can be iterated again.
 
     Args:
         source: a `.jsonl`, `.json` or `.parquet` file; `tfds:NAME/SPLIT`; or a hub id, whose split is `train` unless it
             is written as `ID:SPLIT` or `ID:CONFIG/SPLIT`, as in `openai/gsm8k:main/test`.
-        others: what else the caller accepts, for error messages: ", or arithmetic".
+        others: other sources that the caller accepts, for error messages: ", or arithmetic".
 
     Raises:
-        UserError: nothing there, or it cannot be read.
+        UserError: there is no such source, or it cannot be read.
     """
     suffix = Path(source).suffix.lower()
     if source.startswith("tfds:"):
@@ -39,18 +39,18 @@ def read_rows(source: str, others: str = "") -> Iterable[dict]:
         raise UserError(f"no data file {source}; give {FORMS}{others}")
     if suffix == ".parquet":
         return _parquet_rows(source, others)
-    # Not by `datasets`: it gives every row the columns of all rows, also inside of a call's arguments.
+    # Not with `datasets`: it gives every row the columns of all rows, even inside a call's arguments.
     return _json_rows(source, others, whole=suffix == ".json")
 
 
 def _json_rows(source: str, others: str, whole: bool) -> list[dict]:
-    """The objects on the lines of a file; with `whole` also those of one list, or a single one on several lines."""
+    """The objects on the lines of a file; with `whole` also a file that is one list, or one object on several lines."""
     rows: list[dict] = []
     where = ""
     try:
         if whole and (rows := _one_json(Path(source).read_text(encoding="utf-8-sig"))):
             return rows
-        with open(source, encoding="utf-8-sig") as file:  # some programs write a mark of UTF-8 before the first row
+        with open(source, encoding="utf-8-sig") as file:  # some programs write a byte order mark first
             for number, line in enumerate(file, start=1):
                 where = f"line {number}: "
                 if line.strip():
@@ -63,7 +63,7 @@ def _json_rows(source: str, others: str, whole: bool) -> list[dict]:
 
 
 def _one_json(text: str) -> list[dict]:
-    """The rows of a text that is one JSON value; none where it is something else, such as an object on each line."""
+    """The rows of a text that is one JSON value; empty if it is not, for example with an object on each line."""
     if text.lstrip().startswith("["):
         rows = _loaded(text)
     else:
@@ -77,7 +77,7 @@ def _one_json(text: str) -> list[dict]:
 
 
 def _loaded(text: str) -> Any:
-    """A JSON value with texts that every encoding can hold: half of a surrogate pair becomes its escape."""
+    """A JSON value whose texts can be encoded: half of a surrogate pair is replaced by its escape."""
     value = json.loads(text)
     return _writable(value) if r"\ud" in text.lower() else value
 
@@ -96,21 +96,21 @@ def _parquet_rows(source: str, others: str) -> Iterable[dict]:
     try:
         if not pq.read_metadata(source).num_rows:
             return []
-    except Exception as error:  # of pyarrow, of which a file that is no parquet raises several
+    except Exception as error:  # pyarrow raises several kinds for a file that is not parquet
         raise _unreadable(source, others, error) from error
     rows = _load_dataset(source, others, "parquet", data_files=source, split="train")
-    # Texts of some writers, Spark's for one, are bytes there.
+    # Some writers, such as Spark, store texts as bytes.
     return [_plain(row) for row in rows] if "binary" in str(rows.features) else rows
 
 
 def _load_dataset(source: str, others: str, *words: str | None, **keys: str) -> Iterable[dict]:
-    import datasets  # slow to import, and JSONL and the miniature do not need it
+    import datasets  # slow to import, and not needed for JSONL and the miniature
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs each error before it raises it
     try:
         return datasets.load_dataset(*words, **keys)
-    except Exception as error:  # the library raises dozens of kinds, most of them on top of the one that tells
+    except Exception as error:  # the library raises dozens of kinds, most of them caused by a clearer one
         raise _unreadable(source, others, error.__cause__ or error) from error
 
 
@@ -127,12 +127,12 @@ def _tensorflow_rows(source: str) -> list[dict]:
         ) from error
     try:
         return [_plain(row) for row in tensorflow_datasets.data_source(name, split=split)]
-    except Exception as error:  # any kind, as above
+    except Exception as error:  # any kind
         raise UserError(f"cannot read data {source} ({one_line(error)}); check the name and the split") from error
 
 
 def _plain(value: object) -> object:
-    """Bytes to text and arrays to lists, in whatever they are nested."""
+    """A value with bytes as text and arrays as lists, at any depth."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):

@@ -1,12 +1,13 @@
 r"""Demonstrations for the cold start: published conversations as chat messages with tool calls.
 
-Two forms are read: the raw one of JoeYing/ReTool-SFT, a prompt and one text with `<code>` and `<interpreter>`, and the
-multi-turn one with tool calls and tool turns. Both become messages that `tokens.demonstrations.demonstration_ids` turns
-into ids and mask in any grammar, with the question asked by the same sentence as in RL.
+Two forms are read: the raw form of JoeYing/ReTool-SFT, which is a prompt and one text with `<code>` and
+`<interpreter>`, and the multi-turn form with tool calls and tool turns. Both become messages that
+`tokens.demonstrations.demonstration_ids` turns into ids and mask in any grammar. The question has the same instruction
+as in RL.
 
-The paper checks its cold-start data in two stages, form and answer (arXiv 2504.11536, section 3.2). The first is
-`conversation` and `boxed_answer`; the second is the reward's own verdict, and `run_again` sees whether the recorded
-outputs are what the code prints.
+The paper checks its cold-start data in two stages, form and answer (arXiv 2504.11536, section 3.2). Here `conversation`
+and `boxed_answer` check the form, and the reward's verdict checks the answer. `run_again` checks whether the code
+prints the recorded outputs.
 """
 
 import json
@@ -23,24 +24,24 @@ from retool_jax.tokens.demonstrations import Unreadable, holds_control, is_trans
 from retool_jax.tokens.grammar import CODE_TOOL
 
 MAX_OUTPUT = 1 << 16  # characters of an output that are compared
-THINKING = ("reasoning_content", "reasoning", "thinking")  # where servers and data sets put what was thought
+THINKING = ("reasoning_content", "reasoning", "thinking")  # fields for thinking in servers' answers and data sets
 
 
 class BadTrace(Exception):
-    """A row that cannot be a demonstration. The message is one of a few fixed reasons, to be counted by."""
+    """A row cannot be a demonstration. The message is one of a few fixed reasons, so that reasons can be counted."""
 
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
 
 
 def conversation(row: dict) -> list[dict]:
-    """The chat messages of one row of either form: strings as content, calls with `arguments` as a dict.
+    """The chat messages of one row of either form, with strings as content and each call's `arguments` as a dict.
 
-    The user's turn is reduced to its question and our instruction, and a system turn loses what asks for a form of the
-    answer. Schemas in a row's own `tools` are ignored: those in the prompt are RL's.
+    The user's turn is reduced to its question and our instruction. A system turn loses sentences that ask for a form of
+    the answer. Schemas in a row's own `tools` are ignored: the prompt shows those of the run.
 
     Raises:
-        BadTrace: why it cannot be converted.
+        BadTrace: it cannot be converted, with the reason.
     """
     system, user, policy = _parts(row)
     if len(policy) == 1 and not policy[0].get("tool_calls"):
@@ -56,10 +57,10 @@ def conversation(row: dict) -> list[dict]:
 
 
 def messages_of(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> list[dict]:
-    """The messages of a row of the multi-turn form, the user's turn as it stands there, with calls of these tools.
+    """The messages of a row of the multi-turn form, with the user's turn unchanged and calls of these tools only.
 
     Raises:
-        BadTrace: it cannot be learned from, or it is of the raw form, whose prompt asks for another kind of call.
+        BadTrace: it cannot be a demonstration, or it has the raw form, whose prompt asks for another kind of call.
     """
     system, user, policy = _parts(row, tools)
     if any(is_transcript(turn["content"]) for turn in policy):
@@ -68,8 +69,8 @@ def messages_of(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> list[dict]:
 
 
 def _parts(row: dict, tools: Collection[str] = (CODE_TOOL,)) -> tuple[list[dict], dict, list[dict]]:
-    """The system turn in a list, or none; the user's turn; and all that follows, at least one turn."""
-    if row.get("label") is False:  # of TRL's unpaired preferences
+    """A list with the system turn, if any; the user's turn; and all following turns, at least one."""
+    if row.get("label") is False:  # in TRL's unpaired preferences
         raise BadTrace("a completion that is marked as bad")
     messages = conversation_in(row)
     if messages is None:
@@ -94,7 +95,7 @@ def _checked(system: list[dict], user: dict, policy: list[dict]) -> list[dict]:
 
 
 def _turn(message: dict, tools: Collection[str]) -> dict:
-    """One message with nothing in it but what a template needs, the ids that match calls and outputs, and thinking."""
+    """One message with only what a template needs, the ids that match calls and outputs, and its thinking."""
     role, content, calls = message["role"], message["content"], _calls(message)
     if isinstance(content, list):
         raise BadTrace("a part that is no text")
@@ -109,7 +110,7 @@ def _turn(message: dict, tools: Collection[str]) -> dict:
     if thinking := _thinking(message):
         turn["thinking"] = thinking
     if role == "assistant":
-        if any(message.get(key) in (0, False) for key in ("weight", "loss_mask")):  # of OpenAI, of verl
+        if any(message.get(key) in (0, False) for key in ("weight", "loss_mask")):  # OpenAI's and verl's
             raise BadTrace("a turn that is not to be learned")
         if calls:
             turn["tool_calls"] = [_tool_call(call, tools) for call in calls]
@@ -117,7 +118,7 @@ def _turn(message: dict, tools: Collection[str]) -> dict:
 
 
 def _calls(message: dict) -> list:
-    """The calls of a message, OpenAI's older form with a single one included."""
+    """The calls of a message, also the single call of OpenAI's older form."""
     calls = unpacked(message.get("tool_calls")) or []
     if not isinstance(calls, list):
         raise BadTrace("calls that are no list")
@@ -149,7 +150,7 @@ def _tool_call(call: object, tools: Collection[str]) -> dict:
 
 
 def _in_order(turns: list[dict]) -> list[dict]:
-    """Assistant turns, each call answered once and in the order of the calls, and words at the end."""
+    """The turns, checked: each call is answered once, in the order of the calls, and the last turn is text."""
     ordered: list[dict] = []
     while turns:
         turn, *turns = turns
@@ -171,7 +172,7 @@ def _in_order(turns: list[dict]) -> list[dict]:
 
 
 def _by_call(calls: list[dict], outputs: list[dict]) -> list[dict]:
-    """The outputs of one turn's calls in the order of these, by the ids of both, which are taken off."""
+    """The outputs in the order of one turn's calls, matched by their ids. The ids are removed from both."""
     wanted = [call.pop("id", None) for call in calls]
     given = [output.pop("id", None) for output in outputs]
     if not any(given):
@@ -188,7 +189,7 @@ def _by_call(calls: list[dict], outputs: list[dict]) -> list[dict]:
 
 
 def _thinking(message: dict) -> str:
-    """What a message says was thought, apart from its words."""
+    """The thinking that a message has in a separate field."""
     found = [message[key] for key in THINKING if message.get(key)]
     if not all(isinstance(text, str) for text in found):
         raise BadTrace("thinking that is no text")
@@ -201,7 +202,7 @@ def _thinking(message: dict) -> str:
 
 
 def _with_thinking(turn: dict) -> dict:
-    """A policy's turn with its thinking in front of its words, in the form of Qwen3's and DeepSeek-R1's turns."""
+    """A policy's turn with its thinking before its text, in the form of Qwen3's and DeepSeek-R1's turns."""
     turn = dict(turn)
     thinking = turn.pop("thinking", "")
     if not thinking:
@@ -210,19 +211,19 @@ def _with_thinking(turn: dict) -> dict:
         raise BadTrace("marks of thinking or calls inside of the thinking")
     if "<think>" in turn["content"]:
         raise BadTrace("two different thinkings in one turn")
-    # Before a call, which brings a line's end along, one is enough.
-    words = "\n" + turn["content"].lstrip("\n") if turn["content"] else ""
-    return turn | {"content": f"<think>\n{thinking}\n</think>\n{words}"}
+    # Only one newline if there is no text: a call is written with a newline before it.
+    text = "\n" + turn["content"].lstrip("\n") if turn["content"] else ""
+    return turn | {"content": f"<think>\n{thinking}\n</think>\n{text}"}
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
 def boxed_answer(messages: list[dict]) -> str:
-    """What stands in the last box of the final turn, by the reward's own rule.
+    """The content of the last box of the final turn, found by the reward's rule.
 
     Raises:
-        BadTrace: no box there, an unterminated or an empty one.
+        BadTrace: there is no box, or it is unterminated or empty.
     """
     answer, reason = extract_boxed(messages[-1]["content"])
     if answer is None:
@@ -233,7 +234,7 @@ def boxed_answer(messages: list[dict]) -> str:
 
 
 def truth_of(row: dict) -> str | None:
-    """The ground truth that a row brings along, if it does."""
+    """The ground truth in a row; None if there is none that can be read."""
     try:
         return true_answer(row, "the row")
     except UserError:
@@ -242,11 +243,11 @@ def truth_of(row: dict) -> str | None:
 
 @dataclass(frozen=True)
 class Rerun:
-    """One recorded output beside what the code prints here.
+    """One recorded output and the real output of the same code.
 
     Attributes:
-        verdict: `same` (up to white space at line ends), `same error` (both end in the same exception, told in other
-            words), `differs`, or `not run` (the sandbox failed, which says nothing).
+        verdict: `same` (except for white space at line ends), `same error` (both end in the same exception, and the
+            rest differs), `differs`, or `not run` (the sandbox failed, which says nothing).
     """
 
     call: int
@@ -256,7 +257,7 @@ class Rerun:
 
 
 async def run_again(messages: list[dict], box: Sandbox) -> list[Rerun]:
-    """Run every call of a conversation and compare its recorded output with the real one; each call starts afresh."""
+    """Run every call of a conversation in a fresh interpreter, and compare its recorded output with the real one."""
     calls = [call["function"]["arguments"]["code"] for turn in messages for call in turn.get("tool_calls", ())]
     recorded = [turn["content"] for turn in messages if turn["role"] == "tool"]
     reruns = []
@@ -265,10 +266,10 @@ async def run_again(messages: list[dict], box: Sandbox) -> list[Rerun]:
         if result.status in ("infra_error", "cancelled", "rejected"):
             reruns.append(Rerun(number, "not run", output, result.message))
             continue
-        told = tool_text(result, MAX_OUTPUT)
-        # Nothing printed is told to a model in words, which old recordings did not do.
-        printed = result.stdout if result.status == "success" else told
-        reruns.append(Rerun(number, compare_outputs(output, printed, result.status), output, told))
+        real = tool_text(result, MAX_OUTPUT)
+        # An empty output is described to a model in words; old recordings have nothing there.
+        printed = result.stdout if result.status == "success" else real
+        reruns.append(Rerun(number, compare_outputs(output, printed, result.status), output, real))
     return reruns
 
 

@@ -1,11 +1,11 @@
 r"""Word problems in plain English with numbers that a small model cannot do in its head, and demonstrations of them.
 
-They are the task of a real model of 135 M weights (docs/models.md): a policy that calls Python has to say what is to be
-computed, and one that does not has to compute it. A kind is a template: what is asked in words, the ranges of its
-numbers, and the steps to the answer. Numbers are drawn until every step gives a whole number above 0.
+They are the task of a real model of 135 M weights (docs/models.md): a policy that calls Python only has to say what to
+compute, any other policy has to compute it. A kind is a template: questions, the ranges of its numbers, and the steps
+to the answer. Numbers are drawn until every step gives an integer above 0.
 
-Kinds of `HELD_OUT` are for looks alone, as transfer: neither demonstrations nor, with `word_problems`, RL have them.
-Splits are disjoint by the numbers in a problem, as the miniature's are (`arithmetic.split_of`).
+The kinds of `HELD_OUT` are only for evaluation, to measure transfer: neither demonstrations nor RL with `word_problems`
+have them. Splits are disjoint by the numbers in a problem, as the miniature's are (`arithmetic.split_of`).
 """
 
 import operator
@@ -19,8 +19,8 @@ from retool_jax.data.gsm8k import trace_of, twin_of
 from retool_jax.data.instructions import prompt_of
 
 FLAWED = 0.2
-"""Share of demonstrations with tools whose program has a wrong operator in it: it runs, and answers another question.
-They tell the form of a call as well as the others do, and leave it to the reward which program is right."""
+"""The share of demonstrations with tools whose program has a wrong operator: it runs, but answers another question.
+They teach the form of a call as well as the others do, and only the reward shows which program is right."""
 
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
 _MISTAKEN = {"+": "-", "-": "+", "*": "+", "//": "*"}
@@ -36,7 +36,7 @@ class Kind:
     Attributes:
         numbers: the lowest and the highest value of each number, by its name in `asks` and `steps`.
         steps: lines of Python, each `value = left operator right`; the last value is the answer.
-        asks: phrasings; {name}, {other} and {thing} are two people and what is counted, in the plural.
+        asks: phrasings; {name} and {other} are two people, {thing} is what is counted, in the plural.
     """
 
     name: str
@@ -247,7 +247,7 @@ HELD_OUT = (
 
 @dataclass(frozen=True)
 class Exercise:
-    """One problem of a kind with its numbers, by name."""
+    """One problem of a kind, with its numbers by name."""
 
     kind: Kind
     numbers: dict[str, int]
@@ -259,7 +259,7 @@ class Exercise:
 
 
 def values_of(steps: Sequence[str], numbers: dict[str, int]) -> dict[str, int]:
-    """The numbers, and then the value of each step, by name."""
+    """The given numbers and the value of each step, by name; in the order of the steps."""
     values = dict(numbers)
     for step in steps:
         name, _, left, sign, right = step.split()
@@ -268,15 +268,15 @@ def values_of(steps: Sequence[str], numbers: dict[str, int]) -> dict[str, int]:
 
 
 def program_of(steps: Sequence[str], numbers: dict[str, int]) -> str:
-    """The steps as a program, with the numbers that a problem gives written out."""
+    """The steps as a program, with the given numbers in place of their names."""
     lines = [" ".join(str(numbers.get(word, word)) for word in step.split()) for step in steps]
     return "\n".join([*lines, f"print({steps[-1].split()[0]})"])
 
 
 def exercise(split: str, index: int, seed: int = 0, held_out: bool = False) -> Exercise:
-    """Exercise number `index` of an endless, reproducible stream; `seed` chooses among those of the train split.
+    """Exercise number `index` of an endless, reproducible stream. `seed` chooses the stream of the train split.
 
-    Dev and test have one stream, so that runs of different seeds are measured on the same problems.
+    Dev and test each have only one stream, so that runs with different seeds are measured on the same problems.
     """
     rng = np.random.default_rng([seed if split == "train" else 0, SPLITS.index(split), index])
     kinds = HELD_OUT if held_out else TRAINED
@@ -303,8 +303,8 @@ def problem_row(split: str, index: int, seed: int = 0, held_out: bool = False) -
 def demonstration(index: int, tools: bool, seed: int = 0) -> list[dict]:
     """A cold-start conversation about train exercise `index`, as chat messages.
 
-    With tools it calls a program, which is wrong in a share of `FLAWED`, and states what that prints. Without tools the
-    steps stand there in words, with the right numbers.
+    With tools it runs a program, which is wrong in a share of `FLAWED`, and states what it prints. Without tools it
+    writes the steps in words, with the right numbers.
     """
     item = exercise("train", index, seed)
     steps = item.kind.steps
@@ -320,7 +320,7 @@ def demonstration(index: int, tools: bool, seed: int = 0) -> list[dict]:
 
 
 def _draws(kind: Kind, rng: np.random.Generator) -> Iterator[dict[str, int]]:
-    """Numbers of a kind without end, drawn many at a time: few divide without a remainder."""
+    """Endless draws of a kind's numbers, in batches, because few divide without a remainder."""
     lowest, highest = np.array([*kind.numbers.values()]).T
     while True:
         for row in rng.integers(lowest, highest + 1, (64, len(lowest))).tolist():
@@ -332,7 +332,7 @@ def _value(word: str, values: dict[str, int]) -> int:
 
 
 def _comes_out_even(steps: Sequence[str], numbers: dict[str, int]) -> bool:
-    """Whether the numbers are different, and every step gives a whole number above 0."""
+    """Whether the numbers are different, and every step gives an integer above 0."""
     values = values_of(steps, numbers)
     divisions = [step.split()[2::2] for step in steps if " // " in step]
     whole = not any(_value(left, values) % _value(right, values) for left, right in divisions)

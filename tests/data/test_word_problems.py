@@ -225,9 +225,12 @@ def test_demonstrations_are_read_back_as_they_were_meant_in_the_papers_grammar(t
             ["config=sft", "sft.data=word_problems", "sft.steps=0", "sft.epochs=2"],
             "sft.data=word_problems has no end; use sft.steps, or other data",
         ),
-        (["config=sft", "sft.data=arithmetic:dev"], "sft.data=arithmetic:dev is none of what is made here: arithmetic"),
-        (["config=grpo", "data.test=word_problems:held-out"], "data.test=word_problems:held-out is none of what is"),
-        (["config=eval", "data.source=arithmetic:test"], "data.source=arithmetic:test is none of what is made here"),
+        (
+            ["config=sft", "sft.data=arithmetic:dev"],
+            "sft.data=arithmetic:dev is not made here; choose from: arithmetic",
+        ),
+        (["config=grpo", "data.test=word_problems:held-out"], "data.test=word_problems:held-out is not made here"),
+        (["config=eval", "data.source=arithmetic:test"], "data.source=arithmetic:test is not made here; choose from"),
         (["config=sft", "sft.data=word_problems:held_out"], "are kept out of training; use sft.data=word_problems"),
         (
             ["config=grpo", "data.train=word_problems:held_out"],
