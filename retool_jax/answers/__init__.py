@@ -1,4 +1,4 @@
-r"""Is an answer right? What stands in the last box of a text, in one spelling, compared with the truth.
+r"""Is an answer right? The last box of a text is normalised and compared with the truth.
 
 verdict = check(r"So it is \boxed{0.5}.", r"\frac{1}{2}")
 print(verdict.correct, verdict.reason)

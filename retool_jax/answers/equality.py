@@ -1,7 +1,7 @@
-"""Whether two values are equal: exactly where that is possible, else to hundreds of digits, and never by a tolerance.
+"""Whether two values are equal: exactly if possible, else to hundreds of digits, but never within a tolerance.
 
-An expression with unknowns is compared at points. At positive ones both sides must agree; at others only where all
-of both is real, so that the root of 1/n is one over the root of n, and the root of x squared is not x.
+Expressions with unknowns are compared at points. Both sides must agree at positive points, and at other points if all
+parts of both are real. So the root of 1/n equals one over the root of n, but the root of x squared does not equal x.
 """
 
 import random
@@ -11,7 +11,7 @@ from sympy.core.relational import Relational
 
 from retool_jax.answers.reading import Group, Value
 
-DIGITS = 300  # two numbers that agree in so many digits are taken for equal
+DIGITS = 300  # two numbers that agree in so many digits count as equal
 _NUMBERS = random.Random(0)
 _POINTS = [[sympy.Rational(_NUMBERS.randint(1, 3000), 997) for _ in range(8)] for _ in range(6)]
 _SIGNS = [[1] * 8] * 3 + [[-1] * 8, [-1, 1] * 4, [1, -1] * 4]
@@ -39,7 +39,7 @@ def equal(truth: Value, answer: Value) -> bool:
 
 
 def _equal_groups(truth: Group, answer: Group) -> bool:
-    """In any order for sets and bare lists; item by item for what has brackets, or stands for a tuple without them."""
+    """Sets and bare lists are compared in any order; tuples, also without brackets, and lists item by item."""
     if len(truth.items) != len(answer.items):
         return False
     kinds = truth.brackets, answer.brackets
@@ -51,7 +51,7 @@ def _equal_groups(truth: Group, answer: Group) -> bool:
 
 
 def _match(truths: tuple[Value, ...], answers: tuple[Value, ...]) -> bool:
-    """Whether every truth has an answer of its own, and none is left."""
+    """Whether truths and answers can be paired so that each pair is equal and none is left."""
     left = list(answers)
     for truth in truths:
         place = next((place for place, answer in enumerate(left) if equal(truth, answer)), None)
@@ -82,7 +82,7 @@ def _equal_expressions(truth: sympy.Expr, answer: sympy.Expr) -> bool:
 
 
 def _is_real(value: sympy.Expr, point: dict[sympy.Symbol, sympy.Rational]) -> bool:
-    """Whether it is at a point, with all roots and logarithms in it."""
+    """Whether a value is real at a point, including all roots and logarithms in it."""
     bases = [part.args[0] for part in value.atoms(sympy.log)]
     bases += [power.base for power in value.atoms(sympy.Pow) if not power.exp.is_integer]
     return bool(value.xreplace(point).evalf().is_real) and all(
@@ -91,12 +91,12 @@ def _is_real(value: sympy.Expr, point: dict[sympy.Symbol, sympy.Rational]) -> bo
 
 
 def _symbols(*values: sympy.Basic) -> list[sympy.Symbol]:
-    """At most as many as a point has numbers; the others stay symbols, and nothing with them is found equal."""
+    """The first eight symbols, as a point has eight numbers. Expressions with more symbols never count as equal."""
     return sorted(set().union(*(value.free_symbols for value in values)), key=lambda symbol: symbol.name)[:8]
 
 
 def _is_zero(number: sympy.Expr) -> bool:
-    """Exactly for rational numbers; for others no digit of it is found to differ from 0, however small it is."""
+    """Whether a number is 0: exactly for a rational number; for others, if no digit can be shown to differ from 0."""
     if number.is_Rational:
         return number == 0
     parts = number.evalf(15, maxn=DIGITS).as_real_imag()
@@ -104,7 +104,7 @@ def _is_zero(number: sympy.Expr) -> bool:
 
 
 def _equal_relations(truth: Relational, answer: Relational) -> bool:
-    """Whether one is the other times a number, which must be positive for an inequality."""
+    """Whether one is a multiple of the other, by a positive factor for inequalities."""
     if isinstance(truth, sympy.Eq | sympy.Ne):
         sides = [sympy.fraction(sympy.together(relation.lhs - relation.rhs))[0] for relation in (truth, answer)]
         same_kind = type(truth) is type(answer)
@@ -135,7 +135,7 @@ def _equal_sets(truth: Value, answer: Value) -> bool:
 
 
 def _as_set(value: Value) -> sympy.Set | None:
-    """A set, union or interval, or what satisfies a relation in one unknown; None for other values."""
+    """A set, union or interval, or the solutions of a relation in one unknown; None for other values."""
     if isinstance(value, sympy.Set):
         return value
     if isinstance(value, Relational | sympy.And | sympy.Or):
@@ -149,5 +149,5 @@ def _as_set(value: Value) -> sympy.Set | None:
         return sympy.FiniteSet(*value.items)
     if value.brackets in _INTERVALS and len(value.items) == 2:
         found = sympy.Interval(*value.items, value.brackets[0] == "(", value.brackets[1] == ")")
-        return None if found.is_empty else found  # the point (5, 3)
+        return None if found.is_empty else found  # (5, 3) is a point
     return None

@@ -1,22 +1,22 @@
-r"""Which part of a policy's words is its answer: what stands in the last `\boxed{...}`."""
+r"""Find the answer in a policy's text: the content of the last `\boxed{...}`."""
 
 import re
 
-_CALL = re.compile(r"<(tool_call|code)>.*?(?:</\1>|\Z)", re.DOTALL)  # a call cut short by the length limit is a call
+_CALL = re.compile(r"<(tool_call|code)>.*?(?:</\1>|\Z)", re.DOTALL)  # also one that the length limit cut off
 _BOX = re.compile(r"\\boxed\s*(?:\{|\Z)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # `\\.` first: an escaped brace is a character of the answer
-# Between two boxes that give one answer together, the second with a name or without; without signs of mathematics, and
-# with single spaces, since a policy may write thousands.
+# The text between two boxes of one answer; the second box may have a name. It is matched after math delimiters are
+# removed and spaces are joined, since a policy may write thousands of spaces.
 _JOINT = re.compile(r"(?:,|;|(?:, ?)?(?:\\text ?\{ ?)?(?:and|or)\b(?: ?\})?|\\q?quad)(?: ?\\?[a-zA-Z]\w* ?=)?")
 _SIGNS = re.compile(r"\$|\\[()\[\]]")
 
 
 def extract_boxed(text: str) -> tuple[str | None, str]:
-    r"""The content of the last `\boxed{...}` that is an answer, and `boxed`, `no_box` or `unterminated_box`.
+    r"""The content of the last `\boxed{...}` (or None), and `boxed`, `no_box` or `unterminated_box`.
 
     Thinking (up to the last `</think>`, or from a `<think>` that is never closed) and tool calls (`<tool_call>`,
-    `<code>`) are not part of the answer. When the last box has no end, an earlier one does not stand in for it. Boxes
-    with nothing but a comma, "and" or "or" between them are one list.
+    `<code>`) are ignored. If the last box has no end, an earlier box does not replace it. Boxes with only a comma,
+    "and" or "or" between them are one list.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     text = _CALL.sub("", text)
@@ -39,7 +39,7 @@ def extract_boxed(text: str) -> tuple[str | None, str]:
 
 
 def _end_of_box(text: str, begin: int, limit: int) -> int | None:
-    """Where the brace stands that closes a box, None when none does before the limit."""
+    """The position of the brace that closes a box; None if there is none before the limit."""
     depth = 1
     for brace in _BRACE.finditer(text, begin, limit):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

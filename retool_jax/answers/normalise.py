@@ -1,4 +1,4 @@
-"""One spelling for what means the same: typography, units and needless zeros taken away from an answer."""
+"""One spelling for answers with the same meaning: typography, units and needless zeros are removed."""
 
 import re
 import unicodedata
@@ -14,7 +14,7 @@ _WORDS = f"(?:{_LENGTHS}|{_AMOUNTS}|{_TIMES})"
 _UNIT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_WORDS}(?:\s+(?:squared|cubed))?(?:\s*(?:/|per)\s*(?:{_WORDS}|[hs]))?"
 _SHORT_UNIT = r"(?:[mgshLJNWVKC]|m/s)"  # only inside \text{}: a bare 5m is a product
 _POWER = r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
-# Words after a number that change it, or that make it one of several.
+# Words after a number that change its value, or make it one of several.
 _CHANGING = (
     r"tens|hundreds?|thousands?|[a-z]*illions?|dozens?|score|couple|hal(?:f|ves)|thirds?|quarters?|first|second"
     r"|lakhs?|crores?|gross|grand|fold|mille"
@@ -41,21 +41,21 @@ _PLAIN = {"\u221e": r"\infty ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22
 _PLAIN |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\neq ", "\u00b1": r"\pm ", "\u2208": r"\in "}
 _PLAIN |= {"\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u03d5": r"\phi "}
 
-# A part of a list that is no value but says which ones there are: `or 3 < x`.
+# A part of a list that is a condition, not a value: `or 3 < x`.
 _COMPARED = r"[^,;]*?(?:[<>]|\\(?:[lg]e(?:q|qslant)?|[lg]t)(?![a-zA-Z]))"
 
-# In order. A lookbehind keeps the row break of a matrix, whose second backslash begins no command.
+# Applied in order. The lookbehinds keep the row break of a matrix, whose second backslash does not begin a command.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\s+", " "),  # first, so that no later rule looks for long runs
-        (r"\\\\ ?\[ ?-?[0-9.]+ ?(?:pt|mm|cm|em|ex|in) ?\]", r"\\\\ "),  # room below a row of a matrix
+        (r"\\\\ ?\[ ?-?[0-9.]+ ?(?:pt|mm|cm|em|ex|in) ?\]", r"\\\\ "),  # space below a row of a matrix
         (r"\\[hv]?phantom ?\{[^{}]*\}", ""),
         (r"[\u2010-\u2015\u2212]", "-"),
         (r"[\u2018\u2019\u201c\u201d\u2032]", "'"),
         (r"\u221a\s*(?:\(([^()]*)\)|([0-9]+|[a-zA-Z]))", r"\\sqrt{\1\2}"),
-        (r"(?<!\\)\\[()\[\]]|\\?\$|[\u00a2\u00a3\u00a5\u20ac]", ""),  # math delimiters and signs of currencies
-        (r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!\s*)(?=[0-9]{3}(?![0-9]))", ""),  # thousands, inside of anything
+        (r"(?<!\\)\\[()\[\]]|\\?\$|[\u00a2\u00a3\u00a5\u20ac]", ""),  # math delimiters and currency signs
+        (r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!\s*)(?=[0-9]{3}(?![0-9]))", ""),  # thousands, anywhere
         (r"\{,\}|,\s*\\!\s*", ","),
         (r"(?<!\\)\\(?:!|(?:displaystyle|textstyle|left|right|[bB]igg?[lr]?)(?![a-zA-Z]))", ""),
         (rf"\s*,?\s*(?:(?<!\\)\\q?quad(?![a-zA-Z])\s*)+(?=(?:\\?(?:and|or)\s+)?{NAME}\s*=)", ", "),
@@ -75,23 +75,23 @@ _REWRITES = [
         (r"(?<=[a-zA-Z}\]]) ?\{ ?[0-9]{1,3}(?:,[0-9]{3})+ ?\}", lambda found: found[0].replace(",", "")),
         (r"^\( ?([0-9a-zA-Z]+) ?\) ?_", r"\1_"),  # (52)_8, and 52_{(8)}
         (r"_ ?\{? ?\( ?([0-9]+) ?\) ?\}?$", r"_\1"),
-        (r"(?<!\.)[.\u3002]\s*$", ""),  # a full stop, not the end of an ellipsis; before what stands in front of it
+        (r"(?<!\.)[.\u3002]\s*$", ""),  # a full stop, but not an ellipsis; before the rules for the end of the text
         (
             rf"(?:(?<=[0-9}})\s])|(?<=\\pi))\s*{_WRAPPER}\s*\{{\s*(?:{_UNIT}|{_SHORT_UNIT}){_POWER}\s*\.?\s*\}}{_POWER}\s*$",
             "",
         ),
         (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*{_WRAPPER}\s*\{{\s*{_NOUNS}\s*\.?\s*\}}\s*$", ""),
         (rf"{_WRAPPER}\s*\{{([^{{}}]*)\}}", r"\1"),
-        (rf"^{_WRAPPER}\s*\{{((?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*)\}}$", r"\1"),  # around all of it
+        (rf"^{_WRAPPER}\s*\{{((?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*)\}}$", r"\1"),  # around the whole text
         (rf"\s*(?:,\s*)?\b(?:and|or)\b\s*(?=[-+\\0-9(]|{NAME}\s*=)(?!{_COMPARED})", ", "),
         (r"\s*\\?%(?!\s*[0-9])", ""),
         (rf"(?:(?<=[0-9}})])|(?<=\\pi)(?![a-zA-Z]))\s*{_UNIT}{_POWER}\s*$", ""),
         (r"^([-+]?)\s*(?i:infinity)$", r"\1\\infty"),
         (rf"^([-+]?[0-9][0-9,.]*)\s+(?=[a-zA-Z]{{4}}){_NOUNS}\s*$", r"\1"),
         (r"^\s+|\s+$", ""),
-        (r"^([\"'`])\s*([^\"'`]*)\s*\1$|^``([^\"'`]*)''$|^\{([^{}]*)\}$", r"\2\3\4"),  # quotes, idle braces
+        (r"^([\"'`])\s*([^\"'`]*)\s*\1$|^``([^\"'`]*)''$|^\{([^{}]*)\}$", r"\2\3\4"),  # quotes, needless braces
         (r"^(?:(?i:(?:the )?(?:final )?answer)\s*(?:is|=|:)|=)\s*", ""),
-        (r"^\(([^(),;]*)\)$", r"\1"),  # a letter of a choice, or idle
+        (r"^\(([^(),;]*)\)$", r"\1"),  # the letter of a choice, or needless brackets
     ]
 ]
 _LABEL = re.compile(rf"^{NAME}\s*(?:=|\\in(?![a-zA-Z]))\s*(?=[^=]*$)")
@@ -102,21 +102,21 @@ _DECIMAL = re.compile(r"([+-]?)\s*([0-9]*)(?:\.([0-9]*))?(?:_\{?10\}?)?")
 
 
 def normalise(answer: str, named: bool = False) -> str:
-    r"""One spelling for what means the same: `'\text{1{,}042}.'` and ` x = 01,042^\circ` both become `1042`.
+    r"""One spelling for answers with the same meaning: `'\text{1{,}042}.'` and ` x = 01,042^\circ` both become `1042`.
 
-    Removes typography (unicode variants, spacing and size commands, `$`, quotes, text wrappers, a full stop), what
-    names or measures the value (`x =`, degree sign, per cent sign, unit, what is counted) and thousands separators;
-    decimals lose needless zeros. A bare letter is not taken for a unit, and the left side of an equation goes only
-    when it is a single name, and stays where the result is to be `named`.
+    Removes typography (unicode variants, spacing and size commands, `$`, quotes, text wrappers, a full stop), names and
+    measures (`x =`, degree sign, per cent sign, unit, what is counted), thousands separators, and needless zeros of
+    decimals. A bare letter does not count as a unit. The left side of an equation is removed only if it is a single
+    name, and never with `named`.
     """
-    if _DECIMAL.fullmatch(answer):  # most answers: a few microseconds
+    if _DECIMAL.fullmatch(answer):  # most answers; takes a few microseconds
         return _plain_decimal(answer)
     answer = _plain_characters(answer)
-    for _ in range(4):  # wrappers, quotes and full stops stand inside each other
+    for _ in range(4):  # wrappers, quotes and full stops can be nested
         before = answer
         for pattern, replacement in _REWRITES:
             answer = pattern.sub(replacement, answer)
-        if not _TRIGONOMETRIC.search(answer):  # in sin 30^\circ the sign is part of the value
+        if not _TRIGONOMETRIC.search(answer):  # in sin 30^\circ the degree sign is part of the value
             answer = _DEGREE.sub("", answer)
         if not named:
             answer = _LABEL.sub("", answer)
@@ -128,7 +128,7 @@ def normalise(answer: str, named: bool = False) -> str:
 
 
 def _plain_characters(text: str) -> str:
-    """NFKC, but what stands high, low or over a bar keeps its place: plain NFKC reads 10 squared as 102."""
+    """NFKC that keeps exponents, indices and fractions: plain NFKC turns 10 squared into 102."""
     if text.isascii():
         return text
     text = re.sub("[\u00ba\u02da]", "\u00b0", text)  # look-alikes of the degree sign
@@ -140,7 +140,7 @@ def _plain_characters(text: str) -> str:
         if kind in ("<super>", "<sub>"):
             mark = "^" if kind == "<super>" else "_"
             plain = "".join(chr(int(point, 16)) for point in points.split())
-            if parts and parts[-1].startswith(mark + "{"):  # one exponent of several digits
+            if parts and parts[-1].startswith(mark + "{"):  # another digit of the same exponent
                 parts[-1] = parts[-1][:-1] + plain + "}"
             else:
                 parts.append(f"{mark}{{{plain}}}")
@@ -155,7 +155,7 @@ def _plain_characters(text: str) -> str:
 
 
 def _plain_decimal(text: str) -> str:
-    """Signs, zeros and the base of a plain decimal brought to one form: `+042.50` is `42.5`; other text unchanged."""
+    """A plain decimal with one form of sign, zeros and base: `+042.50` becomes `42.5`. Other text is unchanged."""
     match = _DECIMAL.fullmatch(text)
     if not match or not (match[2] or match[3]):
         return text

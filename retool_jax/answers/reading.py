@@ -1,8 +1,8 @@
-r"""What an answer's text means, as SymPy's objects: LaTeX, and what SymPy itself prints.
+r"""Read an answer's text, LaTeX or SymPy's own output, as SymPy objects.
 
-Lists, tuples, sets, intervals and unions are taken apart here. What is left is an expression or a relation, which
-math-verify's grammar reads (`latex2sympy2_extended`), or Python's `ast` where the text is Python as SymPy prints it
-(`-1 + exp(16)`, `x**2/2`). Nothing is evaluated: a name or a call that is not in a list below is not read.
+Lists, tuples, sets, intervals and unions are taken apart here. Each remaining expression or relation is read by
+math-verify's grammar (`latex2sympy2_extended`), or by Python's `ast` if it is Python as SymPy prints it
+(`-1 + exp(16)`, `x**2/2`). Nothing is evaluated: only the names and calls that are listed below are read.
 """
 
 import ast
@@ -17,7 +17,7 @@ from sympy.core.relational import Relational
 from retool_jax.answers.normalise import FUNCTIONS, GREEK
 from retool_jax.answers.statements import brackets_of, split
 
-# units=False: the library takes any trailing m, g or d for a unit, so that 5d would equal 5.
+# units=False: with True the library treats any trailing m, g or d as a unit, so that 5d would equal 5.
 _RULES = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 _LETTERS_AS_WRITTEN = ConversionConfig(lowercase_symbols=False)  # or X would be x
 
@@ -36,16 +36,16 @@ _OPERATORS = {
 _PYTHON = re.compile(rf"[*]|[0-9]e[-+]?[0-9]|(?<![a-zA-Z])(?:{'|'.join(FUNCTIONS)}|pi|oo)(?![a-zA-Z])")
 # 2pi, 3(x+1), pi r
 _PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=(?!e[-+]?[0-9])[a-zA-Z(])|(?<=[a-zA-Z])\s+(?=[a-zA-Z])")
-_EXPONENT = re.compile(r"\^\s*\{([^{}]*)\}")  # of e^{2pi}, half of it LaTeX
+_EXPONENT = re.compile(r"\^\s*\{([^{}]*)\}")  # as in e^{2pi}, a mix of LaTeX and Python
 _ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
-# What the library would take for something else: it drops primes and dots, and reads the letters of words as factors.
+# Text that the library would misread: it drops primes and dots, and reads the letters of words as factors.
 _UNREADABLE = re.compile(r"['!]|\\(?:pmod|bmod|mod|equiv|approx|sim|text|[lc]?dots|[hv]?phantom)(?![a-zA-Z])")
 _ARGUMENTS = re.compile(r"(?:\\[a-zA-Z]+\s*(?:\[[^][{}]*\])?|[_^])\s*(?:\{[^{}]*\}\s*)+|\\log\s*_\s*[0-9a-zA-Z]")
-# A whole number before another is added to it, as in 1\frac{4}{5}, whatever it looks like: 4 5, 5(6), {5}{6}.
+# The library adds two numbers side by side, as in 1\frac{4}{5}, even in the forms 4 5, 5(6) and {5}{6}.
 _SIDE_BY_SIDE = re.compile(
     r"[0-9]\s+[0-9]|[0-9]\s*[)}\]]+\s*[0-9]|[0-9]\s*[)}\]]*\s*(?:[({\[]\s*[-+]?[0-9][0-9./\s]*[)}\]]|\\d?binom)"
 )
-# { x | x > 3 }: the numbers that meet a condition.
+# { x | x > 3 }: the numbers that satisfy a condition.
 _BUILT = re.compile(
     r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?:\\mid|\\colon|\\vert|:|\|)(?P<condition>.+)"
 )
@@ -54,7 +54,7 @@ _EITHER = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
 @dataclass(frozen=True)
 class Group:
-    """Several values: `brackets` is `()`, `[)` and so on, `{}` for a set, nothing for a bare list, `U` for a union."""
+    """Several values: `brackets` is `()`, `[)` and so on, `{}` for a set, empty for a bare list, `U` for a union."""
 
     brackets: str
     items: tuple["Value", ...]
@@ -64,7 +64,7 @@ Value = Group | sympy.Basic | sympy.MatrixBase
 
 
 def read(text: str) -> Value:
-    """What a normalised text means. Raises any exception for what cannot be read."""
+    """The value of a normalised text. Raises some exception if it cannot be read."""
     for word, join in (("or", sympy.Or), ("and", sympy.And)):
         if len(parts := split(text, rf"(?<![a-zA-Z\\]){word}(?![a-zA-Z])")) > 1:
             return _joined(join, parts)
@@ -83,7 +83,7 @@ def read(text: str) -> Value:
 
 
 def _joined(join: type[sympy.Or] | type[sympy.And], parts: list[str], name: str | None = None) -> sympy.Basic:
-    """`x < 2 or x > 3` as one condition on a single unknown, which has this name where one is given."""
+    """`x < 2 or x > 3` as one condition on a single unknown, whose name must be `name` if that is given."""
     values = [read(part) for part in parts]
     if not all(isinstance(value, Relational | sympy.And | sympy.Or) for value in values):
         raise ValueError(f"no conditions: {parts}")
@@ -94,7 +94,7 @@ def _joined(join: type[sympy.Or] | type[sympy.And], parts: list[str], name: str 
 
 
 def _flat(value: Value) -> tuple[Value, ...]:
-    r"""The two values of `1 \pm 2` among those of the set that they stand in."""
+    r"""The items of a bare list, such as the two values of `1 \pm 2`, to be added to the group around it."""
     return value.items if isinstance(value, Group) and not value.brackets else (value,)
 
 
@@ -104,10 +104,10 @@ def _expression(text: str) -> Value:
             source = _PRODUCT.sub("*", _EXPONENT.sub(r"**(\1)", text.strip()).replace("^", "**"))
             return _python(ast.parse(source, mode="eval").body, source)
         except (SyntaxError, KeyError, TypeError, ValueError):
-            pass  # perhaps LaTeX after all
+            pass  # it can still be LaTeX
     if signs := _EITHER.findall(text):
         if len(signs) > 1:
-            raise ValueError(f"which signs go together is not said: {text}")
+            raise ValueError(f"it is unknown which signs go together: {text}")
         return Group("", (_expression(_EITHER.sub("+", text)), _expression(_EITHER.sub("-", text))))
     if _UNREADABLE.search(text) or _SIDE_BY_SIDE.search(_without_arguments(text)):
         raise ValueError(f"no expression: {text}")
@@ -122,14 +122,14 @@ def _expression(text: str) -> Value:
 
 
 def _without_arguments(text: str) -> str:
-    """The text with a letter for every command that has arguments."""
+    """The text with an `x` in place of every command with arguments."""
     while (shorter := _ARGUMENTS.sub("x", text)) != text:
         text = shorter
     return text
 
 
 def _exact(value: sympy.Basic | sympy.MatrixBase) -> sympy.Basic | sympy.MatrixBase:
-    """Decimals as the fractions that they are written as; `i` is the unit; an unknown function is a symbol."""
+    """The value with decimals as exact fractions, `i` as the imaginary unit, and unknown functions as symbols."""
     known = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
     known |= {applied: sympy.Symbol(str(applied)) for applied in value.atoms(sympy.core.function.AppliedUndef)}
     known |= {symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"}

@@ -1,7 +1,7 @@
-r"""Which value of an answer stands for which of the truth's: names, equations and lists, as text.
+r"""Match the values of an answer with those of the truth, on texts with names, equations and lists.
 
-`x = 5` says 5, `a = 1, b = 2` binds two values to their names, `x = 1 or x = -2` gives several of one unknown, and
-`2x - y + 3 = 0` is an equation that gives no value.
+`x = 5` has the value 5, `a = 1, b = 2` has two named values, `x = 1 or x = -2` has two values of one unknown, and
+`2x - y + 3 = 0` is an equation without a value.
 """
 
 import re
@@ -11,8 +11,8 @@ from retool_jax.answers.normalise import NAME, normalise
 
 _OPEN, _CLOSE = "([{", ")]}"
 _NO_EQUATION = re.compile(r"[<>!:]|\\(?:not|ne|neq|le|leq|ge|geq|approx|equiv|pmod|bmod)(?![a-zA-Z])")
-# What is no value between two equals signs: words, arrows, bars and rows.
-_SAYS_MORE = re.compile(
+# Text between two equals signs that is not a value: words, arrows, bars and rows.
+_NOT_A_VALUE = re.compile(
     r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|if|or|ou|et|and|but|so|then|not)(?![a-zA-Z(])|^[^|]*\|[^|]*$|&|\\\\|\.\s|\s[a-z]\s+[a-z]$"
     r"|\\(?:[a-zA-Z]*arrow|implies|iff|to|mapsto|n?[mv]id|vert|lor|vee|land|wedge|text|quad|because|therefore)(?![a-zA-Z])"
 )
@@ -23,7 +23,7 @@ _APPLIED = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)\([^()]*\)")
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators (a pattern) that stand outside of all brackets, without outer spaces."""
+    """The stripped parts of a text between separators (a pattern). Separators inside brackets do not count."""
     parts, depth, begin = [], 0, 0
     for mark in re.finditer(rf"\\\\|(?P<bracket>[()\[\]{{}}])|(?P<separator>{separator})", text):
         if bracket := mark["bracket"]:
@@ -35,7 +35,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def brackets_of(text: str) -> str:
-    r"""The two brackets that a whole text stands in, as `(]`; nothing when it does not. A set's are `{}` for `\{\}`."""
+    r"""The two brackets around a whole text, such as `(]`; empty if there are none. For `\{\}` it is `{}`."""
     plain = text.strip().replace(r"\{", "{").replace(r"\}", "}")
     if len(plain) < 2 or plain[0] not in _OPEN or plain[-1] not in _CLOSE:
         return ""
@@ -49,33 +49,34 @@ def brackets_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Statement:
-    """One value, and what stands to the left of its equals sign, or nothing."""
+    """One value, and the text to the left of its equals sign; empty if there is none."""
 
     name: str
     value: str
 
 
 def align(answer: str, truth: str) -> tuple[str, str]:
-    """Answer and truth, without names where these say the same, and with values of the same name in the same place.
+    """Answer and truth without names if the names agree, with values of the same name in the same place.
 
-    Where the names say different things both come back with them, to be compared as equations.
+    If the names do not agree, both keep them, to be compared as equations.
     """
-    said, asked = statements(answer), statements(truth)
-    names, wanted = {s.name for s in said}, {s.name for s in asked}
-    several, many = len(said) > 1 and len(names) == len(said), len(asked) > 1 and len(wanted) == len(asked)
-    if several and many and names == wanted:
-        return _tuple(sorted(said, key=lambda s: s.name)), _tuple(sorted(asked, key=lambda s: s.name))
-    if several and wanted == {""} and "" not in names:
-        return _tuple(said), truth if brackets_of(truth) else f"({truth})"
-    if many and names == {""} and "" not in wanted:
-        return answer if brackets_of(answer) else f"({answer})", _tuple(asked)
-    if len(names) == len(wanted) == 1 and _same_unknown(*names, *wanted, answer + truth):
-        return ", ".join(s.value for s in said), ", ".join(s.value for s in asked)
+    ours, theirs = statements(answer), statements(truth)
+    our_names, their_names = {s.name for s in ours}, {s.name for s in theirs}
+    ours_all_named_differently = len(our_names) == len(ours) > 1
+    theirs_all_named_differently = len(their_names) == len(theirs) > 1
+    if ours_all_named_differently and theirs_all_named_differently and our_names == their_names:
+        return _tuple(sorted(ours, key=lambda s: s.name)), _tuple(sorted(theirs, key=lambda s: s.name))
+    if ours_all_named_differently and their_names == {""} and "" not in our_names:
+        return _tuple(ours), truth if brackets_of(truth) else f"({truth})"
+    if theirs_all_named_differently and our_names == {""} and "" not in their_names:
+        return answer if brackets_of(answer) else f"({answer})", _tuple(theirs)
+    if len(our_names) == len(their_names) == 1 and _same_unknown(*our_names, *their_names, answer + truth):
+        return ", ".join(s.value for s in ours), ", ".join(s.value for s in theirs)
     return answer, truth
 
 
 def statements(text: str) -> list[Statement]:
-    """What a normalised text says, part by part. A part without a name is of the one before: `x = 1, 2`."""
+    """The statements of a normalised text. In `x = 1, 2` both values belong to the name x."""
     if _NO_EQUATION.search(text):
         return [Statement("", text)]
     found: list[Statement] = []
@@ -83,8 +84,8 @@ def statements(text: str) -> list[Statement]:
         sides = split(part, r"=|\\in(?![a-zA-Z])")
         if len({side for side in sides[1:] if re.fullmatch("-?[0-9]+", side)}) > 1:  # x = 5 = 6
             return [Statement("", text)]
-        again = rf"(?<![a-zA-Z\\]){re.escape(sides[0])}(?![a-zA-Z(])" if sides[0] else "(?!)"
-        if any(_SAYS_MORE.search(side) or re.search(again, side) for side in sides[1:-1]):  # x = 3 \implies y = 5
+        same_name = rf"(?<![a-zA-Z\\]){re.escape(sides[0])}(?![a-zA-Z(])" if sides[0] else "(?!)"
+        if any(_NOT_A_VALUE.search(side) or re.search(same_name, side) for side in sides[1:-1]):  # x = 3 \implies y = 5
             return [Statement("", text)]
         name, value = ("" if len(sides) == 1 else re.sub(r"\s", "", sides[0])), sides[-1]
         names, values = (split(side[1:-1], ",") if brackets_of(side) else [] for side in (name, value))
@@ -95,18 +96,18 @@ def statements(text: str) -> list[Statement]:
     return found
 
 
-def _same_unknown(name: str, wanted: str, text: str) -> bool:
-    """Whether two left sides stand for the same unknown. A single unknown need not be named."""
-    if name == wanted:
+def _same_unknown(name: str, true_name: str, text: str) -> bool:
+    """Whether the left sides of answer and truth mean the same unknown. A single unknown may be unnamed."""
+    if name == true_name:
         return True
-    if not wanted:  # m + n = 45; but x + 2 = 5 is an equation
+    if not true_name:  # m + n = 45 has a value, but x + 2 = 5 is an equation
         return not re.search(r"[0-9]", re.sub(r"\([^()]*\)|_\{[^{}]*\}|_\w", "", name))
     if not name:
-        return bool(re.fullmatch(NAME, wanted))
-    # f(x) = 2x is y = 2x, when y is no more than a name
+        return bool(re.fullmatch(NAME, true_name))
+    # f(x) = 2x is the same as y = 2x if y appears nowhere else
     return any(
         _APPLIED.fullmatch(one) and re.fullmatch("[a-zA-Z]", other) and text.count(other) == 1
-        for one, other in ((name, wanted), (wanted, name))
+        for one, other in ((name, true_name), (true_name, name))
     )
 
 

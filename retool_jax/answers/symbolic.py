@@ -1,12 +1,12 @@
 """The program that compares two answers. `retool_jax.answers.workers` starts it and sends JSON through a pipe.
 
-    question  [children at once, CPU seconds of each, [["truth", "answer"], ...]]
-    reply     [index of the pair, value of an `Outcome`], one for each as it is decided
+    question  [most children at the same time, CPU seconds of each, [["truth", "answer"], ...]]
+    reply     [index of the pair, value of an `Outcome`], one for each pair as soon as it is decided
 
-The first reply is an empty string, or says why math-verify cannot be imported. Each pair is compared by a forked
-child. So every comparison finds the state that the program had when it began, whatever was asked before, and a child
-that crashes takes nothing with it. The limit of a child is CPU time and the kernel ends it: no limit inside of Python
-can stop a long multiplication, and a busy machine is not the answer's fault.
+The first reply is an empty string, or says why math-verify cannot be imported. A forked child compares each pair. So
+every comparison begins with the same state of the program, whatever was compared before, and a child that crashes
+affects nothing else. A child's limit is CPU time, since a busy machine is not the answer's fault. The kernel enforces
+it, since no limit inside Python can stop a long multiplication.
 """
 
 import json
@@ -21,8 +21,8 @@ from enum import StrEnum
 from multiprocessing.connection import Connection
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space; SymPy itself needs about a fifth
-# Read once before the first question, so that no child has to build the tables of the LaTeX parser.
-_REHEARSED = [
+# Compared once before the first question, so that no child has to build the tables of the LaTeX parser.
+_WARM_UP = [
     (r"\frac{\sqrt{2}}{2}", r"2^{-1}\sqrt{2}+0.0"),
     (r"(x+1)(x-1)^{n}\sin x", r"x^2-\ln(x)e^{x}"),
     (r"(1,\pi)\cup\{1,2\}", "2*pi"),
@@ -32,23 +32,23 @@ _LOG = re.compile(r"\\log(?!\s*_|[a-zA-Z])")
 
 
 class Outcome(StrEnum):
-    """What became of a comparison. The answer is to blame for all but the last two."""
+    """The result of a comparison. The last two are not the answer's fault."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
     UNDECIDED = "undecided"  # an error inside SymPy
     TIMEOUT = "timeout"  # out of its own time or memory
-    LATE = "late"  # the time for all comparisons of its step was over
-    LOST = "lost"  # no process could be started or stayed alive; says nothing about the answer
+    LATE = "late"  # the time for all comparisons of the step ran out
+    LOST = "lost"  # the process could not be started, or died
 
 
 _CODES = {64 + index: outcome for index, outcome in enumerate(Outcome)}
-# GMP aborts where memory ends. Only others send SIGKILL: somebody, or the kernel of a machine without memory.
+# GMP aborts if it gets no memory. SIGKILL comes from outside: from a person, or from a kernel that is out of memory.
 _SIGNALS = {signal.SIGPROF: Outcome.TIMEOUT, signal.SIGABRT: Outcome.TIMEOUT, signal.SIGKILL: Outcome.LOST}
 
 
 def serve(descriptor: int) -> None:
-    """Compare what comes through the pipe with this file descriptor, until its other end is closed."""
+    """Answer questions from the pipe with this file descriptor, until its other end is closed."""
     connection = Connection(descriptor)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT if hard < 0 else min(MEMORY_LIMIT, hard), hard))
@@ -62,7 +62,7 @@ def serve(descriptor: int) -> None:
         compare = comparison()
     except ImportError as error:
         return reply(f"math-verify cannot be imported ({error})")
-    for truth, answer in _REHEARSED:
+    for truth, answer in _WARM_UP:
         compare(truth, answer)
     seed_random()
     reply("")
@@ -78,16 +78,16 @@ def serve(descriptor: int) -> None:
                 index, (truth, answer) = waiting.pop()
                 child = os.fork()
                 if child == 0:
-                    connection.close()  # or the trainer would not see this program's end before the child's
-                    _be_child(compare, truth, answer, seconds)
+                    connection.close()  # otherwise the trainer sees the end of this program only after the child's
+                    _run_child(compare, truth, answer, seconds)
                 running[child] = index
             child, status = os.wait()
             code = os.waitstatus_to_exitcode(status)
             reply([running.pop(child), _SIGNALS.get(-code) or _CODES.get(code, Outcome.UNDECIDED)])
 
 
-def _be_child(compare: Callable[[str, str], Outcome], truth: str, answer: str, seconds: float) -> None:
-    """Compare and end, with the outcome for an exit code."""
+def _run_child(compare: Callable[[str, str], Outcome], truth: str, answer: str, seconds: float) -> None:
+    """Compare, and exit with the code of the outcome."""
     code = 1
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -100,15 +100,15 @@ def comparison() -> Callable[[str, str], Outcome]:
     """The function that compares a truth with an answer, without `$` or a box.
 
     Raises:
-        ImportError: math-verify is not there, or something that it needs.
+        ImportError: math-verify, or something that it needs, is missing.
     """
     from retool_jax.answers.equality import equal
     from retool_jax.answers.reading import read
 
     def compare(truth: str, answer: str) -> Outcome:
-        outcome = Outcome.DIFFERENT  # what cannot be read
+        outcome = Outcome.DIFFERENT  # if a text cannot be read
         try:
-            for bare in (r"\log", r"\ln"):  # a logarithm without a base is of base 10 or natural, on both sides alike
+            for bare in (r"\log", r"\ln"):  # try a logarithm without a base as decimal and as natural, on both sides
                 values = [read(_LOG.sub(lambda _, bare=bare: bare, text)) for text in (truth, answer)]
                 outcome = Outcome.UNDECIDED
                 if equal(*values):
@@ -118,14 +118,14 @@ def comparison() -> Callable[[str, str], Outcome]:
             return Outcome.DIFFERENT
         except MemoryError:
             return Outcome.TIMEOUT
-        except Exception:  # SymPy raises everything there is
+        except Exception:  # SymPy may raise anything
             return outcome
 
     return compare
 
 
 def seed_random() -> None:
-    """SymPy tries equalities at random points: the same ones in every process and in every run."""
+    """Make SymPy's random test points the same in every process and in every run."""
     from sympy.core.random import seed
 
     seed(0)

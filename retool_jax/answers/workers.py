@@ -1,10 +1,10 @@
-"""Symbolic equality of answers: the process that compares, and whose fault it is when it does not answer.
+"""Symbolic equality of answers: the process that compares, and whose fault it is if it does not answer.
 
-SymPy has no bound on what a short expression can cost (`9^{9^{9}}` fills the memory), and a process that runs JAX has
-threads and must not fork. So comparisons live in an interpreter of their own, started from scratch, which runs
-`retool_jax.answers.symbolic` and forks a child for each question. What a child does to itself (it runs out of time or
-memory, or SymPy fails) is the answer's fault. A process that does not start, dies or hangs is a fault of the machinery:
-the question is asked again, and when that does not help the comparison is `LOST`, which is no verdict (contract 7).
+A short expression can cost SymPy any amount of time and memory (`9^{9^{9}}` fills the memory), and a process that runs
+JAX has threads and must not fork. So comparisons run in a separate new interpreter, which runs
+`retool_jax.answers.symbolic` and forks a child for each question. If a child runs out of time or memory, or SymPy fails
+in it, that is the answer's fault. If the process does not start, dies or hangs, that is the machinery's fault: the
+question is asked again, and if that does not help the comparison is `LOST`, which is not a verdict (contract 7).
 """
 
 import atexit
@@ -28,25 +28,25 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]  # truth and answer, LaTeX without `$` or a box
 
-TIME_LIMIT = 1.0  # CPU seconds of one comparison; the slowest of MATH-500's and DeepMath's takes a quarter of that
+TIME_LIMIT = 1.0  # CPU seconds of one comparison; the slowest of MATH-500 and DeepMath takes a quarter of that
 STEP_LIMIT = 60.0  # seconds for all comparisons of a step
 START_LIMIT = 60.0  # seconds to import SymPy from a cold disk
-STARVED = 40  # nothing decided in so many times as many seconds as a comparison may compute: the process hangs
-PAUSES = (0.0, 0.5, 2.0)  # seconds before each try of a question
-BATCH = 200  # questions sent at once: as many as a socket holds, so that one that is not read keeps nobody waiting
+STARVED = 40  # if no reply comes within this many times the time limit, the process hangs
+PAUSES = (0.0, 0.5, 2.0)  # seconds before each attempt
+BATCH = 200  # pairs sent together: they fit into a socket's buffer, so sending never blocks
 REMEMBERED = 65536  # comparisons
 _PROGRAM = "import sys; from retool_jax.answers.symbolic import serve; serve(int(sys.argv[1]))"
 
 
 class SymbolicPool:
-    """Compares many answers at once, some of them side by side, and remembers what is known.
+    """Compares many answers, several at the same time, and remembers the outcomes.
 
-    An outcome follows from the two expressions alone: every comparison begins from the same state. The process is
-    started at the first question and replaced when it is lost. One thread is served at a time.
+    An outcome depends only on the two expressions, because every comparison begins with the same state. The process is
+    started at the first question and replaced if it is lost. Only one thread is served at a time.
 
     Args:
-        workers: comparisons side by side at most.
-        time_limit: CPU seconds of one comparison; start-up is not counted.
+        workers: the most comparisons at the same time.
+        time_limit: CPU seconds of one comparison, without start-up.
         step_limit: seconds of one `compare`.
     """
 
@@ -59,7 +59,7 @@ class SymbolicPool:
         self.workers = workers
         self.time_limit = time_limit
         self.step_limit = step_limit
-        self.fault = ""  # why comparisons were lost, the last time that some were
+        self.fault = ""  # why comparisons were lost most recently
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._lock = threading.Lock()
@@ -67,11 +67,11 @@ class SymbolicPool:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that forks for each question, None when there is none."""
+        """The id of the process that forks for each question; None if there is none."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process, to see that it can be done.
+        """Start the process now, so that a failure is seen before it is needed.
 
         Raises:
             UserError: math-verify cannot be imported, or no process can be started.
@@ -86,9 +86,9 @@ class SymbolicPool:
             ) from error
 
     def compare(self, pairs: Iterable[Pair]) -> dict[Pair, Outcome]:
-        """The outcome of every (truth, answer). The samples of a group often agree, and then cost one comparison.
+        """The outcome of every (truth, answer). Equal pairs, which are common in a group, cost only one comparison.
 
-        After `step_limit` seconds what is left is `LATE`; or `LOST`, if the machinery failed, for that took the time.
+        Pairs that are not decided after `step_limit` seconds are `LATE`, or `LOST` if the machinery failed meanwhile.
 
         Raises:
             UserError: math-verify cannot be imported.
@@ -96,7 +96,7 @@ class SymbolicPool:
         pairs = list(dict.fromkeys(pairs))
         with self._lock:
             known = {pair: self._known[pair] for pair in pairs if pair in self._known}
-            # Short ones first: should the time run out, more of them are decided.
+            # Short ones first, so that more of them are decided if the time runs out.
             found = self._ask(sorted((p for p in pairs if p not in known), key=lambda pair: sum(map(len, pair))))
             late, lost = (list(found.values()).count(outcome) for outcome in (Outcome.LATE, Outcome.LOST))
             if lost:
@@ -106,12 +106,12 @@ class SymbolicPool:
                 logger.warning("%d answers were not compared within %s s and count as time-outs", late, seconds)
             if len(self._known) + len(found) > REMEMBERED:
                 self._known.clear()
-            # What says nothing about the answer is asked again another time.
+            # Outcomes that say nothing about the answer are not remembered.
             self._known |= {p: o for p, o in found.items() if o not in (Outcome.LATE, Outcome.LOST)}
             return known | found
 
     def close(self) -> None:
-        """End the process and what it forked, if there is one; a later question starts another."""
+        """End the process and its children, if there is one. A later question starts another process."""
         with self._lock:
             self._close()
 
@@ -135,7 +135,7 @@ class SymbolicPool:
                 if time.monotonic() >= deadline:
                     break
                 failed, self.fault = True, str(error)
-            except BaseException:  # an interrupt would leave replies that the next question must not read
+            except BaseException:  # after an interrupt, unread replies must not reach the next question
                 self._close()
                 raise
         if Outcome.LOST in found.values() and not failed:
@@ -143,7 +143,7 @@ class SymbolicPool:
         return {pair: found.get(pair, Outcome.LOST if failed else Outcome.LATE) for pair in pairs}
 
     def _outcomes(self, pairs: list[Pair], deadline: float) -> Iterator[tuple[Pair, Outcome]]:
-        """As they are decided; `OSError` when the process is gone, hangs, or has no time left."""
+        """Outcomes as soon as they are decided; `OSError` if the process is gone, hangs, or has no time left."""
         for begin in range(0, len(pairs), BATCH):
             batch = pairs[begin : begin + BATCH]
             self._connection.send_bytes(json.dumps([self.workers, self.time_limit, batch]).encode())
@@ -152,7 +152,7 @@ class SymbolicPool:
                 yield batch[index], Outcome(outcome)
 
     def _open(self, deadline: float) -> None:
-        """Start the process, if there is none, and wait until it has imported math-verify.
+        """Start the process if there is none, and wait until it has imported math-verify.
 
         Raises:
             UserError: math-verify cannot be imported.
@@ -169,16 +169,16 @@ class SymbolicPool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                # SymPy's results can depend on the order of sets; a verdict must not differ between two runs.
+                # SymPy's results can depend on the order of sets, but verdicts must be the same in every run.
                 env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-                process_group=0,  # Ctrl-C is ours to handle, and its children end with it
+                process_group=0,  # so that only this process gets Ctrl-C, and the children can be ended together
             )
         if failure := self._receive(deadline):
             self._close()
             raise UserError(f"answers cannot be compared: {failure}; pip install math-verify, which this package needs")
 
     def _receive(self, deadline: float) -> object:
-        """The next reply; `TimeoutError` from the deadline on, `ConnectionError` when the process is gone."""
+        """The next reply; `TimeoutError` after the deadline, `ConnectionError` if the process is gone."""
         if not self._connection.poll(max(0.0, deadline - time.monotonic())):
             raise TimeoutError("the answer worker did not reply in time")
         try:

@@ -1,4 +1,4 @@
-"""The benchmark of graders: answers that were changed on purpose, and who takes them for right."""
+"""The benchmark of graders: answers that were changed on purpose, and the graders that accept them."""
 
 import json
 import subprocess

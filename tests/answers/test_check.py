@@ -12,7 +12,7 @@ INTEGER, RATIONAL, TEXT, SYMBOLIC = "integer", "rational", "text", "symbolic"
 MISMATCH, REFUSED = "mismatch", "refused"
 
 
-# What stands in the box, the truth, and the expected reason. None of these needs the worker.
+# The content of the box, the truth, and the expected reason. None of these needs the worker.
 NUMBERS = [
     ("42", "42", INTEGER),
     ("43", "42", MISMATCH),
@@ -240,7 +240,7 @@ def test_hostile_text_is_cheap_to_reject(text, monkeypatch):
 
 
 def test_hostile_expressions_are_wrong_and_cost_their_own_time_alone(monkeypatch):
-    """Towers, huge calls, and nesting that a parser is slow at; the last one is as cheap as ever."""
+    """Power towers, huge calls, and nesting that is slow to parse; an ordinary comparison after them stays cheap."""
     assert workers.TIME_LIMIT <= 1.0
     monkeypatch.setattr(workers.pool, "time_limit", 0.4)
     boxes = ["2**3**2 * 9**9**9", "1e9999", "binomial(10**9, 10**8)", "(" * 90 + "x" + ")" * 90, "-" * 290 + "1", "1+1"]
@@ -251,7 +251,7 @@ def test_hostile_expressions_are_wrong_and_cost_their_own_time_alone(monkeypatch
 
 # --- truths of data sets ----------------------------------------------------------------------------------------------
 
-# Truths in the forms of those of MATH-500 and DeepMath. What stands on one line means the same, and no two lines do.
+# Truths in the forms of MATH-500 and DeepMath. Texts on one line have the same meaning, and all lines differ.
 TRUTHS = [
     # Numbers: plain, with separators, units, degrees, currencies, per cent signs; decimals, fractions, mixed numbers.
     ("7", "07", "x=7", r"7\%"),

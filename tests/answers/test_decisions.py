@@ -1,4 +1,4 @@
-"""What `docs/answers.md` says of answers is so."""
+"""The checker decides as the tables of `docs/answers.md` say."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_every_row_of_the_tables_is_what_the_checker_says():
         if row := ROW.match(line):
             answer, truth, verdict = row.groups()
             rows.append((answer, truth, verdict))
-            # A row that has boxes itself is a turn as it was written.
+            # A row with boxes is a whole turn.
             said.append((answer if whole_turn or "boxed" in answer else rf"So \boxed{{{answer}}}.", truth))
     assert len(rows) > 100
     found = ["right" if verdict.correct else "wrong" for verdict in check_all(said)]

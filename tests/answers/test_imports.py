@@ -1,4 +1,4 @@
-"""The room of answers knows only errors, and the data below the loops knows nothing of them."""
+"""The rooms `answers` and `data` import only the rooms below them."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-r"""Comparisons by math-verify: limits, whose fault it is when there is no outcome, and nothing that is left behind."""
+r"""Symbolic comparisons: limits, whose fault it is if there is no outcome, and no process is left behind."""
 
 import itertools
 import os
@@ -57,7 +57,7 @@ def warm(running, monkeypatch) -> SymbolicPool:
 
 @pytest.fixture
 def pool(monkeypatch) -> Iterator[SymbolicPool]:
-    """A pool in the place of the process's own, which remembers nothing and is not started yet."""
+    """A new pool instead of the process's own; it remembers nothing and is not started yet."""
     pool = SymbolicPool(workers=2)
     monkeypatch.setattr(workers, "pool", pool)
     yield pool
@@ -75,7 +75,7 @@ def no_process(monkeypatch) -> Callable[[], None]:
 
 @pytest.fixture
 def no_math_verify(tmp_path, monkeypatch) -> None:
-    """Of math-verify its reader is used, which is a package of its own."""
+    """Only math-verify's reader is used, which is a separate package."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "latex2sympy2_extended.py").write_text("raise ImportError('broken install')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
@@ -107,7 +107,7 @@ def ask(pool: SymbolicPool, truth: str, answer: str) -> Outcome:
 
 
 def child_of(pid: int, but: Sequence[int] = ()) -> int:
-    """The process that was forked for a question, and is none of those that are known."""
+    """The process that was forked for a question, other than the known ones."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
@@ -136,7 +136,7 @@ def test_a_comparison_that_wants_all_memory_is_the_answers_fault(warm):
 
 
 def test_the_time_of_a_comparison_is_its_own_and_not_the_machines(warm):
-    """Stopped for longer than its limit, as on a machine that is too busy, it still gets its time."""
+    """A child that is stopped for longer than its limit, as on a busy machine, still gets its CPU time."""
     warm.time_limit = 0.4
     found = []
     asking = threading.Thread(target=lambda: found.append(ask(warm, *endless())))
@@ -161,7 +161,7 @@ def test_a_dead_process_is_replaced_and_the_question_asked_again(warm):
 
 
 def test_a_process_that_dies_over_its_questions_is_replaced_and_no_outcome_is_lost(warm):
-    """One that was decided before stays so; the others are asked again."""
+    """Outcomes that were decided before are kept; the other questions are asked again."""
     warm.time_limit = 0.8
     found, slow = {}, endless()
     asking = threading.Thread(target=lambda: found.update(warm.compare([("45", "44+1"), slow])))
@@ -181,14 +181,14 @@ def test_a_process_that_hangs_is_replaced_and_the_question_asked_again(warm, mon
 
 
 def test_a_comparison_that_is_killed_from_outside_is_asked_again_and_at_last_lost(warm, monkeypatch):
-    """Kills less often than there are tries change nothing."""
+    """Fewer kills than attempts change nothing."""
     monkeypatch.setattr(workers, "PAUSES", (0.0, 0.1, 0.1))
     warm.time_limit = 1.0
     for kills, outcome in ((2, Outcome.TIMEOUT), (3, Outcome.LOST)):
         found = []
         asking = threading.Thread(target=lambda found=found: found.append(ask(warm, *endless())))
         asking.start()
-        killed: list[int] = []  # one that is not gone yet is not killed in the place of the next
+        killed: list[int] = []  # so that a process that is still dying is not counted again
         for _ in range(kills):
             killed.append(child_of(warm.pid, killed))
             os.kill(killed[-1], signal.SIGKILL)
