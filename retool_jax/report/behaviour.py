@@ -1,4 +1,4 @@
-"""The report's figures of what the policy does: the curves of the paper's analysis, and shares that add up to one."""
+"""The report's figures of the policy's behaviour: the curves of the paper's analysis, and shares that add up to one."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,18 +13,13 @@ from retool_jax.report.runs import Run, by_setting
 
 # Section 3.3 of the paper (arXiv 2504.11536), in its order; its seventh curve is the shares of PURPOSES.
 BEHAVIOUR = (
-    Panel("Response length", "Tokens behind the prompt, with what tools answered.", "rl", "response_tokens"),
+    Panel("Response length", "Tokens after the prompt, including tool outputs.", "rl", "response_tokens"),
     Panel("Code ratio", "Share of trajectories with at least one program.", "rl", "behaviour/code_ratio", percent=True),
-    Panel("Code lines", "Lines of all programs of a trajectory together, mean.", "rl", "behaviour/code_lines"),
-    Panel(
-        "Correct codes",
-        "Programs of a step that ran without an error.",
-        "rl",
-        "behaviour/correct_codes",
-    ),
+    Panel("Code lines", "Mean number of lines of all programs of a trajectory.", "rl", "behaviour/code_lines"),
+    Panel("Correct codes", "Programs of a step that ran without an error.", "rl", "behaviour/correct_codes"),
     Panel(
         "Last code runs",
-        "Share of last programs that ran: solid where the answer is right, dashed where it is wrong.",
+        "Share of last programs that ran: solid for right answers, dashed for wrong ones.",
         "rl",
         "behaviour/last_code_pass_right",
         dashed="behaviour/last_code_pass_wrong",
@@ -32,7 +27,7 @@ BEHAVIOUR = (
     ),
     Panel(
         "Timing of code",
-        "Share of a response that stands before its first program.",
+        "Share of a response before its first program.",
         "rl",
         "behaviour/timing",
         percent=True,
@@ -42,9 +37,10 @@ PURPOSES, ENDS = "behaviour/purpose/", "end/"
 
 
 def shares(runs: Sequence[Run], prefix: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps, and at each the share of every name behind `prefix`, summed over runs; those that never occur left out.
+    """Steps, and for each name after `prefix` its share at every step, summed over runs. Names that never occur are
+    left out.
 
-    Of lines `rl`; of the evaluations of the split that was followed where these have none.
+    They come from `rl` lines or, if these have none, from the evaluations of `curve_split`.
     """
     sums: dict[int, Counter[str]] = {}
     for kind in ("rl", "eval"):
@@ -60,7 +56,7 @@ def shares(runs: Sequence[Run], prefix: str) -> tuple[np.ndarray, dict[str, np.n
 
 
 def plot_shares(axes: Axes, runs: Sequence[Run], prefix: str) -> bool:
-    """Shares as areas that fill the axes, the most frequent lowest. Returns whether there are any, over two steps."""
+    """Shares as stacked areas, the most frequent at the bottom. Returns whether there are at least two steps."""
     steps, values = shares(runs, prefix)
     if len(steps) < 2:
         return False
@@ -85,17 +81,17 @@ def plot_shares(axes: Axes, runs: Sequence[Run], prefix: str) -> bool:
 
 
 def draw_shares(runs: Sequence[Run], prefix: str) -> Figure | None:
-    """A small figure of shares; None where there are none."""
-    rows = (len(shares(runs, prefix)[1]) + 1) // 2  # of the legend
-    height = 1.95 + 0.19 * rows
+    """A small figure of shares; None if there are none."""
+    legend_rows = (len(shares(runs, prefix)[1]) + 1) // 2
+    height = 1.95 + 0.19 * legend_rows
     figure, axes = new_figure(
-        3.6, height, left=0.15, right=0.96, top=1 - 0.1 / height, bottom=(0.33 + 0.19 * rows) / height
+        3.6, height, left=0.15, right=0.96, top=1 - 0.1 / height, bottom=(0.33 + 0.19 * legend_rows) / height
     )
     return figure if plot_shares(axes, runs, prefix) else None
 
 
 def draw_behaviour(runs: Sequence[Run]) -> Figure | None:
-    """All of it as one picture for documents; None where no run has a number of behaviour but the length."""
+    """All these figures as one picture for documents; None if no run has numbers of behaviour except the length."""
     if not any(key.startswith("behaviour/") for run in runs for record in run.records for key in record):
         return None
     figure = Figure(figsize=(13, 6.0))

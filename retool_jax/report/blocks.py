@@ -1,7 +1,7 @@
-r"""Trajectories inside of a page: an index of all that it shows, and their details in blocks that open one by one.
+r"""The trajectories inside a page: an index of all that it shows, and their details in blocks that are opened singly.
 
-A block is JSON, compressed and in base64, which no text of a model can leave: the page's script takes it apart and
-writes what it finds as text. Characters that nobody could see are escapes like `\u202e` in it (`visible`).
+A block is compressed JSON in base64, so no text of a model can become markup: the page's script decodes it and writes
+it as text. Invisible characters in it are escapes like `\u202e` (`visible`).
 """
 
 import base64
@@ -31,14 +31,14 @@ from retool_jax.report.trajectories import (
 from retool_jax.tokens.qwen import byte_alphabet
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
-# What a page may not hold, what ends a line in some readers, and what turns the direction of the text around it.
+# Characters that a page must not contain, that end a line in some readers, or that change the direction of text.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
 PAGE_BYTES = 18_000_000  # of blocks, so that a page stays below 20 MB
-EXPECTED_SHARE = 0.9  # of them: what is chosen by the size of a few may turn out larger
-BLOCK_CHARACTERS = 400_000  # before compression: a block opens in some milliseconds
-LONG_READING = 50_000_000  # bytes of files from which on progress is shown
+EXPECTED_SHARE = 0.9  # of PAGE_BYTES, since a selection by the size of a few trajectories may turn out larger
+BLOCK_CHARACTERS = 400_000  # before compression; such a block opens in some milliseconds
+LONG_READING = 50_000_000  # bytes of files above which progress is shown
 PROBLEM_CHARACTERS = 160  # of a problem in the list
 LOGPROB_SCALE = 64
 OUTCOMES = ("right", "wrong", "dropped")
@@ -46,14 +46,14 @@ OUTCOMES = ("right", "wrong", "dropped")
 
 @dataclass
 class Blocks:
-    """What a page holds of trajectories: `index`, `details` and `tokens` are blocks, `total` how many there are."""
+    """The trajectories of a page. `total` is the number that the runs have, of which the page shows some or all."""
 
     total: int
-    index: dict[str, list] = field(default_factory=dict)
-    details: list[str] = field(default_factory=list)
+    index: dict[str, list] = field(default_factory=dict)  # columns of the list, one value for each shown trajectory
+    details: list[str] = field(default_factory=list)  # blocks
     starts: list[int] = field(default_factory=list)  # number of the first trajectory of each block of details
-    tables: list[dict[int, str] | str] = field(default_factory=list)  # of a tokenizer: id -> text, or why there is none
-    table_of_run: list[int] = field(default_factory=list)  # place in `tables`
+    tables: list[dict[int, str] | str] = field(default_factory=list)  # id -> text by tokenizer, or why it is missing
+    table_of_run: list[int] = field(default_factory=list)  # index in `tables`
 
     @property
     def shown(self) -> int:
@@ -61,19 +61,19 @@ class Blocks:
 
 
 def visible(value: object) -> object:
-    """A value as the page shows it: in texts, characters that nobody could see become escapes like `\\u202e`."""
+    """A value as the page shows it: invisible characters in a text become escapes like `\\u202e`."""
     if not isinstance(value, str):
         return value
     return type(value)(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value))  # markup stays markup
 
 
 def to_block(value: object) -> str:
-    """Any JSON as text for a page, compressed as zlib does, in base64."""
+    """Any JSON value as zlib-compressed base64 text."""
     return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()
 
 
 def clean(value: object) -> object:
-    """A value with its texts `visible` and without numbers that JSON does not have."""
+    """A value with `visible` texts, and None for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {visible(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -82,22 +82,22 @@ def clean(value: object) -> object:
 
 
 def run_lengths(flags: Sequence[int]) -> list[int]:
-    """Lengths of the runs of 0 and 1 in turn, that of 0 first."""
+    """Lengths of the alternating runs of 0 and 1, beginning with 0."""
     edges = np.flatnonzero(np.diff([0, *map(bool, flags)])) if len(flags) else np.zeros(0, int)
     return np.diff([0, *edges, len(flags)]).tolist()
 
 
 def logprob_codes(logprobs: Sequence[float]) -> list[int]:
-    """Log-probabilities in a byte each, to about 3 %: 64 times the root of their negative; 255 from -15.8, and NaN."""
+    """Log-probabilities as one byte each, to about 3 %: 64 sqrt(-logprob); 255 for -15.8 and below, and for NaN."""
     roots = np.sqrt(np.maximum(-np.asarray(logprobs, float), 0))
     return np.nan_to_num(np.rint(LOGPROB_SCALE * roots), nan=255).clip(0, 255).astype(int).tolist()
 
 
 def detail(record: dict, with_texts: bool) -> dict:
-    """What the page shows of a trajectory when it is opened, the texts of its segments only where tokens have none."""
+    """What the page shows of an opened trajectory; with the texts of its segments if the tokens have no texts."""
     names = ("answer", "verdict", "reward", "reward_terms", "fault", "forced", "turns", "prompt_tokens")
     timings = record.get("timings") or {}
-    drawn = [p for p, sampled in zip(record["logprobs"], record["sampled"], strict=True) if sampled]
+    logprobs = [p for p, sampled in zip(record["logprobs"], record["sampled"], strict=True) if sampled]
     segments = [[s["role"], s["start"], s["stop"]] + [s["text"]] * with_texts for s in record["segments"]]
     return clean(
         {name: record.get(name) for name in names}
@@ -109,12 +109,12 @@ def detail(record: dict, with_texts: bool) -> dict:
             "times": [timings.get("started_s"), timings.get("finished_s")],
             "segments": segments,
         }
-    ) | {"ids": record["ids"], "mask": run_lengths(record["sampled"]), "logprobs": logprob_codes(drawn)}
+    ) | {"ids": record["ids"], "mask": run_lengths(record["sampled"]), "logprobs": logprob_codes(logprobs)}
 
 
 def row(run: int, record: dict, greedy: bool) -> dict:
     """What the list shows and filters by; `surprise` is the mean of -log-prob over sampled tokens."""
-    drawn = [p for p, sampled in zip(record["logprobs"], record["sampled"], strict=True) if sampled]
+    logprobs = [p for p, sampled in zip(record["logprobs"], record["sampled"], strict=True) if sampled]
     calls = record["tool_calls"]
     return clean(
         {
@@ -128,18 +128,18 @@ def row(run: int, record: dict, greedy: bool) -> dict:
             "tokens": record["response_tokens"],
             "calls": len(calls),
             "errors": sum(call.get("status") != "success" for call in calls),
-            "surprise": round(-float(np.mean(drawn)), 4) if drawn else 0.0,
+            "surprise": round(-float(np.mean(logprobs)), 4) if logprobs else 0.0,
         }
     )
 
 
 def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
-    """The trajectories of runs for a page: all, or `limit` of them, or as many as keep it below 20 MB."""
+    """The trajectories of runs for a page: `limit` of them, or by default as many as keep the page below 20 MB."""
     sources = sources_of(runs)
     names = [str(run.config.get("tokenizer") or "") for run in runs]
     loaded = {name: _load(name) for name in names} if sources else {}
     tokenizers = [loaded[name] for name in names] if sources else []
-    # Saved rollouts have no texts, so without a tokenizer there is nothing to read in them.
+    # Saved rollouts have no texts, so they cannot be shown without a tokenizer.
     sources = [s for s in sources if s.step is None or not isinstance(tokenizers[s.run], str)]
     blocks = Blocks(total=sum(source.count for source in sources))
     places = share_out(sources, blocks.total if limit is None else limit)
@@ -176,7 +176,7 @@ def make_blocks(runs: Sequence[Run], limit: int | None = None) -> Blocks:
 
 
 def _fitting(sources: Sequence[Source], tokenizers: Sequence[Tokenizer | str]) -> int:
-    """About how many trajectories fit a page, by the size of some of the first, the middle and the last file."""
+    """About how many trajectories fit into a page, from the size of some in the first, the middle and the last file."""
     shown = []
     for source in {s.path: s for s in (sources[:1] + sources[len(sources) // 2 :][:1] + sources[-1:])}.values():
         tokenizer = tokenizers[source.run]
@@ -192,7 +192,7 @@ def _details(source: Source, records: Iterable[dict], with_texts: bool) -> Itera
 
 
 def _batches(details: Iterable[tuple[dict, dict]]) -> Iterator[list[tuple[dict, dict]]]:
-    """Groups that fill a block each."""
+    """Groups of trajectories; each fills one block."""
     batch, size = [], 0
     for listed, shown in details:
         batch.append((listed, shown))
@@ -208,7 +208,7 @@ def _batches(details: Iterable[tuple[dict, dict]]) -> Iterator[list[tuple[dict, 
 
 
 def _load(name: str) -> Tokenizer | str:
-    """A run's tokenizer, or why there is none."""
+    """A run's tokenizer, or the reason why it is missing."""
     if not name:
         return "its config names no tokenizer"
     try:
@@ -218,7 +218,7 @@ def _load(name: str) -> Tokenizer | str:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
-    r"""The text of each id by itself; bytes that are no whole character are escapes like `\xe2`."""
+    r"""The text of each single id; bytes that are not a whole character are escapes like `\xe2`."""
     letters = str.maketrans({letter: chr(byte) for byte, letter in byte_alphabet().items()})
     added = {number: text for text, number in tokenizer.control_tokens.items()}
     texts = {}
@@ -226,7 +226,7 @@ def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
         piece = tokenizer.hf.backend_tokenizer.id_to_token(number) if 0 <= number < len(tokenizer) else None
         try:
             text = (piece or "").translate(letters).encode("latin-1").decode("utf-8", "backslashreplace")
-        except UnicodeEncodeError:  # of a vocabulary that is not spelt in bytes
+        except UnicodeEncodeError:  # the vocabulary is not byte-level
             text = piece
         texts[number] = visible(added.get(number, text if piece is not None else f"[{number}]"))
     return texts

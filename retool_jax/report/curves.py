@@ -1,4 +1,4 @@
-"""The report's figures: the main picture, the small ones below it, and how they become part of a page."""
+"""The report's figures: the main picture, the small ones below it, and their form inside a page."""
 
 import io
 import re
@@ -40,9 +40,9 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, and a number at each
 
 @dataclass(frozen=True)
 class Panel:
-    """A small figure of the number `key` of metrics lines of one kind, and of a second one of the same unit.
+    """A small figure of the number `key` in metrics lines of one kind, and of `dashed`, a second one of the same unit.
 
-    What lines `rl` do not have is taken from the evaluations of the split that was followed.
+    A number that `rl` lines do not have comes from the evaluations of the run's `curve_split`.
     """
 
     title: str
@@ -63,11 +63,11 @@ PANELS = (
     Panel("Tool-call rate", "Share of trajectories with at least one call.", "rl", "tool_rate", percent=True),
     Panel("Tool success", "Share of calls that ran without an error.", "rl", "tool_success", percent=True),
     Panel("Calls", "Mean number of calls of a trajectory.", "rl", "calls_per_sample"),
-    Panel("Entropy", "Nats per sampled token. Near zero, nothing is explored any more.", "rl", "entropy"),
+    Panel("Entropy", "Nats per sampled token. Near zero, the policy no longer explores.", "rl", "entropy"),
     Panel("Clip fraction", "Share of sampled tokens whose ratio the loss clipped.", "rl", "clip_fraction"),
     Panel(
         "Engine against trainer",
-        "Absolute log-prob difference per sampled token: mean, and dashed the 99th percentile.",
+        "Absolute log-prob difference per sampled token: mean; dashed: 99th percentile.",
         "rl",
         "logprob_diff_mean",
         dashed="logprob_diff_p99",
@@ -86,22 +86,22 @@ PANELS = (
 
 
 def setting_colours(runs: Sequence[Run]) -> dict[str, str]:
-    """One colour for each setting; runs that differ in their seed alone share it."""
+    """One colour for each setting; runs that differ only in their seed share it."""
     return {setting: SERIES[index % len(SERIES)] for index, setting in enumerate(by_setting(runs))}
 
 
 def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The steps that all curves have, and there their mean, the lowest and the highest."""
+    """The steps that all curves have, and the curves' mean, lowest and highest value at each of them."""
     steps = reduce(np.intersect1d, [steps for steps, _ in curves])
     values = np.array([np.interp(steps, *curve) for curve in curves]) if len(steps) else np.zeros((1, 0))
     return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
 def draw_accuracy(runs: Sequence[Run]) -> Figure | None:
-    """The main picture: accuracy against RL step, labelled at the curves' ends. None when nothing was evaluated.
+    """The main picture: accuracy against RL step, with labels at the ends of the curves. None without evaluations.
 
-    A run alone has a band of its standard error; runs that differ in their seed alone are a mean line, a band from the
-    lowest to the highest, and thin lines of their own.
+    A single run has a band of its standard error. Runs that differ only in their seed become a mean line, a band from
+    the lowest to the highest, and a thin line for each run.
     """
     groups: dict[str, list[tuple[Run, Curve]]] = {}
     for run in runs:
@@ -146,7 +146,7 @@ def draw_accuracy(runs: Sequence[Run]) -> Figure | None:
 
 
 def _end_label(runs: Sequence[Run], setting: str) -> tuple[str, str]:
-    """The name of a curve, and below it the runs' outcome on the split of their summaries."""
+    """The name of a curve, and the text below it: the runs' result on the split of their summaries."""
     name = fill(setting, 24) if setting else "sampled at T=1"
     seeds = f"{len(runs)} seeds\n" if len(runs) > 1 else ""
     before, after = (
@@ -159,13 +159,13 @@ def _end_label(runs: Sequence[Run], setting: str) -> tuple[str, str]:
 
 
 def draw_panel(panel: Panel, runs: Sequence[Run]) -> Figure | None:
-    """One small figure; None when no run measured its numbers."""
+    """One small figure; None if no run has its numbers."""
     figure, axes = new_figure(3.6, 2.0, left=0.15, right=0.96, top=0.95, bottom=0.15)
     return figure if plot_panel(axes, panel, runs) else None
 
 
 def plot_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> bool:
-    """Draw a panel's lines: every step thin, the mean over neighbouring steps and seeds bold, seeds as a band.
+    """Draw a panel's lines: thin for every step, bold for the mean over nearby steps and seeds, and a band for seeds.
 
     Returns whether any run has its numbers.
     """
@@ -175,7 +175,7 @@ def plot_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> bool:
             curves = [curve for run in seeds if len((curve := panel.curve(run, key))[0])]
             if not curves:
                 continue
-            # Above the axes, whose frame would hide a rate that is zero throughout.
+            # Above the frame of the axes, which would hide a rate that is always zero.
             style = {"color": colours[setting], "zorder": 3, "clip_on": False}
             smooth = [(steps, running_mean(values, max(1, len(values) // 16))) for steps, values in curves]
             steps, mean, low, high = over_seeds(smooth)
@@ -191,7 +191,7 @@ def plot_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> bool:
     if panel.percent:
         percent_axis(axes)
     elif panel.logarithmic and any((values > 0).any() for _, values in drawn):
-        axes.set_yscale("log", nonpositive="mask")  # where engine and trainer agree to the bit, there is no point
+        axes.set_yscale("log", nonpositive="mask")  # zeros, where engine and trainer agree to the bit, are left out
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
@@ -205,7 +205,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def new_figure(width: float, height: float, **margins: float) -> tuple[Figure, Axes]:
-    """A figure of one set of axes in the report's manner."""
+    """A figure with one set of axes in the report's style."""
     figure = Figure(figsize=(width, height))
     axes = figure.subplots()
     figure.subplots_adjust(**margins)
@@ -214,7 +214,7 @@ def new_figure(width: float, height: float, **margins: float) -> tuple[Figure, A
 
 
 def plain_axes(axes: Axes) -> None:
-    """A line below, a grid across, few whole numbers of steps."""
+    """Axes with a line at the bottom, horizontal grid lines, and a few integer ticks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LIGHT["muted"])
     axes.tick_params(which="both", colors=LIGHT["muted"], length=0, labelsize=9)
@@ -226,26 +226,26 @@ def plain_axes(axes: Axes) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """All of 0 to 100 %."""
+    """A y axis from 0 to 100 %."""
     axes.set(ylim=(0, 1.02), yticks=(0, 0.25, 0.5, 0.75, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
 def _spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Move heights apart, so that neighbours are `gap` from each other and none is above `top`."""
+    """Move heights apart, so that they are at least `gap` from each other and none is above `top`."""
     placed, floor, ceiling = [0.0] * len(heights), gap / 2, top
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     for index in order:
         placed[index] = max(heights[index], floor)
         floor = placed[index] + gap
-    for index in reversed(order):  # down again, as far as those above need it
+    for index in reversed(order):  # down again, as far as the ones above need it
         placed[index] = min(placed[index], ceiling)
         ceiling = placed[index] - gap
     return placed
 
 
 def to_svg(figure: Figure, salt: str) -> Markup:
-    """The figure for use inside the page: no size, ids or addresses of its own, colours and font from the page."""
+    """The figure for use inside the page: without its own size, ids or addresses, with the page's colours and font."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True)

@@ -1,8 +1,7 @@
-"""One self-contained HTML page of a run, or of several side by side: the outcome, the learning curves, the
-trajectories to read.
+"""One self-contained HTML page of a run, or of several side by side: results, learning curves and trajectories.
 
-Everything a run wrote is data here: the page is rendered with autoescaping on, trajectories lie in it as blocks that
-its script writes out as text, no other script may run in it, and it loads nothing from anywhere.
+Everything that a run wrote is data here: the page is rendered with autoescaping, trajectories are blocks that its
+script writes out as text, no other script may run, and nothing is loaded from anywhere.
 """
 
 import base64
@@ -34,20 +33,20 @@ Write one HTML page with a run's learning curves and its trajectories to read.
 
     python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE] [trajectories=N]
 
-run=DIR         a run folder, or one of an evaluation; give it again (or run=A,B) to draw several runs in one picture:
-                those that differ in their seed alone become a mean with a band
+run=DIR         the folder of a run or an evaluation; give it again (or run=A,B) to draw several runs in one picture:
+                runs that differ only in their seed become a mean with a band
 out=FILE        the page to write; default DIR/report.html of the first run
 trajectories=N  how many trajectories to put into the page; by default all, or as many as keep it below 20 MB
 
-Pictures for documents are written beside the page: curves.png, and behaviour.png where the run has its numbers."""
+Pictures for documents are written beside the page: curves.png, and behaviour.png if the run has its numbers."""
 
-# Student's t at 97.5 % for the mean of 2, 3, ... seeds; more have the last one.
+# Student's t at 97.5 % for the mean of 2, 3, ... seeds; the last one is for all larger numbers.
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 NORMAL_QUANTILE = 1.96
 
 
 def end_counts(run: Run) -> dict | None:
-    """Why trajectories ended: (count, share) of each reason at the first and last evaluation and over all training."""
+    """Why trajectories ended: (count, share) of each reason at the first and last evaluation and in all training."""
     evaluations = run.evaluations(run.curve_split)
     columns = {f"{e['split']}, step {e['step']}": [e] for e in evaluations[:1] + evaluations[-1:]}
     columns["training, all steps"] = [record for record in run.records if record["kind"] == "rl"]
@@ -71,9 +70,9 @@ def _sum_ends(records: Iterable[dict]) -> Counter[str]:
 
 
 def interval(values: Sequence[float], errors: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """Mean of runs and its 95 % interval, as (mean, low, high); None where nothing was measured.
+    """The mean over runs and its 95 % interval, as (mean, low, high); None if nothing was measured.
 
-    Of one run it is the mean ± 1.96 standard errors of it (`errors`), of several seeds Student's of their mean.
+    For one run the interval is the mean ± 1.96 of its standard errors (`errors`), for several seeds Student's t.
     """
     if not values:
         return None
@@ -89,7 +88,7 @@ def interval(values: Sequence[float], errors: Sequence[float | None]) -> tuple[f
 
 
 def comparison(runs: Sequence[Run]) -> list[dict]:
-    """A row for each setting with summaries: accuracy before and after, and what was gained, with their intervals."""
+    """A row for each setting with summaries: accuracy before and after RL, and the gain, with their intervals."""
     rows = []
     for setting, seeds in by_setting(runs).items():
         pairs = [(run.summary.get("before") or {}, run.summary.get("after") or {}) for run in seeds]
@@ -130,7 +129,7 @@ def format_interval(estimate: tuple[float, float, float] | None, points: bool = 
 
 
 def times_table(runs: Sequence[Run]) -> dict | None:
-    """Seconds by part: a row for each part with (seconds, share of the run's time) of each run, the longest first."""
+    """Time by part: a row for each part with (seconds, share of the run's time) for each run, longest part first."""
     columns = {run.label: {name: (s, share) for name, s, share in time_rows(run.summary)} for run in runs}
     columns = {label: times for label, times in columns.items() if times}
     if not columns:
@@ -144,18 +143,18 @@ def times_table(runs: Sequence[Run]) -> dict | None:
 
 
 def result_tables(result: dict) -> tuple[list[tuple], list[tuple]]:
-    """An evaluation's estimates, as `rows_of` has them, and what else it counted."""
+    """An evaluation's estimates in the form of `rows_of`, and its other numbers."""
     others = {key: result.get(key) for key in ("set", "samples", "dropped", "strict_differs", "trajectories")}
     flat = flatten_dict(others)
-    counted = [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
-    return rows_of(result.get("numbers") or {}), counted
+    other_rows = [(key, value) for key, value in flat.items() if isinstance(value, int | float | str)]
+    return rows_of(result.get("numbers") or {}), other_rows
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def build_page(runs: Sequence[Run], accuracy: Figure | None, blocks: Blocks) -> str:
-    """The whole report as HTML, with the main picture if there is one."""
+    """The whole report as HTML; `accuracy` is the main picture, if there is one."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible)
     environment.filters |= {
         "percent": format_percent,
@@ -191,9 +190,7 @@ def build_page(runs: Sequence[Run], accuracy: Figure | None, blocks: Blocks) -> 
                 _shares(settings, PURPOSES, "Purposes of code", "What programs are for, as shares of each step's."),
             )
         ),
-        end_shares=_svgs(
-            _shares(settings, ENDS, "Ends by step", "Why the trajectories of each step ended, as shares.")
-        ),
+        end_shares=_svgs(_shares(settings, ENDS, "Ends by step", "Why trajectories ended, as shares of each step's.")),
         ends=[table for run in runs if (table := end_counts(run))],
         comparison=comparison(runs) if several else [],
         times=times_table(runs),
@@ -218,10 +215,10 @@ def _svgs(panels: Iterable[tuple[str, str, Figure | None]]) -> list[tuple[str, s
 
 
 def write_report(folders: Sequence[Path], out: Path, trajectories: int | None = None) -> list[Path]:
-    """Write the page, and beside it curves.png and behaviour.png where there is something to draw.
+    """Write the page, and beside it curves.png and behaviour.png if there is something to draw.
 
-    `trajectories` says how many to show at most; None shows all that keep the page below 20 MB. Returns what was
-    written.
+    `trajectories` is the most that are shown; None shows as many as keep the page below 20 MB. Returns the written
+    files.
     """
     runs = load_runs(folders)
     accuracy = draw_accuracy(runs)
@@ -253,8 +250,8 @@ def main(words: list[str]) -> None:
     ]
     if not folders:
         raise UserError("no run to report on; usage: python -m retool_jax.report run=DIR [run=DIR2 ...] [out=FILE]")
-    there = [folder.resolve() for folder in folders]
-    if twice := [str(folder) for folder, path in zip(folders, there, strict=True) if there.count(path) > 1]:
+    paths = [folder.resolve() for folder in folders]
+    if twice := [str(folder) for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
         raise UserError(f"run={twice[-1]} is given twice, and would count as two seeds; give each folder once")
     given = dict(pairs)
     limit = whole_number("trajectories", given["trajectories"]) if "trajectories" in given else None

@@ -1,4 +1,4 @@
-"""What run folders hold, read for the report, and the names that tell runs apart."""
+"""Read run folders for the report, and label runs so that they can be distinguished."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,9 @@ READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. `label` tells the run from its neighbours, `setting` is the label without the seed.
+    """The contents of a run folder. `label` distinguishes the run from the others; `setting` is the label without seed.
 
-    The folder of an evaluation has a `result` in the place of records and summary.
+    The folder of an evaluation has a `result` instead of records and summary.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Run:
     result: dict = field(default_factory=dict)
 
     def series(self, kind: str, key: str, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of one number, where it was measured."""
+        """Steps and values of one number, at the steps that have it."""
         points = [
             (record["step"], record[key])
             for record in self.records
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def curve_split(self) -> str:
-        """The split with the longest curve: dev, but for a run that evaluated on test alone."""
+        """The split with the longest curve: dev, unless the run has more evaluations of test."""
         return max(("dev", "test"), key=lambda split: len(self.evaluations(split)))
 
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each setting, which differ in their seed alone."""
+    """The runs of each setting; they differ only in their seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
@@ -65,7 +65,7 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read folders of runs and evaluations. Raises UserError for one that is missing or damaged, or has no numbers."""
+    """Read folders of runs and evaluations. Raises UserError if one is missing, damaged or has no numbers."""
     configs = []
     for folder in folders:
         if not folder.is_dir():
@@ -80,7 +80,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def with_defaults(config: dict) -> dict:
-    """A run's config by dotted keys; one that is newer than the run has its default, which is what the run did."""
+    """A run's config by dotted keys. A key that is newer than the run has its default, since the run did the same."""
     schema = TASKS.get(str(config.get("task")))
     return (defaults_of(schema) if schema else {}) | flatten_dict(config)
 
@@ -92,9 +92,7 @@ def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
     records = read_metrics(folder) if path.exists() else []
     if not records:
         if (folder / SAMPLES).exists():
-            raise UserError(
-                f"the evaluation in {folder} is not complete; start its command again, which goes on with it"
-            )
+            raise UserError(f"the evaluation in {folder} is not complete; start its command again, which continues it")
         state = "is empty" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}; start or resume the run with `python -m retool_jax.train config=grpo`")
     summary_path = folder / "summary.json"
@@ -114,7 +112,7 @@ def _read_object(path: Path, shape: dict) -> dict:
 
 
 def summary_so_far(records: Iterable[dict]) -> dict:
-    """The before and after columns of a run that has no summary yet: its first and its latest evaluation."""
+    """The `before` and `after` of a run that has no summary yet: its first and its latest evaluation."""
     evaluations = [record for record in records if record["kind"] == "eval"]
     if not evaluations:
         return {}
@@ -124,10 +122,10 @@ def summary_so_far(records: Iterable[dict]) -> dict:
 
 
 def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
-    """Tell runs apart by what differs in their configs: 'tools=none', 'rl.clip_high=0.2, seed 1'.
+    """Label runs by the differences of their configs: 'tools=none', 'rl.clip_high=0.2, seed 1'.
 
-    A key that splits the runs just as an earlier one does, or less finely than another, adds nothing and is left out,
-    and so are paths. Runs whose configs agree go by the names of their folders.
+    Paths are left out, and so are keys that split the runs exactly as an earlier key does, or less finely than another
+    key. If this does not distinguish the runs, the names of their folders are added.
     """
     flat = [flatten_dict(config) for config in configs]
     keys = sorted({key for config in flat for key in config}, key=lambda key: (key == "seed", key != "tools", key))
@@ -156,12 +154,12 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
 
 
 def _coarser(split: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether the parts of one split are made of several parts of another."""
+    """Whether every part of `split` is a union of parts of `other`, and it has fewer parts."""
     return len(set(split)) < len(set(other)) == len(set(zip(split, other, strict=True)))
 
 
 def _setting(key: str, value: object) -> str:
-    if value is None:  # of a config that is older than the key
+    if value is None:  # the config is older than the key
         return f"no {key}"
     words = f"seed {value}" if key == "seed" else f"{key}={value}"
     return READABLE.get(words, words)

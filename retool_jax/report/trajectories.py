@@ -1,4 +1,4 @@
-"""Trajectories as a reader wants them: where they are, which ones to show, taken apart into words, code and output."""
+"""Trajectories for readers: find their files, choose which ones to show, and split them into text, code and output."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.shown import Shown, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
 
-# What a record has to hold, to be shown.
+# The fields that a record needs to be shown.
 NEEDED = (
     *("id", "problem", "ground_truth", "correct", "reward", "end", "response_tokens"),
     *("ids", "sampled", "logprobs", "segments", "tool_calls"),
@@ -21,7 +21,7 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a trajectory as a reader wants it: `kind` is reasoning, code (a call of any tool) or output."""
+    """A piece of a trajectory: `kind` is reasoning, code (a call of any tool) or output."""
 
     kind: str
     text: str
@@ -30,20 +30,20 @@ class Part:
 
 
 def readable_parts(trajectory: dict) -> list[Part]:
-    """Take a trajectory apart into reasoning, its calls (programs, or names and arguments), and what tools answered.
+    """Split a trajectory into reasoning, calls (programs, or names and arguments), and the tools' outputs.
 
-    An answer for which there was no room is in no segment: it comes last, with a note.
+    An output for which there was no room is in no segment. It comes last, with a note.
     """
     parts, calls = [], iter(trajectory["tool_calls"])
     for segment in trajectory["segments"]:
         if segment["role"] == "policy":
-            parts += map(_said_or_called, show_turn(segment["text"]))
+            parts += map(_policy_part, show_turn(segment["text"]))
         elif segment["role"] == "tool":
             parts += [_output(text, next(calls, {})) for text in show_outputs(segment["text"])]
     return parts + [_output(call.get("output", ""), call, " · the policy was not told") for call in calls]
 
 
-def _said_or_called(piece: Shown) -> Part:
+def _policy_part(piece: Shown) -> Part:
     if piece.kind == "said":
         return Part("reasoning", piece.text)
     return Part("code", piece.text, note="not a well-formed call" if piece.fault else "", failed=bool(piece.fault))
@@ -56,7 +56,7 @@ def _output(text: str, call: dict, remark: str = "") -> Part:
 
 
 def outcome(trajectory: dict) -> str:
-    """`right`, `wrong`, or `dropped`: what the machinery ended has no reward, and says nothing about the policy."""
+    """`right`, `wrong`, or `dropped` for a trajectory that the machinery ended, which has no reward."""
     if trajectory["reward"] is None:
         return "dropped"
     return "right" if trajectory["correct"] else "wrong"
@@ -64,9 +64,9 @@ def outcome(trajectory: dict) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of trajectories: the number of its run, how many it holds, and whether they are the greedy ones.
+    """A file of trajectories: the number of its run, its number of trajectories, and whether they are greedy.
 
-    `step` is that of saved rollouts (`rl.save_rollouts`), whose lines do not say it.
+    `step` is only for saved rollouts (`rl.save_rollouts`), whose lines do not contain it.
     """
 
     run: int
@@ -77,7 +77,7 @@ class Source:
 
 
 def sources_of(runs: Sequence[Run]) -> list[Source]:
-    """The files of every evaluation and of saved rollouts: what was sampled, by step, and then the greedy ones."""
+    """The files of all evaluations and saved rollouts: first sampled trajectories, by step, then greedy ones."""
     found = []
     for number, run in enumerate(runs):
         evaluations = sorted((e for e in run.records if e["kind"] == "eval"), key=lambda e: e["step"])
@@ -97,13 +97,13 @@ def _lines(path: Path) -> int:
 
 
 def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
-    """The records of a file; the tokenizer writes the texts of saved rollouts, which have none.
+    """The records of a file. For saved rollouts, which have no texts, the tokenizer makes them.
 
     Raises:
-        UserError: a line before the last is not JSON, or one is no trajectory.
+        UserError: a line before the last is not JSON, or a line is not a trajectory.
     """
     if source.step is not None:
-        from retool_jax.rl.replay import read_rollouts  # with jax, which nothing else here needs
+        from retool_jax.rl.replay import read_rollouts  # imports jax, which nothing else here needs
 
         for trajectory in read_rollouts(source.path):
             yield trajectory.record(tokenizer, split="training", step=source.step)
@@ -113,10 +113,10 @@ def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
 
 
 def choose_trajectories(records: Iterable[dict], limit: int) -> list[dict]:
-    """Up to `limit` trajectories, the first of each outcome.
+    """Up to `limit` trajectories, the first ones of each outcome.
 
-    Dropped ones take a tenth of the places, and right and wrong ones share the rest half and half; places that one
-    outcome does not fill go to the others.
+    A tenth of the places is for dropped ones; right and wrong ones have half of the rest each. Places that one outcome
+    does not fill go to the others.
     """
     kept: dict[str, list] = {"right": [], "wrong": [], "dropped": []}
     for number, trajectory in enumerate(records):
@@ -132,10 +132,10 @@ def choose_trajectories(records: Iterable[dict], limit: int) -> list[dict]:
 
 
 def share_out(sources: Sequence[Source], limit: int) -> list[int]:
-    """How many trajectories each file may show of `limit` in all.
+    """How many trajectories each file may show, `limit` in total.
 
-    Every file has as many places as the others, and those that one does not need go to the rest. Greedy ones come
-    second: they share what the sampled ones leave.
+    All files have equally many places; places that one does not need go to the rest. Files of greedy trajectories get
+    what the others leave.
     """
     places = [0] * len(sources)
     for greedy in (False, True):

@@ -133,7 +133,7 @@ def test_without_a_tokenizer_segments_keep_their_texts(make_run, opened, tmp_pat
 
 
 def test_a_large_run_stays_within_its_size(make_run, tmp_path, monkeypatch):
-    """A tenth of 10,000 trajectories takes less than a tenth of 20 MB; of what does not fit a part is shown."""
+    """A tenth of 10,000 trajectories takes less than a tenth of 20 MB; if not all fit, a part is shown."""
     (run,) = load_runs([make_run(tmp_path / "a", "python", 0, steps=5, count=500, tokens=100, curves=False)])
     blocks = make_blocks([run])
     assert blocks.shown == blocks.total == 1000 and len(blocks.details) > 1

@@ -1,4 +1,4 @@
-"""The folder of an evaluation, which has a result and samples in the place of metrics, and saved rollouts."""
+"""The folder of an evaluation, which has a result and samples instead of metrics, and saved rollouts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The report of a run that these tests make up: complete, self-contained, and deaf to hostile tool output."""
+"""The report of a made-up run: complete, self-contained, and safe against hostile tool output."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Names that tell runs apart, and what is said of a folder that is damaged."""
+"""Labels that distinguish runs, and the errors for damaged folders."""
 
 import json
 from pathlib import Path
