@@ -1,4 +1,4 @@
-"""Trajectories of a run in the formats of others: `python -m retool_jax.export run=DIR out=FILE`."""
+"""Export a run's trajectories in formats of other programs: `python -m retool_jax.export run=DIR out=FILE`."""
 
 from retool_jax.export.command import main
 

@@ -1,4 +1,4 @@
-"""The command: its words, what is refused before anything is written, and each format's file in its place."""
+"""The export command: its options, the checks before anything is written, and the writer of each format."""
 
 import re
 from importlib.util import find_spec
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from retool_jax.export.records import Selection
 
 HELP = """\
-Write the trajectories of a run or of an evaluation in a format that others read.
+Write the trajectories of a run or of an evaluation in a format that other programs read.
 
     python -m retool_jax.export run=DIR out=PATH [format=parquet] [key=value ...]
 
 run=DIR          the folder of a run or of an evaluation
-out=PATH         what to write. A file is replaced in one step; a folder must not exist, or be empty
+out=PATH         the file or folder to write. A file is replaced in one step; a folder must be new or empty
 format=parquet   one table, a trajectory a row: ids, mask, log-probs, messages, calls, verdict, reward (the default)
 format=traces    a folder with a session a file, for the trace viewer of the Hugging Face Hub
 format=atif      JSONL in ATIF-v1.7, Harbor's interchange format: a trajectory a line, with ids and log-probs
 format=inspect   a log of Inspect, for `inspect view`; out ends in .eval or .json; needs retool_jax[inspect]
 split=NAME       only trajectories of this split
-step=N           only those of the look after this step
+step=N           only those of the evaluation after this step
 greedy=BOOL      only those that were drawn greedily (true), or only the others (false)
-push=OWNER/NAME  copy a table or traces to this data set of the Hub, which is made, private, where there is none. One
-                 that is public stays so. The hub's own tools hold the right to do it: hf auth login, or HF_TOKEN
+push=OWNER/NAME  copy a table or traces to this data set of the Hub. A new data set is made private; one that is public
+                 stays public. Log in with the hub's own tools: hf auth login, or HF_TOKEN
 
-What policies and tools wrote is copied as it is: look at it before you share it. docs/sharing.md shows each reader."""
+Texts of policies and tools are copied unchanged: look at them before you share them. See docs/sharing.md."""
 
 KEYS = ("run", "out", "format", "split", "step", "greedy", "push")
 FORMATS = ("parquet", "traces", "atif", "inspect")
@@ -73,10 +73,10 @@ def main(words: list[str]) -> None:
 
 
 def export(folder: Path, out: Path, kind: str, selection: "Selection") -> int:
-    """Write the selected trajectories of a folder; how many there are.
+    """Write the selected trajectories of a folder, and return their number.
 
     Raises:
-        UserError: whatever is wrong with the folder, a record or the target; the target is then as it was.
+        UserError: something is wrong with the folder, a record or the target. The target is then unchanged.
     """
     from retool_jax.export.records import files_of, read_records
     from retool_jax.sandbox.text import writable
@@ -96,28 +96,28 @@ def export(folder: Path, out: Path, kind: str, selection: "Selection") -> int:
             with replacing(out) as file:
                 return sum(bool(file.write(to_json(trajectory_of(record, run)) + "\n")) for record in records)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as above:
-            made = Path(above) / out.name
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as parent:
+            unfinished = Path(parent) / out.name
             if kind == "traces":
                 from retool_jax.export import traces
 
-                made.mkdir()
-                count = traces.write(records, made, run)
+                unfinished.mkdir()
+                count = traces.write(records, unfinished, run)
             else:
                 from retool_jax.export import inspect_log
 
-                count = inspect_log.write(records, made, run)
-            made.replace(out)
+                count = inspect_log.write(records, unfinished, run)
+            unfinished.replace(out)
             return count
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror}); choose another out=") from error
 
 
 def check_target(out: Path, kind: str, sources: list[Path]) -> None:
-    """A `UserError` where a target cannot become what it should, or is itself read."""
+    """Raise a `UserError` if the target cannot be written in this format, or is one of the sources."""
     target, read = out.resolve(), {path.resolve() for path in sources}
-    rooms = {path.parent for path in read if path.parent.name == "trajectories"}
-    if target in read | rooms or target.parent in rooms:
+    folders = {path.parent for path in read if path.parent.name == "trajectories"}
+    if target in read | folders or target.parent in folders:
         raise UserError(f"out={out} is where trajectories are read from; choose another out=")
     check_result(out, folder=True)
     if kind == "traces":

@@ -1,7 +1,8 @@
 """Trajectories as a log of Inspect (inspect_ai), which its viewer and its data frames read.
 
-A log is of one evaluation: a sample is a trajectory, several of one problem are its epochs. What the machinery ended is
-a sample with an error and without a score. Inspect writes a log from memory, so the whole of it has to fit there.
+A log has one evaluation. A sample is a trajectory; several trajectories of one problem are its epochs. A trajectory
+that the machinery ended is a sample with an error and without a score. Inspect writes a log from memory, so all of it
+must fit there.
 """
 
 import math
@@ -41,38 +42,38 @@ from retool_jax.errors import UserError
 from retool_jax.export.records import Message, Record, messages_of
 
 SCORER = "retool_jax"
-TOLD = ("id", "prompt_tokens", "response_tokens", "turns", "end", "reward", "reward_terms", "forced", "exact_match")
+METADATA = ("id", "prompt_tokens", "response_tokens", "turns", "end", "reward", "reward_terms", "forced", "exact_match")
 
 
 def write(records: Iterable[Record], path: Path, run: str) -> int:
-    """Write the log, compressed where its name ends in .eval; how many samples it has.
+    """Write the log, compressed if its name ends in .eval, and return its number of samples.
 
     Raises:
-        UserError: trajectories are of more than one evaluation.
+        UserError: the trajectories are of more than one evaluation.
     """
-    sets: set[str] = set()
+    sources: set[str] = set()
     epochs: Counter[str] = Counter()
     samples = []
     for record in records:
-        sets.add(record.source)
-        if len(sets) > 1:
+        sources.add(record.source)
+        if len(sources) > 1:
             raise UserError(
-                f"format=inspect holds one evaluation, and there are more of them: {', '.join(sorted(sets))}; choose"
+                f"format=inspect holds one evaluation, and there are more of them: {', '.join(sorted(sources))}; choose"
                 " one with split=, step= and greedy="
             )
         problem = str(record.values.get("prompt_id") or record.values["id"])
         epochs[problem] += 1
         samples.append(sample_of(record.values, problem, epochs[problem], run))
-    write_eval_log(log_of(samples, run, *sets), str(path))
+    write_eval_log(log_of(samples, run, *sources), str(path))
     return len(samples)
 
 
 def sample_of(values: dict, problem: str, epoch: int, run: str) -> EvalSample:
-    """A trajectory as a sample: its input is what stands before the policy's first turn."""
+    """A trajectory as a sample: its input is everything before the policy's first turn."""
     parts = messages_of(values)
     prompt = next((index for index, part in enumerate(parts) if part.stop), len(parts))
-    messages = [said for part in parts for said in _messages(part, run)]
-    last = next((said for said in reversed(messages) if said.role == "assistant"), None)
+    messages = [message for part in parts for message in _messages(part, run)]
+    last = next((message for message in reversed(messages) if message.role == "assistant"), None)
     dropped = values.get("reward") is None
     error = f"{values.get('end')}: {values.get('fault') or 'ended by the machinery'}" if dropped else ""
     score = Score(
@@ -90,13 +91,13 @@ def sample_of(values: dict, problem: str, epoch: int, run: str) -> EvalSample:
         output=ModelOutput.from_message(last) if last else ModelOutput(model=run),
         scores=None if dropped else {SCORER: score},
         error=EvalError(message=error, traceback="", traceback_ansi="") if dropped else None,
-        metadata={key: values[key] for key in TOLD if values.get(key) is not None},
+        metadata={key: values[key] for key in METADATA if values.get(key) is not None},
         total_time=max(timings.get("finished_s", 0.0) - timings.get("started_s", 0.0), 0.0),
     )
 
 
 def _messages(message: Message, run: str) -> list[ChatMessage]:
-    """What was said, and the answers to its calls, as Inspect's messages."""
+    """A message, and the answers to its calls, as Inspect's messages."""
     if message.role == "system":
         return [ChatMessageSystem(content=message.text)]
     if message.role == "user":
@@ -114,7 +115,7 @@ def _messages(message: Message, run: str) -> list[ChatMessage]:
 
 
 def log_of(samples: list[EvalSample], run: str, source: str) -> EvalLog:
-    """The log of one evaluation: accuracy over what was scored, and its standard error over trajectories."""
+    """The log of one evaluation, with the accuracy over scored samples and its standard error over trajectories."""
     right = [sample.scores[SCORER].value == "C" for sample in samples if sample.scores]
     metrics = {}
     if right:
@@ -140,5 +141,5 @@ def log_of(samples: list[EvalSample], run: str, source: str) -> EvalLog:
         packages={"inspect_ai": inspect_ai.__version__},
     )
     results = EvalResults(total_samples=len(samples), completed_samples=len(right), scores=[score])
-    stats = EvalStats(started_at=now, completed_at=now)  # when it ran is in no record, and the viewer wants a number
+    stats = EvalStats(started_at=now, completed_at=now)  # records do not have the time, but the viewer needs one
     return EvalLog(status="success", eval=spec, results=results, stats=stats, samples=samples)

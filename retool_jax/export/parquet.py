@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 from retool_jax.errors import UserError, one_line
 from retool_jax.export.records import Record, conversation, to_json
 
-TOKENS_PER_GROUP = 500_000  # in memory at a time
+TOKENS_PER_GROUP = 500_000  # of a group of rows, which is in memory before it is written
 
 _USE = {"turn": pa.int32(), "tool": pa.string(), "code": pa.string(), "status": pa.string(), "output": pa.string()}
 _USE |= {"wall_s": pa.float64(), "queue_s": pa.float64(), "repaired": pa.string(), "metrics": pa.string()}
-_MADE = {"id": pa.string(), "name": pa.string(), "arguments": pa.string()}
-_SAID = {"role": pa.string(), "content": pa.string(), "reasoning": pa.string(), "calls": pa.list_(pa.struct(_MADE))}
+_CALL = {"id": pa.string(), "name": pa.string(), "arguments": pa.string()}
+_MESSAGE = {"role": pa.string(), "content": pa.string(), "reasoning": pa.string(), "calls": pa.list_(pa.struct(_CALL))}
 _SEGMENT = {"role": pa.string(), "start": pa.int32(), "stop": pa.int32(), "text": pa.string()}
 COLUMNS = {
     "id": pa.string(),
-    "source": pa.string(),  # the file that it comes from, without its ending
+    "source": pa.string(),  # the name of its file without the suffix
     "split": pa.string(),
     "step": pa.int64(),
     "group": pa.int64(),
@@ -30,7 +30,7 @@ COLUMNS = {
     "exact_match": pa.bool_(),
     "verdict": pa.string(),
     "reward": pa.float64(),
-    "reward_terms": pa.string(),  # JSON, as other values whose keys differ from run to run
+    "reward_terms": pa.string(),  # JSON, like other values whose keys differ between runs
     "end": pa.string(),
     "fault": pa.string(),
     "forced": pa.bool_(),
@@ -40,18 +40,18 @@ COLUMNS = {
     "ids": pa.list_(pa.int32()),
     "sampled": pa.list_(pa.bool_()),
     "logprobs": pa.list_(pa.float32()),
-    "messages": pa.list_(pa.struct(_SAID | {"call_id": pa.string()})),
+    "messages": pa.list_(pa.struct(_MESSAGE | {"call_id": pa.string()})),
     "segments": pa.list_(pa.struct(_SEGMENT)),
     "tool_calls": pa.list_(pa.struct(_USE)),
     "timings": pa.struct({"started_s": pa.float64(), "finished_s": pa.float64()}),
     "extra": pa.string(),  # JSON of every other key of the record
 }
 SCHEMA = pa.schema(COLUMNS)
-OWN = ("source", "messages", "extra")  # columns that are no key of a record
+OWN = ("source", "messages", "extra")  # columns that are not keys of a record
 
 
 def row_of(record: Record) -> dict:
-    """A record as a row of the table; what it lacks is null."""
+    """A record as a row of the table; missing values are null."""
     values = record.values
     row = {key: values.get(key) for key in COLUMNS} | {
         "source": record.source,
@@ -67,7 +67,7 @@ def row_of(record: Record) -> dict:
 
 
 def write(records: Iterable[Record], file: BinaryIO) -> int:
-    """Write the table, a group of rows at a time; how many rows there are.
+    """Write the table, one group of rows after the other, and return the number of rows.
 
     Raises:
         UserError: a record has a value of another type than its column.

@@ -1,7 +1,7 @@
-"""Trajectories as run folders hold them: which files, which of their lines, and a line as messages and calls.
+"""Read the trajectories of a run folder: find the files, select lines, and turn a line into messages and calls.
 
-Ids are never decoded here: every text is a record's own. Each text is as UTF-8 can hold it (`writable`), and a number
-that is not finite is null, so no format meets what it cannot hold.
+Ids are never decoded here: every text comes from the record. Texts are made encodable in UTF-8 (`writable`), and
+numbers that are not finite become null, so that every format can hold all values.
 """
 
 import json
@@ -19,14 +19,14 @@ from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.grammar import CODE_TOOL
 from retool_jax.tokens.shown import show_outputs, show_turn
 
-GREEDY = "-greedy"  # how the names of files end whose trajectories were drawn greedily
+GREEDY = "-greedy"  # the end of the names of files with greedy trajectories
 NEEDED = ("id", "ids", "sampled", "logprobs", "segments", "tool_calls")
 _CHAT = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(<\|im_end\|>|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which trajectories to take; None takes every one."""
+    """Which trajectories to take; a field that is None does not restrict them."""
 
     split: str | None = None
     step: int | None = None
@@ -43,19 +43,19 @@ class Selection:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a file: `source` is the file's name without its ending, which holds split and step."""
+    """One line of a file. `source` is the file's name without the suffix; it contains split and step."""
 
     source: str
     values: dict
 
     @property
     def name(self) -> str:
-        """Its own name among all of a run's, since an id comes again at each look at a problem."""
+        """A name that is unique in a run, unlike the id, which is the same in every evaluation of a problem."""
         return f"{self.source}/{self.values['id']}"
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files with trajectories of a run's or an evaluation's folder.
+    """The files with trajectories in the folder of a run or an evaluation.
 
     Raises:
         UserError: there is no such folder, or no such file in it.
@@ -73,37 +73,37 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
-    """The selected trajectories of a folder, one by one. A last line that a kill tore is left out.
+    """The selected trajectories of a folder, one by one. An incomplete last line is left out.
 
-    An evaluation draws again what the machinery lost: of the lines of one sample the last one counts.
+    An evaluation draws a sample again if the machinery lost it, so only the last line of each sample counts.
 
     Raises:
-        UserError: a line is no trajectory, or none is selected; it names what there is.
+        UserError: a line is not a trajectory, or none is selected; then the message lists what there is.
     """
-    found, there = 0, set()
+    found, available = 0, set()
     for path in files_of(folder):
-        redrawn = path.name == SAMPLES
-        last = {values["id"]: number for number, values in _lines(path)} if redrawn else {}
+        may_repeat = path.name == SAMPLES
+        last = {values["id"]: number for number, values in _lines(path)} if may_repeat else {}
         for number, values in _lines(path):
-            if redrawn and last[values["id"]] != number:
+            if may_repeat and last[values["id"]] != number:
                 continue
-            there.add(f"split={values.get('split')} step={values.get('step')}")
+            available.add(f"split={values.get('split')} step={values.get('step')}")
             if selection.takes(values, path.stem):
                 found += 1
                 yield Record(path.stem, values)
     if not found:
-        listed = "; ".join(sorted(there)[:20]) or "no line in any file"
+        listed = "; ".join(sorted(available)[:20]) or "no line in any file"
         raise UserError(f"no trajectory of {folder} is of split, step and greedy as asked; there are: {listed}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """The lines of a file, by their numbers."""
+    """The number and the cleaned values of each line of a file."""
     for number, values in read_shaped(path, "trajectory", lambda record: fault_of(record, NEEDED)):
         yield number, {key: value if key in TOKENS else clean(value) for key, value in values.items()}
 
 
 def clean(value: object) -> object:
-    """A JSON value whose texts UTF-8 can hold, and whose numbers strict JSON can."""
+    """A JSON value whose texts can be encoded in UTF-8 and whose numbers are finite."""
     if isinstance(value, str):
         return writable(value)
     if isinstance(value, float):
@@ -118,21 +118,20 @@ def clean(value: object) -> object:
 
 @dataclass
 class Call:
-    """A call that was made: `output` is what the policy was told, None where it never was."""
+    """A call that was made. `output` is the answer that the policy read; None if it never did."""
 
     id: str
     name: str
     arguments: dict
-    use: dict  # the record's own
+    use: dict  # the record's entry in `tool_calls`
     output: str | None = None
 
 
 @dataclass
 class Message:
-    """What `role` said: system, user or assistant.
+    """A message of `role`: system, user or assistant.
 
-    An assistant's `text` is without its thoughts, where those were closed, and without its calls, and ids from `start`
-    to `stop` are its own.
+    An assistant's `text` is without closed thoughts and without calls. The ids from `start` to `stop` belong to it.
     """
 
     role: str
@@ -144,38 +143,38 @@ class Message:
 
 
 def messages_of(record: dict) -> list[Message]:
-    """A trajectory as a conversation. Outputs are with the calls that they answer."""
+    """A trajectory as a conversation. Each call has its output."""
     found: list[Message] = []
     segments = record["segments"]
-    asks = [index for index, segment in enumerate(segments) if segment["role"] == "tool"][-1:]
+    last_tool = [index for index, segment in enumerate(segments) if segment["role"] == "tool"][-1:]
     turn = 0
     for index, segment in enumerate(segments):
         if segment["role"] == "policy":
             uses = [use for use in record["tool_calls"] if use["turn"] == turn]
             found.append(_turn(segment, uses, f"call_{turn + 1}"))
             turn += 1
-        elif segment["role"] == "tool" and not (record.get("forced") and index in asks):
+        elif segment["role"] == "tool" and not (record.get("forced") and index in last_tool):
             calls = found[-1].calls
             outputs = show_outputs(segment["text"])
             if len(outputs) != len(calls):
                 outputs = [use["output"] for use in (call.use for call in calls)]
             for call, output in zip(calls, outputs, strict=True):
                 call.output = output
-        else:  # the prompt, and the request for an answer where turns or tokens had run out
+        else:  # the prompt, or the request for an answer after turns or tokens ran out
             found += [Message(role, text) for role, text in chat(segment["text"])]
     return found
 
 
 def conversation(record: dict) -> Iterator[dict]:
-    """A trajectory's messages in the order in which they were said, outputs as messages of the role `tool`.
+    """A trajectory's messages in order, with outputs as messages of the role `tool`.
 
-    Each has `role` and `content`; an assistant's also `reasoning` and `calls` (`id`, `name` and, as JSON, `arguments`),
-    a tool's also the `call_id` that it answers.
+    Each has `role` and `content`. An assistant's message also has `reasoning` and `calls` (`id`, `name` and, as JSON,
+    `arguments`); a tool's message also has the `call_id` that it answers.
     """
     for message in messages_of(record):
         calls = [{"id": call.id, "name": call.name, "arguments": to_json(call.arguments)} for call in message.calls]
-        spoken = {"reasoning": message.reasoning, "calls": calls} if message.role == "assistant" else {}
-        yield {"role": message.role, "content": message.text, **spoken}
+        of_policy = {"reasoning": message.reasoning, "calls": calls} if message.role == "assistant" else {}
+        yield {"role": message.role, "content": message.text, **of_policy}
         for call in message.calls:
             if call.output is not None:
                 yield {"role": "tool", "content": call.output, "call_id": call.id}
@@ -186,23 +185,23 @@ def to_json(value: object) -> str:
 
 
 def _turn(segment: dict, uses: list[dict], name: str) -> Message:
-    """A policy's turn. Where its text shows other calls than those that were made, it is left as it was sampled."""
+    """A policy's turn. If its text does not show as many calls as were made, the text is left unchanged."""
     pieces = show_turn(segment["text"])
     shown = [piece.text for piece in pieces if piece.kind == "call"]
-    said = "\n".join(piece.text for piece in pieces if piece.kind == "said")
+    words = "\n".join(piece.text for piece in pieces if piece.kind == "said")
     if len(shown) != len(uses):
-        shown, said = [use["code"] for use in uses], segment["text"]
-    before, closed, after = said.partition("</think>")
-    reasoning, text = (before.replace("<think>", "", 1).strip("\n"), after.lstrip("\n")) if closed else ("", said)
+        shown, words = [use["code"] for use in uses], segment["text"]
+    before, closed, after = words.partition("</think>")
+    reasoning, text = (before.replace("<think>", "", 1).strip("\n"), after.lstrip("\n")) if closed else ("", words)
     calls = [
-        Call(f"{name}_{number}", use.get("tool") or CODE_TOOL, _arguments(use, inside), use)
-        for number, (use, inside) in enumerate(zip(uses, shown, strict=True), start=1)
+        Call(f"{name}_{number}", use.get("tool") or CODE_TOOL, _arguments(use, call_text), use)
+        for number, (use, call_text) in enumerate(zip(uses, shown, strict=True), start=1)
     ]
     return Message("assistant", text, reasoning, calls, segment["start"], segment["stop"])
 
 
 def _arguments(use: dict, shown: str) -> dict:
-    """A call's arguments as an object; what cannot be read as one stands below `text`."""
+    """A call's arguments as an object; text that is not an object is in `text`."""
     if use.get("tool", CODE_TOOL) == CODE_TOOL:
         return {"code": use["code"]}
     try:
@@ -213,6 +212,10 @@ def _arguments(use: dict, shown: str) -> dict:
 
 
 def chat(text: str) -> list[tuple[str, str]]:
-    """(role, text) of each finished turn of ChatML; the whole text as a user's where it is of another template."""
-    turns = [(role, inside) for role, inside, end in _CHAT.findall(text) if end]
-    return [(role if role in ("system", "assistant") else "user", said) for role, said in turns] or [("user", text)]
+    """(role, text) of each finished ChatML turn; for other templates the whole text as the user's."""
+    turns = [
+        (role if role in ("system", "assistant") else "user", content)
+        for role, content, end in _CHAT.findall(text)
+        if end
+    ]
+    return turns or [("user", text)]

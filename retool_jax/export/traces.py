@@ -1,7 +1,7 @@
-"""Trajectories as sessions that the Hub's trace viewer shows: its Session Trace Simple Format.
+"""Trajectories as sessions for the Hub's trace viewer, in its Session Trace Simple Format.
 
-A session is a file of its own: a line that says what it is, then a line for each message. The folder's README.md has
-the tags by which the Hub takes a data set for traces.
+Each session is one file: a header line, then a line for each message. The folder's README.md has the tags by which the
+Hub recognises a data set of traces.
 """
 
 import re
@@ -12,7 +12,7 @@ from retool_jax.export.hub import card
 from retool_jax.export.records import Record, conversation, to_json
 
 HARNESS = "retool_jax"
-TOLD = ("split", "step", "ground_truth", "answer", "correct", "reward", "end", "turns", "response_tokens")
+IN_HEADER = ("split", "step", "ground_truth", "answer", "correct", "reward", "end", "turns", "response_tokens")
 
 
 def lines_of(record: Record, run: str) -> list[str]:
@@ -21,12 +21,12 @@ def lines_of(record: Record, run: str) -> list[str]:
     outcome = "right" if values.get("correct") else "wrong"
     title = " ".join(str(values.get("problem") or values["id"]).split())
     header = {"type": "session", "harness": HARNESS, "id": record.name, "name": f"[{outcome}] {title}"[:120]}
-    header |= {key: values[key] for key in TOLD if values.get(key) is not None}
+    header |= {key: values[key] for key in IN_HEADER if values.get(key) is not None}
     return [to_json(header), *(to_json({"type": "message", "message": _message(m, run)}) for m in conversation(values))]
 
 
 def _message(message: dict, run: str) -> dict:
-    """A message under the Hub's names."""
+    """A message with the Hub's names of fields."""
     found = {"role": message["role"], "content": message["content"]}
     if message["role"] == "assistant":
         found["model"] = run
@@ -43,13 +43,13 @@ def _message(message: dict, run: str) -> dict:
 
 
 def write(records: Iterable[Record], folder: Path, run: str) -> int:
-    """Write a file for each trajectory below a folder for each of their files, and the card; how many there are."""
+    """Write a file for each trajectory, in one folder for each source, and the card. Returns their number."""
     count = 0
     for count, record in enumerate(records, start=1):
-        above = folder / record.source
-        above.mkdir(exist_ok=True)
-        # Names in a data set may be anything; the number keeps files apart that are called alike.
+        parent = folder / record.source
+        parent.mkdir(exist_ok=True)
+        # Ids in a data set may be any text; the number makes the names of the files different.
         name = re.sub(r"[^\w-]+", "_", str(record.values["id"]), flags=re.ASCII)[:80]
-        (above / f"{count:06d}-{name}.jsonl").write_text("\n".join(lines_of(record, run)) + "\n", encoding="utf-8")
+        (parent / f"{count:06d}-{name}.jsonl").write_text("\n".join(lines_of(record, run)) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card("traces", run, count), encoding="utf-8")
     return count

@@ -49,7 +49,7 @@ def make_trajectory_fixture(tokenizer) -> Callable[..., Trajectory]:
 
 @pytest.fixture(scope="session")
 def run(tokenizer, tmp_path_factory) -> Path:
-    """Two looks at dev, each sampled and greedy, of two problems; the last of them was lost by the machinery."""
+    """Two evaluations of dev on two problems, sampled and greedy; the machinery lost the last trajectory."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     for step in (0, 5):
         for end in ("", "-greedy"):
@@ -65,7 +65,7 @@ def run(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def hostile(tokenizer, tmp_path_factory) -> Path:
-    """An evaluation's folder whose policy and data set say what formats stumble over."""
+    """An evaluation's folder with texts of policy and data set that are difficult for formats."""
     folder = tmp_path_factory.mktemp("runs") / "hostile"
     made = make_trajectory(tokenizer, 0, output=HOSTILE)
     record = made.record(tokenizer, split="test", sample=3, set={"name": "x"})

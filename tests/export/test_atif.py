@@ -7,7 +7,7 @@ import pytest
 import retool_jax
 from retool_jax.export.command import main
 
-# RFC 0001 by its validator: the fields that an object may have, those that it must have first.
+# The fields of RFC 0001's validator: for each object the required ones first, then the optional ones.
 FIELDS = {
     "trajectory": ({"schema_version", "agent", "steps"}, {"session_id", "trajectory_id", "final_metrics", "extra"}),
     "agent": ({"name", "version"}, {"model_name"}),

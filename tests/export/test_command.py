@@ -1,4 +1,4 @@
-"""What the command refuses before it writes anything, and what it leaves behind."""
+"""What the command refuses before it writes anything, and which files it leaves."""
 
 import pytest
 

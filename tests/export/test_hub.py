@@ -1,4 +1,4 @@
-"""A push makes a private data set of what was named, and nothing else goes anywhere."""
+"""A push makes a private data set of the exported files and sends nothing else."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from retool_jax.export.command import main
 
 
 class Hub:
-    """As much of the Hub as a commit needs, on this machine: what was made, and the files that came."""
+    """A local server with as much of the Hub as a commit needs: the created repositories and received files."""
 
     def __init__(self) -> None:
         self.made: list[dict] = []

@@ -1,4 +1,4 @@
-"""Which trajectories are taken, and what was said in them."""
+"""Which trajectories are selected, and their conversations."""
 
 import json
 
