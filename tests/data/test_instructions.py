@@ -1,4 +1,4 @@
-"""What published prompts ask of an answer's form is taken out, wherever it stands; what is not known is named."""
+"""Sentences of published prompts about the answer's form are removed anywhere; unknown ones are listed."""
 
 import pytest
 
@@ -97,7 +97,7 @@ def test_a_sentence_in_the_middle_leaves_both_sides():
         ("Think step by step, in French. Find $x$.", ["Think step by step, in French."]),
         ("Find $x$. Put your answer in \\boxed{}, as a list.", ["Put your answer in \\boxed{}, as a list."]),
         ("求 $x$。最终答案写在最后一行。", ["最终答案写在最后一行。"]),
-        # These are of the problem: they say which value, not where it is written.
+        # These belong to the problem: they say which value is asked for, not where to write it.
         ("Find $x$. Express your answer as a common fraction.", []),
         ("Enter your answer in the form $(r,\\theta),$ where $r > 0$.", []),
         ("A lego boxed set costs 5 dollars. What do two cost?", []),

@@ -1,4 +1,4 @@
-"""Questions that stand in two sets are found by their words, with and without small changes."""
+"""Questions that are in two sets are found by their words, with and without small changes."""
 
 import json
 

@@ -158,7 +158,7 @@ def test_answers_and_ids_that_are_not_text():
 
 
 def test_two_problems_of_one_id_are_refused(tmp_path):
-    """Ids tell prompts apart; the published file repeats whole rows, which count once."""
+    """Ids distinguish prompts; the published file repeats whole rows, which count once."""
     first, second = rows_of(2)
     assert len(load_problems(write(tmp_path / "same.jsonl", [first, second, first]))) == 2
     source = write(tmp_path / "p.jsonl", [first, second | {"extra_info": first["extra_info"]}])
@@ -189,7 +189,7 @@ def test_a_file_that_is_not_there():
 
 
 def test_rows_of_json_keep_their_own_columns(tmp_path):
-    """A reader that gives every row the columns of all rows would change what a row says."""
+    """A reader that gives every row the columns of all rows would change the content of a row."""
     rows = [{"problem": "1 + 1?", "answer": 2}, {"question": "2 + 2?", "answer": "4"}]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     assert [problem.ground_truth for problem in load_problems(str(tmp_path / "p.json"))] == ["2", "4"]

@@ -1,4 +1,4 @@
-"""Rows of other projects: each is read as it was meant, or refused by the name of what cannot be meant."""
+"""Rows of other projects: each is read correctly, or refused with the name of the wrong column."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Published trajectories become messages with calls; what cannot be converted has a reason; verification sees lies."""
+"""Published trajectories become messages with calls, or are refused with a reason; verification finds false outputs."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import tool_calls
 from retool_jax.tools.python import Python
 
-# How ReTool-SFT asks: what stands in every row, and what the raw rows have around it.
+# The prompt of ReTool-SFT: the part in every row, and what the raw rows have around it.
 QUESTION = (
     "Answer the following Math Problem and put the answer in the format of \\boxed{answer}\n\n%s\n\n\n"
     "Remember to place the final answer in the last part using the format: \n"
@@ -96,7 +96,7 @@ def test_the_raw_form_becomes_turns_and_calls(name, tokenizer):
     assert shape(messages)[:-1] == wanted and final.endswith("\\boxed{7}") and "<answer>" not in final
     assert boxed_answer(messages) == "7"
     assert conversation({"messages": messages}) == messages == messages_of({"messages": messages})
-    # What the policy is to say holds the calls as a rollout would read them.
+    # The policy's text contains the calls as a rollout would read them.
     tokens = demonstration_ids(tokenizer, messages, [Python().schema])
     said = [index for index, sampled in zip(tokens.ids, tokens.sampled, strict=True) if sampled]
     codes = [code for _, code in wanted if code is not None]

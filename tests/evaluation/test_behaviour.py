@@ -24,7 +24,7 @@ from retool_jax.tools.toolbox import Toolbox
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}
 RIGHT, WRONG = "So it is \\boxed{6}.<|im_end|>", "So it is \\boxed{7}.<|im_end|>"
 
-# Programs by what becomes of them, with their lines and purposes.
+# Programs named after their outcome, with their lines and purposes.
 GCD = "import math\n\n# of both\nprint(math.gcd(12, 18))"  # 2 lines, calculation
 DIVISORS = "for d in range(1, 13):\n    if 12 % d == 18 % d == 0:\n        print(d)"  # 3 lines, search
 CHECK = "assert 12 % 6 == 0"  # 1 line, verification
@@ -45,7 +45,7 @@ UNREADABLE = {"hermes": "<tool_call>\n{</tool_call><|im_end|>", "retool": "<code
 
 @pytest.fixture
 def play(scripted_engine, tokenizer) -> Callable[..., list[Trajectory]]:
-    """`play(grammar, scripts...)`: scored trajectories of these turns of ids, from a sandbox that goes by `STATUS`."""
+    """`play(grammar, scripts...)`: scored trajectories of these turns of ids; `STATUS` says how the sandbox ends."""
 
     async def run_program(code: str) -> ToolResult:
         return ToolResult(STATUS[code], stdout="6", queue_s=0.5)
@@ -190,7 +190,7 @@ def test_dropped_trajectories_have_no_part_in_it():
     assert numbers["behaviour/code_ratio"] == 0.0 and numbers["behaviour/correct_codes"] == 0
 
 
-# --- a classifier of one's own ----------------------------------------------------------------------------------------
+# --- a user's classifier ----------------------------------------------------------------------------------------------
 
 heard: list[tuple[str, str]] = []
 

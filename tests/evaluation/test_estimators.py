@@ -1,4 +1,4 @@
-"""Estimates against closed forms, brute force and simulations of which the truth is known."""
+"""Estimates against closed forms, brute force and simulations with a known truth."""
 
 import itertools
 import math
@@ -154,7 +154,7 @@ def test_maj_at_leaves_out_problems_with_fewer_samples():
 
 
 def two_answers(right: int, wrong: int, k: int) -> float:
-    """maj@k of two answers: the hypergeometric chance of more right than wrong ones, and half of that of as many."""
+    """maj@k of two answers: hypergeometric probability of more right than wrong ones, plus half of that of a tie."""
     total = 0.0
     for drawn in range(max(0, k - wrong), min(right, k) + 1):
         ways = math.comb(right, drawn) * math.comb(wrong, k - drawn) / math.comb(right + wrong, k)

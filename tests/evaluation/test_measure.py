@@ -1,4 +1,4 @@
-"""Contract 7 in every number: what the machinery dropped is counted, limited, and has no part in anything else."""
+"""Contract 7 in every number: dropped trajectories are counted and limited, and left out of all other numbers."""
 
 import asyncio
 import json
@@ -256,7 +256,7 @@ def test_the_event_loop_turns_while_answers_are_compared(
 def test_a_step_that_loses_too_much_ends_the_run_before_anything_is_learned(
     scripted_engine, tokenizer, broken_tools, tmp_path
 ):
-    """At `rl.max_dropped` it goes on, to a state that is not there."""
+    """At `rl.max_dropped` training continues, and then fails because this test has no training state."""
     call = tokenizer.encode(CALL)
 
     def step(calls: int) -> None:
@@ -308,7 +308,7 @@ def test_every_sample_has_a_request_of_its_own_behind_those_of_training():
 
 
 def drawn(engine, tokenizer, tools, samples: list[Sample], stream: bool = True) -> list[tuple[int, Trajectory]]:
-    """What `draw` hands over, in that order."""
+    """What `draw` gives to `take`, in that order."""
     found: list[tuple[int, Trajectory]] = []
     asyncio.run(draw(engine, tokenizer, tools, iter(samples), LIMITS, found.extend, stream=stream))
     return found
@@ -367,7 +367,7 @@ def test_what_the_machinery_lost_is_drawn_once_more(scripted_engine, tokenizer, 
 
 
 class Raising(Toolbox):
-    """A toolbox with a fault of its own, which no tool's fault is."""
+    """A toolbox that raises an exception itself, unlike one whose tool fails."""
 
     async def run(self, call, kept):
         raise ZeroDivisionError("of the toolbox")
@@ -402,7 +402,7 @@ def test_a_fault_of_whoever_takes_ends_the_drawing(scripted_engine, tokenizer, p
 
 
 def test_a_look_is_what_a_rollout_of_its_requests_is(make_engine, tokenizer, problems, tmp_path):
-    """To the bit, with log-probabilities: one function serves looks and evaluations, and has changed no look."""
+    """Equal to the bit, including log-probabilities."""
     engine, first = make_engine(slots=4), (1 << 31) + (SPLITS.index("dev") << 24)
     asyncio.run(evaluate(engine, tokenizer, None, problems, 7, 5, LIMITS, tmp_path, 0.0))
     samples = [Sample(problems[i], first + i, temperature) for temperature in (1.0, 0.0) for i in range(5)]

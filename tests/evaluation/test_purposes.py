@@ -1,4 +1,4 @@
-"""What programs are for, by rules that a table on docs/behaviour.md states; no program makes them raise."""
+"""The purposes of programs by the rules in a table of docs/behaviour.md; no program makes them raise."""
 
 import re
 import warnings

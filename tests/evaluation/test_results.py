@@ -1,4 +1,4 @@
-"""What a finished evaluation says, in JSON and in a table, and how two are compared."""
+"""The numbers of a finished evaluation, in JSON and in a table, and the comparison of two."""
 
 import json
 

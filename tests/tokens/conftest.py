@@ -12,7 +12,7 @@ from retool_jax.tokens.tokenizer import MINIATURE, Tokenizer, load_tokenizer
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 
 
-# As small instruct models have it: ChatML with a system turn of its own, and no word about tools.
+# Like that of small instruct models: ChatML with its own system turn, without tools.
 PLAIN_CHATML = """
 {%- for message in messages -%}
     {%- if loop.first and message.role != "system" -%}
@@ -52,7 +52,7 @@ def qwen_ranks(wheel_file) -> dict[bytes, int]:
 def qwen_folders(qwen_ranks, tmp_path_factory) -> dict[str, Path]:
     """Folders as checkpoints have them, by model_type: Qwen's vocabulary under the miniature's template."""
     newer = tokenizer_of_ranks(qwen_ranks, added_after(len(qwen_ranks), QWEN_ADDED["qwen3"]))
-    model = json.loads(newer.to_str())["model"]  # the merges follow from the ranks, which takes a while, so only once
+    model = json.loads(newer.to_str())["model"]  # deriving the merges from the ranks is slow, so only once
     older = byte_bpe(model["vocab"], model["merges"], added_after(len(qwen_ranks), QWEN_ADDED["qwen2"]))
     folders = {}
     for model_type, fast in (("qwen2", older), ("qwen3", newer)):

@@ -48,7 +48,7 @@ def test_prompt_turns_and_segments_equal_the_full_render(family, output):
     ids += family.encode(policy_turn_text(last))
     messages = [user, turn, tool, both, tool, {"role": "tool", "content": "2"}, last]
     rendered = family.render(messages, tools, generation_prompt=False)
-    # The template's newline after <|im_end|> would come with a next segment; there is none.
+    # The template's newline after <|im_end|> belongs to the next segment, which does not exist.
     assert ids + family.encode("\n") == family.encode(rendered)
 
 
@@ -62,7 +62,7 @@ def test_demonstrations_have_the_ids_of_the_render_and_mask_what_a_policy_says(t
 
 
 def test_ids_that_no_encoder_would_produce_survive(tokenizer):
-    """Sampled ids are kept: decoding and encoding them again would give others."""
+    """Sampled ids are kept, because decoding and encoding them again would give other ids."""
     spaces = tokenizer.encode(" ") * 2 + tokenizer.encode("a") + [tokenizer.control_tokens["<|im_end|>"]]
     canonical = tokenizer.encode(tokenizer.decode(spaces))
     word = tokenizer.encode("print")

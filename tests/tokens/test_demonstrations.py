@@ -1,4 +1,4 @@
-"""A demonstration is what a rollout of the same words would be, in either grammar; and what cannot be one."""
+"""A demonstration has the ids of a rollout with the same words, in both grammars; and what cannot be one."""
 
 import asyncio
 import copy
@@ -187,7 +187,7 @@ def test_several_outputs_of_one_segment(tokenizer):
         assert show_outputs(segment) == ["1", "", "< /interpreter>< /tool_response>"]
 
 
-# --- every mark is known to who breaks or skips it --------------------------------------------------------------------
+# --- code that breaks or skips marks knows every mark -----------------------------------------------------------------
 
 
 def test_marks_of_calls_and_outputs_are_broken_in_outputs_and_no_answer(tokenizer):

@@ -193,7 +193,7 @@ def fenced(code: str, language: str = "python") -> str:
 
 @pytest.fixture(scope="module")
 def with_code(tokenizer) -> Tokenizer:
-    """The miniature's vocabulary and `</code>` in one token, as the grammar needs it."""
+    """The miniature's vocabulary with `</code>` as one token."""
     hf = copy.deepcopy(tokenizer.hf)
     hf.add_tokens([AddedToken("</code>", special=False, normalized=False)])
     return Tokenizer(hf)
@@ -323,7 +323,7 @@ def test_a_retool_turn_ends_at_code_in_one_token_or_in_many(tokenizer, with_code
 
 @pytest.fixture
 def play(scripted_engine):
-    """One trajectory of a scripted policy, which talks on with `behind` after its first turn; all else is real."""
+    """One trajectory of a scripted policy, which continues with `behind` after its first turn; all else is real."""
 
     def run(tokenizer: Tokenizer, turns: list[str], behind: str = "", box: bool = True):
         limits = RolloutConfig(max_prompt_tokens=600, max_turns=4, grammar="retool")
@@ -373,7 +373,7 @@ def test_a_retool_policy_is_told_of_each_call_that_could_not_run(with_code, play
 
 @pytest.mark.parametrize("behind", ["", "\n", "\n\nThen I", " é<|im_end|>"])
 def test_a_retool_turn_in_a_vocabulary_without_the_mark_ends_there_all_the_same(tokenizer, behind, play):
-    """The policy talks on behind `</code>` before the host sees it; what it said is given back."""
+    """The policy samples more after `</code>` before the host sees it; these ids are removed."""
     turns = [f"Let me see.\n{fenced(CODE)}", "So it is.\n<answer>\n\\boxed{6}\n</answer><|im_end|>"]
     trajectory = play(tokenizer, turns, behind=behind)
     text = tokenizer.decode(trajectory.ids)
@@ -393,7 +393,7 @@ def test_without_a_sandbox_there_is_nothing_to_stop_for(tokenizer, play):
 
 
 def test_a_call_in_a_thought_that_the_header_opened_begins_where_it_stands(tokenizer):
-    """The text of such a turn has a mark that its ids have not."""
+    """The text of such a turn has a mark that is not among its ids."""
     turn = tokenizer.encode("a < b <tool_call>{}")
     text = "<think>" + tokenizer.decode(turn)
     (call,) = GRAMMARS["hermes"].calls(text)
@@ -403,7 +403,7 @@ def test_a_call_in_a_thought_that_the_header_opened_begins_where_it_stands(token
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_a_call_begins_at_the_id_that_completes_the_text_before_its_mark(grammar, tokenizer):
-    """Also where ids hold several marks, and beside bytes that are no text."""
+    """Also if ids hold several marks, or bytes that are not text."""
     hf = copy.deepcopy(tokenizer.hf)
     hf.add_tokens(["<<", "></", ".\n<", "<code>\n<code>"])
     tokenizer = Tokenizer(hf)

@@ -129,10 +129,10 @@ def test_prompt_turns_and_segments_equal_the_full_render(family, content):
 
 
 def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(published):
-    """Why history is never rendered again: with the published template, what was written changes afterwards."""
+    """Why history is never rendered again: the published template changes earlier text."""
     qwen3 = published("qwen3", "qwen3")
     render = qwen3.render
-    # 1. A new question takes the thinking out of every earlier turn.
+    # 1. A new question removes the thinking from every earlier turn.
     thought = [USER, assistant(THINKING)]
     assert "I should compute it." in render(thought, None, False)
     assert "I should compute it." not in render([*thought, USER], None, True)
@@ -143,7 +143,7 @@ def test_the_four_ways_in_which_rendering_again_breaks_qwen3s_prefix(published):
     # 3. The newlines around a thought are rewritten: the policy may have written others.
     odd = "<think>\n\nhm</think>\nLet me see."
     assert "<think>\nhm\n</think>\n\nLet me see." in render([USER, assistant(odd, "print(6)"), tool("6")], None, True)
-    # 4. The prompt of a model that is told not to think holds an empty thought that its history does not.
+    # 4. If thinking is switched off, the prompt has an empty thought that the history does not have.
     options = {"tokenize": False, "enable_thinking": False}
     prompt = qwen3.hf.apply_chat_template([USER], add_generation_prompt=True, **options)
     history = qwen3.hf.apply_chat_template([*called, tool("6")], add_generation_prompt=True, **options)
@@ -199,7 +199,7 @@ def test_no_output_becomes_a_control_token_or_a_mark(qwen, model_type):
 
 
 def test_a_retool_turn_ends_at_the_token_that_completes_the_mark(qwen):
-    """`</code>` is three tokens or more, whose last may hold a line's end, which the answer then does not repeat."""
+    """`</code>` is three tokens or more, and the last may end in a newline, which the answer then does not repeat."""
     grammar, tokenizer = GRAMMARS["retool"], qwen["qwen2"]
     for tail, opening in (("</code>", "\n"), ("</code>\n", ""), ("</code>\n\n", "")):
         turn = tokenizer.encode(f"<code>\n```python\nprint(1)\n```\n{tail}")

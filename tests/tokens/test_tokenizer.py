@@ -31,7 +31,7 @@ from retool_jax.tools.toolbox import Toolbox
 
 TOOL_SCHEMA = Python().schema
 
-# Tokens in the order of their merges; the last two can be reached by one way only, through lower ranks.
+# Tokens in the order of their merges; the last two follow only from merges of lower ranks.
 MERGED = ["in", "pr", "prin", "print", " (", "\n\n", "\t\t", "é", "答", "inpr", "printin", "  ", "    ", "12"]
 TEXTS = ["print (12)\n\n\tprintin  prin", "é 答案 \x00\x7f\xff", "      inprint", "", "a\r\n\r\n"]
 USER = {"role": "user", "content": "What is gcd(12, 18)?"}
@@ -198,7 +198,7 @@ def test_a_folder_that_is_not_there_is_told_apart_from_a_hub_id():
         load_tokenizer("a--b/c..d")
 
 
-# --- what a template writes is looked at, not guessed ----------------------------------------------------------------
+# --- the output of a template is tested, not assumed ------------------------------------------------------------------
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -221,7 +221,7 @@ def test_where_a_template_leaves_tools_out_they_are_told_in_words(tokenizer, bar
     assert tokenizer.writes_tools, "the miniature's knows its tool from demonstrations"
     assert hermes_prompt(tokenizer, [USER], [TOOL_SCHEMA]) == prompt_ids(tokenizer, [USER])
     template = bare.hf.chat_template
-    # It names tools, and not how this grammar calls them.
+    # It names tools, but does not say how this grammar calls them.
     named = "{%- for tool in tools or [] -%}{{- tool.function.name + ': call it as JSON\n' -}}{%- endfor -%}" + template
     for family in (bare, under(bare, named)):
         assert not family.writes_tools
@@ -310,7 +310,7 @@ def distilled(ranks, tmp_path_factory) -> Tokenizer:
 
 
 def r1_turn(content: str, *codes: str) -> dict:
-    """An assistant message whose calls stand in its text: the template would drop either of the two."""
+    """An assistant message with its calls in the text, because the template would drop one of the two."""
     calls = [{"function": {"name": "code_interpreter", "arguments": {"code": code}}} for code in codes]
     text = policy_turn_text({"content": content, "tool_calls": calls}, turn_end="")
     return {"role": "assistant", "content": text}
@@ -334,7 +334,7 @@ def test_r1_is_told_of_its_tools_although_the_template_leaves_them_out(distilled
 
 @pytest.mark.parametrize("output", ["", "4", "\n5\n", "  6", "{'a': 1}\n", "7 " * 300, "答案是四", "\n\n\n"])
 def test_r1_prompt_turns_and_segments_equal_the_full_render(distilled, output):
-    """For a thought in the header's `<think>`, the list keeps what the template would take out."""
+    """The list keeps a thought in the header's `<think>`, which the template would remove."""
     turn, last = r1_turn("Let me see.", "print(6)", "print(7)"), {"role": "assistant", "content": "\\boxed{6}"}
     end = "<｜end▁of▁sentence｜>"
     begin = distilled.encode(f"<｜begin▁of▁sentence｜><｜User｜>{USER['content']}<｜Assistant｜>")
@@ -440,7 +440,7 @@ def test_an_answer_that_was_asked_for_begins_with_a_thought_too(say, last, answe
 
 
 def test_an_id_behind_a_gap_is_a_real_one(tokenizer):
-    """Ids of a vocabulary need not be dense: the bound on them is the largest, not how many there are."""
+    """Ids of a vocabulary can have gaps, so their bound is the largest id, not their number."""
     content = json.loads(tokenizer.hf.backend_tokenizer.to_str())
     for token in content["added_tokens"]:
         token["id"] += 100

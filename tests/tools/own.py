@@ -1,4 +1,4 @@
-"""Tools as somebody else would write them, in a module of their own: each is a name, arguments and an answer."""
+"""Tools as a user would write them, in a separate module."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Exact arithmetic, and that nothing that a policy may write costs much or raises."""
+"""Exact arithmetic; no text of a policy costs much or raises an exception."""
 
 import asyncio
 import time

@@ -110,7 +110,7 @@ def test_a_server_that_went_away_is_the_machinerys_fault_and_found_when_it_is_ba
     add.retries = 0
     (output,) = run(tools, ToolCall("add", {}))
     assert output.fault == "machinery" and output.text.startswith("add: ")
-    add.url = url  # another one in its place, which wants arguments
+    add.url = url  # another server, whose tool needs arguments
     refused, answered = run(tools, ToolCall("add", {}), ToolCall("add", {"a": 1}))
     assert refused.fault == "program" and "error" in refused.text.lower()
     assert (answered.fault, answered.text) == ("none", "4")

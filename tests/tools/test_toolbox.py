@@ -1,4 +1,4 @@
-"""Every call is answered in words, whatever the policy wrote; faults, repetitions, lifetimes; tools by their words."""
+"""Every call gets an answer, whatever the policy wrote; faults, retries, lifetimes; loading tools by name."""
 
 import asyncio
 import errno
@@ -195,7 +195,7 @@ async def waits() -> None:
 
 
 async def waits_on() -> None:
-    """Takes the end of its time for a fault of what it waits for, and tries something else."""
+    """Mistakes its time-out for a failure of what it waits for, and tries something else."""
     with suppress(asyncio.CancelledError):
         await asyncio.sleep(600)
 
