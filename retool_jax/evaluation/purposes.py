@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from retool_jax.errors import UserError
 from retool_jax.tools.toolbox import imported
@@ -199,55 +198,22 @@ _COUNTS = re.compile(r"comb|perm|factorial|binom(ial)?|multinomial|Counter|npart
 _TRIES = re.compile(r"product|permutations|combinations\w*|next")
 
 
-class Rule(NamedTuple):
-    """One purpose: its name, its meaning in words, and a test of a program's facts."""
-
-    name: str
-    meaning: str
-    fits: Callable[[Facts], bool]
-
-
-# The first rule that fits counts. Rules about a program's stated aim come before rules about its methods.
-RULES = (
-    Rule(
-        "verification",
-        "asserts, prints whether something holds, or calls a function named verify, check or validate without a search",
-        lambda f: f.asserts or f.prints_truth or (not f.searches and f.calls_a(_CHECKS)),
+# The first rule that fits counts. Rules about a program's stated aim come before rules about its methods. The table in
+# docs/behaviour.md says the same in words.
+RULES: dict[str, Callable[[Facts], bool]] = {
+    "verification": lambda f: f.asserts or f.prints_truth or (not f.searches and f.calls_a(_CHECKS)),
+    "plotting": lambda f: f.uses(*_PLOTS),
+    "simulation": lambda f: (
+        f.uses("random", "secrets", "numpy.random") or (f.uses("numpy") and "random" in f.attributes)
     ),
-    Rule("plotting", "draws, with matplotlib, seaborn, plotly, turtle or PIL", lambda f: f.uses(*_PLOTS)),
-    Rule(
-        "simulation",
-        "draws at random, with random, secrets or numpy.random",
-        lambda f: f.uses("random", "secrets", "numpy.random") or (f.uses("numpy") and "random" in f.attributes),
-    ),
-    Rule(
-        "symbolic",
-        "solves, derives, integrates or simplifies, with sympy or z3",
-        lambda f: f.uses("z3") or (f.uses("sympy") and f.calls_a(_SYMBOLIC)),
-    ),
-    Rule(
-        "optimisation",
-        "looks for the largest or smallest: a solver, max or min of many, or a best value kept in a loop",
-        lambda f: f.keeps_best or f.calls_a(_OPTIMISES) or f.uses("pulp", "cvxpy", "ortools"),
-    ),
-    Rule(
-        "counting",
-        "counts cases in a loop, or calls comb, factorial, Counter or alike",
-        lambda f: f.counts or f.calls_a(_COUNTS),
-    ),
-    Rule(
-        "search",
-        "tries out: a condition in a loop, next, or product, permutations or combinations of itertools",
-        lambda f: f.searches or f.calls_a(_TRIES),
-    ),
-    Rule(
-        "numeric",
-        "computes with numpy, scipy, pandas or mpmath",
-        lambda f: f.uses("numpy", "scipy", "pandas", "mpmath"),
-    ),
-    Rule("calculation", "evaluates expressions, calls functions or loops without a condition", lambda f: f.computes),
-)
-NAMES = (*(rule.name for rule in RULES), OTHER, UNPARSABLE)
+    "symbolic": lambda f: f.uses("z3") or (f.uses("sympy") and f.calls_a(_SYMBOLIC)),
+    "optimisation": lambda f: f.keeps_best or f.calls_a(_OPTIMISES) or f.uses("pulp", "cvxpy", "ortools"),
+    "counting": lambda f: f.counts or f.calls_a(_COUNTS),
+    "search": lambda f: f.searches or f.calls_a(_TRIES),
+    "numeric": lambda f: f.uses("numpy", "scipy", "pandas", "mpmath"),
+    "calculation": lambda f: f.computes,
+}
+NAMES = (*RULES, OTHER, UNPARSABLE)
 
 
 def by_rules(code: str, context: str = "") -> str:
@@ -264,7 +230,7 @@ def by_rules(code: str, context: str = "") -> str:
             facts = facts_of(ast.parse(code))
     except Exception:  # SyntaxError, ValueError, RecursionError, MemoryError: a policy may write anything
         return UNPARSABLE
-    return next((rule.name for rule in RULES if rule.fits(facts)), OTHER)
+    return next((name for name, fits in RULES.items() if fits(facts)), OTHER)
 
 
 # --- classifiers ------------------------------------------------------------------------------------------------------
