@@ -75,16 +75,14 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Grammar:
-    """One way to call tools, as pure functions.
+    """One way to call tools, as pure functions. Tools are JSON schemas: `{"type": "function", "function": ...}`.
 
     Attributes:
-        prompt: `prompt(tokenizer, messages, tools, tool_prompt)` returns the ids up to the policy's first token. They
-            explain the tools, which are JSON schemas: `{"type": "function", "function": ...}`.
-        calls: `calls(text)` returns the calls of one turn, in order. The text begins with `<think>` if the turn began
-            inside a thought.
-        segment: `segment(tokenizer, turn_ids, outputs)` returns the ids that answer the calls, one output per call.
-        written: `written(tokenizer, message, outputs, tool_prompt)` returns a demonstrated turn and its answers as
-            pieces of (ids, whether a policy would have sampled them).
+        prompt: from (tokenizer, messages, tools, tool_prompt) to the ids up to the policy's first token.
+        calls: from a turn's text, which begins with `<think>` if it began inside a thought, to its calls in order.
+        segment: from (tokenizer, turn_ids, outputs) to the ids that answer the calls, one output per call.
+        written: from (tokenizer, message, outputs, tool_prompt) to a demonstrated turn and its answers, as pieces of
+            (ids, whether a policy would have sampled them).
         stop: a string that also ends a turn; empty if there is none.
     """
 
@@ -108,10 +106,7 @@ class Grammar:
 
 
 def end_of(tokenizer: Tokenizer, ids: list[int], seen: int, string: str) -> int | None:
-    """The number of ids up to and including the one that completes `string`; None if the ids do not contain it.
-
-    The first `seen` ids are known not to contain it.
-    """
+    """The same for any string and ids: the number of ids up to the one that completes `string` (`Grammar.stop_at`)."""
     first = max(seen - len(string.encode()), 0)  # each id has at least one byte, so the string cannot begin earlier
     if string not in tokenizer.decode(ids[first:]):
         return None
@@ -169,15 +164,10 @@ def marked(text: str, *tags: str) -> list[Marked]:
 
 
 def marking_ids(tokenizer: Tokenizer, turn_ids: list[int], text: str, starts: Iterable[int]) -> list[int]:
-    """For each mark of a turn, the index of the id that holds its first character.
+    """For each mark of a turn, which begins at one of `starts` in its text, the index of the id of its first character.
 
     Marks begin with `<`, and each `<` comes from one id, so counting them is enough and nothing is decoded again. They
     are counted from the end, since the text may begin with a `<think>` that is not among the ids.
-
-    Args:
-        turn_ids: the turn as it was sampled.
-        text: the decoded turn.
-        starts: the position of each mark in `text`.
     """
     with_bracket = [place for place, i in enumerate(turn_ids) for _ in range(tokenizer.brackets.get(i, 0))]
     return [with_bracket[-text.count("<", start)] for start in starts]
@@ -395,8 +385,7 @@ def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
     """Ids that answer a turn in place, so that the policy continues in the same turn.
 
     If the policy ended its turn inside a call, the answer is a separate user turn, because only the header of the next
-    turn may follow an end of turn. An answer in place begins with a newline, unless the policy's last token ends in
-    one.
+    turn may follow an end of turn. An answer in place begins with a newline, unless the policy's last token ends in it.
     """
     family = tokenizer.family
     if turn_ids[-1] in tokenizer.stop_ids:
