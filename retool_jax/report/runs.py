@@ -129,24 +129,16 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
     """
     flat = [flatten_dict(config) for config in configs]
     keys = sorted({key for config in flat for key in config}, key=lambda key: (key == "seed", key != "tools", key))
-    chosen, splits = [], set()
-
-    def split_of(key: str) -> tuple[int, ...]:
-        values = [str(config.get(key)) for config in flat]
-        return tuple(values.index(value) for value in values)
-
+    splits: dict[str, tuple[int, ...]] = {}  # by key: for each run, the first run with the same value
     for key in keys:
-        values, split = [str(config.get(key)) for config in flat], split_of(key)
-        if (
-            len(set(values)) > 1
-            and not any("/" in value for value in values)
-            and (split not in splits or key == "seed")
-        ):
-            chosen.append(key)
-            splits.add(split)
-    finer = {key: split_of(key) for key in chosen if key != "seed"}
-    shown = [key for key in finer if not any(_coarser(finer[key], other) for other in finer.values())][:3]
-    shown += [key for key in chosen if key == "seed"]
+        values = [str(config.get(key)) for config in flat]
+        split = tuple(values.index(value) for value in values)
+        adds_something = len(set(split)) > 1 and (key == "seed" or split not in splits.values())
+        if adds_something and not any("/" in value for value in values):
+            splits[key] = split
+    seed = [key for key in splits if key == "seed"]
+    others = {key: split for key, split in splits.items() if key != "seed"}
+    shown = [key for key in others if not any(_coarser(others[key], other) for other in others.values())][:3] + seed
     labels = [", ".join(_setting(key, config.get(key)) for key in shown) for config in flat]
     if len(set(labels)) == len(labels) and all(labels):
         return labels
