@@ -53,6 +53,21 @@ def shape_of(schema: Mapping[str, Any]) -> str:
     return f"{{{', '.join(parts)}}}"
 
 
+def is_readable(schema: object) -> bool:
+    """Whether `fault_of` can check arguments against a schema that somebody else wrote."""
+    if not isinstance(schema, dict):
+        return False
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    forms = {"enum": list, "required": list, "properties": dict, "minimum": int | float, "maximum": int | float}
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in TYPES for kind in kinds):
+        return False
+    if not all(isinstance(schema[key], form) for key, form in forms.items() if key in schema):
+        return False
+    inside = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
+    return all(map(is_readable, inside))
+
+
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
     kind = schema.get("type", [])
     return [kind] if isinstance(kind, str) else list(kind)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.tools.arguments import TYPES
+from retool_jax.tools.arguments import is_readable
 from retool_jax.tools.tool import Output, Tool
 
 try:
@@ -66,7 +66,7 @@ def tools_at(url: str) -> list[Tool]:
                 f"tools=mcp:{url} lists no tools ({one_line(reason)}); see that an MCP server answers there by"
                 " streamable HTTP, or leave it out of tools"
             ) from None
-    if unreadable := [tool.name for tool in listed if not _is_readable(tool.input_schema)]:
+    if unreadable := [tool.name for tool in listed if not is_readable(tool.input_schema)]:
         raise UserError(
             f"tools=mcp:{url} has a tool {unreadable[0]!r} whose arguments have no schema that can be read; mend it"
             " there, or leave the server out of tools"
@@ -93,21 +93,6 @@ def _text_of(result: CallToolResult) -> str:
     if not parts and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)
     return "\n".join(parts)
-
-
-def _is_readable(schema: object) -> bool:
-    """Whether `arguments.fault_of` can check arguments against this schema."""
-    if not isinstance(schema, dict):
-        return False
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    forms = {"enum": list, "required": list, "properties": dict, "minimum": int | float, "maximum": int | float}
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in TYPES for kind in kinds):
-        return False
-    if not all(isinstance(schema[key], form) for key, form in forms.items() if key in schema):
-        return False
-    inside = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
-    return all(map(_is_readable, inside))
 
 
 def _first_error(error: BaseException) -> BaseException:
