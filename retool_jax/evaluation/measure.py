@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: drawing and scoring samples, and the looks at a split while a run trains."""
+"""Accuracy on held-out problems: drawing and scoring samples, and the evaluations while a run trains."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
 HOLD_S = 1.0  # with `stream`, how long ended trajectories are collected before they are scored together
-FIRST_REQUEST = 3 << 30  # after the requests of training, which begin at 0, and of its looks, which begin at 1 << 31
+FIRST_REQUEST = 3 << 30  # after the requests of training, which begin at 0, and its evaluations, which begin at 1 << 31
 
 Take = Callable[[list[tuple[int, Trajectory]]], object]
 
@@ -171,7 +171,7 @@ async def _score_ended(
             await asyncio.to_thread(score_and_take, batch)
 
 
-# --- looks while a run trains -----------------------------------------------------------------------------------------
+# --- evaluations while a run trains -----------------------------------------------------------------------------------
 
 
 def _verl_numbers(name: str, trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -52,15 +52,15 @@ def summarise(
     success = _share(uses, "success")
     code_lengths = [len(use.code) for use in uses if use.code]
     return {
-        "accuracy": float(np.mean([t.verdict.correct for t in kept])),
-        "reward_mean": float(np.mean([t.reward for t in kept])),
-        "tool_rate": float(np.mean([bool(t.tool_uses) for t in kept])),
+        "accuracy": _mean([t.verdict.correct for t in kept]),
+        "reward_mean": _mean([t.reward for t in kept]),
+        "tool_rate": _mean([bool(t.tool_uses) for t in kept]),
         "tool_success": success,
         "calls_per_sample": len(uses) / len(kept),
         "calls/repaired": sum(bool(use.repaired) for use in uses),
         "forced_answers": sum(t.forced for t in kept),
-        "response_tokens": float(np.mean([t.response_tokens for t in kept])),
-        "turns_mean": float(np.mean([t.turns for t in kept])),
+        "response_tokens": _mean([t.response_tokens for t in kept]),
+        "turns_mean": _mean([t.turns for t in kept]),
         **_spread("response_tokens", [t.response_tokens for t in kept]),
         **_spread("turns", [t.turns for t in kept]),
         **_spread("calls", [len(t.tool_uses) for t in kept]),
@@ -70,11 +70,11 @@ def summarise(
         # The names that other ReTool recipes use in dashboards.
         "retool/tool_calls_per_sample": len(uses) / len(kept),
         "retool/tool_success_rate": success,
-        "retool/avg_code_length_chars": float(np.mean(code_lengths)) if code_lengths else None,
-        "reward/exact_match": float(np.mean([t.exact for t in kept])),
-        "reward/format_bonus": float(np.mean([t.verdict.answer is not None for t in kept])),
-        "reward/guarded": float(np.mean(["guard" in t.reward_terms for t in kept])),
-        "reward/overlong": float(np.mean([t.reward_terms.get("overlong", 0.0) for t in kept])),
+        "retool/avg_code_length_chars": _mean(code_lengths),
+        "reward/exact_match": _mean([t.exact for t in kept]),
+        "reward/format_bonus": _mean([t.verdict.answer is not None for t in kept]),
+        "reward/guarded": _mean(["guard" in t.reward_terms for t in kept]),
+        "reward/overlong": _mean([t.reward_terms.get("overlong", 0.0) for t in kept]),
         "sandbox/timeout_rate": _share(uses, "timeout"),
         "sandbox/oom_rate": _share(uses, "oom"),
         **behaviour(kept, purposes, tokenizer),
@@ -89,7 +89,11 @@ def reasons(trajectories: Sequence[Trajectory]) -> str:
 
 def _share(uses: Sequence[ToolUse], status: str) -> float | None:
     """The share of calls with this status; None if there are no calls."""
-    return float(np.mean([use.status == status for use in uses])) if uses else None
+    return _mean([use.status == status for use in uses])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _spread(name: str, values: Sequence[int]) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Answered:
 
 # The parts of result.json that other code reads.
 _ESTIMATE = {"value": FINITE, "stderr": OrNull(FINITE), "low": FINITE, "high": FINITE, "problems": WHOLE}
-_LOOK = ("turns_mean", "calls_per_sample", "response_tokens", "checker_timeouts")
+_NUMBERS = ("turns_mean", "calls_per_sample", "response_tokens", "checker_timeouts")
 _SHARES = {"tool_rate": OrNull(FINITE), "tool_success": OrNull(FINITE)}
 RESULT = {
     **{"set?": TEXT, "samples?": WHOLE, "dropped?": WHOLE},
@@ -48,7 +48,7 @@ RESULT = {
 }
 # A result that is complete, so that it can be shown again, has all of these.
 _DRAWN = (
-    {f"end/{end}": WHOLE for end in INFRASTRUCTURE} | dict.fromkeys(_LOOK, FINITE) | _SHARES | {...: OrNull(FINITE)}
+    {f"end/{end}": WHOLE for end in INFRASTRUCTURE} | dict.fromkeys(_NUMBERS, FINITE) | _SHARES | {...: OrNull(FINITE)}
 )
 COMPLETE = {key.removesuffix("?"): shape for key, shape in RESULT.items()} | {"trajectories": _DRAWN}
 
