@@ -129,7 +129,10 @@ def test_a_word_without_an_equals_sign(word):
         ("sft.optimizer.b1=2", "sft.optimizer.b1=2.0 must be between 0 and 0.999999"),
         ("rl.optimizer.b2=1", "rl.optimizer.b2=1.0 must be between 0 and 0.999999"),
         ("rl.critic.optimizer.max_grad_norm=0", "rl.critic.optimizer.max_grad_norm=0.0 must be between 1e-06 and"),
-        ("rl.optimizer={decay_steps: 0, final_fraction: 0.5}", "rl.optimizer.final_fraction=0.5 is where a cosine ends, and with"),
+        (
+            "rl.optimizer={decay_steps: 0, final_fraction: 0.5}",
+            "rl.optimizer.final_fraction=0.5 is where a cosine ends, and with",
+        ),
         ("rl.critic.optimizer.final_fraction=0", "rl.critic.optimizer.final_fraction=0.0 is where a cosine ends"),
         ("rl.groups.refills=3", "rl.groups.refills=3 says how often groups are drawn in the place of others, and"),
         ("rl.groups.skip_solved=2", "rl.groups.skip_solved=2 passes over prompts that come again, and none of"),
