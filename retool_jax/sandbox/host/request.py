@@ -4,7 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
@@ -173,7 +173,7 @@ class Request:
             "op": self.op,
             "code": self.code,
             "stdin": base64.b64encode(self.stdin.encode("utf-8", "surrogatepass")).decode(),
-            "limits": asdict(self.limits),
+            "limits": vars(self.limits),
             "show_last_expression": self.show_last_expression,
             "allowed_modules": list(self.allowed_modules),
             "files": {path: base64.b64encode(data).decode() for path, data in self.files.items()},
