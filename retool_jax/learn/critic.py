@@ -1,4 +1,4 @@
-"""PPO's critic: the policy's backbone with one output, which learns what is to come from before each token."""
+"""PPO's critic: the policy's backbone with one output, the expected return from each token's prefix."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from retool_jax.learn.step import Columns, Metrics, Outputs, Step, TokenLoss, To
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, abstract_params
 
-LEAST_VARIANCE = 1e-8  # of returns that vary at all; below it there is nothing to explain
+LEAST_VARIANCE = 1e-8  # of returns; below it they count as constant
 
 
 def critic_params(model: ModelConfig, policy_params: Params) -> Params:
-    """A copy of a policy's weights, without those of its vocabulary's own head, and an output that is 0 everywhere."""
+    """A copy of a policy's weights without an untied vocabulary head, and a value head of zeros."""
     policy = dict(jax.tree_util.tree_leaves_with_path(policy_params))
 
     def start(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -25,7 +25,7 @@ def critic_params(model: ModelConfig, policy_params: Params) -> Params:
 
 
 def begin_critic(policy_params: Params, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Step 0 of a critic, in its shards; the policy keeps its weights."""
+    """The state of a critic at step 0, sharded; the policy's weights are copied, not donated."""
 
     def create(policy_params: Params) -> TrainState:
         return fresh_state(critic_params(model, policy_params), optimizer)
@@ -34,12 +34,12 @@ def begin_critic(policy_params: Params, model: ModelConfig, optimizer: Optimizer
 
 
 def abstract_critic(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of a critic's state, as a checkpoint is restored to it."""
+    """Shapes and shardings of a critic's state, to restore a checkpoint into."""
     return abstract_state(model, optimizer, mesh, value_head=True)
 
 
 def critic_outputs(model: ModelConfig) -> Outputs:
-    """What a critic says of each token."""
+    """The outputs of a critic for each token."""
     return Outputs(model, ("values",))
 
 
@@ -50,7 +50,7 @@ def clipped_value_loss(
 
         loss = 1/2 max((v - R)^2, (clip(v, old - c, old + c) - R)^2)
 
-    Of OpenAI's ppo2; described in arXiv 2005.12729 section 3. Returns the loss and whether the bound was active, both
+    From OpenAI's ppo2, described in arXiv 2005.12729 section 3. Returns the loss and whether the bound was active, both
     shaped like `values`.
     """
     plain = jnp.square(values - returns)
@@ -61,7 +61,7 @@ def clipped_value_loss(
 
 
 def value_token_loss(value_clip: float) -> TokenLoss:
-    """The critic's loss for `learn.step.make_step`, of the columns `returns` and `old_values`."""
+    """The critic's loss for `learn.step.make_step`; it reads the columns `returns` and `old_values`."""
 
     def loss(outputs: Columns, batch: Batch) -> TokenTerms:
         values, returns = outputs["values"], batch.columns["returns"]
@@ -73,14 +73,14 @@ def value_token_loss(value_clip: float) -> TokenLoss:
 
 
 def explained_variance(errors_std: jax.Array, returns_std: jax.Array) -> jax.Array:
-    """1 - var(R - v) / var(R): 1 for a perfect critic, 0 for a constant one; 0 where all returns are the same."""
+    """1 - var(R - v) / var(R): 1 for a perfect critic, 0 for a constant one, and 0 if all returns are equal."""
     variance = jnp.square(returns_std)
     share = jnp.square(errors_std) / jnp.maximum(variance, LEAST_VARIANCE)
     return jnp.where(variance > LEAST_VARIANCE, 1.0 - share, 0.0)
 
 
-def _conclude(metrics: Metrics) -> Metrics:
-    """What is logged of a critic's step, under names of its own."""
+def _critic_metrics(metrics: Metrics) -> Metrics:
+    """The logged metrics of a critic's step, with the prefix "critic/"."""
     shown = ("values_mean", "value_clip_fraction", "returns_mean", "grad_norm", "learning_rate", "update_skipped")
     return {f"critic/{name}": metrics[name] for name in shown} | {
         "critic/value_loss": metrics["loss"],
@@ -90,4 +90,4 @@ def _conclude(metrics: Metrics) -> Metrics:
 
 def make_critic_step(model: ModelConfig, value_clip: float, optimizer: OptimizerConfig, mesh: Mesh) -> Step:
     """The step of a critic, on batches with the columns `returns` and `old_values`."""
-    return make_step(critic_outputs(model), value_token_loss(value_clip), optimizer, mesh, _conclude)
+    return make_step(critic_outputs(model), value_token_loss(value_clip), optimizer, mesh, _critic_metrics)

@@ -1,4 +1,4 @@
-"""The optimiser, the state that an update changes, and where its parts lie on a mesh."""
+"""The optimiser, the train state, and the shardings of its parts."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from retool_jax.models.sharding import is_weight, param_shardings
 
 
 class TrainState(NamedTuple):
-    """Everything that an update changes; donated to it."""
+    """Everything that an update changes; it is donated to the update."""
 
     step: jax.Array  # int32: optimiser steps taken
     params: Params
@@ -49,9 +49,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same transformation with its moments kept in `dtype` between steps; they are computed in fp32.
+    """The same transformation, which keeps its moments in `dtype` between steps and computes them in fp32.
 
-    The state has the structure of the inner one's. What is no float, such as a count of steps, keeps its type.
+    The state has the structure of the inner state. Values that are not floats, such as a step count, keep their type.
     """
 
     def cast(state: optax.OptState, dtype: str) -> optax.OptState:
@@ -68,12 +68,12 @@ def stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.Gradient
 
 
 def _is_matrix(weight: decoder.Weight) -> bool:
-    """By its logical axes, not its rank: a stack of biases [L,K,H] is of rank 3, and heads x head_dim is one axis."""
+    """By logical axes, not by rank: a stack of biases [L,K,H] has rank 3, and heads x head_dim counts as one axis."""
     return len(set(weight.logical) - {"layers", "head_dim"}) > 1
 
 
 def init_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed: int) -> TrainState:
-    """Random weights and a fresh optimiser, created in shards."""
+    """Random weights and a fresh optimiser state, created sharded."""
 
     def create() -> TrainState:
         params = decoder.init_params(model, jax.random.key(seed))
@@ -83,18 +83,18 @@ def init_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, seed:
 
 
 def fresh_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
-    """Step 0 of training these weights."""
+    """The train state of these weights at step 0."""
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params))
 
 
 def begin_from(params: Params, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Step 0 of training weights that exist already, in their shards. They are consumed: the state has them now."""
+    """The sharded train state of existing weights at step 0. The weights are donated."""
     shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(partial(fresh_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
 def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, value_head: bool = False) -> TrainState:
-    """Shapes and shardings of a whole train state, as a checkpoint is restored to it; with `value_head`, a critic's."""
+    """Shapes and shardings of a train state, to restore a checkpoint into; with `value_head`, those of a critic."""
     return abstract_like(_shapes(model, optimizer, value_head), state_shardings(model, optimizer, mesh, value_head))
 
 
@@ -103,7 +103,7 @@ def _shapes(model: ModelConfig, optimizer: OptimizerConfig, value_head: bool) ->
 
 
 def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, value_head: bool = False) -> TrainState:
-    """Shardings of a whole train state: moments like their weights, counters replicated."""
+    """The shardings of a train state: moments like their weights, counters replicated."""
     params = param_shardings(model, mesh, value_head)
     everywhere = meshes.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(

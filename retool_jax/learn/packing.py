@@ -1,13 +1,14 @@
-"""Sequences of different lengths to packed rows of one length, without a token changing its meaning.
+"""Pack sequences of different lengths into rows of one length.
 
-Several sequences share a row; `segments` tells them apart for attention, and positions start at 0 in each. A
-token's place in the batch never changes its loss, so packing is only about not computing on padding, and, where
-prefixes are shared, about computing a prompt once for all its samples in a row:
+Several sequences share a row; `segments` tells them apart for attention, and positions start at 0 in each. The place
+of a token in the batch does not change its loss: packing only avoids computing on padding, and, with shared prefixes,
+computes a prompt once for all its samples in a row:
 
     [prompt without its last token] [last token of the prompt, first sample] [last token, second sample] ...
 
-Each of these is a segment. Positions of the samples go on from the prefix, which is how attention knows what they see
-(`models.attention.seen_keys`). The prompt's last token stands in each, since what comes next differs.
+Each of these is a segment. The positions of a sample continue those of the prefix, which tells attention what the
+sample sees (`models.attention.seen_keys`). Each sample begins with the prompt's last token, because the token after it
+differs.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from retool_jax.errors import UserError
 class Example:
     """One sequence to learn from; `ids` and `sampled` have one entry per token.
 
-    `sampled` marks what the policy drew (or is to imitate). `columns` is what the loss is told about those tokens, by
-    name: a value for each token of the sequence, or one value for all of them.
+    `sampled` marks the tokens that the policy sampled (or shall imitate). `columns` are further inputs of the loss, by
+    name: one value for each token of the sequence, or one value for all of them.
     """
 
     ids: Sequence[int]
@@ -36,23 +37,24 @@ class Example:
 class Batch(NamedTuple):
     """M micro-batches of B rows of T tokens; only the first `micro_batches` of them hold tokens.
 
-    Inside of a step the same with one micro-batch's [B,T] arrays, and zeros in `columns` where nothing was sampled.
+    Inside a step the same type holds the [B,T] arrays of one micro-batch.
     """
 
     tokens: np.ndarray  # [M,B,T] int32
-    positions: np.ndarray  # [M,B,T] int32, from 0 in each segment, or on from the prefix that it shares
+    positions: np.ndarray  # [M,B,T] int32, from 0 in each segment, or continuing those of its shared prefix
     segments: np.ndarray  # [M,B,T] int32, 0 is padding
-    sampled: np.ndarray  # [M,B,T] bool: the loss covers these tokens and no others
-    columns: dict[str, np.ndarray]  # [M,B,T] float32 each, 0 where not sampled; "advantages", what a loss asks for
+    sampled: np.ndarray  # [M,B,T] bool: the loss covers only these tokens
+    columns: dict[str, np.ndarray]  # [M,B,T] float32 each, 0 where not sampled: inputs of the loss, like "advantages"
     micro_batches: np.ndarray  # [] int32
 
 
 def first_fit(
     lengths: Sequence[int], row_length: int, prefixes: Sequence[tuple[int, ...]] | None = None
 ) -> list[list[int]]:
-    """Rows of indices, longest first into the first row with room (first-fit decreasing).
+    """The indices of the sequences in each row; the longest goes first, into the first row with room.
 
-    Sequences with one prefix, which is counted in their lengths, come together and need room for it once in a row.
+    That is first-fit decreasing. Sequences with the same prefix, which their lengths include, are placed together, and
+    the prefix takes room once in a row.
     """
     prefixes = prefixes or [()] * len(lengths)
     groups: dict[Hashable, list[int]] = {}
@@ -81,14 +83,14 @@ def first_fit(
 
 
 class Place(NamedTuple):
-    """Where tokens of an example stand in a batch: [start, stop) of a row of a micro-batch.
+    """Where a piece of an example is in a batch: [start, stop) of a row of a micro-batch.
 
-    They are all of the example, those of its prefix, for all that share it in this row, or the ones behind a prefix.
+    The piece is the whole example, a prefix that several examples share in this row, or the tokens after that prefix.
     Segments of a row count from 1.
     """
 
     example: int
-    first: int  # of the example's tokens
+    first: int  # index in the example of the piece's first token
     micro: int
     row: int
     start: int
@@ -107,7 +109,7 @@ class Place(NamedTuple):
 
 
 def shared_part(example: Example) -> tuple[int, ...]:
-    """The ids that an example may share with others: those before its first sampled token, but for the last of them."""
+    """The ids that an example may share with others: all before its first sampled token, except the last of these."""
     return tuple(example.ids[: max(int(np.argmax(example.sampled)) - 1, 0)])
 
 
@@ -135,16 +137,16 @@ def places(
 def pieces(
     members: Sequence[int], lengths: Sequence[int], prefixes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[int, int, int]]:
-    """The segments of a row, each an example and the bounds of its tokens: a prefix, then what goes on from it.
+    """The segments of a row, each an example and the bounds of its tokens: a shared prefix, then its continuations.
 
-    Whoever is alone with its prefix is whole.
+    An example that shares its prefix with no other one of the row is one segment.
     """
     for prefix, group in groupby(members, prefixes.__getitem__):
-        some = list(group)
-        shared = len(prefix) if len(some) > 1 else 0
+        indices = list(group)
+        shared = len(prefix) if len(indices) > 1 else 0
         if shared:
-            yield some[0], 0, shared
-        for index in some:
+            yield indices[0], 0, shared
+        for index in indices:
             yield index, shared, lengths[index]
 
 
@@ -157,9 +159,9 @@ def pack(
 ) -> Batch:
     """Pack examples into rows of `row_length`, and rows into micro-batches.
 
-    `max_micro_batches` fixes M so that one compiled step serves every batch; it stops after those in use. With
-    `share_prefixes` examples that begin with the same tokens, up to what was sampled, have them once in a row, if
-    there are fewer rows then; attention's kernel has to know of that (`models.attention.shares_prefixes`).
+    `max_micro_batches` fixes M, so that one compiled step serves every batch; the step skips the empty ones. With
+    `share_prefixes`, examples that begin with the same tokens before the first sampled one share them in a row, if that
+    needs fewer rows; attention's kernel must support it (`models.attention.shares_prefixes`).
 
     Raises:
         UserError: an example is longer than a row, or there are more rows than the micro-batches hold.

@@ -1,4 +1,4 @@
-"""What weights say of given tokens: those of a reference, a teacher, a critic, or the policy after a rollout."""
+"""Evaluate given tokens with a model: a reference, a teacher, a critic, or the policy after a rollout."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,9 @@ from retool_jax.models.sharding import param_shardings
 
 
 class Scorer:
-    """Outputs of a model for examples: `scorer(params, examples)`.
+    """The outputs of a model for examples: `scorer(params, examples)`.
 
-    `max_micro_batches` fixes the shape of what is computed, so that one executable serves all steps; it stops after
-    those in use.
+    `max_micro_batches` fixes the shapes, so that one executable serves all steps; it skips empty micro-batches.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class Scorer:
         self._compiled = jax.jit(
             self._score,
             in_shardings=(param_shardings(outputs.model, mesh, outputs.value_head), Batch(*[rows] * 5, everywhere)),
-            out_shardings=everywhere,  # so that every process can read all of it
+            out_shardings=everywhere,  # so that every process can read the whole result
             compiler_options=meshes.update_options(mesh),
         )
 
@@ -54,12 +53,12 @@ class Scorer:
         return jax.lax.fori_loop(0, batch.micro_batches, body, room_for(self.outputs.names, batch))
 
     def __call__(self, params: Params, examples: Sequence[Example]) -> dict[str, list[np.ndarray]]:
-        """By the output's name, for each example a float32 array with a value for each of its tokens, 0 if not sampled.
+        """For each output name and each example, a float32 array of a value per token, 0 where not sampled.
 
         Raises:
             UserError: an example is longer than a row, or there are more rows than the micro-batches hold.
         """
-        # Without columns, which are not looked at and would be part of the program's shape.
+        # Without columns: they are not needed, and would change the shape of the compiled program's input.
         bare = [Example(example.ids, example.sampled) for example in examples]
         batch = pack(bare, *self._rows, self._max_micro_batches, self._share_prefixes)
         with jax.set_mesh(self._mesh):
@@ -71,6 +70,6 @@ class Scorer:
         return found
 
     def lower(self, params: Params, batch: Batch) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, which may be abstract; the batch has no columns."""
+        """The program for arguments of these shapes, which may be abstract; the batch must have no columns."""
         with jax.set_mesh(self._mesh):
             return self._compiled.lower(params, batch)

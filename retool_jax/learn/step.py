@@ -1,4 +1,4 @@
-"""One jitted step for every kind of training: accumulate gradients over micro-batches, then step the optimiser."""
+"""One jitted training step for SFT, policies and critics: accumulate gradients over micro-batches, then update."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,26 +29,26 @@ WEIGHTS = "weights"  # the column that multiplies the loss of each token
 
 
 class TokenTerms(NamedTuple):
-    """What a loss says about every token of a micro-batch; values outside the sampled tokens are ignored."""
+    """What a loss returns for every token of a micro-batch; values of tokens that were not sampled are ignored."""
 
     loss: jax.Array  # [B,T], minimised
     metrics: dict[str, jax.Array]  # [B,T] each, logged as means over sampled tokens
-    spread: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it, and a proxy would be no pytree
+    spread: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it, and a mapping proxy is not a pytree
     """[B,T] each, logged as NAME_mean, NAME_std, NAME_p99 and NAME_max over sampled tokens (`spread_of`)."""
 
 
-# From the outputs of a micro-batch, [B,T] each and 0 where nothing was sampled, and the micro-batch with its columns.
+# Takes the model's outputs for a micro-batch, [B,T] each and 0 where not sampled, and the micro-batch with its columns.
 TokenLoss = Callable[[Columns, Batch], TokenTerms]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a step computes of each token for its loss, by name.
+    """What a model computes for each token, by name.
 
-    `logprobs` is the log-probability of a sampled token given those before it in its segment, and `entropy`, in nats,
-    that of the distribution which it was drawn from; both of softmax(logits / temperature), and 0 where nothing was
-    sampled. Entropy carries a gradient only with `entropy_gradient`. `values` is a critic's: the value of what stood
-    before the token in its segment, so of the state in which it was drawn. All are 0 for the first token of a segment.
+    `logprobs` is the log-probability of a sampled token given the tokens before it in its segment. `entropy`, in nats,
+    is the entropy of the distribution that the token was sampled from. Both belong to softmax(logits / temperature) and
+    are 0 where nothing was sampled. Entropy carries a gradient only with `entropy_gradient`. `values` are a critic's:
+    the value of the state before the token, which is its prefix in its segment. The first token of a segment has 0.
     """
 
     model: ModelConfig
@@ -81,10 +81,9 @@ class Outputs:
 def token_logprobs(
     model: ModelConfig, params: Params, batch: Batch, temperature: float, entropy_gradient: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every sampled token given those before it in its segment, and the entropy it was drawn from.
+    """The log-probability of every sampled token given its prefix in its segment, and the entropy of its distribution.
 
-    Both [B,T] fp32, aligned with `batch.tokens`. What was not sampled has none and gets 0, as the first token of a
-    segment does.
+    Both [B,T] fp32, aligned with `batch.tokens`; 0 for tokens that were not sampled and for the first of a segment.
     """
     hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
 
@@ -99,19 +98,19 @@ def token_logprobs(
 
 
 def token_values(model: ModelConfig, params: Params, batch: Batch) -> jax.Array:
-    """A critic's value of what stands before each token in its segment, [B,T] fp32; the first of a segment gets 0."""
+    """A critic's value of each token's prefix in its segment, [B,T] fp32; the first token of a segment gets 0."""
     hidden = decoder.forward(model, params, batch.tokens, batch.positions, batch.segments)
     return _align(batch, decoder.values(params, hidden[:, :-1]))
 
 
 def _follows(batch: Batch) -> jax.Array:
-    """Which tokens [B,T] stand behind another one of their segment."""
+    """Which tokens [B,T] have another token of their segment before them."""
     same = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
     return jnp.pad(same, ((0, 0), (1, 0)))
 
 
 def _align(batch: Batch, x: jax.Array) -> jax.Array:
-    """What hidden states [B,T-1] say of the token behind each, as [B,T]; 0 for the first token of a segment."""
+    """Shift predictions [B,T-1] of each next token onto that token, [B,T]; the first token of a segment gets 0."""
     return jnp.where(_follows(batch), jnp.pad(x, ((0, 0), (1, 0))), 0.0)
 
 
@@ -125,7 +124,7 @@ def micro_batch(batch: Batch, index: jax.Array) -> Batch:
 
 
 def spread_of(values_MBT: jax.Array, sampled_MBT: jax.Array) -> Metrics:
-    """Mean, standard deviation, 99th percentile and maximum of a batch's sampled tokens; all 0 where there are none.
+    """Mean, standard deviation, 99th percentile and maximum over a batch's sampled tokens; all 0 if there are none.
 
     The percentile is NumPy's `quantile(x, 0.99)`: linear between the two tokens beside it.
     """
@@ -136,10 +135,10 @@ def spread_of(values_MBT: jax.Array, sampled_MBT: jax.Array) -> Metrics:
         return jnp.sum(jnp.where(sampled_MBT, x, 0.0)) / jnp.maximum(n, 1)
 
     mean = mean_of(values_MBT)
-    # On every device as a whole: an array cannot be sorted in parts.
+    # Replicated on every device: a sharded array cannot be sorted shard by shard.
     padded = meshes.constrain(jnp.where(sampled_MBT, values_MBT, jnp.inf), None, None, None)
     ordered = jnp.sort(padded.reshape(-1))
-    hundreds, rest = jnp.divmod(last, 100)  # 0.99 * last in whole numbers, which fp32 is too short for
+    hundreds, rest = jnp.divmod(last, 100)  # 0.99 * last in integers: fp32 would round it
     below = 99 * hundreds + 99 * rest // 100
     low, high = ordered[below], ordered[jnp.minimum(below + 1, last)]
     p99 = low + (high - low) * (99 * rest % 100 / 100)
@@ -155,10 +154,11 @@ def spread_of(values_MBT: jax.Array, sampled_MBT: jax.Array) -> Metrics:
 def loss_and_gradient(
     outputs: Outputs, token_loss: TokenLoss, params: Params, batch: Batch, dtype: str = "float32"
 ) -> tuple[Params, Metrics]:
-    """Gradient, added up in `dtype`, and metrics of the global token mean: sum over sampled tokens / their number.
+    """The gradient, accumulated in `dtype`, and the metrics of the mean loss over all sampled tokens of the batch.
 
-    A column "weights" multiplies the loss of each token, and no metric. Micro-batches are visited by a loop of dynamic
-    length, so memory is one micro-batch's and empty ones cost nothing; of a spread the whole batch's values are kept.
+    A column "weights" multiplies the loss of each token, but no metric. A loop of dynamic length runs over the
+    micro-batches: it needs the memory of one micro-batch, and empty ones cost nothing. Values for `spread` are kept for
+    the whole batch.
     """
     tokens = jnp.maximum(jnp.sum(batch.sampled), 1).astype(jnp.float32)
 
@@ -169,7 +169,7 @@ def loss_and_gradient(
         def mean(x: jax.Array) -> jax.Array:
             return jnp.sum(keep(x)) / tokens
 
-        # The loss's inputs are masked too: behind a mask on its value alone, 0 * NaN still reaches the gradient.
+        # Mask the loss's inputs, not only its value: otherwise 0 * NaN would reach the gradient.
         values = jax.tree.map(keep, outputs.of(params, micro))
         columns = jax.tree.map(keep, micro.columns)
         terms = token_loss(values, micro._replace(columns=columns))
@@ -183,7 +183,7 @@ def loss_and_gradient(
         micro = micro_batch(batch, index)
         weights, split = params, meshes.split_with_weights(micro.tokens.shape[0])
         if split:
-            # A compiler that sees the same weights gathered at every turn would keep them gathered through the loop.
+            # Without the barrier XLA would hoist the gather of the weights and keep all of them gathered in the loop.
             weights, _ = jax.lax.optimization_barrier((params, index))
         total, (metrics, spread) = add_gradient(total, partial(micro_loss, micro=micro), weights, split)
         return (total, jax.tree.map(jnp.add, sums, metrics)), collect(seen, spread, index)
@@ -201,51 +201,52 @@ def loss_and_gradient(
 
 
 def add_gradient(total: Params, loss: Callable, params: Params, by_layer: bool) -> tuple[Params, tuple]:
-    """A sum of gradients with that of `loss(params)` added to it, and what the loss returns beside its value.
+    """Add the gradient of `loss(params)` to `total`; returns the new total and the loss's auxiliary output.
 
-    With `by_layer` the gradient of a layer is added where it is made, and there is no second stack of those of all.
+    With `by_layer` the backward pass adds each layer's gradient in place, so no second stack of all layers' gradients
+    is held.
     """
-    value, pull_back, aside = jax.vjp(loss, params, has_aux=True)
+    value, pull_back, auxiliary = jax.vjp(loss, params, has_aux=True)
     sums, structure = jax.tree.flatten(total)
     weights = jax.tree.leaves(params, is_leaf=is_weight)
-    places = [
+    refs = [
         jax.new_ref(x) if by_layer and "layers" in w.logical and x.dtype == w.dtype else jax.ad.GradValue()
         for x, w in zip(sums, weights, strict=True)
     ]
-    (gradient,) = pull_back.with_refs(structure.unflatten(places))(jnp.ones_like(value))
-    found = jax.tree.leaves(gradient, is_leaf=lambda x: isinstance(x, jax.ad.GradRef))
+    (gradient,) = pull_back.with_refs(structure.unflatten(refs))(jnp.ones_like(value))
+    gradients = jax.tree.leaves(gradient, is_leaf=lambda x: isinstance(x, jax.ad.GradRef))
     added = [
-        jax.freeze(place) if isinstance(x, jax.ad.GradRef) else before + x.astype(before.dtype)
-        for before, place, x in zip(sums, places, found, strict=True)
+        jax.freeze(ref) if isinstance(x, jax.ad.GradRef) else before + x.astype(before.dtype)
+        for before, ref, x in zip(sums, refs, gradients, strict=True)
     ]
-    return structure.unflatten(added), aside
+    return structure.unflatten(added), auxiliary
 
 
 def room_for(names: Iterable[str], batch: Batch) -> Columns:
-    """For each name a place for a value of every token of the batch, [M,B,T] fp32."""
+    """For each name an array of zeros for a value of every token of the batch, [M,B,T] fp32."""
     return {name: meshes.constrain(jnp.zeros(batch.tokens.shape), "micro", "batch", "length") for name in names}
 
 
 def collect(seen: Columns, values: Columns, index: jax.Array) -> Columns:
-    """What was seen, with the values [B,T] of one micro-batch in their place."""
+    """Write the values [B,T] of micro-batch `index` into `seen`, arrays [M,B,T]."""
 
-    def put(room: jax.Array, x: jax.Array) -> jax.Array:
-        room = jax.lax.dynamic_update_index_in_dim(room, x.astype(room.dtype), index, 0)
-        return meshes.constrain(room, "micro", "batch", "length")
+    def put(whole: jax.Array, x: jax.Array) -> jax.Array:
+        whole = jax.lax.dynamic_update_index_in_dim(whole, x.astype(whole.dtype), index, 0)
+        return meshes.constrain(whole, "micro", "batch", "length")
 
     return {name: put(seen[name], x) for name, x in values.items()}
 
 
 def on_mesh(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch, the same on all hosts, with the rows of each host on its own devices; with one process as it is."""
+    """Put a batch that is equal on all hosts onto the mesh, each host its own rows; unchanged with one process."""
     rows, everywhere = meshes.sharding(mesh, "micro", "batch", "length"), meshes.replicated(mesh)
     return hosts.placed(batch, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, batch))
 
 
 class Step:
-    """A compiled step: `step(state, batch)` gives the new state and metrics as fp32 scalars. It consumes the old state.
+    """A compiled step: `step(state, batch)` returns the new state and fp32 scalar metrics. It donates the old state.
 
-    All batches of a run have the same shapes and the same columns, so that it is compiled once.
+    All batches of a run have the same shapes and columns, so it is compiled once.
     """
 
     def __init__(self, compiled: Callable, mesh: Mesh) -> None:
@@ -256,13 +257,13 @@ class Step:
             return self._compiled(state, on_mesh(batch, self._mesh))
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, which may be abstract: compiled and measured, not run."""
+        """The program for arguments of these shapes, which may be abstract, to compile and measure without running."""
         with jax.set_mesh(self._mesh):
             return self._compiled.lower(state, batch)
 
 
 def skipped(metrics: Mapping[str, object]) -> str:
-    """What to say of a step some of whose optimiser steps changed nothing; empty where all did."""
+    """A message if a gradient that was not finite made some optimiser steps change nothing; otherwise empty."""
     share = max(float(metrics.get(name, 0.0)) for name in ("update_skipped", "critic/update_skipped"))
     return f"{share:.0%} of its updates were left out, as their gradient was not finite" if share else ""
 
@@ -274,16 +275,15 @@ def make_step(
     mesh: Mesh,
     conclude: Callable[[Metrics], Metrics] | None = None,
 ) -> Step:
-    """The step that minimises a token loss of these outputs; `conclude` makes what is logged of its metrics.
+    """The step that minimises a token loss of these outputs; `conclude` turns its metrics into those that are logged.
 
-    A gradient that is not finite changes nothing: one of them would leave no weight a number, in this step and in all
-    that follow (as verl does).
+    A gradient that is not finite changes nothing (as in verl): one such update would turn all weights into NaN.
     """
     schedule, transformation = learning_rate(optimizer), make_optimizer(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradient, metrics = loss_and_gradient(outputs, token_loss, state.params, batch, optimizer.gradient_dtype)
-        gradient = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)  # a norm is no sum for bf16
+        gradient = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)  # a norm summed in bf16 would be inexact
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)

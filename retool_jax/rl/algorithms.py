@@ -1,4 +1,4 @@
-"""Algorithms as data: each is a record of its parts, and each part a pure function with its formula and its source."""
+"""Algorithms as data: each is a record of pure functions, which state their formulas and sources."""
 
 import difflib
 from collections.abc import Callable
@@ -25,18 +25,18 @@ from retool_jax.tools.toolbox import imported
 class Algorithm:
     """How a step learns from its scored trajectories.
 
-    `advantage` gives columns by name, one array [T_i] for each trajectory: "advantages", and for a critic "returns". A
-    trajectory whose advantages are all 0 is left out of the policy's batch. `loss` is of the tokens of a micro-batch,
-    from the policy's outputs and the batch's columns. `models` are trained or frozen beside the policy: "critic",
-    "teacher".
+    `advantage` returns columns by name, one array [T_i] for each trajectory: "advantages", and "returns" for a critic.
+    A trajectory whose advantages are all 0 is left out of the policy's batch. `loss` takes the policy's outputs for a
+    micro-batch and the micro-batch with its columns, and returns the loss of each token. `models` are used beside the
+    policy: "critic" is trained, "teacher" is frozen.
     """
 
     advantage: Advantage
     loss: Callable[[Columns, Batch, RLConfig], TokenTerms]
     aggregation: str = "token_mean"
-    columns: tuple[str, ...] = ("old_logprobs", "advantages")  # that the loss reads
+    columns: tuple[str, ...] = ("old_logprobs", "advantages")  # those that the loss reads
     models: tuple[str, ...] = ()
-    least_samples: int = 1  # of a prompt
+    least_samples: int = 1  # the smallest rl.group_size
 
 
 # DAPO is grpo with token_mean, clip.high above clip.low (both are defaults), groups.dynamic and reward.overlong_tokens.
@@ -57,10 +57,10 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
     """The algorithm that a config names: a name of `ALGORITHMS`, or my_package.my_module:MY_ALGORITHM.
 
     Raises:
-        UserError: there is none of that name, or the config asks of it what it does not do.
+        UserError: there is no such algorithm, or the config sets what it does not use.
     """
     name = rl.algorithm
-    algorithm = _own(name) if ":" in name else ALGORITHMS.get(name)
+    algorithm = _imported_algorithm(name) if ":" in name else ALGORITHMS.get(name)
     if algorithm is None:
         near = difflib.get_close_matches(name, ALGORITHMS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -91,7 +91,7 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
             f"rl.algorithm={name} has no teacher, so nothing reads rl.teacher; set rl.algorithm=opd, or leave that out"
         )
     unused = [key for key in ("discount", "gae_lambda", "critic") if getattr(rl, key) != getattr(RLConfig(), key)]
-    if unused and "critic" not in algorithm.models and ":" not in name:  # one's own may read them
+    if unused and "critic" not in algorithm.models and ":" not in name:  # the user's own algorithm may read them
         raise UserError(
             f"rl.algorithm={name} has no critic, so nothing reads {' and '.join(f'rl.{key}' for key in unused)}; set"
             " rl.algorithm=ppo, or leave that out"
@@ -110,12 +110,12 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
 
 
 def aggregation_of(rl: RLConfig, algorithm: Algorithm) -> str:
-    """How token losses become one number (`loss.aggregation_weights`): as the run says, else as the algorithm does."""
+    """How token losses are averaged (`loss.aggregation_weights`): the run's setting, or else the algorithm's."""
     return rl.aggregation or algorithm.aggregation
 
 
-def _own(name: str) -> Algorithm:
-    """The algorithm that `my_package.my_module:MY_ALGORITHM` names."""
+def _imported_algorithm(name: str) -> Algorithm:
+    """The user's own algorithm, from a name such as `my_package.my_module:MY_ALGORITHM`."""
     found = imported(name, "rl.algorithm")
     if not isinstance(found, Algorithm):
         raise UserError(

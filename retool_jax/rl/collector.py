@@ -1,11 +1,11 @@
-"""The trajectories of each step: drawn, scored and, where the algorithm asks for it, chosen.
+"""The trajectories of each step: sampled, scored and, with `rl.groups.dynamic`, selected.
 
-Groups are consumed in the order in which the sampler gave them out, whatever finished first, so neither long
-trajectories nor slow tools are seldom learned from. With `rl.ahead` = 0 a step's groups are drawn with the weights
-that learn from them, and nothing is under way when `take` returns. With k >= 1, groups of up to k further steps draw
-on while the caller updates, and take new weights between two dispatches (`engine.stale_rows`). No more are ever taken
-from the sampler than the k steps behind the present one consume at the least, so a token is never older than k steps
-when it is learned from.
+Groups are consumed in the order in which the sampler gave them out, even if later ones finish first, so training is
+not biased against long trajectories and slow tools. With `rl.ahead` = 0 a step's groups are sampled with the weights
+that learn from them, and nothing is in progress when `take` returns. With k >= 1, the groups of up to k further steps
+continue while the caller updates, and use new weights from the next dispatch on (`engine.stale_rows`). The collector
+takes only as many groups ahead as the next k steps need at least, so a token is never older than k steps when it is
+learned from.
 """
 
 import asyncio
@@ -39,26 +39,26 @@ T = TypeVar("T")
 class Rollouts(NamedTuple):
     """What a step learns from."""
 
-    trajectories: list[Trajectory]  # scored, group by group in the order of issue, rl.group_size each
-    statistics: Statistics  # since the last step's
+    trajectories: list[Trajectory]  # scored, group by group in the sampler's order, rl.group_size each
+    statistics: Statistics  # since the previous step
     numbers: dict[str, float]  # for the log, under groups/ and staleness/
-    others: Sequence[Trajectory] = ()  # of groups that were drawn and left out; accuracies are of all that was drawn
+    others: Sequence[Trajectory] = ()  # of groups that were sampled and left out; the logged accuracy includes them
 
 
 class _UnderWay(NamedTuple):
     group: Group
-    tasks: list[asyncio.Task[tuple[Trajectory, bool]]]  # one for each sample of this host's, see `Collector._play`
+    tasks: list[asyncio.Task[tuple[Trajectory, bool]]]  # `Collector._run_sample` for each sample of this host
 
 
 class Collector:
-    """Draws the groups that a sampler gives out: `async with Collector(...) as collector`.
+    """Samples the groups that a sampler gives out: `async with Collector(...) as collector`.
 
-    Methods belong to the thread of the event loop, which is the engine's. The caller's update may run in another one,
-    so that what is under way goes on meanwhile.
+    Call its methods on the event loop's thread, which is the engine's. The caller's update may run in another thread
+    while rollouts continue.
 
     Args:
-        step: steps that the engine's weights have learned from. `engine.version` is set to it, and `updated` counts it
-            on, so that a token's version is a step also after a resume.
+        step: the training step of the engine's weights. `engine.version` is set to it and `updated` increments it, so
+            the version of a token is a training step, also after a resume.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Collector:
     ) -> None:
         self._engine, self._tokenizer, self._tools = engine, tokenizer, tools
         self._sampler, self._rl, self._limits = sampler, rl, limits
-        self._service: Service | None = None  # while something is, or may soon be, under way
+        self._service: Service | None = None  # open while rollouts run ahead
         self._under_way: deque[_UnderWay] = deque()  # groups that were not consumed, in order
-        self._statistics = Statistics()  # of what was drawn since the last step, the service's latest aside
-        self._origin = time.perf_counter()  # of trajectories' times, with rl.ahead > 0
+        self._statistics = Statistics()  # since the last step, without what `_service` still holds
+        self._origin = time.perf_counter()  # trajectories' times count from here, with rl.ahead > 0
         engine.version = step
 
     async def __aenter__(self) -> "Collector":
@@ -85,74 +85,74 @@ class Collector:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    # --- what the loop asks for ---
+    # --- the interface of the loop ---
 
     async def take(self) -> Rollouts:
-        """The next step's trajectories, of weights that have learned from all steps before it.
+        """The next step's trajectories.
 
-        With `rl.groups.dynamic`, groups that are all right or all wrong are left out, and as many others are drawn as
-        are missing, `rl.groups.refills` times at most. A step that finds none at all has those that it began with,
-        which have nothing to tell apart.
+        With `rl.groups.dynamic`, groups that are all right or all wrong are left out and replaced by newly sampled
+        groups, in at most `rl.groups.refills` rounds. A step that finds no mixed group at all uses the groups that it
+        sampled first.
 
         Raises:
-            UserError: as `rollout`, or, among all that was drawn for a choice, more was dropped than `rl.max_dropped`.
+            UserError: as `rollout`; or more than `rl.max_dropped` was dropped while groups were being selected.
         """
         rl = self._rl
         drawn: list[list[Trajectory]] = []
-        found: list[list[Trajectory]] = []
+        selected: list[list[Trajectory]] = []
         counts: Counter[str] = Counter()
         ages: list[tuple[int, int]] = []
         for refills in range(rl.groups.refills + 1 if rl.groups.dynamic else 1):
-            groups, own, retried = await self._draw(rl.prompts_per_step - len(found))
-            new_ages = self._drop_stale(own)
-            retried += await self._score(own)
-            every = await _from_all((_named(own), new_ages, retried))
-            # Each group is one host's; here they stand in the order of issue again.
-            new = [next(filter(None, parts)) for parts in zip(*(told[0] for told in every), strict=True)]
-            ages += [age for told in every for age in told[1]]
-            retried = sum(told[2] for told in every)
+            groups, own, own_retried = await self._draw(rl.prompts_per_step - len(selected))
+            own_ages = self._drop_stale(own)
+            own_retried += await self._score(own)
+            by_host = await _from_all((_named(own), own_ages, own_retried))
+            groups_by_host, ages_by_host, retried_by_host = zip(*by_host, strict=True)
+            # Each group was sampled by one host, and is empty on the others.
+            new = [next(filter(None, parts)) for parts in zip(*groups_by_host, strict=True)]
+            ages += [age for host_ages in ages_by_host for age in host_ages]
             for group, trajectories in zip(groups, new, strict=True):
                 self._sampler.consumed(group, trajectories)
                 kind = _kind(trajectories, rl.reward)
                 counts[kind] += 1
                 if kind == "mixed" or not rl.groups.dynamic:
-                    found.append(trajectories)
+                    selected.append(trajectories)
             drawn += new
-            counts["retried"] += retried
+            counts["retried"] += sum(retried_by_host)
             counts["refills"] = refills
-            if len(found) == rl.prompts_per_step:
+            if len(selected) == rl.prompts_per_step:
                 break
             require_kept([t for trajectories in drawn for t in trajectories], rl.max_dropped)
         numbers = {f"groups/{name}": counts[name] for name in ("all_right", "all_wrong", "refills", "retried")}
         if rl.ahead:
-            old, spans = zip(*ages or [(0, 0)], strict=True)
-            numbers |= {"staleness/max": max(old), "staleness/mean": sum(old) / len(old)}
+            staleness, spans = zip(*ages or [(0, 0)], strict=True)
+            numbers |= {"staleness/max": max(staleness), "staleness/mean": sum(staleness) / len(staleness)}
             numbers |= {"staleness/span/max": max(spans), "staleness/span/mean": sum(spans) / len(spans)}
-        chosen = found or drawn[: rl.prompts_per_step]
-        taken = {id(trajectories) for trajectories in chosen}
+        selected = selected or drawn[: rl.prompts_per_step]
+        selected_ids = {id(trajectories) for trajectories in selected}
         return Rollouts(
-            [t for trajectories in chosen for t in trajectories],
+            [t for trajectories in selected for t in trajectories],
             together(await _from_all(self._take_statistics())),
             numbers,
-            [t for trajectories in drawn if id(trajectories) not in taken for t in trajectories],
+            [t for trajectories in drawn if id(trajectories) not in selected_ids for t in trajectories],
         )
 
     def updated(self, params: Params) -> None:
-        """Give the engine the weights that have learned from one step more; to be called once for each step."""
+        """Give the engine the weights of the next training step; call it once for each step."""
         self._engine.update_params(params)
 
     async def settle(self) -> None:
-        """Let what is under way run to its end, so that others may use the engine; `take` has it later."""
+        """Let rollouts in progress finish, so that others may use the engine; `take` returns them later."""
         if tasks := [task for under_way in self._under_way for task in under_way.tasks]:
-            await asyncio.wait(tasks)  # what one of them met is raised by the `take` that it is for
+            await asyncio.wait(tasks)  # `take` raises their errors when it comes to their group
         await self._stop()
 
     async def close(self) -> None:
-        """Drop what is under way and give everything back; a run that goes on from `state` draws it again."""
+        """Drop rollouts in progress and release everything; a run that resumes from `state` samples them again."""
         tasks = [task for under_way in self._under_way for task in under_way.tasks]
         self._under_way.clear()
         try:
-            await self._stop()  # drops dialogues and ends their tools, and with that their tasks
+            await self._stop()  # drops dialogues and cancels their tools, so their tasks end
         finally:
             await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -160,12 +160,12 @@ class Collector:
         """For a checkpoint, see `Sampler.state`."""
         return self._sampler.state()
 
-    # --- drawing ---
+    # --- sampling ---
 
     async def _draw(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
-        """The next groups with their trajectories, and how many of these were drawn a second time.
+        """The next groups, their trajectories, and how many of these were sampled a second time.
 
-        A group that another host draws has none here.
+        A group of another host has no trajectories here.
         """
         if self._rl.ahead:
             return await self._wait_for(count)
@@ -186,8 +186,8 @@ class Collector:
         return trajectories
 
     async def _wait_for(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
-        """As `_draw`, of what is under way, once there is enough of it for the next steps as well."""
-        left = self._rl.steps - self._engine.version - 1  # steps behind this one
+        """As `_draw`, from the groups in progress; before it waits, it submits groups for the next steps as well."""
+        left = self._rl.steps - self._engine.version - 1  # steps after this one
         more = count + min(self._rl.ahead, max(left, 0)) * self._rl.prompts_per_step - len(self._under_way)
         await self._submit(self._sampler.take(max(more, 0)))
         groups, drawn, retried = [], [], 0
@@ -196,7 +196,7 @@ class Collector:
             if tasks:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
-                    task.result()  # raises what a dialogue, or the engine, met
+                    task.result()  # raises the error of a dialogue or of the engine
             self._under_way.popleft()
             results = [task.result() for task in tasks]
             groups.append(group)
@@ -205,17 +205,17 @@ class Collector:
         return groups, drawn, retried
 
     async def _submit(self, groups: Sequence[Group]) -> None:
-        """Let groups draw beside those that are under way."""
+        """Start the dialogues of groups, beside those in progress."""
         if self._service is None:
             self._service = await Service(self._engine, self._tools.at_once if self._tools else 0).__aenter__()
         for group in groups:
             samples = _own_samples(group)
             pairs = zip(samples, self._dialogues(samples), strict=True)
-            tasks = [asyncio.create_task(self._play(self._service, *pair)) for pair in pairs]
+            tasks = [asyncio.create_task(self._run_sample(self._service, *pair)) for pair in pairs]
             self._under_way.append(_UnderWay(group, tasks))
 
-    async def _play(self, service: Service, sample: Sample, dialogue: Dialogue) -> tuple[Trajectory, bool]:
-        """Run a dialogue to its end, and once more where the machinery lost it; says whether that was so."""
+    async def _run_sample(self, service: Service, sample: Sample, dialogue: Dialogue) -> tuple[Trajectory, bool]:
+        """Run a dialogue to its end, and once more if the sandbox lost it; also returns whether it ran twice."""
         trajectory = await self._run(service, dialogue)
         if trajectory.end != End.SANDBOX_LOST:
             return trajectory, False
@@ -233,7 +233,7 @@ class Collector:
         return dialogues_of(self._engine, self._tokenizer, self._tools, samples, self._limits)
 
     async def _stop(self) -> None:
-        """Give the engine back, with nothing in flight."""
+        """Close the service, so that nothing is in flight on the engine."""
         service, self._service = self._service, None
         if service is not None:
             await service.close()
@@ -243,14 +243,15 @@ class Collector:
         statistics, self._statistics = self._statistics, Statistics()
         return statistics + self._service.take_statistics() if self._service is not None else statistics
 
-    # --- judging ---
+    # --- scoring ---
 
     async def _score(self, groups: Sequence[list[Trajectory]]) -> int:
-        """Score whole groups, and once more those with an answer that could not be compared; returns how many had one.
+        """Score groups. If an answer could not be compared, score its group once more; returns how many such answers.
 
-        Comparing takes long, so it is done beside the event loop.
+        Comparing is slow, so it runs in a thread beside the event loop.
         """
-        ends = await self._judge(groups)
+        ends = {trajectory.id: trajectory.end for group in groups for trajectory in group}
+        await self._score_once(groups)
         again = [group for group in groups if any(trajectory.end == End.CHECKER_LOST for trajectory in group)]
         lost = 0
         for trajectory in (trajectory for group in again for trajectory in group):
@@ -259,60 +260,57 @@ class Collector:
                 trajectory.end, trajectory.fault = ends[trajectory.id], ""
                 lost += 1
         if again:
-            await self._judge(again)
+            await self._score_once(again)
         return lost
 
-    async def _judge(self, groups: Sequence[list[Trajectory]]) -> dict[str, End]:
-        """Score them; returns the ends of all as they were before."""
+    async def _score_once(self, groups: Sequence[list[Trajectory]]) -> None:
         trajectories = [trajectory for group in groups for trajectory in group]
-        ends = {trajectory.id: trajectory.end for trajectory in trajectories}
         await asyncio.to_thread(score, self._tokenizer, trajectories, self._rl.reward, self._rl.group_size)
-        return ends
 
     def _drop_stale(self, groups: Sequence[Sequence[Trajectory]]) -> list[tuple[int, int]]:
-        """Drop what is older than `rl.max_staleness`; returns staleness and span of what was not dropped before.
+        """Drop trajectories older than `rl.max_staleness`; returns staleness and span of all not dropped before.
 
-        Staleness is the number of steps between the weights that drew a trajectory's oldest token and the present ones,
-        the span that between its oldest and its newest token.
+        Staleness is the number of steps between the weights that sampled a trajectory's oldest token and the current
+        weights. The span is the number of steps between its oldest and its newest token.
         """
         if not self._rl.ahead:
             return []
-        found, limit = [], self._rl.max_staleness
+        ages, limit = [], self._rl.max_staleness
         for trajectory in (trajectory for group in groups for trajectory in group if not trajectory.dropped):
             versions = [version for version in trajectory.versions if version >= 0]
             age = self._engine.version - min(versions)
-            found.append((age, max(versions) - min(versions)))
+            ages.append((age, max(versions) - min(versions)))
             if limit is not None and age > limit:
                 trajectory.end = End.DISCARDED
                 trajectory.fault = f"a token is {age} steps old (rl.max_staleness={limit})"
-        return found
+        return ages
 
 
 def _own_samples(group: Group) -> list[Sample]:
-    """What this host draws of a group: all of it or nothing, since its samples share a prompt."""
+    """The samples of a group that this host runs: all or none, since they share a prompt."""
     return group.samples if hosts.is_mine(group.number) else []
 
 
 def _named(groups: Sequence[list[Trajectory]]) -> Sequence[list[Trajectory]]:
-    """Groups with the host in the fault of each trajectory that its machinery lost."""
+    """The groups, with this host's name added to the fault of each dropped trajectory."""
     for trajectory in (trajectory for group in groups for trajectory in group if trajectory.dropped):
         trajectory.fault = hosts.here(trajectory.fault)
     return groups
 
 
 async def _from_all(value: T) -> list[T]:
-    """`hosts.gather` beside the event loop, so that what is under way here goes on while another host is waited for."""
+    """`hosts.gather` in a thread, so that rollouts here continue while this host waits for another one."""
     return await asyncio.to_thread(hosts.gather, value) if jax.process_count() > 1 else [value]
 
 
 def together(every: Sequence[Statistics]) -> Statistics:
-    """The statistics of all hosts, which worked side by side: their counts, and the time of the longest."""
+    """The statistics of all hosts, which worked in parallel: counts are summed, and the time is the longest one."""
     total = sum(every[1:], every[0])
     return dataclasses.replace(total, total_s=max(one.total_s for one in every))
 
 
 def _kind(group: Sequence[Trajectory], reward: RewardConfig) -> str:
-    """Whether a group's samples are all right, all wrong, or mixed; those that were dropped do not count."""
+    """Whether a group's samples are all right, all wrong, or mixed; dropped ones do not count."""
     right = {is_right(reward, trajectory) for trajectory in group if not trajectory.dropped}
     if not right:
         return "dropped"

@@ -26,19 +26,19 @@ class ClipConfig:
 
 @dataclass(frozen=True, config=CHECKED)
 class KLConfig:
-    """Keeps the policy near the run's first weights, the reference; without a coefficient there is no such model."""
+    """Keeps the policy near the run's first weights, the reference; with coefficient 0 there is no such model."""
 
     coefficient: NotNegative = 0.0
     estimator: Literal["k1", "k2", "k3"] = "k3"  # of a token's divergence (joschu.net/blog/kl-approx.html)
-    place: Literal["loss", "reward"] = "loss"  # a term of the loss, or taken from the advantage of its own token
+    place: Literal["loss", "reward"] = "loss"  # a term of the loss, or subtracted from each token's own advantage
 
 
 @dataclass(frozen=True, config=CHECKED)
 class CriticConfig:
     """PPO's critic: the policy's first weights with one output for the value of each token's prefix."""
 
-    warmup_steps: Count = 0  # RL steps in which the critic alone learns
-    value_clip: NotNegative = 0.5  # how far a value may move from the old one at full loss; 0: as far as it likes
+    warmup_steps: Count = 0  # RL steps at the start in which only the critic learns
+    value_clip: NotNegative = 0.5  # how far a value may move from the old one before its loss is clipped; 0: no clip
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -52,7 +52,7 @@ class TeacherConfig:
 
     init_from: str = ""  # a run or Hugging Face folder, or a hub id, with the policy's vocabulary and chat template
     form: Literal["plain", "gated"] = "plain"
-    coefficient: NotNegative = 1.0  # of the plain form
+    coefficient: NotNegative = 1.0  # c of the plain form
     gate_low: NotNegative = 0.0
     gate_high: NotNegative = 0.05
     gate_slope: NotNegative = 1.0
@@ -73,9 +73,9 @@ class TeacherConfig:
 class GroupsConfig:
     """Which prompts a step learns from."""
 
-    dynamic: bool = False  # leave out groups that are all right or all wrong, and draw others in their place (DAPO)
-    refills: Positive = 10  # rounds of drawing others before a step makes do with what it has
-    skip_solved: Count = 0  # pass over a prompt that was solved by all samples so many times in a row; 0: never
+    dynamic: bool = False  # replace groups that are all right or all wrong by newly sampled ones (DAPO)
+    refills: Positive = 10  # rounds of such sampling before a step continues with the groups that it has
+    skip_solved: Count = 0  # skip a prompt after so many groups in a row in which all samples solved it; 0: never
 
     def __post_init__(self) -> None:
         if self.refills != GroupsConfig.refills and not self.dynamic:
@@ -87,42 +87,42 @@ class GroupsConfig:
 
 @dataclass(frozen=True, config=CHECKED)
 class RLConfig:
-    """Samples of the policy, rewards on the final answer, clipped updates."""
+    """RL with a reward on the final answer and clipped policy updates."""
 
     algorithm: str = "grpo"  # or dr_grpo, rloo, gspo, cispo, ppo, opd, my_package.my_module:MY_ALGORITHM
     steps: Positive = 80
     prompts_per_step: Positive = 24
     group_size: Positive = 8  # samples per prompt
     minibatches: Positive = 2  # optimiser steps per rollout and epoch; divides prompts_per_step
-    epochs: Positive = 1  # how often a rollout is learned from
+    epochs: Positive = 1  # passes over each step's trajectories
     max_dropped: Annotated[float, Field(ge=0, le=0.99)] = 0.5
-    """Share of a step's trajectories that the machinery may lose before the run stops."""
+    """Share of a step's trajectories that may be dropped (infrastructure failures) before the run stops."""
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    """Above 0, since groups need different samples. Below 0.01 the rounding of a logit counts for nats, and above 100
-    any token is as likely as another."""
+    """Above 0, since groups need different samples. Below 0.01 the rounding of a logit changes a log-probability by
+    nats, and above 100 all tokens are almost equally likely."""
     row_length: Positive = 256  # T of a packed row; at least engine.max_length
     rows_per_micro: Positive = 4  # B of a micro-batch
     share_prefixes: bool = True
-    """Compute a prompt once for all its samples in a packed row, where attention_kernel is xla and that saves rows."""
+    """Compute a prompt once for all its samples in a packed row, if attention_kernel is xla and that saves rows."""
     aggregation: Literal["", "token_mean", "sequence_token_sum", "sequence_token_mean", "fixed"] = ""
-    """How token losses become one number (rl/loss.py); empty: as the algorithm says."""
+    """How token losses are averaged (rl/loss.py); empty: the algorithm's own way."""
     clip: ClipConfig = ClipConfig()
-    entropy_coefficient: NotNegative = 0.0  # of a bonus for the entropy of what tokens are drawn from
+    entropy_coefficient: NotNegative = 0.0  # of an entropy bonus
     old_logprobs: Literal["engine", "trainer"] = "engine"
-    """Whose log-probabilities are the old ones: as they were drawn, or computed again by the trainer."""
+    """Source of the old log-probabilities: recorded by the engine while sampling, or recomputed by the trainer."""
     correction: Literal["none", "token_tis", "sequence_mask", "band", "geometric"] = "none"
-    """For the difference of the two, which needs old_logprobs=trainer (rl/correction.py)."""
+    """Importance weights for the difference of the two (rl/correction.py); needs old_logprobs=trainer."""
     kl: KLConfig = KLConfig()
-    discount: Share = 1.0  # gamma, of PPO
-    gae_lambda: Share = 1.0  # of PPO
+    discount: Share = 1.0  # gamma, for PPO
+    gae_lambda: Share = 1.0  # for PPO
     critic: CriticConfig = CriticConfig()
     teacher: TeacherConfig = TeacherConfig()
     reward: RewardConfig = RewardConfig()
     groups: GroupsConfig = GroupsConfig()
-    ahead: Steps = 0  # steps that rollouts may run ahead of the weights that learn from them; 0 is exact
-    max_staleness: Count | None = None  # drop what holds tokens of weights older than so many steps; null: nothing
-    save_rollouts: bool = False  # keep each step's trajectories with all that the update needs, for replay=FOLDER
-    rollout_only: bool = False  # draw and keep them, and train nothing
+    ahead: Steps = 0  # steps that rollouts may run ahead of the weights that learn from them; 0 is exactly on-policy
+    max_staleness: Count | None = None  # drop trajectories with tokens of weights more steps old; null: drop none
+    save_rollouts: bool = False  # save each step's trajectories with all that the update needs, for replay=FOLDER
+    rollout_only: bool = False  # sample and save trajectories, and train nothing
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
@@ -152,6 +152,6 @@ class RLConfig:
             )
         if self.correction != "none" and self.old_logprobs != "trainer":
             raise UserError(
-                f"rl.correction={self.correction} weighs the engine's log-probabilities against the trainer's, which"
+                f"rl.correction={self.correction} compares the engine's log-probabilities with the trainer's, which"
                 " rl.old_logprobs=engine does not compute; set rl.old_logprobs=trainer, or rl.correction=none"
             )

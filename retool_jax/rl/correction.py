@@ -1,7 +1,8 @@
-"""Corrections for what engine and trainer make of the same weights: a weight of each drawn token in the policy's loss.
+"""Corrections for the mismatch of engine and trainer: a weight of each sampled token in the policy's loss.
 
-An engine computes in another order, and often in another type, than the trainer, so its tokens are draws of a slightly
-different policy. w = p_trainer / p_engine would undo that but for its variance, so every preset bounds it.
+The engine computes in another order than the trainer, and often in another type, so its tokens are samples of a
+slightly different policy. The importance weight w = p_trainer / p_engine corrects that, but its variance is large, so
+every preset bounds it.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ TIS_CAP = 2.0
 SEQUENCE_CAP = 3.0
 BAND = (0.5, 5.0)
 GEOMETRIC = (0.99, 1.01)
-EXPONENT = 20.0  # of a ratio, at most
+EXPONENT = 20.0  # limit of a log ratio
 
 
 def correction(preset: str, old: np.ndarray, engine: np.ndarray, sampled: np.ndarray) -> np.ndarray:
     """The weights of one trajectory's tokens, [T] float32, 0 where not sampled.
 
-    `old` are the trainer's log-probabilities and `engine` those of the draw, [T] each; r = exp(old - engine).
+    `old` are the trainer's log-probabilities and `engine` the engine's, [T] each; r = exp(old - engine).
 
     - none: 1.
     - token_tis: min(r, 2), truncated importance sampling token by token (fengyao.notion.site/off-policy-rl; the cap of
@@ -52,11 +53,11 @@ def correction(preset: str, old: np.ndarray, engine: np.ndarray, sampled: np.nda
 def correction_numbers(
     preset: str, old: Sequence[np.ndarray], engine: Sequence[np.ndarray], sampled: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """What a preset did to the sampled tokens of a step, over all of its trajectories.
+    """Metrics of a preset over the sampled tokens of all trajectories of a step.
 
-    `correction_share` is the share of tokens whose weight was cut (token_tis) or set to 0 (the others).
-    `correction_ess` is the effective sample size that is left, as a share of the tokens: (sum w)^2 / (n sum w^2)
-    (Kish, 1965); 0 where every weight is 0.
+    `correction_share` is the share of tokens whose weight was cut (token_tis) or set to 0 (the other presets).
+    `correction_ess` is the remaining effective sample size, as a share of the tokens: (sum w)^2 / (n sum w^2)
+    (Kish, 1965); 0 if every weight is 0.
     """
     cut, total, squares, tokens = 0, 0.0, 0.0, 0
     for old_i, engine_i, sampled_i in zip(old, engine, sampled, strict=True):

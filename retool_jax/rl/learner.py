@@ -1,4 +1,4 @@
-"""Scored trajectories to new weights: what models say of the tokens, advantages, batches, updates.
+"""Scored trajectories to new weights:
 
 old log-probs (the engine's, or the trainer's), values, teacher, reference -> advantage -> batches -> updates
 """
@@ -24,13 +24,13 @@ from retool_jax.rl.config import RLConfig
 from retool_jax.rl.correction import correction, correction_numbers
 from retool_jax.rollout.trajectory import Trajectory
 
-# Of a step's first batch: it is updated with the weights that sampled it, so that there the difference between the
-# engine's and the trainer's log-probabilities is numerics alone.
+# Metrics that are taken from a step's first batch only. It is updated with the weights that sampled it, so there the
+# engine's and the trainer's log-probabilities differ by numerics alone.
 MISMATCH = ("logprob_diff_", "mismatch_")
 
 
 class ActorCritic(NamedTuple):
-    """The state of a run with a critic: that of the policy, as of a run without one, and beside it the critic's."""
+    """The state of a run with a critic: the policy's fields, as in `TrainState`, and the critic's own state."""
 
     step: jax.Array
     params: Params
@@ -43,7 +43,7 @@ State = TrainState | ActorCritic
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model whose weights stay: a teacher, or the run's own first weights as a reference."""
+    """A model whose weights do not change: a teacher, or the run's own first weights as a reference."""
 
     scorer: Scorer
     params: Params
@@ -51,42 +51,45 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Learner:
-    """The compiled parts of an update; which of them there are follows from the algorithm."""
+    """The compiled parts of an update; the config says which of the optional ones exist."""
 
     rl: RLConfig
     algorithm: Algorithm
     longest: int  # tokens of the longest trajectory that a run allows
     update: Step
-    share_prefixes: bool = False  # a prompt once in a row for all its samples there
-    trainer: Scorer | None = None  # the policy's log-probabilities, where the engine's are not the old ones
+    share_prefixes: bool = False  # all samples of a prompt in a packed row share one copy of it
+    trainer: Scorer | None = None  # the policy's log-probabilities, with rl.old_logprobs=trainer
     critic: Step | None = None
     values: Scorer | None = None
-    frozen: Mapping[str, Frozen] = field(default_factory=dict)  # by what their log-probabilities are called
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)  # by the column name of their log-probabilities
 
 
 class Learned(NamedTuple):
-    """What came of a step."""
+    """The result of a step's updates."""
 
     state: State
     metrics: dict[str, float]
-    tokens: int  # that were learned from, in each epoch
+    tokens: int  # tokens of the trajectories that were learned from, counted once for all epochs
 
 
 def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: int) -> Learned:
-    """One step's updates from its scored trajectories, group by group; the first step is 1."""
+    """One step's updates from its scored trajectories, which come group by group; the first step is 1."""
     kept, groups = counted(trajectories, p.rl.group_size)
     if not kept:
         return Learned(state, {"groups_used": 0}, 0)
-    columns = told(p, state, kept)
+    columns = model_columns(p, state, kept)
     scored = scored_of(kept, groups, columns)
     columns |= p.algorithm.advantage(scored, p.rl)
     metrics: dict[str, float] = {}
     if "engine_logprobs" in columns:
-        three = columns["old_logprobs"], columns["engine_logprobs"], scored.sampled
-        columns["importance"] = [correction(p.rl.correction, *one) for one in zip(*three, strict=True)]
-        metrics |= correction_numbers(p.rl.correction, *three)
-    # A trajectory without any advantage, as in a group of equal rewards, teaches nothing: with it in the batch the
-    # token mean would depend on how many of them a step happens to hold.
+        pair = columns["old_logprobs"], columns["engine_logprobs"]
+        columns["importance"] = [
+            correction(p.rl.correction, old, engine, sampled)
+            for old, engine, sampled in zip(*pair, scored.sampled, strict=True)
+        ]
+        metrics |= correction_numbers(p.rl.correction, *pair, scored.sampled)
+    # Leave out trajectories whose advantages are all 0, as in a group of equal rewards. They teach nothing, and with
+    # them the token mean would depend on how many of them a step happens to hold.
     chosen = [bool(np.any(advantages)) for advantages in columns["advantages"]]
 
     def batches(names: Sequence[str], chosen: Sequence[bool], aggregation: str) -> list[Batch]:
@@ -94,21 +97,22 @@ def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: in
         return batches_of(p.rl, kept, groups, wanted, chosen, aggregation, p.longest, p.share_prefixes)
 
     if p.critic:
-        mine = batches(("returns", "old_values"), [True] * len(kept), "token_mean")
-        critic, numbers = updated(p.critic, state.critic, mine * p.rl.epochs)
+        critic_batches = batches(("returns", "old_values"), [True] * len(kept), "token_mean")
+        critic, numbers = run_updates(p.critic, state.critic, critic_batches * p.rl.epochs)
         state, metrics = state._replace(critic=critic), metrics | numbers
     if not p.critic or step > p.rl.critic.warmup_steps:
         optional = ("reference_logprobs", "engine_logprobs", "importance")
         names = [*p.algorithm.columns, *(name for name in optional if name in columns)]
-        mine = batches(names, chosen, aggregation_of(p.rl, p.algorithm))
-        policy, numbers = updated(p.update, TrainState(state.step, state.params, state.opt_state), mine * p.rl.epochs)
+        policy = TrainState(state.step, state.params, state.opt_state)
+        policy_batches = batches(names, chosen, aggregation_of(p.rl, p.algorithm))
+        policy, numbers = run_updates(p.update, policy, policy_batches * p.rl.epochs)
         state, metrics = state._replace(**policy._asdict()), metrics | with_sample_size(numbers)
     metrics["groups_used"] = len(set(groups[chosen].tolist()))
     return Learned(state, metrics, sum(len(t.ids) for t, use in zip(kept, chosen, strict=True) if use))
 
 
 def fingerprint(params: Params) -> str:
-    """Which weights these are, by the bits of each array added up: the same on every mesh."""
+    """A hash of the weights, from the sum of each array's bits; it is the same on every mesh."""
     return hashlib.blake2b(np.array(jax.device_get(_added_bits(params))).tobytes(), digest_size=8).hexdigest()
 
 
@@ -118,8 +122,8 @@ def _added_bits(params: Params) -> list[jax.Array]:
     return [jnp.sum(x.astype(jnp.uint32)) for x in bits]
 
 
-def told(p: Learner, state: State, kept: Sequence[Trajectory]) -> dict[str, list[np.ndarray]]:
-    """What is known of the tokens before the update, by name: the old log-probabilities and what other models say."""
+def model_columns(p: Learner, state: State, kept: Sequence[Trajectory]) -> dict[str, list[np.ndarray]]:
+    """Per-token values before the update, by column name: old log-probabilities and the outputs of other models."""
     recorded = [np.array(t.logprobs, np.float32) for t in kept]
     examples = [Example(t.ids, t.sampled) for t in kept]
     columns = {"old_logprobs": recorded}
@@ -133,8 +137,8 @@ def told(p: Learner, state: State, kept: Sequence[Trajectory]) -> dict[str, list
     return columns
 
 
-def updated(update: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
-    """One optimiser step per batch, and their mean metrics; of the engine's mismatch those of the first."""
+def run_updates(update: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
+    """One optimiser step per batch. Metrics are means over the batches, except `MISMATCH`: those of the first batch."""
     history: list[dict[str, float]] = []
     for batch in batches:
         state, metrics = update(state, batch)
@@ -146,7 +150,7 @@ def updated(update: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[
 
 
 def with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
-    """With the effective sample size of the engine's tokens for the trainer's policy, as a share of their number.
+    """Replace `mismatch_ratio` and its square by `mismatch_ess`, the effective sample size as a share of the tokens.
 
     (mean of w)^2 / mean of w^2 with w = trainer's / engine's probability (Kish, 1965).
     """

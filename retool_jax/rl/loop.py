@@ -1,18 +1,19 @@
 """Reinforcement learning with a Python interpreter. One step, in the order of `train` below:
 
-1. Draw n trajectories for each of the step's prompts: the policy writes turns, tools answer its calls (`collector.py`,
-   `rollout.py`). With `rl.ahead=0` the weights are those of the last update, so the draws are on-policy. A replay
-   takes those of an earlier run from files instead (`replay.py`).
-2. Score each by the final answer in its last turn (`reward.py`).
-3. Ask the models that the algorithm has beside the policy, and turn rewards into the advantage of each token that the
-   policy drew (`learner.py`, `advantage.py`). What the machinery lost has no part in it.
-4. Pack them into one batch per optimiser step and update: a loss that covers the drawn tokens and no others
-   (`batches.py`, `loss.py`, `learn`). Which advantage, which loss and which models is one record of `algorithms.py`.
-5. Hand the weights to the engine.
-6. Log; save; now and then look at held-out problems (`evaluation.py`).
+1. Sample n trajectories for each prompt of the step: the policy writes turns, tools answer its calls (`collector.py`,
+   `rollout.py`). With `rl.ahead=0` the weights are those of the last update, so the samples are on-policy. A replay
+   reads the trajectories of an earlier run from files instead (`replay.py`).
+2. Score each trajectory by the final answer in its last turn (`reward.py`).
+3. Run the algorithm's other models (critic, reference, teacher) and turn rewards into an advantage for each token that
+   the policy sampled (`learner.py`, `advantage.py`). Dropped trajectories (`Trajectory.dropped`) are left out.
+4. Pack the trajectories into one batch per optimiser step and update; the loss covers the sampled tokens only
+   (`batches.py`, `loss.py`, `learn`). A record in `algorithms.py` names the advantage, the loss and the models.
+5. Hand the new weights to the engine.
+6. Log, save a checkpoint, and at intervals evaluate on held-out problems (`evaluation`).
 
-Of several hosts each draws its share of 1 and of the looks, and the trajectories of all come together there. So each
-does the rest with the same batch, and the update is one computation on the devices of all (`hosts.py`).
+With several hosts, each host samples its share of the trajectories, in training and in evaluation, and then all hosts
+gather all trajectories. So every host continues with the same batch, and the update is one computation on the devices
+of all hosts (`hosts.py`).
 """
 
 import asyncio
@@ -41,68 +42,69 @@ from retool_jax.tools.toolbox import Toolbox
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with: made, and closed in the end, by whoever calls it."""
+    """What the loop works with. The caller creates and closes it."""
 
     rl: RLConfig
     rollout: RolloutConfig
     evaluation: EvaluationConfig
-    folder: Path  # of the run; trajectories are written there
+    folder: Path  # the run's folder; trajectories are written there
     tokenizer: Tokenizer
     problems: Mapping[str, Problems]  # by split
-    tools: Toolbox | None  # open; None: a text-only run
-    engine: Engine | None  # None: the rollouts are those of a replay, and nothing is looked at
+    tools: Toolbox | None  # already open; None: a text-only run
+    engine: Engine | None  # None: a replay, without evaluations
     rollouts: Collector | Replay
-    learner: Learner | None  # None: trajectories are drawn and kept, and nothing is learned
-    save: Callable[[int, State, dict], None]  # the state after a step, and where the rollouts stand
+    learner: Learner | None  # None: trajectories are sampled and saved, but nothing is trained
+    save: Callable[[int, State, dict], None]  # takes the step, the state after it, and `rollouts.state()`
     save_every: int  # steps
     log: MetricsLog
     bar: Progress
     clock: Clock
-    tokens: dict[str, int]  # decoded, and trained on, by the run so far; the loop counts on
+    tokens: dict[str, int]  # tokens that the run has decoded and trained on so far; the loop adds to it
 
 
 async def train(p: Parts, state: State, start: int | None) -> None:
-    """Train from the state after step `start` to the last step; None is a run that has only its first weights."""
+    """Train from the state after step `start` to the last step; `start` is None for a run without a checkpoint."""
     if start is None:
         p.save(0, state, p.rollouts.state())
-    await look(p, start or 0)  # what of it is not in the log: a look that was cut off, or that became due since
+    await evaluate_if_due(p, start or 0)  # also one of this step that was interrupted
     for step in range((start or 0) + 1, p.rl.steps + 1):
         with p.clock.part("rollout"):
-            drawn: Rollouts = await p.rollouts.take()  # 1, 2
-            every = [*drawn.trajectories, *drawn.others]
-            numbers = summarise(every, p.rl.max_dropped, p.evaluation.purposes, p.tokenizer) | drawn.numbers
+            rollouts: Rollouts = await p.rollouts.take()  # 1, 2
+            every = [*rollouts.trajectories, *rollouts.others]
+            numbers = summarise(every, p.rl.max_dropped, p.evaluation.purposes, p.tokenizer) | rollouts.numbers
         if (p.rl.save_rollouts or p.rl.rollout_only) and hosts.is_first():
-            write_rollouts(rollouts_path(p.folder, step), drawn.trajectories, p.rl.group_size, p.tokenizer)
+            write_rollouts(rollouts_path(p.folder, step), rollouts.trajectories, p.rl.group_size, p.tokenizer)
         with p.clock.part("update"):
             if p.learner:
-                # In a thread, so that rollouts that run ahead go on meanwhile.
-                work = asyncio.to_thread(learn, p.learner, state, drawn.trajectories, step)
-                state, learned, tokens = await work  # 3, 4
+                # In a thread, so that rollouts that run ahead continue meanwhile.
+                state, learned, tokens = await asyncio.to_thread(
+                    learn, p.learner, state, rollouts.trajectories, step
+                )  # 3, 4
                 numbers |= learned
                 p.tokens["update"] += tokens
             p.rollouts.updated(state.params)  # 5
 
-        p.tokens["decode"] += drawn.statistics.decoded_tokens  # 6
-        p.log.write("rl", step, numbers | performance(drawn.statistics, every))
-        speed = drawn.statistics.decoded_tokens / drawn.statistics.total_s
+        p.tokens["decode"] += rollouts.statistics.decoded_tokens  # 6
+        p.log.write("rl", step, numbers | performance(rollouts.statistics, every))
+        speed = rollouts.statistics.decoded_tokens / rollouts.statistics.total_s
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
-        if happened := faults(numbers):
-            p.bar.say(f"step {step}: {happened}{reasons(every)}")
-        if happened := skipped(numbers):
-            p.bar.say(f"step {step}: {happened}")
-        # Before the look, which may take long: a start after a kill takes the look again, not the step.
+        if warning := faults(numbers):
+            p.bar.say(f"step {step}: {warning}{reasons(every)}")
+        if warning := skipped(numbers):
+            p.bar.say(f"step {step}: {warning}")
+        # Save before a long evaluation: a run that is killed in it repeats the evaluation, not the step.
         if step % p.save_every == 0 or step == p.rl.steps:
             p.save(step, state, p.rollouts.state())
-        await look(p, step)
+        await evaluate_if_due(p, step)
 
 
-async def look(p: Parts, step: int) -> None:
-    """Measure accuracy on the splits whose turn it is after this step and whose numbers are not in the log already."""
+async def evaluate_if_due(p: Parts, step: int) -> None:
+    """Measure accuracy on the splits that are due after this step and whose numbers are not in the log yet."""
     due = splits_at(p.evaluation, step, p.rl.steps) if p.engine else []
     for split in due:
         if hosts.agreed(bool(looked(p.folder, step, split))):
             continue
-        await p.rollouts.settle()  # the engine is the look's alone
+        await p.rollouts.settle()  # the evaluation needs the engine for itself
         with p.clock.part("evaluation"):
             numbers = await evaluate(
                 p.engine,
@@ -122,5 +124,5 @@ async def look(p: Parts, step: int) -> None:
             f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
             f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
         )
-        if happened := faults(numbers):
-            p.bar.say(f"step {step}: {split}: {happened}")
+        if warning := faults(numbers):
+            p.bar.say(f"step {step}: {split}: {warning}")

@@ -1,4 +1,4 @@
-"""Policy losses: functions of a token's new and old log-probability and its advantage; how they are averaged."""
+"""Policy losses, functions of a token's new and old log-probability and its advantage, and how they are averaged."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ def clipped_policy_loss(
     arXiv 1707.06347 eq. 7, 2503.14476 eq. 8 and 1912.09729 eq. 5. Returns the loss and whether a bound was active, both
     shaped like `logprobs`.
     """
-    ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, 30.0))  # beyond every bound, and finite: inf * 0 is NaN
+    # exp(30) is above every bound and finite; an infinite ratio times an advantage of 0 would be NaN.
+    ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, 30.0))
     bounded = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
     loss = -jnp.minimum(ratio * advantages, bounded * advantages)
     capped = jnp.where(advantages < 0, jnp.minimum(loss, -clip.dual * advantages), loss)
@@ -31,15 +32,15 @@ def clipped_policy_loss(
 def sequence_policy_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: ClipConfig, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """GSPO: `clipped_policy_loss` whose ratio is that of the whole sequence, s = exp(mean of new - old).
+    """GSPO: `clipped_policy_loss` with the ratio of the whole sequence, s = exp(mean of new - old).
 
-    The mean is over the sequence's sampled tokens (arXiv 2507.18071 eq. 7), so a bound holds or frees all of them. In
-    the token form of eq. 14, s_t = sg(s) r_t / sg(r_t): its value is s, its gradient s times that of the token's own
-    log-probability. Averaged per sequence these add up to the gradient of eq. 10, and advantages may differ by token.
+    The mean is over the sequence's sampled tokens (arXiv 2507.18071 eq. 7), so a bound clips all of them or none. This
+    is the token form of eq. 14, s_t = sg(s) r_t / sg(r_t): its value is s, its gradient s times that of the token's own
+    log-probability. The mean over a sequence has the gradient of eq. 10, and advantages may differ by token.
     """
     log_ratio = logprobs - old_logprobs
     shared = jax.lax.stop_gradient(sequence_means(log_ratio, batch))
-    own = log_ratio - jax.lax.stop_gradient(log_ratio)  # 0, with a gradient
+    own = log_ratio - jax.lax.stop_gradient(log_ratio)  # its value is 0, its gradient is not
     return clipped_policy_loss(shared + own, jnp.zeros_like(shared), advantages, clip)
 
 
@@ -48,8 +49,8 @@ def truncated_policy_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """CISPO: -sg(clip(r, 1 - low, 1 + high)) A log p;  r = exp(new - old), and sg stops the gradient.
 
-    arXiv 2506.13585 eq. 4 and 5: a bound limits how much a token counts, and none stops counting. `dual` has no part in
-    it. Returns the loss and whether a bound was active.
+    arXiv 2506.13585 eq. 4 and 5: a bound limits the weight of a token, and every token keeps its gradient. `dual` is
+    not used. Returns the loss and whether a bound was active.
     """
     ratio = jax.lax.stop_gradient(jnp.exp(jnp.minimum(logprobs - old_logprobs, 30.0)))
     weight = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
@@ -57,7 +58,7 @@ def truncated_policy_loss(
 
 
 def sequence_means(values: jax.Array, batch: Batch) -> jax.Array:
-    """Each token's mean of `values` [B,T] over the sampled tokens of its segment; 0 where a segment has none."""
+    """For each token the mean of `values` [B,T] over the sampled tokens of its segment; 0 if the segment has none."""
 
     def total(x: jax.Array) -> jax.Array:
         def row(x: jax.Array, segments: jax.Array) -> jax.Array:
@@ -69,34 +70,34 @@ def sequence_means(values: jax.Array, batch: Batch) -> jax.Array:
 
 
 def clipped_loss(outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
-    """The loss of GRPO, PPO and their relatives: `clipped_policy_loss`, completed."""
+    """The loss of GRPO, Dr. GRPO, RLOO, PPO and on-policy distillation: `clipped_policy_loss`, `completed`."""
     columns = batch.columns
     pair = clipped_policy_loss(outputs["logprobs"], columns["old_logprobs"], columns["advantages"], rl.clip)
     return completed(*pair, outputs, batch, rl)
 
 
 def sequence_loss(outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
-    """GSPO's loss: `sequence_policy_loss`, completed."""
+    """GSPO's loss: `sequence_policy_loss`, `completed`."""
     columns = batch.columns
     pair = sequence_policy_loss(outputs["logprobs"], columns["old_logprobs"], columns["advantages"], rl.clip, batch)
     return completed(*pair, outputs, batch, rl)
 
 
 def truncated_loss(outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
-    """CISPO's loss: `truncated_policy_loss`, completed."""
+    """CISPO's loss: `truncated_policy_loss`, `completed`."""
     columns = batch.columns
     pair = truncated_policy_loss(outputs["logprobs"], columns["old_logprobs"], columns["advantages"], rl.clip)
     return completed(*pair, outputs, batch, rl)
 
 
 def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Batch, rl: RLConfig) -> TokenTerms:
-    """A policy loss with all that a run may add to it, and what is logged of it.
+    """A policy loss with the terms that a run may add to it, and the metrics.
 
         importance * policy + coefficient * KL(policy || reference) - entropy_coefficient * entropy
 
-    Column "importance" is the weight of `rl.correction`. With rl.kl.place=reward the divergence is part of the
-    advantages already and only logged, as `kl`; so is the divergence from a teacher, as `teacher_kl`. What is logged is
-    a mean over all sampled tokens, also over those whose importance is 0.
+    Column "importance" is the weight of `rl.correction`. With rl.kl.place=reward the KL is already part of the
+    advantages, so here it is only logged, as `kl`; so is the KL from a teacher, as `teacher_kl`. Logged means are over
+    all sampled tokens, also those with an importance of 0.
     """
     logprobs, columns = outputs["logprobs"], batch.columns
     loss = policy * columns["importance"] if "importance" in columns else policy
@@ -109,23 +110,23 @@ def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Ba
         metrics["teacher_kl"] = columns["old_logprobs"] - columns["teacher_logprobs"]
     if rl.entropy_coefficient:
         loss = loss - rl.entropy_coefficient * outputs["entropy"]
-    if "engine_logprobs" in columns:  # old ones are the trainer's
-        off = columns["old_logprobs"] - columns["engine_logprobs"]
+    if "engine_logprobs" in columns:  # the old ones are the trainer's
+        difference = columns["old_logprobs"] - columns["engine_logprobs"]
     else:
-        off = logprobs - columns["old_logprobs"]
-    return TokenTerms(loss, metrics | mismatch(off), {"logprob_diff": jnp.abs(off)})
+        difference = logprobs - columns["old_logprobs"]
+    return TokenTerms(loss, metrics | mismatch(difference), {"logprob_diff": jnp.abs(difference)})
 
 
-def mismatch(off: jax.Array) -> dict[str, jax.Array]:
-    """How far the engine's policy is from the trainer's, of `off` = log p_trainer - log p_engine of drawn tokens.
+def mismatch(difference: jax.Array) -> dict[str, jax.Array]:
+    """How far the engine's policy is from the trainer's, from log p_trainer - log p_engine of the sampled tokens.
 
-    `mismatch_k3` has KL(engine || trainer) as its mean. From the means of `mismatch_ratio` w = p_trainer / p_engine and
-    its square follows the effective sample size, (mean w)^2 / mean w^2. `mismatch_clipped` is the share of tokens that
-    the correction token_tis would cut, whatever the run's own is.
+    The mean of `mismatch_k3` is KL(engine || trainer). The means of `mismatch_ratio`, w = p_trainer / p_engine, and of
+    its square give the effective sample size, (mean w)^2 / mean w^2. `mismatch_clipped` is the share of tokens that the
+    correction token_tis would cut, whichever correction the run uses.
     """
-    ratio = jnp.exp(jnp.clip(off, -EXPONENT, EXPONENT))
+    ratio = jnp.exp(jnp.clip(difference, -EXPONENT, EXPONENT))
     return {
-        "mismatch_k3": divergence(jnp.zeros_like(off), off, "k3"),
+        "mismatch_k3": divergence(jnp.zeros_like(difference), difference, "k3"),
         "mismatch_ratio": ratio,
         "mismatch_ratio_squared": ratio * ratio,
         "mismatch_clipped": (ratio > TIS_CAP).astype(jnp.float32),
@@ -133,17 +134,17 @@ def mismatch(off: jax.Array) -> dict[str, jax.Array]:
 
 
 def aggregation_weights(aggregation: str, lengths: np.ndarray, longest: int) -> np.ndarray | None:
-    """How much the tokens of each trajectory count beside a plain mean over all of a batch's sampled tokens.
+    """The weight w of each trajectory's tokens in the mean over all sampled tokens of a batch.
 
-    `lengths` [n] are the numbers of sampled tokens of its trajectories, N their sum, and `longest` the tokens that a
-    trajectory may have. The step computes sum(w loss) / N, so that the loss of a batch is
+    `lengths` [n] are the numbers of sampled tokens of the batch's trajectories, N is their sum, and `longest` is the
+    number of tokens that a trajectory may have. The step computes sum(w loss) / N, so the loss of a batch becomes
 
-    - token_mean: sum of all / N (DAPO, arXiv 2503.14476 eq. 8); None, for there is nothing to weigh.
+    - token_mean: sum of all / N (DAPO, arXiv 2503.14476 eq. 8); returns None, since all weights are 1.
     - sequence_token_mean: mean over trajectories of the mean over their tokens (GRPO, arXiv 2402.03300 eq. 3).
     - sequence_token_sum: mean over trajectories of the sum over their tokens.
-    - fixed: sum of all / (n longest), which no batch's lengths change (Dr. GRPO, arXiv 2503.20783).
+    - fixed: sum of all / (n longest), independent of the batch's lengths (Dr. GRPO, arXiv 2503.20783).
 
-    Returns [n] float64. A trajectory without sampled tokens counts for nothing, n included.
+    Returns [n] float64. A trajectory without sampled tokens does not count in n.
     """
     tokens, count = int(np.sum(lengths)), max(np.count_nonzero(lengths), 1)
     if aggregation == "token_mean":

@@ -1,4 +1,4 @@
-"""Rollouts in files: what a step drew, with all that its update needs, and a reader that stands in for the engine.
+"""Rollouts in files: a step's trajectories with everything that the update needs, and a reader in place of the engine.
 
 `rl.save_rollouts=true` writes them, `replay=FOLDER` trains from them; the format is in `docs/data.md`.
 """
@@ -31,7 +31,7 @@ from retool_jax.shapes import FLAG, NUMBER, TEXT, WHOLE, OrNull
 from retool_jax.tokens.tokenizer import Tokenizer
 
 FOLDER = "rollouts"  # in a run's folder
-NEEDED = ("group", "ids", "sampled", "logprobs", "reward")  # of a line; docs/data.md has what else there may be
+NEEDED = ("group", "ids", "sampled", "logprobs", "reward")  # required in each line; docs/data.md has the optional ones
 SHAPE = {
     **{"id?": TEXT, "versions?": [WHOLE], "segments?": [SEGMENT], "tool_uses?": [CALL], "end?": TEXT, "fault?": TEXT},
     **{"temperature?": OrNull(NUMBER), "top_p?": NUMBER, "top_k?": WHOLE, "forced?": FLAG, "exact?": FLAG},
@@ -53,26 +53,26 @@ def rollouts_path(run: Path, step: int) -> Path:
 def write_rollouts(
     path: Path, trajectories: Sequence[Trajectory], group_size: int, tokenizer: Tokenizer | None = None
 ) -> None:
-    """One JSON object a line for each trajectory, in order, replacing the file in one step.
+    """Write one JSON object per line for each trajectory, in order, and replace the file atomically.
 
-    Log-probabilities are written as float32, which is what a batch holds, and come back to the bit; everything else
-    comes back as it is. A lone surrogate is written as JSON's escape of it.
+    Log-probabilities are written as float32, the type of a batch, and are read back bit for bit; all other values are
+    read back unchanged. A lone surrogate is written as its JSON escape.
 
     Args:
         path: the file.
-        trajectories: of a step, group by group, those that were dropped among them.
-        group_size: trajectories of a group.
-        tokenizer: of the policy, to write the text of each segment beside its ids; nobody reads it back.
+        trajectories: those of a step, group by group, including the dropped ones.
+        group_size: the number of trajectories in a group.
+        tokenizer: the policy's, to add the text of each segment for human readers; it is not read back.
     """
     with replacing(path, errors="backslashreplace") as file:
         for place, trajectory in enumerate(trajectories):
             record = record_of(trajectory, place // group_size, tokenizer)
-            # A reward of one's own may be a number of NumPy's.
+            # A user's own reward function may return a NumPy number.
             file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=float) + "\n")
 
 
 def record_of(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None = None) -> dict:
-    """A line of a file: all that a trajectory holds, what is short first."""
+    """A line of a file: all fields of a trajectory, with the long lists of `TOKENS` last."""
     t = trajectory
     segments = [vars(segment) for segment in t.segments]
     if tokenizer:
@@ -83,7 +83,7 @@ def record_of(trajectory: Trajectory, group: int, tokenizer: Tokenizer | None = 
         "tool_uses": [vars(use) for use in t.tool_uses],
         "verdict": vars(t.verdict) if t.verdict else None,
         "sampled": [int(x) for x in t.sampled],
-        "logprobs": [float(f"{x:.9g}") for x in t.logprobs],  # nine digits tell any two float32 apart
+        "logprobs": [float(f"{x:.9g}") for x in t.logprobs],  # nine digits are enough to distinguish any two float32
     }
     names = [*(name for name in held if name not in TOKENS), *(name for name in TOKENS if name in held)]
     return {"group": group} | {name: held[name] for name in names}
@@ -96,7 +96,7 @@ def read_rollouts(path: Path) -> list[Trajectory]:
     """The trajectories of a file, in order.
 
     Raises:
-        UserError: there is no such file, or a line of it is no trajectory.
+        UserError: there is no such file, or a line of it is not a trajectory.
     """
     return [trajectory for _, trajectory in _lines(path)]
 
@@ -122,10 +122,10 @@ def _lines(path: Path) -> list[tuple[int, Trajectory]]:
 
 
 def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
-    """A line's group and trajectory. Group, ids, sampled, logprobs and reward must be there, and no more.
+    """A line's group and trajectory. Only group, ids, sampled, logprobs and reward are required.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is no trajectory.
+        KeyError, TypeError, ValueError, AttributeError: it is not a trajectory.
     """
     group, ids, sampled, logprobs, reward = (record[name] for name in NEEDED)
     if not ids or not len(ids) == len(sampled) == len(logprobs):
@@ -172,7 +172,7 @@ def read_record(record: dict, number: int) -> tuple[int, Trajectory]:
 
 
 def _segments(sampled: Sequence[int]) -> Iterator[dict]:
-    """Who wrote what, as far as it follows from which ids were sampled."""
+    """The segments that follow from which ids were sampled: a prompt, then turns of the policy and of tools."""
     start = 0
     for drawn, run in groupby(sampled):
         stop = start + sum(1 for _ in run)
@@ -180,20 +180,20 @@ def _segments(sampled: Sequence[int]) -> Iterator[dict]:
         start = stop
 
 
-# --- in the place of an engine ----------------------------------------------------------------------------------------
+# --- in place of an engine --------------------------------------------------------------------------------------------
 
 
 class Replay:
-    """The saved rollouts of a run, step by step, with the surface of the collector that drew them.
+    """The saved rollouts of a run, step by step, with the same methods as the collector.
 
     Args:
-        folder: of the run that has them.
-        rl: of the run that learns from them.
-        vocab_size: of its model.
-        step: the last step that was learned from already.
+        folder: the folder of the run that saved them.
+        rl: the config of the run that learns from them.
+        vocab_size: the vocabulary of that run's model.
+        step: the last step that was already learned from.
 
     Raises:
-        UserError: there are none in the folder, or none of a step up to `rl.steps`.
+        UserError: the folder has no rollouts, or lacks those of a step up to `rl.steps`.
     """
 
     def __init__(self, folder: Path, rl: RLConfig, vocab_size: int, step: int = 0) -> None:
@@ -214,10 +214,10 @@ class Replay:
             )
 
     async def take(self) -> Rollouts:
-        """The next step's trajectories, as they were drawn and scored.
+        """The next step's trajectories, with their recorded rewards.
 
         Raises:
-            UserError: they cannot be read, or are not what this run can learn from.
+            UserError: they cannot be read, or this run cannot learn from them.
         """
         self._step += 1
         began = time.perf_counter()
@@ -227,13 +227,13 @@ class Replay:
         return Rollouts(trajectories, statistics, {})
 
     def updated(self, params: Params) -> None:
-        """New weights: what is replayed does not ask for them."""
+        """Does nothing: a replay does not use the weights."""
 
     async def settle(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: no rollouts are in progress."""
 
     def state(self) -> dict:
-        """What a checkpoint has to keep of it: nothing, since the step says it all."""
+        """Empty: a checkpoint's step is enough to continue."""
         return {}
 
     async def __aenter__(self) -> Self:
@@ -242,7 +242,7 @@ class Replay:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing is open."""
+        """Does nothing: no file stays open."""
 
     def _read(self, path: Path) -> list[Trajectory]:
         rl, lines = self._rl, _lines(path)

@@ -1,8 +1,8 @@
-"""Which prompts are drawn from next: one stream of groups in one order, whatever becomes of those before.
+"""Which prompts come next: one stream of groups in a fixed order.
 
-A group is taken, drawn somewhere, and consumed: learned from or left out. Groups are consumed in the order in which
-they were taken, so that a step's prompts do not depend on whose trajectories were short or whose tools were quick. A
-checkpoint keeps where the first group that was not consumed stands; after a resume it and those behind it are taken
+A group is taken, sampled, and then consumed: learned from or left out. Groups are consumed in the order in which they
+were taken, so a step's prompts do not depend on which trajectories were short or which tools were fast. A checkpoint
+keeps the position of the first group that was not consumed. After a resume, that group and all later ones are taken
 again, with the same requests.
 """
 
@@ -18,7 +18,7 @@ from retool_jax.rollout.trajectory import Trajectory
 
 
 class Group(NamedTuple):
-    """The samples of one prompt. Groups of a run are numbered from 0, and sample m's request is number * n + m."""
+    """The samples of one prompt. The groups of a run are numbered from 0; the request of sample m is number * n + m."""
 
     number: int
     problem: Problem
@@ -27,34 +27,34 @@ class Group(NamedTuple):
 
 @dataclass
 class Record:
-    """What became of a prompt so far; a trajectory that the machinery dropped has no part in it."""
+    """The results of a prompt so far; dropped trajectories do not count."""
 
     tried: int = 0  # trajectories
     right: int = 0
-    streak: int = 0  # of its latest groups, those that were all right
+    streak: int = 0  # how many of its latest groups in a row were all right
 
 
 class Sampler:
-    """Gives out groups and remembers how prompts fared.
+    """Gives out groups and remembers the results of each prompt.
 
     Args:
         problems: the stream.
-        rl: sizes, and how often in a row a prompt is solved before it is passed over (`groups.skip_solved`).
-        state: of a checkpoint, as `state` gave it; None at the beginning of a run, and empty where a checkpoint keeps
-            none, as that of a replay.
-        step: that of such a checkpoint, of a run in which group g had problem g.
+        rl: sizes, and after how many solved groups in a row a prompt is skipped (`groups.skip_solved`).
+        state: from a checkpoint, as `state` returned it; None at the beginning of a run, and empty if the checkpoint
+            has none, such as that of a replay.
+        step: the checkpoint's step if it has no state; group g then had problem g.
     """
 
     def __init__(self, problems: Problems, rl: RLConfig, state: dict | None = None, step: int = 0) -> None:
         if not state:
-            behind = step * rl.prompts_per_step
-            state = {"number": behind, "issued": [], "position": behind, "table": {}}
+            done = step * rl.prompts_per_step
+            state = {"number": done, "issued": [], "position": done, "table": {}}
         self._problems = problems
         self._rl = rl
         self._number: int = state["number"]  # of the first group that was not consumed
-        self._issued: list[int] = list(state["issued"])  # where in the stream it and those behind it stand
-        self._position: int = state["position"]  # what comes behind all of them
-        self._taken = 0  # of `issued`, from this object
+        self._issued: list[int] = list(state["issued"])  # positions in the stream of that group and later ones
+        self._position: int = state["position"]  # the next position to look at
+        self._taken = 0  # how many of `_issued` this object has given out
         self._table = {id: Record(*counts) for id, counts in state["table"].items()}
 
     def take(self, count: int) -> list[Group]:
@@ -65,10 +65,10 @@ class Sampler:
         return [self._group(self._number + i, self._issued[i]) for i in range(first, self._taken)]
 
     def consumed(self, group: Group, trajectories: Sequence[Trajectory]) -> None:
-        """Note that a group is done with, in the order of `take`, and what its scored trajectories say of its prompt.
+        """Record that a group is finished, in the order of `take`, and the results of its scored trajectories.
 
         Raises:
-            ValueError: it is not the first of those that were taken.
+            ValueError: it is not the first of the groups that were taken.
         """
         if not self._taken or group.number != self._number:
             raise ValueError(f"group {group.number} was consumed out of its turn: the next one is {self._number}")
@@ -83,7 +83,7 @@ class Sampler:
             record.streak = record.streak + 1 if all(right) else 0
 
     def state(self) -> dict:
-        """What a checkpoint keeps, as JSON; groups that are under way are in it as if they had not been taken."""
+        """What a checkpoint keeps, as JSON. Groups that were taken and not consumed count as not taken."""
         return {
             "number": self._number,
             "issued": list(self._issued),
@@ -97,10 +97,9 @@ class Sampler:
         return Group(number, problem, [Sample(problem, request, self._rl.temperature) for request in requests])
 
     def _next(self) -> int:
-        """The next position whose prompt is not to be passed over.
+        """The next position whose prompt is not skipped.
 
-        Where all prompts of a data set are, their streaks begin anew: the alternative to drawing from solved prompts
-        would be to draw from none.
+        If all prompts of a finite data set would be skipped, all streaks are reset, since no prompt would be left.
         """
         finite = self._problems.finite
         if finite is not None and all(self._solved(problem) for problem in finite):

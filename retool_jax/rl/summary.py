@@ -1,4 +1,4 @@
-"""What a run says of itself: the speed of each step, and `summary.json` with what its closing table shows."""
+"""The speed of each step, and `summary.json` with the numbers of the table at the end of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ SUMMARY = "summary.json"
 def performance(statistics: Statistics, trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
     """Wall-clock numbers of a step, under `perf/`: the only ones that differ between two runs of one config.
 
-    `trajectories` are those that the step drew. Rollouts that run ahead may end no turn within a step, whose quantiles
-    are None then.
+    `trajectories` are all that the step sampled. If rollouts run ahead and no turn ends within a step, the quantiles
+    are None.
     """
     turns = statistics.turn_s
     executed = [use for t in trajectories if not t.dropped for use in t.tool_uses if use.status not in NOT_RUN]
@@ -50,11 +50,11 @@ def summarise_run(
     tokens: Mapping[str, int],
     total_s: float,
 ) -> dict:
-    """What the closing table shows of a run of `steps`; time that no part claims is `other`.
+    """The numbers of the closing table of a run of `steps`; time outside all parts is `other`.
 
     Args:
         seconds: by part, as `Clock` counts them.
-        tokens: decoded and trained on, over all of the run's processes.
+        tokens: decoded and trained on, summed over all processes that worked on the run.
     """
     split = evaluation.final_split
     rates = {part: tokens[name] / seconds[part] for part, name in (("rollout", "decode"), ("update", "update"))}
@@ -76,7 +76,7 @@ def write_summary(folder: Path, summary: dict) -> None:
 
 
 def read_summary(folder: Path, steps: int) -> dict | None:
-    """The summary of a run of `steps`; None where there is none, or that of another number of steps."""
+    """The summary of a run of `steps`; None if there is none, or if it is of another number of steps."""
     try:
         summary = json.loads((folder / SUMMARY).read_text())
     except (FileNotFoundError, ValueError):
