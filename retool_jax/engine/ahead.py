@@ -1,4 +1,4 @@
-"""What an engine is going to run, from shapes alone: it can be compiled before there are weights."""
+"""The programs that an engine will run, from shapes alone, so that they can be compiled before weights are loaded."""
 
 import math
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, abstract_params, unstack, weight_dtype
 from retool_jax.models.rows import init_rows
 
-AT_ONCE = 2  # programs that are compiled side by side; more take memory and, of a few cores, no less time
+AT_ONCE = 2  # programs that are compiled in parallel; more need memory and save no time on a few cores
 
 
 class Shapes(NamedTuple):
-    """An engine's arrays and what its programs are called with, as shapes with shardings."""
+    """An engine's arrays and its programs' arguments, as shapes with shardings."""
 
     model: ModelConfig
     config: EngineConfig
@@ -42,7 +42,7 @@ class Shapes(NamedTuple):
         return engine_weights(self.model, self.layouts)
 
     def decode(self, pages: int) -> tuple:
-        """Of rows of so many pages."""
+        """The arguments of a decode of rows of `pages` pages."""
         slots, layouts, rows = self.config.slots, self.layouts, None
         if layouts.rows:
             length = pages * layouts.sizes.page_size
@@ -53,7 +53,7 @@ class Shapes(NamedTuple):
         return self.state, rows, self.weights, key, *host
 
     def extend(self, size: int, pages: int) -> tuple:
-        """Of the blocks of one size, by its place in `Sizes.tokens`, in rows of so many pages."""
+        """The arguments of a write of blocks of `Sizes.tokens[size]`, in rows of `pages` pages."""
         rows, tokens = self.layouts.sizes.rows[size], self.layouts.sizes.tokens[size]
         return self.state, self.weights, self.ints(rows, tokens), self.ints(rows, 3), self.ints(rows, pages)
 
@@ -66,46 +66,41 @@ def held_bytes(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in parts)
 
 
-class Call(NamedTuple):
-    program: Program
-    arguments: tuple
-
-
-def calls(shapes: Shapes, programs: Programs) -> Iterator[Call]:
-    """Every program that an engine can need, those first that take longest to compile."""
+def all_calls(shapes: Shapes, programs: Programs) -> Iterator[tuple[Program, tuple]]:
+    """Every program that an engine can need, with its arguments; those that take longest to compile come first."""
     sizes, slots, state = shapes.layouts.sizes, shapes.config.slots, shapes.state
     for pages in sizes.reads:
-        yield Call(programs.decode, shapes.decode(pages))
+        yield programs.decode, shapes.decode(pages)
         for size, (program, tokens) in enumerate(zip(programs.extend, sizes.tokens, strict=True)):
             if tokens == sizes.tokens[0] or FILLED * tokens <= pages * sizes.page_size:
-                yield Call(program, shapes.extend(size, pages))
-    yield Call(programs.copy_rows, (state, shapes.ints(2, slots)))
-    yield Call(programs.copy_pages, (state, shapes.ints(2, slots), shapes.ints()))
+                yield program, shapes.extend(size, pages)
+    yield programs.copy_rows, (state, shapes.ints(2, slots))
+    yield programs.copy_pages, (state, shapes.ints(2, slots), shapes.ints())
     for rows in set(sizes.rows):
         hidden = jax.ShapeDtypeStruct((rows, shapes.model.hidden_size), shapes.model.compute_dtype)
-        yield Call(programs.place_row, (state, hidden, shapes.ints(3)))
+        yield programs.place_row, (state, hidden, shapes.ints(3))
 
 
 def begin_to_compile(shapes: Shapes, programs: Programs) -> ThreadPoolExecutor:
-    """Compile every program that an engine can need in threads, several at a time, and return these at once.
+    """Start compiling every program that an engine can need, several at a time, and return the threads.
 
-    Whoever asks for a program waits for it (`Program.form`) and meets what its compilation met.
+    A caller of a program waits until it is compiled (`Program.form`), and gets the error if its compilation failed.
     """
     threads = ThreadPoolExecutor(AT_ONCE, AHEAD)
-    for program, arguments in calls(shapes, programs):
+    for program, arguments in all_calls(shapes, programs):
         threads.submit(program.form, *arguments)
     return threads
 
 
 def compile_all(shapes: Shapes, programs: Programs) -> None:
-    """Compile every program that an engine can need, and wait for those that others have begun with."""
+    """Compile every program that an engine can need, and wait for all, also for those that other threads compile."""
     with begin_to_compile(shapes, programs):
-        for program, arguments in calls(shapes, programs):
+        for program, arguments in all_calls(shapes, programs):
             program.form(*arguments)
 
 
 def placed(shapes: object, shardings: object) -> object:
-    """Shapes with shardings: a tree of these, or one for all."""
+    """Shapes with these shardings: a tree of shardings, or one sharding for all."""
     one = isinstance(shardings, jax.sharding.Sharding)
     where = jax.tree.map(lambda _: shardings, shapes) if one else shardings
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)

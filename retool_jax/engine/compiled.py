@@ -1,4 +1,4 @@
-"""An engine's programs as values: the mesh they run on, how arrays lie on it, and what is compiled before it starts."""
+"""An engine's compiled programs, the mesh that they run on, and the shardings of their arrays."""
 
 import threading
 import time
@@ -37,13 +37,14 @@ R = TypeVar("R")
 
 
 def decode_mesh(model: ModelConfig, mesh: Mesh, tp: int = 0) -> Mesh:
-    """The mesh that an engine runs on: those devices of a trainer's mesh that belong to this process.
+    """The mesh of an engine: the devices of a trainer's mesh that belong to this process.
 
-    `tp` of them split heads, feed-forward and vocabulary; the rows are dealt out over the others, with whole weights.
-    0 takes the most devices for which that works. Nothing lies on fsdp, whose weights would be gathered at every step.
+    Heads, feed-forward network and vocabulary are split over `tp` devices; 0 takes the most devices that divide them.
+    Rows are split over the rest, which hold copies of the weights. The fsdp axis has size 1, since its weights would be
+    gathered at every step.
 
     Raises:
-        UserError: so many devices do not split the model, or do not divide those that there are.
+        UserError: `tp` does not divide the model's dimensions or the number of devices.
     """
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     dimensions = {
@@ -67,11 +68,11 @@ def decode_mesh(model: ModelConfig, mesh: Mesh, tp: int = 0) -> Mesh:
 
 
 class Layouts(NamedTuple):
-    """How the engine's arrays lie on its mesh, for which its programs are compiled."""
+    """The shardings of the engine's arrays, for which its programs are compiled."""
 
     sizes: Sizes
     state: EngineState
-    rows: NamedSharding | None  # of each array of the dense rows; None where a kernel reads pages where they lie
+    rows: NamedSharding | None  # of each array of the dense copy; None if a kernel reads the pages in place
     weights: Params | dict
     everywhere: NamedSharding
 
@@ -93,28 +94,28 @@ class Layouts(NamedTuple):
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Into how many parts a mesh deals out the rows of a batch."""
+    """The number of parts into which a mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 class Program(Generic[P, R]):
-    """A function of the device with its compiled forms, one for each set of shapes that it was called with."""
+    """A jitted function and its compiled forms, one for each set of argument shapes."""
 
     def __init__(self, function: Callable[P, R], everywhere: NamedSharding) -> None:
         self._jitted = function
-        self._everywhere = everywhere  # where arguments go that come from the host
+        self._everywhere = everywhere  # the sharding of arguments that come from the host
         self._forms: dict[tuple, Future[Callable[P, R]]] = {}
-        self._lock = threading.Lock()  # of these
+        self._lock = threading.Lock()  # guards `_forms`
 
     def lower(self, *arguments: P.args) -> jax.stages.Lowered:
-        """The program for arguments, or abstract ones with their shardings, before it is compiled."""
+        """The lowered program for these arguments, which may be abstract with shardings."""
         with jax.set_mesh(self._everywhere.mesh):
             return self._jitted.lower(*arguments)
 
     def form(self, *arguments: P.args) -> Callable[P, R]:
-        """The compiled form for arguments, or abstract ones, of these shapes.
+        """The compiled form for arguments of these shapes, which may be abstract.
 
-        Any thread may ask for it: the first one compiles, others wait for that.
+        Any thread may call this: the first one compiles, and the others wait for it.
         """
         key = tuple(x.shape for x in arguments if hasattr(x, "shape"))
         with self._lock:
@@ -127,7 +128,7 @@ class Program(Generic[P, R]):
         if not known:
             try:
                 form.set_result(self.lower(*jax.tree.map(self._abstract, arguments)).compile())
-            except BaseException as error:  # an interrupt, too: nobody waits for what will not come
+            except BaseException as error:  # also an interrupt, so that no thread waits forever
                 form.set_exception(error)
                 del self._forms[key]
         return form.result()
@@ -141,10 +142,10 @@ class Program(Generic[P, R]):
 
 @dataclass(frozen=True)
 class Programs:
-    """What an engine runs on the device, for its layouts; states and dense rows are donated."""
+    """An engine's device programs for its layouts; states and dense rows are donated."""
 
     init_state: Callable[[], EngineState]
-    init_rows: Callable[[int], Rows]  # of so many tokens
+    init_rows: Callable[[int], Rows]  # takes the rows' length in tokens
     decode: Program[..., tuple[EngineState, Rows | None, jax.Array, jax.Array]]
     extend: tuple[Program[..., tuple[EngineState, jax.Array]], ...]  # one for each size of a block
     copy_rows: Program[[EngineState, np.ndarray], EngineState]
@@ -169,8 +170,8 @@ class Programs:
             init_rows=jax.jit(empty_rows, static_argnums=0, out_shardings=rows),
             decode=program(decode, (state, rows, everywhere, everywhere), donated=(0, 1)),
             extend=tuple(
-                program(partial(extend_rows, model, row_parts(mesh), some), (state, everywhere))
-                for some in sizes.at_once
+                program(partial(extend_rows, model, row_parts(mesh), at_once), (state, everywhere))
+                for at_once in sizes.at_once
             ),
             copy_rows=program(copy_rows, state),
             place_row=program(place_row, state),

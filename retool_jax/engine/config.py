@@ -1,4 +1,4 @@
-"""Sizes of an engine: what a run may set, what that comes to, and how writes are cut into calls of compiled sizes."""
+"""Sizes of an engine: the config, the sizes that follow from it, and how writes are cut into calls of these sizes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from retool_jax.errors import UserError
 from retool_jax.fields import CHECKED, MOST, Count, Positive
 
-CALL_TOKENS = 2048  # places of a call; what more is to be written takes several
-FILLED = 0.75  # of a block, at least; fewer tokens go into smaller ones
+CALL_TOKENS = 2048  # the most tokens of a call; longer writes take several calls
+FILLED = 0.75  # the least share of a block that tokens fill; fewer tokens go into smaller blocks
 Rows = Annotated[int, Field(ge=1, le=1 << 16)]
 Length = Annotated[int, Field(ge=1, le=1 << 24)]
 Late = Annotated[int, Field(ge=0, le=64)]
@@ -20,49 +20,49 @@ Late = Annotated[int, Field(ge=0, le=64)]
 class EngineConfig:
     """Sizes of the engine, and how its scheduler treats tools.
 
-    Every list of buckets is of compiled sizes; empty lists are filled in by `sizes`. Each pair of a size in
-    `token_buckets` and one in `read_buckets` is a program to compile at start.
+    The buckets are lists of compiled sizes; `sizes` fills in empty lists. Each pair of a size in `token_buckets` and
+    one in `read_buckets` is a program to compile at start.
     """
 
-    slots: Rows = 192  # B: trajectories that hold a cache row at once
+    slots: Rows = 192  # B: trajectories that hold a cache row at the same time
     max_length: Length = 128  # S: tokens of one trajectory, prompt and tool output included
     decode_steps: Annotated[int, Field(ge=1, le=1 << 16)] = 16  # most tokens per row and dispatch
     chunk_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    """Tokens of prompts and answers that go through the model at once; 0: 64 on a CPU, 128 where weights take longer to
-    read than that many tokens to compute."""
-    read_late: Late = 1  # dispatches that may be under way while the results of an earlier one are read
+    """Tokens of prompts and tool answers that go through the model at once; 0: 64 on a CPU, else 128, for which reading
+    the weights takes longer than computing."""
+    read_late: Late = 1  # dispatches that may be in flight while the results of an earlier one are read
     tool_lag: Annotated[int, Field(ge=-1, le=MOST)] = 1
     """Decode dispatches between a tool call and its answer's append; -1 appends answers as they come."""
     stale_rows: Literal["rewrite", "discard", "keep"] = "rewrite"
-    """When weights change under a conversation: rewrite its row, discard it, or keep what the old weights wrote."""
-    page_size: Count = 0  # tokens of a page; 0: 128 (TPU) or 64 (GPU) where a kernel reads pages, 16 elsewhere
+    """When weights change during a conversation: rewrite its row, discard it, or keep what the old weights wrote."""
+    page_size: Count = 0  # tokens of a page; 0: 128 (TPU) or 64 (GPU) with a kernel that reads pages, 16 otherwise
     pages: Count = 0
     """Pages of the cache, shared by all rows; 0: enough for every slot's max_length, and for prefix_tokens."""
     prefix_tokens: Count = 0
-    """Tokens of conversations that have ended whose pages are kept for those that go on from them; 0: none."""
+    """Tokens of ended conversations whose pages are kept for conversations that continue them; 0: none."""
     tp: Count = 0
-    """Devices of this process that split a row's heads; 0: the most that divide them and the vocabulary."""
+    """Devices of this process that split a row's heads; 0: the most that divide the heads and the vocabulary."""
     token_buckets: tuple[Positive, ...] = ()
-    """Tokens of the blocks that texts are written in; empty: 4 and 16, or 32 where the TPU's kernel reads pages."""
+    """Tokens of the blocks in which texts are written; empty: 4 and 16, or 32 with the TPU's kernel."""
     read_buckets: tuple[Positive, ...] = ()
-    """Tokens of a row that attention reads; empty: powers of two from 256 where no kernel reads only what is there."""
+    """Lengths of a row that attention reads; empty: powers of two from 256, or max_length with the TPU's kernel."""
 
 
 class Sizes(NamedTuple):
-    """What an engine's config comes to on a backend; bucket lists ascend, and the last holds everything."""
+    """The sizes of an engine on a backend; buckets are in ascending order."""
 
     page_size: int
     pages: int
     tokens: tuple[int, ...]  # of a block
     rows: tuple[int, ...]  # blocks of a call, for each size in `tokens`
     at_once: tuple[int, ...]  # blocks that go through the model together, a divisor of `rows`
-    reads: tuple[int, ...]  # in pages
+    reads: tuple[int, ...]  # in pages; the last is a whole row
 
 
 def sizes(config: EngineConfig, kernel: str, platform: str = "cpu", parts: int = 1) -> Sizes:
-    """Fill in what the config leaves open for an attention kernel, and cut it to what a row can hold.
+    """Fill in the sizes that the config leaves open, for an attention kernel, and limit them to a row's length.
 
-    `parts` is the number of devices that the blocks which go through the model together are dealt out to.
+    `parts` is the number of devices over which the blocks of a call are split.
     """
     page_size = min(config.page_size or {"ragged": 128, "triton": 64}.get(kernel, 16), config.max_length)
     row_pages = -(-config.max_length // page_size)
@@ -74,7 +74,7 @@ def sizes(config: EngineConfig, kernel: str, platform: str = "cpu", parts: int =
     tokens = up_to(given, min(given[-1], config.max_length))
     chunk = config.chunk_tokens or (64 if platform == "cpu" else 128)
     at_once = tuple(max(chunk // size, 1) * parts for size in tokens)
-    rows = tuple(max(CALL_TOKENS // (size * some), 1) * some for size, some in zip(tokens, at_once, strict=True))
+    rows = tuple(max(CALL_TOKENS // (size * blocks), 1) * blocks for size, blocks in zip(tokens, at_once, strict=True))
     reads = config.read_buckets or (() if kernel == "ragged" else [256 << i for i in range(16)])
     pages = config.pages or config.slots * row_pages + -(-config.prefix_tokens // page_size)
     if pages < row_pages:
@@ -93,26 +93,26 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 class Block(NamedTuple):
-    """Neighbouring tokens of a text that is written, as one row of a call."""
+    """Consecutive tokens of a text, written as one row of a call."""
 
-    text: int  # which one
-    start: int  # in it
+    text: int  # index of the text
+    start: int  # position of the first token in it
     count: int
 
 
 class Call(NamedTuple):
-    """One call of the model that writes tokens: the place of its size in `Sizes.tokens`, and its blocks."""
+    """One call of the model that writes tokens: the index of its size in `Sizes.tokens`, and its blocks."""
 
     size: int
     blocks: list[Block]
 
 
 def calls(sizes: Sizes, counts: Sequence[int]) -> list[Call]:
-    """The calls that write texts of so many tokens, to be made in this order.
+    """The calls that write texts with these numbers of tokens, in the order to make them.
 
-    A text is cut into as many blocks of the largest size as it fills, the last one to `FILLED`, and so on down; blocks
-    of the smallest size may be emptier. A block sees those of its text that stand before it in the same call, since a
-    layer's keys are written before they are read. How a text is cut depends on its length alone.
+    A text is cut into blocks of the largest size as long as it fills at least `FILLED` of one, then of the next smaller
+    size, and so on; blocks of the smallest size may hold fewer. A block sees earlier blocks of its text in the same
+    call, since a layer writes keys before it reads them. How a text is cut depends only on its length.
     """
     by_size: list[list[Block]] = [[] for _ in sizes.tokens]
     for text, count in enumerate(counts):

@@ -1,13 +1,14 @@
-"""The engine: rows of a live KV cache on the device, and the few programs that grow them.
+"""The engine: rows of a live KV cache on the device, and the few programs that extend them.
 
-A row holds one trajectory's keys and values for as long as it lives, tool calls included. A decode step *samples first
-and forwards after*: a token is drawn from the hidden state behind a row's last token, and only then written. So the
-last token of a turn is recorded and not in the cache; it comes with whatever is appended next.
+A row holds the keys and values of one trajectory for its whole life, tool calls included. A decode step *samples first
+and forwards afterwards*: it draws a token from the hidden state of the row's last token, and then writes the new token
+to the cache. So the last token of a turn is recorded but not in the cache; the next append writes it.
 
-When a row stops is decided on the device (lengths, budgets, stop ids), and where its tokens lie on the host
-(`pages.py`). So the host may dispatch before it has read what was drawn, with a page table as far as a row may come.
+The device decides when a row stops (lengths, budgets, stop ids); the host decides in which pages its tokens are
+(`pages.py`). So the host can dispatch before it has read earlier results, with a page table for the longest that each
+row may become.
 
-Buffers are donated to every call, so one thread at a time may use an engine: the one that built it, or took it over.
+Buffers are donated to every call, so only one thread may use an engine: the one that built it or called `take_over`.
 """
 
 import threading
@@ -38,13 +39,13 @@ from retool_jax.models.rows import Rows
 def compiled_for(
     model: ModelConfig, config: EngineConfig, own: Mesh, stop_ids: tuple[int, ...], trainer: Mesh
 ) -> tuple[Layouts, Programs, Callable[[Weights | None, Params], Weights]]:
-    """What an engine of these sizes compiles, which the next one of the same sizes in this process need not again."""
+    """The programs of an engine of these sizes. Later engines of the same sizes in this process share them."""
     layouts = Layouts.of(model, config, own)
     return layouts, Programs.of(model, config, layouts, stop_ids), make_adopt(model, layouts, trainer)
 
 
 def compile_ahead(model: ModelConfig, config: EngineConfig, mesh: Mesh, stop_ids: Sequence[int]) -> ThreadPoolExecutor:
-    """Begin to compile what an engine of these arguments can need, in the threads that are returned."""
+    """Start compiling every program that an engine with these arguments can need; returns the compiling threads."""
     config = shape_of(config)
     own = decode_mesh(model, mesh, config.tp)
     layouts, programs, _ = compiled_for(model, config, own, tuple(stop_ids), mesh)
@@ -52,7 +53,7 @@ def compile_ahead(model: ModelConfig, config: EngineConfig, mesh: Mesh, stop_ids
 
 
 def shape_of(config: EngineConfig) -> EngineConfig:
-    """A config without what only the host acts upon, so that engines which differ in that share their programs."""
+    """The config with fields that only affect the host reset, so that engines which differ in these share programs."""
     return replace(config, read_late=1, tool_lag=1, stale_rows="rewrite")
 
 
@@ -60,12 +61,12 @@ class Engine:
     """Holds the engine's buffers and weights. Methods dispatch work and return; only `read` waits for the device.
 
     Attributes:
-        mesh: the engine's own devices, of those of the mesh that it was given (`decode_mesh`).
-        pages: who owns which pages of the cache.
-        weights: its own copy, in its layout.
-        written: tokens that were given to `append` and `write_prefix`, up to now.
-        places: that the model was run on for them, padding included.
-        version: of the weights. `update_params` counts it on; whoever knows a better beginning than 0 may set it.
+        mesh: the devices of the given mesh that the engine uses (`decode_mesh`).
+        pages: which row owns which pages of the cache.
+        weights: its own copy, in its own layout.
+        written: how many tokens `append` and `write_prefix` have written so far.
+        places: how many positions the model computed for them, padding included.
+        version: of the weights. It starts at 0 and `update_params` increments it; a caller may set it.
     """
 
     def __init__(
@@ -82,23 +83,23 @@ class Engine:
         self.pages = Pages(self.sizes.pages, self.sizes.page_size)
         self.version = 0
         self.written = self.places = 0
-        self._let_go: deque[Hashable] = deque()  # names of prefixes, from any thread
+        self._released: deque[Hashable] = deque()  # names of prefixes to free; any thread may append
         self._run_key = jax.device_put(jax.random.key(seed), self.layouts.everywhere)
-        # What the host knows of each row: tokens written and budget left when everything dispatched had been read.
+        # The host's view of each row: tokens written and budget left as of the last results that were read.
         self._length = np.zeros(config.slots, np.int64)
         self._budget = np.zeros(config.slots, np.int64)
-        self._drawable = np.zeros(config.slots, bool)  # the hidden state is that behind the row's last token
-        self._changes = np.zeros((config.slots, CHANGES), np.int32)
+        self._drawable = np.zeros(config.slots, bool)  # the device has the hidden state of the row's last token
+        self._changes = np.zeros((config.slots, CHANGES), np.int32)  # turns that begin with the next dispatch
         self._unread: deque[Drawn] = deque()
         self._rows: Rows | None = None
-        self._stale = np.ones(config.slots, bool)  # rows whose dense copy is not what their pages hold
+        self._stale = np.ones(config.slots, bool)  # rows whose dense copy differs from their pages
         self.take_over()
         with jax.set_mesh(self.mesh):
             self._state = self._programs.init_state()
             self.weights = self._adopt(None, params)
 
     def take_over(self) -> None:
-        """Make the calling thread the one that may use the engine; nothing of it may be at work in another one."""
+        """Make the calling thread the one that may use the engine. No other thread may be using it now."""
         self._thread = threading.current_thread()
 
     def wait(self) -> None:
@@ -110,8 +111,8 @@ class Engine:
     def update_params(self, params: Params) -> None:
         """Take new weights from the trainer, resharded and cast; nothing is recompiled.
 
-        What rows hold is of the old weights then: a scheduler at work follows `config.stale_rows`. A row that is kept
-        draws its next token from the old weights' hidden state with the new weights' head.
+        Rows still hold keys and values of the old weights; a running scheduler applies `config.stale_rows`. A row that
+        is kept draws its next token from the old weights' hidden state with the new weights' head.
         """
         self._check_thread()
         self.version += 1
@@ -119,7 +120,7 @@ class Engine:
             self.weights = self._adopt(self.weights, params)
 
     def warm_up(self) -> None:
-        """Compile every program that this engine can need, so that none is compiled while it works."""
+        """Compile every program that this engine can need, so that none is compiled later."""
         for pages in self.sizes.reads:
             self._fit_rows(pages)
         compile_all(Shapes(self.model, self.config, self.layouts), self._programs)
@@ -138,13 +139,13 @@ class Engine:
     # --- rows ---
 
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Write tokens behind what rows hold, which parks them until `start`.
+        """Write tokens at the ends of rows. The rows do not draw until `start`.
 
         Raises:
             OutOfPages: the cache cannot hold them; nothing was written.
         """
         for row, ids in zip(rows, tokens, strict=True):
-            length = self._settled(row)
+            length = self._idle_length(row)
             if not ids:
                 raise ValueError(f"row {row} was given no tokens: there would be nothing to draw the next from")
             if length + len(ids) > self.config.max_length:
@@ -156,13 +157,13 @@ class Engine:
             self._drawable[row] = self._stale[row] = True
 
     def fork(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Make row `targets[i]` the trajectory of row `sources[i]`, sharing its pages: one prefill serves a group."""
+        """Make row `targets[i]` a copy of row `sources[i]` that shares its pages: one prefill serves a group."""
         slots = self.config.slots
         rows = np.zeros((2, slots), np.int32)
         rows[1] = slots
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            self._settled(target)
-            self.pages.fork(source, target, self._settled(source))
+            self._idle_length(target)  # raises if it is drawing
+            self.pages.fork(source, target, self._idle_length(source))
             self._length[target], self._drawable[target] = self._length[source], self._drawable[source]
             self._budget[target] = 0
             self._stale[target] = True
@@ -173,10 +174,11 @@ class Engine:
     def truncate(self, row: int, length: int) -> None:
         """Keep the first `length` tokens of a row; it needs an append before it can draw again.
 
-        Free of device work: the next append says where it begins. What is in flight for the row does not count.
+        Needs no work on the device: the next append passes its start position. Results in flight for the row are
+        ignored.
         """
         self._check_thread()
-        if not 0 <= length <= (reach := int(self._reaches()[row])):
+        if not 0 <= length <= (reach := int(self._max_lengths()[row])):
             raise ValueError(f"row {row} cannot keep {length} tokens: it holds at most {reach}")
         under_way = any(drawn.live[row] for drawn in self._unread)
         self._drawable[row] &= length == self._length[row] and not under_way
@@ -187,12 +189,12 @@ class Engine:
         self.pages.truncate(row, length)
 
     def free(self, row: int) -> None:
-        """Let go of a row and its pages."""
+        """Empty a row and free its pages."""
         self.truncate(row, 0)
         self.pages.free(row)
 
     def clear(self) -> None:
-        """Let go of every row, whatever is in flight for it."""
+        """Free every row, after reading all results in flight."""
         while self._unread:
             self.read(self._unread[0])
         for row in range(self.config.slots):
@@ -201,8 +203,8 @@ class Engine:
     # --- rows without a slot ---
 
     def park(self, row: int) -> Parked:
-        """Take a row whose turn has ended out of its slot; its pages stay, and `resume` puts them into any slot."""
-        parked = Parked(self._settled(row))
+        """Take a row whose turn has ended out of its slot. It keeps its pages, and `resume` puts it into any slot."""
+        parked = Parked(self._idle_length(row))
         self.pages.move(row, parked.name)
         self._length[row], self._drawable[row] = 0, False
         return parked
@@ -214,17 +216,17 @@ class Engine:
         self._length[row] = parked.length
 
     def share(self, source: int | Parked, length: int) -> Parked:
-        """Another holder of the first `length` tokens of a row, which it keeps when that row goes on or goes away."""
+        """A parked row that shares the first `length` tokens of a row; it keeps them whatever happens to that row."""
         parked = Parked(length)
         self.pages.fork(source.name if isinstance(source, Parked) else source, parked.name, length)
         return parked
 
     def drop(self, parked: Parked) -> None:
-        """Let go of a parked row's pages."""
+        """Free a parked row's pages."""
         self.pages.free(parked.name)
 
     def write_prefix(self, tokens: Sequence[int], behind: Prefix | None = None) -> Prefix:
-        """Write tokens outside the slots, from 0 or behind another prefix, which stays as it is.
+        """Write tokens outside the slots, from position 0 or after another prefix, which is not changed.
 
         Raises:
             OutOfPages: the cache cannot hold them; nothing was written.
@@ -242,11 +244,11 @@ class Engine:
             self.pages.free(name)
             raise
         prefix = Prefix(length, hidden, at, name)
-        prefix.let_go = weakref.finalize(prefix, self._let_go.append, name)
+        prefix.let_go = weakref.finalize(prefix, self._released.append, name)
         return prefix
 
     def place(self, prefix: Prefix, row: int) -> None:
-        """Make a row the trajectory of a prefix, sharing its pages, ready to draw; it may be placed many times."""
+        """Make a row a copy of a prefix that shares its pages, ready to draw. A prefix may be placed many times."""
         self.free(row)
         self.pages.fork(prefix.name, row, prefix.length)
         place = np.array([prefix.at, row, prefix.length], np.int32)
@@ -254,22 +256,22 @@ class Engine:
         self._length[row] = prefix.length
         self._drawable[row] = self._stale[row] = True
 
-    # --- what the host knows ---
+    # --- the host's view ---
 
     def length(self, row: int) -> int:
-        """Tokens that a row holds, as far as results were read."""
+        """The number of tokens that a row holds, as of the last results that were read."""
         return int(self._length[row])
 
     def counts(self) -> dict[str, int]:
         """Pages and rows in use, for leak tests."""
-        self._sweep()
+        self._free_released()
         return self.pages.counts()
 
     # --- drawing ---
 
     def start(self, row: int, turn: Turn) -> None:
-        """Let a row draw from the next dispatch on, until a stop id or its budget."""
-        length = self._settled(row)
+        """Let a row draw from the next dispatch on, until a stop id or the end of its budget."""
+        length = self._idle_length(row)
         if not 0 <= turn.budget <= self.config.max_length - length:
             raise ValueError(
                 f"row {row} has {length} of {self.config.max_length} tokens and cannot draw {turn.budget} more"
@@ -286,10 +288,10 @@ class Engine:
         self._changes[row, 6:] = [*turn.stop_ids, *[-1] * (STOPS - len(turn.stop_ids))]
 
     def decode(self, steps: int | None = None) -> Drawn:
-        """Begin one fused decode of at most `steps` tokens a row; the next may begin before its results are read.
+        """Dispatch a fused decode of at most `steps` tokens a row; the next may be dispatched before `read`.
 
         Raises:
-            OutOfPages: the live rows may outgrow the cache; nothing was dispatched.
+            OutOfPages: the cache may be too small for the live rows; nothing was dispatched.
         """
         most = self.config.decode_steps
         steps = most if steps is None else steps
@@ -297,8 +299,8 @@ class Engine:
             raise ValueError(f"{steps} steps were asked for; a dispatch has 1 to {most} (engine.decode_steps)")
         live = self._budget > 0
         rows = np.flatnonzero(live).tolist()
-        reaches = self._reaches(steps)[live].tolist()
-        self._take_pages(rows, self._length[live].tolist(), reaches, self._reaches()[live].tolist())
+        reaches = self._max_lengths(steps)[live].tolist()
+        self._take_pages(rows, self._length[live].tolist(), reaches, self._max_lengths()[live].tolist())
         farthest = max(reaches, default=1)
         width = bucket(self.pages.pages_for(farthest), self.sizes.reads)
         arguments = self._decode_arguments(steps, width, live)
@@ -311,30 +313,30 @@ class Engine:
         return drawn
 
     def read(self, drawn: Drawn) -> Turns:
-        """Wait for a dispatch's results, in the order of dispatch, and take note of how far rows have come."""
+        """Wait for a dispatch's results, in the order of dispatch, and update the host's view of the rows."""
         self._check_thread()
         if not self._unread or self._unread[0] is not drawn:
             raise ValueError("results are read once each, in the order in which they were dispatched")
-        self._unread.popleft()  # also where the device has failed, which is told here
+        self._unread.popleft()  # before the next line, which raises if the device has failed
         ints, floats = np.asarray(drawn.ints), np.asarray(drawn.floats)
         n = self.config.decode_steps
         tokens, real, length = ints[:, :n], ints[:, n : 2 * n], ints[:, 2 * n]
         counts = np.where(drawn.live, real.sum(1), 0)
         drew = counts > 0
-        ended = drew & (length - self._length < counts)  # a turn's last token is not written
+        ended = drew & (length - self._length < counts)  # the last token of a turn is not written
         self._budget -= counts
         self._length[drew] = length[drew]
         for row in np.flatnonzero(ended).tolist():
             self._end_turn(row)
-        reaches = self._reaches().tolist()
+        reaches = self._max_lengths().tolist()
         for row in np.flatnonzero(drew).tolist():
             self.pages.truncate(row, reaches[row])
         return Turns(tokens, floats[:, :n], floats[:, n:], counts, ended)
 
-    # --- how it is done ---
+    # --- helpers ---
 
     def _decode_arguments(self, steps: int, width: int, live: np.ndarray) -> tuple:
-        """What a decode of rows of `width` pages is called with; the dense copy is made or remade as they need it."""
+        """The arguments of a decode of rows of `width` pages; creates the dense copy if it is missing or too short."""
         slots = self.config.slots
         stale, count = np.zeros(slots, np.int32), 0
         if self.layouts.rows:
@@ -357,27 +359,27 @@ class Engine:
         )
 
     def _fit_rows(self, pages: int) -> None:
-        """Make the dense copy anew where rows of so many pages need one of another length."""
+        """Create the dense copy again if its length is not that of rows of so many pages."""
         length = pages * self.sizes.page_size
         if self.layouts.rows and (self._rows is None or self._rows.length != length):
-            self._rows = None  # its memory goes first
+            self._rows = None  # frees its memory first
             with jax.set_mesh(self.mesh):
                 self._rows = self._programs.init_rows(length)
             self._stale[:] = True
 
-    def _reaches(self, more: int = 0) -> np.ndarray:
-        """The most tokens that each row can hold once all in flight, and `more` steps, are done."""
+    def _max_lengths(self, more: int = 0) -> np.ndarray:
+        """The most tokens that each row can hold after all dispatches in flight and `more` steps."""
         ahead = sum((drawn.steps * drawn.live for drawn in self._unread), start=np.full(self.config.slots, more))
         return self._length + np.maximum(np.minimum(ahead, self._budget - 1), 0)
 
-    def _settled(self, row: int) -> int:
-        """A row's length, when it is not drawing."""
+    def _idle_length(self, row: int) -> int:
+        """A row's length; raises if the row is drawing."""
         if self._budget[row]:
             raise ValueError(f"row {row} is drawing; wait for its turn to end, or truncate it")
         return int(self._length[row])
 
     def _end_turn(self, row: int) -> None:
-        """Forget what is in flight for a row."""
+        """End a row's turn and ignore the results in flight for it."""
         self._budget[row] = 0
         for drawn in self._unread:
             drawn.live[row] = False
@@ -385,7 +387,7 @@ class Engine:
     def _write(
         self, names: list[Hashable], starts: list[int], tokens: Sequence[Sequence[int]], slots: list[int]
     ) -> list[tuple[jax.Array, int]]:
-        """Extend rows of the page tables; returns where each one's last hidden state is."""
+        """Write tokens to rows of the page tables; returns each row's hidden states [b,D] and its index in them."""
         reaches = [start + len(ids) for start, ids in zip(starts, tokens, strict=True)]
         self._take_pages(names, starts, reaches, starts)
         found: list = [None] * len(names)
@@ -396,16 +398,16 @@ class Engine:
             where[:, 2] = self.config.slots  # no such row: dropped
             for place, (i, start, count) in enumerate(blocks):
                 padded[place, :count] = tokens[i][start : start + count]
-                last = start + count == len(tokens[i])
-                where[place] = starts[i] + start, count, slots[i] if last else self.config.slots
+                is_last = start + count == len(tokens[i])
+                where[place] = starts[i] + start, count, slots[i] if is_last else self.config.slots
             width = bucket(self.pages.pages_for(int((where[:, 0] + where[:, 1]).max())), self.sizes.reads)
             table = np.zeros((rows, width), np.int32)
             table[: len(blocks)] = self.pages.table([names[block.text] for block in blocks], width)
             arguments = self._state, self.weights, padded, where, table
             self._state, hidden = self._run(self._programs.extend[size], *arguments)
-            some = self.sizes.at_once[size]
+            at_once = self.sizes.at_once[size]
             self.written += int(where[:, 1].sum())
-            self.places += -(-len(blocks) // some) * some * self.sizes.tokens[size]
+            self.places += -(-len(blocks) // at_once) * at_once * self.sizes.tokens[size]
             for place, block in enumerate(blocks):
                 found[block.text] = hidden, place
         return found
@@ -413,14 +415,14 @@ class Engine:
     def _take_pages(
         self, names: Sequence[Hashable], starts: Sequence[int], reaches: Sequence[int], kept: Sequence[int]
     ) -> None:
-        """Let every row write start .. reach, or, when the cache cannot hold them all, none: back to `kept` tokens."""
-        self._sweep()
+        """Give every row pages to write start .. reach; if the cache is too small, cut all back to `kept` and raise."""
+        self._free_released()
         copies = []
         try:
             for name, start, reach in zip(names, starts, reaches, strict=True):
                 copies += self.pages.ensure(name, start, reach)
         except OutOfPages:
-            self._copy_pages(copies)  # those rows have parted from what they shared
+            self._copy_pages(copies)  # these rows already have their own page instead of the shared one
             for name, length in zip(names, kept, strict=True):
                 self.pages.truncate(name, length)
             raise
@@ -435,7 +437,7 @@ class Engine:
             count = np.int32(len(part))
             self._state = self._run(self._programs.copy_pages, self._state, pages, count)
 
-    def _sweep(self) -> None:
-        """Give back the pages of prefixes that were let go."""
-        while self._let_go:
-            self.pages.free(self._let_go.popleft())
+    def _free_released(self) -> None:
+        """Free the pages of prefixes that are not used any more."""
+        while self._released:
+            self.pages.free(self._released.popleft())

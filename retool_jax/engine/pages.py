@@ -1,8 +1,8 @@
-"""Which row owns which pages of the cache: the host's bookkeeping, without a device.
+"""Which row owns which pages of the cache: bookkeeping on the host.
 
-Rows are any hashable names. A page is shared by every row whose first tokens it holds, and counted: it is free again
-when the last of them lets go. Sharing needs no care from anybody: before a row is written to, `ensure` gives it pages
-of its own where others hold the same (copy on write).
+Rows are named by any hashable objects. Rows with the same first tokens may share pages, which are reference-counted: a
+page becomes free when its last holder drops it. Sharing is copy-on-write: before a row is written to, `ensure` replaces
+the shared pages that it would write to by pages of its own.
 """
 
 from collections.abc import Hashable
@@ -13,7 +13,7 @@ from retool_jax.errors import UserError
 
 
 class OutOfPages(UserError):
-    """More tokens were asked for than the cache has free pages; nothing was changed."""
+    """The cache has too few free pages; nothing was changed."""
 
 
 class Pages:
@@ -22,21 +22,21 @@ class Pages:
     def __init__(self, count: int, page_size: int) -> None:
         self.count = count
         self.page_size = page_size
-        self._free = list(range(count - 1, -1, -1))  # the lowest is taken first
+        self._free = list(range(count - 1, -1, -1))  # a stack: the lowest page is taken first
         self._holders = [0] * count
         self._rows: dict[Hashable, list[int]] = {}
 
     @property
     def free_count(self) -> int:
-        """Pages that nobody holds."""
+        """The number of pages that no row holds."""
         return len(self._free)
 
     def pages_for(self, length: int) -> int:
-        """Pages that hold `length` tokens."""
+        """The number of pages for `length` tokens."""
         return -(-length // self.page_size)
 
     def needed(self, row: Hashable, start: int, length: int) -> int:
-        """Free pages that `ensure` with the same arguments would take."""
+        """The number of free pages that `ensure` with the same arguments would take."""
         if length <= start:
             return 0
         held = self._rows.get(row, [])
@@ -44,13 +44,13 @@ class Pages:
         return shared + max(self.pages_for(length) - len(held), 0)
 
     def ensure(self, row: Hashable, start: int, length: int) -> list[tuple[int, int]]:
-        """Let `row` hold `length` tokens and be the only one that sees positions from `start` on.
+        """Give `row` pages for `length` tokens, and pages of its own for positions from `start` on.
 
-        Returns the pages to copy on the device, (source, target), before anything is written: at most one, the page
-        that `start` lies in when others share it.
+        Returns the pages to copy on the device, (source, target), before anything is written. That is at most one: the
+        page of position `start`, if it is shared and holds tokens before `start`.
 
         Raises:
-            OutOfPages: there are not enough free pages; the row is as it was.
+            OutOfPages: there are not enough free pages; the row is unchanged.
         """
         if length <= start:
             return []
@@ -70,12 +70,12 @@ class Pages:
                 page = self._take()
                 if index * self.page_size < start:
                     copies.append((held[index], page))
-                self._let_go(held[index])
+                self._release(held[index])
                 held[index] = page
         return copies
 
     def fork(self, source: Hashable, target: Hashable, length: int) -> None:
-        """Make `target` hold the first `length` tokens of `source` by sharing its pages; what it held is let go."""
+        """Make `target` hold the first `length` tokens of `source` by sharing pages; its former pages are released."""
         shared = self._rows[source][: self.pages_for(length)]
         for page in shared:
             self._holders[page] += 1
@@ -83,24 +83,24 @@ class Pages:
         self._rows[target] = shared
 
     def move(self, source: Hashable, target: Hashable) -> None:
-        """Give what `source` holds the name `target`, whose own pages are let go."""
+        """Rename row `source` to `target`; the former pages of `target` are released."""
         self.free(target)
         if (held := self._rows.pop(source, None)) is not None:
             self._rows[target] = held
 
     def truncate(self, row: Hashable, length: int) -> None:
-        """Let go of the pages behind the first `length` tokens."""
+        """Release the pages after the first `length` tokens."""
         held = self._rows.get(row, [])
         while len(held) > self.pages_for(length):
-            self._let_go(held.pop())
+            self._release(held.pop())
 
     def free(self, row: Hashable) -> None:
-        """Let go of everything that the row holds; a row that holds nothing is fine."""
+        """Release all pages of a row; the row may be unknown."""
         self.truncate(row, 0)
         self._rows.pop(row, None)
 
     def table(self, rows: list[Hashable], width: int) -> np.ndarray:
-        """int32 [rows, width]: the first pages of each row; page 0 stands where there is none and is not to be seen."""
+        """int32 [rows, width]: the first pages of each row, padded with page 0, which readers must mask."""
         table = np.zeros((len(rows), width), np.int32)
         for at, row in enumerate(rows):
             held = self._rows.get(row, ())[:width]
@@ -108,7 +108,7 @@ class Pages:
         return table
 
     def counts(self) -> dict[str, int]:
-        """Pages by state, and rows that hold any: a leak is a difference between two quiet moments."""
+        """Pages by state, and the number of rows with pages. If these differ between two idle moments, pages leak."""
         return {
             "free": len(self._free),
             "used": self.count - len(self._free),
@@ -121,7 +121,7 @@ class Pages:
         self._holders[page] = 1
         return page
 
-    def _let_go(self, page: int) -> None:
+    def _release(self, page: int) -> None:
         self._holders[page] -= 1
         if not self._holders[page]:
             self._free.append(page)

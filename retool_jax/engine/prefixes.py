@@ -1,4 +1,4 @@
-"""Rows of conversations that have ended, kept for those that go on from them: their pages need not be written again."""
+"""Rows of ended conversations, kept so that conversations which continue them need not write their tokens again."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,16 +12,17 @@ _ID = 4  # bytes of an id
 
 
 class Kept(NamedTuple):
-    """A row without a conversation."""
+    """A row that is kept without a conversation."""
 
-    ids: bytes  # int32 [S]: what it holds; bytes compare much faster than arrays of this size
+    ids: bytes  # int32 [S], its tokens; at this size bytes compare much faster than arrays
     parked: Parked
 
 
 class Prefixes:
-    """At most `engine.prefix_tokens` tokens of rows, of which the least recently used go first.
+    """Rows of at most `engine.prefix_tokens` tokens together; the least recently used is dropped first.
 
-    All of them are of the engine's present weights: whoever keeps a row sees to that, and clears when new ones come.
+    All rows must have been written with the engine's current weights. The caller keeps only such rows, and calls
+    `clear` when new weights come.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -30,7 +31,7 @@ class Prefixes:
         self._rows: list[Kept] = []  # the most recently used last
 
     def keep(self, ids: Sequence[int], parked: Parked) -> None:
-        """Take a row over, in the place of those that it begins with; one above the limit is let go."""
+        """Keep a row, replacing kept rows that are prefixes of it; a row above the limit is dropped."""
         if len(ids) > self._limit:
             self._engine.drop(parked)
             return
@@ -42,14 +43,16 @@ class Prefixes:
             self.drop_oldest()
 
     def share(self, prompt: Sequence[int]) -> Parked | None:
-        """Another holder of the tokens that a prompt begins with, but for its last, whose writing brings the hidden
-        state along; None where no row has a page of them."""
+        """A parked row with the longest kept prefix of a prompt; None if none has at least a page of it.
+
+        The prompt's last token is never included: writing it yields the hidden state to draw from.
+        """
         if not self._rows:
             return None
         wanted, best, length = _bytes(prompt[:-1]), None, 0
         for row in reversed(self._rows):
-            begins = wanted[: (length + 1) * _ID]  # of a row that has more of them
-            if len(begins) > length * _ID and row.ids.startswith(begins):
+            longer = wanted[: (length + 1) * _ID]  # a better row begins with this
+            if len(longer) > length * _ID and row.ids.startswith(longer):
                 best, length = row, _common(row.ids, wanted)
         if best is None or length < self._engine.sizes.page_size:
             return None
@@ -57,7 +60,7 @@ class Prefixes:
         return self._engine.share(best.parked, length)
 
     def drop_oldest(self) -> bool:
-        """Let go of the row that was not used for longest; False where there is none."""
+        """Drop the least recently used row; False if there is none."""
         if self._rows:
             self._drop(self._rows[0])
             return True
@@ -77,7 +80,7 @@ def _bytes(ids: Sequence[int]) -> bytes:
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """How many ids both begin with."""
+    """The length of the common prefix, in ids."""
     least = min(len(a), len(b))
     differ = np.flatnonzero(np.frombuffer(a[:least], np.int32) != np.frombuffer(b[:least], np.int32))
     return int(differ[0]) if len(differ) else least // _ID

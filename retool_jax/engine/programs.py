@@ -1,4 +1,4 @@
-"""What the engine runs on the device: its state, and the pure functions that take it from one dispatch to the next."""
+"""The engine on the device: its state, and the pure functions that update it."""
 
 from typing import NamedTuple
 
@@ -15,18 +15,18 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params
 from retool_jax.models.rows import Rows, refresh_rows, scatter_rows
 
-CHANGES = 6 + STOPS  # columns of the turns that begin
+CHANGES = 6 + STOPS  # columns of `changes` in `apply_turns`
 
 
 class EngineState(NamedTuple):
     """Device buffers, donated to every call."""
 
     cache: jax.Array  # the pool of pages, see `models/cache.py`
-    hidden: jax.Array  # [B,D] behind the last written token of each row
+    hidden: jax.Array  # [B,D] of the last written token of each row
     length: jax.Array  # int32 [B]: tokens written
-    budget: jax.Array  # int32 [B]: tokens that the row may still draw; 0 is parked
-    request: jax.Array  # uint32 [B]: the stream of its random draws
-    stops: jax.Array  # int32 [B,STOPS]: ids at which its turn ends, beside the engine's; -1 is none
+    budget: jax.Array  # int32 [B]: tokens that the row may still draw; with 0 it does not draw
+    request: jax.Array  # uint32 [B]: the seed of its random draws
+    stops: jax.Array  # int32 [B,STOPS]: further ids that end its turn, beside the engine's; -1 is none
     sampling: Sampling
 
 
@@ -45,7 +45,7 @@ def init_engine_state(model: ModelConfig, slots: int, pages: int, page_size: int
 
 
 def apply_turns(state: EngineState, changes_BC: jax.Array) -> EngineState:
-    """Begin the turns of rows whose first column is set; the others are `Turn`'s fields, as bits."""
+    """Begin the turns of rows whose first column is set; the other columns are the bits of `Turn`'s fields."""
     changed_B, values, stops = changes_BC[:, 0] > 0, changes_BC[:, 1:6].T, changes_BC[:, 6:]
 
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -71,18 +71,18 @@ def decode_steps(
     stale_B: jax.Array,
     stale_count: jax.Array,
 ) -> tuple[EngineState, Rows | None, jax.Array, jax.Array]:
-    """Draw up to `steps` <= `most` tokens for every row with budget, until each has stopped or spent it.
+    """Draw up to `steps` <= `most` tokens for every row with budget, until each has stopped or has used its budget.
 
-    `table` must reach as far as any live row may come. Without a kernel that reads pages where they lie, `dense` is
-    what live rows hold, but for those named in `stale`; what is drawn is written to both. Returns the state, the dense
-    rows and the two arrays of `Drawn`.
+    `table` must cover the longest that any live row may become. Without a kernel that reads pages in place, `dense` is
+    a copy of the live rows, outdated for the rows in `stale`; new tokens are written to both. Returns the state, the
+    dense rows and the two arrays of `Drawn`.
     """
     state = apply_turns(state, changes_BC)
     rows = state.length.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
-    cache, turns = state.cache, None
+    cache, rope_table = state.cache, None
     if dense is not None:
-        turns = rotation(model, jnp.arange(dense.length)[None])
+        rope_table = rotation(model, jnp.arange(dense.length)[None])
         cache = refresh_rows(cache, dense, table_BP, state.length, stale_B, stale_count)
 
     class Loop(NamedTuple):
@@ -101,22 +101,22 @@ def decode_steps(
         draw = sample(logits, row_keys(run_key, state.request, loop.length), state.sampling, shards)
         stopped = jnp.isin(draw.tokens, stops) | jnp.any(draw.tokens[:, None] == state.stops, 1)
         budget = jnp.where(stopped, 0, loop.budget - live)
-        go = budget > 0
+        going = budget > 0  # rows that write the new token, and draw another one
         cache, hidden = decoder.extend(
             model,
             params,
             loop.cache,
             draw.tokens[:, None],
             loop.length,
-            go.astype(jnp.int32),
+            going.astype(jnp.int32),
             table_BP,
-            turns,
+            rope_table,
         )
         both = jnp.stack([draw.logprobs, draw.plain_logprobs], 1)
         return Loop(
             cache,
-            jnp.where(go[:, None], hidden, loop.hidden),
-            loop.length + go,
+            jnp.where(going[:, None], hidden, loop.hidden),
+            loop.length + going,
             jnp.where(live, budget, 0),
             loop.step + 1,
             loop.tokens.at[:, loop.step].set(jnp.where(live, draw.tokens, 0)),
@@ -147,12 +147,12 @@ def extend_rows(
     where_b3: jax.Array,
     table_bP: jax.Array,
 ) -> tuple[EngineState, jax.Array]:
-    """Write known tokens behind the first `start` of some rows and park them: a prompt, or what the environment said.
+    """Write known tokens (a prompt or a tool's answer) at position `start` of some rows; the rows do not draw then.
 
-    `where` has start, count and slot of each block of tokens; a slot that does not exist is a prefix outside the
-    slots, or a block that others of its row follow. Real blocks stand first, padding has a count of 0. `at_once` of
-    them go through the model together, a divisor of b, so those that are not there cost nothing and a row's numbers do
-    not depend on how many others a call has. `parts` is the number of devices that they are dealt out to.
+    `where` has start, count and slot of each block of tokens. A slot that does not exist marks a prefix outside the
+    slots, or a block that is not the last of its row. Real blocks come first; padding has count 0. `at_once` blocks, a
+    divisor of b, go through the model together, so further padding costs nothing and a row's numbers do not depend on
+    how many other blocks the call has. `parts` is the number of devices over which these blocks are split.
     Returns the state and the blocks' last hidden states [b,D].
     """
     start_b, count_b, slot_b = where_b3.T
@@ -180,7 +180,7 @@ def extend_rows(
 
 
 def copy_rows(state: EngineState, rows_2M: jax.Array) -> EngineState:
-    """Make each target slot (second) the same parked trajectory as its source (first); the pages are the host's."""
+    """Copy slots: source (first) to target (second). The rows do not draw then; the host shares their pages."""
     source_M, target_M = rows_2M
     return state._replace(
         hidden=state.hidden.at[target_M].set(state.hidden[source_M], mode="drop"),
@@ -190,7 +190,7 @@ def copy_rows(state: EngineState, rows_2M: jax.Array) -> EngineState:
 
 
 def place_row(state: EngineState, hidden_bD: jax.Array, place_3: jax.Array) -> EngineState:
-    """Put row `place[0]` of a chunk into slot `place[1]` with length `place[2]`, parked."""
+    """Put hidden state `place[0]` of a write into slot `place[1]`, with length `place[2]` and without a budget."""
     at, slot, length = place_3
     return state._replace(
         hidden=state.hidden.at[slot].set(hidden_bD[at]),
@@ -200,5 +200,5 @@ def place_row(state: EngineState, hidden_bD: jax.Array, place_3: jax.Array) -> E
 
 
 def copy_state_pages(layers: int, state: EngineState, pages_2M: jax.Array, count: jax.Array) -> EngineState:
-    """Copy pages source (first) to target (second), before rows that shared them part."""
+    """Copy pages, source (first) to target (second), before one of the rows that share them is written to."""
     return state._replace(cache=copy_pages(state.cache, layers, *pages_2M, count))

@@ -1,13 +1,13 @@
-"""Continuous batching with parking, as a service: many conversations over few slots, none waiting for another's tool.
+"""Continuous batching with parking, as a service: many conversations share few slots.
 
-One task drives the device: seat conversations in free slots and write what their rows lack, decode a few tokens, hand
-finished turns to their conversations. A row whose conversation waits for a tool leaves its slot and keeps its pages, so
-that others decode meanwhile. Tools run beside the task, in the same event loop, and results are read while the device
-works on the next dispatch. Conversations may be submitted at any time, from any thread; new weights are taken between
-dispatches. What goes wrong in a conversation or its tool ends that conversation alone.
+One asyncio task drives the device in a loop: seat conversations in free slots and write the tokens that their rows
+lack, decode a few tokens, and hand finished turns to their conversations. While a conversation waits for a tool, its
+row leaves the slot and keeps its pages (it is parked), so that others can decode. Tools run in the same event loop, and
+results are read while the device works on the next dispatch. Conversations may be submitted at any time, from any
+thread. New weights are taken between dispatches. An error in a conversation or its tool ends only that conversation.
 
-With `tool_lag >= 0` an answer is appended that many dispatches after its call was read, and waited for if it is late:
-a run that submits everything at once can then be repeated bit for bit. With -1 answers are appended as they come.
+With `tool_lag >= 0` an answer is appended that many dispatches after its call was read, and the loop waits for it if
+it is late, so a run that submits everything at once is reproducible bit for bit. With -1 answers come when ready.
 """
 
 import asyncio
@@ -38,16 +38,16 @@ async def converse(
     on_tokens: Sequence[OnTokens] | None = None,
     sampling: Sequence[SamplingParams] | None = None,
 ) -> Statistics:
-    """Run every conversation to its end. Order of completion is free; each draw depends on its conversation alone.
+    """Run every conversation to its end. They may finish in any order; each draw depends only on its conversation.
 
-    `tools_at_once` bounds the tools at work (0: no bound): further calls wait, and while twice as many wait or work no
-    new conversation begins. `on_tokens` and `sampling` have one entry for each conversation, as `Service.submit` takes
-    them. The first fault of a conversation ends them all and is raised.
+    `tools_at_once` limits the number of tools that run at the same time (0: no limit). Further calls wait, and while
+    twice as many calls wait or run, no new conversation begins. `on_tokens` and `sampling` have one entry for each
+    conversation, see `Service.submit`. The first error of a conversation ends them all and is raised.
     """
     none = [None] * len(conversations)
     async with Service(engine, tools_at_once) as service:
-        every = zip(conversations, sampling or none, on_tokens or none, strict=True)
-        await asyncio.gather(*[service.submit(*each) for each in every])
+        arguments = zip(conversations, sampling or none, on_tokens or none, strict=True)
+        await asyncio.gather(*[service.submit(*each) for each in arguments])
     return service.take_statistics()
 
 
@@ -60,23 +60,23 @@ class _Dispatch(NamedTuple):
 class Service:
     """Runs conversations on an engine that nobody else uses meanwhile: `async with Service(engine) as service`.
 
-    Methods belong to the thread of the event loop, which is the engine's, but for those named `from_thread`.
+    Call its methods on the event loop's thread, which is the engine's; those named `from_thread` may be called on any.
     """
 
     def __init__(self, engine: Engine, tools_at_once: int = 0) -> None:
         self.engine = engine
         self._seats = Seats(engine)
-        self._talks: dict[Talk, None] = {}  # that have not ended, in order
-        self._cancelled: list[Talk] = []  # whose futures were
+        self._talks: dict[Talk, None] = {}  # those that have not ended, in order
+        self._cancelled: list[Talk] = []  # those whose futures were cancelled
         self._in_flight: deque[_Dispatch] = deque()
         self._dispatches = 0
         self._orders = count()
         self._version = engine.version
-        self._stuck = False  # nothing could be seated
-        self._tools_since = 0.0
+        self._stuck = False  # no conversation could be seated
+        self._tools_since = 0.0  # when the first of the open calls began
         self._tools_at_once = tools_at_once
         self._gate = asyncio.Semaphore(tools_at_once) if tools_at_once else contextlib.nullcontext()
-        self._woken = asyncio.Event()
+        self._woken = asyncio.Event()  # set by submissions and cancellations
         self._closed: Exception | None = RuntimeError("the scheduler is not running; use `async with`")
         self._driver: asyncio.Task[None] | None = None
 
@@ -90,7 +90,7 @@ class Service:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    # --- the way in ---
+    # --- submitting ---
 
     def submit(
         self,
@@ -98,13 +98,13 @@ class Service:
         sampling: SamplingParams | None = None,
         on_tokens: OnTokens | None = None,
     ) -> asyncio.Future[Finish]:
-        """Let a conversation run to its end, which the future tells; to cancel the future drops the conversation.
+        """Run a conversation to its end. The future returns how it ended; cancelling it drops the conversation.
 
-        Without `sampling` it draws from everything at the conversation's own temperature. `on_tokens` is called with
-        its tokens as they are read, on the event loop's thread.
+        Without `sampling` it samples from the full distribution at the conversation's own temperature. `on_tokens` is
+        called with its tokens as they are read, on the event loop's thread.
 
         Raises:
-            ValueError: its prompt does not fit a row, or its request is no seed.
+            ValueError: its prompt does not fit a row, or its request is not a valid seed.
         """
         if self._closed is not None:
             raise RuntimeError("the scheduler takes no conversations") from self._closed
@@ -134,7 +134,7 @@ class Service:
         return talk.done
 
     async def stream(self, conversation: Conversation, sampling: SamplingParams | None = None) -> AsyncIterator[Tokens]:
-        """A conversation's tokens as they come; its fault is raised, and leaving early drops it."""
+        """A conversation's tokens as they come. Its error is raised; leaving the loop early drops the conversation."""
         queue: asyncio.Queue[Tokens | None] = asyncio.Queue()
         done = self.submit(conversation, sampling, queue.put_nowait)
         done.add_done_callback(lambda _: queue.put_nowait(None))
@@ -151,7 +151,7 @@ class Service:
         sampling: SamplingParams | None = None,
         on_tokens: OnTokens | None = None,
     ) -> concurrent.futures.Future[Finish]:
-        """`submit` for any other thread, which may wait for the result; callbacks stay on the event loop's thread."""
+        """`submit` for other threads, which may wait for the result; callbacks run on the event loop's thread."""
 
         async def run() -> Finish:
             return await self.submit(conversation, sampling, on_tokens)
@@ -159,7 +159,7 @@ class Service:
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def from_thread(self, function: Callable[..., T], *arguments: object) -> concurrent.futures.Future[T]:
-        """Let a function run on the event loop's thread between two dispatches, such as `engine.update_params`."""
+        """Run a function, such as `engine.update_params`, on the event loop's thread between two dispatches."""
 
         async def run() -> T:
             return function(*arguments)
@@ -167,7 +167,7 @@ class Service:
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def take_statistics(self) -> Statistics:
-        """What happened since the last call, or the start."""
+        """The statistics since the last call, or since the start."""
         statistics, self._seats.stats = self._seats.stats, Statistics()
         now = time.perf_counter()
         statistics.total_s, self._began = now - self._began, now
@@ -175,18 +175,18 @@ class Service:
 
     @property
     def working(self) -> bool:
-        """Whether it takes conversations: it was not closed, and the device has not failed."""
+        """Whether it takes conversations: it is open and the device has not failed."""
         return self._closed is None
 
     def gauges(self) -> dict[str, int]:
-        """Conversations by where they are: waiting for their first seat, drawing, or with a tool at work."""
+        """The number of conversations that wait for their first seat, that draw, and that have an open call."""
         seats = self._seats
         return {"waiting": len(seats.waiting), "drawing": len(seats.live), "calling": len(seats.calls)}
 
     async def close(self) -> None:
-        """Give everything back: who has not ended is dropped, tools are cancelled, results in flight waited for.
+        """Drop the conversations that have not ended, cancel their tools, and wait for results in flight.
 
-        Where the device fails meanwhile, what is left is closed all the same, and the first error is raised then.
+        If the device fails meanwhile, the rest is still closed, and then the first error is raised.
         """
         if self._driver is None:
             return
@@ -195,14 +195,14 @@ class Service:
         def attempt(function: Callable[..., object], *arguments: object) -> None:
             try:
                 function(*arguments)
-            except Exception as error:  # of the device or of a tool: what is behind it is closed all the same
+            except Exception as error:  # of the device or of a conversation: go on closing the rest
                 errors.append(error)
 
         self._closed = self._closed or RuntimeError("the scheduler was closed")
         tools = [call.task for call in self._seats.calls.values()]
         self._driver.cancel()
         await asyncio.wait([self._driver])
-        self._driver = None  # with the frames, and the arrays, of what it was doing
+        self._driver = None  # releases its frames and the arrays that they hold
         for talk in list(self._talks):
             attempt(self._finish, talk, Finish.CLOSED)
         await asyncio.gather(*tools, return_exceptions=True)
@@ -212,7 +212,7 @@ class Service:
         if errors:
             raise errors[0]
 
-    # --- the task ---
+    # --- the driver task ---
 
     async def _drive(self) -> None:
         try:
@@ -223,22 +223,22 @@ class Service:
                 self._take_weights()
                 self._drop_cancelled()
                 await self._take_answers()
-                self._take_weights()  # that came while an answer was waited for
+                self._take_weights()  # weights that came while it waited for an answer
                 self._seat()
                 if self._seats.live:
                     self._decode()
                 if self._in_flight and (len(self._in_flight) > self.engine.config.read_late or not self._seats.live):
                     await self._read()
-        except Exception as error:  # the engine's, so nothing goes on
+        except Exception as error:  # of the engine: no conversation can continue
             self._closed = error
             for talk in self._talks:
                 if not talk.done.done():
                     talk.done.set_exception(error)
 
     def _take_weights(self) -> None:
-        """After `engine.update_params`: rows hold what the old weights made of their tokens, see `engine.stale_rows`.
+        """Apply `engine.stale_rows` after `engine.update_params`: rows still hold keys and values of the old weights.
 
-        A prompt that is kept for others is let go in any case: whoever begins from now on is of the new weights alone.
+        Kept prompts are always dropped, so that new conversations use only the new weights.
         """
         if self.engine.version == self._version:
             return
@@ -252,26 +252,25 @@ class Service:
         self._seats.rewrite()
 
     def _drop_cancelled(self) -> None:
-        """Let go of whom nobody wants any more; of those that wait, the next one and whose futures were cancelled."""
-        told, self._cancelled = self._cancelled, []
-        for talk in (*self._seats.begun(), *islice(self._seats.waiting, 1), *told):
+        """Finish cancelled conversations. Of those that wait, only the next one's `cancelled` flag is looked at."""
+        cancelled, self._cancelled = self._cancelled, []  # futures
+        for talk in (*self._seats.begun(), *islice(self._seats.waiting, 1), *cancelled):
             if talk.conversation.cancelled and talk in self._talks:
                 self._finish(talk, Finish.CANCELLED)
 
     def _seat(self) -> None:
-        """Fill free slots, and let who sits there draw."""
+        """Fill free slots, and start the turns of the conversations there."""
         piled_up = bool(self._tools_at_once) and len(self._seats.calls) >= 2 * self._tools_at_once
         seated = self._seats.seat(len(self._in_flight), piled_up)
         for talk in seated:
-            c, sampling = talk.conversation, talk.sampling
             try:
-                if not talk.budget:  # a new turn; one that was interrupted goes on
+                if not talk.budget:  # a new turn; an interrupted one continues with its budget
                     talk.budget = self._turn_budget(talk)
-            except Exception as error:  # of the conversation, which is others' code: it ends that one alone
+            except Exception as error:  # of the conversation, which is the caller's code: only this one ends
                 self._finish(talk, error)
                 continue
-            how = sampling.temperature, sampling.top_k, sampling.top_p, sampling.stop_ids
-            turn = Turn(c.request, talk.budget, *how)
+            how = talk.sampling
+            turn = Turn(talk.conversation.request, talk.budget, how.temperature, how.top_k, how.top_p, how.stop_ids)
             self.engine.start(talk.slot, turn)
             self._seats.live[talk.slot] = talk
         self._stuck = not seated
@@ -280,7 +279,7 @@ class Service:
                 self._finish(talk, OutOfPages(f"others hold the pages that request {talk.conversation.request} needs"))
 
     def _turn_budget(self, talk: Talk) -> int:
-        """What the conversation asks for its next turn, when its row can hold it."""
+        """The budget that the conversation asks for its next turn, checked against its row's length."""
         budget, room = talk.conversation.turn_budget(), self.engine.config.max_length - len(talk.ids)
         if not 1 <= budget <= room:
             raise ValueError(
@@ -290,7 +289,7 @@ class Service:
         return budget
 
     def _decode(self) -> None:
-        """Begin a dispatch; rows that the cache cannot hold any longer give up their pages, the youngest first."""
+        """Begin a dispatch. If the cache is too small for all rows, evict the youngest rows until it is not."""
         while self._seats.live:
             try:
                 drawn = self.engine.decode()
@@ -303,10 +302,10 @@ class Service:
                 return
 
     async def _read(self) -> None:
-        """Take the results of the oldest dispatch, and the turns that ended in it."""
+        """Read the results of the oldest dispatch and hand them to their conversations."""
         drawn, talks, version = self._in_flight[0]
         started = time.perf_counter()
-        # Off the event loop's thread, so that the sandbox is served while the device works.
+        # In another thread, so that the event loop serves tools while the device works.
         await asyncio.to_thread(jax.block_until_ready, (drawn.ints, drawn.floats))
         self._in_flight.popleft()
         turns = self.engine.read(drawn)
@@ -316,12 +315,12 @@ class Service:
         for slot, talk in talks.items():
             if turns.counts[slot]:
                 try:
-                    self._take(slot, talk, turns, version)
-                except Exception as error:  # of the conversation, as above
+                    self._take_tokens(slot, talk, turns, version)
+                except Exception as error:  # of the conversation: only this one ends
                     self._finish(talk, error)
 
-    def _take(self, slot: int, talk: Talk, turns: Turns, version: int) -> None:
-        """Record what a row drew; a finished turn goes to its conversation."""
+    def _take_tokens(self, slot: int, talk: Talk, turns: Turns, version: int) -> None:
+        """Record the tokens that a row drew, and hand a finished turn to its conversation."""
         number, seen = int(turns.counts[slot]), len(talk.turn)
         self._seats.stats.decoded_tokens += number
         talk.turn += turns.tokens[slot, :number].tolist()
@@ -336,7 +335,7 @@ class Service:
             talk.on_tokens(Tokens(talk.turn[seen:], talk.logprobs[seen:], version))
         if stop is None and not turns.ended[slot]:
             return
-        talk.written -= 1  # the last one was drawn and not written
+        talk.written -= 1  # the last token was drawn but not written
         if stop is not None:
             self.engine.truncate(slot, talk.written)
         self._seats.park(talk)
@@ -349,7 +348,7 @@ class Service:
         if not self._seats.calls:
             self._tools_since = time.perf_counter()
         task = asyncio.create_task(self._answer(call))
-        task.add_done_callback(lambda _: call.close())  # one that was cancelled before it began
+        task.add_done_callback(lambda _: call.close())  # in case it was cancelled before it began
         self._seats.calls[talk] = Call(task, self._dispatches + max(self.engine.config.tool_lag, 0))
 
     # --- tools ---
@@ -359,7 +358,7 @@ class Service:
             return await call
 
     async def _take_answers(self) -> None:
-        """Take the answers that are to be appended now, waiting for those that must not be late."""
+        """Take the answers that are due, waiting for those with a fixed `tool_lag`."""
         calls = self._seats.calls
         if not calls:
             return
@@ -367,28 +366,28 @@ class Service:
         started = time.perf_counter()
         if self.engine.config.tool_lag < 0:
             if idle:
-                await self._first_of([call.task for call in calls.values()])
+                await self._wait_for_any([call.task for call in calls.values()])
             due = [talk for talk, call in calls.items() if call.task.done()]
         else:
-            # With nothing else to do, the next answers in line are due at once.
+            # If the device is idle, the next answers are due at once.
             latest = min(call.due for call in calls.values()) if idle else self._dispatches
             due = [talk for talk, call in calls.items() if call.due <= latest]
         for talk in due:
-            if not await self._answered(talk, idle):
+            if not await self._wait_for_answer(talk, idle):
                 break
             self._take_answer(talk)
         self._seats.stats.tool_wait_s += time.perf_counter() - started
 
-    async def _answered(self, talk: Talk, idle: bool) -> bool:
-        """Wait for a tool, until its conversation is cancelled; when idle, until something else can be done (False)."""
+    async def _wait_for_answer(self, talk: Talk, idle: bool) -> bool:
+        """Wait for a tool's answer or a cancellation of it; if `idle`, until something else can be done (False)."""
         task = self._seats.calls[talk].task
         while not task.done() and not talk.done.cancelled():
-            if await self._first_of([task]) and idle:
+            if await self._wait_for_any([task]) and idle:
                 return False
         return True
 
-    async def _first_of(self, tasks: Collection[asyncio.Task]) -> bool:
-        """Wait until a task has ended, or until something comes from outside, which is True."""
+    async def _wait_for_any(self, tasks: Collection[asyncio.Task]) -> bool:
+        """Wait until one of the tasks is done, or until a submission or a cancellation; the latter returns True."""
         if any(task.done() for task in tasks):
             return False
         self._woken.clear()
@@ -400,7 +399,7 @@ class Service:
         return self._woken.is_set()
 
     def _take_answer(self, talk: Talk) -> None:
-        """Queue a conversation whose tool has answered for a seat, or end it; one whose tool is at work is left."""
+        """Queue a conversation whose tool has answered for a seat, or end it; does nothing if the tool still runs."""
         task = self._seats.calls[talk].task
         if not task.done():
             return
@@ -410,7 +409,7 @@ class Service:
         except asyncio.CancelledError:
             self._finish(talk, Finish.CANCELLED)
             return
-        except Exception as error:  # of the tool: it ends its conversation alone
+        except Exception as error:  # of the tool: only its conversation ends
             self._finish(talk, error)
             return
         if answer is None:
@@ -427,10 +426,10 @@ class Service:
         if self._seats.calls.pop(talk, None) and not self._seats.calls:
             self._seats.stats.tool_s += time.perf_counter() - self._tools_since
 
-    # --- ends ---
+    # --- finishing ---
 
     def _finish(self, talk: Talk, how: Finish | Exception) -> None:
-        """Let go of a conversation, wherever it is, and tell it and its owner why."""
+        """Release a conversation, wherever it is, and report to it and to its future how it ended."""
         if call := self._seats.calls.get(talk):
             call.task.cancel()
             self._forget_call(talk)
@@ -438,11 +437,11 @@ class Service:
         if isinstance(how, Finish) and how is not Finish.ENDED:
             try:
                 talk.conversation.drop(how.value)
-            except Exception as error:  # of the conversation: its future tells it
+            except Exception as error:  # of the conversation: its future raises it
                 how = error
         if not talk.done.done():
             if isinstance(how, Finish):
                 talk.done.set_result(how)
             else:
                 talk.done.set_exception(how)
-        self._seats.leave(talk, ended=how is Finish.ENDED)  # at last, since the engine may have failed
+        self._seats.leave(talk, ended=how is Finish.ENDED)  # last, because it raises if the engine has failed

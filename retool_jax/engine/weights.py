@@ -1,4 +1,4 @@
-"""The way of new weights from a trainer's mesh to an engine's."""
+"""Transfer of new weights from a trainer's mesh to an engine's."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,12 +16,12 @@ Weights = Params | dict  # a dict where the layers are unstacked
 
 
 def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[[Weights | None, Params], Weights]:
-    """A function from (old weights or None, the trainer's) to the engine's own copy, resharded and cast.
+    """A function from (old weights or None, the trainer's weights) to the engine's own copy, resharded and cast.
 
-    The old weights' memory takes the new ones, so that there is no second copy on the device. The new ones are copied
-    even where nothing changes, since the trainer's next update consumes its own arrays. Where the trainer's mesh spans
-    several processes, all of them call it at the same time; one program lays the weights out on every process's
-    devices as its engine wants them, and each engine takes the parts that lie on its own.
+    The new weights take the memory of the old ones, so that there is no second copy on the device. They are copied even
+    if neither sharding nor type changes, since the trainer's next update donates its own arrays. If the trainer's mesh
+    spans several processes, all of them must call it together: one program puts a copy on every process's devices, and
+    each engine takes the parts on its own devices.
     """
     own = layouts.everywhere.mesh
     if own.size == trainer.size and layouts.rows is not None:
@@ -29,7 +29,7 @@ def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[
     spread = make_spread(model, layouts, trainer)
     if own.size == trainer.size:
         return spread
-    every = _every(own, trainer)
+    every = _all_engines(own, trainer)
 
     def local(array: jax.Array, sharding: NamedSharding) -> jax.Array:
         parts = [shard.data for shard in array.addressable_shards]
@@ -45,7 +45,7 @@ def make_adopt(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[
 
 
 def make_spread(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable[[Weights | None, Params], Weights]:
-    """The jitted part of `make_adopt`: where the trainer has other devices too, each of their hosts gets a copy."""
+    """The jitted part of `make_adopt`; if the trainer's mesh spans several processes, each one gets a copy."""
     own = layouts.everywhere.mesh
 
     def convert(old: Weights | None, new: Params) -> Weights:
@@ -58,16 +58,16 @@ def make_spread(model: ModelConfig, layouts: Layouts, trainer: Mesh) -> Callable
 
     if own.size == trainer.size:
         return jax.jit(convert, donate_argnums=0, out_shardings=layouts.weights, keep_unused=True)
-    every = _every(own, trainer)
+    every = _all_engines(own, trainer)
     return jax.jit(
         convert, out_shardings=jax.tree.map(lambda sharding: NamedSharding(every, sharding.spec), layouts.weights)
     )
 
 
 def _layer_by_layer(model: ModelConfig, layouts: Layouts) -> Callable[[Weights | None, Params], Weights]:
-    """Each layer's weights are cut out of their stack by a call of a small program.
+    """`make_adopt` that cuts each layer's weights out of their stack by a call of a small program.
 
-    One program for all of them takes as long to compile as one that decodes.
+    One program for all layers would take as long to compile as a decode program.
     """
     wanted, structure = jax.tree.flatten_with_path(layouts.weights)
 
@@ -84,10 +84,12 @@ def _layer_by_layer(model: ModelConfig, layouts: Layouts) -> Callable[[Weights |
     return adopt
 
 
-@lru_cache(maxsize=64)  # for all engines of a process, whatever their sizes
+@lru_cache(maxsize=64)  # shared by all engines of a process
 def _cut(dtype: str, sharding: NamedSharding) -> Callable[..., jax.Array]:
-    """A jitted function from (what it may overwrite or None, a weight, a layer or None) to a copy of the weight, or of
-    one layer of its stack."""
+    """A jitted function that copies a weight, or one layer of its stack.
+
+    It takes an array that it may overwrite or None, the weight, and the layer or None.
+    """
 
     def take(old: jax.Array | None, new: jax.Array, layer: np.ndarray | None) -> jax.Array:
         own = new if layer is None else jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
@@ -96,6 +98,6 @@ def _cut(dtype: str, sharding: NamedSharding) -> Callable[..., jax.Array]:
     return jax.jit(take, donate_argnums=0, out_shardings=sharding, keep_unused=True)
 
 
-def _every(own: Mesh, trainer: Mesh) -> Mesh:
-    """The trainer's devices as engines side by side."""
+def _all_engines(own: Mesh, trainer: Mesh) -> Mesh:
+    """A mesh of all the trainer's devices, in which each process's engine is a part."""
     return Mesh(trainer.devices.reshape(-1, 1, own.shape["tp"]), own.axis_names)
