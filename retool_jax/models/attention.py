@@ -1,10 +1,9 @@
 """Grouped-query attention and rotary positions, as pure functions.
 
-`attend` is the plain form, which every kernel is tested against. Packed rows go through `packed_attention`, which runs
-the kernel that `resolve_kernel` names: splash on TPU, cuDNN on GPU, blocks of plain products (`blocks.py`) elsewhere.
-Tokens behind a cache go through `paged_attention` (ragged on TPU, triton on GPU) or, one at a time, through
-`row_attention` (`rows.py`). Kernels of the TPU are imported where they are called: a run on other chips loads none of
-them.
+`attend` is the plain form; every kernel is tested against it. Packed rows use `packed_attention`, with the kernel that
+`resolve_kernel` selects: splash on TPU, cuDNN on GPU, blocks of plain products (`blocks.py`) elsewhere. Tokens with a
+cache use `paged_attention` (ragged on TPU, triton on GPU) or, one token per row, `row_attention` (`rows.py`). TPU
+kernels are imported inside the functions that call them, so that runs on other chips do not load them.
 """
 
 import math
@@ -22,16 +21,16 @@ from retool_jax.models.cache import read_pages, write_pages
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.paged import paged_decode
 
-SPLASH_BLOCKS = (1024, 512, 256, 128)  # 2048 overflows the scratch memory of v5 chips; lanes are 128
-RAGGED_BLOCK, RAGGED_QUERIES = 2048, 32  # tokens of a row and queries that the ragged kernel takes at once
-RAGGED_BUFFER = 1 << 21  # bytes of scratch memory for a block; there are two
+SPLASH_BLOCKS = (1024, 512, 256, 128)  # 2048 overflows the scratch memory of v5 chips; vector lanes are 128 wide
+RAGGED_BLOCK, RAGGED_QUERIES = 2048, 32  # tokens of a row, and queries, that the ragged kernel processes at once
+RAGGED_BUFFER = 1 << 21  # bytes of scratch memory for one of its two blocks
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Softmax attention of N query heads over K key heads; scores and softmax in fp32.
 
-    Returns [B,T,N,H] in q's dtype. A query that may see no key gets the mean of all values: such rows are
-    padding, and finite garbage is easier to mask than NaN.
+    Returns [B,T,N,H] in q's dtype. A query that sees no key gets the mean of all values: such queries are padding, and
+    finite numbers are easier to mask than NaN.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -50,7 +49,7 @@ def packed_mask(segments_BT: jax.Array) -> jax.Array:
 
 
 def current_backend() -> str:
-    """The platform that is traced for: that of the mesh in use, which may be a topology to compile for, or jax's."""
+    """The platform to compile for: that of the current mesh, which may have no real devices, or else JAX's default."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
@@ -58,8 +57,8 @@ def current_backend() -> str:
 def resolve_kernel(config: ModelConfig, backend: str) -> str:
     """The attention kernel of packed rows on a backend (cpu, gpu or tpu): xla, splash or cudnn.
 
-    `attention_kernel=auto` takes the backend's own kernel where that is exact for the model's dtype and head size,
-    and blocks of plain products (xla) elsewhere.
+    `attention_kernel=auto` selects the backend's own kernel if it is exact for the model's dtype and head size, and
+    otherwise blocks of plain products (xla).
 
     Raises:
         UserError: the kernel that the config names cannot run there.
@@ -89,9 +88,9 @@ def packed_attention(
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Causal attention within the segments of packed rows, as a function of (q [B,T,N,H], k and v [B,T,K,H]).
 
-    A segment is a run of neighbours with one number. A kernel that `shares_prefixes` also lets it see the prefix that
-    its positions go on from (`seen_keys`). What all layers share is made here, once. Under a mesh kernels run on each
-    device's own rows and heads; `interpret` runs splash without a TPU, which is for tests.
+    A segment is a run of tokens with the same number. If the kernel `shares_prefixes`, a segment also sees the prefix
+    that its positions continue (`seen_keys`). Values that all layers share are computed here, once. Under a mesh each
+    device runs the kernel on its own rows and heads. `interpret` runs splash without a TPU, for tests.
     """
     rows_BT = seen_keys(segments_BT, positions_BT) if shares_prefixes(kernel) else segments_BT
 
@@ -112,15 +111,15 @@ def packed_attention(
 
 
 def shares_prefixes(kernel: str) -> bool:
-    """Whether segments may share a prefix in a kernel's packed rows; the others see equal numbers alone."""
+    """Whether a kernel lets segments share a prefix; the other kernels only compare segment numbers."""
     return kernel == "xla"
 
 
 def seen_keys(segments_BT: jax.Array, positions_BT: jax.Array) -> Seen:
-    """What each token of a packed row sees: its own segment up to itself, and the prefix that this goes on from.
+    """What each token of a packed row sees: its own segment up to itself, and the prefix that the segment continues.
 
-    A segment whose positions begin at p > 0 goes on from the first p tokens of the segment that began at 0 last. Where
-    no p tokens stand between the two, its positions are only far ones, and it sees itself alone.
+    A segment whose positions begin at p > 0 continues the first p tokens of the last segment before it that began at
+    position 0. If there are fewer than p tokens between the two starts, it continues nothing and sees only itself.
     """
     places = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
 
@@ -130,12 +129,12 @@ def seen_keys(segments_BT: jax.Array, positions_BT: jax.Array) -> Seen:
     before = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
     start, prefix = last(segments_BT != before), last(positions_BT == 0)
     stop = prefix + jnp.take_along_axis(positions_BT, start, axis=1)
-    goes_on = (stop > prefix) & (stop <= start)
-    return Seen(start, jnp.where(goes_on, prefix, start), jnp.where(goes_on, stop, 0))
+    has_prefix = (stop > prefix) & (stop <= start)
+    return Seen(start, jnp.where(has_prefix, prefix, start), jnp.where(has_prefix, stop, 0))
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:
-    """The TPU kernel: scores stay on the chip, tiles that no query sees are skipped."""
+    """The TPU kernel: scores stay on the chip, and tiles that no query sees are skipped."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     B, T, N, H = q.shape
@@ -144,7 +143,8 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, inter
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
     q, k, v, segments = _pad_length(block, q, k, v, segments)
     length = T + -T % block
-    blocks = splash_attention.BlockSizes(*[block] * 8)  # backward in two kernels: one would write dq per key block
+    # The sizes select a backward pass of two kernels: a single one would write dq once per key block.
+    blocks = splash_attention.BlockSizes(*[block] * 8)
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (N // K))
     kernel = splash_attention.make_splash_mqa_single_device(
         mask, block_sizes=blocks, residual_checkpoint_name=ATTENTION, interpret=interpret
@@ -157,9 +157,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, inter
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    """The GPU kernel. It knows no segments, so the mask goes in as a bias: [B,T,T] in half precision, not per head."""
+    """The GPU kernel. It has no segments, so the mask is a bias [B,T,T] in half precision, the same for all heads."""
     T = q.shape[1]
-    q, k, v, segments = _pad_length(2, q, k, v, segments)  # its backward refuses odd lengths
+    q, k, v, segments = _pad_length(2, q, k, v, segments)  # its backward pass refuses odd lengths
     mask = packed_mask(segments)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :T]
 
@@ -167,18 +167,18 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 def _pad_length(
     multiple: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Lengthen rows to a multiple; what is added is a segment of its own, so nothing sees it and it is finite."""
+    """Pad rows to a multiple. The padding is a segment of its own, so no token sees it, and its values are finite."""
     more = -q.shape[1] % multiple
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
     return q, k, v, jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
 
 
 def resolve_cache_kernel(config: ModelConfig, backend: str) -> str:
-    """The attention of tokens behind a paged cache on a backend: ragged (TPU), triton (GPU) or xla.
+    """The attention kernel of tokens with a paged cache on a backend: ragged (TPU), triton (GPU) or xla.
 
-    The kernels read pages where they lie. `cache_kernel=auto` takes ragged on TPU where that is exact for the model's
-    dtypes and head size, unless `attention_kernel=xla` asks for the plain form everywhere, and xla elsewhere: triton
-    was not measured on a GPU yet, so it has to be asked for.
+    Ragged and triton read pages in place. `cache_kernel=auto` selects ragged on TPU if it is exact for the model's
+    dtypes and head size, unless `attention_kernel=xla` asks for the plain form everywhere; otherwise xla. Triton was
+    not measured on a GPU yet, so it must be set explicitly.
 
     Raises:
         UserError: the kernel that the config names cannot run there.
@@ -206,7 +206,7 @@ def resolve_cache_kernel(config: ModelConfig, backend: str) -> str:
 
 
 def _check(limits: dict[str, dict[str, bool]], key: str, kernel: str, backend: str) -> None:
-    """Refuse a kernel that a config names where one of its limits does not hold."""
+    """Refuse the kernel that a config names if one of its limits does not hold."""
     for reason, held in limits.get(kernel, {}).items():
         if not held:
             raise UserError(f"model.{key}={kernel} {reason}, and this run is on {backend}; set model.{key}=auto")
@@ -215,11 +215,11 @@ def _check(limits: dict[str, dict[str, bool]], key: str, kernel: str, backend: s
 def paged_attention(
     kernel: str, layers: int, table_BP: jax.Array, start_B: jax.Array, count_B: jax.Array
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Write a layer's new entries behind each row's first `start` and let their queries see all of the row.
+    """Write a layer's new entries after each row's first `start`, and let their queries see the row up to themselves.
 
-    Returns a function of (pool, layer, q [B,T,N,H], k and v [B,T,K,H]) to (attention [B,T,N,H], pool). `table` names
-    the pages that hold each row, at least start + count tokens of them; tokens beyond `count` are padding, they are
-    not written and what comes out for them means nothing.
+    Returns a function of (pool, layer, q [B,T,N,H], k and v [B,T,K,H]) to (attention [B,T,N,H], pool). `table` has the
+    pages of each row, for at least start + count tokens. Tokens beyond `count` are padding: they are not written, and
+    their results have no meaning.
     """
 
     def apply(pages: jax.Array, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array):
@@ -248,21 +248,21 @@ def _ragged(
     count_B: jax.Array,
     kernel: Callable | None = None,
 ) -> jax.Array:
-    """The TPU kernel for rows of any length, on each device's own heads. It takes every row's T queries as real."""
+    """The TPU kernel for rows of any length, on each device's own heads. It treats all T queries of a row as real."""
     if kernel is None:
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention as kernel
     B, T, N, H = q_BTNH.shape
     page_size = pages.shape[1]
-    # Rows without tokens read no more than they must. Padding queries stand behind the last real one, and may point
-    # behind the table, where any page will do.
+    # Rows without tokens get a length of only T. Padding queries come after the last real one, and may reach beyond the
+    # table, so it is padded; any page will do there.
     lengths_B = jnp.where(count_B > 0, start_B, 0) + T
     if T > 1:
         table_BP = jnp.pad(table_BP, ((0, 0), (0, -(-T // page_size))))
     ends = jnp.arange(B + 1, dtype=jnp.int32) * T
 
     def local(q: jax.Array, pages: jax.Array, lengths: jax.Array, table: jax.Array, ends: jax.Array) -> jax.Array:
-        # Fixed block sizes, as in the kernel's own table for such shapes: that asks which TPU the process has, and a
-        # program may be compiled for another.
+        # Fixed block sizes, as in the kernel's own table for such shapes. The kernel itself would choose by the TPU of
+        # this process, and a program may be compiled for another one.
         token_bytes = pages[0, 0].size * pages.dtype.itemsize
         block = min(RAGGED_BLOCK, RAGGED_BUFFER // token_bytes)
         sizes = {
@@ -299,11 +299,11 @@ class Rotation(NamedTuple):
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per position of a head's H/2 pairs, and the factor on their cosines and sines.
 
-    YaRN (arXiv 2309.00071, as `transformers` computes it) divides by the factor the frequencies that turn less than
-    `yarn_beta_slow` times over the original length, keeps those that turn more than `yarn_beta_fast` times, and
-    blends the ones between, by their index. Llama 3 (arXiv 2407.21783, in the form of its published code) does so
-    between `llama3_low_factor` and `llama3_high_factor` turns, and blends by the turns. Rounded to fp32 step by step as
-    torch does: at position 32,768 one more rounding of a frequency is 2e-3 radians.
+    YaRN (arXiv 2309.00071, as `transformers` computes it) divides frequencies by the factor if they turn less than
+    `yarn_beta_slow` times over the original length, keeps those that turn more than `yarn_beta_fast` times, and blends
+    the ones between by their index. Llama 3 (arXiv 2407.21783, in the form of its published code) does the same between
+    `llama3_low_factor` and `llama3_high_factor` turns, and blends by the number of turns. Each step is rounded to fp32
+    as in torch: at position 32,768 one more rounding of a frequency changes an angle by 2e-3 radians.
     """
     c, pairs = config, config.head_dim // 2
     exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
@@ -331,14 +331,14 @@ def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
-    """The turns of these positions, the same for all heads and layers."""
+    """The rotation of these positions, which is the same for all heads and layers."""
     frequencies, factor = rotary_frequencies(config)
     angles = (positions_BT[..., None].astype(jnp.float32) * frequencies)[:, :, None]
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) with Qwen's layout: the two halves of a head are the pairs."""
+def rotate(x_BTNH: jax.Array, rope: Rotation) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864) in Qwen's layout: elements i of a head's two halves form a pair."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = turn
+    cos, sin = rope
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)

@@ -1,8 +1,8 @@
-"""Causal attention of packed rows in blocks of plain products, for any backend without a kernel of its own.
+"""Causal attention of packed rows in blocks of plain products, for backends without an attention kernel.
 
-Scores exist for one block of queries and one of keys at a time, forwards (arXiv 2307.08691, algorithm 1) and backwards
-(algorithm 2): blocks that no query sees are not visited, and nothing has the size of T x T. Products have their batch
-dimensions in front, which is the form that XLA's CPU backend does not copy.
+Scores are computed for one block of queries and one block of keys at a time, in the forward pass (arXiv 2307.08691,
+algorithm 1) and in the backward pass (algorithm 2). Blocks that no query sees are skipped, and no array has the size
+T x T. Products have their batch dimensions first, since XLA's CPU backend would copy other forms.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,27 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-ATTENTION = "attention"  # what a layer's attention leaves for the gradient, by which remat=dots keeps it
-CPU_BLOCK, BLOCK = 64, 512  # queries and keys at a time
-CPU_SCORES = 1 << 16  # of all heads and rows at a time: with what is made of them they stay in a core's cache
+ATTENTION = "attention"  # the checkpoint name of attention's residuals, which remat=dots saves
+CPU_BLOCK, BLOCK = 64, 512  # queries and keys of a block
+CPU_SCORES = 1 << 16  # the most scores of all heads and rows at a time, so that a core's cache holds them
 UNSEEN = jnp.finfo(jnp.float32).min
 
 
 class Seen(NamedTuple):
-    """The keys of its row that each query t sees, [B,T] int32: `start` to t, and those of its prefix before them."""
+    """The keys of its row that each query t sees, [B,T] int32: `start` to t, and [prefix, prefix_stop) before them."""
 
     start: jax.Array
-    prefix: jax.Array  # where the prefix begins; the start where there is none
-    prefix_stop: jax.Array  # behind its last key; 0 where there is none
+    prefix: jax.Array  # the first key of the prefix; equal to `start` if there is none
+    prefix_stop: jax.Array  # one after its last key; 0 if there is none
 
 
 def blocked_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: Seen, on_cpu: bool = True
 ) -> jax.Array:
-    """What `attention.attend` gives where queries see these keys alone; [B,T,N,H]."""
+    """The result of `attention.attend` if queries see only these keys; [B,T,N,H]."""
     B, T, N = q_BTNH.shape[:3]
     count = -(-T // (CPU_BLOCK if on_cpu else BLOCK))
-    block = -(-T // (8 * count)) * 8  # even parts, in whole vectors
+    block = -(-T // (8 * count)) * 8  # blocks of equal size, a multiple of 8 for vector instructions
     padding = count * block - T
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     start, prefix = (jnp.pad(x, ((0, 0), (0, padding)), constant_values=T) for x in (seen.start, seen.prefix))
@@ -60,7 +60,7 @@ def _attend(block: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) ->
 def _forward(
     block: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: Seen
 ) -> tuple[jax.Array, tuple]:
-    """The attention, and for the gradient what it was made of and the logarithm of each softmax's denominator."""
+    """The attention, and the residuals for the gradient, among them the logarithm of each softmax's denominator."""
     q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
     B, K, G, T, H = q.shape
 
@@ -91,12 +91,12 @@ def _forward(
 
 
 def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
-    """Gradients of q, k and v. Those of keys and values are added up as [H,T], so that no block of scores is turned."""
+    """Gradients of q, k and v. Those of k and v are summed as [H,T], so that no block of scores is transposed."""
     q_BTNH, k_BTKH, v_BTKH, seen, mixed_BTNH, denominators = kept
     q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
     gradient, mixed = (_queries_first(x, k.shape[1]) for x in (gradient_BTNH, mixed_BTNH))
     (B, K, G, T, H), scale = q.shape, q.shape[-1] ** -0.5
-    # The softmax's gradient is weight x (gradient - sum of weight x gradient), and that sum is this product.
+    # The gradient of a softmax is weight x (gradient - sum of weight x gradient); the sum equals this product.
     sums = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), -1, keepdims=True)
 
     def of_queries(i: jax.Array, made: tuple) -> tuple:
@@ -131,7 +131,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _queries_first(x_BTNH: jax.Array, K: int) -> jax.Array:
-    """[B,K,G,T,H]: the queries of each key head together."""
+    """[B,K,G,T,H]: queries grouped by their key head."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
@@ -157,10 +157,10 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array, block: int, axis: int) -> 
 
 
 def _visits(seen: Seen, block: int, i: jax.Array) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
-    """The blocks of keys that queries of block i see in any row, as bounds of a loop and what its n stands for.
+    """The key blocks that queries of block i see in any row: the bounds of a loop, and the key block of its index n.
 
-    They are those of prefixes and then, behind a gap, those from the first own key to block i. The first query tells
-    which: what a later one sees besides begins behind that query, so in block i.
+    They are the blocks of prefixes and then, after a gap, those from the first own key to block i. It is enough to look
+    at the first query of block i: whatever else later queries see begins after that query, so it is in block i.
     """
     start, prefix, prefix_stop = (jax.lax.dynamic_index_in_dim(x, i * block, 1) for x in seen)
     own, first = jnp.min(start) // block, jnp.min(prefix) // block
@@ -169,7 +169,7 @@ def _visits(seen: Seen, block: int, i: jax.Array) -> tuple[jax.Array, jax.Array,
 
 
 def _mask(seen: Seen, block: int, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Which keys of block j queries of block i see, [B,1,1,T,S]."""
+    """Which keys of block j the queries of block i see, [B,1,1,T,S]."""
     queries, keys = i * block + jnp.arange(block)[:, None], j * block + jnp.arange(block)
     start, prefix, prefix_stop = (_part(x, i, block, 1)[:, :, None] for x in seen)
     seen_BTS = (keys <= queries) & (keys >= start) | (keys >= prefix) & (keys < prefix_stop)

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a checkpoint: the tokenizer's files, the chat template, when to stop."""
+"""The files beside the weights of a checkpoint: the tokenizer's, the chat template, the generation config."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ COMPANIONS = (
 
 
 def check_companions(folder: Path) -> None:
-    """A `UserError` where one of a folder's files is torn: no JSON object, a merge of one part, an open template."""
+    """Raise a `UserError` if one of a folder's files is damaged: not a JSON object, a broken merge or template."""
     for name in (*COMPANIONS, "config.json"):
         path = folder / name
         if not path.is_file():
@@ -35,7 +35,7 @@ def check_companions(folder: Path) -> None:
 
 
 def _check_template(path: Path, text: str) -> None:
-    """A `UserError` where a template is empty or ends inside of a block. Tags that jinja2 does not know are others'."""
+    """Raise a `UserError` if a template is empty or ends inside a block; the tag `generation` of others is allowed."""
     import jinja2  # slow to import, and few folders have such a file
 
     fault = "" if text.strip() else "it is empty"
@@ -48,7 +48,7 @@ def _check_template(path: Path, text: str) -> None:
 
 
 def check_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """A `UserError` when the folder's tokenizer, if it has one, has a token without a row in the embedding."""
+    """Raise a `UserError` if the folder has a tokenizer with more tokens than the embedding has rows."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
@@ -66,25 +66,25 @@ def check_tokenizer(config: ModelConfig, folder: Path) -> None:
 
 
 def write_companions(folder: Path, hf: dict, source: Path | None, stop_ids: Sequence[int]) -> None:
-    """config.json, and what goes with the weights: the source's files, with these stop ids in place of its own.
+    """Write config.json and copy the source's files, with these stop ids in place of its own.
 
-    What `check_companions` has passed is read.
+    The source's files must have passed `check_companions`.
     """
     stops = {"eos_token_id": list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]} if stop_ids else {}
     if source is not None:
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        # A checkpoint keeps these in config.json, though the model does not use them.
+        # config.json also has these, although the model does not use them.
         there = _read_table(source / "config.json")
         hf |= {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
-    if stops:  # generate() asks that file, where it is, and no other
+    if stops:  # if there is such a file, generate() reads only that one
         write_json(folder / "generation_config.json", _read_table(folder / "generation_config.json") | stops)
     write_json(folder / "config.json", hf | stops)
 
 
 def _read_table(path: Path) -> dict:
-    """A JSON object; empty where there is none."""
+    """The JSON object of a file; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

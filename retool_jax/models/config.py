@@ -1,4 +1,4 @@
-"""The shape of a decoder of the Qwen2, Qwen3 or Llama type, from and to a checkpoint's `config.json`."""
+"""The config of a Qwen2, Qwen3 or Llama decoder, and its conversion from and to a checkpoint's `config.json`."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from retool_jax.fields import CHECKED, Above0, Count, NotNegative, Positive, com
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
-Width = Annotated[int, Field(ge=1, le=1 << 20)]  # of a published model at most a sixth of it
+Width = Annotated[int, Field(ge=1, le=1 << 20)]  # published models have at most a sixth of it
 Heads = Annotated[int, Field(ge=1, le=4096)]
 
-# What tells the families apart; R1-Distill-Qwen is a qwen2. Their files may repeat `qkv_bias` as `attention_bias`:
-# false in a qwen2 would contradict its three biases, and true in the others puts one on the output projection too.
+# The differences of the families; R1-Distill-Qwen is a qwen2. Their files may repeat `qkv_bias` as `attention_bias`:
+# false in a qwen2 would contradict its three biases, and true in the others would add one to the output projection.
 FAMILIES = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "llama": {"qkv_bias": False, "qk_norm": False},
 }
 
-# The fields of `ModelConfig` that say what is computed, and so have to agree with a checkpoint's.
+# The fields of `ModelConfig` that determine the computation, and so must agree with a checkpoint's.
 ARCHITECTURE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "yarn_factor", "yarn_original_length", "yarn_beta_fast", "yarn_beta_slow", "yarn_attention_factor"),
@@ -33,7 +33,7 @@ ARCHITECTURE = (
 )
 
 _ORIGINAL = "original_max_position_embeddings"
-# Our sizes by their names there, and the parts of each scaling of the rotation, whose fields begin with its kind.
+# The names of our sizes in config.json, and those of each rotary scaling, whose fields here begin with its kind.
 SIZES = {
     **{name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")},
     **{"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"},
@@ -48,12 +48,12 @@ READ = {
     *("model_type", *SIZES.values(), _ORIGINAL),
     *("rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
 }
-# Fields that say nothing about the forward pass of a decoder: how it was initialised, stored, prompted, sampled from.
+# Fields without effect on the forward pass: how a model was initialised, stored, prompted, or sampled from.
 IRRELEVANT = {
     *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
     *("decoder_start_token_id", "pretraining_tp", "is_llama_config", "transformers.js_config"),
     *("dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "tokenizer_class", "prefix"),
-    *("sliding_window", "max_window_layers"),  # of the window that use_sliding_window switches on
+    *("sliding_window", "max_window_layers"),  # only read with use_sliding_window
     *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
     *("chunk_size_feed_forward", "task_specific_params", "finetuning_task", "name_or_path", "model_name"),
     *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams"),
@@ -66,7 +66,7 @@ IRRELEVANT = {
 class ModelConfig:
     """Dimensions and numerics of a decoder; hashable, so that it can be a static argument of jit.
 
-    Glossary of dimensions, used in names and comments everywhere: B batch, T query length, S cache length,
+    Letters of dimensions, in names and comments everywhere: B batch, T query length, S cache length,
     D model, N query heads, K key/value heads, G = N / K, H head, F feed-forward, V vocabulary, L layers.
     """
 
@@ -78,35 +78,36 @@ class ModelConfig:
     num_kv_heads: Heads = 2  # K
     head_dim: Annotated[int, Field(le=4096)] = 32  # H
     rope_theta: Annotated[float, Field(ge=100, le=1e12)] = 10_000.0
-    """Of the rotary embedding, whose slowest pair of a head turns about so many times more slowly than the fastest,
-    which is round after 6 tokens. Below 100 all are round within some hundreds, and far places look like near ones."""
-    yarn_factor: NotNegative = 0.0  # YaRN (arXiv 2309.00071): how many times longer than trained; 0 is off
-    yarn_original_length: Count = 0  # of the training before it
-    yarn_beta_fast: Above0 = 32.0  # turns over that length above which a frequency is kept
-    yarn_beta_slow: Above0 = 1.0  # and below which it is divided by the factor
-    yarn_attention_factor: NotNegative = 0.0  # of cos and sin; 0: 0.1 ln(factor) + 1
-    llama3_factor: NotNegative = 0.0  # Llama 3's scaling (its `llama3`): how many times longer than trained; 0 is off
-    llama3_original_length: Count = 0  # of the training before it
-    llama3_low_factor: float = 1.0  # turns over that length below which a frequency is divided by the factor
-    llama3_high_factor: float = 4.0  # and above which it is kept
-    max_positions: Positive = 32_768  # what the checkpoint says it is made for; nothing here is limited by it
-    rms_norm_eps: Annotated[float, Field(ge=1e-12, le=0.1)] = 1e-6  # fp32 divides by its root
+    """Base of the rotary embedding: the slowest pair of a head turns about this many times more slowly than the
+    fastest, which takes 6 tokens for a turn. Below 100 all pairs turn within a few hundred tokens, so that distant
+    positions look like near ones."""
+    yarn_factor: NotNegative = 0.0  # YaRN (arXiv 2309.00071): context length as a multiple of the trained one; 0 is off
+    yarn_original_length: Count = 0  # the trained context length
+    yarn_beta_fast: Above0 = 32.0  # frequencies with more turns over that length are kept
+    yarn_beta_slow: Above0 = 1.0  # frequencies with fewer turns over it are divided by the factor
+    yarn_attention_factor: NotNegative = 0.0  # factor on cos and sin; 0: 0.1 ln(factor) + 1
+    llama3_factor: NotNegative = 0.0  # Llama 3's scaling: context length as a multiple of the trained one; 0 is off
+    llama3_original_length: Count = 0  # the trained context length
+    llama3_low_factor: float = 1.0  # frequencies with fewer turns over that length are divided by the factor
+    llama3_high_factor: float = 4.0  # frequencies with more turns over it are kept
+    max_positions: Positive = 32_768  # the checkpoint's own limit; only copied, nothing here is limited by it
+    rms_norm_eps: Annotated[float, Field(ge=1e-12, le=0.1)] = 1e-6  # added to the mean square before its root
     tie_embeddings: bool = True
-    qkv_bias: bool = True  # Qwen2; the others have none
-    qk_norm: bool = False  # Qwen3: RMS norm over each query and key head, before rotation
+    qkv_bias: bool = True  # only Qwen2 has it
+    qk_norm: bool = False  # only Qwen3 has it: RMS norm over each query and key head, before rotation
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
     cache_dtype: Dtype = "float32"
     real_vocab: int = 0  # ids from here on have no token and are never drawn; 0: every id has one
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    """Of packed rows: auto, xla, splash (TPU) or cudnn (GPU); models/attention.py."""
+    """Kernel for packed rows: auto, xla, splash (TPU) or cudnn (GPU); models/attention.py."""
     cache_kernel: Literal["auto", "xla", "ragged", "triton"] = "auto"
-    """Of tokens behind a cache: auto, xla, ragged (TPU) or triton (GPU); auto is ragged where it is exact, and xla."""
+    """Kernel for tokens with a cache: auto, xla, ragged (TPU) or triton (GPU); auto is ragged if exact, else xla."""
     head_chunk: Positive = 1024  # tokens of a device that have logits at the same time in training; models/head.py
     remat: Literal["none", "full", "dots", "offload"] = "dots"
-    """What backward computes again: none, full (whole layers), dots (all but matrix products and attention), offload
-    (whole layers, whose inputs wait in the host's memory). To write down what costs nothing to compute takes longer
-    than to compute it again."""
+    """What the backward pass recomputes: none, full (whole layers), dots (all but matrix products and attention),
+    offload (whole layers, with their inputs in the host's memory). Storing cheap values takes longer than recomputing
+    them."""
     fp32_head: bool = False  # keep the output matrix and its product in fp32, in the engine as in training
 
     def __post_init__(self) -> None:
@@ -150,11 +151,11 @@ class ModelConfig:
 def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
     """Read a checkpoint folder's `config.json`, as transformers 4 and 5 write it.
 
-    `numerics` sets dtypes and the like, which that file does not decide. A field is implemented, known to change
-    nothing in the forward pass, or refused.
+    `numerics` sets fields that the file does not determine, such as dtypes. A field of the file is implemented, or
+    known to have no effect on the forward pass, or refused.
 
     Raises:
-        UserError: no such file, or it describes a model that this decoder is not.
+        UserError: there is no such file, or it describes a model that this decoder cannot compute.
     """
     path = Path(folder) / "config.json"
     hf = _read_json(path, folder)
@@ -166,7 +167,7 @@ def config_from_hf(folder: str | Path, **numerics: str | bool) -> ModelConfig:
         heads, hidden = (_whole(path, hf, key) for key in ("num_attention_heads", "hidden_size"))
         fallbacks = {
             "num_key_value_heads": heads,
-            "head_dim": 128 if family == "qwen3" else hidden // max(heads, 1),  # as transformers has it
+            "head_dim": 128 if family == "qwen3" else hidden // max(heads, 1),  # the default of transformers
             "max_position_embeddings": ModelConfig.max_positions,
         }
         there = hf | {key: value for key, value in fallbacks.items() if hf.get(key) is None}
@@ -190,7 +191,7 @@ def config_to_hf(config: ModelConfig) -> dict:
     """The `config.json` of these weights, in the layout of the published Qwen files, which transformers 4 and 5 read.
 
     Raises:
-        UserError: no family of Hugging Face's has this pair of biases and head norms.
+        UserError: no family of Hugging Face has this combination of biases and head norms.
     """
     c = config
     traits = {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
@@ -253,8 +254,8 @@ def _whole(path: Path, hf: dict, key: str) -> int:
 
 
 def _refuse_others(path: Path, hf: dict) -> None:
-    """A `UserError` that names the first field that asks for what this decoder does not compute."""
-    demands = {  # field: the value that means what we do
+    """Raise a `UserError` with the first field that this decoder does not support."""
+    demands = {  # the only supported value of each field
         "hidden_act": "silu",
         "use_sliding_window": False,
         "attention_dropout": 0,
@@ -268,7 +269,7 @@ def _refuse_others(path: Path, hf: dict) -> None:
         elif key == "layer_types":
             if other := set(value) - {"full_attention"}:
                 raise UserError(f"{path} has layer_types with {min(other)!r}; only full_attention is supported")
-        # A field that is off asks for nothing.
+        # An unknown field that is off (false, 0 or empty) has no effect.
         elif value and key not in READ and key not in IRRELEVANT and not key.startswith("_"):
             raise UserError(
                 f"{path} has {key}={_json(value)}, which is not supported; if the model computes the same without it,"
@@ -282,7 +283,7 @@ def _json(value: object) -> str:
 
 
 def _rope(path: Path, hf: dict, max_positions: int) -> dict[str, float | int]:
-    """The fields of the rotation, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+    """Our rotary fields, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
     rope = _given(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}

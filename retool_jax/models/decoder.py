@@ -1,8 +1,8 @@
-"""The decoder of Qwen2, Qwen3 and Llama as Flax modules, and the two calls that run it: `forward` and `extend`.
+"""The decoder of Qwen2, Qwen3 and Llama as Flax modules, and the two functions that run it: `forward` and `extend`.
 
-Modules declare weights by their logical axes and say how they compute. Everywhere else weights are a plain pytree,
-`Params`, so that jit, grad, optax and orbax see arrays and nothing else. There, as in checkpoints, the weights of a
-layer lie side by side whatever module holds them, and those of all layers are stacked on a leading L axis.
+Modules declare weights with logical axes, and how to compute with them. Everywhere else weights are a plain pytree,
+`Params`, so that jit, grad, optax and orbax see only arrays. In `Params`, and in checkpoints, all weights of a layer
+are in one flat dictionary, and the weights of all layers are stacked on a leading L axis.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,9 @@ from retool_jax.models.rows import Rows, row_attention
 Params = nnx.State
 Cache = jax.Array | Rows
 
-NEVER = -1e30  # a logit without probability; finite under any temperature, so that 0 * log 0 is 0
+NEVER = -1e30  # a logit with probability 0; finite at every temperature, so that 0 * log 0 is 0
 
-INPUT = "input"  # what goes into a layer, by which remat=offload knows it
+INPUT = "input"  # the checkpoint name of a layer's input, for remat=offload
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
     "full": partial(jax.checkpoint, prevent_cse=False),
@@ -61,7 +61,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 class Weight(nnx.Param):
-    """A parameter that knows its logical axes, one name per dimension (see `mesh.py`), as `weight.logical`."""
+    """A parameter with logical axes, one name per dimension (see `mesh.py`), in `weight.logical`."""
 
 
 def _random(
@@ -72,14 +72,14 @@ def _random(
     logical: tuple[str, ...],
     std: float,
 ) -> Weight:
-    """A normally distributed weight, zeros where `std` is 0; with `layers`, that many of them on a first axis."""
+    """A normally distributed weight, or zeros if `std` is 0; with `layers`, a stack of that many."""
     shape, logical = _stacked(layers, shape, logical)
     values = jax.random.normal(rngs.params(), shape, config.param_dtype) * std if std else jnp.zeros(shape)
     return Weight(values.astype(config.param_dtype), logical=logical)
 
 
 def _ones(config: ModelConfig, layers: int | None, size: int) -> Weight:
-    """The scale of a norm, or of `layers` of them."""
+    """The scale of a norm; with `layers`, a stack of that many."""
     shape, logical = _stacked(layers, (size,), ("norm",))
     return Weight(jnp.ones(shape, config.param_dtype), logical=logical)
 
@@ -96,7 +96,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Projections to queries, keys and values and back; what lies between them is the caller's."""
+    """The projections to queries, keys and values and back; the caller passes the attention itself."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layers: int | None = None) -> None:
         c, make, norm = config, partial(_random, config, rngs, layers), partial(_ones, config, layers)
@@ -113,8 +113,8 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = norm(H), norm(H)
         self.o = make((N, H, D), ("heads", "head_dim", "embed"), (N * H) ** -0.5)
 
-    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
-        """`mix(q, k, v)` returns the attention's [B,T,N,H] and whatever cache it wrote."""
+    def __call__(self, x_BTD: jax.Array, rope: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
+        """`mix(q, k, v)` returns the attention [B,T,N,H] and the cache that it wrote, or None."""
         c, cast = self.config, _cast(self.config)
         q, k, v = (_product(x_BTD, cast(weight), *_axes(weight)) for weight in (self.q, self.k, self.v))
         if c.qkv_bias:
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        mixed_BTNH, cache = mix(rotate(q, turn), rotate(k, turn), v)
+        mixed_BTNH, cache = mix(rotate(q, rope), rotate(k, rope), v)
         return _product(mixed_BTNH, cast(self.o), *_axes(self.o)), cache
 
 
@@ -143,7 +143,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward network, each behind a norm and beside a residual path."""
+    """One layer: attention and feed-forward network, each with a norm before it and a residual connection."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layers: int | None = None) -> None:
         self.config = config
@@ -152,17 +152,17 @@ class Block(nnx.Module):
         self.mlp_norm = _ones(config, layers, config.hidden_size)
         self.mlp = MLP(config, rngs, layers)
 
-    def __call__(self, x_BTD: jax.Array, turn: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_BTD: jax.Array, rope: Rotation, mix: Callable) -> tuple[jax.Array, Cache | None]:
         eps = self.config.rms_norm_eps
-        mixed_BTD, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), turn, mix)
+        mixed_BTD, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rope, mix)
         x_BTD = x_BTD + mixed_BTD
         return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], eps)), cache
 
 
 class Decoder(nnx.Module):
-    """The whole model. `layers` is a block whose weights are stacks, or a list of blocks (see `unstack`).
+    """The whole model. `layers` is one block with stacked weights, or a list of blocks (see `unstack`).
 
-    With `value_head` it is a critic: one output in the place of the vocabulary's, 0 until it has learned.
+    With `value_head` it is a critic, with one output instead of the vocabulary's. That output is initialised to 0.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, value_head: bool = False) -> None:
@@ -178,11 +178,11 @@ class Decoder(nnx.Module):
             self.head = _random(c, rngs, None, (c.vocab_size, c.hidden_size), ("vocab", "embed"), 0.02)
 
     def __call__(
-        self, tokens_BT: jax.Array, turn: Rotation, attend: Callable, rows: str, cache: Cache | None = None
+        self, tokens_BT: jax.Array, rope: Rotation, attend: Callable, rows: str, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states [B,T,D], and the cache.
+        """The final hidden states [B,T,D], and the cache.
 
-        `attend(cache, layer, q, k, v)` returns the attention's [B,T,N,H] and the cache that it wrote. `rows` is the
+        `attend(cache, layer, q, k, v)` returns the attention [B,T,N,H] and the cache that it wrote. `rows` is the
         logical name of the B axis.
         """
         c = self.config
@@ -190,32 +190,32 @@ class Decoder(nnx.Module):
         def pin(x_BTD: jax.Array) -> jax.Array:
             return meshes.constrain(x_BTD, rows, "length", "model")
 
-        def visit(block: Block, carry: tuple, layer: jax.Array | int) -> tuple:
+        def run_layer(block: Block, carry: tuple, layer: jax.Array | int) -> tuple:
             x_BTD, cache = carry
-            x_BTD, cache = block(checkpoint_name(x_BTD, INPUT), turn, partial(attend, cache, layer))
+            x_BTD, cache = block(checkpoint_name(x_BTD, INPUT), rope, partial(attend, cache, layer))
             return pin(x_BTD), cache
 
-        carry = pin(_rows_of(self.embedding[...], tokens_BT, c.compute_dtype)), cache
+        carry = pin(_embed(self.embedding[...], tokens_BT, c.compute_dtype)), cache
         if isinstance(self.layers, nnx.List):
-            carry = self._one_by_one(visit, carry)
+            carry = self._run_unstacked(run_layer, carry)
         else:
             graph, stacks = nnx.split(self.layers)
 
             def body(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
                 weights, layer = scanned
-                return visit(nnx.merge(graph, weights), carry, layer), None
+                return run_layer(nnx.merge(graph, weights), carry, layer), None
 
             carry, _ = jax.lax.scan(REMAT[c.remat](body), carry, (stacks, jnp.arange(c.num_layers)))
         x_BTD, cache = carry
         return rms_norm(x_BTD, self.final_norm[...], c.rms_norm_eps), cache
 
-    def _one_by_one(self, visit: Callable, carry: tuple) -> tuple:
-        """Visit layers whose weights are no stack. The first is traced, the others are calls of what came of it."""
+    def _run_unstacked(self, run_layer: Callable, carry: tuple) -> tuple:
+        """Run layers whose weights are not stacked. The first one is traced; the others call the same program."""
         graph = nnx.graphdef(self.layers[0])
         by_rows = isinstance(carry[1], Rows)
 
         def traced(weights: nnx.State, carry: tuple, layer: jax.Array | int) -> tuple:
-            return visit(nnx.merge(graph, weights), carry, layer)
+            return run_layer(nnx.merge(graph, weights), carry, layer)
 
         call = jax.jit(traced, static_argnums=2 if by_rows else ())
         for layer, block in enumerate(self.layers):
@@ -228,20 +228,20 @@ class Decoder(nnx.Module):
         return carry
 
 
-def _rows_of(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
-    """The embeddings [B,T,D] of tokens, in the type that is computed with."""
+def _embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """The embeddings [B,T,D] of tokens, in the compute type."""
     if meshes.split_with_weights(tokens_BT.shape[0]):
         return split.rows_of(table_VD, tokens_BT, dtype)
-    # A lookup in a table whose D axis is split would be of all rows, for a part of D.
+    # If D stayed split, each device would look up its part of D for all rows.
     return meshes.constrain(table_VD, "vocab", "model")[tokens_BT].astype(dtype)
 
 
 def _product(x: jax.Array, weight: jax.Array, *logical: str) -> jax.Array:
-    """Activations [B,T,...] times a weight with these logical axes, which begins with their inner ones.
+    """Activations [B,T,...] times a weight with these logical axes, which begins with the activations' inner axes.
 
-    As one list of tokens: of [B,T,D] XLA's CPU backend makes transposed copies for the gradient of the weight. The
-    weight keeps its shape: for another one, where its heads are split, the TPU's compiler copies all layers' weights at
-    every call.
+    B and T are merged: for [B,T,D] XLA's CPU backend would make transposed copies for the gradient of the weight. The
+    weight keeps its shape: if it were reshaped while its heads are split, the TPU's compiler would copy all layers'
+    weights at every call.
     """
     B, T = x.shape[:2]
     if meshes.split_with_weights(B):
@@ -252,7 +252,7 @@ def _product(x: jax.Array, weight: jax.Array, *logical: str) -> jax.Array:
 
 
 def _axes(weight: Weight) -> tuple[str, ...]:
-    """The logical axes of a layer's weight, which may be one of a stack."""
+    """The logical axes of one layer's weight, without the axis of a stack."""
     return tuple(name for name in weight.logical if name != "layers")
 
 
@@ -267,36 +267,36 @@ def _abstract(config: ModelConfig, value_head: bool) -> tuple[nnx.GraphDef, nnx.
 
 @lru_cache
 def abstract_params(config: ModelConfig, value_head: bool = False) -> tuple[nnx.GraphDef, Params]:
-    """The modules' structure and the weights as shapes; nothing is allocated."""
+    """The modules' structure, and the weights as shapes; nothing is allocated."""
     graph, weights = _abstract(config, value_head)
-    return graph, _side_by_side(weights)
+    return graph, _flatten_layers(weights)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random weights. Jit this with `out_shardings` to create a large model in shards."""
-    return _side_by_side(nnx.split(Decoder(config, nnx.Rngs(params=key)))[1])
+    return _flatten_layers(nnx.split(Decoder(config, nnx.Rngs(params=key)))[1])
 
 
-def _side_by_side(weights: nnx.State) -> Params:
-    """What `nnx.split` gives, without the modules inside of a layer: no two of them have a weight of one name."""
+def _flatten_layers(weights: nnx.State) -> Params:
+    """The state of `nnx.split` without the level of modules inside a layer; their weights have different names."""
     layers = {path[-1]: weight for path, weight in nnx.to_flat_state(weights["layers"])}
     return nnx.State({name: layers if name == "layers" else weights[name] for name in weights})
 
 
 @lru_cache
 def _structure(config: ModelConfig, unstacked: bool, value_head: bool) -> tuple[nnx.GraphDef, tuple[tuple, ...]]:
-    """The modules without their weights, and the place of each weight in them."""
+    """The modules without their weights, and the path of each weight in them."""
     decoder = nnx.merge(*_abstract(config, value_head))
     if unstacked:
         graph, weights = nnx.split(decoder.layers)
-        # Copies: layers that hold the same variable would have one weight.
+        # With copies: otherwise all layers would share one variable.
         decoder.layers = nnx.List([nnx.merge(graph, weights, copy=True) for _ in range(config.num_layers)])
     graph, weights = nnx.split(decoder)
     return graph, nnx.to_flat_state(weights).paths
 
 
 def _decoder(config: ModelConfig, params: Params | dict) -> Decoder:
-    """The modules with these weights in them."""
+    """The modules with these weights."""
     unstacked = isinstance(params["layers"], tuple)
     graph, paths = _structure(config, unstacked, "value" in params)
 
@@ -312,9 +312,9 @@ def _decoder(config: ModelConfig, params: Params | dict) -> Decoder:
 def forward(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """Final hidden states [B,T,D] of packed rows: `segments` tells the sequences of a row apart.
+    """The final hidden states [B,T,D] of packed rows; `segments` numbers the sequences of a row.
 
-    Positions count from 0 in each, or go on from those of a prefix before it, where the kernel takes that.
+    Positions count from 0 in each segment, or continue those of a prefix before it if the kernel `shares_prefixes`.
     """
     attention = packed_attention(resolve_kernel(config, current_backend()), segments_BT, positions_BT)
 
@@ -332,16 +332,16 @@ def extend(
     start_B: jax.Array,
     count_B: jax.Array,
     table_BP: jax.Array | None = None,
-    turns: Rotation | None = None,
+    rope_table: Rotation | None = None,
 ) -> tuple[Cache, jax.Array]:
-    """Put `count` tokens behind the first `start` entries of rows; the model call of all decoding.
+    """Append `count` tokens to rows that hold `start` tokens; prefill, append and decode all call this.
 
-    Prefill, append and decode differ only in T. The cache is a pool of pages with the table that says which are each
-    row's, or, with unstacked weights, the dense copy of rows for one token each (see `rows.py`). Tokens beyond `count`
-    are padding. `turns` are those of the positions 0, 1, ... as a batch of one row, where somebody has them: who
-    extends rows step by step need not compute sines at each, as a CPU does for each head.
+    They differ only in T. The cache is a pool of pages with a table of each row's pages, or, with unstacked weights and
+    one token per row, the dense copy of rows (see `rows.py`). Tokens beyond `count` are padding. `rope_table` may hold
+    the rotation of positions 0, 1, ... as a batch of one row. With it a decode loop does not compute sines at every
+    step, which a CPU does for each head.
 
-    Returns the cache and the hidden state [B,D] after each row's last token, from which the next is sampled.
+    Returns the cache and the hidden state [B,D] of each row's last token, from which the next token is sampled.
     """
     if isinstance(cache, Rows):
         attend = row_attention(start_B, count_B)
@@ -349,11 +349,11 @@ def extend(
         kernel = resolve_cache_kernel(config, current_backend())
         attend = paged_attention(kernel, config.num_layers, table_BP, start_B, count_B)
     positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    if turns is None:
-        turn = rotation(config, positions_BT)
+    if rope_table is None:
+        rope = rotation(config, positions_BT)
     else:
-        turn = Rotation(*(jnp.take(of_all[0], positions_BT, axis=0, mode="clip") for of_all in turns))
-    hidden_BTD, cache = _decoder(config, params)(tokens_BT, turn, attend, "rows", cache)
+        rope = Rotation(*(jnp.take(part[0], positions_BT, axis=0, mode="clip") for part in rope_table))
+    hidden_BTD, cache = _decoder(config, params)(tokens_BT, rope, attend, "rows", cache)
     last_B = jnp.maximum(count_B - 1, 0)
     return cache, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
 
@@ -364,31 +364,30 @@ def logits(config: ModelConfig, params: Params | dict, hidden: jax.Array) -> jax
 
 
 def head_name(config: ModelConfig) -> str:
-    """Which weight is the output matrix."""
+    """The name in `Params` of the output matrix."""
     return "embedding" if config.tie_embeddings else "head"
 
 
 def weight_dtype(config: ModelConfig, name: str) -> str:
-    """The type that a weight has where it is computed with; `name` is that of its place in `Params`."""
+    """The type in which the weight `name` of `Params` is used in computations."""
     return "float32" if config.fp32_head and name == head_name(config) else config.compute_dtype
 
 
 def head_weight(config: ModelConfig, params: Params | dict) -> jax.Array:
-    """The output matrix [V,D] in the type of its product."""
+    """The output matrix [V,D] in its compute type."""
     name = head_name(config)
     return params[name][...].astype(weight_dtype(config, name))
 
 
 def head_precision(config: ModelConfig) -> jax.lax.Precision | None:
-    """Of the head's products: a TPU rounds their factors in fp32 to bf16 unless it is told not to."""
+    """The precision of the head's products. By default a TPU would round fp32 factors to bf16."""
     return jax.lax.Precision.HIGHEST if config.fp32_head else None
 
 
 def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> jax.Array:
-    """`logits` with the head's weight in hand; engine and trainer both end here, so they share its mask.
+    """`logits` with the head's weight already cast. Engine and trainer both call this, so they share its mask.
 
-    Checkpoints pad the vocabulary: ids from `config.real_vocab` on stand for no text, so they are never drawn and take
-    no probability.
+    Checkpoints pad the vocabulary: ids from `config.real_vocab` on stand for no text, so they get probability 0.
     """
     if config.fp32_head:
         hidden = hidden.astype(jnp.float32)
@@ -401,16 +400,16 @@ def logits_of(config: ModelConfig, weight_VD: jax.Array, hidden: jax.Array) -> j
 
 def values(params: Params, hidden: jax.Array) -> jax.Array:
     """A critic's values [...] for hidden states [..., D], computed in fp32."""
-    # As a whole on every device, so that it meets hidden states where they are.
+    # Replicated, so that the hidden states need not move.
     weight_D = meshes.constrain(params["value"][...], "model").astype(jnp.float32)
     return jnp.sum(hidden.astype(jnp.float32) * weight_D, axis=-1) + params["value_bias"][...].astype(jnp.float32)
 
 
 def unstack(params: Params) -> dict:
-    """The same weights with a tuple of layers in place of the stack: those are visited one by one instead of scanned.
+    """The same weights with a tuple of layers in place of the stack, so that layers are unrolled instead of scanned.
 
-    A program that repeats a small model many times spares the slice of each weight at each visit, which XLA's CPU
-    backend makes a copy; the price is a program that grows with the layers.
+    A scan slices each weight out of its stack at each layer, which XLA's CPU backend does by copying. Unrolling avoids
+    that, but the program grows with the number of layers.
     """
     stack = params["layers"]
     layers = len(jax.tree.leaves(stack)[0])

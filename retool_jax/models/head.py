@@ -1,4 +1,4 @@
-"""What training asks of the vocabulary: log-probability and entropy of given tokens, without logits of whole rows."""
+"""The head in training: log-probabilities and entropies of given tokens, without the logits of whole rows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,12 +11,12 @@ from retool_jax import mesh as meshes
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, head_precision, head_weight, logits_of
 
-CHUNKS = 8  # that a device's tokens are cut into, so that a batch with few wanted ones costs little
-LEAST_CHUNK = 128  # tokens of a chunk, below which a product with the vocabulary is slow for its size
+CHUNKS = 8  # the number of chunks of a device's tokens, so that a batch with few wanted tokens costs little
+LEAST_CHUNK = 128  # tokens; with fewer, a product with the vocabulary is inefficient
 
 
 class Numerics(NamedTuple):
-    """What the numbers depend on beside arrays."""
+    """Static arguments of the computation."""
 
     config: ModelConfig
     temperature: float
@@ -34,20 +34,20 @@ def given_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the targets under softmax(logits / temperature), and its entropies; both [B,T] fp32.
 
-    Where `wanted` is false both are 0 and nothing is computed: each device visits the tokens that are wanted of its own
-    rows, in chunks, as many as it takes. No more than `config.head_chunk` tokens of a device have logits at any time;
-    for the gradient they are computed again. Entropies carry a gradient only where that is asked for.
+    Where `wanted` is false both are 0 and nothing is computed: each device loops over chunks of the wanted tokens of
+    its own rows. At most `config.head_chunk` tokens of a device have logits at any time; the backward pass computes
+    them again. Entropies carry a gradient only with `entropy_gradient`.
     """
     (B, T), devices = targets_BT.shape, meshes.row_parts(targets_BT.shape[0])
     tokens = B * T // devices
     chunk = min(config.head_chunk, max(-(-tokens // CHUNKS), LEAST_CHUNK), tokens)
 
     def by_device(x: jax.Array) -> jax.Array:
-        """[B,T,...] to [devices,tokens,...]; a device's rows stand side by side."""
+        """[B,T,...] to [devices,tokens,...]; a device has consecutive rows."""
         return x.reshape(devices, tokens, *x.shape[2:])
 
     wanted = jnp.ones((devices, tokens), bool) if wanted_BT is None else by_device(wanted_BT)
-    order = jnp.argsort(~wanted, axis=1)  # which is stable
+    order = jnp.argsort(~wanted, axis=1)  # wanted tokens first; a stable sort
     numerics = Numerics(config, temperature, entropy_gradient)
     rows = by_device(hidden_BTD), by_device(targets_BT), order, jnp.max(jnp.sum(wanted, 1))
     sorted_results = _visit(numerics, chunk, head_weight(config, params), *rows)
@@ -57,7 +57,7 @@ def given_logprobs(
 
 
 def _on_each(function: Callable, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-    """A function of each device's part of arrays [devices,...]."""
+    """Apply a function to each device's part of arrays [devices,...]."""
     if arrays[0].shape[0] > 1:
         return jax.vmap(function)(*arrays)
     # Sums over the last axis of [1,c,V] take XLA's CPU backend ten times as long as those of [c,V].
@@ -65,13 +65,13 @@ def _on_each(function: Callable, *arrays: jax.Array) -> jax.Array | tuple[jax.Ar
 
 
 def _take(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Entries of [devices,tokens,...] in this order, for each device its own."""
+    """The entries of [devices,tokens,...] in the order [devices,tokens]."""
     return _on_each(lambda values, places: values[places], x, order)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _visit(numerics: Numerics, chunk: int, weight_VD: jax.Array, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies of the first `count` tokens in the given order, [devices,tokens] each, and 0 behind them.
+    """Log-probs and entropies of the first `count` tokens in the given order, [devices,tokens] each; the rest is 0.
 
     `rows` are hidden states [devices,tokens,D], targets and order [devices,tokens], and the count.
     """
@@ -88,7 +88,7 @@ def _forward(
     count: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     parts = _chunks(chunk, order)
-    # Gathered once, in the place of once for every chunk.
+    # Gather the weight once, instead of once for every chunk.
     split = order.shape[0] > 1
     weight_VD = (meshes.gathered if split else meshes.constrain)(weight_VD, "vocab", "embed" if split else "model")
 
@@ -130,16 +130,16 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
         d_weight = meshes.constrain(d_weight + weight, "batch", *whole)
         return d_weight, jax.lax.dynamic_update_slice_in_dim(d_hidden, states.astype(hidden.dtype), index * chunk, 1)
 
-    # Each device adds up its own tokens' gradients, in fp32, and they are exchanged once.
+    # Each device sums the gradients of its own tokens in fp32, and the sums are exchanged once.
     shape = weight_VD.shape if axes == "VD" else weight_VD.shape[::-1]
     d_weight = meshes.constrain(jnp.zeros((devices, *shape)), "batch", *whole)
     d_hidden = meshes.constrain(jnp.zeros((*parts.shape, D), hidden.dtype), "batch", "length", "model")
     d_weight, d_hidden = jax.lax.fori_loop(0, -(-count // chunk), body, (d_weight, d_hidden))
-    d_hidden = _take(d_hidden, jnp.argsort(order, axis=1))  # back to where each token stands
+    d_hidden = _take(d_hidden, jnp.argsort(order, axis=1))  # back to the order of the tokens
     if devices == 1:
         d_weight = d_weight[0]
     else:
-        # Sent before anything else: until then each device holds a sum of the size of the whole weight, in fp32.
+        # Exchange before anything else: until then each device holds an fp32 sum of the whole weight's size.
         d_weight = meshes.scattered_sum(d_weight, "embed", "vocab").T
         d_weight, d_hidden = jax.lax.optimization_barrier((d_weight, d_hidden))
     return d_weight.astype(weight_VD.dtype), d_hidden, None, None, None
@@ -149,7 +149,7 @@ _visit.defvjp(_forward, _backward)
 
 
 def _chunks(chunk: int, order: jax.Array) -> jax.Array:
-    """The order in whole chunks; what is added is the first token again, whose gradient there is 0."""
+    """The order, padded to whole chunks with index 0; the gradient of the padding is 0."""
     return jnp.pad(order, ((0, 0), (0, -order.shape[1] % chunk)))
 
 
@@ -164,7 +164,7 @@ def _given(
     scaled = logits_of(numerics.config, weight_VD, hidden_cD) / numerics.temperature
     normaliser = jax.nn.logsumexp(scaled, axis=-1)
     logprobs = scaled - normaliser[:, None]
-    # A sum over the vocabulary that is one number: a gather would be of logits that were written out for it.
+    # A masked sum over the vocabulary, since a gather would need all logits in memory.
     chosen = jnp.sum(jnp.where(_is_target(scaled, targets_c), logprobs, 0.0), axis=-1)
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1), normaliser
 

@@ -1,8 +1,8 @@
-"""Weights from and to a Hugging Face checkpoint folder: safetensors straight into sharded arrays, and back.
+"""Weights from and to a Hugging Face checkpoint folder: safetensors directly into sharded arrays, and back.
 
-Everything goes tensor by tensor. A process reads the slices of its own shards and no other bytes, and what it holds
-beside them is at most one tensor: it is read in the file's own layout and type, put on the devices, and transposed,
-cast and checked for NaN there. Of a stack of L layers, each one is written into the finished stack in place.
+Everything goes tensor by tensor. A process reads only the slices of its own shards, and beside its shards it holds at
+most one tensor. A tensor is read in the file's layout and type, put on the devices, and transposed, cast and checked
+for NaN there. Each layer is written in place into the stack of all layers.
 """
 
 import collections
@@ -27,8 +27,8 @@ from retool_jax.models.decoder import Params, Weight, abstract_params
 from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
 from retool_jax.models.sharding import is_weight, weight_sharding
 
-# Of each weight: its name there, and our axes (without L) in the order that they have there. torch's linear layers
-# keep [out, in], with heads and head_dim as one axis.
+# For each weight its name in the file, and our axes (without L) in the file's order. torch's linear layers are
+# [out, in], with heads and head_dim merged into one axis.
 _NAMES = {
     "embedding": ("model.embed_tokens.weight", (0, 1)),
     "attention_norm": ("model.layers.{}.input_layernorm.weight", (0,)),
@@ -49,28 +49,28 @@ _NAMES = {
     "head": ("lm_head.weight", (0, 1)),
 }
 _HEAD, _EMBEDDING = _NAMES["head"][0], _NAMES["embedding"][0]
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old files carry them; they follow from the config
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # in old files; not needed, since they follow from the config
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint, as a part of our weights; `logical` and `shape` are ours, without the L axis."""
+    """A tensor of a checkpoint as a part of our weights; `logical` and `shape` are those of our weight, without L."""
 
     weight: str
     layer: int | None
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # our axes in the file's order
     logical: tuple[str, ...]
     shape: tuple[int, ...]
 
     @property
-    def turned(self) -> tuple[int, ...]:
-        """Our shape with the axes in the order that they have there."""
+    def file_order_shape(self) -> tuple[int, ...]:
+        """Our shape with the axes in the file's order."""
         return tuple(self.shape[axis] for axis in self.order)
 
     def merge(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers (sizes, or bounds) of the turned axes as those of the tensor, where heads x head_dim is one axis."""
+        """Sizes or bounds of our axes, in the file's order, as those of the tensor, which merges heads x head_dim."""
         merged: list[int] = []
-        for number, size, axis in zip(numbers, self.turned, self.order, strict=True):
+        for number, size, axis in zip(numbers, self.file_order_shape, self.order, strict=True):
             if self.logical[axis] == "head_dim":
                 merged[-1] *= size
             else:
@@ -79,23 +79,23 @@ class Part:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        return self.merge(self.turned)
+        return self.merge(self.file_order_shape)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only mean a repository of the hub (`Qwen/Qwen3-8B`), since it leads nowhere here."""
+    """Whether a name looks like a repository of the hub (`Qwen/Qwen3-8B`) and is not a local path."""
     folder = Path(name)
     looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
     return bool(looks_so) and not folder.exists() and not folder.parent.exists()
 
 
 def find_folder(name: str, weights: bool = True, files: Sequence[str] = ()) -> Path:
-    """The folder of a checkpoint: a local one, or that of a hub id (`Qwen/Qwen3-8B`), downloaded if need be.
+    """The folder of a checkpoint: a local one, or that of a hub id (`Qwen/Qwen3-8B`), downloaded if necessary.
 
-    Without `weights` no more than its `config.json` is fetched; with `files` no more than those.
+    Without `weights` only its `config.json` is fetched; with `files` only those.
 
     Raises:
-        UserError: it has to be fetched and cannot be.
+        UserError: the download failed.
     """
     if not is_hub_id(name):
         return Path(name)
@@ -115,7 +115,7 @@ def find_folder(name: str, weights: bool = True, files: Sequence[str] = ()) -> P
 def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
     """The weights of a checkpoint folder in `config.param_dtype`, sharded over the mesh.
 
-    Memory beside the shards themselves is at most 1.5 times the largest tensor.
+    It needs memory for the shards and at most 1.5 times the largest tensor.
 
     Raises:
         UserError: the folder holds another model, is damaged, or has weights that are not finite.
@@ -128,7 +128,7 @@ def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
 
     leaves, tree = jax.tree.flatten_with_path(abstract_params(config)[1], is_leaf=is_weight)
     values = {}
-    # The largest first, while the fewest shards are there beside it.
+    # The largest first, while there are few shards beside it.
     for path, leaf in sorted(leaves, key=lambda pair: -math.prod(pair[1].shape[_is_stack(pair[1]) :])):
         own = [(name, part) for name, part in parts.items() if part.weight == _name(path)]
         values[_name(path)] = _load_weight(leaf, own, tensors, mesh)
@@ -136,9 +136,9 @@ def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
 
 
 def checkpoint_tensors(config: ModelConfig, params: Params) -> dict[str, Callable[[np.dtype], np.ndarray]]:
-    """The tensors of the checkpoint of these weights, in the order of the forward pass, each a call that takes a dtype.
+    """The tensors of these weights' checkpoint, in the order of the forward pass, each as a function of a dtype.
 
-    With several processes all must make the same calls, in order.
+    With several processes all must make the same calls in the same order.
     """
     weights = {_name(path): leaf[...] for path, leaf in _weights(params)}
 
@@ -162,15 +162,14 @@ def save_params(
     stop_ids: Sequence[int] = (),
     card: str = "",
 ) -> None:
-    """Write a checkpoint folder that transformers loads; `dtype` is that of the file, by default the parameters'.
+    """Write a checkpoint folder that transformers can load; `dtype` is the file's type, by default the parameters'.
 
-    The files of the tokenizer and the chat template are copied from `tokenizer_from`. Where `stop_ids` are given,
-    config.json and generation_config.json name them and no others. `card` is the text of README.md. The folder appears
-    when it is complete: it is written under another name beside it. With several processes all must call; the first one
-    writes.
+    The files of the tokenizer and the chat template are copied from `tokenizer_from`. If `stop_ids` are given,
+    config.json and generation_config.json have only these. `card` is the text of README.md. The folder is written under
+    another name and renamed when it is complete. With several processes all must call this; the first one writes.
 
     Raises:
-        UserError: the folder is there already, no family has such a model, the tokenizer has more tokens than the
+        UserError: the folder exists already, no family has such a model, the tokenizer has more tokens than the
             embedding has rows, or the disk has no room; nothing is left behind.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -188,7 +187,7 @@ def save_params(
     writes = jax.process_index() == 0
     temporary = folder.with_name(f".{folder.name}.partial")
     if writes:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a writer that was killed
         temporary.mkdir(parents=True)
         if (free := shutil.disk_usage(temporary).free) < total:
             temporary.rmdir()
@@ -200,7 +199,7 @@ def save_params(
             if writes:
                 write_file(temporary / shard, {name: parts[name].tensor_shape for name in names}, stored, values)
             else:
-                collections.deque(values, maxlen=0)  # its part in gathering them
+                collections.deque(values, maxlen=0)  # takes part in gathering them
         if writes:
             if split.is_sharded:
                 write_json(temporary / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
@@ -215,7 +214,7 @@ def save_params(
 
 
 def check_target(config: ModelConfig, folder: Path, tokenizer_from: Path | None) -> None:
-    """A `UserError` when `save_params` could not write these files there; nothing is written."""
+    """Raise a `UserError` if `save_params` could not write these files there; nothing is written."""
     config_to_hf(config)
     if tokenizer_from is not None:
         if not any((tokenizer_from / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -240,16 +239,17 @@ def _load_weight(leaf: Weight, own: list[tuple[str, Part]], tensors: dict[str, T
     for name, part in own:
         value = _read_sharded(part, tensors[name], sharding.spec[1:], mesh)
         stack, finite = _put(stack, value, jnp.int32(part.layer), part.order, sharding)
-        _check_finite(name, tensors[name], finite)  # waits, too: tensors that are read ahead would pile up
+        _check_finite(name, tensors[name], finite)  # also waits, so that tensors do not pile up in memory
     return stack
 
 
 def _read_sharded(part: Part, tensor: Tensor, spec: PartitionSpec, mesh: Mesh) -> jax.Array:
-    """A tensor as an array with our axes in the file's order, each device holding what `spec` gives it."""
-    seen: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one copy
+    """A tensor as an array with our axes in the file's order, sharded as `spec` says for our order."""
+    seen: dict[tuple, np.ndarray] = {}  # devices with the same slice share one copy
+    shape = part.file_order_shape
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = [axis.indices(size)[:2] for axis, size in zip(index, part.turned, strict=True)]
+        bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
         if (key := tuple(bounds)) not in seen:
             edges = [part.merge(numbers) for numbers in zip(*bounds, strict=True)]
             slices = [slice(first, stop) for first, stop in zip(*edges, strict=True)]
@@ -257,7 +257,7 @@ def _read_sharded(part: Part, tensor: Tensor, spec: PartitionSpec, mesh: Mesh) -
         return seen[key]
 
     sharding = NamedSharding(mesh, PartitionSpec(*(spec[axis] for axis in part.order)))
-    return jax.block_until_ready(jax.make_array_from_callback(part.turned, sharding, read, tensor.dtype))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read, tensor.dtype))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -269,7 +269,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> 
 def _put(
     stack: jax.Array, value: jax.Array, layer: jax.Array, order: tuple[int, ...], sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
-    """The stack with a layer written into it in place, and whether that is finite."""
+    """Write a layer into the stack in place; returns the stack, and whether the layer is finite."""
     own = jnp.transpose(value, np.argsort(order)).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, own, layer, 0)
     return jax.lax.with_sharding_constraint(stack, sharding), _finite(value, stack.dtype)
@@ -282,7 +282,7 @@ def _finite(value: jax.Array, dtype: np.dtype) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _take(weight: jax.Array, layer: jax.Array | None, order: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    """A tensor of the checkpoint out of a weight: one layer of it, its axes in the file's order."""
+    """A tensor of the checkpoint from a weight: one layer, if it is a stack, with its axes in the file's order."""
     own = weight if layer is None else jax.lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
     return jnp.transpose(own, order).astype(dtype)
 

@@ -1,8 +1,8 @@
-"""Attention of one token a row behind a paged cache, on a GPU: a Triton kernel that reads pages where they lie.
+"""Attention of one token a row with a paged cache, on a GPU: a Triton kernel that reads pages in place.
 
-A batch has too few rows and heads to fill a card, and its rows have different lengths. So a row is cut into `PARTS`
-even parts, each program of the kernel reads one part of one row for one key head, and what the parts found is put
-together by the maxima and sums of their softmaxes (arXiv 2311.01282, section 3).
+A batch has too few rows and heads to fill a GPU, and its rows have different lengths. So a row is cut into `PARTS`
+equal parts, and each program of the kernel reads one part of one row for one key head. The results of the parts are
+combined with the maxima and sums of their softmaxes (arXiv 2311.01282, section 3).
 """
 
 import jax
@@ -11,19 +11,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 PARTS = 4  # of a row
-KEYS = 64  # that a program reads at a time
-QUERIES = 16  # rows of the smallest product; the queries of a key head are padded to it
+KEYS = 64  # keys that a program reads at a time
+QUERIES = 16  # the least number of rows of a product; the queries of a key head are padded to it
 UNSEEN = float(jnp.finfo(jnp.float32).min)
 
 
 def paged_decode(
     q_BNH: jax.Array, pages: jax.Array, table_BP: jax.Array, lengths_B: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """What `attention.attend` gives for one query a row over the first `lengths` tokens of its pages; [B,N,H].
+    """The result of `attention.attend` for one query a row over the first `lengths` tokens of its pages; [B,N,H].
 
-    `pages` is the pool of `cache.py`, [pages, page, 2K, H], and `table` names the pages of a row in it. Scores and sums
-    are fp32. Page sizes and H are powers of two, H from 16 on. A row of length 0 gives finite numbers without meaning.
-    `interpret` runs without a GPU, which is for tests.
+    `pages` is the pool of `cache.py`, [pages, page, 2K, H], and `table` has each row's pages. Scores and sums are fp32.
+    The page size and H must be powers of two, and H at least 16. A row of length 0 gives finite meaningless numbers.
+    `interpret` runs without a GPU, for tests.
     """
     B, N, H = q_BNH.shape
     page_size, K = pages.shape[1], pages.shape[2] // 2
@@ -49,7 +49,7 @@ def paged_decode(
             scores_GS = jnp.where(seen_S[None], scores_GS, UNSEEN)
             new = jnp.maximum(highest, scores_GS.max(axis=1))
             weights_GS, shrunk = jnp.exp(scores_GS - new[:, None]), jnp.exp(highest - new)
-            v_SH = jnp.where(seen_S[:, None], v_SH, 0)  # an earlier owner may have left NaN there
+            v_SH = jnp.where(seen_S[:, None], v_SH, 0)  # an earlier owner of the page may have left NaN
             part_GH = jnp.dot(weights_GS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
             return mixed * shrunk[:, None] + part_GH, new, total * shrunk + weights_GS.sum(axis=1)
 

@@ -1,4 +1,4 @@
-"""The dense copy of live rows, for steps of one token a row where no kernel reads pages where they lie."""
+"""The dense copy of live rows, for decode steps without a kernel that reads pages in place."""
 
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from retool_jax.models.cache import read_pages, write_pages
 from retool_jax.models.config import ModelConfig
 
-PART = 64  # tokens of a part of a dense row, or a multiple of it
-PARTS, PARTS_OF_ALL = 4, 32  # at most, of a layer and of all layers together
+PART = 64  # the length of a part of a dense row is a multiple of this
+PARTS, PARTS_OF_ALL = 4, 32  # the most parts of a layer, and of all layers together
 
 
 class Rows(NamedTuple):
-    """What all rows hold, beside the pages.
+    """A dense copy of the keys and values of all rows.
 
-    Of each layer one array or, on a CPU, several: parts of `part_lengths` tokens each, so that attention can leave out
-    those behind the longest row. They are laid out for its two products: keys [B,K,H,S] and values [B,K,S,H]. XLA's CPU
-    backend would transpose any other layout at every step, and copy each layer out of a stacked array.
+    Each layer has one array or, on a CPU, several: parts of `part_lengths` tokens each, so that attention can skip the
+    parts beyond the longest row. Their layouts suit attention's two products: keys [B,K,H,S] and values [B,K,S,H].
+    XLA's CPU backend would transpose any other layout at every step, and copy each layer out of a stacked array.
     """
 
     k: tuple[tuple[jax.Array, ...], ...]
@@ -27,23 +27,23 @@ class Rows(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The tokens that each row has room for."""
+        """The number of tokens that each row has room for."""
         return sum(part.shape[2] for part in self.v[0])
 
     def only(self, layer: int) -> "Rows":
-        """Those of one layer."""
+        """The arrays of one layer."""
         return Rows((self.k[layer],), (self.v[layer],))
 
     def replaced(self, layer: int, own: "Rows") -> "Rows":
-        """With those of one layer in the place of what was there."""
+        """A copy with the arrays of one layer replaced by `own`."""
         return Rows(*((*old[:layer], *new, *old[layer + 1 :]) for old, new in zip(self, own, strict=True)))
 
 
 def part_lengths(length: int, layers: int, backend: str) -> tuple[int, ...]:
-    """The parts that dense rows of so many tokens are cut into: several on a CPU, and one elsewhere.
+    """The lengths of the parts into which dense rows of `length` tokens are cut: several on a CPU, one elsewhere.
 
-    A GPU's host would have to wait for each condition. A deep model has one part too, since its program grows with
-    them: with four, a decode of 30 layers took 21 CPU-seconds to compile in the place of 12.
+    On a GPU the host would have to wait for each condition. A deep model has one part too, since the program grows with
+    the number of parts: with four, a decode of 30 layers took 21 CPU-seconds to compile instead of 12.
     """
     if backend != "cpu":
         return (length,)
@@ -52,7 +52,7 @@ def part_lengths(length: int, layers: int, backend: str) -> tuple[int, ...]:
 
 
 def init_rows(config: ModelConfig, rows: int, length: int, backend: str) -> Rows:
-    """Dense rows without content, for at most `length` tokens each."""
+    """Empty dense rows, for at most `length` tokens each."""
     B, L, K, H = rows, config.num_layers, config.num_kv_heads, config.head_dim
     parts = part_lengths(length, L, backend)
     keys, values = (
@@ -63,7 +63,7 @@ def init_rows(config: ModelConfig, rows: int, length: int, backend: str) -> Rows
 
 
 def each_part(parts: tuple[jax.Array, ...], axis: int) -> Iterator[tuple[slice, jax.Array]]:
-    """The parts of a layer's dense rows, each with the places that it holds; their tokens lie on this axis."""
+    """The parts of a layer's dense rows, each with the positions that it holds along the token axis `axis`."""
     first = 0
     for part in parts:
         yield slice(first, first + part.shape[axis]), part
@@ -73,7 +73,7 @@ def each_part(parts: tuple[jax.Array, ...], axis: int) -> Iterator[tuple[slice, 
 def refresh_rows(
     pages: jax.Array, rows: Rows, table_BP: jax.Array, length_B: jax.Array, stale_M: jax.Array, count: jax.Array
 ) -> Rows:
-    """Copy the pages of the first `count` rows named in `stale` over their dense form; values behind `length` are 0."""
+    """Copy the pages of the first `count` rows in `stale` to their dense copies; values after `length` become 0."""
     layers = len(rows.k)
     written_BS = jnp.arange(rows.length) < length_B[:, None]
 
@@ -105,13 +105,13 @@ def scatter_rows(
 
     def written(parts: tuple[jax.Array, ...], axis: int) -> jax.Array:
         """Entries [B,T,K,H] at the positions."""
-        found = None
+        entries = None
         for at, part in each_part(parts, axis):
             places_BT = jnp.clip(positions_BT - at.start, 0, part.shape[axis] - 1)
             places = jnp.expand_dims(places_BT, (1, 5 - axis))
             here = jnp.moveaxis(jnp.take_along_axis(part, places, axis), axis, 1)
-            found = here if found is None else jnp.where((positions_BT < at.start)[..., None, None], found, here)
-        return found
+            entries = here if entries is None else jnp.where((positions_BT < at.start)[..., None, None], entries, here)
+        return entries
 
     for layer, (keys, values) in enumerate(zip(*rows, strict=True)):
         first_page = layer * (pages.shape[0] // layers)
@@ -120,7 +120,7 @@ def scatter_rows(
 
 
 def write_row(rows: Rows, layer: int, positions_B: jax.Array, valid_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array):
-    """Put one token per row into one layer of the dense copy."""
+    """Write one token per row into one layer of the dense copy."""
     each_B = jnp.arange(positions_B.shape[0])
     keys, values = [], []
     for (at, k), v in zip(each_part(rows.k[layer], 3), rows.v[layer], strict=True):
@@ -134,25 +134,25 @@ def write_row(rows: Rows, layer: int, positions_B: jax.Array, valid_B: jax.Array
 def row_attention(
     start_B: jax.Array, count_B: jax.Array
 ) -> Callable[[Rows, int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Rows]]:
-    """What `paged_attention` computes, for one token a row (count 0 or 1) and the dense copy of the rows.
+    """The computation of `paged_attention` on the dense copy, for one token a row (count 0 or 1).
 
-    Parts that no row which is written to has come to are left out. They would add zeros, so what comes out for a row
-    does not depend on the others. Values behind what a row holds must be finite, though no query sees them;
-    `refresh_rows` makes them 0.
+    Parts beyond the longest row that is written to are skipped. They would add zeros, so a row's result does not depend
+    on other rows. Values after the end of a row must be finite, although no query sees them; `refresh_rows` sets them
+    to 0.
     """
     lowest = jnp.finfo(jnp.float32).min
     last = jnp.max(jnp.where(count_B > 0, start_B, 0))
 
     def where_needed(at: slice, function: Callable, otherwise: float, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """`function(at, *arrays)` of a part, or one number everywhere where no row has come to that part."""
+        """`function(at, *arrays)` for a part; if no row reaches the part, arrays filled with `otherwise`."""
         if not at.start:
             return function(at, *arrays)
 
-        def left_out(*_: jax.Array) -> tuple[jax.Array, ...]:
+        def skipped(*_: jax.Array) -> tuple[jax.Array, ...]:
             shapes = jax.eval_shape(partial(function, at), *arrays)
             return jax.tree.map(lambda x: jnp.full(x.shape, otherwise, x.dtype), shapes)
 
-        return jax.lax.cond(last >= at.start, partial(function, at), left_out, *arrays)
+        return jax.lax.cond(last >= at.start, partial(function, at), skipped, *arrays)
 
     def apply(rows: Rows, layer: int, q: jax.Array, k: jax.Array, v: jax.Array):
         rows = write_row(rows, layer, start_B, count_B > 0, k[:, 0], v[:, 0])

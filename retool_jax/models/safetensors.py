@@ -1,7 +1,7 @@
-"""Files of safetensors: the tensors of a folder, any slice of one, and a file written tensor by tensor.
+"""Safetensors files: the tensors of a folder, slices of them, and writing a file tensor by tensor.
 
-The `safetensors` package reads them, by mapping a file into memory. It would write one only with all of its tensors in
-hand, so that is done here: 8 bytes give the length of a JSON header, then come the header and the tensors' bytes.
+The `safetensors` package reads files, by memory mapping. It writes a file only from all of its tensors at once, so the
+writer is here: 8 bytes with the length of a JSON header, then the header and the bytes of the tensors.
 """
 
 import json
@@ -23,7 +23,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor on the disk."""
+    """A tensor in a file."""
 
     file: Path
     name: str
@@ -31,7 +31,7 @@ class Tensor:
     shape: tuple[int, ...]
 
     def read(self, *slices: slice) -> np.ndarray:
-        """The tensor, or a slice of it. Its file is mapped meanwhile only: pages that were read count as memory."""
+        """The tensor, or a slice of it. The file is mapped only during the call, since mapped pages count as memory."""
         with safe_open(self.file, "numpy") as file:
             return file.get_slice(self.name)[slices or ...]
 
@@ -40,7 +40,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder by name, from the headers of its safetensors files; no weight is read.
 
     Raises:
-        UserError: a file is missing, truncated or no safetensors, or the index does not tell the truth.
+        UserError: a file is missing, truncated or not a safetensors file, or the index does not match the files.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -67,7 +67,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
 
 
 def equal_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on the disk are the same to the bit; a few rows of each are in memory at a time."""
+    """Whether two tensors are equal bit for bit; only a few rows of each are in memory at a time."""
     step, size = 1024, a.shape[0]
     return (a.shape, a.dtype) == (b.shape, b.dtype) and all(
         a.read(rows).tobytes() == b.read(rows).tobytes()
@@ -76,7 +76,7 @@ def equal_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 def write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, values: Iterable[np.ndarray]) -> None:
-    """Write tensors of these names and shapes, asking for one at a time."""
+    """Write tensors of these names and shapes, taking one value at a time."""
     kind = next(name for name, known in DTYPES.items() if known == dtype)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -94,7 +94,7 @@ def write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, 
 
 
 def name_some(names: list[str]) -> str:
-    """The first names of a list, for a message of one line."""
+    """The first names of a list, for a one-line message."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
@@ -104,7 +104,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
         with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no dict)
+            for name in file.keys():  # noqa: SIM118  (not a dict)
                 found = file.get_slice(name)
                 if (kind := found.get_dtype()) not in DTYPES:
                     raise UserError(

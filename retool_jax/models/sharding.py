@@ -1,4 +1,4 @@
-"""Where a model's weights lie on a mesh: their logical axes, by the rules of `mesh.py`."""
+"""The shardings of a model's weights, from their logical axes by the rules of `mesh.py`."""
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -10,12 +10,12 @@ from retool_jax.models.decoder import Params, Weight, abstract_params
 
 
 def is_weight(x: object) -> bool:
-    """For `is_leaf` of jax's tree functions: a `Weight` instead of the array in it."""
+    """For `is_leaf` of JAX's tree functions, so that a `Weight` is a leaf instead of the array in it."""
     return isinstance(x, Weight)
 
 
 def weight_sharding(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a weight of this shape; a `UserError` where a mesh axis does not divide its dimension."""
+    """The sharding of a weight of this shape; a `UserError` if a mesh axis does not divide its dimension."""
     result = meshes.sharding(mesh, *logical)
     for name, size, axis in zip(logical, shape, result.spec, strict=True):
         if axis and size % mesh.shape[axis]:
@@ -37,7 +37,7 @@ def param_shardings(model: ModelConfig, mesh: Mesh, value_head: bool = False) ->
 
 
 def unstacked_shardings(model: ModelConfig, mesh: Mesh) -> dict:
-    """The shardings of the weights that `decoder.unstack` gives."""
+    """The shardings of the result of `decoder.unstack`."""
     shardings = param_shardings(model, mesh)
     one_layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings["layers"])
     return {name: shardings[name] for name in shardings} | {"layers": (one_layer,) * model.num_layers}

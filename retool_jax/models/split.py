@@ -1,7 +1,7 @@
-"""Products of activations and weights, and lookups in a table, where devices split rows and weights alike.
+"""Products of activations and weights, and embedding lookups, when devices split both rows and weights.
 
-Each of them gathers a weight, makes the gradient of its own rows, and keeps its part of the sum of all. A compiler that
-is left to itself exchanges the whole sum, which is twice the bytes.
+Each device gathers a weight, computes the gradient of its own rows, and keeps its part of the sum over devices (a
+reduce-scatter). Without this code the compiler exchanges the whole sum (an all-reduce), which is twice the bytes.
 """
 
 from functools import partial
@@ -13,14 +13,14 @@ from retool_jax import mesh as meshes
 
 
 def rows_of(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
-    """The embeddings [B,T,D] of tokens, in the type that is computed with."""
+    """The embeddings [B,T,D] of tokens, in the type `dtype`."""
     return _rows(dtype, jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype), table_VD, tokens_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rows(dtype: str, _: jax.ShapeDtypeStruct, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    # Each device looks up its part of D, of the tokens of all: they send less than the table, which nobody has whole.
-    found_nD = table_VD.astype(dtype)[_everybodys(tokens_BT)]
+    # Each device looks up its part of D for the tokens of all devices. That sends less than gathering the table.
+    found_nD = table_VD.astype(dtype)[_all_tokens(tokens_BT)]
     return meshes.rows_of_columns(found_nD, tokens_BT.shape[1])
 
 
@@ -33,21 +33,21 @@ def _rows_forward(
 def _rows_backward(
     _: str, table: jax.ShapeDtypeStruct, tokens_BT: jax.Array, gradient_BTD: jax.Array
 ) -> tuple[jax.Array, None]:
-    # The same way back: no device has a gradient of the whole table.
+    # The reverse of the forward pass, so no device holds a gradient of the whole table.
     total = meshes.constrain(jnp.zeros(table.shape, table.dtype), "vocab", "embed")
-    return total.at[_everybodys(tokens_BT)].add(meshes.columns_of(gradient_BTD).astype(table.dtype)), None
+    return total.at[_all_tokens(tokens_BT)].add(meshes.columns_of(gradient_BTD).astype(table.dtype)), None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
-def _everybodys(tokens_BT: jax.Array) -> jax.Array:
+def _all_tokens(tokens_BT: jax.Array) -> jax.Array:
     """The ids of all rows, [B*T], on each device."""
     return meshes.constrain(tokens_BT, "rows", "length").reshape(-1)
 
 
 def product(x: jax.Array, weight: jax.Array, *logical: str) -> jax.Array:
-    """Activations [B,T,...] times a weight with these logical axes, which begins with their inner ones."""
+    """Activations [B,T,...] times a weight with these logical axes, which begins with the activations' inner axes."""
     return _product(logical, x, weight)
 
 
@@ -58,14 +58,14 @@ def _product(logical: tuple[str, ...], x: jax.Array, weight: jax.Array) -> jax.A
 
 def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
     B, T = x.shape[:2]
-    # Activations are written down first. A TPU's compiler would compute them anew for each tile of the product.
+    # The barrier stores the activations first. The TPU's compiler would recompute them for each tile of the product.
     x = jax.lax.optimization_barrier(x)
     flat = jnp.tensordot(x.reshape(B * T, *x.shape[2:]), weight, x.ndim - 2)
     return flat.reshape(B, T, *flat.shape[1:])
 
 
 def _product_forward(logical: tuple[str, ...], x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
-    whole = meshes.gathered(weight, *logical)  # which backward uses, too: no remat policy but none keeps it till then
+    whole = meshes.gathered(weight, *logical)  # also for the backward pass; only remat=none keeps it until then
     return _times(x, whole), (x, whole)
 
 

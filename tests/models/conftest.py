@@ -1,4 +1,4 @@
-"""What several tests of models share: PyTorch where it is installed, the shapes of published models, greedy turns."""
+"""Fixtures of the models' tests: PyTorch if it is installed, the shapes of published models, greedy turns."""
 
 import asyncio
 import json

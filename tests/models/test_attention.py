@@ -1,4 +1,4 @@
-"""Every attention kernel against the plain form, the plain form and the rotary positions against numpy."""
+"""Every attention kernel compared with the plain form; the plain form and rotary positions compared with NumPy."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ from retool_jax.models.config import ModelConfig
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """One query and one head at a time, in float64."""
+    """Attention computed for one query and one head at a time, in float64."""
     B, T, N, H = q.shape
     group = N // k.shape[2]
     out = np.zeros(q.shape)
@@ -67,7 +67,7 @@ def test_packed_mask_is_causal_within_a_segment():
 
 
 def packed_case(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, dtype: str) -> tuple:
-    """q, k, v, a gradient of the output, and segments of uneven lengths with padding behind."""
+    """q, k, v, a gradient of the output, and segments of different lengths with padding after them."""
     rng = np.random.default_rng(length + heads)
     shapes = [(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
@@ -95,7 +95,7 @@ def outputs_and_gradients(kernel: str, case: tuple, interpret: bool = False) -> 
     [(2, 128, 2, 2, 128), (1, 256, 4, 2, 64), (1, 130, 5, 1, 80)],
 )
 def test_splash_equals_the_plain_form_forwards_and_backwards(rows, length, heads, kv_heads, head_dim):
-    """Interpreted; 130 is no multiple of its tiles."""
+    """Interpreted; 130 is not a multiple of its tiles."""
     case = packed_case(rows, length, heads, kv_heads, head_dim, "float32")
     splash, xla = outputs_and_gradients("splash", case, True), outputs_and_gradients("xla", case)
     for ours, plain in zip(splash, xla, strict=True):
@@ -176,7 +176,7 @@ def test_the_backend_is_that_of_the_mesh_in_use():
         assert jax.jit(lambda x: (x, current_backend() == "cpu"))(1)[1]
 
 
-# --- tokens behind a cache --------------------------------------------------------------------------------------------
+# --- tokens with a cache ----------------------------------------------------------------------------------------------
 
 CACHED = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 TABLE = np.array([[3, 0, 6], [1, 7, 2], [5, 4, 8]])  # of pages with 4 tokens
@@ -222,7 +222,7 @@ def test_paged_attention_writes_its_rows_and_attends_to_all_of_them(layer):
 
 @pytest.mark.parametrize("T", [1, 4])
 def test_the_ragged_kernels_arguments_mean_what_the_plain_form_computes(T):
-    """By the kernel's own reference: it does not run in interpret mode. Rows at their end, and rows without tokens."""
+    """With the kernel's own reference, since it has no interpret mode; full rows, and rows without tokens."""
     rng = np.random.default_rng(0)
     pool, (q, k, v) = full_pool(rng), queries(rng, T)
     count = np.minimum(COUNT, T) * [1, 0, 1]
@@ -242,7 +242,7 @@ def test_the_ragged_kernels_arguments_mean_what_the_plain_form_computes(T):
 @pytest.mark.parametrize("left", [np.nan, np.inf])
 @pytest.mark.parametrize("T", [1, 4])
 def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left, T):
-    """A weight of 0 times NaN is NaN: nothing of it is seen."""
+    """A weight of 0 times NaN would be NaN, so stale values must be masked."""
     rng = np.random.default_rng(0)
     pool, (q, k, v) = full_pool(rng), queries(rng, T)
     count = np.minimum(COUNT, T)
@@ -304,7 +304,7 @@ def test_rotate_turns_the_two_halves_as_complex_numbers(theta):
     angles = (positions[..., None, None].astype(np.float32) * frequencies).astype(np.float64)
     turned = (x[..., :5] + 1j * x[..., 5:]) * np.exp(1j * angles)
     ours = jax.jit(lambda x, p: rotate(x, rotation(config, p)))(x, positions)
-    # One ulp of the largest angle is 2e-3; the frequencies' own exponents may round once more.
+    # One ulp of the largest angle is 2e-3; the exponents of the frequencies may add one rounding.
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-2)
     np.testing.assert_allclose(ours[0], np.concatenate([turned.real, turned.imag], -1)[0], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Attention in blocks equals the plain form forwards and backwards, for any length, and keeps no square of it."""
+"""Attention in blocks equals the plain form, forward and backward, for any length, without an array of T x T."""
 
 import math
 import re
@@ -33,7 +33,7 @@ def case(
     rows: int = 6,
     layouts: Sequence[list[tuple[int, int]]] = APART,
 ) -> tuple:
-    """q, k, v, a gradient of the output, segments, positions, and who sees whose keys; a row's rest is padding."""
+    """q, k, v, a gradient of the output, segments, positions, and which keys are seen; the rest of a row is padding."""
     rng = np.random.default_rng(length + heads)
     arrays = [
         jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads, heads)
@@ -66,14 +66,14 @@ def outputs_and_gradients(blocks: bool, q: jax.Array, k: jax.Array, v: jax.Array
     [(1, 2, 1, 8), (37, 4, 2, 8), (64, 2, 2, 16), (130, 5, 1, 16), (192, 9, 3, 8)],
 )
 def test_blocks_equal_the_plain_form(length, heads, kv_heads, head_dim, layouts):
-    """Lengths within a block, of whole blocks and of no multiple of them; 9 heads take rows in three groups."""
+    """Lengths below a block, of whole blocks, and between; with 9 heads, rows are processed in three groups."""
     arrays = case(length, heads, kv_heads, head_dim, layouts=layouts)
     for ours, plain in zip(outputs_and_gradients(True, *arrays), outputs_and_gradients(False, *arrays), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_scores_of_any_size_are_finite_and_exact():
-    """A softmax over blocks moves its largest score along: here it grows, shrinks and is far beyond exp's range."""
+    """A softmax over blocks updates its largest score: here it grows, shrinks and is far outside the range of exp."""
     q, *others = case(192, 2, 2, 16)
     arrays = q * jnp.linspace(0, 100, 192)[:, None, None], *others
     for ours, plain in zip(outputs_and_gradients(True, *arrays), outputs_and_gradients(False, *arrays), strict=True):
@@ -101,11 +101,11 @@ def test_on_a_mesh_rows_and_heads_are_split_and_nothing_changes():
 
 
 def test_nothing_is_as_large_as_the_square_of_a_row():
-    """16 rows of 4096 tokens, compiled with their gradient and not run."""
+    """16 rows of 4096 tokens; the program with its gradient is compiled and not run."""
     rows, length, heads, head_dim = 16, 4096, 2, 16
     array = jax.ShapeDtypeStruct((rows, length, heads, head_dim), jnp.float32)
     numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    seen = jax.ShapeDtypeStruct((rows, length, length), jnp.bool_)  # of the plain form alone
+    seen = jax.ShapeDtypeStruct((rows, length, length), jnp.bool_)  # only in the plain form
 
     def compiled(blocks: bool) -> jax.stages.Compiled:
         return outputs_and_gradients.lower(blocks, *[array] * 4, numbers, numbers, seen).compile()
@@ -115,6 +115,6 @@ def test_nothing_is_as_large_as_the_square_of_a_row():
     for blocks in (True, False):
         shapes = re.findall(r"\w+\[([\d,]+)\]", compiled(blocks).as_text())
         largest[blocks] = max(math.prod(map(int, shape.split(","))) for shape in shapes)
-    assert largest[False] >= rows * heads * square  # so such an array would be seen
+    assert largest[False] >= rows * heads * square  # so the check would find such an array
     assert largest[True] < square / 4
     assert compiled(True).memory_analysis().temp_size_in_bytes < 4 * 2 * square

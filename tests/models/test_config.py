@@ -1,4 +1,4 @@
-"""Model shapes are read from a checkpoint's own config.json, and what the decoder is not is refused by name."""
+"""Model shapes are read from a checkpoint's own config.json, and unsupported fields are refused by name."""
 
 import json
 import math
@@ -102,7 +102,7 @@ def test_yarn_is_read_as_each_transformers_writes_it(tmp_path, style):
 
 
 def theirs_of(folder: Path, kind: str = "yarn") -> list[float]:
-    """Their frequencies, and at the end their factor of cos and sin."""
+    """The frequencies of transformers, followed by its factor on cos and sin."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](transformers.AutoConfig.from_pretrained(folder), "cpu")
@@ -126,7 +126,7 @@ def test_yarn_means_to_us_what_it_means_to_transformers(tmp_path, changes):
     theirs = theirs_of(tmp_path)
     attention = config.yarn_attention_factor or 0.1 * math.log(config.yarn_factor) + 1.0
     assert attention == pytest.approx(theirs[-1], rel=1e-12)
-    # Written out, every field that we kept has to give them the same frequencies.
+    # Written back, the fields must give transformers the same frequencies.
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     assert theirs_of(tmp_path) == pytest.approx(theirs, rel=1e-12)
     assert config_from_hf(tmp_path) == config

@@ -1,4 +1,4 @@
-"""Parts of the decoder: norms, packed rows, growing a cache, what backward keeps."""
+"""Parts of the decoder: norms, packed rows, extending a cache, rematerialisation."""
 
 import dataclasses
 import re
@@ -41,7 +41,7 @@ def test_every_weight_names_each_of_its_axes():
 
 
 def test_weights_have_the_names_that_checkpoints_know():
-    """Whatever module holds them: a new name would part us from every checkpoint that there is."""
+    """Whatever module holds them: with a new name no existing checkpoint could be read."""
     layer = {"attention_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"}
     cases = {
         ModelConfig(): (set(), {"q_bias", "k_bias", "v_bias"}),
@@ -54,7 +54,7 @@ def test_weights_have_the_names_that_checkpoints_know():
 
 
 def test_random_weights_are_drawn_one_after_another():
-    """In an order that must stay, since a run is repeated by its seed."""
+    """The order must not change, since a seed must reproduce a run."""
     config = ModelConfig(num_layers=3, tie_embeddings=False)
     key, params = jax.random.key(7), init_params(config, jax.random.key(7))
     drawn = {
@@ -68,7 +68,7 @@ def test_random_weights_are_drawn_one_after_another():
 
 
 def test_unstacked_layers_compute_what_the_stack_does(model, params):
-    """More than ten of them: in this order, not in that of their numbers' spelling."""
+    """With more than ten layers, so that sorting their numbers as text would show."""
     many = dataclasses.replace(model, num_layers=12)
     stacks = jax.tree.map(lambda x: jnp.concatenate([x] * 6), params["layers"])
     scale = stacks["attention_norm"]
@@ -83,7 +83,7 @@ def test_unstacked_layers_compute_what_the_stack_does(model, params):
 def test_packed_rows_equal_separate_rows(model, params, fresh_logits):
     rng = np.random.default_rng(0)
     lists = [rng.integers(0, model.vocab_size, n).tolist() for n in (9, 1, 17, 5)]
-    # 96 wide like the oracle, with padding between and behind: neither may be seen.
+    # 96 wide like the oracle, with padding between and after the segments, which must not be seen.
     tokens, positions, segments = (np.zeros((1, 96), np.int32) for _ in range(3))
     starts = (3, 12, 20, 50)
     tokens[:] = 7
@@ -116,7 +116,7 @@ def test_extend_ignores_padding_tokens_and_padding_rows(model, params):
 
 
 def test_append_costs_what_it_appends(model, params):
-    """By the compiler's own count, for a row of 512: 16 tokens cost a 32nd of a prefill of 512, live prefix or not."""
+    """By the compiler's own count, for a row of 512: 16 tokens cost a 32nd of a prefill of 512, with any prefix."""
     cache = jax.eval_shape(lambda: init_cache(model, 64, 32))
 
     def flops(T: int) -> float:
@@ -128,7 +128,7 @@ def test_append_costs_what_it_appends(model, params):
 
 
 def test_remat_policies_keep_what_they_say_and_change_no_gradient(model, params):
-    """The gradient is the same; `full` computes the layers' matrix products again, `dots` none."""
+    """The gradient is the same; `full` recomputes the layers' matrix products, `dots` none of them."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (2, 96))
     positions, segments = np.broadcast_to(np.arange(96), tokens.shape), np.ones_like(tokens)
@@ -149,7 +149,7 @@ def test_remat_policies_keep_what_they_say_and_change_no_gradient(model, params)
 
 
 def test_offloaded_inputs_of_layers_wait_in_the_hosts_memory(model):
-    """By the program for a TPU: a layer's input goes there, and comes back for the gradient; nothing else does."""
+    """In the program for a TPU only a layer's input is copied to the host, and back for the gradient."""
     ints, shapes = jax.ShapeDtypeStruct((2, 96), jnp.int32), abstract_params(model)[1]
 
     def moves(remat: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Log-probs and entropies in chunks equal the plain ones, need less memory, and see the same words as the engine."""
+"""Log-probs and entropies in chunks equal the plain ones, need less memory, and mask the same ids as the engine."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -74,7 +74,7 @@ def test_the_plain_form_is_the_formula_and_entropy_has_a_gradient_if_asked_for(e
 
 @pytest.mark.parametrize(("tied", "chunk"), [(True, 1), (True, 147), (False, 40)])  # 1, 36 and 10 of 37 positions
 def test_chunks_change_neither_values_nor_gradients(tied, chunk):
-    """Words that do not exist leave the gradient of the entropy finite."""
+    """Ids that do not exist leave the gradient of the entropy finite."""
     model = dataclasses.replace(MODEL, tie_embeddings=tied, real_vocab=90)
     plain = values_and_gradients(model, *case(model), entropy_gradient=not tied)
     ours = values_and_gradients(dataclasses.replace(model, head_chunk=chunk), *case(model), entropy_gradient=not tied)
@@ -91,14 +91,14 @@ def test_chunks_on_a_mesh_change_nothing():
 
 
 def wanted_case(share: float) -> jax.Array:
-    """Which tokens are wanted: of the rows a very different number, of the last one none."""
+    """Which tokens are wanted: very different numbers in the rows, none in the last one."""
     wanted = np.random.default_rng(1).random((ROWS, LENGTH)) < share * np.array([1.5, 0.2, 1.0, 0.0])[:, None]
     return jnp.asarray(wanted)
 
 
 @pytest.mark.parametrize(("sizes", "share", "chunk"), [((), 0.5, 1024), ((), 0.5, 7), ((2, 2, 2), 0.3, 7)])
 def test_only_what_is_wanted_has_values_and_a_gradient(sizes, share, chunk):
-    """As if all had been computed and the rest were masked; a mesh's devices have different numbers of them."""
+    """As if all were computed and the rest masked; the devices of a mesh have different numbers of wanted tokens."""
     params, hidden, targets, seen = case(MODEL)
     wanted = wanted_case(share)
     *values, weight, states = values_and_gradients(MODEL, params, hidden, targets, seen * wanted, entropy_weight=0.0)
@@ -111,7 +111,7 @@ def test_only_what_is_wanted_has_values_and_a_gradient(sizes, share, chunk):
 
 
 def test_what_is_not_wanted_is_not_visited():
-    """20 tokens in two chunks of 10; all others have states without a number."""
+    """20 tokens in two chunks of 10; all others have NaN as hidden states."""
     params, hidden, targets, seen = case(MODEL)
     wanted = np.zeros((ROWS, LENGTH), bool)
     wanted.reshape(-1)[np.random.default_rng(2).permutation(ROWS * LENGTH)[:20]] = True
@@ -124,7 +124,7 @@ def test_what_is_not_wanted_is_not_visited():
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_what_fills_up_the_last_chunk_adds_nothing_however_large_its_logits_are(entropy_gradient):
-    """It is the first token again, whose exp(logit) no float holds, and which is not wanted itself."""
+    """The padding is the first token, which is not wanted and whose exp(logit) overflows."""
     params, hidden, targets, seen = case(MODEL)
     hidden = hidden.at[0, 0].multiply(100)
     assert float(jnp.max(logits(MODEL, params, hidden[0, 0])) / TEMPERATURE) > 100
@@ -141,7 +141,7 @@ def test_where_nothing_is_wanted_all_is_0():
 
 
 def test_in_bfloat16_the_chunks_gradients_add_up_in_fp32():
-    """37 chunks of one position each: were their sum rounded at every step, it would be farther from the exact one."""
+    """37 chunks of one position each: if their sum were rounded at every step, the error would be larger."""
     model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
     params, hidden, targets, seen = case(model)
     seen = jnp.abs(seen)
@@ -156,7 +156,7 @@ def test_in_bfloat16_the_chunks_gradients_add_up_in_fp32():
 def test_ids_without_a_token_have_no_probability_and_no_gradient():
     model = dataclasses.replace(MODEL, real_vocab=90)
     params, hidden, targets, seen = case(model)
-    params["embedding"][...] = params["embedding"][...].at[90:].mul(10)  # they would win nearly every draw
+    params["embedding"][...] = params["embedding"][...].at[90:].mul(10)  # unmasked, they would be drawn nearly always
     values = jax.nn.softmax(logits(model, params, hidden))
     assert not np.asarray(values[..., 90:]).any()
     small = dataclasses.replace(MODEL, vocab_size=90)
@@ -185,7 +185,7 @@ def test_limits_are_refused_by_name(change, message):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_in_fp32_is_not_rounded(tied):
-    """Beside a model in bf16 the output matrix keeps the digits of fp32, in chunks too, and so do its gradients."""
+    """In a bf16 model the output matrix keeps its fp32 digits, also in chunks, and so do its gradients."""
     model = dataclasses.replace(MODEL, compute_dtype="bfloat16", tie_embeddings=tied)
     params, hidden, targets, seen = case(model)
     exact = dataclasses.replace(MODEL, tie_embeddings=tied)
@@ -201,7 +201,7 @@ def test_a_head_in_fp32_is_not_rounded(tied):
 
 
 def test_memory_does_not_grow_with_the_length():
-    """By the compiler's own count of what value and gradient need beside inputs and outputs."""
+    """By the compiler's own count of the memory of value and gradient, beside inputs and outputs."""
     model = dataclasses.replace(MODEL, vocab_size=4096, head_chunk=64)
     params = jax.eval_shape(partial(init_params, model), jax.random.key(0))
 
@@ -216,5 +216,5 @@ def test_memory_does_not_grow_with_the_length():
 
     short, long = temporary(model, 256), temporary(model, 2048)
     assert long < 1.2 * short
-    assert long < 4 * 4096 * 2048 / 8  # of the bytes that all logits have
+    assert long < 4 * 4096 * 2048 / 8  # of the bytes of all logits
     assert long < temporary(dataclasses.replace(model, head_chunk=4096), 2048) / 3

@@ -1,4 +1,4 @@
-"""Checkpoints by hub id: against a server on this machine that speaks the part of the hub's protocol that is needed."""
+"""Checkpoints by hub id, with a local server that implements the necessary part of the hub's protocol."""
 
 import base64
 import json
@@ -87,7 +87,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[list[str]]:
-    """The files that were fetched so far from this hub, which stands in the place of the real one."""
+    """The files that were fetched so far from this hub, which replaces the real one."""
     folder, asked = tmp_path / "repository", []
     config = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     save_params(config, init_params(config, jax.random.key(0)), folder, tokenizer_from=MINIATURE)
@@ -95,7 +95,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[list[str]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked, tmp_path / "pushed"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    # As HF_ENDPOINT and HF_HOME set them in a process that has not read them yet.
+    # As HF_ENDPOINT and HF_HOME would set them in a new process.
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", address)

@@ -1,4 +1,4 @@
-"""Weights go to Hugging Face folders and back to the bit; a damaged or foreign folder is named, not loaded."""
+"""Weights go to Hugging Face folders and back bit for bit; a damaged or foreign folder is reported, not loaded."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def small(heads: int, kv_heads: int, head_dim: int, **changes) -> ModelConfig:
 
 
 def random_params(config: ModelConfig, seed: int = 0):
-    """Nothing in them is equal: a swapped layer, head or axis shows."""
+    """Random weights, all different, so that a swapped layer, head or axis shows."""
     rng = np.random.default_rng(seed)
     shapes = abstract_params(config)[1]
     return jax.tree.map(lambda x: jax.device_put(rng.normal(0.1, 0.5, x.shape).astype(x.dtype)), shapes)
@@ -113,7 +113,7 @@ def test_a_shard_reads_its_own_slice_and_no_other_byte(tmp_path):
     save_params(config, params, tmp_path / "out")
     tensor = read_headers(tmp_path / "out")["model.layers.1.self_attn.q_proj.weight"]
     rows = np.asarray(params["layers"]["q"][...])[1].reshape(24, 24).T
-    # Everything else in the file is overwritten, so that a read beside the slice is seen.
+    # The rest of the file is overwritten, so that a read outside the slice shows.
     data = bytearray(tensor.file.read_bytes())
     length = int.from_bytes(data[:8], "little")
     start = 8 + length + json.loads(data[8 : 8 + length])[tensor.name]["data_offsets"][0]

@@ -1,4 +1,4 @@
-"""The GPU's kernel for one token a row against the plain form, interpreted, and that it lowers for CUDA."""
+"""The GPU's kernel for one token a row: interpreted it equals the plain form, and it lowers for CUDA."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def plain(q: jax.Array, pool: jax.Array, table: np.ndarray, lengths: np.ndarray)
     [(10, 2, "float32", (80, 1)), (10, 2, "float32", (65, 64)), (4, 4, "bfloat16", (79, 17))],
 )
 def test_it_is_attention_over_the_pages_of_a_row(heads, kv_heads, dtype, lengths):
-    """Rows of one token, of whole blocks and of a token more; heads that fill no product; a table of odd length."""
+    """Rows of one token, of whole blocks, of one token more; too few heads for a full product; an odd table length."""
     q, pool = cached(heads, kv_heads, 16, dtype)
     ours = decode(q, pool, TABLE, jnp.array(lengths))
     off = np.abs(np.float32(ours) - np.float32(plain(q, pool, TABLE, np.array(lengths))))
@@ -51,7 +51,7 @@ def test_what_lies_behind_a_row_may_be_anything_and_an_empty_row_is_finite():
 
 
 def test_it_lowers_to_triton_for_cuda():
-    """Lowering alone: the card's own compiler has not seen it."""
+    """Only the lowering: the GPU's own compiler does not run."""
     shapes = (64, 12, 128), (4096, 64, 4, 128)
     q, pool = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     table, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((64, 33), (64,)))

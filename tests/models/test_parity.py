@@ -1,4 +1,4 @@
-"""The decoder equals that of transformers on small random models: files, logits, gradients and greedy tokens."""
+"""The decoder equals transformers on small random models: files, logits, gradients and greedy tokens."""
 
 import re
 import tempfile
@@ -58,7 +58,7 @@ CASES = {
     "llama3-pairs": small(4, 2, 32, **LLAMA3, tie_embeddings=False),
     "llama3-mqa": small(5, 1, 128, hidden_size=20, **(LLAMA3 | {"llama3_factor": 32.0, "llama3_low_factor": 2.0})),
 }
-# What a cache sees of a model: heads and their sizes, norms, rotations. Biases and tied heads are not its business.
+# The models whose differences matter to a cache: heads and their sizes, norms, rotations; not biases and tied heads.
 DECODED = (
     *("qwen2-mha", "qwen2-pairs", "qwen2-sevens", "qwen3-mqa", "qwen3-wide-heads", "qwen2-yarn", "qwen3-yarn"),
     "llama3-pairs",
@@ -93,7 +93,7 @@ def random_params(config: ModelConfig, seed: int) -> Params:
 
 @pytest.fixture(scope="module")
 def pair(torch: ModuleType, tmp_path_factory) -> Callable[[str], tuple]:
-    """A model by its name, as transformers reads it from a folder that we wrote; our config and weights; the folder."""
+    """A model by its name, read by transformers from a folder that we wrote; our config and weights; the folder."""
 
     @cache
     def make(name: str) -> tuple:
@@ -110,7 +110,7 @@ def pair(torch: ModuleType, tmp_path_factory) -> Callable[[str], tuple]:
 
 
 def our_layout(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Params:
-    """Their tensors, or gradients, as ours: Linear weights are [out,in], ours [in,out] with heads split."""
+    """Tensors or gradients of transformers in our layout: theirs are [out,in], ours [in,out] with heads split."""
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
 
     def stack(name: str, heads: int = 0) -> np.ndarray:
@@ -150,12 +150,12 @@ def ours_from(config: ModelConfig, values: dict, layers: dict) -> Params:
 
 
 def rows() -> tuple[list[dict], dict[str, np.ndarray]]:
-    """The sequences, each with its place and positions, and the rows that hold them: left- and right-padded, packed."""
+    """Sequences with their places and positions, and the rows that hold them: left-padded, right-padded, packed."""
     rng = np.random.default_rng(0)
     packed = [(2, 0, 8, 0), (2, 8, 10, 32_000), (2, 10, 22, 0)]  # row, start, stop, first position
     places = [(0, 9, LENGTH, 0), (1, 0, 17, 0), *packed, (3, 0, LENGTH, 32_744)]
     tokens, positions, segments = (np.zeros((4, LENGTH), np.int32) for _ in range(3))
-    tokens[:] = rng.integers(0, VOCAB, tokens.shape)  # padding is no special id
+    tokens[:] = rng.integers(0, VOCAB, tokens.shape)  # padding has no special id
     sequences = []
     for number, (row, start, stop, first) in enumerate(places, start=1):
         positions[row, start:stop] = np.arange(first, first + stop - start)
@@ -194,9 +194,9 @@ def test_logits_and_gradients_equal_those_of_transformers(name, torch, pair):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (_, values), gradient = jax.device_get(ours(params))  # jax would compile each difference and each slice
+    (_, values), gradient = jax.device_get(ours(params))  # JAX would compile each difference and each slice
     worst = size = 0.0
-    for sequence in sequences:  # each alone through theirs, which knows no packing
+    for sequence in sequences:  # each alone in transformers, which has no packing
         at = (sequence["row"], sequence["span"])
         expected = theirs(
             torch.tensor(arrays["tokens"][at])[None].long(),
@@ -215,7 +215,7 @@ def test_logits_and_gradients_equal_those_of_transformers(name, torch, pair):
 
 
 def test_left_padded_batches_are_what_transformers_masks(torch, pair):
-    """Their own way of left padding, an attention mask over a batch, against our segments."""
+    """Left padding in transformers, an attention mask over a batch, compared with our segments."""
     theirs, config, params, _ = pair("qwen3-pairs")
     tokens = np.random.default_rng(3).integers(0, VOCAB, (2, 12))
     real = np.arange(12) >= np.array([[5], [0]])
@@ -244,7 +244,7 @@ def test_greedy_decoding_equals_generate_token_by_token(name, torch, pair, greed
     )[:, 16:].tolist()
     assert [len(ids) for ids in expected] == [64, 64, 64]
     assert ours == expected
-    assert len({token for ids in ours for token in ids}) > 2  # not one token over and over
+    assert len({token for ids in ours for token in ids}) > 2  # not the same token repeated
 
 
 def parameters(config: ModelConfig) -> int:
@@ -299,7 +299,7 @@ def test_every_published_model_has_its_published_size(published_configs):
 
 
 def test_the_page_about_models_runs(monkeypatch, tmp_path):
-    """The example of docs/models.md, which adds a family without touching a file."""
+    """The example of docs/models.md, which adds a family without editing a file."""
     page = Path(__file__).resolve().parents[2] / "docs" / "models.md"
     (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.setattr(configs, "FAMILIES", dict(configs.FAMILIES))

@@ -1,4 +1,4 @@
-"""Products of tokens and weights in the form that a CPU is fast at in bf16: as near to fp32 as the plain ones."""
+"""Products of tokens and weights in the form that is fast in bf16 on a CPU: as close to fp32 as the plain ones."""
 
 import jax
 import jax.numpy as jnp

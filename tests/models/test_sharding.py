@@ -1,4 +1,4 @@
-"""Weights lie on a mesh as their logical axes say, and training moves them to the activations, not the other way."""
+"""Weights are sharded by their logical axes, and training gathers weights, not activations."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from retool_jax.rl.config import RLConfig
 from retool_jax.rl.loss import clipped_loss
 
 ROWS, LENGTH = 16, 256
-# An activation of all rows has 1 MB; a device's part of it, 131 kB, is more than any one weight.
+# An activation of all rows has 1 MB; a device's part of it, 131 kB, is larger than any weight.
 MODEL = ModelConfig(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, head_chunk=128
 )
@@ -30,13 +30,13 @@ COLLECTIVE = re.compile(r" = (.*) (all-reduce|all-gather|reduce-scatter|all-to-a
 
 
 def arrays(types: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Types and shapes in a type of HLO, which may be a tuple: "(f32[2,3]{1,0}, s32[])"."""
+    """The types and shapes in an HLO type, which may be a tuple: "(f32[2,3]{1,0}, s32[])"."""
     found = re.findall(r"(\w+)\[([\d,]*)\]", types)
     return [(name, tuple(int(size) for size in sizes.split(",") if size)) for name, sizes in found]
 
 
 def collectives(program: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """What devices exchange in a compiled program: operation, shape and bytes of each array."""
+    """The arrays that devices exchange in a compiled program: operation, shape and bytes of each."""
     return [
         (match[2], shape, BYTES[name] * math.prod(shape))
         for match in COLLECTIVE.finditer(program)
@@ -88,8 +88,8 @@ def test_fsdp_exchanges_weights_and_no_activation():
     assert 4 * math.prod(activation) > layer_bytes
     exchanged = collectives(program)
     assert ("all-gather", (MODEL.hidden_size, MODEL.intermediate_size)) in [one[:2] for one in exchanged]
-    # But for one number of each token, which are sorted for a percentile, and the ids of tokens with what is looked up
-    # of them, and with what that learns: a device gives each of the eight its part of D, which is less than the table.
+    # Exceptions: one number per token, which are sorted for a percentile; the ids of tokens; their embeddings and the
+    # gradient of these, of which a device sends each of the eight its part of D, which is less than the table.
     values, ids, parts = (2, ROWS, LENGTH), (ROWS, LENGTH), (ROWS * LENGTH // 8, MODEL.hidden_size // 8)
     apart = {("all-gather", values): 2, ("all-gather", ids): 1, ("all-to-all", parts): 2 * 8}
     for one, most in apart.items():
@@ -100,7 +100,7 @@ def test_fsdp_exchanges_weights_and_no_activation():
         assert size <= layer_bytes and max(shape, default=1) <= MODEL.intermediate_size, (operation, shape)
     carries = [arrays(match[1]) for match in re.finditer(r" = \((.*)\) while\(", program)]
     assert any(("f32", activation) in carry for carry in carries), "the scan over layers carries a device's own rows"
-    # Nor does a device hold all rows, or the whole of a large weight's gradients, while it adds them up.
+    # No device holds all rows, or the whole gradient of a large weight while it is summed.
     floats = {shape for carry in carries for name, shape in carry if name == "f32"}
     assert not [shape for shape in floats if shape[-3:-1] == (ROWS, LENGTH)]
     assert not floats & {shape for shape in stacks if len(shape) > 2 and MODEL.hidden_size in shape}
