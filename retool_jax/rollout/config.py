@@ -15,12 +15,12 @@ class RolloutConfig:
     max_prompt_tokens: Positive = 40
     max_turns: Positive = 4  # policy turns, the last of which must be the answer
     turn_tokens: Count | None = 0  # of one turn, up to its call or its end; 0 or null: as many as there is room for
-    tool_output_tokens: Positive = 200  # of one tool output, cut in the middle
-    answer_tokens: Count = 0  # kept for a last turn, asked for where turns or tokens run out; 0: it ends there
+    tool_output_tokens: Positive = 200  # of one tool output; a longer one is cut in the middle
+    answer_tokens: Count = 0  # reserved for a forced final answer when turns or tokens run out; 0: end without it
     grammar: Literal["hermes", "retool"] = "hermes"  # of calls: hermes (<tool_call> JSON), retool (the paper's <code>)
     tool_prompt: str = ""
-    """What explains <code> before a question: a text; paper, for the paper's; empty: a short one."""
-    strict_calls: bool = False  # refuse, in words, calls that could be read but are not as the grammar writes them
+    """The explanation of <code> before a question: a text; paper, for the paper's; empty: a short one."""
+    strict_calls: bool = False  # refuse calls that deviate from the grammar, with an error text, even if readable
 
     def __post_init__(self) -> None:
         if self.tool_prompt and self.grammar != "retool":
@@ -32,12 +32,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True, config=CHECKED)
 class RewardConfig:
-    """What a trajectory is worth (docs/rewards.md)."""
+    """The reward of a trajectory (docs/rewards.md)."""
 
     name: str = "default"  # or recipe, dapo_strict, shaped, my_package.my_module:my_reward
     guard: bool = True  # in a group without a right answer all get the lowest reward, so that none is reinforced
-    overlong_tokens: Count = 0  # at the end of the room for a response, over which a penalty grows; 0: none
-    overlong_penalty: NotNegative = 1.0  # where it ends (DAPO, arXiv 2503.14476 eq. 13)
+    overlong_tokens: Count = 0  # the last tokens of the room for a response, over which a penalty grows; 0: none
+    overlong_penalty: NotNegative = 1.0  # the penalty at their end (DAPO, arXiv 2503.14476 eq. 13)
 
     def __post_init__(self) -> None:
         if self.overlong_penalty != RewardConfig.overlong_penalty and not self.overlong_tokens:

@@ -1,11 +1,11 @@
-"""What the lines of a run's or an evaluation's trajectories hold (`Trajectory.record`), for all who read them."""
+"""The shape of the records of trajectories in files (`Trajectory.record`), to check them when they are read."""
 
 from collections.abc import Collection
 
 from retool_jax.shapes import BIT, FLAG, NUMBER, SINGLE, TEXT, WHOLE, OrNull, complaint, missing
 
-# Records are of this version or an older one, so a field may be absent; readers say what they need. A data set may have
-# numbers for its ids and answers.
+# Records may come from an older version, so fields may be absent; readers name those that they need. Ids and answers of
+# a data set may be numbers.
 SEGMENT = {"role": frozenset({"prompt", "policy", "tool"}), "start": WHOLE, "stop": WHOLE, "text?": TEXT}
 CALL = {
     **{"turn": WHOLE, "code": TEXT, "status": TEXT, "output": TEXT, "wall_s?": NUMBER, "queue_s?": NUMBER},
@@ -26,12 +26,12 @@ MOST_IDS = 1 << 31
 
 
 def fault_of(record: object, needed: Collection[str], shape: dict = RECORD) -> str:
-    """What is wrong with a record that `Trajectory.record` should have made; nothing: an empty text.
+    """What is wrong with a record that `Trajectory.record` should have made; empty if nothing is.
 
     Args:
-        record: what a line of a file holds.
-        needed: fields that a reader cannot do without.
-        shape: of its fields.
+        record: the JSON value of a line.
+        needed: the fields that the reader needs.
+        shape: the shape of its fields.
     """
     return missing(record, needed) or complaint(record, shape) or _fault_of_tokens(record)
 

@@ -1,7 +1,7 @@
-"""What a trajectory is worth: the number that reinforcement learning is given for it (docs/rewards.md).
+"""Rewards of trajectories (docs/rewards.md).
 
-A reward is a function of a scored trajectory and its verdict, chosen by `rl.reward.name`. What it says of a group
-without a right answer is levelled (`guarded`), and long responses may cost something (`overlong_term`).
+A reward is a function of a trajectory and its verdict, chosen by `rl.reward.name`. In a group without a right answer
+all rewards are set to the lowest (`guarded`), and long responses may get a penalty (`overlong_term`).
 """
 
 import math
@@ -16,15 +16,15 @@ from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.tools.toolbox import INVALID, imported
 
 Reward = Callable[[Trajectory, Verdict], float]
-NOT_RUN = (INVALID, "rejected")  # statuses of calls that nothing was executed for
-STRICT_TAIL = 100  # characters in which the strict rule looks for a box
+NOT_RUN = (INVALID, "rejected")  # statuses of calls that were not executed
+STRICT_TAIL = 100  # the strict rule looks for a box in the last so many characters
 
 
 def strict_box(text: str) -> str | None:
-    r"""The answer by the strict rule of verl's `math_dapo`: what the last `\boxed{` of the last 100 characters holds.
+    r"""The answer by the strict rule of verl's `math_dapo`: the last `\boxed{` that begins in the last 100 characters.
 
-    Braces are counted, escaped ones too; a last box without an end is no answer, and neither is one that begins before
-    those characters. verl cuts a response to its last 300 characters first, which changes nothing.
+    Braces are counted, including escaped ones. A last box that does not end is not an answer, nor is one that begins
+    before those characters. verl cuts a response to its last 300 characters first, which changes nothing.
     """
     _, box, content = text[-STRICT_TAIL:].rpartition(r"\boxed{")
     depth = 1
@@ -36,7 +36,7 @@ def strict_box(text: str) -> str | None:
 
 
 def executed_calls(trajectory: Trajectory) -> int:
-    """Calls that ran, however they ended: without those that could not be read, or were refused unseen."""
+    """The number of calls that ran, however they ended; calls that were invalid or rejected do not count."""
     return sum(use.status not in NOT_RUN for use in trajectory.tool_uses)
 
 
@@ -49,12 +49,12 @@ def default(trajectory: Trajectory, verdict: Verdict) -> float:
 
 
 def dapo_strict(trajectory: Trajectory, verdict: Verdict) -> float:
-    """+1 where `strict_box` is the ground truth, character by character, -1 elsewhere (verl's `math_dapo`)."""
+    """+1 if `strict_box` equals the ground truth character by character, else -1 (verl's `math_dapo`)."""
     return 1.0 if trajectory.exact else -1.0
 
 
 def recipe(trajectory: Trajectory, verdict: Verdict) -> float:
-    """As verl-recipe's `retool/retool.py`: +1 where `strict_box` is the ground truth, else min(-0.6, -1 + 0.1 k).
+    """As verl-recipe's `retool/retool.py`: +1 if `strict_box` equals the ground truth, else min(-0.6, -1 + 0.1 k).
 
     k is the number of executed calls; from the fourth on they add nothing.
     """
@@ -64,9 +64,9 @@ def recipe(trajectory: Trajectory, verdict: Verdict) -> float:
 def shaped(trajectory: Trajectory, verdict: Verdict) -> float:
     """1.0 for a correct answer, 0.1 for an answer in a box, 0.05 for a call, added up: 0 to 1.15.
 
-    The answer is correct as for `default`. A box counts whatever is in it, as long as it has an end and the last turn
-    ended by itself; a call counts when it was executed, however it ended, and further ones add nothing. The weights are
-    those that the documentation of miles gives for its ReTool example.
+    The answer is judged as for `default`. A box counts whatever its content, if it is closed and the last turn ended by
+    itself. A call counts if it was executed, however it ended, and further calls add nothing. The weights are those in
+    the documentation of miles for its ReTool example.
     """
     return 1.0 * verdict.correct + 0.1 * (verdict.answer is not None) + 0.05 * (executed_calls(trajectory) > 0)
 
@@ -79,7 +79,7 @@ def reward_named(name: str) -> Reward:
     """The function that `rl.reward.name` chooses.
 
     Raises:
-        UserError: there is none of that name, or it cannot be loaded.
+        UserError: there is no such function, or it cannot be loaded.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -92,7 +92,7 @@ def reward_named(name: str) -> Reward:
 
 
 def is_right(config: RewardConfig, trajectory: Trajectory) -> bool:
-    """Whether an answer is right for a reward: by the strict rule where that goes by it, else by the verdict."""
+    """Whether an answer is right for a reward: by the strict rule if the reward uses it, else by the verdict."""
     return trajectory.exact if config.name in BY_STRICT_RULE else trajectory.verdict.correct
 
 
@@ -100,7 +100,7 @@ def is_right(config: RewardConfig, trajectory: Trajectory) -> bool:
 
 
 class Given(NamedTuple):
-    """A trajectory's reward, and the terms whose sum it is: the function's by its name, `guard` and `overlong`."""
+    """A trajectory's reward, and the terms that add up to it: the function's by its name, `guard` and `overlong`."""
 
     reward: float
     terms: dict[str, float]
@@ -109,10 +109,10 @@ class Given(NamedTuple):
 def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Given]:
     """The rewards of trajectories that have a verdict; `groups` is equal for the samples of one prompt.
 
-    The guard levels first, and what length costs is added behind it: that is no reward for tool use.
+    The guard applies first, and the penalty for length is added after it, since it does not reward tool use.
 
     Raises:
-        UserError: the function raised, or gave no finite number.
+        UserError: the function raised an error, or returned no finite number.
     """
     function = reward_named(config.name)
     own = [_call(function, config.name, trajectory) for trajectory in trajectories]
@@ -130,10 +130,10 @@ def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups:
 
 
 def guarded(rewards: Sequence[float], right: Sequence[bool], groups: Sequence[int]) -> list[float]:
-    """The rewards, with the lowest of its group for each sample of a group in which none is right.
+    """The rewards, but in a group without a right answer each sample gets the group's lowest reward.
 
-    Advantages compare the samples of a group: where all are wrong, the one with the most calls would be reinforced as
-    much as a single right answer elsewhere. Equal rewards teach nothing.
+    Advantages compare the samples of a group. If all are wrong, the sample with the most calls would be reinforced as
+    much as a single right answer in another group. Equal rewards teach nothing.
     """
     members = defaultdict(list)
     for index, group in enumerate(groups):
@@ -148,14 +148,14 @@ def guarded(rewards: Sequence[float], right: Sequence[bool], groups: Sequence[in
 
 
 def overlong_term(config: RewardConfig, trajectory: Trajectory) -> float:
-    """What a long response costs, 0 or less: p times DAPO's soft punishment (arXiv 2503.14476 eq. 13).
+    """The penalty for a long response, 0 or less: p times DAPO's soft punishment (arXiv 2503.14476 eq. 13).
 
         0                      |y| <= L - C
         ((L - C) - |y|) / C    L - C < |y| <= L
-        -1                     where it was cut off (`token_limit`)
+        -1                     if it was cut off (`token_limit`)
 
-    |y| is the response's length in tokens, with what tools answered; L the room that it had, `engine.max_length`
-    without the prompt; C `overlong_tokens`, and p `overlong_penalty`.
+    |y| is the response's length in tokens, including tools' answers; L is the room that it had, `engine.max_length`
+    without the prompt; C is `overlong_tokens` and p is `overlong_penalty`.
     """
     if not config.overlong_tokens:
         return 0.0
@@ -165,11 +165,11 @@ def overlong_term(config: RewardConfig, trajectory: Trajectory) -> float:
 
 
 def _call(function: Reward, name: str, trajectory: Trajectory) -> float:
-    """What a function says of a trajectory, as a finite number."""
+    """Call a reward function and check that it returns a finite number."""
     way_out = "mend the function and start the same command again, which goes on from the last checkpoint"
     try:
         value = float(function(trajectory, trajectory.verdict))
-    except Exception as error:  # of others' code
+    except Exception as error:  # of the user's code
         said = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"rl.reward.name={name} gave no number for {trajectory.id} ({said}); {way_out}") from error
     if not math.isfinite(value):

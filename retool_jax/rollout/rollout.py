@@ -1,4 +1,4 @@
-"""Problems to trajectories: the policy draws turns, tools answer its calls, everything is one list of ids."""
+"""Problems to trajectories: the policy writes turns, tools answer its calls, and all of it is one list of ids."""
 
 import time
 from collections.abc import Coroutine, Sequence
@@ -24,7 +24,7 @@ FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."
 
 @dataclass(frozen=True)
 class Sample:
-    """One trajectory to draw: `request` names its stream of random draws and is unique in a run."""
+    """One trajectory to sample; `request` is the seed of its random draws and unique in a run."""
 
     problem: Problem
     request: int
@@ -34,7 +34,7 @@ class Sample:
 
 
 class Dialogue:
-    """A trajectory in the making: what the scheduler asks of a conversation (`scheduler.Conversation`)."""
+    """A trajectory that is being sampled; implements `engine.conversation.Conversation` for the scheduler."""
 
     def __init__(
         self,
@@ -62,10 +62,10 @@ class Dialogue:
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
         self._kept, self._closes = Kept(), True
-        self._versions: list[int] = []  # of the turn that is being drawn
+        self._versions: list[int] = []  # of the tokens of the current turn
         self._text = ""  # of the last turn
         self._grammar = GRAMMARS[limits.grammar]
-        self._reserve = 0  # room that earlier turns leave, so that the request for an answer and the answer fit
+        self._reserve = 0  # tokens that earlier turns must leave for a request for the answer and the answer itself
         if limits.answer_tokens:
             longest = max(len(user_segment(tokenizer, FINAL_REQUEST, ended)) for ended in (True, False))
             reserve = limits.answer_tokens + longest
@@ -82,7 +82,7 @@ class Dialogue:
         return self._grammar.stop_at(self._tokenizer, ids, seen) if self._tools else None
 
     def on_tokens(self, tokens: Tokens) -> None:
-        """Note which weights drew what; to be given to the scheduler with the conversation."""
+        """Record which weights drew each token; pass it to the scheduler with the conversation."""
         self._versions += [tokens.version] * len(tokens.ids)
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
@@ -102,57 +102,57 @@ class Dialogue:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the last turn ended by itself."""
+        """Whether the last turn ended by itself, and not because its budget was used up."""
         ids = self.turn
         return ids[-1] in self._stops or self.stop_at(ids, len(ids) - 1) is not None
 
     @property
     def may_call(self) -> bool:
-        """Whether calls of the last turn are run: one that must be the answer runs none."""
+        """Whether calls of the last turn may run: no in a turn that must be the answer."""
         return not self.trajectory.forced and self.trajectory.turns < self._limits.max_turns
 
     def calls(self) -> list[ToolCall]:
-        """Those of the last turn, in order."""
+        """The calls of the last turn, in order."""
         if not self._tools:
             return []
         calls = self._grammar.calls(self._text)
         return [call.strict() for call in calls] if self._limits.strict_calls else calls
 
     def go_on(self) -> Coroutine[None, None, list[int] | None] | None:
-        """What follows the last turn, as `Conversation.end_turn` says it."""
+        """What follows the last turn, in the form that `Conversation.end_turn` returns."""
         if not self.is_whole:
-            return self._run_out(End.TOKEN_LIMIT)
+            return self._limit_reached(End.TOKEN_LIMIT)
         calls = self.calls()
         if not calls:
             boxed, _ = extract_boxed(self._text)
             return self.end(End.NO_ANSWER if boxed is None else End.ANSWERED)
-        return self._answer(self.turn, calls) if self.may_call else self._run_out(End.TURN_LIMIT)
+        return self._run_calls(self.turn, calls) if self.may_call else self._limit_reached(End.TURN_LIMIT)
 
-    def _run_out(self, reason: End) -> Coroutine[None, None, list[int]] | None:
-        """No more turns, or no more room: ask for the answer in what was kept for it, once, or end."""
-        return self.end(reason) if self.trajectory.forced or not self._reserve else self._ask()
+    def _limit_reached(self, reason: End) -> Coroutine[None, None, list[int]] | None:
+        """No turns or no room are left: ask once for the answer, in the reserved room, or end."""
+        return self.end(reason) if self.trajectory.forced or not self._reserve else self._ask_for_answer()
 
-    async def _ask(self) -> list[int]:
+    async def _ask_for_answer(self) -> list[int]:
         segment = user_segment(self._tokenizer, FINAL_REQUEST, self.trajectory.ids[-1] in self._tokenizer.stop_ids)
         self._reserve, self.trajectory.forced = 0, True
         self.trajectory.add("tool", segment)
         return segment
 
-    async def _answer(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
-        """Run a turn's calls in order; returns the environment's segment, or None when the trajectory ends here."""
+    async def _run_calls(self, turn_ids: list[int], calls: list[ToolCall]) -> list[int] | None:
+        """Run a turn's calls in order; returns the segment with the outputs, or None if the trajectory ends here."""
         turn, turn_start = self.trajectory.turns - 1, self.trajectory.segments[-1].start
         places = marking_ids(self._tokenizer, turn_ids, self._text, [call.start for call in calls])
         outputs = []
         for call, place in zip(calls, places, strict=True):
             output = await self._tools.run(call, self._kept)
             lost, invalid = output.fault == "machinery", output.status == INVALID
-            told = output.text if lost or invalid else output.told(self._limits.tool_output_tokens, self._count)
+            text = output.text if lost or invalid else output.told(self._limits.tool_output_tokens, self._count)
             numbers = {} if lost or invalid else numbers_of(output.metrics)
             use = ToolUse(
                 turn,
                 "" if invalid else call.code,
                 output.status,
-                told if lost else defuse(self._tokenizer, told),
+                text if lost else defuse(self._tokenizer, text),
                 *(numbers.pop(key, 0.0) for key in ("wall_s", "queue_s")),
                 tool="" if invalid else call.name,
                 repaired=call.repaired,
@@ -164,30 +164,30 @@ class Dialogue:
                 return self.end(End.SANDBOX_LOST, output.text)
             outputs.append(use.output)
         segment = self._grammar.segment(self._tokenizer, turn_ids, outputs)
-        # Half a segment, or one without room for an answer, teaches nothing.
+        # Do not cut a segment: part of it, or all of it without room for an answer, would teach nothing.
         if len(self.trajectory.ids) + len(segment) + self._reserve >= self._room:
-            return await self._ask() if self._reserve else self.end(End.TOKEN_LIMIT)
+            return await self._ask_for_answer() if self._reserve else self.end(End.TOKEN_LIMIT)
         self.trajectory.add("tool", segment)
         return segment
 
     def _count(self, text: str) -> int:
-        """Tokens of a tool's output in the context, where no mark of it stays whole."""
+        """The number of tokens of a tool's output in the context, after special marks in it are broken up."""
         return len(self._tokenizer.encode(defuse(self._tokenizer, text)))
 
     def drop(self, reason: str) -> None:
         self.end(End.DISCARDED, reason)
 
     def keep_in(self, kept: Kept) -> None:
-        """Let tools keep their states for others too, from before the first turn on; who gives these closes them."""
+        """Let tools keep their states in `kept`, which the caller closes; call it before the first turn."""
         self._kept, self._closes = kept, False
 
     async def close(self) -> None:
-        """Close what tools keep for it."""
+        """Close the states that tools keep for this dialogue, unless the caller owns them (`keep_in`)."""
         if self._closes:
             await self._kept.close()
 
     def end(self, reason: End, fault: str = "") -> None:
-        """The first end counts: a conversation may be dropped while its last call is answered."""
+        """Record why the trajectory ended. Only the first reason counts: it may be dropped while its last call runs."""
         if self.trajectory.end is None:
             self.trajectory.end, self.trajectory.fault = reason, fault
             self.trajectory.finished_s = time.perf_counter()
@@ -199,18 +199,18 @@ class Dialogue:
 async def rollout(
     engine: Engine, tokenizer: Tokenizer, tools: Toolbox | None, samples: Sequence[Sample], limits: RolloutConfig
 ) -> tuple[list[Trajectory], Statistics]:
-    """Draw one trajectory per sample, in the samples' order. Without tools every trajectory is one turn.
+    """Sample one trajectory for each sample, in the same order. Without tools every trajectory is one turn.
 
     Raises:
-        UserError: a prompt is longer than `max_prompt_tokens`, or a problem names a tool that is not there.
+        UserError: a prompt is longer than `max_prompt_tokens`, or a problem names a tool that does not exist.
     """
     dialogues = dialogues_of(engine, tokenizer, tools, samples, limits)
     origin = time.perf_counter()
-    # The sandbox refuses what does not fit its queue; calls beyond it wait here.
+    # The sandbox refuses calls when its queue is full, so further ones wait in the scheduler.
     at_once = tools.at_once if tools else 0
     try:
-        listeners, sampling = [each.on_tokens for each in dialogues], [each.sampling for each in dialogues]
-        statistics = await converse(engine, dialogues, at_once, listeners, sampling)
+        on_tokens, sampling = [each.on_tokens for each in dialogues], [each.sampling for each in dialogues]
+        statistics = await converse(engine, dialogues, at_once, on_tokens, sampling)
     finally:
         for dialogue in dialogues:
             await dialogue.close()
@@ -220,7 +220,7 @@ async def rollout(
 def dialogues_of(
     engine: Engine, tokenizer: Tokenizer, tools: Toolbox | None, samples: Sequence[Sample], limits: RolloutConfig
 ) -> list[Dialogue]:
-    """One for each sample, with the tools that its problem names; whoever submits them closes them afterwards.
+    """One dialogue for each sample, with the tools that its problem names. The caller must close them.
 
     Raises:
         UserError: as `rollout`.
@@ -238,7 +238,7 @@ def dialogues_of(
 
 
 def trajectories_of(dialogues: Sequence[Dialogue], origin: float) -> list[Trajectory]:
-    """What came of dialogues that the scheduler has let go, with times since `origin` (of `time.perf_counter`)."""
+    """The trajectories of finished dialogues, with times relative to `origin` (of `time.perf_counter`)."""
     trajectories = [dialogue.trajectory for dialogue in dialogues]
     if endless := [trajectory.id for trajectory in trajectories if trajectory.end is None]:
         raise RuntimeError(f"{len(endless)} trajectories came back without an end, the first of them {endless[0]}")
@@ -249,10 +249,10 @@ def trajectories_of(dialogues: Sequence[Dialogue], origin: float) -> list[Trajec
 
 
 def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None, limits: RolloutConfig) -> list[int]:
-    """A problem's prompt as ids, with the tools that it names, or all of them.
+    """A problem's prompt as ids, with the tools that it names, or all tools.
 
     Raises:
-        UserError: it is longer than the limit, or names a tool that is not there.
+        UserError: it is longer than the limit, or names a tool that does not exist.
     """
     messages = list(problem.messages)
     if tools:
@@ -275,20 +275,20 @@ def score(
     reward: RewardConfig | None = None,
     group_size: int = 1,
 ) -> None:
-    """Give each trajectory its verdict and reward, from the text of the policy's last turn alone.
+    """Give each trajectory its verdict and reward, from only the text of the policy's last turn.
 
-    Only a turn that ended without a call is an answer; nothing that a tool printed, and no earlier turn, can score.
-    One that the machinery dropped gets none, and one whose answer could not be compared is dropped here. Comparisons
-    may take `workers.STEP_LIMIT` seconds, so an event loop calls this in a thread.
+    Only a turn that ended without a call is an answer; tool output and earlier turns do not count. A dropped trajectory
+    gets none, and a trajectory whose answer could not be compared is dropped here. Comparisons may take
+    `workers.STEP_LIMIT` seconds, so an event loop must call this in a thread.
 
     Args:
-        tokenizer: of the policy.
+        tokenizer: the policy's.
         trajectories: group by group.
-        reward: what they are worth; None: the default, +1 or -1.
-        group_size: samples of a prompt, for the guard of rewards.
+        reward: the reward's config; None: the default, +1 or -1.
+        group_size: samples of a prompt, for `guarded` rewards.
 
     Raises:
-        UserError: the reward's function cannot be loaded, or gave no finite number.
+        UserError: the reward function cannot be loaded, or returned no finite number.
     """
     groups = {index: index // group_size for index, t in enumerate(trajectories) if not t.dropped}
     kept = [trajectories[index] for index in groups]

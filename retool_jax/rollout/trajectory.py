@@ -1,4 +1,4 @@
-"""What a rollout leaves behind: ids, which of them were sampled, their log-probabilities, and why it ended."""
+"""The result of a rollout: ids, which of them were sampled, their log-probabilities, and why it ended."""
 
 import json
 from collections.abc import Mapping
@@ -22,21 +22,21 @@ class End(StrEnum):
     TURN_LIMIT = "turn_limit"  # a call in the last turn allowed
     TOKEN_LIMIT = "token_limit"  # no room for the rest of a turn, or for a tool's output
     SANDBOX_LOST = "sandbox_lost"  # a call could not be run
-    DISCARDED = "discarded"  # new weights came, or nobody wanted the rest
+    DISCARDED = "discarded"  # it was cancelled, or dropped because of new weights
     CHECKER_LOST = "checker_lost"  # the answer could not be compared
 
 
-# Ends by the machinery and not by the policy. Such a trajectory is counted and has no other part in anything: it gets
-# no reward, and no place in a loss, a group's mean, a metric or an accuracy.
+# Ends that are not the policy's doing. Such a trajectory is dropped: it is counted, but it gets no reward and is not
+# part of any loss, group mean, metric or accuracy.
 INFRASTRUCTURE = (End.SANDBOX_LOST, End.DISCARDED, End.CHECKER_LOST)
 
 
 @dataclass
 class ToolUse:
-    """One call and its outcome; `output` is what the policy was told, seconds and `metrics` are the tool's.
+    """One call and its outcome; `output` is the text that the policy saw, seconds and `metrics` come from the tool.
 
-    `code` is the program, or the arguments of another tool as JSON. Both texts are kept as a file can hold them
-    (`writable`); the ids have the call as it was sampled.
+    `code` is the program, or the arguments of another tool as JSON. Both texts are stored in a form that a file can
+    hold (`writable`); the ids have the call as it was sampled.
     """
 
     turn: int
@@ -45,25 +45,25 @@ class ToolUse:
     output: str
     wall_s: float = 0.0
     queue_s: float = 0.0
-    tool: str = ""  # the name that it was called by; empty where there is no such tool
-    repaired: str = ""  # what is not as the grammar writes it in a call that was read all the same
+    tool: str = ""  # the name that was called; empty if the call was invalid
+    repaired: str = ""  # how the call deviates from the grammar, if it could be read anyway
     metrics: dict[str, float] = field(default_factory=dict)
-    start: int = -1  # of the trajectory's ids, the one at which the call begins; -1 in records older than this
+    start: int = -1  # index in the trajectory's ids where the call begins; -1 in records from before this field
 
     def __post_init__(self) -> None:
         self.code, self.output = writable(self.code), writable(self.output)
 
 
 def numbers_of(metrics: object) -> dict[str, float]:
-    """What a tool says of a call, as far as a file can hold it: names with numbers of Python's own.
+    """A tool's metrics of a call as Python numbers by name, which a file can hold.
 
-    Arrays of one number and numbers of other libraries become such; what is no number is left out.
+    Arrays of one number and numbers of other libraries are converted; other values are left out.
     """
     kept = {}
     for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
-        with suppress(Exception):  # of others' types
+        with suppress(Exception):  # the conversion of an unknown type may raise anything
             number = value if type(value) in (bool, int, float) else float(value)
-            json.dumps(number)  # an int of thousands of digits is refused
+            json.dumps(number)  # raises for an int of thousands of digits
             kept[writable(str(name))] = number
     return kept
 
@@ -79,7 +79,7 @@ class Segment:
 
 @dataclass
 class Trajectory:
-    """One growing list of ids. What the policy sampled is kept as sampled and never encoded again."""
+    """One growing list of ids. Sampled ids are kept as they are and never encoded again."""
 
     id: str
     problem: Problem
@@ -89,16 +89,16 @@ class Trajectory:
     versions: list[int] = field(default_factory=list)  # of the weights that drew each token, -1 where not sampled
     segments: list[Segment] = field(default_factory=list)
     tool_uses: list[ToolUse] = field(default_factory=list)
-    forced: bool = False  # the last turn was asked for, as turns or tokens had run out
-    end: End | None = None  # None while it goes on
-    fault: str = ""  # what the machinery did, where that ended it
-    room: int = 0  # tokens that there were for a response
-    temperature: float | None = None  # at which it was drawn; None where that is not known
+    forced: bool = False  # the policy was asked for its answer, because turns or tokens had run out
+    end: End | None = None  # None until it ends
+    fault: str = ""  # the infrastructure failure, if one ended it
+    room: int = 0  # the most tokens that the response could have
+    temperature: float | None = None  # at which it was sampled; None if unknown
     top_p: float = 1.0  # 1 is off
     top_k: int = 0  # 0 is off
-    final_text: str = ""  # what is scored: the last turn without its end mark; empty where that did not end by itself
-    verdict: Verdict | None = None  # None, as the reward, before it is scored and where it is dropped
-    exact: bool = False  # the strict rule takes its answer too (`reward.strict_box`)
+    final_text: str = ""  # the text to score: the last turn without its end mark; empty if it did not end by itself
+    verdict: Verdict | None = None  # like the reward, None before scoring and for dropped trajectories
+    exact: bool = False  # the strict rule also accepts its answer (`reward.strict_box`)
     reward: float | None = None
     reward_terms: dict[str, float] = field(default_factory=dict)  # by name; the reward is their sum
     started_s: float = 0.0
@@ -107,9 +107,9 @@ class Trajectory:
     def add(
         self, role: str, ids: list[int], logprobs: list[float] | None = None, versions: list[int] | None = None
     ) -> None:
-        """Append a segment; only the policy's has log-probabilities, and only it is marked sampled.
+        """Append a segment; only a segment of the policy has log-probabilities and is marked as sampled.
 
-        Its `versions` are those of the weights that drew each id; without them it is of the first weights, 0.
+        `versions` are those of the weights that drew each id of the policy; the default is 0, the first weights.
         """
         sampled = role == "policy"
         if sampled != (logprobs is not None) or (logprobs is not None and len(logprobs) != len(ids)):
@@ -124,7 +124,7 @@ class Trajectory:
 
     @property
     def dropped(self) -> bool:
-        """The machinery ended it, so that it says nothing about the policy."""
+        """Whether the policy is not the reason of its end (`INFRASTRUCTURE`), so that nothing is learned from it."""
         return self.end in INFRASTRUCTURE
 
     @property
@@ -137,12 +137,12 @@ class Trajectory:
         return len(self.ids) - self.segments[0].stop
 
     def last_turn(self, tokenizer: Tokenizer) -> str:
-        """Text of the policy's last turn, with a `<think>` before it where it began inside thinking.
+        """The text of the policy's last turn, with a `<think>` before it if it began inside thinking.
 
-        Thinking is opened by the header that the template writes (DeepSeek-R1's does) or by the policy, and lasts
-        until `</think>` or the end of its turn, whatever is answered in place meanwhile.
+        Thinking begins in the header that the template writes (as DeepSeek-R1's does) or in the policy's text. It lasts
+        until `</think>` or the end of the turn, also across answers inside the turn.
         """
-        turn = ""  # before the last segment: its header, and what was said before programs were answered in place
+        turn = ""  # the turn before the last segment: its header, and the policy's text before answers inside the turn
         for segment in reversed(self.segments[:-1]):
             text = tokenizer.decode(self.ids[segment.start : segment.stop])
             if segment.role == "policy":
@@ -159,8 +159,8 @@ class Trajectory:
     def record(self, tokenizer: Tokenizer, **extra: object) -> dict:
         """A JSON-ready record with everything that is needed to read or check the trajectory.
 
-        Whether it is `correct` stands apart from its `reward`, which may be shaped. `extra` is what others know of it,
-        such as its step and its `group`.
+        `correct` does not depend on `reward`, which may be shaped. `extra` are fields that the caller adds, such as the
+        step and the `group`.
         """
         return {
             "id": self.id,

@@ -1,4 +1,4 @@
-"""A record whose values are of wrong types is named wherever it is read: file, line, field, and what belongs there."""
+"""A record with values of wrong types is reported wherever it is read: file, line, field, and expected type."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from retool_jax.report.page import write_report
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 
 PROBLEM = Problem("p0", ({"role": "user", "content": "2 + 4?"},), "6")
-# What a record may become by hand, or on a bad disk.
+# Values that a record may have after editing by hand, or on a bad disk.
 WRONG = [None, True, -1, 1 << 70, 0.5, "x", [], [[1]], ["x"], {"x": 1}]
 
 
@@ -33,7 +33,7 @@ def record(tokenizer) -> dict:
 
 
 def damaged(record: dict):
-    """The record with one value of another type, at each place, and what that place is called."""
+    """The record with one value of another type, for each place, and the name of that place."""
     for key in record:
         for value in WRONG:
             yield key, record | {key: value}
@@ -77,7 +77,7 @@ def test_every_reader_names_what_it_cannot_read_and_writes_nothing(record, tmp_p
             except Exception as error:
                 raise AssertionError((name, place, changed.get(place))) from error
             else:
-                if name == "atif":  # what one format takes the table takes too
+                if name == "atif":  # values that one format accepts, the table accepts too
                     export(folder, out, "parquet", Selection())
                     out.unlink()
     assert min(refused.values()) > 150, refused

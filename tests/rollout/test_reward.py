@@ -1,4 +1,4 @@
-"""What a trajectory is worth: every reward by its formula, the guard, what length costs, and functions of one's own."""
+"""Rewards of trajectories: every formula, the guard, the penalty for length, and the user's own functions."""
 
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ RIGHT, WRONG, NO_BOX = Verdict(True, "45", "integer"), Verdict(False, "44", "mis
 
 
 def scored(verdict: Verdict, *statuses: str, exact: bool | None = None, length: int = 10, **more) -> Trajectory:
-    """A trajectory of a response of so many tokens, with calls that ended so, and a verdict."""
+    """A trajectory with a response of so many tokens, calls with these statuses, and a verdict."""
     problem = Problem("p", ({"role": "user", "content": "?"},), "45")
     trajectory = Trajectory("p/0", problem, **{"end": End.ANSWERED, "room": 100} | more)
     trajectory.add("prompt", [1, 2])
@@ -31,7 +31,7 @@ def scored(verdict: Verdict, *statuses: str, exact: bool | None = None, length: 
 
 
 def worth(config: RewardConfig, *trajectories: Trajectory, groups: list[int] | None = None) -> list[float]:
-    """Their rewards, as one group where none are named."""
+    """The rewards of trajectories, which are one group by default."""
     given = rewards_of(config, trajectories, [0] * len(trajectories) if groups is None else groups)
     assert all(one.reward == pytest.approx(sum(one.terms.values())) for one in given)
     return [one.reward for one in given]
@@ -61,7 +61,7 @@ def test_the_default_is_plus_or_minus_one_with_the_guard_and_without():
         (r"\boxed{ 42 }", " 42 "),
         (r"\boxed{\text{42}}", r"\text{42}"),
         (r"\boxed{1} no, \boxed{42}", "42"),
-        (r"\boxed{1} no, \boxed{42", None),  # the last one has no end, and none stands in for it
+        (r"\boxed{1} no, \boxed{42", None),  # the last one does not end, and an earlier one is not used instead
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed {42}", None),
         (r"\fbox{42}", None),
@@ -85,7 +85,7 @@ def test_the_recipe_counts_executed_calls_of_wrong_answers(calls, wrong):
 
 
 def test_two_rewards_judge_by_the_strict_rule_and_leave_the_verdict_alone():
-    """042 is right, and no string that equals 42."""
+    """042 is right, but not equal to 42 as a string."""
     other_spelling = scored(RIGHT, exact=False)
     assert [alone(name, other_spelling) for name in ("dapo_strict", "recipe", "default")] == [-1.0, -1.0, 1.0]
     assert alone("dapo_strict", scored(RIGHT)) == 1.0 and other_spelling.verdict.correct
@@ -109,7 +109,7 @@ def test_the_shaped_reward_adds_answer_box_and_call(verdict, statuses, value):
 
 
 def test_calls_are_no_reason_to_prefer_one_wrong_answer_to_another():
-    """Without the guard the wrong answer with most calls gets the advantage of a single right one."""
+    """Without the guard the wrong answer with the most calls gets the advantage of a single right one."""
     group = [scored(WRONG, *["success"] * 4), scored(WRONG), scored(NO_BOX), scored(WRONG)]
     plain = worth(RewardConfig(name="recipe", guard=False), *group)
     assert plain == pytest.approx([-0.6, -1, -1, -1])
@@ -128,7 +128,7 @@ def test_a_right_answer_in_its_own_group_keeps_a_groups_rewards():
 
 
 def test_the_guard_asks_the_rule_that_the_reward_goes_by():
-    """No answer scores by the strict rule, so calls would be all that tells the samples apart."""
+    """No answer is right by the strict rule, so only calls would distinguish the samples."""
     group = [scored(RIGHT, "success", exact=False), scored(WRONG)]
     assert worth(RewardConfig(name="recipe"), *group) == [-1.0, -1.0]
     assert worth(RewardConfig(name="shaped"), *group) == pytest.approx([1.15, 0.1])
@@ -158,7 +158,7 @@ def test_length_counts_behind_the_guard():
     assert worth(RewardConfig(name="recipe", overlong_tokens=40), *group) == [-2.0, -1.0]
 
 
-# --- functions of one's own -------------------------------------------------------------------------------------------
+# --- the user's own functions -----------------------------------------------------------------------------------------
 
 OWN = """
 import numpy as np
@@ -226,7 +226,7 @@ def test_a_name_that_stands_for_no_reward_is_told(own, name, said):
 
 
 def spoken(tokenizer, text: str, end: End = End.ANSWERED, printed: str = "", room: int = 300) -> Trajectory:
-    """A trajectory whose policy called a tool, if that printed something, and then said a text."""
+    """A trajectory whose policy called a tool, if `printed` is given, and then wrote a text."""
     trajectory = Trajectory("p/0", Problem("p", ({"role": "user", "content": "?"},), "42"), end=end, room=room)
     trajectory.add("prompt", [1, 2])
     if printed:
@@ -242,7 +242,7 @@ def test_scoring_gives_terms_beside_a_verdict_that_stays_apart(tokenizer):
     said = [r"\boxed{042}<|im_end|>", r"\boxed{42}<|im_end|>", r"\boxed{41}<|im_end|>", "I do not know.<|im_end|>"]
     trajectories = [spoken(tokenizer, text, printed="6") for text in said]
     trajectories[3].end = End.NO_ANSWER
-    trajectories[2].tool_uses *= 2  # which would be worth 0.1 more, were there a right answer in its group
+    trajectories[2].tool_uses *= 2  # it would get 0.1 more if its group had a right answer
     score(tokenizer, trajectories, RewardConfig(name="recipe"), group_size=2)
     assert [t.verdict.correct for t in trajectories] == [True, True, False, False]
     assert [t.exact for t in trajectories] == [False, True, False, False]

@@ -1,4 +1,4 @@
-"""Several tools in a rollout: what prompts show, whose call is answered by whom, and ids equal to the template's."""
+"""Several tools in a rollout: the tools in prompts, which tool answers which call, and ids equal to the template's."""
 
 import asyncio
 import copy
@@ -46,7 +46,7 @@ LIMITS = RolloutConfig(max_prompt_tokens=2000, max_turns=4)
 
 @pytest.fixture(scope="module", params=["miniature", "qwen2_5", "qwen3_instruct_2507"])
 def family(request, tokenizer, published_template) -> Tokenizer:
-    """The miniature's vocabulary under its own chat template, and under published ones, which show tools."""
+    """The miniature's vocabulary with its own chat template, and with published ones, which show tools."""
     if request.param == "miniature":
         return tokenizer
     hf = copy.deepcopy(tokenizer.hf)
@@ -56,7 +56,7 @@ def family(request, tokenizer, published_template) -> Tokenizer:
 
 @pytest.fixture
 def play(scripted_engine) -> Callable[..., Trajectory]:
-    """`play(tokenizer, words, turns, ...)`: trajectories of these turns, with the tools that the words name."""
+    """`play(tokenizer, words, turns, ...)`: trajectories with these turns, and with the tools that `words` set."""
 
     def run(
         tokenizer: Tokenizer, words: list[str] | Toolbox, *scripts: list[str], names=(None,), **changes
@@ -247,7 +247,7 @@ def test_an_interpreter_that_stays_serves_one_trajectory_in_either_grammar(token
 
 
 def test_more_trajectories_than_interpreters_take_turns(scripted_engine, tokenizer):
-    """Those that wait for an interpreter do not keep those from their turn that have one."""
+    """Trajectories that wait for an interpreter do not block those that have one."""
     programs = [policy_turn_text(turn(("code_interpreter", {"code": code}))) for code in ("x = 6", "print(x)")]
     script = {i: [tokenizer.encode(text) for text in (*programs, policy_turn_text(LAST))] for i in range(6)}
     engine = scripted_engine(tokenizer.stop_ids, script, slots=6, max_length=400, tool_lag=-1)
