@@ -18,18 +18,18 @@ class SFTConfig:
     data: str = "arithmetic"  # or word_problems, a JSONL or parquet file, or a hub id, with rows of `messages`
     grammar: Literal["", "hermes", "retool"] = ""
     """How calls are written: hermes, or retool; empty: as in RL's rollout.grammar, else hermes."""
-    tool_prompt: str = ""  # as in RL's rollout.tool_prompt, which is what a cold start of its own takes
-    steps: Count = 1000  # 0 where epochs are set
+    tool_prompt: str = ""  # like rollout.tool_prompt; a cold start that an RL run makes takes that one
+    steps: Count = 1000  # 0 if epochs are set
     epochs: Count = 0  # passes over `data`; each leaves out the rows that do not fill its last step
     batch_tokens: Positive = 2048  # tokens of demonstrations per step, on average
     batch_size: Count = 0  # demonstrations per step; 0: as many as hold batch_tokens on average
     row_length: Positive = 192
-    """T of a packed row, and the longest demonstration; rows of a file are no longer than its longest one needs."""
+    """T of a packed row, and the longest demonstration; a file's rows may be shorter if its longest one is."""
     overlong: Literal["error", "drop"] = "error"
-    """For demonstrations longer than row_length: error, or drop. Of those that are made as they are asked for the first
-    256 are looked at; in the place of a later one stands another, and their number is said in the end."""
+    """What to do with demonstrations longer than row_length: error, or drop. Of generated data the first 256 are
+    checked; later ones are replaced, and their number is printed at the end."""
     warmup_fraction: Annotated[float, Field(ge=0, le=0.99)] = 0.0
-    """Share of all steps that warm up; the cosine takes the rest. 0: as sft.optimizer says."""
+    """Share of all steps that warm up; the cosine takes the rest. 0: the schedule of sft.optimizer."""
     rows_per_micro: Positive = 4  # B of a micro-batch
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -48,7 +48,7 @@ class SFTConfig:
         check_source("sft.data", self.data, held_out=False)
         if self.epochs and self.data in MADE_HERE:
             raise UserError(f"sft.epochs={self.epochs}: sft.data={self.data} has no end; use sft.steps, or other data")
-        if not self.warmup_fraction:  # which brings a cosine
+        if not self.warmup_fraction:  # with it there is a cosine
             check_schedule(self.optimizer, "sft.optimizer")
         if self.warmup_fraction and (self.optimizer.warmup_steps or self.optimizer.decay_steps):
             raise UserError(

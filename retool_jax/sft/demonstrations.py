@@ -1,4 +1,4 @@
-"""Demonstrations to packed batches: made here or from a file, in an order that the seed decides."""
+"""Demonstrations to packed batches, generated or from a file, in an order that the seed determines."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,47 +18,48 @@ from retool_jax.tokens.grammar import CODE_TOOL, DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import Toolbox
 
-KNOWN = 256  # demonstrations that are looked at before a run, where they are made without an end
-_ELSEWHERE = 1 << 40  # from a demonstration to the one that is taken in its place: no run comes so far
-_MADE = dict(zip(MADE_HERE, (arithmetic.demonstration, word_problems.demonstration), strict=True))
+KNOWN = 256  # generated demonstrations that are checked before a run
+_REPLACEMENT = 1 << 40  # index distance to the replacement of a demonstration that is too long; no run gets so far
+_GENERATORS = dict(zip(MADE_HERE, (arithmetic.demonstration, word_problems.demonstration), strict=True))
 
 
 class Demonstrations:
-    """Packed batches of demonstrations; batch i is the same in every run with this config, tools or none, and seed.
+    """Packed batches of demonstrations; batch i is the same in every run with this config, seed and use of tools.
 
-    Finite data is read in a new order each epoch, and an epoch has whole steps only: the rows that would not fill the
-    last one wait for another epoch, whose order leaves out others.
+    Finite data is shuffled anew for each epoch. An epoch has only whole steps: the rows that would not fill its last
+    step are left out, and they are other ones in each epoch.
 
     Attributes:
-        row_length: T of a packed row. Of finite data no more than the longest demonstration needs, in steps of 128:
-            attention costs the square of it, in memory too where no kernel of its own computes it.
-        per_step: demonstrations in each batch. A fixed number keeps batches a function of the step.
-        steps: batches that the run takes.
-        digest: of finite data, as ids and mask; empty for what is made here.
-        description: finite data in a sentence; empty for what is made here.
-        left_out: numbers of demonstrations that were made and were longer than a row; others stand in their places.
+        row_length: T of a packed row. For finite data it is at most what the longest demonstration needs, rounded up to
+            a multiple of 128: the cost of attention grows with its square, and without an attention kernel so does the
+            memory.
+        per_step: demonstrations in each batch. It is fixed, so that a batch is a function of its step.
+        steps: the number of batches of the run.
+        digest: a hash of finite data (ids and mask); empty for generated data.
+        description: a sentence about finite data; empty for generated data.
+        left_out: indices of generated demonstrations that were longer than a row and were replaced.
     """
 
     def __init__(self, sft: SFTConfig, tools: Toolbox | None, seed: int, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._tools, self._seed, self._config = tokenizer, tools, seed, sft
-        if sft.data in _MADE and tools and CODE_TOOL not in tools.names:
+        if sft.data in _GENERATORS and tools and CODE_TOOL not in tools.names:
             raise UserError(
                 f"sft.data={sft.data} calls {CODE_TOOL}, and tools has {', '.join(tools.names)}; add python to it, or"
                 " give other sft.data, or init_from"
             )
         self.left_out: set[int] = set()
-        self._finite = None if sft.data in _MADE else read_demonstrations(sft, tokenizer, self._tools)
+        self._finite = None if sft.data in _GENERATORS else read_demonstrations(sft, tokenizer, self._tools)
         if self._finite is None:
-            self._look_ahead()
-        # Its number follows from their mean length, so that runs with shorter ones (text only) see as many tokens, and
-        # cost as much.
+            self._check_generated()
+        # `per_step` follows from the mean length, so that runs with shorter demonstrations (text only) train on as many
+        # tokens and cost as much.
         known = [self._example(i) for i in range(KNOWN)] if self._finite is None else self._finite
         lengths = sorted((len(example.ids) for example in known), reverse=True)
         self.row_length = sft.row_length if self._finite is None else min(sft.row_length, -(-lengths[0] // 128) * 128)
         self.per_step = sft.batch_size or max(round(sft.batch_tokens / np.mean(lengths)), 1)
         self.steps, self.digest, self.description = sft.steps, "", ""
         if self._finite is None:
-            rows = self.per_step  # at worst each of them fills one, and what comes later is not known yet
+            rows = self.per_step  # the worst case, one row each: the lengths of later ones are not known
         else:
             self._epoch_steps = len(lengths) // self.per_step
             if not self._epoch_steps:
@@ -67,8 +68,8 @@ class Demonstrations:
                     " step; lower sft.batch_size or sft.batch_tokens"
                 )
             self.steps = sft.steps or sft.epochs * self._epoch_steps
-            # Any two rows of a first fit hold more than one row together: a bound for every order, the longest ones
-            # in one batch included.
+            # Any two rows of first-fit packing together hold more than one row's tokens. This bounds the rows of every
+            # batch, also of one with all the longest demonstrations.
             rows = min(self.per_step, 2 * sum(lengths[: self.per_step]) // self.row_length + 1)
             self.digest = _digest(self._finite)
             self.description = (
@@ -82,7 +83,7 @@ class Demonstrations:
         return pack(examples, self.row_length, self._config.rows_per_micro, self._micro_batches)
 
     def _members(self, index: int) -> Sequence[int]:
-        """The demonstrations of batch `index`, by number."""
+        """The indices of the demonstrations of batch `index`."""
         if self._finite is None:
             return range(index * self.per_step, (index + 1) * self.per_step)
         epoch, part = divmod(index, self._epoch_steps)
@@ -92,19 +93,19 @@ class Demonstrations:
     def _example(self, index: int) -> Example:
         if self._finite is not None:
             return self._finite[index]
-        while len((example := self._made(index)).ids) > self._config.row_length:
+        while len((example := self._generate(index)).ids) > self._config.row_length:
             self.left_out.add(index)
-            index += _ELSEWHERE
+            index += _REPLACEMENT
         return example
 
-    def _made(self, index: int) -> Example:
-        messages = _MADE[self._config.data](index, self._tools is not None, self._seed)
+    def _generate(self, index: int) -> Example:
+        messages = _GENERATORS[self._config.data](index, self._tools is not None, self._seed)
         return to_example(self._tokenizer, messages, self._tools, self._config)
 
-    def _look_ahead(self) -> None:
-        """Refuse what is made here where some of the first are too long by the rule of `sft.overlong`, or most are."""
+    def _check_generated(self) -> None:
+        """Raise a `UserError` if some of the first `KNOWN` are too long and `sft.overlong=error`, or if most are."""
         sft = self._config
-        lengths = [len(self._made(index).ids) for index in range(KNOWN)]
+        lengths = [len(self._generate(index).ids) for index in range(KNOWN)]
         too_long = [
             (length, f"sft.data={sft.data} number {index}")
             for index, length in enumerate(lengths)
@@ -119,20 +120,20 @@ class Demonstrations:
 
 
 def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, sft: SFTConfig) -> Example:
-    """A conversation as ids and mask, with RL's tools in the prompt as RL shows them."""
+    """A conversation as ids and mask; its prompt shows the tools as in RL."""
     schemas, grammar = tools.schemas if tools else None, sft.grammar or DEFAULT_GRAMMAR
-    turns = _behind_headers(tokenizer, messages, grammar)
+    turns = _without_header_think(tokenizer, messages, grammar)
     tokens = demonstration_ids(tokenizer, turns, schemas, grammar, sft.tool_prompt)
     return Example(np.asarray(tokens.ids, np.int32), np.asarray(tokens.sampled, bool))
 
 
-def _behind_headers(tokenizer: Tokenizer, messages: list[dict], grammar: str) -> list[dict]:
-    """The policy's turns without the `<think>` that the template's header opens; a turn without thinking closes it."""
+def _without_header_think(tokenizer: Tokenizer, messages: list[dict], grammar: str) -> list[dict]:
+    """Remove the `<think>` from turns if the template's header has it; a turn without thinking begins by closing it."""
     if not tokenizer.turn_header.rstrip().endswith("<think>"):
         return messages
     turns, begun = [], False
     for turn in messages:
-        # An answer in place, and some families' answers, bring no header along.
+        # After an answer in the same turn, and in some families after every tool's answer, there is no header.
         if turn["role"] == "assistant" and (
             not begun or (grammar == "hermes" and tokenizer.family.header_after_answer)
         ):
@@ -148,11 +149,11 @@ def _behind_headers(tokenizer: Tokenizer, messages: list[dict], grammar: str) ->
 
 
 def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | None) -> list[Example]:
-    """All rows of `sft.data` as examples, in their order; those that are too long by the rule of `sft.overlong`.
+    """All rows of `sft.data` as examples, in order; `sft.overlong` decides about those that are too long.
 
     Raises:
-        UserError: a row is no conversation, calls a tool in a run without, cannot be written in the grammar, or is too
-            long; or none is left.
+        UserError: a row is not a conversation, calls a tool in a run without tools, cannot be written in the grammar,
+            or is too long; or no row is left.
     """
     examples, too_long = [], []
     for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(MADE_HERE)}"), start=1):
@@ -187,7 +188,7 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
 
 
 def _check_overlong(sft: SFTConfig, too_long: Sequence[tuple[int, str]]) -> None:
-    """A `UserError` that names the longest demonstration, where `sft.overlong` has none dropped: (tokens, where)."""
+    """With `sft.overlong=error`, raise a `UserError` with the longest of the (tokens, where) that are too long."""
     if too_long and sft.overlong == "error":
         length, where = max(too_long)
         raise UserError(

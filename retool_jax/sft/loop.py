@@ -1,7 +1,8 @@
-"""The cold start: imitate demonstrations, so that reinforcement learning has tool calls to choose from.
+"""The cold start: imitate demonstrations, so that the policy makes tool calls from which RL can learn.
 
-A step is one update on one packed batch, whose loss is the mean negative log-likelihood of what the demonstrated policy
-wrote. Which demonstrations a batch holds follows from the step (`demonstrations.py`), so a resumed run goes on exactly.
+A step is one update on one packed batch. Its loss is the mean negative log-likelihood of the tokens that the
+demonstrated policy wrote. The step number determines the demonstrations of its batch (`demonstrations.py`), so a
+resumed run continues exactly.
 """
 
 import dataclasses
@@ -35,40 +36,40 @@ def train(
     log: MetricsLog,
     bar: Progress,
 ) -> TrainState:
-    """Train from the state after step `start` to the last step, saving after each `every` steps; the final state.
+    """Train from the state after step `start` to the last step, saving every `every` steps; returns the final state.
 
-    Numbers of a step are written while the devices compute the next one, or before a save.
+    The metrics of a step are logged while the devices compute the next step, or before a save.
     """
-    trained, before = 0, clock.seconds.get("update", 0.0)  # the rate is this process's
+    trained, before = 0, clock.seconds.get("update", 0.0)  # the tokens/s are those of this process
     batch = batches.at(start) if start < batches.steps else None
-    untold: list[tuple[int, Metrics]] = []  # one at most
+    pending: list[tuple[int, Metrics]] = []  # at most one step, not logged yet
 
-    def tell() -> None:
-        while untold:
-            step, metrics = untold.pop()
+    def log_pending() -> None:
+        while pending:
+            step, metrics = pending.pop()
             log.write("sft", step, metrics)
             bar.step(step, {"loss": float(metrics["loss"]), "tokens/s": metrics["perf/tokens_per_s"]})
-            if happened := skipped(metrics):
-                bar.say(f"step {step}: {happened}")
+            if warning := skipped(metrics):
+                bar.say(f"step {step}: {warning}")
 
     for step in range(start + 1, batches.steps + 1):
         trained += int((batch.segments > 0).sum())
         with clock.part("update"):
             state, metrics = update(state, batch)
-            tell()  # the devices compute meanwhile
+            log_pending()  # while the devices compute
             if step < batches.steps:
                 batch = batches.at(step)
             metrics = jax.device_get(metrics)
         rate = trained / max(clock.seconds["update"] - before, 1e-9)
-        untold.append((step, metrics | {"perf/tokens_per_s": rate}))
+        pending.append((step, metrics | {"perf/tokens_per_s": rate}))
         if step % every == 0 or step == batches.steps:
-            tell()
+            log_pending()
             checkpoints.save(step, state, {"seconds": clock.seconds, "tokens_per_s": rate, "data": batches.digest})
     return state
 
 
 def optimizer_of(sft: SFTConfig, steps: int) -> OptimizerConfig:
-    """The optimiser with its schedule for a run of `steps`, where that is given as a share of them."""
+    """The optimiser's config for a run of `steps`, with the schedule that `sft.warmup_fraction` sets."""
     if not sft.warmup_fraction:
         return sft.optimizer
     warmup = int(sft.warmup_fraction * steps)

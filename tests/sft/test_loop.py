@@ -30,7 +30,7 @@ TINY = ["mesh.data=1", "mesh.fsdp=8", "sft.rows_per_micro=8", "model.hidden_size
 
 
 def conversation(number: int, steps: int = 1) -> dict:
-    """`steps` calls about `number`, so that rows have different lengths and can be told apart."""
+    """A conversation with `steps` calls about `number`, so that rows differ in length and content."""
     messages = [{"role": "user", "content": f"What is {number} times {number}?\n\n{INSTRUCTION}"}]
     for _ in range(steps):
         call = {"name": "code_interpreter", "arguments": {"code": f"print({number} * {number})"}}
@@ -71,7 +71,7 @@ def texts(tokenizer, batch) -> list[str]:
 
 
 def lengths(batch) -> list[int]:
-    """Of the sequences of a packed batch."""
+    """The lengths of the sequences of a packed batch."""
     rows = batch.segments.reshape(-1, batch.tokens.shape[-1])
     return [int((row == s).sum()) for row in rows for s in range(1, row.max() + 1)]
 
@@ -87,7 +87,7 @@ def test_an_epoch_has_every_row_at_most_once_in_an_order_of_its_own(data, tokeni
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert set().union(*epochs) == set(range(100, 110)), "what one epoch leaves out another has"
-    # Batch i is a function of config and i: another object, asked backwards, gives the same arrays.
+    # Batch i is a function of config and i: another object, called in reverse order, gives the same arrays.
     again = demonstrations_of(run_of(data), tokenizer)
     for index in reversed(range(6)):
         for left, right in zip(batches.at(index), again.at(index), strict=True):
@@ -131,19 +131,19 @@ def all_texts(data: Path, tokenizer) -> list[str]:
 
 
 def test_the_longest_rows_in_one_batch_still_fit(tmp_path, tokenizer):
-    """The number of micro-batches is one for all batches, so it must hold whatever the order brings together."""
+    """All batches have the same number of micro-batches, so it must be enough for any combination of rows."""
     rows = [conversation(100 + i, steps=8 if i < 16 else 0) for i in range(160)]
     data = write(tmp_path / "rows.jsonl", rows)
     longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
     run = run_of(data, "sft.batch_size=16", f"sft.row_length={longest}", "sft.rows_per_micro=8")
     batches = demonstrations_of(run, tokenizer)
-    batches._members = lambda index: range(16)  # the unluckiest order
+    batches._members = lambda index: range(16)  # the worst order
     assert batches.at(0).micro_batches == 2
 
 
 @pytest.mark.parametrize(("length", "steps"), [(160, (0,)), (128, (0, 23))])
 def test_demonstrations_that_are_made_fit_in_rows_of_any_length(tokenizer, length, steps):
-    """Where two seldom share a row, half of it is padding, and some batches have many that do not."""
+    """If two seldom fit into a row, half of it is padding, and some batches need many rows."""
     batches = demonstrations_of(load(["config=sft", f"sft.row_length={length}"]), tokenizer)
     for step in steps:
         batch = batches.at(step)
@@ -152,7 +152,7 @@ def test_demonstrations_that_are_made_fit_in_rows_of_any_length(tokenizer, lengt
 
 
 def test_rows_are_no_longer_than_the_data_needs(data, tmp_path, tokenizer):
-    """16,384 tokens a row are a limit: attention over rows of that length would ask for hundreds of gigabytes."""
+    """16,384 tokens a row are only a limit: attention over such rows would need hundreds of gigabytes."""
     longest = max(len(tokenizer.encode(text)) for text in all_texts(data, tokenizer))
     rows = -(-longest // 128) * 128
     assert 128 < rows < 512
@@ -257,7 +257,7 @@ def test_reinforcement_learning_does_not_count_its_cold_start_in_epochs():
 
 
 def test_the_recipes_schedule():
-    """372 steps, as its final checkpoint is called: 37 of warm-up, then a cosine that ends at 0."""
+    """372 steps, as the name of its final checkpoint says: 37 of warm-up, then a cosine that ends at 0."""
     sft = load(["config=sft_qwen2.5_32b"]).sft
     optimizer = optimizer_of(sft, sft.epochs * (2000 // sft.batch_size))
     assert (optimizer.warmup_steps, optimizer.decay_steps) == (37, 335)
@@ -268,13 +268,13 @@ def test_the_recipes_schedule():
     assert optimizer_of(fixed, 372) is fixed.optimizer
 
 
-# All that decides the update's program, so that the runs below share a compiled one.
+# All settings that determine the update's program, so that the runs below share a compiled one.
 SMALL = ["sft.row_length=256", "sft.epochs=2", "sft.warmup_fraction=0.5", "model.num_layers=1", "model.head_dim=8"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[SFTRun, TrainState]:
-    """A run to its last step, all of whose checkpoints are there, and its final state; `sft.data` is its own."""
+    """A finished run with all its checkpoints, and its final state; it has its own `sft.data`."""
     folder = tmp_path_factory.mktemp("whole")
     data = write(folder / "rows.jsonl", ROWS)
     run = run_of(data, f"run={folder / 'run'}", "checkpoint.every=1", "checkpoint.keep=9", *SMALL)
@@ -283,7 +283,7 @@ def whole(tmp_path_factory) -> tuple[SFTRun, TrainState]:
 
 @pytest.fixture
 def copied(whole, tmp_path):
-    """The same run in a folder of the test's own; its data is what it was again when the test has ended."""
+    """A copy of the run in the test's own folder; its data is restored when the test has ended."""
     run, _ = whole
     shutil.copytree(run.run, tmp_path / "run")
     yield replace(run, run=str(tmp_path / "run"))
@@ -293,7 +293,7 @@ def copied(whole, tmp_path):
 def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(whole, copied, tokenizer):
     run, state = whole
     assert [line["step"] for line in read_metrics(Path(run.run))] == [1, 2, 3, 4]
-    # The state after step 2 is all that a killed run leaves; a new process goes on from it.
+    # A killed run leaves only the state after step 2; a new process continues from it.
     for step in (3, 4):
         shutil.rmtree(Path(copied.run) / "checkpoints" / str(step))
     data = Path(run.sft.data)
@@ -307,7 +307,7 @@ def test_a_run_on_a_file_resumes_exactly_and_refuses_other_data(whole, copied, t
     losses = [[line["loss"] for line in read_metrics(Path(each.run))] for each in (run, copied)]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
-    # The rate that is shown is that of the tokens of all batches of this process, which hold different numbers.
+    # The logged rate is over the tokens of all batches of this process, which have different numbers of tokens.
     batches = demonstrations_of(run, tokenizer)
     tokens = [int((batches.at(i).segments > 0).sum()) for i in range(4)]
     assert len(set(tokens)) > 1
@@ -328,7 +328,7 @@ def test_a_finished_run_gives_its_weights_and_nothing_else(whole, copied, tmp_pa
     assert finished_weights(new) is None and not (tmp_path / "new").exists()
     folder = Path(copied.run)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with claim_folder(copied):  # who only reads asks nobody
+    with claim_folder(copied):  # readers need no lock
         for left, right in zip(
             jax.tree.leaves(finished_weights(copied)), jax.tree.leaves(whole[1].params), strict=True
         ):
@@ -351,7 +351,7 @@ def test_nothing_is_written_when_the_data_is_bad(tmp_path):
 
 
 def test_the_miniature_is_as_it_was():
-    """Its batches decide published numbers: 2048 tokens a step on average, the tokens of the plain render."""
+    """Published numbers depend on its batches: 2048 tokens a step on average, the tokens of the plain render."""
     run = load(["config=sft"])
     batches = demonstrations_of(run, load_tokenizer("miniature"))
     assert batches.steps == 1400 and batches.digest == "" and batches.at(0).tokens.shape == (7, 4, 192)
@@ -360,7 +360,7 @@ def test_the_miniature_is_as_it_was():
 
 
 def test_training_begins_from_a_hugging_face_folder(data, tmp_path):
-    """With a rate of 0 the weights after training are those of the folder, and padding ids are known as such."""
+    """With a learning rate of 0 the weights after training equal the folder's, and padding ids are recognised."""
     words = [*SMALL, "sft.optimizer.learning_rate=0.0", "sft.epochs=1", "model.vocab_size=400"]
     run = run_of(data, *words, f"run={tmp_path / 'run'}", f"init_from={tmp_path / 'hf'}")
     params = init_params(run.model, jax.random.key(5))

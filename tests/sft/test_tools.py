@@ -36,7 +36,7 @@ def conversation(name: str = "code_interpreter", **given: str) -> dict:
 
 @pytest.fixture
 def texts(tmp_path, tokenizer):
-    """`texts(rows, words...)`: what a run learns from these rows, each decoded, and what of it the policy says."""
+    """`texts(rows, words...)`: the decoded text of each row that a run learns from, and the policy's part of it."""
 
     def read(rows: list[dict], *words: str) -> list[tuple[str, str]]:
         path = Path(tmp_path / "rows.jsonl")
@@ -76,7 +76,7 @@ def test_rows_may_call_every_tool_of_the_run_and_no_other(texts):
     assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call>' in said
     with pytest.raises(UserError, match="row 1: a call of another tool"):
         texts(rows)
-    with pytest.raises(UserError, match="row 1: a call of another tool"):  # whose schema its prompt would not show
+    with pytest.raises(UserError, match="row 1: a call of another tool"):  # the prompt would not show its schema
         texts([rows[0] | {"tools": ["python"]}], "tools=[python,calculator]")
     with pytest.raises(UserError, match="row 1 names the tool 'browser', and this run has code_interpreter"):
         texts([conversation() | {"tools": ["browser"]}])
@@ -110,7 +110,7 @@ def test_a_header_that_opens_thinking_is_not_opened_again(tokenizer, grammar):
     text, said = tokenizer.decode(ids), tokenizer.decode(ids[sampled])
     assert "<|im_start|>assistant\n<think>\nSix times seven.\n</think>\n\nI compute:\n<" in text
     assert said.startswith("Six times seven.\n</think>\n\nI compute:")
-    # A turn with a header of its own and no thinking closes it; one that goes on in place has none.
+    # A turn with its own header and no thinking closes it; a continued turn has no header.
     assert ("<think>\n\n</think>\n\nIt is" in text) == (grammar == "hermes") and text.count("<think>") == said.count(
         "</think>"
     )
