@@ -45,7 +45,7 @@ class Rollouts(NamedTuple):
     others: Sequence[Trajectory] = ()  # of groups that were sampled and left out; the logged accuracy includes them
 
 
-class _UnderWay(NamedTuple):
+class _InProgress(NamedTuple):
     group: Group
     tasks: list[asyncio.Task[tuple[Trajectory, bool]]]  # `Collector._run_sample` for each sample of this host
 
@@ -74,7 +74,7 @@ class Collector:
         self._engine, self._tokenizer, self._tools = engine, tokenizer, tools
         self._sampler, self._rl, self._limits = sampler, rl, limits
         self._service: Service | None = None  # open while rollouts run ahead
-        self._under_way: deque[_UnderWay] = deque()  # groups that were not consumed, in order
+        self._in_progress: deque[_InProgress] = deque()  # groups that were not consumed, in order
         self._statistics = Statistics()  # since the last step, without what `_service` still holds
         self._origin = time.perf_counter()  # trajectories' times count from here, with rl.ahead > 0
         engine.version = step
@@ -143,14 +143,14 @@ class Collector:
 
     async def settle(self) -> None:
         """Let rollouts in progress finish, so that others may use the engine; `take` returns them later."""
-        if tasks := [task for under_way in self._under_way for task in under_way.tasks]:
+        if tasks := [task for group in self._in_progress for task in group.tasks]:
             await asyncio.wait(tasks)  # `take` raises their errors when it comes to their group
         await self._stop()
 
     async def close(self) -> None:
         """Drop rollouts in progress and release everything; a run that resumes from `state` samples them again."""
-        tasks = [task for under_way in self._under_way for task in under_way.tasks]
-        self._under_way.clear()
+        tasks = [task for group in self._in_progress for task in group.tasks]
+        self._in_progress.clear()
         try:
             await self._stop()  # drops dialogues and cancels their tools, so their tasks end
         finally:
@@ -168,7 +168,7 @@ class Collector:
         A group of another host has no trajectories here.
         """
         if self._rl.ahead:
-            return await self._wait_for(count)
+            return await self._take_in_progress(count)
         groups = self._sampler.take(count)
         samples = [sample for group in groups for sample in _own_samples(group)]
         trajectories = await self._rollout(samples)
@@ -185,19 +185,19 @@ class Collector:
         self._statistics += statistics
         return trajectories
 
-    async def _wait_for(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
+    async def _take_in_progress(self, count: int) -> tuple[list[Group], list[list[Trajectory]], int]:
         """As `_draw`, from the groups in progress; before it waits, it submits groups for the next steps as well."""
         left = self._rl.steps - self._engine.version - 1  # steps after this one
-        more = count + min(self._rl.ahead, max(left, 0)) * self._rl.prompts_per_step - len(self._under_way)
+        more = count + min(self._rl.ahead, max(left, 0)) * self._rl.prompts_per_step - len(self._in_progress)
         await self._submit(self._sampler.take(max(more, 0)))
         groups, drawn, retried = [], [], 0
         for _ in range(count):
-            group, tasks = self._under_way[0]
+            group, tasks = self._in_progress[0]
             if tasks:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
                     task.result()  # raises the error of a dialogue or of the engine
-            self._under_way.popleft()
+            self._in_progress.popleft()
             results = [task.result() for task in tasks]
             groups.append(group)
             drawn.append([trajectory for trajectory, _ in results])
@@ -212,17 +212,17 @@ class Collector:
             samples = _own_samples(group)
             pairs = zip(samples, self._dialogues(samples), strict=True)
             tasks = [asyncio.create_task(self._run_sample(self._service, *pair)) for pair in pairs]
-            self._under_way.append(_UnderWay(group, tasks))
+            self._in_progress.append(_InProgress(group, tasks))
 
     async def _run_sample(self, service: Service, sample: Sample, dialogue: Dialogue) -> tuple[Trajectory, bool]:
         """Run a dialogue to its end, and once more if the sandbox lost it; also returns whether it ran twice."""
-        trajectory = await self._run(service, dialogue)
+        trajectory = await self._run_dialogue(service, dialogue)
         if trajectory.end != End.SANDBOX_LOST:
             return trajectory, False
         (again,) = self._dialogues([sample])
-        return await self._run(service, again), True
+        return await self._run_dialogue(service, again), True
 
-    async def _run(self, service: Service, dialogue: Dialogue) -> Trajectory:
+    async def _run_dialogue(self, service: Service, dialogue: Dialogue) -> Trajectory:
         try:
             await service.submit(dialogue, dialogue.sampling, dialogue.on_tokens)
         finally:

@@ -1,4 +1,4 @@
-"""The worked example of docs/algorithms.md runs, and does what the page says."""
+"""The example of docs/algorithms.md runs, and does what the page says."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "algorithms.md"
 
 @pytest.fixture(scope="module")
 def page() -> dict:
-    """Names of the page's code after all of it has run."""
+    """The names that the page's code defines."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 2
     names: dict = {"__name__": "algorithms_page"}

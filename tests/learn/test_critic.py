@@ -1,4 +1,4 @@
-"""A critic begins as a copy of the policy with a value of 0, learns returns, and says how much of them it explains."""
+"""A critic begins as a copy of the policy with values of 0, learns returns, and reports its explained variance."""
 
 import dataclasses
 
@@ -44,12 +44,12 @@ def batch(examples) -> Batch:
 
 
 def buffers(params: Params) -> set[int]:
-    """Where the weights of the first device lie."""
+    """The memory addresses of the first device's weights."""
     return {x.addressable_shards[0].data.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
 
 
 def test_a_critic_begins_as_a_copy_of_the_policy_with_a_value_of_zero(model):
-    """Without the vocabulary's own head, in the shards that a checkpoint is restored to."""
+    """It has no vocabulary head, and the shardings that a checkpoint is restored into."""
     model = dataclasses.replace(model, tie_embeddings=False)
     mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     policy = jax.device_put(init_params(model, jax.random.key(0)), param_shardings(model, mesh))
@@ -68,7 +68,7 @@ def test_a_critic_begins_as_a_copy_of_the_policy_with_a_value_of_zero(model):
 
 
 def test_a_value_is_of_what_stands_before_its_token(model, params, examples):
-    """By the hidden state of the token before it, however rows are packed."""
+    """From the hidden state of the token before it, however rows are packed."""
     params = critic_params(model, params)
     rng = np.random.default_rng(1)
     params["value"][...], params["value_bias"][...] = jnp.asarray(rng.normal(size=model.hidden_size), "f4"), 0.25
@@ -80,7 +80,7 @@ def test_a_value_is_of_what_stands_before_its_token(model, params, examples):
     first = rows.positions == 0
     assert not values[first].any()
     np.testing.assert_allclose(values[:, 1:][~first[:, 1:]], expected[:, :-1][~first[:, 1:]], rtol=1e-4, atol=1e-5)
-    # The token itself, and what is behind it, change nothing.
+    # The token itself and later tokens have no effect.
     row, at = 0, 5
     rows.tokens[row, at:] = (rows.tokens[row, at:] + 1) % model.vocab_size
     changed = np.asarray(token_values(model, params, rows))
@@ -92,8 +92,8 @@ def test_a_value_is_of_what_stands_before_its_token(model, params, examples):
     ("value", "old", "returns", "clip", "loss", "clipped"),
     [
         (1.0, 0.9, 3.0, 0.5, 2.0, False),  # within the bound
-        (2.0, 0.0, 3.0, 0.5, 0.5 * 2.5**2, True),  # it came nearer by more than it may: no more to gain
-        (-2.0, 0.0, 3.0, 0.5, 0.5 * 5**2, False),  # it went away: the farther one counts
+        (2.0, 0.0, 3.0, 0.5, 0.5 * 2.5**2, True),  # moved closer by more than the bound: no further gain
+        (-2.0, 0.0, 3.0, 0.5, 0.5 * 5**2, False),  # moved away: the larger error counts
         (2.0, 0.0, 3.0, 0.0, 0.5, False),  # without a bound
     ],
 )
@@ -107,7 +107,7 @@ def test_the_value_loss_case_by_case(value, old, returns, clip, loss, clipped):
 
 
 def by_hand(values: np.ndarray, batch: Batch, clip: float) -> dict[str, float]:
-    """Metrics of a step over all sampled tokens of a batch, in numpy."""
+    """The metrics of a step over all sampled tokens of a batch, in NumPy."""
     v, R, old = (
         x[batch.sampled].astype(float) for x in (values, batch.columns["returns"], batch.columns["old_values"])
     )
@@ -122,7 +122,7 @@ def by_hand(values: np.ndarray, batch: Batch, clip: float) -> dict[str, float]:
 
 
 def test_a_critic_learns_and_says_how_much_it_explains(model, params, mesh, batch):
-    """What a step says is of all micro-batches together."""
+    """The metrics of a step are over all micro-batches together."""
     step, state = make_critic_step(model, 0.5, OPTIMIZER, mesh), begin_critic(params, model, OPTIMIZER, mesh)
     history, weights = [], []
     for _ in range(12):

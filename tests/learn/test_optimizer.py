@@ -1,4 +1,4 @@
-"""The optimiser's schedule, its decay and its clip, and the state that training begins with."""
+"""The optimiser's schedule, decay and clip, and the initial train state."""
 
 import dataclasses
 import subprocess
@@ -39,10 +39,10 @@ def is_adam(x: object) -> bool:
 
 def test_weights_that_training_begins_from_are_there_once(model, params, alive):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tp=2))
-    copied = jax.tree.map(np.array, params)  # the others' weights must not be the buffers that are consumed
+    copied = jax.tree.map(np.array, params)  # do not donate the weights of other tests
     given = jax.device_put(copied, state_shardings(model, OPTIMIZER, mesh).params)
     size, before = sum(x.nbytes for x in jax.tree.leaves(given)), alive()
-    state = begin_from(given, model, OPTIMIZER, mesh)  # which the caller still has
+    state = begin_from(given, model, OPTIMIZER, mesh)  # the caller still needs them
     assert 2 * size <= alive() - before < 2.01 * size, "two moments, and no second copy of the weights"
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(x, y)

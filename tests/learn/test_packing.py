@@ -10,7 +10,7 @@ from retool_jax.learn.packing import Batch, Example, first_fit, pack
 
 
 def example(length: int, first: int) -> Example:
-    """Distinct ids, every third token not sampled, a log-probability and an advantage of its own."""
+    """An example with distinct ids; every third token is not sampled; each token has its own columns."""
     ids = list(range(first, first + length))
     sampled = [index % 3 != 0 for index in ids]
     logprobs = [-index / 1000 if s else 0.0 for index, s in zip(ids, sampled, strict=True)]
@@ -53,18 +53,18 @@ def test_every_token_stands_once_with_what_belongs_to_it(lengths, rows_per_micro
 
 
 def samples_of(groups: list[tuple[int, list[int]]]) -> list[Example]:
-    """Samples by the length of a prompt and of each answer, where every third token was not sampled."""
+    """Samples of a prompt, from the lengths of the prompt and each answer; every third token was not sampled."""
     examples = []
     for prompt, answers in groups:
         for length in answers:
-            ids = [prompt] * prompt + [100 + len(examples)] * length  # so prompts of one length are one prompt
+            ids = [prompt] * prompt + [100 + len(examples)] * length  # so prompts of the same length are equal
             sampled = [False] * prompt + [index % 3 != 2 for index in range(length)]
             examples.append(Example(ids, sampled, {"old_logprobs": [-float(index) for index in range(len(ids))]}))
     return examples
 
 
 def sequences_of(batch: Batch) -> list[tuple]:
-    """What the policy sampled in a batch, with all that stands before it: ids, mask and column of each sequence."""
+    """Ids, mask and column of each sequence in a batch, with the prefix that it sees."""
     found = []
     for tokens, positions, segments, sampled, column in zip(
         *(x.reshape(-1, x.shape[-1]) for x in (*batch[:4], batch.columns["old_logprobs"])), strict=True
@@ -73,7 +73,7 @@ def sequences_of(batch: Batch) -> list[tuple]:
             at = np.flatnonzero(segments == number)
             first = positions[at[0]]
             if first == 0:
-                begun = at  # what later segments go on from
+                begun = at  # the prefix of later segments
             whole = np.concatenate([begun[:first], at])
             np.testing.assert_array_equal(positions[whole], np.arange(len(whole)))
             if sampled[at].any():
@@ -99,7 +99,7 @@ def test_a_shared_prompt_stands_before_each_of_its_samples(groups, rows_per_micr
 
 
 def test_a_prompt_that_is_shared_on_a_known_case():
-    """Without its last token once, and that one in each sample; rows that it does not save are as they are."""
+    """All but its last token once, and that one in each sample; nothing is shared if that saves no row."""
     ids = [1, 2, 3, 4], [1, 2, 3, 5, 6], [7, 8]
     examples = [Example(x, [token > 3 for token in x]) for x in ids]
     batch = pack(examples, 9, 1, share_prefixes=True)

@@ -1,4 +1,4 @@
-"""A scorer says of each token what a step's outputs are, wherever packing puts it, and is compiled once."""
+"""A scorer gives each token the outputs of a step, wherever packing puts it, and is compiled once."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def scorer(model, mesh) -> Scorer:
 
 
 def assert_scores(scores: dict[str, list[np.ndarray]], examples: list[Example], expected: dict[str, list]) -> None:
-    """Equal where sampled, and 0 elsewhere."""
+    """Assert that values are equal where sampled, and 0 elsewhere."""
     assert scores.keys() == expected.keys()
     for name, arrays in scores.items():
         for example, array, values in zip(examples, arrays, expected[name], strict=True):
@@ -47,7 +47,7 @@ def expected(fresh_logits, examples) -> dict[str, list[np.ndarray]]:
 
 
 def by_forwards(fresh_logits: Callable, examples: list[Example]) -> dict[str, list[np.ndarray]]:
-    """By one forward over each example."""
+    """The outputs from one forward over each example."""
     logprobs, entropy = [], []
     for example, values in zip(examples, fresh_logits([e.ids for e in examples]), strict=True):
         logs = np.asarray(jax.nn.log_softmax(values[:-1] / TEMPERATURE))
@@ -60,7 +60,7 @@ def test_scores_are_those_of_a_forward_wherever_examples_stand(params, scorer, e
     scores = scorer(params, examples)
     assert_scores(scores, examples, expected)
     known = len(compiles)
-    order = [3, 7, 1]  # fewer rows, other neighbours
+    order = [3, 7, 1]  # fewer rows, other sequences beside it
     again = scorer(params, [examples[i] for i in order])
     assert_scores(again, [examples[i] for i in order], {name: [x[i] for i in order] for name, x in expected.items()})
     assert scorer(params, []) == {"logprobs": [], "entropy": []}
@@ -76,7 +76,7 @@ def test_samples_that_share_a_prompt_have_the_scores_of_each_alone(scorer, param
 
 
 def test_scores_are_a_steps_outputs(model, params, scorer, examples):
-    """Those of micro-batches of the same shape, to the last bits."""
+    """They equal those of micro-batches of the same shape, to the last bits."""
     batch = pack(examples, 48, 2)
     compute = jax.jit(scorer.outputs.of)
     micros = [jax.tree.map(lambda x: x[i] if x.ndim else x, batch) for i in range(batch.micro_batches)]  # noqa: B023

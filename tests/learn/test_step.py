@@ -1,4 +1,4 @@
-"""The loss is a global token mean over sampled tokens alone: packing, micro-batches and meshes do not change it."""
+"""The loss is a mean over all sampled tokens only: packing, micro-batches and meshes do not change it."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ from retool_jax.rl.loss import clipped_loss
 
 CLIP = ClipConfig(dual=1.5)
 TEMPERATURE = 0.7
-# What XLA says when it can change a layout only by giving every device the whole array.
+# XLA's message when it can change a sharding only by replicating the whole array.
 REMATERIALIZATION = "Involuntary full rematerialization"
 # No clipping, so that Adam's first moment after one step is (1 - b1) x the gradient.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, max_grad_norm=1e9, weight_decay=0.1)
@@ -48,7 +48,7 @@ policy_loss = partial(clipped_loss, rl=RLConfig(clip=CLIP))
 
 
 class Kind(NamedTuple):
-    """What a step trains: the policy, or a critic."""
+    """What a step trains, the policy or a critic."""
 
     outputs: Outputs
     loss: TokenLoss
@@ -61,7 +61,7 @@ class Kind(NamedTuple):
 
 @pytest.fixture(scope="module")
 def mild(model, params) -> Params:
-    """Nearer to those at initialisation than in other tests, so that rounding of fp32 leaves 1e-6 of a gradient."""
+    """Weights closer to the initialisation than in other tests, so that fp32 gradients are exact to 1e-6."""
     fresh = init_params(model, jax.random.key(1))
     return jax.jit(partial(jax.tree.map, lambda x, y: 0.1 * x + 0.9 * y))(params, fresh)
 
@@ -101,8 +101,8 @@ def examples(model, mild, fresh_logits) -> list[Example]:
         sampled &= index != 5
         ids = rng.integers(0, model.vocab_size, length)
         (values,) = fresh_logits([ids.tolist()], mild)
-        # Old log-probabilities near the new ones, so that some ratios are inside the bounds and some beyond. By numpy,
-        # as all that is done once: jax compiles a program for each operation and each length.
+        # Old log-probabilities near the new ones, so that some ratios are inside the bounds and some beyond. In NumPy,
+        # like everything that is done once: JAX would compile a program for each operation and each length.
         scaled = values[:-1] / np.float32(TEMPERATURE)
         new = (scaled - np.log(np.exp(scaled).sum(-1, keepdims=True)))[np.arange(length - 1), ids[1:]]
         old = np.r_[0.0, new] + rng.normal(0, 0.3, length)
@@ -120,7 +120,7 @@ def compute(kind) -> Callable:
 
 @pytest.fixture(scope="module")
 def batch(examples) -> Batch:
-    """8 rows of one micro-batch: what every mesh of 8 devices can split."""
+    """8 rows of one micro-batch, which every mesh of 8 devices can split."""
     return pack(examples, 48, 8, 1)
 
 
@@ -130,7 +130,7 @@ def expected(kind, compute, batch) -> tuple[Params, dict[str, jax.Array]]:
 
 
 def largest_difference(ours: Params, theirs: Params) -> float:
-    """Of all weights, each one's |ours - theirs| / |theirs|."""
+    """For each weight |ours - theirs| / |theirs|."""
 
     def relative(x: jax.Array, y: jax.Array) -> float:
         x, y = np.asarray(x), np.asarray(y)
@@ -140,7 +140,7 @@ def largest_difference(ours: Params, theirs: Params) -> float:
 
 
 def assert_same_gradient(ours: Params, theirs: Params) -> None:
-    """To the precision of fp32: every entry to 1e-6, of the largest where that is above 1; each weight's norm too."""
+    """Equal to fp32 precision: every entry to 1e-6, relative to the largest if that is above 1, and each norm."""
     pairs = list(zip(*(jax.tree.leaves(jax.device_get(x)) for x in (ours, theirs)), strict=True))
     entry = max(np.abs(x - y).max() for x, y in pairs) / max(1.0, *(np.abs(y).max() for _, y in pairs))
     weight = largest_difference(ours, theirs)
@@ -156,7 +156,7 @@ def assert_same_metrics(ours: dict, theirs: dict, rtol: float = 1e-5) -> None:
 
 @contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """What the process writes to file descriptor 2, XLA's own messages included."""
+    """The text that the process writes to file descriptor 2, which includes XLA's own messages."""
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -169,14 +169,14 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
 
 @policy_alone
 def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, mild, expected, fresh_logits):
-    """By hand in numpy, one trajectory at a time; a token's weight is of its loss and of nothing else."""
+    """Computed in NumPy, one trajectory at a time; a token's weight multiplies only its loss."""
     total = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
     off = []
     for example, values in zip(examples, fresh_logits([e.ids for e in examples], mild), strict=True):
         scaled = values.astype(np.float64) / TEMPERATURE
         logs = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
         for t in np.flatnonzero(example.sampled):
-            new = logs[t - 1, example.ids[t]] if t else 0.0  # nothing predicts a first token
+            new = logs[t - 1, example.ids[t]] if t else 0.0  # a first token has no prediction
             ratio, A = np.exp(new - example.columns["old_logprobs"][t]), example.columns["advantages"]
             bound = np.clip(ratio, 1 - CLIP.low, 1 + CLIP.high)
             loss = max(-ratio * A, -bound * A)
@@ -194,7 +194,7 @@ def test_the_loss_is_the_sum_over_sampled_tokens_over_their_number(examples, mil
 
 
 def one_a_row(examples: list[Example], row_length: int, rows_per_micro: int) -> Batch:
-    """Each example in a padded row of its own."""
+    """Each example in its own padded row."""
 
     def stack(*rows: np.ndarray) -> np.ndarray:
         count = len(examples) // rows_per_micro
@@ -210,7 +210,7 @@ def one_a_row(examples: list[Example], row_length: int, rows_per_micro: int) -> 
 def test_packing_and_micro_batches_do_not_change_the_gradient(
     kind, examples, compute, expected, rows_per_micro, row_length, micro_batches, remat
 ):
-    """Against one micro-batch of 8 packed rows."""
+    """Compared with one micro-batch of 8 packed rows."""
     order = np.random.default_rng(row_length).permutation(len(examples))
     examples = [examples[i] for i in order]
     if micro_batches == "padded":
@@ -224,7 +224,7 @@ def test_packing_and_micro_batches_do_not_change_the_gradient(
 
 
 def test_a_prompt_that_samples_share_does_not_change_the_gradient(kind, examples, compute):
-    """Three prompts with four samples each, computed once in a row, against each sample with a prompt of its own."""
+    """Three prompts with four samples each: prompts shared in a row, compared with a prompt for each sample."""
     prompts = np.random.default_rng(1).integers(0, kind.outputs.model.vocab_size, (3, 12))
     samples = []
     for index, example in enumerate(examples):
@@ -240,7 +240,7 @@ def test_a_prompt_that_samples_share_does_not_change_the_gradient(kind, examples
 
 
 def test_tokens_that_were_not_sampled_have_no_effect(kind, batch, compute, expected):
-    """Whatever stands beside them in any column: gradient and metrics are the same bits."""
+    """Whatever their values in any column, gradient and metrics have the same bits."""
     for noise in (np.nan, 1e30):
         columns = {name: np.where(batch.sampled, x, np.float32(noise)) for name, x in batch.columns.items()}
         gradient, metrics = compute(kind.params, batch._replace(columns=columns))
@@ -299,7 +299,7 @@ def step_on(mesh: Mesh, kind: Kind, batch: Batch) -> tuple:
 
 
 def place(state: TrainState, kind: Kind, mesh: Mesh) -> TrainState:
-    """A copy on this mesh, for an update to consume."""
+    """A copy on this mesh, for an update to donate."""
     shardings = state_shardings(kind.outputs.model, OPTIMIZER, mesh, kind.outputs.value_head)
     return jax.device_put(jax.tree.map(np.array, state), shardings)
 
@@ -333,11 +333,11 @@ def test_a_mesh_changes_nothing(kind, batch, expected, one_step, sizes):
         _, state, metrics = step_on(mesh, kind, batch)
         assert REMATERIALIZATION not in stderr()
     split = [x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(state.params)]
-    assert sum(split) >= 8  # it was a mesh indeed
+    assert sum(split) >= 8  # the mesh was really used
     gradient = jax.tree.map(lambda x: x / (1 - OPTIMIZER.b1), jax.device_get(first_moment(state)))
     assert_same_gradient(gradient, expected[0])
     assert_same_metrics(metrics, one_step[2], rtol=2e-6)
-    # Adam divides by the gradient's size, so an entry that is all rounding may move by some of a step.
+    # Adam divides by the gradient's size, so an entry that is only rounding error may move by part of a step.
     moved = jax.tree.map(
         lambda ours, theirs, old: np.asarray(ours - old) - np.asarray(theirs - old),
         *(jax.device_get(x) for x in (state.params, one_step[1].params, kind.params)),
@@ -378,7 +378,7 @@ def test_an_update_is_one_optimiser_step_and_compiles_once(kind, mesh, batch, ex
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(kind, mesh, batch, one_step, value):
-    """And the step that follows is the one that would have been."""
+    """The next step gives the same result as without it."""
     update, first, metrics = one_step
     assert float(metrics["update_skipped"]) == 0.0 and skipped(metrics) == ""
     name = "returns" if kind.outputs.value_head else "advantages"

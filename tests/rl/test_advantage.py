@@ -1,4 +1,4 @@
-"""Advantages against their formulas, written out as loops over trajectories and tokens with holes between them."""
+"""Advantages compared with their formulas as loops over trajectories and tokens, with gaps between sampled tokens."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ PPO = RLConfig(discount=0.97, gae_lambda=0.9)
 
 
 def step(seed: int = 0) -> Scored:
-    """Groups of 4, 1, 3 and 5 samples, the third with equal rewards; prompts, tool outputs and one token in all."""
+    """Groups of 4, 1, 3 and 5 samples, the third with equal rewards; prompts, tool outputs, one single token."""
     rng = np.random.default_rng(seed)
     groups = np.repeat([7, 2, 5, 0], [4, 1, 3, 5])
     rewards = rng.normal(size=len(groups))
@@ -44,7 +44,7 @@ def compare(ours: list[np.ndarray], theirs: list[list[float]], rtol: float = 1e-
 
 
 def of_answer(name: str, scored: Scored) -> list[float]:
-    """What an algorithm makes of the rewards, one trajectory at a time."""
+    """The expected advantages of an algorithm, one trajectory at a time."""
     values = []
     for reward, group in zip(scored.rewards, scored.groups, strict=True):
         mine = [r for r, g in zip(scored.rewards, scored.groups, strict=True) if g == group]
@@ -168,7 +168,7 @@ def test_a_gate_is_open_for_wrong_answers_and_shut_for_right_ones():
 
 
 def gae_by_hand(rewards: list, values: list, sampled: list, gamma: float, lam: float) -> tuple[list, list]:
-    """From the last token to the first: where nothing was sampled, what is carried is carried on."""
+    """A loop from the last token to the first; tokens that were not sampled keep the running values."""
     value_next, running = 0.0, 0.0
     advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
     for t in reversed(range(len(rewards))):
@@ -207,7 +207,7 @@ def test_ppo_estimates_over_drawn_tokens_alone_and_whitens_over_the_step(coeffic
 
 
 def test_a_tools_output_takes_no_part_in_an_estimate():
-    """With it or without it, whatever it was worth: the same advantages of the drawn tokens."""
+    """The advantages of sampled tokens do not depend on them or on their values."""
     rng = np.random.default_rng(1)
     rewards, values = rng.normal(size=6), rng.normal(size=6)
     short = gae(rewards, values, np.ones(6, bool), 0.9, 0.8)

@@ -1,4 +1,4 @@
-"""Algorithms as records: found by name, refused where they cannot mean anything, and added by one more."""
+"""Algorithms are records: found by name, refused in combinations without a meaning, and extended by a user's own."""
 
 import dataclasses
 import re
@@ -50,7 +50,7 @@ def test_a_loss_reads_each_of_its_keys_or_the_key_is_refused(name):
     ids = np.ones((4, 16), np.int32)
     columns = {column: rng.normal(size=(4, 16)).astype(np.float32) for column in ("old_logprobs", "advantages")}
     columns |= {"teacher_logprobs": columns["old_logprobs"], "old_values": ids, "returns": ids}
-    moved = np.array([[-1.0], [-0.3], [0.3], [1.0]], np.float32)  # of whole sequences, beyond each bound
+    moved = np.array([[-1.0], [-0.3], [0.3], [1.0]], np.float32)  # whole sequences beyond each bound
     outputs = {"logprobs": columns["old_logprobs"] + moved, "entropy": np.ones((4, 16), np.float32)}
 
     def loss(**keys) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a step learns from: in order, whole, of weights that are not too old, and drawn again where it was lost."""
+"""A step's trajectories: in order, complete, of weights that are not too old, and sampled again if they were lost."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ DYNAMIC = GroupsConfig(dynamic=True)
 
 
 class Ask(Tool):
-    """Answers the calls of a request as a plan says: call `attempt` after so many seconds, or None for never."""
+    """Answers calls after `plan(request, attempt)` seconds; None loses the call."""
 
     name, description, retries = "ask", "Ask.", 0
     parameters = {"type": "object", "properties": {"who": {"type": "string"}}, "required": ["who"]}  # noqa: RUF012
@@ -58,7 +58,7 @@ def quick(request: int, attempt: int) -> float:
 
 
 def right(request: int) -> bool:
-    """Of four groups one is all right and one all wrong."""
+    """On average one of four groups is all right and one is all wrong."""
     group, member = divmod(request, RL.group_size)
     return bool(np.random.default_rng(group).integers(4) >> member & 1)
 
@@ -73,13 +73,13 @@ def call(request: int) -> str:
 
 
 def answer(request: int) -> str:
-    """Of a length of its own."""
+    """The final answer of a request, with its own length."""
     truth = PROBLEMS[request // RL.group_size].ground_truth if right(request) else "no"
     return "word " * int(np.random.default_rng([2, request]).integers(0, 25)) + f"\\boxed{{{truth}}}<|im_end|>"
 
 
 def turns(request: int, plan: Callable[[int, int], float | None] = quick) -> list[str]:
-    """What a policy says under a request; after a loss it says all of it once more."""
+    """The turns of a request; after a lost call they are repeated once."""
     if not calls(request):
         return [answer(request)]
     lost = [plan(request, attempt) is None for attempt in (0, 1)]
@@ -88,7 +88,7 @@ def turns(request: int, plan: Callable[[int, int], float | None] = quick) -> lis
 
 @pytest.fixture
 def scripted(scripted_engine, tokenizer):
-    """`scripted(plan)`: an engine whose policy says `turns`, and draws on where weights change."""
+    """`scripted(plan)`: an engine whose policy writes `turns`, and continues when weights change."""
 
     class Updatable(scripted_engine):
         def update_params(self, params: object) -> None:
@@ -115,7 +115,7 @@ def collect(tokenizer):
             async with Collector(engine, tokenizer, tools, sampler, rl, LIMITS, start) as collector:
                 for step in range(start, rl.steps):
                     steps.append(await collector.take())
-                    await asyncio.sleep(0.005)  # an update, beside which others draw on
+                    await asyncio.sleep(0.005)  # an update, while other rollouts continue
                     collector.updated(weights(step) if weights else None)
                     states.append(json.loads(json.dumps(collector.state())))
             return steps, states
@@ -126,7 +126,7 @@ def collect(tokenizer):
 
 
 def told(step: Rollouts) -> list[tuple]:
-    """What an update could see of a step."""
+    """The parts of a step that an update uses."""
     return [(t.id, t.ids, t.logprobs, t.end, t.reward) for t in step.trajectories]
 
 
@@ -134,11 +134,11 @@ def requests(step: Rollouts) -> list[int]:
     return [int(trajectory.id.rpartition("/")[2]) for trajectory in step.trajectories]
 
 
-# --- as many as asked for, in order -----------------------------------------------------------------------------------
+# --- number and order -------------------------------------------------------------------------------------------------
 
 
 def test_without_running_ahead_a_step_is_one_rollout(tokenizer, scripted, collect):
-    """The same ids in the same schedule, of the problems that follow from the step."""
+    """It has the same ids in the same schedule, for the problems that the step determines."""
     steps, _ = collect(scripted(tool_lag=1), RL, Ask(quick))
     engine = scripted(tool_lag=1)
     tools = Toolbox([Ask(quick)])
@@ -157,7 +157,7 @@ def test_without_running_ahead_a_step_is_one_rollout(tokenizer, scripted, collec
 @pytest.mark.parametrize("groups", [GroupsConfig(), DYNAMIC])
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_neither_long_trajectories_nor_slow_tools_are_seldom_learned_from(scripted, collect, ahead, groups):
-    """Whatever the tools take, the same trajectories are learned from at the same step, so of the same lengths."""
+    """However long tools take, each step has the same trajectories, so their lengths are the same too."""
     rl = replace(RL, ahead=ahead, groups=groups, prompts_per_step=2)
 
     def slow(request: int, attempt: int) -> float:
@@ -192,7 +192,7 @@ def test_groups_without_a_difference_are_left_out_and_replaced(scripted, collect
 
 @pytest.mark.parametrize(("name", "left_out"), [("dapo_strict", False), ("default", True)])
 def test_a_group_has_a_difference_where_the_reward_sees_one(scripted, collect, name, left_out):
-    """All answers are right by the verdict, and the strict rule takes those without a leading zero alone."""
+    """The verdict accepts all answers; the strict rule only accepts those without a leading zero."""
 
     def zeros(request: int, plan) -> list[str]:
         zero = "" if right(request) else "0"
@@ -211,7 +211,7 @@ def test_a_group_has_a_difference_where_the_reward_sees_one(scripted, collect, n
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_refills_have_an_end(scripted, collect, ahead):
-    """A step that finds no group with a difference has those that it began with, so that it can be logged."""
+    """A step that finds no mixed group uses those that it sampled first, so that it can be logged."""
 
     def wrong(request: int, plan) -> list[str]:
         return ["No.<|im_end|>"]
@@ -225,7 +225,7 @@ def test_refills_have_an_end(scripted, collect, ahead):
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_a_resumed_run_has_the_groups_of_an_unbroken_one(scripted, collect, ahead):
-    """With groups under way that the checkpoint knows only as not consumed; versions are steps."""
+    """Groups in progress are in the checkpoint only as not consumed; versions are training steps."""
     rl = replace(RL, groups=DYNAMIC, ahead=ahead)
     steps, states = collect(scripted(), rl, Ask(quick))
     assert bool(states[1]["issued"]) == bool(ahead) and not states[-1]["issued"], "nothing beyond the last step"
@@ -235,7 +235,7 @@ def test_a_resumed_run_has_the_groups_of_an_unbroken_one(scripted, collect, ahea
     assert min(v for step in resumed for t in step.trajectories for v in t.versions if v >= 0) == 2
 
 
-# --- what the machinery loses -----------------------------------------------------------------------------------------
+# --- infrastructure failures ------------------------------------------------------------------------------------------
 
 
 def faulty(request: int, attempt: int) -> float | None:
@@ -275,7 +275,7 @@ def test_where_all_is_lost_the_run_ends_with_the_reason(scripted, collect, ahead
 
 
 def test_an_answer_that_could_not_be_compared_is_compared_once_more(scripted, collect, tmp_path, monkeypatch):
-    """The process that compares does not start at first; what it is asked then has the verdict of any other run."""
+    """The comparing process fails to start at first; after the retry the verdicts are those of any other run."""
     marker, python = tmp_path / "began", tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ -e {marker} ] || {{ touch {marker}; exit 1; }}\nexec {sys.executable} "$@"\n')
     python.chmod(0o700)
@@ -294,11 +294,11 @@ def test_an_answer_that_could_not_be_compared_is_compared_once_more(scripted, co
     assert step.numbers["groups/retried"] == 6 and marker.exists()
 
 
-# --- weights that change under way ------------------------------------------------------------------------------------
+# --- weights that change during rollouts ------------------------------------------------------------------------------
 
 
 class Patient(Ask):
-    """Lets requests of the second step wait until new weights have come."""
+    """Makes requests of the second step wait until new weights have come."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(quick)
@@ -311,7 +311,7 @@ class Patient(Ask):
 
 
 def ages(step: Rollouts, version: int) -> list[int]:
-    """Of the trajectories that were not cut short, after a look at what each token says of its weights."""
+    """The staleness of each trajectory, after checks of its tokens' versions."""
     found = []
     for trajectory in step.trajectories:
         versions = [v for v in trajectory.versions if v >= 0]
@@ -328,7 +328,7 @@ def test_no_token_is_older_than_rollouts_may_run_ahead(scripted, collect, ahead)
     engine = scripted(slots=64)
     steps, _ = collect(engine, replace(RL, ahead=ahead), Patient(engine))
     worst = []
-    for version, step in enumerate(steps):  # the weights of step s have learned from s - 1
+    for version, step in enumerate(steps):  # step s uses the weights of step s - 1
         old = ages(step, version)
         assert step.numbers["staleness/max"] == max(old) and step.numbers["staleness/mean"] == np.mean(old)
         worst.append(max(old))
@@ -361,7 +361,7 @@ def test_what_is_too_old_or_was_cut_short_is_counted_and_not_learned_from(script
 
 @pytest.fixture(scope="module")
 def drawing(make_engine, model) -> Engine:
-    """A real engine; every 16th id ends a turn, which is no answer."""
+    """A real engine; every 16th id ends a turn, which has no answer."""
     return make_engine(0, range(0, model.vocab_size, 16), slots=4)
 
 
@@ -389,7 +389,7 @@ def test_a_settled_engine_is_free_and_nothing_is_lost(drawing, params, tokenizer
                     assert drawing.counts()["rows"] == 0
                     looked, _ = await rollout(drawing, tokenizer, None, samples, LIMITS)
                     assert [t.ids for t in looked] == [t.ids for t in first]
-                collector.updated(params)  # what it has drawn to the last step is known by that
+                collector.updated(params)  # which shows how far it has drawn
             return steps
 
     samples = [sample for group in Sampler(PROBLEMS, RL).take(2) for sample in group.samples]
@@ -407,7 +407,7 @@ def test_a_settled_engine_is_free_and_nothing_is_lost(drawing, params, tokenizer
 
 
 class Hanging(Tool):
-    """Never answers, and keeps a state for each trajectory."""
+    """A tool that never answers and keeps a state for each trajectory."""
 
     name, description, lifetime = "ask", "Ask.", "trajectory"
     parameters = Ask.parameters
@@ -434,7 +434,7 @@ class Hanging(Tool):
 @pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize("broken", [False, True])
 def test_whoever_leaves_early_leaves_nothing_behind(scripted, collect, tokenizer, ahead, broken):
-    """By cancellation, or as the device fails: tools are ended, what they keep is closed, and nothing is skipped."""
+    """After a cancellation or a device failure: tools end, their states are closed, and no prompt is skipped."""
     rl = replace(RL, ahead=ahead)
     engine = scripted()
     sampler = Sampler(PROBLEMS, rl)

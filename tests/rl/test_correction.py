@@ -1,4 +1,4 @@
-"""Corrections against loops over tokens, at their bounds, and what they say of themselves."""
+"""Corrections compared with loops over tokens, at their bounds, and their metrics."""
 
 import math
 
@@ -11,7 +11,7 @@ PRESETS = ("none", "token_tis", "sequence_mask", "band", "geometric")
 
 
 def trajectories(scale: float = 0.5, n: int = 60) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(old, engine, sampled) of each: some nearly alike, some far apart, with tool outputs between."""
+    """(old, engine, sampled) of each trajectory: some nearly equal, some very different, with tool outputs between."""
     rng = np.random.default_rng(0)
     made = []
     for index, length in enumerate(rng.integers(3, 30, n)):

@@ -1,4 +1,4 @@
-"""Policy losses against plain numpy, token by token, what is added to them, and what they may not see."""
+"""Policy losses compared with plain NumPy token by token, their additional terms, and tokens that must not matter."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ LOSSES = {"clipped": clipped_loss, "sequence": sequence_loss, "truncated": trunc
 
 
 def reference(new: float, old: float, advantage: float) -> tuple[float, bool]:
-    """Case by case: which bound holds the token, if any."""
+    """A case for each bound that may be active for a token."""
     return bounded(math.exp(float(new) - float(old)), advantage)
 
 
@@ -57,7 +57,7 @@ def test_value_and_clip_fraction_equal_the_case_table():
     expected_loss, expected_clipped = np.array([reference(*token) for token in tokens.T]).T
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(clipped, expected_clipped.astype(bool))
-    # Every case was met.
+    # Every case occurred.
     ratio, advantage = np.exp(tokens[0] - tokens[1]), tokens[2]
     for case in ((advantage > 0) & (ratio > 1.28), (advantage < 0) & (ratio < 0.8), (advantage < 0) & (ratio > 3)):
         assert case.sum() > 100 and np.asarray(clipped)[case].all()
@@ -108,7 +108,7 @@ FULL = RLConfig(clip=CLIP, kl=KLConfig(coefficient=0.3), entropy_coefficient=0.0
 
 
 def rows(seed: int = 0, names: tuple[str, ...] = EXTRA) -> tuple[Columns, Batch]:
-    """Outputs and a packed micro-batch [4,40]: sequences with tool outputs between drawn tokens, and padding."""
+    """Outputs and a packed micro-batch [4,40]: sequences with tool outputs between sampled tokens, and padding."""
     rng = np.random.default_rng(seed)
     shape = 4, 40
     segments = np.zeros(shape, np.int32)
@@ -117,9 +117,9 @@ def rows(seed: int = 0, names: tuple[str, ...] = EXTRA) -> tuple[Columns, Batch]
         for segment, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
             segments[row, start:end] = segment
     sampled = (rng.random(shape) < 0.7) & (segments > 0)
-    sampled &= ~((segments == 2) & (np.arange(4)[:, None] == 1))  # a sequence without a drawn token
+    sampled &= ~((segments == 2) & (np.arange(4)[:, None] == 1))  # a sequence without a sampled token
     old = rng.uniform(-4, 0, shape)
-    by_sequence = rng.normal(0, 0.6, (4, 4))[np.arange(4)[:, None], segments]  # so that whole sequences are bounded
+    by_sequence = rng.normal(0, 0.6, (4, 4))[np.arange(4)[:, None], segments]  # so that bounds hold for whole sequences
     columns = {
         "old_logprobs": old,
         "advantages": rng.normal(size=shape),
@@ -217,7 +217,7 @@ def test_loss_and_gradient_are_their_formula(kind, rl, names):
 
 
 def divergences(outputs: Columns, batch: Batch, rl: RLConfig) -> dict[str, list[float]]:
-    """What is logged of the reference and the teacher, of each sampled token."""
+    """The metrics of the reference and the teacher for each sampled token."""
     if "teacher_logprobs" not in batch.columns:
         return {"kl": [], "teacher_kl": []}
     kl, teacher_kl = [], []
@@ -229,7 +229,7 @@ def divergences(outputs: Columns, batch: Batch, rl: RLConfig) -> dict[str, list[
 
 
 def test_what_is_off_leaves_the_bits_of_the_plain_loss():
-    """No model for a divergence, no bonus, and a correction of nothing but ones."""
+    """Without a reference, without an entropy bonus, and with a correction of ones."""
     outputs, batch = rows(2, ("importance",))
     ones_of = batch.columns | {"importance": ones(batch)}
     _, terms = compiled("clipped", RLConfig(clip=CLIP))(outputs, batch._replace(columns=ones_of), ones(batch))
@@ -242,7 +242,7 @@ def test_what_is_off_leaves_the_bits_of_the_plain_loss():
 
 def test_of_a_sequence_all_tokens_are_held_by_a_bound_or_none():
     outputs, batch = rows(3, ())
-    signs = np.where(np.random.default_rng(0).random((4, 4)) < 0.5, -1.0, 1.0)  # of a sequence, as of its answer
+    signs = np.where(np.random.default_rng(0).random((4, 4)) < 0.5, -1.0, 1.0)  # one value for a whole sequence
     columns = batch.columns | {"advantages": signs[np.arange(4)[:, None], batch.segments].astype(np.float32)}
     _, terms = compiled("sequence", RLConfig(clip=CLIP))(outputs, batch._replace(columns=columns), ones(batch))
     clipped = np.asarray(terms.metrics["clip_fraction"])
@@ -251,7 +251,7 @@ def test_of_a_sequence_all_tokens_are_held_by_a_bound_or_none():
 
 
 def sequences(batch: Batch) -> list[tuple[int, int]]:
-    """(row, segment) of all that have a drawn token."""
+    """(row, segment) of all sequences with a sampled token."""
     return sorted({(b, int(batch.segments[b, t])) for b, t in sampled_of(batch)})
 
 
@@ -294,7 +294,7 @@ def test_a_divergence_may_be_large_and_stays_a_number():
 
 @pytest.mark.parametrize("names", [(), ("engine_logprobs",)])
 def test_the_mismatch_is_told_token_by_token(names):
-    """Of the trainer's old log-probabilities with the engine's, and where there is only one of them, with the new."""
+    """The trainer's old log-probs minus the engine's; if only one of them exists, the new ones minus it."""
     outputs, batch = rows(6, names)
     _, terms = compiled("clipped", RLConfig(clip=CLIP))(outputs, batch, ones(batch))
     for b, t in sampled_of(batch):
@@ -320,7 +320,7 @@ def test_a_small_mismatch_keeps_its_digits():
 
 
 class Given:
-    """Outputs that are the parameters themselves, so that a step's gradient is that by each of them."""
+    """Outputs that are the parameters themselves, so that a step's gradient is the derivative by each output."""
 
     def of(self, params: Columns, batch: Batch) -> Columns:
         return params
@@ -343,7 +343,7 @@ def stepped(kind: str) -> Callable:
 )
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_what_stands_beside_tokens_that_were_not_sampled_changes_nothing(kind, seed, noise):
-    """Loss, metrics and gradient have the same bits, and that of such a token is zero."""
+    """Loss, metrics and gradient have the same bits, and the gradient of such a token is zero."""
     outputs, batch = rows(seed)
 
     def noisy(values: Columns) -> Columns:

@@ -1,4 +1,4 @@
-"""Rollouts come back from their files as they were, and what cannot be learned from is refused in words."""
+"""Rollouts are read back unchanged, and files that cannot be learned from are refused with a message."""
 
 import asyncio
 import json
@@ -21,14 +21,14 @@ VOCABULARY = 100
 
 
 def float32_logprobs(count: int, seed: int) -> list[float]:
-    """Log-probabilities of all magnitudes that float32 has, with the ends of its range, as the engine gives them."""
+    """Log-probabilities of all magnitudes of float32, including the ends of its range, as the engine returns them."""
     bits = np.random.default_rng(seed).integers(0x80000000, 0xFF800000, count - 5, dtype=np.uint32).view(np.float32)
     ends = np.array([-0.0, -1.0e-45, -3.4028235e38, -np.inf, np.nextafter(np.float32(-1), np.float32(0))], np.float32)
     return np.concatenate([bits, ends]).tolist()
 
 
 def trajectory(number: int, reward: float | None = 1.0, length: int = 20, end: End = End.ANSWERED) -> Trajectory:
-    """A prompt, a call with its answer, and a last turn of `length` tokens; dropped where it has no reward."""
+    """A prompt, a call with its answer, and a last turn of `length` tokens; dropped if it has no reward."""
     made = Trajectory(
         f"p/{number}", Problem("p", ({"role": "user", "content": "2 + 2?\ud800\u2028"},), "4\udfff", ("a",))
     )
@@ -55,7 +55,7 @@ def test_what_was_written_comes_back_to_the_bit(tmp_path):
     dropped = trajectory(2, None, end=End.SANDBOX_LOST)
     dropped.fault = "worker died\n\ud800"
     made = [trajectory(0, length=5000), trajectory(1, -0.123456789012345), dropped, trajectory(3, end=End.TOKEN_LIMIT)]
-    others = {str: "other\ud800", int: 7, bool: True, dict: {"guard": -0.5}}  # for what is not set above
+    others = {str: "other\ud800", int: 7, bool: True, dict: {"guard": -0.5}}  # values of the remaining fields
     for field in fields(Trajectory):
         if not (value := getattr(made[0], field.name)) and type(value) in others:
             setattr(made[0], field.name, others[type(value)])
@@ -64,7 +64,7 @@ def test_what_was_written_comes_back_to_the_bit(tmp_path):
     for one, other in zip(made, found, strict=True):
         bits = [np.array(t.logprobs, np.float32).view(np.uint32).tolist() for t in (one, other)]
         assert bits[0] == bits[1]
-        logprobs = np.array(one.logprobs, np.float32).tolist()  # -0.1 of Python's own is no float32
+        logprobs = np.array(one.logprobs, np.float32).tolist()  # Python's -0.1 is not a float32
         assert vars(other) == vars(one) | {"logprobs": logprobs}
     assert isinstance(found[0].ids[0], int) and isinstance(found[0].sampled[0], bool)
     lines = [json.loads(line) for line in path.read_bytes().decode().strip("\n").split("\n")]

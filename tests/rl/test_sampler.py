@@ -1,4 +1,4 @@
-"""One stream of groups: in order, none skipped and none doubled over a resume; solved prompts are passed over."""
+"""One stream of groups: in order, none lost or repeated by a resume; solved prompts are skipped."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PROBLEMS = Problems("arithmetic", "train", 5)
 
 @pytest.fixture
 def few(tmp_path) -> Problems:
-    """Five problems, again and again."""
+    """Five problems that repeat."""
     path = tmp_path / "few.jsonl"
     rows = [problem_row("train", index) | {"extra_info": {"index": str(index)}} for index in range(5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -32,7 +32,7 @@ def skipping(times: int) -> RLConfig:
 
 
 def scored(problem: Problem, correct: bool | None) -> Trajectory:
-    """None: the machinery dropped it."""
+    """A trajectory that is right or wrong; None is one that was dropped."""
     if correct is None:
         return Trajectory("x", problem, end=End.SANDBOX_LOST)
     return Trajectory("x", problem, end=End.ANSWERED, verdict=Verdict(correct, "1", "integer"))
@@ -44,7 +44,7 @@ def consume(sampler: Sampler, groups: list[Group], right: Callable[[Problem], li
 
 
 def resumed(problems: Problems, rl: RLConfig, sampler: Sampler) -> Sampler:
-    """From a checkpoint, which keeps JSON."""
+    """A sampler from a checkpoint, which keeps JSON."""
     return Sampler(problems, rl, json.loads(json.dumps(sampler.state())))
 
 
@@ -64,13 +64,13 @@ def test_group_g_is_of_problem_g_with_its_own_requests():
 
 @pytest.mark.parametrize("state", [None, {}])
 def test_a_checkpoint_without_a_state_goes_on_where_its_step_ended(state):
-    """A replay's is empty, and a run may go on from there with rollouts of its own."""
+    """A replay's state is empty, and a run may continue from it with its own rollouts."""
     assert Sampler(PROBLEMS, RL, state, 6).take(8) == Sampler(PROBLEMS, RL).take(32)[24:]
 
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_what_was_not_consumed_is_given_out_again_and_once(few, skip):
-    """With groups in flight behind it, and with a table that says of some of them that they were solved meanwhile."""
+    """With groups in progress after it, and a table in which some of them were solved meanwhile."""
     rl = skipping(skip)
 
     def right(problem: Problem) -> list[bool]:
@@ -112,7 +112,7 @@ def test_the_table_counts_what_was_tried_and_right(few):
 
 
 def test_a_solved_prompt_is_passed_over_and_no_other(few):
-    """In the order of the others, which does not change."""
+    """The order of the other prompts does not change."""
     sampler = Sampler(few, skipping(2))
     seen = []
     for _ in range(25):
@@ -126,11 +126,11 @@ def test_a_solved_prompt_is_passed_over_and_no_other(few):
 
 
 def test_a_prompt_is_solved_where_the_reward_says_so(few):
-    """A right answer that the strict rule does not take earns nothing there."""
+    """With the strict rule, an answer that only the verdict accepts does not count as right."""
     for name, right in (("dapo_strict", 0), ("default", 3)):
         sampler = Sampler(few, replace(skipping(1), reward=RewardConfig(name=name)))
         (group,) = sampler.take(1)
-        consume(sampler, [group], lambda problem: [True] * 3)  # which are not `exact`
+        consume(sampler, [group], lambda problem: [True] * 3)  # none is `exact`
         assert sampler.state()["table"] == {group.problem.id: [3, right, int(right == 3)]}
 
 

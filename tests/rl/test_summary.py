@@ -1,4 +1,4 @@
-"""What a step says of its speed."""
+"""The speed metrics of a step."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
 
 
 def test_the_wait_for_a_place_is_that_of_calls_that_ran():
-    """A call that could not be read waited for nothing, and of one that was lost nobody knows."""
+    """Invalid calls did not wait in a queue, and for lost ones the time is unknown."""
 
     def having(end: End, **waits: float) -> Trajectory:
         uses = [ToolUse(0, "print(6)", status, "6", queue_s=wait) for status, wait in waits.items()]
