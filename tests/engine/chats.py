@@ -16,22 +16,22 @@ ROOM = 96
 
 @dataclass
 class Chat:
-    """A conversation whose tool answers each turn with random tokens that follow from (request, turn) alone."""
+    """A conversation whose tool answers each turn with random tokens, a function of only (request, turn)."""
 
     prompt: list[int]
     request: int
     temperature: float = 1.0
     turns: int = 4
-    delay: float = 0.0  # seconds: the longest that a tool takes
+    delay: float = 0.0  # the most seconds that a tool takes
     turn_limit: int = ROOM  # tokens of a turn
     halves: bool = False  # a turn also ends where an odd id follows an id that is a multiple of three
 
     ids: list[int] = field(init=False)
     sampled: list[bool] = field(init=False)
     logprobs: list[float] = field(init=False)
-    answered: int = 0  # tool answers given
+    answered: int = 0  # number of tool answers so far
     cancelled: bool = False
-    dropped: str = ""  # why
+    dropped: str = ""  # the reason
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -81,11 +81,11 @@ def run(engine: Engine, conversations: Sequence[Chat]) -> Statistics:
 
 
 def play(scenario, seconds: float = 60):
-    """Run a coroutine function, which gives up rather than hangs."""
+    """Run a coroutine function, with a time limit."""
     return asyncio.run(asyncio.wait_for(scenario(), seconds))
 
 
 def quiet(engine: Engine) -> bool:
-    """Nobody holds a page."""
+    """Whether all pages are free."""
     counts = engine.counts()
     return counts["free"] == engine.pages.count and not counts["rows"]

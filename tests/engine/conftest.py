@@ -29,7 +29,7 @@ def plain(model, mesh) -> Machine:
 
 @pytest.fixture
 def fresh(plain) -> Machine:
-    """The plain machine with nothing in it."""
+    """The plain machine with empty rows."""
     plain.engine.clear()
     plain.rows.clear()
     return plain
@@ -37,7 +37,7 @@ def fresh(plain) -> Machine:
 
 @pytest.fixture(scope="session")
 def engines(make_engine, model):
-    """`engines(slots, decode_steps, seed)`, each built once; every 16th id ends a turn."""
+    """`engines(slots, decode_steps, seed)`: each engine is built once; every 16th id ends a turn."""
     built: dict[tuple[int, int, int], Engine] = {}
 
     def get(slots: int = 4, decode_steps: int = 8, tool_lag: int = 1, seed: int = 0) -> Engine:
@@ -53,7 +53,7 @@ def engines(make_engine, model):
 
 @pytest.fixture(scope="session")
 def many(make_engine, model) -> Engine:
-    """Many slots, and too few pages for all of them."""
+    """An engine with many slots, and too few pages for all of them."""
     stops = range(0, model.vocab_size, 4)
     engine = make_engine(0, stops, slots=64, decode_steps=4, page_size=8, pages=200, tool_lag=-1)
     engine.warm_up()

@@ -1,4 +1,4 @@
-"""An engine beside the oracle of what its rows hold, for tests of its cache."""
+"""An engine with an oracle for its rows, for tests of its cache."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ CONFIG = EngineConfig(slots=4, max_length=ROOM, decode_steps=8, page_size=8, tok
 
 
 def random_weights(config, key: int):
-    """Norms and biases too, larger than at initialisation: nearly uniform logits hide differences."""
+    """Random weights, norms and biases, larger than at initialisation: nearly uniform logits would hide differences."""
     rng = np.random.default_rng(key)
     fresh = init_params(config, jax.random.key(key))
     return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0.0, 0.2, x.shape), x.dtype), fresh)
@@ -30,24 +30,24 @@ class Machine:
     """An engine, what its rows should hold, and the oracle for it."""
 
     engine: Engine
-    oracle: Callable[[list[list[int]]], np.ndarray]  # logits behind each list
+    oracle: Callable[[list[list[int]]], np.ndarray]  # logits of the next token after each list
     head: Callable[[dict, np.ndarray], jax.Array]  # logits of hidden states
     rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     def logits(self) -> np.ndarray:
-        """What the engine would draw each row's next token from, [slots, V]."""
+        """The logits from which the engine would draw each row's next token, [slots, V]."""
         engine = self.engine
         return np.asarray(self.head({"embedding": engine.weights["embedding"]}, jax.device_get(engine._state.hidden)))
 
     def difference(self) -> float:
-        """Between the engine's logits behind every drawable row and those of a fresh forward."""
+        """The largest difference of next-token logits from those of a fresh forward, over drawable rows."""
         rows = [row for row, ids in self.rows.items() if ids and self.engine._drawable[row]]
         if not rows:
             return 0.0
         return float(np.abs(self.logits()[rows] - self.oracle([self.rows[row] for row in rows])).max())
 
     def decode(self, dispatches: int = 1, steps: int | None = None) -> list[Turns]:
-        """All are dispatched before the first is read."""
+        """Decode; all dispatches are made before the first is read."""
         drawn = [self.engine.decode(steps) for _ in range(dispatches)]
         results = [self.engine.read(one) for one in drawn]
         for turns in results:
@@ -59,7 +59,7 @@ class Machine:
 
 
 def device_bytes(engine: Engine) -> dict[str, int]:
-    """What the largest part of weights, cache and dense rows takes on one device."""
+    """The most bytes that weights, cache and dense rows take on one device."""
     found = {}
     for name, arrays in (("weights", engine.weights), ("cache", engine._state.cache), ("rows", engine._rows)):
         sums: dict[jax.Device, int] = {}
@@ -71,7 +71,7 @@ def device_bytes(engine: Engine) -> dict[str, int]:
 
 
 def make_machine(model, mesh, seed: int = 3, config: EngineConfig = CONFIG) -> Machine:
-    """Stops at every eighth id, so that a random model's turns end in both ways."""
+    """A machine that stops at every eighth id, so that a random model's turns end in both ways."""
     weights = random_weights(model, 1)
     engine = Engine(model, config, weights, mesh, range(0, model.vocab_size, 8), seed)
 

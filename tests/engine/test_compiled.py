@@ -1,4 +1,4 @@
-"""Every program is compiled before the engine works, in few shapes, and what is written has little padding."""
+"""Every program is compiled before the engine works, in few shapes, and writes have little padding."""
 
 import jax
 import numpy as np
@@ -15,16 +15,16 @@ from .machine import ROOM
 
 
 def waste(sizes: Sizes, counts: list[int]) -> float:
-    """Share of padding when texts of so many tokens are written together."""
+    """The share of padding when texts of these lengths are written together."""
     places = 0
     for size, blocks in calls(sizes, counts):
-        some = sizes.at_once[size]
-        places += -(-len(blocks) // some) * some * sizes.tokens[size]
+        at_once = sizes.at_once[size]
+        places += -(-len(blocks) // at_once) * at_once * sizes.tokens[size]
     return 1 - sum(counts) / places
 
 
 def test_warm_up_knows_every_program(make_engine, compiles):
-    """Lengths around every size, any number of rows: nothing is compiled after it, by XLA's own count."""
+    """With lengths around every size and any number of rows, nothing is compiled after it, by XLA's own count."""
     engine = make_engine(slots=5, chunk_tokens=8, token_buckets=(4, 80), read_buckets=(40,))
     assert engine.sizes.reads == (3, 6) and engine.sizes.tokens == (4, 80)
     engine.warm_up()
@@ -45,7 +45,7 @@ def test_what_threads_compile_ahead_is_compiled_once_and_waited_for(model, param
     engine = Engine(model, config, params, mesh, [0], 0)
     known = len(compiles)
     with compile_ahead(model, config, mesh, [0]):
-        engine.warm_up()  # meanwhile
+        engine.warm_up()  # while the threads compile
     assert len(compiles) == known + 6, "decode, write, place, two copies, and an empty dense copy"
     engine.append([0], [[5, 6, 7]])
     engine.start(0, Turn(0, 4))
@@ -78,7 +78,7 @@ def test_a_call_costs_what_is_written():
     prompts = rng.lognormal(np.log(180), 0.5, 512).astype(int).clip(1, 2048).tolist()
     answers = rng.integers(20, 256, 2048).tolist()
     for texts in (prompts, answers):
-        for at in range(0, len(texts), 4):  # few come together
+        for at in range(0, len(texts), 4):  # a few texts at a time
             assert waste(recipe, texts[at : at + 4]) < 0.4
         assert np.mean([waste(recipe, texts[at : at + 4]) for at in range(0, len(texts), 4)]) < 0.25
 
@@ -99,7 +99,7 @@ def test_blocks_hold_every_token_once_in_order_and_little_else(counts, kernel):
 
 
 def test_numbers_of_a_row_do_not_depend_on_its_neighbours(make_engine):
-    """The same bits of the hidden state, alone and among others, whatever chunk a block comes to lie in."""
+    """The hidden state has the same bits, alone and among others, whatever chunk a block is in."""
     engine = make_engine(slots=4, chunk_tokens=16)
     rng = np.random.default_rng(0)
     lists = [rng.integers(0, 64, length).tolist() for length in (61, 30, 77, 9)]

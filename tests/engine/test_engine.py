@@ -1,4 +1,4 @@
-"""Continuation equals a fresh forward, whatever was done to the cache before, and costs no compilation."""
+"""Continuing a row equals a fresh forward, whatever happened to the cache before."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ SCHEDULES = st.lists(
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SCHEDULES)
 def test_any_history_of_rows_equals_a_fresh_forward(machine, schedule):
-    """Logits of the next token within 1e-4 of a forward over the whole list, after every action of any schedule."""
+    """After every action of any schedule the next token's logits are within 1e-4 of a forward over the whole list."""
     engine, rows = machine.engine, machine.rows
     engine.clear()
     rows.clear()
@@ -70,7 +70,7 @@ def test_any_history_of_rows_equals_a_fresh_forward(machine, schedule):
                     engine.start(row, Turn(row, min(budget, ROOM - len(rows[row])), 1.0))
             machine.decode(dispatches, steps)
             for row in rows:
-                engine.truncate(row, len(rows[row]))  # turns end here, whether or not they are over
+                engine.truncate(row, len(rows[row]))  # ends all turns
         elif name == "truncate" and how[0] in rows:
             rows[how[0]] = rows[how[0]][: how[1]]
             engine.truncate(how[0], len(rows[how[0]]))
@@ -97,7 +97,7 @@ def test_any_history_of_rows_equals_a_fresh_forward(machine, schedule):
 
 
 def test_an_append_is_a_prefix_written_behind_another_and_placed_bit_for_bit(machine):
-    """The way of going on outside the slots, with two calls, against ours; the prefix stays what it was."""
+    """A prefix written outside the slots in two calls equals appends; a prefix that is continued is not changed."""
     engine = machine.engine
     engine.clear()
     rng = np.random.default_rng(0)
@@ -119,14 +119,14 @@ def test_an_append_is_a_prefix_written_behind_another_and_placed_bit_for_bit(mac
     np.testing.assert_array_equal(turns.tokens[1], turns.tokens[0])
     np.testing.assert_array_equal(turns.logprobs[1:3], np.stack([turns.logprobs[0]] * 2))
     engine.clear()
-    assert engine.counts()["used"] == 3 + 2 + 2  # the first prefix's, and what the others do not share
+    assert engine.counts()["used"] == 3 + 2 + 2  # the pages of the first prefix, and those that the others do not share
     del prefix, longer, again, source
     gc.collect()
     assert engine.counts()["used"] == 0
 
 
 def test_a_placed_prefix_draws_what_a_fresh_forward_expects(fresh):
-    """One step at a time and greedy, in one of four slots; the others stay quiet."""
+    """Greedy, one step at a time, in one of four slots; the others draw nothing."""
     engine = fresh.engine
     ids = [3, 9, 27]
     engine.place(engine.write_prefix(ids), 2)
@@ -158,7 +158,7 @@ def test_a_prefix_that_was_let_go_gives_its_pages_back_whoever_holds_it(fresh):
 
 
 def test_another_thread_is_told_whose_the_engine_is(make_engine):
-    """It would donate buffers under the owner's hands; it may take over what is at rest."""
+    """Its calls would donate buffers that the owner uses; it may take over an idle engine."""
     engine = make_engine()
     engine.append([0], [[5, 6, 7]])
     with ThreadPoolExecutor(1, "other") as other:
@@ -224,7 +224,7 @@ def test_decode_ends_each_row_at_its_stop_or_its_budget(fresh):
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_dispatches_may_run_ahead_of_their_results(fresh, ahead):
-    """Same ids and log-probs whether each result is waited for or not, and whatever the steps of a dispatch."""
+    """Ids and log-probs are the same whether each result is read at once or later, for any steps per dispatch."""
     engine = fresh.engine
     results = []
     for dispatches, steps in ((1, 8), (ahead, 8), (ahead, 5)):
@@ -272,7 +272,7 @@ def test_a_cache_that_is_full_says_so_and_serves_on(make_engine):
     with pytest.raises(OutOfPages, match=r"4 of 14 pages free and row 1 needs 5 .* raise engine.pages"):
         engine.append([1], [[1] * 33])
     assert engine.counts() == {"free": 4, "used": 10, "shared": 0, "rows": 1}
-    # Row 2 parts from what it shares before row 3 finds no room: its copy is made, and what both took is given back.
+    # Row 2 gets its own copy of a shared page before row 3 finds no room; the pages that both took are freed.
     engine.append([1], [[1] * 4])
     engine.fork([1], [2])
     with pytest.raises(OutOfPages, match="row 3 needs"):
@@ -300,7 +300,7 @@ def test_a_group_shares_the_pages_of_its_prompt(fresh):
     for row in range(4):
         engine.start(row, Turn(row, 3))
     engine.read(engine.decode())
-    # Five full pages for all, and one of its own for each that drew.
+    # All share five full pages, and each row that drew has one page of its own.
     assert engine.counts()["used"] == 5 + 4 and engine.counts()["shared"] == 5
 
 

@@ -1,4 +1,4 @@
-"""New weights under way: who drew what, and what becomes of conversations that the old ones began."""
+"""New weights while conversations run: which weights draw which tokens, and what happens to old conversations."""
 
 import asyncio
 from dataclasses import replace
@@ -20,7 +20,7 @@ def newer(params) -> Params:
 
 
 def test_tokens_say_which_weights_drew_them(make_engine, model, params):
-    """What is submitted after new weights came is drawn with those, as on an engine that never had others."""
+    """Conversations submitted after new weights came use only those, as on an engine that never had others."""
     stops = range(0, model.vocab_size, 16)
     newer = jax.tree.map(lambda x: x * 1.1, params)
     engine, fresh = make_engine(0, stops), make_engine(0, stops)
@@ -64,7 +64,7 @@ def test_a_waiting_conversation_is_told_of_new_weights_under_the_name_of_its_end
 
 
 def test_kept_rows_draw_on_from_what_they_hold(engines, params, reference):
-    """Here the new weights are the old ones, so nothing changes; and nothing is written again."""
+    """Here the new weights equal the old ones, so no draw changes, and nothing is written again."""
     engine = engines(slots=16, decode_steps=1)
     engine.config = replace(engine.config, stale_rows="keep")
 
@@ -82,7 +82,7 @@ def test_kept_rows_draw_on_from_what_they_hold(engines, params, reference):
 
 
 def test_who_begins_after_new_weights_came_is_of_those_alone(make_engine, model, params, newer):
-    """Although others of its group began before, whose prompt was kept for it; these go on under the new weights."""
+    """Its group began earlier and kept its prompt for it; those that began earlier continue with the new weights."""
     prompt = list(range(1, 40))
     stops = range(0, model.vocab_size, 16)
     kept = make_engine(0, stops, slots=1, decode_steps=32, pages=48, stale_rows="keep")  # pages for all at once
@@ -112,7 +112,7 @@ def test_who_begins_after_new_weights_came_is_of_those_alone(make_engine, model,
 
 
 def test_weights_that_come_while_an_answer_is_waited_for_are_taken_before_the_next_dispatch(engines, params, newer):
-    """A row is written again for its very next token, as where they came before the call."""
+    """A row is written again before its next token, as if the weights had come before the call."""
     engine = engines(slots=1, decode_steps=32)
     engine.config = replace(engine.config, read_late=0)
 

@@ -1,4 +1,4 @@
-"""The page tables: exclusive where written, shared where forked, and nothing ever lost."""
+"""Page tables: pages are exclusive when written, shared after a fork, and never lost."""
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ def test_a_group_shares_its_prompt_and_each_member_copies_one_page_when_it_write
         pages.fork(0, member, 10)
     assert pages.counts() == {"free": 61, "used": 3, "shared": 3, "rows": 16}
     copies = [pages.ensure(member, 10, 11) for member in range(16)]
-    # The last one has the page to itself by then.
+    # By then the last one is the only holder of the page.
     assert [len(copied) for copied in copies] == [1] * 15 + [0]
     assert {source for copied in copies for source, _ in copied} == {2}
     table = pages.table(range(16), 3)
@@ -55,7 +55,7 @@ def test_rewriting_shared_pages_copies_only_the_one_that_is_kept_in_part():
     pages.truncate("b", 5)
     assert pages.ensure("b", 5, 12) == [(1, 3)]
     assert pages.table(["a", "b"], 3).tolist() == [[0, 1, 2], [0, 3, 4]]
-    # Writing over whole shared pages needs none of what they hold.
+    # Overwriting whole shared pages needs no copy of their content.
     pages.fork("a", "c", 12)
     assert pages.ensure("c", 4, 12) == []
     assert pages.table(["a", "c"], 3).tolist() == [[0, 1, 2], [0, 5, 6]]
@@ -86,7 +86,7 @@ ACTIONS = st.lists(
 
 @given(ACTIONS)
 def test_any_history_reads_back_what_each_row_wrote_and_leaks_nothing(actions):
-    """Against lists: the pool is simulated, with copies made when `ensure` says so."""
+    """Compare with lists: the test simulates the pool and makes the copies that `ensure` asks for."""
     pages = Pages(24, 4)
     pool = np.full((24, 4), -1)
     rows: dict[int, list[int]] = {}
@@ -128,7 +128,7 @@ def test_any_history_reads_back_what_each_row_wrote_and_leaks_nothing(actions):
 
 
 def test_a_row_of_nan_leaves_nothing_to_the_next_owner_of_its_pages(make_engine, params):
-    """Weights that give NaN fill every page and every dense row; with good ones, rows are what they always were."""
+    """Weights that give NaN fill every page and dense row; with good weights the rows then are as always."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, length).tolist() for length in (5, 21, 40)]
 

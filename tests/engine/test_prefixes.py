@@ -1,4 +1,4 @@
-"""A conversation that goes on from one that has ended reuses its pages, and draws what it would without."""
+"""A conversation that continues an ended one reuses its pages, and its draws do not change."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Ask:
         pass
 
     def then(self, more: Sequence[int], **how) -> "Ask":
-        """A conversation that goes on from this one, once it has ended."""
+        """A conversation that continues this one after its end."""
         return replace(self, prompt=[*self.prompt, *self.turn, *more], cached=0, **how)
 
 
@@ -81,7 +81,7 @@ def ids(count: int, seed: int = 0) -> list[int]:
 
 
 def assert_as_fresh(serve, *asks: Ask) -> None:
-    """Tokens and log-probs of conversations are those that they have alone, with nothing kept."""
+    """Tokens and log-probs of conversations equal those that they have alone, with nothing kept."""
     for ask in asks:
         fresh = replace(ask, cached=0)
         serve([[fresh]], prefix_tokens=0)
@@ -107,7 +107,7 @@ def test_a_second_turn_on_a_thousand_tokens_prefills_only_the_new_ones(serve, te
 
 
 def test_branches_share_what_they_begin_with_and_write_apart(serve):
-    """Two go on from one in different ways, at once; one begins again in its middle, within a page; one asks anew."""
+    """Two continue one at the same time; one continues from the middle of a page; one repeats the prompt."""
     first = Ask(ids(75))
     after: list[Ask] = []
 
@@ -156,7 +156,7 @@ def test_pages_of_older_weights_are_never_used(engine, params, serve):
 
 
 def test_a_row_that_old_weights_wrote_is_not_kept(engine, params, serve):
-    """It goes on with them where `stale_rows` says so, and is let go at its end."""
+    """If `stale_rows` keeps them, it continues with them, but its row is not kept when it ends."""
     engine.config = replace(engine.config, stale_rows="keep")
     first = Ask(ids(75), budget=60)
     told: list[int] = []
@@ -175,7 +175,7 @@ def test_a_row_that_old_weights_wrote_is_not_kept(engine, params, serve):
 
 
 def test_the_least_recently_used_goes_first(serve):
-    """Room for two of three: the one that was used again stays, and one above the limit is not kept at all."""
+    """There is room for two of three: the one used again stays, and one above the limit is not kept at all."""
     a, b, long = Ask(ids(50, 1)), Ask(ids(50, 2)), Ask(ids(170, 4))
     used, asked, asked_long = (Ask([*ask.prompt, 1], request=9, budget=1) for ask in (a, b, long))
     last: list[Ask] = []
@@ -191,7 +191,7 @@ def test_the_least_recently_used_goes_first(serve):
 
 
 def test_live_rows_take_the_pages_of_kept_ones(make_engine):
-    """A pool that holds one long row: what is kept makes way for a conversation that needs it."""
+    """In a pool for one long row, a kept row is dropped when a conversation needs its pages."""
     engine = make_engine(
         0, [], slots=2, max_length=96, page_size=PAGE, pages=7, prefix_tokens=500, token_buckets=(16,), tool_lag=-1
     )
@@ -214,7 +214,7 @@ def test_a_conversation_that_was_cancelled_leaves_nothing(engine, serve):
 
 
 def test_top_p_and_stops_are_those_of_the_request(engine, serve):
-    """What is kept has nothing of how it was drawn."""
+    """A kept row does not depend on the sampling parameters that drew it."""
     first = Ask(ids(75))
     again = Ask([*first.prompt, 3], request=5)
 

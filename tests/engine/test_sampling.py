@@ -1,4 +1,4 @@
-"""Draws follow the distribution whose log-probability they report, and depend on (seed, request, position) alone."""
+"""Draws follow the distribution of their reported log-probabilities and depend only on (seed, request, position)."""
 
 import re
 from functools import partial
@@ -95,13 +95,13 @@ def test_a_key_is_its_own_for_each_seed_request_and_position():
         for seed in (0, 1)
     ]
     assert len({tuple(key) for key in np.concatenate(keys).tolist()}) == 2 * requests.size
-    # And the same alone as among others.
+    # A row draws the same alone and among others.
     one = row_keys(jax.random.key(0), jnp.array([2], jnp.uint32), jnp.array([100]))
     assert jax.random.key_data(one)[0].tolist() == np.asarray(keys[0])[14].tolist()
 
 
 def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """By sorting: the tokens that may be drawn, as `transformers` filters them."""
+    """The tokens that may be drawn, by sorting, as `transformers` filters them."""
     scaled = (logits / np.float32(temperature)).astype(np.float32)
     keep = scaled >= (np.sort(scaled)[-top_k] if 0 < top_k < len(scaled) else -np.inf)
     if top_p < 1.0:
@@ -179,7 +179,7 @@ def test_inversion_never_lands_where_there_is_no_mass():
     ],
 )
 def test_blocks_tile_a_shard_and_are_few(vocabulary, shards, width):
-    """The widths decide which tokens a seed draws, so they stay what they are."""
+    """The widths determine which tokens a seed draws, so they must not change."""
     assert block_width(vocabulary, shards) == width
     assert vocabulary // shards % width == 0 and width + vocabulary // width <= WHOLE_BLOCKS
 
@@ -203,7 +203,7 @@ def test_a_prime_vocabulary_takes_no_more_memory_than_its_neighbour():
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_draws_from_padded_blocks_follow_the_distribution(shards):
-    """Two shards of a prime size, in which the last places of the last blocks are padding."""
+    """Two shards of a prime size, whose last blocks end in padding."""
     V = 4099 * shards
     width = block_width(V, shards)
     assert 4099 % width, "the last block is padded"
@@ -228,7 +228,7 @@ def test_draws_from_padded_blocks_follow_the_distribution(shards):
 
 @pytest.mark.parametrize("V", [2048, 8198])
 def test_a_split_vocabulary_stays_split(V):
-    """By the compiled program for two devices: no array as large as the logits is gathered, and draws are the same."""
+    """The compiled program for two devices gathers no array as large as the logits, and draws the same tokens."""
     mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
     B = 4
     logits = np.random.default_rng(0).normal(0.0, 3.0, (B, V)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A draw depends on its request alone, log-probabilities are the trainer's, and conversations end as they should."""
+"""A draw depends only on its request, log-probabilities equal the trainer's, and conversations end as they should."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -43,7 +43,7 @@ def test_these_conversations_have_many_turns_of_one_dispatch_and_of_several(refe
 
 
 def test_an_end_of_several_tokens_ends_a_turn_wherever_dispatches_end(engines):
-    """What was drawn behind it is given back: nothing of it is recorded, and nothing later depends on it."""
+    """Tokens drawn after it are discarded: they are not recorded, and nothing later depends on them."""
     runs = []
     for slots, decode_steps, tool_lag in ((4, 8, 1), (2, 8, -1), (16, 1, 0)):
         conversations = chats(halves=True)
@@ -78,7 +78,7 @@ def test_requests_and_seeds_differ(engines, reference):
 
 @pytest.mark.parametrize(("temperature", "halves"), [(1.0, False), (0.6, False), (1.4, False), (1.0, True)])
 def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temperature, halves):
-    """Through tool appends and ends of several tokens, against one packed forward with the trainer's function."""
+    """Across tool appends and ends of several tokens, compared with the trainer's function on one packed forward."""
     conversations = chats(temperature=temperature, halves=halves)
     run(engines(), conversations)
     examples = [Example(chat.ids, chat.sampled, {"old_logprobs": chat.logprobs}) for chat in conversations]
@@ -92,7 +92,7 @@ def test_logprobs_at_sampling_time_are_the_trainers(engines, model, params, temp
 
 
 def test_the_schedule_follows_from_the_tokens_when_answers_have_a_due_time(engines):
-    """Latency changes nothing at all: same steps on the device, same bits."""
+    """Latency of tools changes nothing: the device makes the same steps with the same bits."""
     results = []
     for delay in (0.0, 0.03):
         conversations = chats(delay=delay)
@@ -107,7 +107,7 @@ def test_statistics_add_up(engines):
     assert all(chat.ended for chat in conversations)
     sampled = sum(sum(chat.sampled) for chat in conversations)
     assert stats.decoded_tokens == sampled
-    # All are admitted at once, so that each of the three prompts is prefilled once.
+    # All are seated at once, so that each of the three prompts is prefilled once.
     assert stats.prefilled_tokens == sum(len(chat.prompt) for chat in conversations[::3])
     told = sum(len(chat.ids) - len(chat.prompt) - sum(chat.sampled) for chat in conversations)
     assert stats.appended_tokens == told
@@ -152,7 +152,7 @@ def test_a_failing_tool_ends_the_batch_and_cancels_the_others(engines, reference
                 raise
 
     started, cancelled = [], []
-    # Turns of one token: all four call at once, and the first answer waited for is the one that never comes.
+    # With turns of one token all four call at once, and the first answer that is waited for never comes.
     waiting = [Waiting(chat.prompt, chat.request, turn_limit=1) for chat in chats(6)]
     with pytest.raises(RuntimeError, match="the tool broke"):
         run(engines(tool_lag=tool_lag), waiting)
@@ -160,12 +160,12 @@ def test_a_failing_tool_ends_the_batch_and_cancels_the_others(engines, reference
     assert cancelled == started == [101, 102, 103, *([104, 105] if tool_lag < 0 else [])]
     again = chats()
     assert quiet(engines(tool_lag=tool_lag))
-    run(engines(tool_lag=tool_lag), again)  # the engine is as good as new
+    run(engines(tool_lag=tool_lag), again)  # the engine works as before
     assert [chat.ids for chat in again] == [chat.ids for chat in reference]
 
 
 def test_a_row_is_filled_to_its_last_token(make_engine, fresh_logits, compiles):
-    """No stop ids: every turn ends at its budget, the last at the row's end."""
+    """Without stop ids every turn ends at its budget, and the last turn at the end of its row."""
     engine = make_engine(stop_ids=(), slots=2)
     conversations = chats(5, turns=10**9, turn_limit=13)
     for chat in conversations:
@@ -185,7 +185,7 @@ def test_a_row_is_filled_to_its_last_token(make_engine, fresh_logits, compiles):
 
 
 def fill(chat: Chat, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int]] | None:
-    """Go on until the row is full, with answers as long as fit before one more sampled token."""
+    """A conversation that continues until its row is full, with answers that leave room for one sampled token."""
     chat._add(ids, logprobs)
 
     async def answer() -> list[int]:

@@ -1,4 +1,4 @@
-"""Few slots and pages, tools that pile up, new weights: rows give way and come back, and draws stay the same."""
+"""With few slots and pages, slow tools and new weights, rows are evicted and come back, and draws do not change."""
 
 import asyncio
 from collections import Counter
@@ -14,12 +14,12 @@ from retool_jax.learn.step import token_logprobs
 
 from .chats import ROOM, Chat, chats, quiet, run
 
-# --- memory: pages on demand, shared prompts, rows that have to give way ----------------------------------------------
+# --- memory: pages on demand, shared prompts, eviction ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tool_lag", [-1, 1])
 def test_a_small_cache_changes_the_schedule_and_no_draw(make_engine, model, reference, tool_lag):
-    """Pages for two full rows: the youngest give theirs up, come back, and draw what they would have drawn."""
+    """There are pages for two full rows: the youngest are evicted, come back, and their draws do not change."""
     stops = range(0, model.vocab_size, 16)
     engine = make_engine(0, stops, slots=4, page_size=8, pages=24, tool_lag=tool_lag)
     conversations = chats(delay=0.005)
@@ -34,7 +34,7 @@ def test_a_small_cache_changes_the_schedule_and_no_draw(make_engine, model, refe
 
 @pytest.mark.parametrize("page_size", [8, 96])
 def test_a_row_may_take_the_whole_cache_whoever_shared_its_prompt(make_engine, model, reference, page_size):
-    """With the prompt let go, the row that shares its page with it needs no copy, though no page became free."""
+    """When the kept prompt is dropped, no page becomes free, but the row that shared its page needs no copy of it."""
     stops = range(0, model.vocab_size, 16)
     pages = -(-96 // page_size)
     engine = make_engine(0, stops, slots=4, page_size=page_size, pages=pages, decode_steps=96, tool_lag=0)
@@ -44,7 +44,7 @@ def test_a_row_may_take_the_whole_cache_whoever_shared_its_prompt(make_engine, m
 
 
 def test_more_conversations_than_slots_decode_while_others_wait_for_tools(engines):
-    """Two slots, and four conversations whose tools take long: while two wait, the other two draw."""
+    """With two slots and four conversations with slow tools, two draw while the other two wait."""
     out: set[int] = set()
     drew_meanwhile = []
 
@@ -64,7 +64,7 @@ def test_more_conversations_than_slots_decode_while_others_wait_for_tools(engine
 
 
 def test_a_group_shares_its_prompt_whenever_its_members_come(engines):
-    """Sixteen samples over four slots: one prefill, and one token for each member that comes after the first four."""
+    """Sixteen samples on four slots need one prefill, and one token for each member after the first four."""
     engine = engines()
     prompt = np.random.default_rng(5).integers(1, 60, 37).tolist()
     shared = []
@@ -85,7 +85,7 @@ def test_a_group_shares_its_prompt_whenever_its_members_come(engines):
 
 
 def test_eight_turns_pay_for_their_context_once(make_engine):
-    """The engine's own counter: 13 tokens of prompt, 8 drawn and 2 told a turn."""
+    """By the engine's counters: 13 tokens of prompt, then 8 drawn tokens and an answer of 2 in each turn."""
     engine = make_engine(0, (), slots=2)
 
     class Long(Chat):
@@ -130,7 +130,7 @@ def test_a_cancelled_conversation_lets_go_and_the_others_do_not_notice(engines, 
 
 
 def test_of_those_that_wait_only_the_next_one_is_asked_whether_it_is_wanted(engines):
-    """It is asked at each dispatch, and thousands may wait."""
+    """They are looked at before each dispatch, and thousands may wait."""
     asked = Counter()
 
     class Counted(Chat):
@@ -174,7 +174,7 @@ def test_no_more_tools_run_at_once_than_allowed(engines, reference):
 
 
 def test_two_thousand_trajectories_leave_nothing_behind(many, compiles, alive):
-    """With cancellations, tools that give up and budgets that end, in a cache that is too small for all slots."""
+    """With cancellations, tools that give up and budgets that run out, in a cache that is too small for all slots."""
     rng = np.random.default_rng(0)
 
     class Wild(Chat):
@@ -201,7 +201,7 @@ def test_two_thousand_trajectories_leave_nothing_behind(many, compiles, alive):
     assert memory[-1] <= memory[1], "no array is kept"
 
 
-# --- new weights under way --------------------------------------------------------------------------------------------
+# --- new weights while conversations run ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def updating(make_engine, model, params):
 
 
 def test_rows_are_written_again_under_new_weights(updating, model):
-    """What is drawn after the swap has the log-probabilities that the trainer computes with the new weights."""
+    """Tokens drawn after the swap have the log-probabilities that the trainer computes with the new weights."""
     engine, newer, conversations = updating(slots=4)
     stats = run(engine, conversations)
     assert stats.rewritten_tokens > 0 and all(chat.ended for chat in conversations) and quiet(engine)
@@ -252,7 +252,7 @@ def test_rows_of_old_weights_can_be_discarded(updating):
 
 
 def test_old_weights_are_discarded_also_where_a_row_has_given_up_its_pages(make_engine, model, params):
-    """Whoever has begun is dropped, and nobody else: the outcome does not depend on the size of the cache."""
+    """All that have begun are dropped, and no others: the outcome does not depend on the size of the cache."""
     engine = make_engine(0, range(0, model.vocab_size, 16), page_size=8, pages=24, stale_rows="discard")
     newer = jax.tree.map(lambda x: x * 1.1, params)
     begun: dict[int, Chat] = {}

@@ -1,4 +1,4 @@
-"""The scheduler as a service: conversations join when they like, from any thread, and tokens come as they are read."""
+"""The scheduler as a service: conversations join at any time, from any thread, and tokens come as they are read."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ def drawn(chat: Chat) -> list[int]:
 
 @pytest.mark.parametrize("tool_lag", [-1, 1])
 def test_a_conversation_may_join_while_others_draw(engines, reference, tool_lag):
-    """The others are at every stage by then, and the draws are those of a run in which all began together."""
+    """The others are at all stages by then, and the draws equal those of a run in which all began together."""
     conversations = chats(delay=0.01)
     engine = engines(tool_lag=tool_lag)
 
@@ -52,7 +52,7 @@ def test_an_idle_service_waits_for_work_and_counts_what_it_did(engines):
 
 
 def test_nobody_waits_for_a_tool_that_is_not_theirs(engines):
-    """One slot, and a tool that answers only when a conversation that came later has ended."""
+    """There is one slot, and a tool that answers only after a conversation that came later has ended."""
     other = Chat([4, 5, 6], 2, turns=1)
     late = asyncio.Event()
 
@@ -67,14 +67,14 @@ def test_nobody_waits_for_a_tool_that_is_not_theirs(engines):
         async with Service(engines(slots=1, decode_steps=32, tool_lag=-1)) as service:
             first = service.submit(Waiting([1, 2, 3], 1, turns=2))
             await late.wait()
-            await asyncio.sleep(0.02)  # nothing is left to do but wait
+            await asyncio.sleep(0.02)  # now the service can only wait
             assert await service.submit(other) == await first == Finish.ENDED
 
     play(scenario)
 
 
 def test_tokens_come_as_they_are_read_and_nothing_of_them_is_taken_back(engines):
-    """Turns that end in several tokens: what was drawn behind an end is in no piece."""
+    """With turns that end in several tokens: no piece has tokens that were drawn after an end."""
     conversations = chats(halves=True)
     pieces: dict[int, list[Tokens]] = {chat.request: [] for chat in conversations}
 
@@ -114,7 +114,7 @@ def test_who_stops_listening_is_dropped(engines):
 
 
 def test_each_conversation_draws_in_its_own_way(engines):
-    """Side by side: greedy, of one token, and of its seed."""
+    """Together on one engine: greedy, top_k=1, and sampled with a seed."""
     greedy, top, plain, again = (Chat([9, 8, 7], request, turns=1) for request in (1, 2, 4, 4))
     ways = [SamplingParams(0.0), SamplingParams(1.0, top_k=1), None, SamplingParams()]
 
@@ -138,7 +138,7 @@ def talker(engines) -> list[int]:
 
 @pytest.mark.parametrize("which", [[0], [3], [7], [8], [-2], [-1], [2, 5, 9, 11, 12, 13, 14, 15], []])
 def test_a_turn_ends_on_the_device_at_ids_of_its_own(engines, talker, which):
-    """Wherever in a dispatch they are: nothing is drawn behind them; the next turn has them too, and others do not."""
+    """Wherever in a dispatch they are, nothing is drawn after them; they hold for the next turn, and not for others."""
     request, *ids = talker
     assert len(ids) > 16, "more than two dispatches"
     own = frozenset(ids[place] for place in which)
@@ -206,7 +206,7 @@ def test_every_end_has_its_name(engines):
 
 @pytest.mark.parametrize("tool_lag", [-1, 1])
 def test_a_fault_ends_its_own_conversation_and_no_other(engines, reference, tool_lag):
-    """In each of the places where a conversation, its tool or who listens can fail."""
+    """In each place where a conversation, its tool or its listener can fail."""
     conversations = chats(delay=0.005)
 
     def broken(*_: object) -> None:
@@ -268,7 +268,7 @@ def test_what_cannot_be_run_is_refused_at_the_door(engines):
 
 
 def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines):
-    """Here: another thread has taken it over. Also who was about to be seated is told, and nobody waits for ever."""
+    """Here another thread has taken it over. Conversations without a seat get the error too."""
     engine = engines(slots=2)
 
     async def scenario() -> None:
@@ -293,7 +293,7 @@ def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines
     [({3}, False, False), ({4}, False, False), ({3, 4}, False, False), ({1, 2}, False, True), ((), True, True)],
 )
 def test_closing_goes_on_where_the_device_fails(engines, monkeypatch, broken, taken_over, stubborn):
-    """By results that are gone, or an engine that is another's: tools are ended, everybody is told, nothing is held."""
+    """With deleted results, or an engine of another thread: tools end, all get the error, and nothing is kept."""
     engine = engines(slots=2, tool_lag=-1)
     decode, dispatched, ended = engine.decode, [], []
     calling = asyncio.Event()
@@ -321,7 +321,7 @@ def test_closing_goes_on_where_the_device_fails(engines, monkeypatch, broken, ta
             if stubborn:
                 raise LookupError("nor does its conversation")
 
-    # One calls its tool in the first dispatch, the others share a prompt and draw on; one of them has no seat.
+    # One calls its tool in the first dispatch; the others share a prompt and continue; one of these has no seat.
     talks = [Waiting([9], 1, turn_limit=1), *(Chat([1, 2, 3], i, turns=99) for i in range(2, 6))]
     futures: list[asyncio.Future] = []
 
@@ -340,7 +340,7 @@ def test_closing_goes_on_where_the_device_fails(engines, monkeypatch, broken, ta
     assert ended == ([1] if calling.is_set() else []) and all(chat.dropped == Finish.CLOSED for chat in talks)
     engine.take_over()
     if taken_over:
-        engine.clear()  # its rows were not ours to free
+        engine.clear()  # this thread could not free its rows then
     monkeypatch.undo()
     assert quiet(engine)
     run(engine, [chat := Chat([1], 1, turns=1)])
@@ -356,10 +356,10 @@ def short(n: int) -> list[Chat]:
 
 
 def test_a_second_thread_runs_a_thousand_requests(many, params, compiles):
-    """Beside the thread that the engine belongs to, which has requests of its own, and with new weights under way."""
+    """While the engine's own thread has requests too, and with new weights in between."""
     theirs, ours, expected = short(250) + short(250) + short(250) + short(250), short(100), short(250)
     run(many, expected)
-    many.update_params(params)  # compiled by now
+    many.update_params(params)  # so that its program is compiled
     known = len(compiles)
     seen: set[str] = set()
 
@@ -372,7 +372,7 @@ def test_a_second_thread_runs_a_thousand_requests(many, params, compiles):
                 seen.add(threading.current_thread().name)
                 done = [service.submit_from_thread(chat) for chat in theirs[:500]]
                 results = [future.result(60) for future in done]
-                service.from_thread(many.update_params, params).result(60)  # the same ones: draws stay
+                service.from_thread(many.update_params, params).result(60)  # equal weights, so draws do not change
                 done = [service.submit_from_thread(chat) for chat in theirs[500:]]
                 return results + [future.result(60) for future in done]
 

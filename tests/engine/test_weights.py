@@ -1,4 +1,4 @@
-"""New weights reach an engine from any mesh, and the engine has a mesh of its own."""
+"""New weights reach an engine from any mesh, and the engine has its own mesh."""
 
 import dataclasses
 from functools import partial
@@ -44,7 +44,7 @@ def test_new_weights_are_taken_copied_and_cost_no_compilation(plain, fresh, comp
     known = len(compiles)
     old = jax.tree.leaves(engine.weights)
     engine.update_params(other)
-    assert all(x.is_deleted() for x in old)  # their memory holds the new ones
+    assert all(x.is_deleted() for x in old)  # the new weights took their memory
     jax.tree.map(lambda x: x.delete(), other)  # as the trainer's next update does
     changed = work()
     engine.update_params(params)
@@ -62,7 +62,7 @@ def test_an_output_matrix_in_fp32_is_not_rounded_on_its_way(model, params, mesh)
 
 
 def test_weights_of_another_sharding_are_taken(model, fresh):
-    """The trainer's are split over fsdp and tp, the engine's over tp alone."""
+    """The trainer's weights are split over fsdp and tp, the engine's only over tp."""
     devices = jax.devices()[:4]
     trainer, rollout = make_mesh(MeshConfig(1, 2, 2), devices), make_mesh(MeshConfig(2, 1, 2), devices)
     weights = random_weights(model, 1)
@@ -76,7 +76,7 @@ def test_weights_of_another_sharding_are_taken(model, fresh):
 
 
 def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, params, mesh):
-    """The vocabulary's padding is made the likeliest by far; log-probs of what is drawn are still the trainer's."""
+    """Padding ids get by far the largest logits; log-probs of the drawn tokens still equal the trainer's."""
     params = jax.tree.map(jnp.array, params)
     params["embedding"][...] = params["embedding"][...].at[60:].mul(20.0)
     config = dataclasses.replace(model, real_vocab=60)
@@ -106,7 +106,7 @@ def test_ids_without_a_token_are_never_drawn_and_the_trainer_agrees(model, param
 
 
 def test_a_trainer_with_fsdp_leaves_the_engine_its_own_devices(model, params, engines):
-    """Heads are split in two, as many as keys have, and rows are dealt out to two: nothing is held four times."""
+    """Heads are split over two devices, the number of key heads, and rows over two: nothing is copied four times."""
     trainer = make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
     config = EngineConfig(slots=4, max_length=ROOM, decode_steps=8)
     placed = jax.device_put(params, param_shardings(model, trainer))
