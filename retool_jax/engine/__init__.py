@@ -1,1 +1,1 @@
-"""Sampling with a KV cache that lives through tool calls."""
+"""Sampling with a KV cache that is kept across tool calls."""

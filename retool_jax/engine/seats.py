@@ -132,7 +132,7 @@ class Seats:
             fresh = talk.ids == talk.conversation.prompt and not talk.lost
             if fresh:
                 self._decrement_wanted(prompt)
-                if talk.parked is not None and (prompt in owners or prompt in self._prompts):  # these share more of it
+                if talk.parked is not None and (prompt in owners or prompt in self._prompts):  # these hold more of it
                     self.engine.drop(talk.parked)
                     talk.parked, talk.written = None, 0
             if not talk.written:

@@ -1,1 +1,1 @@
-"""What every kind of training shares."""
+"""Packing, the training step and the optimiser, which SFT, policies and critics share."""

@@ -1,4 +1,4 @@
-"""What a run may set of its optimiser."""
+"""The config of the optimiser."""
 
 from typing import Annotated, Literal
 

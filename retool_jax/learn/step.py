@@ -145,7 +145,7 @@ def spread_of(values_MBT: jax.Array, sampled_MBT: jax.Array) -> Metrics:
     result = {
         "mean": mean,
         "std": jnp.sqrt(mean_of(jnp.square(values_MBT - mean))),
-        "p99": jnp.where(jnp.isnan(mean), jnp.nan, p99),  # NaN is sorted behind the padding
+        "p99": jnp.where(jnp.isnan(mean), jnp.nan, p99),  # NaN values are sorted after the padding
         "max": jnp.max(jnp.where(sampled_MBT, values_MBT, -jnp.inf)),
     }
     return {name: jnp.where(n > 0, x, 0.0) for name, x in result.items()}

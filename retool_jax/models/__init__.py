@@ -1,1 +1,1 @@
-"""The decoder."""
+"""The decoder, its kernels, and its checkpoints."""

@@ -64,13 +64,13 @@ def _forward(
     q, k, v = _queries_first(q_BTNH, k_BTKH.shape[2]), _heads_first(k_BTKH), _heads_first(v_BTKH)
     B, K, G, T, H = q.shape
 
-    def of_queries(i: jax.Array, made: tuple) -> tuple:
-        mixed_all, denominators = made
+    def query_block(i: jax.Array, results: tuple) -> tuple:
+        mixed_all, denominators = results
         q_i = _part(q, i, block, 3)
-        first, last, nth = _visits(seen, block, i)
+        first, last, key_block = _visits(seen, block, i)
 
-        def of_keys(n: jax.Array, carry: tuple) -> tuple:
-            j, (mixed, highest, total) = nth(n), carry
+        def add_keys(n: jax.Array, carry: tuple) -> tuple:
+            j, (mixed, highest, total) = key_block(n), carry
             scores = jnp.where(_mask(seen, block, i, j), _scores(q_i, _part(k, j, block, 2)), UNSEEN)
             new = jnp.maximum(highest, scores.max(-1, keepdims=True))
             weights, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
@@ -79,12 +79,12 @@ def _forward(
 
         column = jnp.zeros((B, K, G, block, 1))
         carry = jnp.zeros((B, K, G, block, H)), column + UNSEEN, column
-        mixed, highest, total = jax.lax.fori_loop(first, last, of_keys, carry)
+        mixed, highest, total = jax.lax.fori_loop(first, last, add_keys, carry)
         mixed_all = _put(mixed_all, (mixed / total).astype(q.dtype), i, block, 3)
         return mixed_all, _put(denominators, highest + jnp.log(total), i, block, 3)
 
-    made = jnp.zeros_like(q), jnp.zeros((B, K, G, T, 1))
-    mixed, denominators = jax.lax.fori_loop(0, T // block, of_queries, made)
+    results = jnp.zeros_like(q), jnp.zeros((B, K, G, T, 1))
+    mixed, denominators = jax.lax.fori_loop(0, T // block, query_block, results)
     mixed_BTNH = checkpoint_name(mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), ATTENTION)
     denominators = checkpoint_name(denominators, ATTENTION)
     return mixed_BTNH, (q_BTNH, k_BTKH, v_BTKH, seen, mixed_BTNH, denominators)
@@ -99,13 +99,13 @@ def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
     # The gradient of a softmax is weight x (gradient - sum of weight x gradient); the sum equals this product.
     sums = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), -1, keepdims=True)
 
-    def of_queries(i: jax.Array, made: tuple) -> tuple:
-        dq, dk, dv = made
+    def query_block(i: jax.Array, gradients: tuple) -> tuple:
+        dq, dk, dv = gradients
         q_i, gradient_i, sums_i, denominators_i = (_part(x, i, block, 3) for x in (q, gradient, sums, denominators))
-        first, last, nth = _visits(seen, block, i)
+        first, last, key_block = _visits(seen, block, i)
 
-        def of_keys(n: jax.Array, carry: tuple) -> tuple:
-            j, (dq_i, dk, dv) = nth(n), carry
+        def add_keys(n: jax.Array, carry: tuple) -> tuple:
+            j, (dq_i, dk, dv) = key_block(n), carry
             k_j, v_j = _part(k, j, block, 2), _part(v, j, block, 2)
             scores = _scores(q_i, k_j) - denominators_i
             weights = jnp.where(_mask(seen, block, i, j), jnp.exp(scores), 0.0)
@@ -118,11 +118,11 @@ def _backward(block: int, kept: tuple, gradient_BTNH: jax.Array) -> tuple:
             return dq_i + _product("BKGTS,BKSH->BKGTH", d_scores, k_j), dk, dv
 
         carry = jnp.zeros((B, K, G, block, H)), dk, dv
-        dq_i, dk, dv = jax.lax.fori_loop(first, last, of_keys, carry)
+        dq_i, dk, dv = jax.lax.fori_loop(first, last, add_keys, carry)
         return _put(dq, dq_i.astype(q.dtype), i, block, 3), dk, dv
 
-    made = jnp.zeros_like(q), jnp.zeros((B, K, H, T)), jnp.zeros((B, K, H, T))
-    dq, dk, dv = jax.lax.fori_loop(0, T // block, of_queries, made)
+    gradients = jnp.zeros_like(q), jnp.zeros((B, K, H, T)), jnp.zeros((B, K, H, T))
+    dq, dk, dv = jax.lax.fori_loop(0, T // block, query_block, gradients)
     dq_BTNH = dq.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
     return dq_BTNH, *(x.transpose(0, 3, 1, 2).astype(k.dtype) for x in (dk, dv)), None
 

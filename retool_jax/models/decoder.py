@@ -246,8 +246,8 @@ def _product(x: jax.Array, weight: jax.Array, *logical: str) -> jax.Array:
     B, T = x.shape[:2]
     if meshes.split_with_weights(B):
         return split.product(x, weight, *logical)
-    alone = jax.sharding.get_abstract_mesh().size <= 1
-    flat = by_weight(x.reshape(B * T, *x.shape[2:]), weight, alone and current_backend() == "cpu")
+    one_device = jax.sharding.get_abstract_mesh().size <= 1
+    flat = by_weight(x.reshape(B * T, *x.shape[2:]), weight, one_device and current_backend() == "cpu")
     return flat.reshape(B, T, *flat.shape[1:])
 
 

@@ -98,8 +98,8 @@ def _forward(
         results = jnp.stack(_on_each(given, _take(hidden, here), _take(targets, here)))
         return jax.lax.dynamic_update_slice_in_dim(seen, results, index * chunk, 2)
 
-    room = meshes.constrain(jnp.zeros((3, *parts.shape)), None, "batch", "length")
-    seen = jax.lax.fori_loop(0, -(-count // chunk), body, room)
+    zeros = meshes.constrain(jnp.zeros((3, *parts.shape)), None, "batch", "length")
+    seen = jax.lax.fori_loop(0, -(-count // chunk), body, zeros)
     logprobs, entropy = seen[:2, :, : order.shape[1]]
     return (logprobs, entropy), (weight_VD, hidden, targets, order, count, seen[2], seen[1])
 
@@ -109,24 +109,24 @@ def _backward(numerics: Numerics, chunk: int, kept: tuple, gradients: tuple[jax.
     parts = _chunks(chunk, order)
     more = parts.shape[1] - order.shape[1]
     devices, D = order.shape[0], hidden.shape[-1]
-    # What is exchanged has D first: the parts of a last axis are no whole lanes of a TPU.
+    # The exchanged gradient has D first: parts of the last axis would not be whole lanes of a TPU.
     axes, whole = ("DV", ("model", "vocab")) if devices > 1 else ("VD", ("vocab", "model"))
-    # What fills up the last chunk has a gradient of 0 and its own normaliser: with another one, p could be infinite.
+    # The padding of the last chunk has a gradient of 0 and its own normaliser; with another one p could be infinite.
     values = jnp.stack([*values, *(jnp.pad(x, ((0, 0), (0, more))) for x in gradients)])
 
     def one_device(hidden: jax.Array, targets: jax.Array, *values: jax.Array) -> tuple[jax.Array, jax.Array]:
         scaled = logits_of(numerics.config, weight_VD, hidden) / numerics.temperature
         slope_cV = _slope(numerics, scaled, targets, *values) / numerics.temperature
         precision = head_precision(numerics.config)
-        # Written as products whose factors XLA's CPU backend takes as they lie.
+        # These products need no transposed copies of their factors on XLA's CPU backend.
         d_weight = jnp.einsum(f"cV,cD->{axes}", slope_cV, hidden.astype(jnp.float32), precision=precision)
         return d_weight, jnp.einsum("cV,VD->cD", slope_cV, weight_VD.astype(jnp.float32), precision=precision)
 
-    def body(index: jax.Array, made: tuple) -> tuple:
-        d_weight, d_hidden = made
+    def body(index: jax.Array, carry: tuple) -> tuple:
+        d_weight, d_hidden = carry
         here = _part(parts, index, chunk)
-        of_values = jax.lax.dynamic_slice_in_dim(values, index * chunk, chunk, 2)
-        weight, states = _on_each(one_device, _take(hidden, here), _take(targets, here), *of_values)
+        chunk_values = jax.lax.dynamic_slice_in_dim(values, index * chunk, chunk, 2)
+        weight, states = _on_each(one_device, _take(hidden, here), _take(targets, here), *chunk_values)
         d_weight = meshes.constrain(d_weight + weight, "batch", *whole)
         return d_weight, jax.lax.dynamic_update_slice_in_dim(d_hidden, states.astype(hidden.dtype), index * chunk, 1)
 

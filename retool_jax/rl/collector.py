@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Rollouts(NamedTuple):
-    """What a step learns from."""
+    """The trajectories that a step learns from, with their statistics."""
 
     trajectories: list[Trajectory]  # scored, group by group in the sampler's order, rl.group_size each
     statistics: Statistics  # since the previous step

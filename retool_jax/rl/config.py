@@ -1,4 +1,4 @@
-"""What a run may set of reinforcement learning."""
+"""The config of reinforcement learning."""
 
 import dataclasses
 from typing import Annotated, Literal

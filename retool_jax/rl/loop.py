@@ -66,30 +66,29 @@ async def train(p: Parts, state: State, start: int | None) -> None:
     """Train from the state after step `start` to the last step; `start` is None for a run without a checkpoint."""
     if start is None:
         p.save(0, state, p.rollouts.state())
-    await evaluate_if_due(p, start or 0)  # also one of this step that was interrupted
+    await evaluate_if_due(p, start or 0)  # of the first weights, or of the step after which the run stopped
     for step in range((start or 0) + 1, p.rl.steps + 1):
         with p.clock.part("rollout"):
             rollouts: Rollouts = await p.rollouts.take()  # 1, 2
-            every = [*rollouts.trajectories, *rollouts.others]
-            numbers = summarise(every, p.rl.max_dropped, p.evaluation.purposes, p.tokenizer) | rollouts.numbers
+            sampled = [*rollouts.trajectories, *rollouts.others]
+            numbers = summarise(sampled, p.rl.max_dropped, p.evaluation.purposes, p.tokenizer) | rollouts.numbers
         if (p.rl.save_rollouts or p.rl.rollout_only) and hosts.is_first():
             write_rollouts(rollouts_path(p.folder, step), rollouts.trajectories, p.rl.group_size, p.tokenizer)
         with p.clock.part("update"):
             if p.learner:
                 # In a thread, so that rollouts that run ahead continue meanwhile.
-                state, learned, tokens = await asyncio.to_thread(
-                    learn, p.learner, state, rollouts.trajectories, step
-                )  # 3, 4
+                learning = asyncio.to_thread(learn, p.learner, state, rollouts.trajectories, step)
+                state, learned, tokens = await learning  # 3, 4
                 numbers |= learned
                 p.tokens["update"] += tokens
             p.rollouts.updated(state.params)  # 5
 
         p.tokens["decode"] += rollouts.statistics.decoded_tokens  # 6
-        p.log.write("rl", step, numbers | performance(rollouts.statistics, every))
+        p.log.write("rl", step, numbers | performance(rollouts.statistics, sampled))
         speed = rollouts.statistics.decoded_tokens / rollouts.statistics.total_s
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
         if warning := faults(numbers):
-            p.bar.say(f"step {step}: {warning}{reasons(every)}")
+            p.bar.say(f"step {step}: {warning}{reasons(sampled)}")
         if warning := skipped(numbers):
             p.bar.say(f"step {step}: {warning}")
         # Save before a long evaluation: a run that is killed in it repeats the evaluation, not the step.

@@ -1,1 +1,1 @@
-"""Problems to trajectories: what is drawn, what is kept of it, and what it is worth."""
+"""Problems to trajectories: sampling with tools, records, and rewards."""

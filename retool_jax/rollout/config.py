@@ -1,4 +1,4 @@
-"""What a run may set of its trajectories."""
+"""The config of trajectories and rewards."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What a run may set of its cold start."""
+"""The config of the cold start."""
 
 from typing import Annotated, Literal
 
