@@ -40,7 +40,7 @@ def test_warm_up_knows_every_program(make_engine, compiles):
     assert len(compiles) == known
 
 
-def test_what_threads_compile_ahead_is_compiled_once_and_waited_for(model, params, mesh, compiles):
+def test_programs_compiled_ahead_by_threads_are_compiled_once_and_waited_for(model, params, mesh, compiles):
     config = EngineConfig(slots=3, max_length=48, decode_steps=4, token_buckets=(4,))
     engine = Engine(model, config, params, mesh, [0], 0)
     known = len(compiles)

@@ -96,7 +96,7 @@ def test_any_history_of_rows_equals_a_fresh_forward(machine, schedule):
     assert engine.counts() == {"free": engine.sizes.pages, "used": 0, "shared": 0, "rows": 0}
 
 
-def test_an_append_is_a_prefix_written_behind_another_and_placed_bit_for_bit(machine):
+def test_an_append_equals_a_prefix_written_after_another_and_placed_bit_for_bit(machine):
     """A prefix written outside the slots in two calls equals appends; a prefix that is continued is not changed."""
     engine = machine.engine
     engine.clear()
@@ -142,7 +142,7 @@ def test_a_placed_prefix_draws_what_a_fresh_forward_expects(fresh):
     assert turns.ended[2] == (expected in engine.stop_ids)
 
 
-def test_a_prefix_that_was_let_go_gives_its_pages_back_whoever_holds_it(fresh):
+def test_a_released_prefix_gives_up_its_pages_and_rows_keep_theirs(fresh):
     engine = fresh.engine
     prefix = engine.write_prefix(list(range(1, 22)))
     engine.place(prefix, 1)
@@ -157,7 +157,7 @@ def test_a_prefix_that_was_let_go_gives_its_pages_back_whoever_holds_it(fresh):
         engine.write_prefix([1] * 97)
 
 
-def test_another_thread_is_told_whose_the_engine_is(make_engine):
+def test_a_call_from_another_thread_is_refused_with_the_owner(make_engine):
     """Its calls would donate buffers that the owner uses; it may take over an idle engine."""
     engine = make_engine()
     engine.append([0], [[5, 6, 7]])
@@ -252,7 +252,7 @@ def test_dispatches_may_run_ahead_of_their_results(fresh, ahead):
         engine.read(left if ahead > 1 else under_way)
 
 
-def test_pages_are_taken_as_far_as_a_dispatch_may_come_and_surplus_is_given_back(fresh):
+def test_a_dispatch_takes_pages_for_its_longest_outcome_and_frees_the_surplus(fresh):
     engine = fresh.engine  # pages of 8 tokens
     engine.append([0], [list(range(1, 8))])
     assert engine.counts()["used"] == 1

@@ -40,7 +40,7 @@ def test_tokens_say_which_weights_drew_them(make_engine, model, params):
     np.testing.assert_allclose(after.logprobs, expected.logprobs, atol=1e-5)
 
 
-def test_a_waiting_conversation_is_told_of_new_weights_under_the_name_of_its_end(engines):
+def test_a_waiting_conversation_is_discarded_by_new_weights_with_that_reason(engines):
     engine = engines(tool_lag=-1)
     engine.config = replace(engine.config, stale_rows="discard")
     called = asyncio.Event()
@@ -81,7 +81,7 @@ def test_kept_rows_draw_on_from_what_they_hold(engines, params, reference):
         np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
 
 
-def test_who_begins_after_new_weights_came_is_of_those_alone(make_engine, model, params, newer):
+def test_conversations_that_begin_after_new_weights_use_only_those(make_engine, model, params, newer):
     """Its group began earlier and kept its prompt for it; those that began earlier continue with the new weights."""
     prompt = list(range(1, 40))
     stops = range(0, model.vocab_size, 16)

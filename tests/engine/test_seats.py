@@ -129,7 +129,7 @@ def test_a_cancelled_conversation_lets_go_and_the_others_do_not_notice(engines, 
         assert ours.dropped == ("cancelled" if i in (1, 4, 9) else "")
 
 
-def test_of_those_that_wait_only_the_next_one_is_asked_whether_it_is_wanted(engines):
+def test_only_the_next_waiting_conversation_is_checked_for_cancellation(engines):
     """They are looked at before each dispatch, and thousands may wait."""
     asked = Counter()
 

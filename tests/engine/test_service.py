@@ -51,7 +51,7 @@ def test_an_idle_service_waits_for_work_and_counts_what_it_did(engines):
     play(scenario)
 
 
-def test_nobody_waits_for_a_tool_that_is_not_theirs(engines):
+def test_conversations_do_not_wait_for_tools_of_others(engines):
     """There is one slot, and a tool that answers only after a conversation that came later has ended."""
     other = Chat([4, 5, 6], 2, turns=1)
     late = asyncio.Event()
@@ -73,7 +73,7 @@ def test_nobody_waits_for_a_tool_that_is_not_theirs(engines):
     play(scenario)
 
 
-def test_tokens_come_as_they_are_read_and_nothing_of_them_is_taken_back(engines):
+def test_tokens_come_as_they_are_read_and_none_is_revoked(engines):
     """With turns that end in several tokens: no piece has tokens that were drawn after an end."""
     conversations = chats(halves=True)
     pieces: dict[int, list[Tokens]] = {chat.request: [] for chat in conversations}
@@ -94,7 +94,7 @@ def test_tokens_come_as_they_are_read_and_nothing_of_them_is_taken_back(engines)
         assert max(len(piece.ids) for piece in pieces[chat.request]) == 1
 
 
-def test_who_stops_listening_is_dropped(engines):
+def test_a_conversation_is_dropped_when_its_stream_is_closed(engines):
     chat = Chat([1, 2, 3], 7, turns=4)
     engine = engines()
 
@@ -267,7 +267,7 @@ def test_what_cannot_be_run_is_refused_at_the_door(engines):
     play(scenario)
 
 
-def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines):
+def test_an_engine_error_reaches_all_conversations_and_ends_the_service(engines):
     """Here another thread has taken it over. Conversations without a seat get the error too."""
     engine = engines(slots=2)
 
@@ -292,7 +292,7 @@ def test_a_fault_of_the_engine_is_told_to_everybody_and_ends_the_service(engines
     ("broken", "taken_over", "stubborn"),
     [({3}, False, False), ({4}, False, False), ({3, 4}, False, False), ({1, 2}, False, True), ((), True, True)],
 )
-def test_closing_goes_on_where_the_device_fails(engines, monkeypatch, broken, taken_over, stubborn):
+def test_closing_completes_although_the_device_fails(engines, monkeypatch, broken, taken_over, stubborn):
     """With deleted results, or an engine of another thread: tools end, all get the error, and nothing is kept."""
     engine = engines(slots=2, tool_lag=-1)
     decode, dispatched, ended = engine.decode, [], []

@@ -67,7 +67,7 @@ def test_a_critic_begins_as_a_copy_of_the_policy_with_a_value_of_zero(model):
         assert not buffers(params) & buffers(policy), "the update that consumes a critic leaves the policy its weights"
 
 
-def test_a_value_is_of_what_stands_before_its_token(model, params, examples):
+def test_a_value_depends_on_the_prefix_of_its_token(model, params, examples):
     """From the hidden state of the token before it, however rows are packed."""
     params = critic_params(model, params)
     rng = np.random.default_rng(1)

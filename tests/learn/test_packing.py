@@ -24,7 +24,7 @@ def examples_of(lengths: list[int]) -> list[Example]:
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_every_token_stands_once_with_what_belongs_to_it(lengths, rows_per_micro):
+def test_every_token_is_packed_once_with_its_mask_and_columns(lengths, rows_per_micro):
     examples = examples_of(lengths)
     batch = pack(examples, 16, rows_per_micro)
     assert batch.tokens.shape[1:] == (rows_per_micro, 16) and batch.micro_batches == len(batch.tokens)
@@ -86,7 +86,7 @@ GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_s
 
 @given(GROUPS, st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_a_shared_prompt_stands_before_each_of_its_samples(groups, rows_per_micro):
+def test_a_shared_prompt_precedes_each_of_its_samples(groups, rows_per_micro):
     examples = samples_of(groups)
     if not examples:
         return
@@ -153,7 +153,7 @@ def test_examples_of_one_batch_have_the_same_columns():
         pack([Example([5], [True], {"advantages": 1.0}), Example([5], [True])], 4, 1)
 
 
-def test_limits_are_told():
+def test_limits_are_reported():
     with pytest.raises(
         UserError, match=r"a sequence of 17 tokens does not fit a packed row of 16; raise sft.row_length"
     ):

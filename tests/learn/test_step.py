@@ -248,7 +248,7 @@ def test_tokens_that_were_not_sampled_have_no_effect(kind, batch, compute, expec
         jax.tree.map(np.testing.assert_array_equal, metrics, expected[1])
 
 
-def test_what_a_loss_makes_of_tokens_that_were_not_sampled_has_no_effect(kind, batch, expected):
+def test_the_loss_of_tokens_that_were_not_sampled_has_no_effect(kind, batch, expected):
     def loud(outputs: Columns, batch: Batch) -> TokenTerms:
         noise = jnp.where(batch.sampled, 1.0, jnp.nan)
         return TokenTerms(*jax.tree.map(lambda x: x * noise, tuple(kind.loss(outputs, batch))))

@@ -241,7 +241,7 @@ def test_the_ragged_kernels_arguments_mean_what_the_plain_form_computes(T):
 
 @pytest.mark.parametrize("left", [np.nan, np.inf])
 @pytest.mark.parametrize("T", [1, 4])
-def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left, T):
+def test_stale_entries_after_a_row_have_no_effect(left, T):
     """A weight of 0 times NaN would be NaN, so stale values must be masked."""
     rng = np.random.default_rng(0)
     pool, (q, k, v) = full_pool(rng), queries(rng, T)

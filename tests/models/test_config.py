@@ -246,7 +246,7 @@ def test_refuses_by_name_what_it_would_compute_wrongly(tmp_path, changes, named)
         config_from_hf(write(tmp_path, **changes))
 
 
-def test_fields_that_are_off_or_say_nothing_of_the_model_are_no_hindrance(tmp_path):
+def test_fields_that_are_off_or_do_not_affect_the_model_are_accepted(tmp_path):
     harmless = {"use_mrope": False, "quantization_config": None, "pretraining_tp": 0, "attention_dropout": 0.0}
     stored = {"architectures": ["Qwen2ForCausalLM"], "torch_dtype": "bfloat16", "max_window_layers": 3, "_name": "x"}
     assert config_from_hf(write(tmp_path, **harmless, **stored)) == config_from_hf(write(tmp_path))

@@ -123,7 +123,7 @@ def test_what_is_not_wanted_is_not_visited():
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_what_fills_up_the_last_chunk_adds_nothing_however_large_its_logits_are(entropy_gradient):
+def test_the_padding_of_the_last_chunk_adds_nothing_however_large_its_logits_are(entropy_gradient):
     """The padding is the first token, which is not wanted and whose exp(logit) overflows."""
     params, hidden, targets, seen = case(MODEL)
     hidden = hidden.at[0, 0].multiply(100)

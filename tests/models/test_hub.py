@@ -105,7 +105,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[list[str]]:
     server.server_close()
 
 
-def test_a_hub_id_is_fetched_for_its_shape_first_and_then_for_its_weights_and_words(hub):
+def test_a_hub_id_is_fetched_first_for_its_config_and_then_for_weights_and_tokenizer(hub):
     run = resolve(["config=sft_retool", "init_from=acme/tiny"])
     assert (run.model.vocab_size, run.tokenizer) == (400, "acme/tiny")
     assert hub == ["config.json"]
@@ -125,7 +125,7 @@ def test_an_unknown_hub_id_is_named_with_the_way_out():
     assert told.endswith("give a folder with config.json and *.safetensors")
 
 
-def test_of_a_repository_that_the_words_come_from_no_weight_is_fetched(hub, tmp_path):
+def test_no_weight_is_fetched_from_a_repository_that_only_gives_the_tokenizer(hub, tmp_path):
     main([f"from={tmp_path / 'repository'}", f"to={tmp_path / 'out'}", "tokenizer=acme/tiny"])
     assert {"tokenizer.json", "chat_template.jinja"} <= set(hub) and "model.safetensors" not in hub
     assert (tmp_path / "out" / "tokenizer.json").is_file()
@@ -143,7 +143,7 @@ def test_what_is_converted_is_pushed_as_it_is(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("hub")
-def test_what_the_hub_refuses_is_complete_here_and_told_in_one_line(tmp_path):
+def test_an_upload_that_the_hub_refuses_is_complete_here_and_reported_in_one_line(tmp_path):
     with pytest.raises(UserError) as caught:
         main([f"from={tmp_path / 'repository'}", f"to={tmp_path / 'out'}", "push=acme/other"])
     told = str(caught.value)

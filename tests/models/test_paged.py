@@ -41,7 +41,7 @@ def test_it_is_attention_over_the_pages_of_a_row(heads, kv_heads, dtype, lengths
     assert off.max() < (1e-5 if dtype == "float32" else 0.02)
 
 
-def test_what_lies_behind_a_row_may_be_anything_and_an_empty_row_is_finite():
+def test_stale_entries_after_a_row_have_no_effect_and_an_empty_row_is_finite():
     q, pool = cached(10, 2, 16, "float32")
     dirty = pool.at[TABLE[0, 1:]].set(np.nan).at[TABLE[0, 0], 9:].set(np.inf)
     lengths = jnp.array([9, 0])

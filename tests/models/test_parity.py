@@ -165,7 +165,7 @@ def rows() -> tuple[list[dict], dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_written_is_read_back_to_the_bit_and_lies_where_transformers_expects_it(name, pair, mesh):
+def test_files_are_read_back_bit_for_bit_and_have_the_layout_of_transformers(name, pair, mesh):
     theirs, config, params, folder = pair(name)
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert config_from_hf(folder) == config

@@ -67,7 +67,7 @@ def test_a_dense_copy_of_rows_is_the_pages_step_by_step():
     np.testing.assert_array_equal(scatter_rows(first, rows, TABLE, START, length - START, 5), pool)
 
 
-def test_what_comes_out_for_a_row_does_not_depend_on_how_far_others_have_come():
+def test_a_rows_result_does_not_depend_on_the_length_of_other_rows():
     """Bit for bit, although no part beyond the longest row is read."""
     rng = np.random.default_rng(0)
     rows = refresh(full_pool(rng), dense_rows(0), jnp.arange(3), 3)
@@ -100,7 +100,7 @@ def test_rows_of_a_shallow_model_have_parts_on_a_cpu(length, layers, backend, pa
 
 
 @pytest.mark.parametrize("left", [np.nan, np.inf])
-def test_what_an_earlier_owner_left_behind_a_row_may_be_anything(left):
+def test_stale_entries_after_a_row_have_no_effect(left):
     """In its pages and in the dense copy; a weight of 0 times NaN would be NaN."""
     rng = np.random.default_rng(0)
     pool, arguments = full_pool(rng), queries(rng)

@@ -159,7 +159,7 @@ def test_a_teacher_counts_in_every_token_by_its_coefficient(teacher):
     compare(ALGORITHMS["opd"].advantage(scored, rl)["advantages"], costly, rtol=1e-5)
 
 
-def test_a_gate_is_open_for_wrong_answers_and_shut_for_right_ones():
+def test_the_gated_teacher_counts_more_for_wrong_answers():
     teacher = TeacherConfig(form="gated", gate_low=0.0, gate_high=0.05, gate_slope=1.0)
     assert teacher_coefficient(teacher, 0.0) == 0.025
     assert teacher_coefficient(teacher, -2.0) > 0.04 > 0.01 > teacher_coefficient(teacher, 2.0)
@@ -181,7 +181,7 @@ def gae_by_hand(rewards: list, values: list, sampled: list, gamma: float, lam: f
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.2])
-def test_ppo_estimates_over_drawn_tokens_alone_and_whitens_over_the_step(coefficient):
+def test_ppo_estimates_over_sampled_tokens_only_and_whitens_over_the_step(coefficient):
     scored = step()
     rl = dataclasses.replace(PPO, kl=KLConfig(coefficient, "k3", "reward") if coefficient else KLConfig())
     pairs = []
@@ -230,7 +230,7 @@ def test_too_few_tokens_to_whiten_are_zeros(counts):
     assert len(white) == len(counts) and not np.any(white)
 
 
-def test_a_trajectory_without_a_drawn_token_gets_nothing_and_changes_nothing():
+def test_a_trajectory_without_a_sampled_token_has_no_effect():
     scored = step()
     empty = Scored(
         np.append(scored.rewards, 1.0),
@@ -255,7 +255,7 @@ NOISE = st.sampled_from([0.0, -1.0, 1e30, np.nan, np.inf])
 @pytest.mark.filterwarnings("error")
 @given(seed=st.integers(0, 2**16), noise=st.fixed_dictionaries({model: NOISE for model in MODELS}))
 @settings(max_examples=15, deadline=None, derandomize=True)
-def test_what_stands_beside_tokens_that_were_not_sampled_changes_nothing(name, seed, noise):
+def test_columns_of_tokens_that_were_not_sampled_have_no_effect(name, seed, noise):
     scored = step(seed)
     columns = {
         model: [np.where(mask, x, np.float32(noise[model])) for x, mask in zip(column, scored.sampled, strict=True)]

@@ -156,7 +156,7 @@ def test_without_running_ahead_a_step_is_one_rollout(tokenizer, scripted, collec
 
 @pytest.mark.parametrize("groups", [GroupsConfig(), DYNAMIC])
 @pytest.mark.parametrize("ahead", [0, 1, 2])
-def test_neither_long_trajectories_nor_slow_tools_are_seldom_learned_from(scripted, collect, ahead, groups):
+def test_long_trajectories_and_slow_tools_are_not_underrepresented(scripted, collect, ahead, groups):
     """However long tools take, each step has the same trajectories, so their lengths are the same too."""
     rl = replace(RL, ahead=ahead, groups=groups, prompts_per_step=2)
 
@@ -244,7 +244,7 @@ def faulty(request: int, attempt: int) -> float | None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_what_was_lost_is_drawn_once_more_and_nothing_else_changes(scripted, collect, ahead):
+def test_lost_trajectories_are_sampled_once_more_and_others_do_not_change(scripted, collect, ahead):
     rl = replace(RL, ahead=ahead, prompts_per_step=6)
     expected, _ = collect(scripted(), replace(rl, ahead=0), Ask(quick))
     steps, _ = collect(scripted(faulty), rl, Ask(faulty))
@@ -342,7 +342,7 @@ def test_no_token_is_older_than_rollouts_may_run_ahead(scripted, collect, ahead)
 
 
 @pytest.mark.parametrize(("stale_rows", "limit"), [("keep", 0), ("discard", None)])
-def test_what_is_too_old_or_was_cut_short_is_counted_and_not_learned_from(scripted, collect, stale_rows, limit):
+def test_stale_and_discarded_trajectories_are_counted_and_not_learned_from(scripted, collect, stale_rows, limit):
     engine = scripted(slots=64, decode_steps=100, stale_rows=stale_rows)
     rl = replace(RL, steps=2, ahead=1, max_staleness=limit)
     steps, _ = collect(engine, rl, Patient(engine))
@@ -433,7 +433,7 @@ class Hanging(Tool):
 
 @pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize("broken", [False, True])
-def test_whoever_leaves_early_leaves_nothing_behind(scripted, collect, tokenizer, ahead, broken):
+def test_closing_early_leaves_nothing_behind(scripted, collect, tokenizer, ahead, broken):
     """After a cancellation or a device failure: tools end, their states are closed, and no prompt is skipped."""
     rl = replace(RL, ahead=ahead)
     engine = scripted()

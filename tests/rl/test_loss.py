@@ -293,7 +293,7 @@ def test_a_divergence_may_be_large_and_stays_a_number():
 
 
 @pytest.mark.parametrize("names", [(), ("engine_logprobs",)])
-def test_the_mismatch_is_told_token_by_token(names):
+def test_the_mismatch_is_reported_for_each_token(names):
     """The trainer's old log-probs minus the engine's; if only one of them exists, the new ones minus it."""
     outputs, batch = rows(6, names)
     _, terms = compiled("clipped", RLConfig(clip=CLIP))(outputs, batch, ones(batch))
@@ -342,7 +342,7 @@ def stepped(kind: str) -> Callable:
     ),
 )
 @settings(max_examples=15, deadline=None, derandomize=True)
-def test_what_stands_beside_tokens_that_were_not_sampled_changes_nothing(kind, seed, noise):
+def test_columns_of_tokens_that_were_not_sampled_have_no_effect(kind, seed, noise):
     """Loss, metrics and gradient have the same bits, and the gradient of such a token is zero."""
     outputs, batch = rows(seed)
 
@@ -382,7 +382,7 @@ def test_weights_make_a_token_mean_the_aggregation(aggregation):
     assert weighted == pytest.approx(expected[aggregation], rel=1e-12)
 
 
-def test_weights_of_equal_lengths_are_ones_and_of_none_are_numbers():
+def test_weights_are_ones_for_equal_lengths_and_finite_without_tokens():
     np.testing.assert_allclose(aggregation_weights("sequence_token_mean", np.full(6, 9), 30), np.ones(6), rtol=1e-12)
     for aggregation in ("sequence_token_mean", "sequence_token_sum", "fixed"):
         assert not aggregation_weights(aggregation, np.zeros(2, int), 30).any()

@@ -103,7 +103,7 @@ def test_a_session_of_another_program_needs_five_fields(tmp_path):
         assert other.turns == 2 and other.problem.question == ""
 
 
-def test_a_replay_gives_the_steps_in_order_and_goes_on_behind_the_last_one(tmp_path):
+def test_a_replay_returns_the_steps_in_order_and_resumes_after_the_last_one(tmp_path):
     write_steps(tmp_path, 3)
 
     async def taken(step: int) -> list[list[str]]:
@@ -190,7 +190,7 @@ def test_a_file_that_is_damaged_is_named(tmp_path, text):
         ),
     ],
 )
-def test_a_run_that_cannot_learn_from_them_is_told_why(tmp_path, rl, vocabulary, message):
+def test_rollouts_that_a_run_cannot_learn_from_are_refused_with_the_reason(tmp_path, rl, vocabulary, message):
     write_steps(tmp_path, 3)
     with pytest.raises(UserError) as caught:
         asyncio.run(Replay(tmp_path, rl, vocabulary).take())

@@ -63,7 +63,7 @@ def test_group_g_is_of_problem_g_with_its_own_requests():
 
 
 @pytest.mark.parametrize("state", [None, {}])
-def test_a_checkpoint_without_a_state_goes_on_where_its_step_ended(state):
+def test_a_checkpoint_without_a_state_continues_after_its_step(state):
     """A replay's state is empty, and a run may continue from it with its own rollouts."""
     assert Sampler(PROBLEMS, RL, state, 6).take(8) == Sampler(PROBLEMS, RL).take(32)[24:]
 

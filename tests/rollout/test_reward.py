@@ -148,12 +148,12 @@ def test_the_end_of_the_room_costs_what_dapo_says(length, penalty):
     assert given.terms == {"default": 1.0} | ({"overlong": pytest.approx(penalty)} if penalty else {})
 
 
-def test_what_was_cut_off_pays_in_full_and_without_the_key_nobody_does():
+def test_a_cut_off_response_gets_the_full_penalty_if_there_is_one():
     short = scored(NO_BOX, length=5, end=End.TOKEN_LIMIT)
     assert worth(RewardConfig(overlong_tokens=40), short) == [-2.0] and worth(RewardConfig(), short) == [-1.0]
 
 
-def test_length_counts_behind_the_guard():
+def test_the_length_penalty_is_added_after_the_guard():
     group = [scored(WRONG, "success", length=100), scored(WRONG, length=10)]
     assert worth(RewardConfig(name="recipe", overlong_tokens=40), *group) == [-2.0, -1.0]
 
@@ -187,7 +187,7 @@ def own(tmp_path: Path, monkeypatch) -> Iterator[str]:
     sys.modules.pop("own_rewards", None)
 
 
-def test_a_function_of_ones_own_sees_the_trajectory_and_the_verdict(own):
+def test_a_users_reward_function_gets_the_trajectory_and_the_verdict(own):
     name = f"{own}:brief"
     given = rewards_of(RewardConfig(name=name, overlong_tokens=10), [scored(RIGHT), scored(WRONG)], [0, 1])
     assert [one.reward for one in given] == pytest.approx([0.9, -0.1])
@@ -217,7 +217,7 @@ def test_a_function_that_gives_no_number_is_named(own, function, said):
         ("own_rewards:number", "rl.reward.name=own_rewards:number is no function"),
     ],
 )
-def test_a_name_that_stands_for_no_reward_is_told(own, name, said):
+def test_an_unknown_reward_name_is_reported(own, name, said):
     with pytest.raises(UserError, match=said):
         reward_named(name)
 
@@ -253,7 +253,7 @@ def test_scoring_gives_terms_beside_a_verdict_that_stays_apart(tokenizer):
     assert (record["prompt_id"], record["group"]) == ("p", 0)
 
 
-def test_a_box_that_a_tool_printed_is_nobodys_answer(tokenizer):
+def test_a_box_that_a_tool_printed_is_not_an_answer(tokenizer):
     printed = spoken(tokenizer, "So it is.<|im_end|>", End.NO_ANSWER, printed=r"\boxed{42}")
     cut_off = spoken(tokenizer, r"\boxed{42}", End.TOKEN_LIMIT)
     score(tokenizer, [printed, cut_off], RewardConfig(name="dapo_strict"))
@@ -261,7 +261,7 @@ def test_a_box_that_a_tool_printed_is_nobodys_answer(tokenizer):
     assert cut_off.final_text == ""
 
 
-def test_what_was_dropped_gets_nothing_and_leaves_its_group_its_places(tokenizer):
+def test_a_dropped_trajectory_gets_no_reward_and_does_not_shift_its_group(tokenizer):
     said = [r"\boxed{42}<|im_end|>", r"\boxed{1}<|im_end|>"] * 2
     trajectories = [spoken(tokenizer, text, printed="6") for text in said]
     trajectories[0].end = End.SANDBOX_LOST

@@ -136,7 +136,7 @@ def test_every_end_has_its_reason(tokenizer, play):
     assert numbers["tool_rate"] == pytest.approx(2 / 5)
 
 
-def test_what_the_models_code_did_wrong_is_told_in_words(tokenizer, play):
+def test_errors_of_the_models_code_are_described_in_words(tokenizer, play):
     answer = "\\boxed{6}<|im_end|>"
     raised, silent, broken, unknown = play(
         [call("1 / 0"), answer],
@@ -302,7 +302,7 @@ def test_a_turn_has_no_more_tokens_than_it_may(tokenizer, play):
         load(["config=grpo", "rollout.turn_tokens=-1"])
 
 
-def test_a_prompt_that_nobody_would_read_is_refused():
+def test_a_tool_prompt_that_would_not_be_used_is_refused():
     for wrong in ("config=grpo", "config=grpo rollout.grammar=hermes"):
         with pytest.raises(UserError, match=r"rollout\.tool_prompt explains <code>, and rollout\.grammar=hermes is"):
             load([*wrong.split(), "rollout.tool_prompt=paper"])
@@ -337,7 +337,7 @@ def test_where_turns_run_out_the_answer_is_asked_for_and_scores(tokenizer, play)
     assert plain.end == End.TURN_LIMIT and not plain.forced
 
 
-def test_where_tokens_run_out_the_turn_is_closed_and_the_answer_has_its_room(tokenizer, play):
+def test_when_tokens_run_out_the_turn_is_closed_and_the_answer_has_room(tokenizer, play):
     prompt = encode_prompt(tokenizer, problem(), Toolbox([Python()]), RolloutConfig(999))
     closing = f"<|im_end|>\n<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
     segment = tokenizer.encode(closing)

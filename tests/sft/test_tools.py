@@ -83,7 +83,7 @@ def test_rows_may_call_every_tool_of_the_run_and_no_other(texts):
     assert texts([conversation() | {"tools": [{"type": "function", "function": {"name": "x"}}]}])
 
 
-def test_what_a_grammar_cannot_write_is_told_with_its_row(texts):
+def test_a_row_that_a_grammar_cannot_write_is_reported(texts):
     rows = [conversation(), conversation(code="print('</code>')")]
     with pytest.raises(UserError, match=r"rows.jsonl row 2: a turn cannot be written in the retool grammar"):
         texts(rows, "sft.grammar=retool")
