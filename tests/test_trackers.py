@@ -171,7 +171,7 @@ def test_the_key_is_a_list_of_known_names(config, word, meant):
     ("word", "named"),
     [
         ("logger=[wandb,console]", "logger=console is not one of: tensorboard, wandb, trackio, none"),
-        ("logger=[none,wandb]", r"logger=\[none,wandb\] is none and more"),
+        ("logger=[none,wandb]", r"logger=\[none,wandb\] names none and others"),
     ],
 )
 def test_other_names_are_refused(word, named):

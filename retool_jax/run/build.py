@@ -1,4 +1,4 @@
-"""A run to the objects that it is made of. Each is made when it is asked for, and a wrong value is told then."""
+"""Build the objects of a run from its config. Each function makes one of them and reports a wrong value."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -34,46 +34,46 @@ from retool_jax.tools.toolbox import Toolbox, load_tools
 
 
 def resolve(words: list[str]) -> Run:
-    """The run that a command line describes, with what it leaves to the checkpoint of `init_from`.
+    """The run that a command line describes, with the model and tokenizer of `init_from` where it sets none.
 
     Raises:
         UserError: the words are wrong (`load.load`), or the checkpoint's `config.json` describes a model that is not
             supported, or cannot be fetched.
     """
     schema, values = read(words)
-    said = make(schema, values)  # what is wrong with the words is told before anything is fetched
-    run = make(schema, with_checkpoint(values | {"tokenizer": said.tokenizer}))
-    if taken := " and ".join(part for part in ("model", "tokenizer") if getattr(run, part) != getattr(said, part)):
-        print(f"{taken}: of {run.init_from}, since nothing else is set here")
+    given = make(schema, values)  # reports mistakes in the words before anything is fetched
+    run = make(schema, with_checkpoint(values | {"tokenizer": given.tokenizer}))
+    if taken := " and ".join(part for part in ("model", "tokenizer") if getattr(run, part) != getattr(given, part)):
+        print(f"{taken}: taken from {run.init_from}, since the config sets no other")
     return run
 
 
 def with_checkpoint(values: dict) -> dict:
-    """A run's values with what they leave to the checkpoint of `init_from`: the tokenizer and the model's shape.
+    """A run's values, completed from the checkpoint of `init_from`: an empty tokenizer, and the model's shape.
 
-    The shape is read there when no key of it is set; one that is set is compared when the weights are loaded.
+    The shape is read only when no key of it is set. A shape that is set is compared when the weights are loaded.
     """
     name, model = values.get("init_from"), values.get("model") or {}
     if not name:
         return values
     folder = Path(name)
-    its_run = read_yaml(str(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
-    its_run = its_run if {"model", "tokenizer"} <= its_run.keys() else None
+    saved = read_yaml(str(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
+    is_run = {"model", "tokenizer"} <= saved.keys()
     if values.get("tokenizer") == "":
-        values = values | {"tokenizer": its_run["tokenizer"] if its_run else name}
+        values = values | {"tokenizer": saved["tokenizer"] if is_run else name}
     if set(ARCHITECTURE) & model.keys():
         return values
-    if its_run:
-        there = its_run["model"]
+    if is_run:
+        there = saved["model"]
     elif (find_folder(name, weights=False) / "config.json").is_file():
         there = dataclasses.asdict(config_from_hf(find_folder(name, weights=False)))
     else:
-        return values  # those who load the weights say that there is nothing
+        return values  # loading the weights will report that there are none
     return values | {"model": {key: there[key] for key in (*ARCHITECTURE, "max_positions") if key in there} | model}
 
 
 def model_for(run: Run, tokenizer: Tokenizer) -> ModelConfig:
-    """The run's model with the number of ids that stand for text, so that an embedding's padding is never drawn."""
+    """The run's model, with `real_vocab` set to the tokenizer's size so that padding ids are never sampled."""
     tokens, rows = len(tokenizer), run.model.vocab_size
     if rows < tokens:
         raise UserError(
@@ -84,7 +84,7 @@ def model_for(run: Run, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def mesh_of(run: Run) -> Mesh:
-    """The run's mesh over the devices that are here; a `UserError` when its rows or weights do not divide over it."""
+    """The run's mesh over this job's devices; a `UserError` when rows or weights do not divide over it."""
     mesh = make_mesh(run.mesh)
     check_heads(mesh.shape, run.model.num_kv_heads)
     for key, rows in micro_batches(run).items():
@@ -94,8 +94,8 @@ def mesh_of(run: Run) -> Mesh:
 
 
 @contextmanager
-def told_of_memory(run: Run) -> Iterator[None]:
-    """Say which sizes to lower where a device has no room for what the block computes."""
+def explain_out_of_memory(run: Run) -> Iterator[None]:
+    """Turn a device's out-of-memory error in the block into a `UserError` that names the sizes to lower."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -120,7 +120,7 @@ def demonstrations_of(run: Run, tokenizer: Tokenizer) -> Demonstrations:
 
 
 def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict[str, Problems]:
-    """The problems of each split. Over-long prompts are refused, those of the miniature as far as its first show it."""
+    """The problems of each split. Over-long prompts are refused; of an endless set only the first 8 are checked."""
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     _check_apart(run, problems["train"].finite or [], problems["test"].finite or [])
     for stream in problems.values():
@@ -130,19 +130,20 @@ def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict
 
 
 def _check_apart(run: RLRun, train: Sequence[Problem], test: Sequence[Problem]) -> None:
-    """Refuse to train on all of the test set, whatever its file is called; say how much of it is trained on."""
+    """Refuse a training set that contains the whole test set; print the overlap when it contains a part."""
     shared = also_in(test, train)
     if shared and shared == len(test):
         raise UserError(
-            f"data.train={run.data.train} has every question of data.test={run.data.test}, which would measure what was"
-            " learned by heart; train on another set, or test on one that is not trained"
+            f"data.train={run.data.train} has every question of data.test={run.data.test}, so the test would measure"
+            " memorisation; train on another set, or test on one that is not trained"
         )
     if shared:
-        print(f"data: {shared} of the {len(test)} questions of data.test={run.data.test} are in data.train, too")
+        print(f"data: {shared} of the {len(test)} questions of data.test={run.data.test} are also in data.train")
 
 
 def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox | None) -> list[Problem]:
-    """The problems of an evaluation's set, each with a prompt that fits; no more than have a stream of draws."""
+    """The problems of an evaluation's set, at most `MOST_PROBLEMS`. A `UserError` when there are more, or a prompt is
+    too long."""
     problems = problems_of_set(run.data, run.evaluation.problems)
     if len(problems) > MOST_PROBLEMS:
         raise UserError(
@@ -155,8 +156,8 @@ def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox 
 
 
 def sandbox_config(run: EngineRun) -> SandboxConfig:
-    """The sandbox with a queue that holds a call of every engine slot, so that none is refused or waits in vain, even
-    if each of them runs to its time limit."""
+    """The sandbox's config with a queue for one call of every engine slot: no call is refused or times out in the queue
+    even if all of them run to their time limit."""
     box, slots = run.sandbox, run.engine.slots
     longest_s = (slots / box.slot_count + 1) * (box.limits.wall_s + 1)
     waiting = max(slots, box.sessions) if "python_session" in words_of(run.tools) else slots
@@ -166,7 +167,7 @@ def sandbox_config(run: EngineRun) -> SandboxConfig:
 
 
 def sandbox_lines(box: Sandbox | None) -> list[str]:
-    """Which sandbox a run has, and what its calls cost where that is much (docs/sandbox.md has the measurements)."""
+    """Lines that name a run's sandbox, and the cost of a call when it is high (measured in docs/sandbox.md)."""
     if box is None:
         return ["sandbox: none"]
     lines = [f"sandbox: {box.description}"]
@@ -180,9 +181,10 @@ def sandbox_lines(box: Sandbox | None) -> list[str]:
 
 @contextmanager
 def compiled_ahead(run: EngineRun, mesh: Mesh, tokenizer: Tokenizer) -> Iterator[None]:
-    """Compile what the run's engine is going to need, in threads, while the block does other things.
+    """Compile the programs of the run's engine in threads while the block runs.
 
-    `warm_up` waits for what is not there yet. Where the block ends early, what has not begun is left.
+    `warm_up` waits for those that are not ready. When the block ends early, compilations that have not begun are
+    cancelled.
 
     Raises:
         UserError: the engine's cache cannot fit.
@@ -196,17 +198,17 @@ def compiled_ahead(run: EngineRun, mesh: Mesh, tokenizer: Tokenizer) -> Iterator
 
 
 def _check_cache(run: EngineRun, mesh: Mesh) -> None:
-    """A `UserError` where an engine holds more than the device has, or, of a CPU's, than the machine has."""
+    """A `UserError` when an engine needs more memory than its device has; on CPU, than the machine has."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    held, there = held_bytes(run.model, run.engine, mesh), (own[0].memory_stats() or {}).get("bytes_limit")
+    needed, there = held_bytes(run.model, run.engine, mesh), (own[0].memory_stats() or {}).get("bytes_limit")
     if own[0].platform == "cpu":
-        held, there = held * len(own), host_bytes()
-    if there and held > there:
+        needed, there = needed * len(own), host_bytes()
+    if there and needed > there:
         sizes = [f"engine.{key}={getattr(run.engine, key)}" for key in ("slots", "max_length")]
         others = ("pages", "prefix_tokens")
         sizes += [f"engine.{key}={value}" for key in others if (value := getattr(run.engine, key))]
         raise UserError(
-            f"an engine of {', '.join(sizes)} holds {held / 1e9:,.1f} GB with its weights, and there are"
+            f"an engine of {', '.join(sizes)} holds {needed / 1e9:,.1f} GB with its weights, and there are"
             f" {there / 1e9:,.1f} GB; lower one of them"
         )
 
@@ -217,11 +219,11 @@ def engine_of(run: EngineRun, params: Params, mesh: Mesh, tokenizer: Tokenizer) 
 
 
 def warm_up(engine: Engine) -> None:
-    """Wait until everything that an engine can need is compiled, and say that this is what is waited for."""
+    """Wait until all programs of an engine are compiled, and print that the run waits for this."""
     print("engine: compiling its programs", flush=True)
     engine.warm_up()
 
 
 def stop_ids_of(run: EngineRun, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """A turn ends at the model family's own stop ids, and with tools at a call."""
+    """The ids that end a turn: the model family's own stop ids, or with tools those of the run's grammar."""
     return tuple(tokenizer.stop_ids if not words_of(run.tools) else GRAMMARS[run.rollout.grammar].stop_ids(tokenizer))

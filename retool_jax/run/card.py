@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: what is known of the run that made it, as README.md."""
+"""The model card (README.md) of a converted checkpoint: what is known about the run that trained it."""
 
 import json
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ def model_card(folder: Path, name: str, dtype: str, stops: Mapping[int, str]) ->
     """The text of README.md.
 
     Args:
-        folder: the run, or the Hugging Face folder, whose weights they are; of the latter no more is known.
-        stops: the ids that the checkpoint's configs name as ends of a turn, with their texts.
+        folder: the run or the Hugging Face folder that the weights came from; a card of the latter says only that.
+        stops: the ids that end a turn according to the checkpoint's configs, with their texts.
     """
     config = read_yaml(str(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
     base, data = _base(config), _data(config)
@@ -58,7 +58,7 @@ def model_card(folder: Path, name: str, dtype: str, stops: Mapping[int, str]) ->
 
 
 def _base(config: dict) -> str:
-    """The weights that the first of a line of runs began with."""
+    """The weights that the first run of a chain of `init_from` began with."""
     name = str(config.get("init_from") or "")
     while name and (Path(name) / CONFIG).is_file():
         name = str(read_yaml(str(Path(name) / CONFIG)).get("init_from") or "")
@@ -72,13 +72,13 @@ def _data(config: dict) -> str:
 
 
 def _metrics(folder: Path, step: int) -> list[str]:
-    """A table of the last numbers of each kind up to a step, without those of the clock."""
+    """A table of the last numbers of each kind up to a step, without timings."""
     if not (folder / METRICS_FILE).is_file():
         return []
     last: dict[str, dict] = {}
     for record in read_metrics(folder):
         if record["step"] <= step:
-            last[" ".join([record["kind"], *([record["split"]] if "split" in record else [])])] = record
+            last[f"{record['kind']} {record['split']}" if "split" in record else record["kind"]] = record
     rows = [
         f"| {kind} | {record['step']} | {key} | {json.dumps(value)} |"
         for kind, record in last.items()

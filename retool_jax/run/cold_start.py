@@ -1,4 +1,4 @@
-"""The cold start that the train command makes where RL has no weights to begin from, in a folder of its own."""
+"""The cold start (SFT in a folder of its own) that the train command runs first when an RL run has no `init_from`."""
 
 import dataclasses
 import hashlib
@@ -16,15 +16,15 @@ from retool_jax.tools.config import NONE, words_of
 
 
 def cold_start_of(run: RLRun) -> SFTRun:
-    """The run that makes the first weights of another one, in a folder named by what decides them."""
+    """The SFT run that trains the first weights of an RL run. The settings that decide them name its folder."""
     shared = {f.name: getattr(run, f.name) for f in dataclasses.fields(SFTRun)}
-    written = run.rollout.grammar if words_of(run.tools) and run.rollout.grammar != DEFAULT_GRAMMAR else ""
-    shared["sft"] = dataclasses.replace(run.sft, grammar=written, tool_prompt=run.rollout.tool_prompt)
+    grammar = run.rollout.grammar if words_of(run.tools) and run.rollout.grammar != DEFAULT_GRAMMAR else ""
+    shared["sft"] = dataclasses.replace(run.sft, grammar=grammar, tool_prompt=run.rollout.tool_prompt)
     shared["checkpoint"] = CheckpointConfig(every=max(run.sft.steps // 5, 1), keep=1)
     made = SFTRun(**shared)
     defaults = defaults_of(SFTRun)
     decisive = {key: value for key, value in flatten(made).items() if not may_change(key)}
-    # Without those at their default, so that a key that is added later leaves the folder's name as it is.
+    # Values at their default are left out, so that a new key does not change the name of existing folders.
     decisive = {key: value for key, value in decisive.items() if value != defaults[key]}
     decisive["rollout.grammar"] = run.rollout.grammar
     digest = hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=4).hexdigest()
@@ -34,7 +34,7 @@ def cold_start_of(run: RLRun) -> SFTRun:
 
 
 def make_cold_start(run: RLRun) -> Params:
-    """The weights of the cold start that belongs to a run, from its folder, or trained there first."""
+    """The weights of a run's cold start, read from its folder, or trained there first when they are missing."""
     supervised = cold_start_of(run)
     if (params := sft.finished_weights(supervised)) is not None:
         print(f"cold start: reusing {supervised.run}")

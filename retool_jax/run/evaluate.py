@@ -1,7 +1,7 @@
-"""An evaluation from its folder to its result: which samples are missing, drawing them, and what all of them say.
+"""An evaluation run: find the samples that its folder lacks, draw them, and write the result of all samples.
 
-On several hosts each draws its share of what is missing, with an engine, tools and a sandbox of its own. The first one
-writes what there is once: the config, what was asked, all samples in the end, and the result.
+With several hosts, each draws its share of the missing samples with an engine, tools and a sandbox of its own. The
+first host writes the files that exist once: the config, asked.json, the merged samples, and the result.
 """
 
 import asyncio
@@ -40,12 +40,12 @@ from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.run.build import (
     compiled_ahead,
     engine_of,
+    explain_out_of_memory,
     mesh_of,
     model_for,
     problems_to_evaluate,
     sandbox_config,
     sandbox_lines,
-    told_of_memory,
     warm_up,
 )
 from retool_jax.run.folder import check_folder, claim_folder, to_flat, write_config
@@ -57,17 +57,17 @@ from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
 ASKED = "asked.json"  # whose weights and which problems the samples are of
-PERFORMANCE = "perf.json"  # all that the clock decides, of the process that drew last
+PERFORMANCE = "perf.json"  # timings of the process that drew last
 
 
 async def evaluate(run: EvaluateRun) -> dict:
-    """Draw what the folder lacks, and return the result, which is written there and printed.
+    """Draw the samples that the folder lacks, write the result there, print it and return it.
 
-    A finished evaluation is printed as it is, and nothing is drawn.
+    The result of a finished evaluation is only printed and returned.
 
     Raises:
-        UserError: what is to be evaluated, or compared with, is not there or does not fit; the folder holds something
-            else; or the machinery lost too many samples.
+        UserError: the weights or the result to compare with are missing or do not fit; the folder holds something
+            else; or infrastructure faults lost too many samples.
     """
     theirs = read_result(Path(run.compare)) if run.compare else None
     classifier_named(run.evaluation.purposes)
@@ -79,7 +79,7 @@ async def evaluate(run: EvaluateRun) -> dict:
     folder = Path(run.run)
     check_folder(run)
     check_writable(folder)
-    if theirs:  # so that one of another set is told now
+    if theirs:  # report a result of another set now
         rows = [{"id": problem.id, "correct": [False]} for problem in problems]
         compare({"set": set_name(run), "problems": rows, "problems_sha256": digest_of(problems)}, theirs)
     asked = {"set": set_name(run), "problems": digest_of(problems), "weights": weights_of(run.init_from)}
@@ -94,7 +94,7 @@ async def evaluate(run: EvaluateRun) -> dict:
         checker = asyncio.get_running_loop().run_in_executor(None, workers.pool.start)
         params = load_weights(run, Path(run.init_from))
         await checker
-        stack.enter_context(told_of_memory(run))
+        stack.enter_context(explain_out_of_memory(run))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
         stack.enter_context(claim_folder(run))
@@ -147,8 +147,8 @@ async def evaluate(run: EvaluateRun) -> dict:
 
 
 def keys(problems: int, samples: int) -> list[tuple[int, int]]:
-    """(place of a problem, number of a sample) in the order of drawing: a problem's side by side, since they share its
-    prompt."""
+    """(index of a problem, number of a sample) in the order of drawing. Samples of one problem are adjacent, since they
+    share its prompt."""
     return [(i, j) for i in range(problems) for j in range(samples)]
 
 
@@ -158,12 +158,12 @@ def sample_of(run: EvaluateRun, problems: Sequence[Problem], problem: int, sampl
 
 
 class Taking:
-    """Takes trajectories as they are scored: writes them, counts, shows how far it is.
+    """Called with trajectories when they are scored: stores them, counts them, and updates the progress bar.
 
-    `missing` are the samples that are drawn here, and `total` is the number of all samples of the evaluation.
+    `missing` are the samples that this host draws; `total` is the number of all samples of the evaluation.
 
     Raises:
-        UserError: the machinery lost more than `evaluation.max_dropped` of the samples, or of a host's share of them.
+        UserError: infrastructure faults lost more than `evaluation.max_dropped` of this host's share of the samples.
     """
 
     def __init__(
@@ -213,14 +213,14 @@ class Taking:
 
 
 def set_name(run: EvaluateRun) -> str:
-    """What a set is called in results."""
+    """The name of the run's set in results."""
     return f"{run.data.source}:{run.data.split}" if run.data.source in MADE else run.data.source
 
 
 def weights_of(name: str) -> dict:
-    """Which weights a folder or hub id holds: their `step` in a run, and `sha256` of the names and digests of files.
+    """The identity of the weights of a folder or hub id: `init_from`, `step` (of a run), `sha256` (`digest_of_files`).
 
-    The files are the `*.safetensors` of a Hugging Face folder, or those of the newest checkpoint's weights without the
+    The files are the `*.safetensors` of a Hugging Face folder, or the weights of a run's newest checkpoint without the
     optimiser's state.
 
     Raises:
@@ -237,7 +237,7 @@ def weights_of(name: str) -> dict:
         top = folder / "checkpoints" / str(step)
         top = top / WHOLE if (top / WHOLE).is_dir() else top / PARAMS
         files = (path for path in top.rglob("*") if path.is_file())
-    # One host reads them, since they are all the weights.
+    # Only one host reads all these bytes.
     digest = hosts.agreed(digest_of_files(top, files) if hosts.is_first() else "")
     return {"init_from": name, "step": step, "sha256": digest}
 
@@ -253,7 +253,7 @@ def digest_of_files(top: Path, files: Iterable[Path]) -> str:
 
 
 def check_asked(folder: Path, asked: dict) -> None:
-    """A `UserError` where a folder's samples are of other problems, or of weights that have changed since."""
+    """A `UserError` when a folder's samples are of other problems, or of weights that have changed since."""
     if not (folder / ASKED).is_file():
         return
     try:
@@ -261,8 +261,8 @@ def check_asked(folder: Path, asked: dict) -> None:
         there = {what: there[what] for what in ("weights", "problems")}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / ASKED} cannot be read ({one_line(error)}), so nobody knows what the samples there are of;"
-            " restore it, or choose another run=FOLDER"
+            f"{folder / ASKED} cannot be read ({one_line(error)}), so the weights and problems of the samples there are"
+            " unknown; restore it, or choose another run=FOLDER"
         ) from error
     for what, key in (("weights", "init_from"), ("problems", "data.source")):
         if there[what] != asked[what]:
@@ -273,9 +273,9 @@ def check_asked(folder: Path, asked: dict) -> None:
 
 
 def check_samples(folder: Path, store: Store, every: Collection[tuple[int, int]]) -> None:
-    """A `UserError` where a folder holds a sample that is none of those that are asked for: (problem, sample)."""
-    if odd := sorted(store.done.keys() - set(every)):
-        problem, sample = odd[0]
+    """A `UserError` when a folder holds a sample that is not in `every`, the (problem, sample) of the evaluation."""
+    if unknown := sorted(store.done.keys() - set(every)):
+        problem, sample = unknown[0]
         raise UserError(
             f"{folder / SAMPLES} has sample {sample} of group {problem}, and groups count from 0 up to"
             f" {max(every)[0]}, their samples up to {max(every)[1]}; remove its line"
@@ -283,21 +283,21 @@ def check_samples(folder: Path, store: Store, every: Collection[tuple[int, int]]
 
 
 def check_writable(folder: Path) -> None:
-    """A `UserError` where a folder can be neither made nor written to; nothing is made."""
+    """A `UserError` when a folder can be neither made nor written to; nothing is made."""
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "cannot be written to" if above.is_dir() else "is no folder"
         raise UserError(f"cannot write run={folder}: {above} {why}; choose another run=FOLDER")
 
 
-# --- what came of it --------------------------------------------------------------------------------------------------
+# --- the result -------------------------------------------------------------------------------------------------------
 
 
 def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked: dict, tokenizer: Tokenizer) -> dict:
-    """All that an evaluation found, from the samples in its folder alone, so that nothing of it is the clock's.
+    """The result, computed only from the samples in the folder; it contains no timings.
 
     Raises:
-        UserError: the machinery lost every sample.
+        UserError: infrastructure faults lost every sample.
     """
     found: list[list[Trajectory]] = [[] for _ in problems]
     for (problem, _), trajectory in store.trajectories(problems):
@@ -334,7 +334,7 @@ def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked
 
 
 def performance_of(statistics: Statistics, samples: int) -> dict:
-    """Wall-clock numbers of what a process drew."""
+    """Timings of the samples that a process drew."""
     return {
         "samples": samples,
         **{key.removeprefix("perf/"): value for key, value in performance(statistics, ()).items()},
@@ -342,10 +342,10 @@ def performance_of(statistics: Statistics, samples: int) -> dict:
 
 
 def read_result(path: Path) -> dict:
-    """A result that an evaluation wrote.
+    """Read the result file of an evaluation.
 
     Raises:
-        UserError: it is not there, or is none.
+        UserError: the file is missing or is not a result.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -357,7 +357,7 @@ def read_result(path: Path) -> dict:
 
 
 def complete_result(folder: Path) -> dict | None:
-    """The result that is in a folder, if it has every sample. One that is damaged is made again from the samples."""
+    """The folder's result if it counts every sample; None if it is missing or damaged, so that it is made again."""
     try:
         result = read_result(folder / RESULT)
     except UserError:
@@ -366,13 +366,13 @@ def complete_result(folder: Path) -> dict | None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Replace a file in one step; a lone surrogate of an answer is written as its escape."""
+    """Replace a JSON file atomically; a lone surrogate in an answer is written as its escape."""
     with replacing(path, errors="backslashreplace") as file:
         file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def show(result: dict, theirs: dict | None) -> None:
-    """Print the table of a result, what its trajectories were like, and the difference to another one, on one host."""
+    """Print a result's table, the statistics of its trajectories, and the difference to `theirs`; first host only."""
     if not hosts.is_first():
         return
     console, numbers = Console(highlight=False), result["trajectories"]

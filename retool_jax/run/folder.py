@@ -1,4 +1,4 @@
-"""A run's folder: whether it is this run's, which process holds it, and the resolved config that it keeps."""
+"""A run's folder: check that it belongs to this run, lock it for one process, and keep the resolved config in it."""
 
 import dataclasses
 import errno
@@ -21,30 +21,30 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.run.load import make, read_yaml
 from retool_jax.run.schema import Run, SFTRun, task_of
 
-UNFINISHED = "config.tmp"  # of a start that was killed
+UNFINISHED = "config.tmp"  # left by a start that was killed
 POLL_S = 0.5
 
-# What another try of the same run may change; patterns of keys. Every other key decides the run's numbers, or what they
-# are compared with, and has to be as it was when the folder was made.
+# Patterns of keys that may change when a run is resumed. Every other key decides the run's numbers, or what they are
+# compared with, and must be as it was when the folder was made.
 MAY_CHANGE = (
-    # Where it lies, how far it goes, how often it looks and saves. A look changes no weights; what it measures stays.
+    # Folder, length, how often it evaluates and saves. An evaluation changes no weights; what it measures is fixed.
     *("run", "rl.steps", "rl.max_dropped", "rl.save_rollouts", "evaluation.every", "checkpoint.*"),
-    # How it lies on the devices: the same formulas, so the same numbers up to the order of float sums. A gradient does
-    # not depend on how its batch is cut (contract 6), nor a draw on the slots and pages around it (contract 5).
+    # The layout on devices: the same formulas, so the same numbers up to the order of float sums. A gradient does not
+    # depend on how its batch is split (contract 6), nor a draw on the slots and pages around it (contract 5).
     *("mesh.*", "hosts.*", "sft.rows_per_micro", "rl.rows_per_micro", "rl.row_length", "rl.share_prefixes"),
     *("model.remat", "model.head_chunk", "model.attention_kernel", "model.cache_kernel"),
     *("engine.slots", "engine.chunk_*", "engine.decode_steps", "engine.read_late", "engine.page_size"),
     *("engine.pages", "engine.prefix_tokens", "engine.*_buckets", "engine.tp"),
-    "model.max_positions",  # nothing is computed with it
+    "model.max_positions",  # no computation uses it
     *("compare", "evaluation.max_dropped"),  # what an evaluation is compared with, and when it gives up
     "replay",  # the same trajectories, from a file
-    "logger",  # who is told of the numbers
-    # Where programs run and how that machinery is looked after: its faults are no signal (contract 7). What a program
-    # sees and may use (image, modules, limits) decides what it prints, and stays.
+    "logger",  # where numbers are sent
+    # Where programs run and how the workers are kept: their faults are no signal (contract 7). What a program sees and
+    # may use (image, modules, limits) decides its output, so it is fixed.
     *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),
     *("sandbox.recycle_*", "sandbox.probe_s", "sandbox.session*"),
 )
-# Keys that older folders hold and this version has not, with the values at which they changed nothing.
+# Keys of older folders that this version no longer has, with the values at which they had no effect.
 REMOVED: dict[str, tuple[object, ...]] = {
     "rollout.tool_output_chars": (),  # outputs are cut by tokens now, and no number of characters does the same
 }
@@ -52,19 +52,19 @@ REMOVED: dict[str, tuple[object, ...]] = {
 
 @contextmanager
 def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
-    """Hold the run's folder until the block or the process ends, in whatever way; make it where there is none.
+    """Lock the run's folder until the block or the process ends, however it ends; create it if needed.
 
-    A new folder gets its `config.yaml`. In one that holds this run nothing is changed: `write_config` does that, when
-    nothing can be refused any more. Of several processes of one run the first holds it for all. With `wait` a folder
-    that is in use is waited for.
+    A new folder gets its `config.yaml`. The config of an existing one is left as it is: `write_config` updates it once
+    all checks have passed. Of several processes of one run the first holds the lock for all. With `wait`, wait for a
+    folder that is in use.
 
     Raises:
         UserError: the folder holds a run of another config, or no run, or is in use.
     """
     folder = Path(run.run)
-    check_folder(run)  # before it gets a lock: in a folder of something else nothing is written
+    check_folder(run)  # before the lock file is made: nothing may be written in a folder of something else
     if not hosts.is_first():
-        hosts.agreed(None)  # waits until the first one has it
+        hosts.agreed(None)  # waits until the first host has the lock
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
 
 
 def _lock(descriptor: int, folder: Path, wait: bool) -> None:
-    told = False
+    announced = False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,16 +94,16 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
                 raise UserError(
                     f"{folder} is in use by {holder}; wait until it ends, or choose another run=FOLDER"
                 ) from None
-            if not told:
+            if not announced:
                 print(f"waiting for {folder}, which is in use by {holder}", flush=True)
-            told = True
+            announced = True
             time.sleep(POLL_S)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            print(f"{folder}: its file system has no locks ({error.strerror}); see that no other run uses it")
+            print(f"{folder}: its file system has no locks ({error.strerror}); make sure that no other run uses it")
             break
-    with suppress(OSError):  # a full disk: the lock holds without the name
+    with suppress(OSError):  # on a full disk the lock holds without the holder's name
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
@@ -114,7 +114,7 @@ def may_change(key: str) -> bool:
 
 
 def check_folder(run: Run) -> None:
-    """Compare a run with its folder and change nothing.
+    """Compare a run with its folder, without writing.
 
     Raises:
         UserError: the folder holds a run of another config, or no run.
@@ -132,8 +132,9 @@ def check_folder(run: Run) -> None:
         for key in sorted(there.keys() - to_flat(run).keys()):
             if not may_change(key) and there[key] not in REMOVED.get(key, ()):
                 raise UserError(
-                    f"{folder} was begun with {key}={show(there[key])}, which this version has not; go on with the one"
-                    f" that began it, choose another run=FOLDER, or remove the key from {folder / CONFIG} to do without"
+                    f"{folder} was begun with {key}={show(there[key])}, a key that this version does not have; go on"
+                    " with the version that began it, choose another run=FOLDER, or remove the key from"
+                    f" {folder / CONFIG} to go on without it"
                 )
     elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK, UNFINISHED}):
         raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
@@ -149,29 +150,29 @@ def saved(folder: Path) -> dict[str, object]:
 
 
 def differences(run: Run, there: dict[str, object]) -> list[tuple[str, object, object]]:
-    """(key, value there, value here) wherever a saved config differs from a run's; secrets are not compared."""
+    """(key, saved value, value here) of each key whose value differs; secrets are not compared."""
     here = to_flat(run)
     if there.get("task") != here["task"]:
         return [("task", there.get("task"), here["task"])]
-    there = defaults_of(type(run)) | before_it_existed(there) | there
+    there = defaults_of(type(run)) | meaning_of_absent_keys(there) | there
     keys = sorted(here.keys() - secret_keys(type(run)))
     return [(key, there[key], here[key]) for key in keys if there[key] != here[key]]
 
 
-def before_it_existed(there: dict[str, object]) -> dict[str, object]:
-    """What keys that an older folder lacks meant there, where that is not what their default says now."""
+def meaning_of_absent_keys(there: dict[str, object]) -> dict[str, object]:
+    """Values of keys that an older folder lacks, where its version did something else than today's default."""
     trained = "sft" if there.get("task") == "sft" else "rl"
-    kept = there.get("model.param_dtype", "float32")  # gradients and moments had the type of the weights
-    meant: dict[str, object] = {f"{trained}.optimizer.{kind}_dtype": kept for kind in ("gradient", "moment")}
-    meant["evaluation.answer_tokens"] = 0  # no evaluation asked for an answer
-    if there.get("tokenizer") != "miniature":  # which has a prompt of its own
-        written = [part for part in ("rollout", "sft") if there.get(f"{part}.grammar") == "retool"]
-        meant |= {f"{part}.tool_prompt": "paper" for part in written}  # the paper's grammar had no other prompt
+    dtype = there.get("model.param_dtype", "float32")  # gradients and moments had the dtype of the weights
+    meant: dict[str, object] = {f"{trained}.optimizer.{kind}_dtype": dtype for kind in ("gradient", "moment")}
+    meant["evaluation.answer_tokens"] = 0  # evaluations reserved no tokens for an answer
+    if there.get("tokenizer") != "miniature":  # the miniature has a prompt of its own
+        sections = [section for section in ("rollout", "sft") if there.get(f"{section}.grammar") == "retool"]
+        meant |= {f"{section}.tool_prompt": "paper" for section in sections}  # retool had no other prompt
     return meant
 
 
 def write_config(run: Run) -> None:
-    """Save the resolved config in the run's folder, without secrets; the file is replaced in one step."""
+    """Save the resolved config in the run's folder, without secrets; the file is replaced atomically."""
     if not hosts.is_first():
         return
     folder = Path(run.run)
@@ -184,16 +185,16 @@ def write_config(run: Run) -> None:
 
 
 def to_flat(run: Run) -> dict[str, object]:
-    """Dotted keys and values of a run as YAML holds them, with its task; secrets are empty."""
+    """Dotted keys and values of a run in YAML's types, with its task; secrets are empty."""
     flat = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(run).items()}
     return {"task": task_of(type(run))} | flat | dict.fromkeys(secret_keys(type(run)), "")
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, str]:
-    """The model of a run's folder and the name of its tokenizer, whatever version wrote it.
+    """The model of a run's folder and the name of its tokenizer; folders of older versions can be read, too.
 
     Raises:
-        UserError: its config cannot be read, or is not a run's.
+        UserError: its config cannot be read, or is not that of a run.
     """
     values = read_yaml(str(folder / CONFIG))
     model = values.get("model")

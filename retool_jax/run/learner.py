@@ -1,4 +1,4 @@
-"""What a run learns with: its algorithm's compiled updates, and the models that it asks beside the policy."""
+"""A run's learner: the compiled updates of its algorithm, and the other models that it needs (reference, teacher)."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,8 +28,8 @@ def make_learner(
 ) -> Learner:
     """The updates of a run, compiled when they are first used.
 
-    `first_weights` gives those that the run began from, which are its reference where its divergence counts. Weights
-    may be abstract where nothing is going to be computed.
+    `first_weights` gives the weights that the run began from; they are the reference when `rl.kl.coefficient` is not 0.
+    Weights may be abstract if nothing will be computed.
     """
     rl, algorithm = run.rl, algorithm_of(run.rl)
 
@@ -44,7 +44,7 @@ def make_learner(
     frozen = {}
     if "teacher" in algorithm.models:
         model, params = teacher(run, mesh)
-        # A teacher is asked for its own distribution, whatever the student's draws are divided by.
+        # The teacher's own distribution: the student's sampling temperature does not apply to it.
         frozen["teacher_logprobs"] = Frozen(scorer(model, "logprobs", temperature=1.0), params)
     if rl.kl.coefficient:
         frozen["reference_logprobs"] = Frozen(scorer(run.model, "logprobs"), first_weights())
@@ -65,7 +65,7 @@ def make_learner(
     )
 
 
-# A process that trains several runs of the same sizes traces and compiles what they compute once.
+# Cached, so that a process that trains several runs of the same sizes traces and compiles once.
 _scorer, _critic_step = lru_cache(maxsize=8)(Scorer), lru_cache(maxsize=4)(make_critic_step)
 
 
@@ -81,7 +81,7 @@ def _policy_step(model: ModelConfig, rl: RLConfig, mesh: Mesh) -> Step:
 
 
 def begin(run: RLRun, params: Params, mesh: Mesh) -> State:
-    """The state before the first step, from first weights, which are consumed."""
+    """The state before the first step. It consumes `params`."""
     critic = None
     if has_critic(run):
         critic = begin_critic(params, run.model, run.rl.critic.optimizer, mesh)
@@ -90,7 +90,7 @@ def begin(run: RLRun, params: Params, mesh: Mesh) -> State:
 
 
 def abstract(run: RLRun, mesh: Mesh) -> State:
-    """Shapes and shardings of that state."""
+    """Shapes and shardings of a run's train state."""
     state = abstract_state(run, mesh)
     if not has_critic(run):
         return state

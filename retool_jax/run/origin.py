@@ -1,4 +1,4 @@
-"""Which program trains in a folder: the state of its source and the versions of its libraries, as files there."""
+"""Record which program trains in a run's folder: the state of its source, and the versions of its libraries."""
 
 import functools
 import importlib.metadata
@@ -16,38 +16,38 @@ CODE, VERSIONS = "code.diff", "versions.txt"
 
 
 def write_origin(folder: Path) -> None:
-    """Note in a run's folder what trains there now: `versions.txt`, and `code.diff` where the source is a checkout.
+    """Write `versions.txt`, and `code.diff` where the source is a git checkout, into a run's folder.
 
-    A run that goes on with another program adds that one behind those before it. Nothing of this can end a run.
+    When a run is resumed with another program, that one is appended. No failure here ends a run.
     """
     if not hosts.is_first():
         return
-    for name, of_it in ((CODE, code_diff), (VERSIONS, versions)):
+    for name, describe in ((CODE, code_diff), (VERSIONS, versions)):
         with suppress(Exception):  # of the disk, or of a package that is half installed
-            path, text = folder / name, of_it()
+            path, text = folder / name, describe()
             before = path.read_bytes() if path.is_file() else b""
             if text and not before.endswith(text):
                 path.write_bytes(before + text)
 
 
 def code_diff(source: Path = SOURCE) -> bytes:
-    """The commit that a folder of source code is at, its files that no commit has, and `git diff` of the others.
+    """The commit of a source folder, the names of its untracked files, and `git diff` of the tracked ones.
 
-    Empty where it is in no checkout, or in that of another project which merely holds it, as a virtual environment
-    below one is: there git does not know its files.
+    Empty if it is in no checkout, or if the checkout does not track it, such as a virtual environment inside of another
+    project.
     """
     if not _git(source, "ls-files", "--error-unmatch", "__init__.py"):
         return b""
     commit = _git(source, "rev-parse", "HEAD")
     new = _git(source, "ls-files", "--others", "--exclude-standard")
-    # No program that the checkout's settings name is run, and nothing of it is written.
+    # The options keep git from running programs that the checkout's settings name.
     diff = _git(source, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", ".")
     names = b"".join(b"# not in it: " + name + b"\n" for name in new.splitlines())
     return b"# commit " + commit + names + diff if commit else b""
 
 
 def _git(source: Path, *words: str) -> bytes:
-    """What git says in a folder; empty where it fails, whyever."""
+    """The output of a git command in a folder; empty if it fails."""
     # GIT_DIR and the like may mean another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"
@@ -61,7 +61,7 @@ def _git(source: Path, *words: str) -> bytes:
 
 @functools.cache
 def versions() -> bytes:
-    """The Python and every package that is installed beside it, a line each, as pip reads them."""
+    """The Python version and every installed package, one a line, in the format of pip's requirements."""
     packages = {f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}
     lines = [f"# Python {platform.python_version()} on {platform.platform()}", *sorted(packages, key=str.lower)]
     return "\n".join([*lines, ""]).encode()

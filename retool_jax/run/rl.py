@@ -1,4 +1,4 @@
-"""Reinforcement learning from its run folder to its last step, its summary and its table."""
+"""An RL run: claim its folder, build its parts, train to the last step, and write its summary."""
 
 import asyncio
 import time
@@ -26,12 +26,12 @@ from retool_jax.rollout.reward import reward_named
 from retool_jax.run.build import (
     compiled_ahead,
     engine_of,
+    explain_out_of_memory,
     mesh_of,
     model_for,
     problems_of,
     sandbox_config,
     sandbox_lines,
-    told_of_memory,
     warm_up,
 )
 from retool_jax.run.folder import claim_folder, to_flat, write_config
@@ -45,7 +45,7 @@ from retool_jax.trackers import check_loggers
 
 
 async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
-    """Train to the last step, resuming from the newest checkpoint; leaves the run folder and prints its table.
+    """Train to the last step, resuming from the newest checkpoint; write the run folder and print the closing table.
 
     `make_weights` gives the first weights of a run that has no `init_from`.
     """
@@ -62,13 +62,13 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         if not run.replay and not read_summary(Path(run.run), run.rl.steps):
             stack.enter_context(compiled_ahead(run, mesh, tokenizer))
         checker = None if run.replay else asyncio.get_running_loop().run_in_executor(None, workers.pool.start)
-        # Loaded early when they will be needed: a wrong path is told before anything is written.
+        # Weights that will be needed are loaded now: a wrong path is reported before anything is written.
         given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
 
         def first_weights() -> Params:
             return load_weights(run, Path(run.init_from)) if run.init_from else make_weights(run)
 
-        # What cannot be found is told before anything is written.
+        # These names, too, are looked up before anything is written.
         reward_named(run.rl.reward.name)
         classifier_named(run.evaluation.purposes)
         learner = None if run.rl.rollout_only else make_learner(run, mesh, first_weights)
@@ -76,9 +76,9 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         if checker:
             await checker
         elif not has_checkpoints(run):
-            await Replay(Path(run.replay), run.rl, run.model.vocab_size).take()  # what is wrong there is told now, too
+            await Replay(Path(run.replay), run.rl, run.model.vocab_size).take()  # so that a bad file is reported now
 
-        stack.enter_context(told_of_memory(run))
+        stack.enter_context(explain_out_of_memory(run))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
         folder = stack.enter_context(claim_folder(run))
@@ -112,16 +112,16 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
 
         def save(step: int, state: State, drawn: dict) -> None:
             with clock.part("checkpoint"):
-                told = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s()}
-                checkpoints.save(step, state, told | {"drawn": drawn, "data": data, "frozen": frozen})
+                counts = {"tokens": notes["tokens"], "seconds": clock.seconds, "elapsed_s": elapsed_s()}
+                checkpoints.save(step, state, counts | {"drawn": drawn, "data": data, "frozen": frozen})
 
         write_config(run)
         write_origin(folder)
         if first := hosts.is_first():
-            (folder / SUMMARY).unlink(missing_ok=True)  # that of a run that ended earlier and goes on now
+            (folder / SUMMARY).unlink(missing_ok=True)  # of a shorter run that had ended and goes on now
         engine = None
         if run.replay:
-            print(f"rollouts: those of {run.replay}; no engine, no sandbox, and no look at held-out problems")
+            print(f"rollouts: those of {run.replay}; no engine, no sandbox, and no evaluation on held-out problems")
             rollouts = Replay(Path(run.replay), run.rl, run.model.vocab_size, start or 0)
         else:
             print("\n".join(sandbox_lines(tools.sandbox if tools else None)))
@@ -152,7 +152,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
         if engine:
             warm_up(engine)
         await loop.train(parts, state, start)
-        checkpoints.wait()  # a summary says that the run is complete, and so does a last checkpoint that is good
+        checkpoints.wait()  # a summary marks the run as complete, so the last checkpoint has to be complete first
         if first:
             summary = summarise_run(folder, run.evaluation, run.rl.steps, clock.seconds, notes["tokens"], elapsed_s())
             write_summary(folder, summary)
@@ -162,7 +162,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
 
 
 def check_data(run: RLRun, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """A `UserError` where a split's problems are not those that a checkpoint was made of, by their digests."""
+    """A `UserError` when a split's problems differ from those of the checkpoint; both are given as digests."""
     for split, digest in here.items():
         if there.get(split, digest) != digest:
             raise UserError(
@@ -172,7 +172,7 @@ def check_data(run: RLRun, there: Mapping[str, str], here: Mapping[str, str]) ->
 
 
 def check_frozen(run: RLRun, here: Mapping[str, str], there: Mapping[str, str]) -> None:
-    """Refuse to go on with another reference or teacher than a checkpoint was made with; both are fingerprints."""
+    """A `UserError` when the reference or the teacher differs from the checkpoint's; both are given as fingerprints."""
     for name in here.keys() & there.keys():
         if here[name] != there[name]:
             teacher = f"rl.teacher.init_from={run.rl.teacher.init_from}"

@@ -1,4 +1,4 @@
-"""Everything that a run may set, by task: the sections of the rooms that read them, put together."""
+"""Everything that a run may set, by task. Each section is defined in the room that reads it."""
 
 from typing import Annotated, Literal
 
@@ -24,14 +24,14 @@ Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 Tools = str | tuple[str, ...]
 Loggers = tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...]
 
-# The sandbox's are ordinary dataclasses that check their ranges by themselves, since it is used without the rest, too.
+# The sandbox can be used without the rest, so its sections are ordinary dataclasses that check their own ranges.
 for section in (Limits, SandboxConfig):
     with_config(CHECKED)(section)
 
 
 @dataclass(frozen=True, config=CHECKED)
 class CheckpointConfig:
-    """How often the state of a run is saved, and for how long it is kept."""
+    """How often a run is saved, and how many checkpoints are kept."""
 
     every: Positive = 10  # steps
     keep: Positive = 2  # last checkpoints that stay on disk
@@ -71,7 +71,7 @@ class SFTRun:
 class RLRun:
     """Everything that a config of task grpo may set.
 
-    `sft` is for the cold start that is made first where `init_from` names no weights; otherwise nobody asks for it.
+    `sft` describes the cold start that is trained first when `init_from` is empty; otherwise it is not used.
     """
 
     run: str = ""  # run folder; empty: runs/ and the command's words
@@ -178,19 +178,18 @@ class ServeRun:
             )
 
 
-EngineRun = RLRun | EvaluateRun | ServeRun
-"""Those that draw."""
+EngineRun = RLRun | EvaluateRun | ServeRun  # the runs that sample
 Run = SFTRun | EngineRun
 TASKS = {"sft": SFTRun, "grpo": RLRun, "evaluate": EvaluateRun, "serve": ServeRun}
 
 
 def task_of(schema: type[Run]) -> str:
-    """What a config calls it."""
+    """The name of a run's task in a config."""
     return next(task for task, known in TASKS.items() if issubclass(schema, known))
 
 
 def micro_batches(run: Run) -> dict[str, int]:
-    """The rows of each kind of micro-batch that a run trains on, by their key."""
+    """Key and rows of each kind of micro-batch that a run trains on."""
     if isinstance(run, SFTRun):
         return {"sft.rows_per_micro": run.sft.rows_per_micro}
     if isinstance(run, EvaluateRun | ServeRun):
@@ -200,27 +199,27 @@ def micro_batches(run: Run) -> dict[str, int]:
 
 
 def check_micro_batches(run: Run) -> None:
-    """A `UserError` where rows do not divide over those axes of the mesh that have a size already."""
+    """A `UserError` when the rows of a micro-batch do not divide over the mesh axes whose size is known."""
     for key, rows in micro_batches(run).items():
         check_rows(known_sizes(run.mesh), key, rows)
 
 
 def _one_spelling(run: Run) -> None:
-    """A list of one tool becomes its word, so that whoever compares two runs finds them alike."""
+    """Replace a list of one tool by that tool, so that both spellings give equal runs."""
     if isinstance(run.tools, tuple) and len(run.tools) == 1:
         object.__setattr__(run, "tools", run.tools[0])
 
 
 def _no_logger(run: SFTRun | RLRun) -> None:
-    """The word none becomes an empty list, as `_one_spelling`."""
+    """Replace logger=none by an empty list, for the same reason."""
     if "none" in run.logger:
         if len(run.logger) > 1:
-            raise UserError(f"logger=[{','.join(run.logger)}] is none and more; leave none out, or the others")
+            raise UserError(f"logger=[{','.join(run.logger)}] names none and others; leave out none, or the others")
         object.__setattr__(run, "logger", ())
 
 
 def _check_queue(run: RLRun | EvaluateRun) -> None:
-    """A `UserError` where the sandbox would refuse calls that the engine can have open at once."""
+    """A `UserError` when the sandbox's queue is shorter than the number of calls that may wait at once."""
     if 0 < run.sandbox.queue_limit < run.engine.slots:
         raise UserError(
             f"sandbox.queue_limit={run.sandbox.queue_limit} is below engine.slots={run.engine.slots}: every slot"
@@ -229,7 +228,7 @@ def _check_queue(run: RLRun | EvaluateRun) -> None:
 
 
 def _check_sessions(run: RLRun | EvaluateRun) -> None:
-    """A `UserError` where a call could wait for an interpreter that another trajectory holds, and hold that one up."""
+    """A `UserError` when a call may wait for another trajectory's interpreter while that trajectory waits for it."""
     if "python_session" in words_of(run.tools) and run.engine.tool_lag >= 0:
         raise UserError(
             f"engine.tool_lag={run.engine.tool_lag} waits for each call, and with tools=python_session a call may"
@@ -238,7 +237,7 @@ def _check_sessions(run: RLRun | EvaluateRun) -> None:
 
 
 def _check_cold_start(run: RLRun) -> None:
-    """A `UserError` where a run without weights cannot make its own."""
+    """A `UserError` when the sections of a run without weights describe no cold start that fits it."""
     if run.sft.epochs:
         raise UserError(
             f"sft.epochs={run.sft.epochs} needs a cold start of its own; run config=sft first and give its folder"
@@ -248,13 +247,13 @@ def _check_cold_start(run: RLRun) -> None:
         here, there = getattr(run.sft, name), getattr(run.rollout, name)
         if here not in ("", there):
             raise UserError(
-                f"sft.{name}={here} is not rollout.{name}={there}; leave it out, so that the cold start is written as"
-                " its policy will be read"
+                f"sft.{name}={here} is not rollout.{name}={there}; leave it out, and the cold start uses the one of the"
+                " rollouts"
             )
 
 
 def _check_lengths(run: RLRun) -> None:
-    """A `UserError` where what is drawn does not fit into what is to hold it."""
+    """A `UserError` when a trajectory, or a part of it that a key sets, does not fit into its room."""
     longest = run.engine.max_length
     if run.rl.row_length < longest:
         raise UserError(
@@ -265,36 +264,36 @@ def _check_lengths(run: RLRun) -> None:
     room, overlong = longest - run.rollout.max_prompt_tokens, run.rl.reward.overlong_tokens
     if overlong > room:
         raise UserError(
-            f"rl.reward.overlong_tokens={overlong} are the end of the room for a response, which may be {room}:"
-            f" engine.max_length={longest} without rollout.max_prompt_tokens; lower it to {room} or less"
+            f"rl.reward.overlong_tokens={overlong} is more than the longest response of {room} tokens"
+            f" (engine.max_length={longest} minus rollout.max_prompt_tokens); lower it to {room} or less"
         )
 
 
 def _check_unread(run: RLRun) -> None:
-    """A `UserError` where a key says what is done with something that does not happen in this run."""
+    """A `UserError` when a key is set that has no effect in this run."""
     if run.engine.stale_rows != EngineConfig.stale_rows and not run.rl.ahead:
         raise UserError(
-            f"engine.stale_rows={run.engine.stale_rows} is for rows under which weights change, and with rl.ahead=0"
-            " they change between rollouts; leave it out, or set rl.ahead=1 or more"
+            f"engine.stale_rows={run.engine.stale_rows} is for rows that are unfinished when the weights change, and"
+            " with rl.ahead=0 there are none; leave it out, or set rl.ahead=1 or more"
         )
     if (times := run.rl.groups.skip_solved) and run.data.train.partition(":")[0] in MADE_HERE:
         raise UserError(
-            f"rl.groups.skip_solved={times} passes over prompts that come again, and none of"
+            f"rl.groups.skip_solved={times} skips prompts that come again, and no prompt of"
             f" data.train={run.data.train} does; leave it out, or give a data set"
         )
 
 
 def _check_strict(run: RLRun | EvaluateRun) -> None:
-    """A `UserError` where calls are to be read strictly and none is read."""
+    """A `UserError` when calls are to be read strictly in a run without tools."""
     if run.rollout.strict_calls and not words_of(run.tools):
         raise UserError(
-            "rollout.strict_calls=true refuses calls that are not as the grammar writes them, and with tools=none a"
-            " call is only text; leave it out, or name a tool"
+            "rollout.strict_calls=true refuses calls that are not exactly as the grammar writes them, and with"
+            " tools=none a call is only text; leave it out, or name a tool"
         )
 
 
 def _check_room(run: RLRun | EvaluateRun, answers: dict[str, int]) -> None:
-    """A `UserError` where a prompt, or the tokens that a section keeps for an answer with it, leave a row no room."""
+    """A `UserError` when a prompt, or a prompt and the tokens that a section reserves for the answer, fill a row."""
     longest = run.engine.max_length
     room = longest - run.rollout.max_prompt_tokens
     if room <= 0:

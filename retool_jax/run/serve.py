@@ -1,4 +1,4 @@
-"""A server from its checkpoint to its last answer."""
+"""A serve run: load a checkpoint and answer requests until a signal ends it."""
 
 import gc
 import importlib
@@ -17,11 +17,11 @@ from retool_jax.errors import UserError
 from retool_jax.run.build import (
     compiled_ahead,
     engine_of,
+    explain_out_of_memory,
     mesh_of,
     model_for,
     sandbox_config,
     sandbox_lines,
-    told_of_memory,
     warm_up,
 )
 from retool_jax.run.schema import ServeRun
@@ -40,10 +40,10 @@ TOKEN_VARIABLE = "RETOOL_SERVE_TOKEN"
 
 
 async def serve(run: ServeRun) -> None:
-    """Load a checkpoint and answer requests until SIGTERM or SIGINT; then finish what has begun, and refuse the rest.
+    """Load a checkpoint and answer requests until SIGTERM or SIGINT; then finish open requests and refuse new ones.
 
     Raises:
-        UserError: no checkpoint, no sandbox, or an address that cannot be listened on, all before a request is taken.
+        UserError: no checkpoint, no sandbox, or an address that cannot be listened on; before the first request.
     """
     token = os.environ.pop(TOKEN_VARIABLE, "")
     rpc = rpc_module() if run.serve.grpc_port is not None else None
@@ -51,7 +51,7 @@ async def serve(run: ServeRun) -> None:
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools)
     mesh = mesh_of(run)
-    log = logging.getLogger("retool_jax.serving")  # one line for each answer, and what went wrong
+    log = logging.getLogger("retool_jax.serving")  # one line for each answer, and errors
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -59,19 +59,19 @@ async def serve(run: ServeRun) -> None:
         host = run.serve.host
         address = f"serve.host={host} serve.port={run.serve.port}"
         listener = stack.enter_context(listen(host, run.serve.port, address))
-        stack.enter_context(told_of_memory(run))
+        stack.enter_context(explain_out_of_memory(run))
         stack.enter_context(compiled_ahead(run, mesh, tokenizer))
         if tools:
             await stack.enter_async_context(tools.open(sandbox_config(run)))
         engine = engine_of(run, load_weights(run, Path(run.init_from)), mesh, tokenizer)
         print("\n".join(sandbox_lines(tools.sandbox if tools else None)), flush=True)
         warm_up(engine)
-        gc.freeze()  # what is there now stays; to look through it for garbage would hold up every stream
+        gc.freeze()  # these objects stay; garbage collection over them would delay every stream
         service = await stack.enter_async_context(Service(engine, tools.at_once if tools else 0))
         name = run.serve.name or Path(run.init_from).name
         server = Server(service, tokenizer, tools, run.rollout, run.serve, name)
         if not token and host not in LOCAL:
-            print(f"whoever reaches {host} can ask and run programs here; set ${TOKEN_VARIABLE}", flush=True)
+            print(f"anyone who can reach {host} can ask and run programs here; set ${TOKEN_VARIABLE}", flush=True)
         close_rpc = None
         if rpc:
             rpc_port, close_rpc = await stack.enter_async_context(rpc.listening(server, token))
@@ -83,7 +83,7 @@ async def serve(run: ServeRun) -> None:
 
 
 def rpc_module() -> ModuleType:
-    """`serving.grpc`. Raises UserError where what it needs is not installed."""
+    """The module `serving.grpc`. Raises UserError if a package that it needs is not installed."""
     try:
         return importlib.import_module("retool_jax.serving.grpc")
     except ModuleNotFoundError as missing:
@@ -96,7 +96,7 @@ def rpc_module() -> ModuleType:
 async def until_told(
     server: "Server", listener: socket.socket, token: str = "", close_rpc: Callable[[], object] | None = None
 ) -> None:
-    """Serve over HTTP until a signal comes; then no request begins any more, and `close_rpc` is called."""
+    """Serve over HTTP until a signal comes; then refuse new requests and call `close_rpc`."""
 
     def close() -> None:
         server.closing = True

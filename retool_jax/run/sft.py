@@ -1,4 +1,4 @@
-"""A cold start from its folder to its last step, and its weights once it is complete."""
+"""An SFT run (cold start): train it to its last step, and read its weights once it is complete."""
 
 import dataclasses
 from contextlib import ExitStack, closing
@@ -14,7 +14,7 @@ from retool_jax.learn.step import Outputs, make_step
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.decoder import Params
-from retool_jax.run.build import demonstrations_of, mesh_of, model_for, told_of_memory
+from retool_jax.run.build import demonstrations_of, explain_out_of_memory, mesh_of, model_for
 from retool_jax.run.folder import check_folder, claim_folder, to_flat, write_config
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import SFTRun
@@ -31,25 +31,25 @@ from retool_jax.sft.loop import imitation_loss, optimizer_of
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.trackers import check_loggers
 
-_step = lru_cache(maxsize=4)(make_step)  # a process that trains several runs of the same sizes compiles it once
+_step = lru_cache(maxsize=4)(make_step)  # so that a process that trains several runs of the same sizes compiles once
 
 
 def train(run: SFTRun, wait: bool = False) -> TrainState:
     """Train to the last step, resuming from the newest checkpoint, and return the final state.
 
-    With `wait` a folder that another process is training in is waited for; else it is refused.
+    If another process is training in the folder, wait for it with `wait`; otherwise this is a `UserError`.
     """
     require_checkpoint(run)
     check_loggers(run.logger)
     tokenizer = load_tokenizer(run.tokenizer)
     run = dataclasses.replace(run, model=model_for(run, tokenizer))
     mesh = mesh_of(run)
-    # Loaded early when they will be needed: a wrong path is told before anything is written.
+    # Weights that will be needed are loaded now: a wrong path is reported before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
     batches = demonstrations_of(run, tokenizer)
     optimizer = optimizer_of(run.sft, batches.steps)
     with ExitStack() as stack:
-        stack.enter_context(told_of_memory(run))
+        stack.enter_context(explain_out_of_memory(run))
         folder = stack.enter_context(claim_folder(run, wait))
         checkpoints = stack.enter_context(closing(Checkpoints(folder / "checkpoints", run.checkpoint.keep)))
         clock = stack.enter_context(closing(Clock()))
@@ -81,7 +81,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
 
 
 def finished_weights(run: SFTRun) -> Params | None:
-    """The weights of a run that is complete, read without a claim to its folder; None where it is not.
+    """The weights of a complete run, read without locking its folder; None if it is not complete.
 
     Raises:
         UserError: the folder holds another run, or its data has changed since.
@@ -103,7 +103,7 @@ def finished_weights(run: SFTRun) -> Params | None:
 
 
 def check_data(run: SFTRun, notes: dict, batches: Demonstrations) -> None:
-    """Refuse to go on with other data than a checkpoint was made of."""
+    """A `UserError` when the data differs from that of the checkpoint."""
     if notes.get("data", batches.digest) != batches.digest:
         raise UserError(
             f"sft.data={run.sft.data} is not what {run.run} began with; restore it, or choose another run=FOLDER"

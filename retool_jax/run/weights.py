@@ -1,4 +1,4 @@
-"""A run's first weights: from another run or a Hugging Face checkpoint, if they fit its model and vocabulary."""
+"""A run's first weights, from another run or a Hugging Face checkpoint, checked against its model and vocabulary."""
 
 import dataclasses
 from contextlib import closing
@@ -28,13 +28,13 @@ def load_weights(run: Run, folder: Path) -> Params:
     """The newest weights of a run folder, or those of a Hugging Face folder or hub id, in this run's shardings.
 
     Raises:
-        UserError: there is no checkpoint in that folder, or it is of another model or another vocabulary, or its policy
-            writes calls in another grammar than this run reads.
+        UserError: the folder has no checkpoint, or one of another model or vocabulary, or its policy writes calls in
+            another grammar than this run reads.
     """
     name, folder = str(folder), find_folder(str(folder))
     print(f"reading the weights of {name}", flush=True)
     if (folder / "config.json").is_file():
-        if (folder / "tokenizer.json").is_file():  # it may hold weights alone
+        if (folder / "tokenizer.json").is_file():  # a folder may hold only weights
             check_vocabulary(run, name, folder)
         return load_params(run.model, folder, make_mesh(run.mesh))
     path = folder / "checkpoints"
@@ -50,11 +50,11 @@ def load_weights(run: Run, folder: Path) -> Params:
 
 
 def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
-    """The frozen model that `rl.teacher.init_from` names, computed with as this run's own.
+    """The frozen model that `rl.teacher.init_from` names, with the dtypes and kernels of this run's model.
 
     Raises:
-        UserError: there is no checkpoint, it is what the run itself begins from, or its vocabulary or its chat template
-            is another: it would score ids that mean something else to it, or texts in a form that it never saw.
+        UserError: there is no checkpoint, it is the run's own `init_from`, or its vocabulary or chat template differs
+            from the student's, so that it would score other ids or texts in an unknown form.
     """
     name = run.rl.teacher.init_from
     if run.init_from and Path(name).resolve() == Path(run.init_from).resolve():
@@ -71,7 +71,7 @@ def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
         raise no_checkpoint(folder, "rl.teacher.init_from")
     check_teacher(run, name, tokenizer)
     shape = {key: getattr(model, key) for key in ARCHITECTURE}
-    # How it is computed with is the run's. Its table may be padded to another size than the student's.
+    # Dtypes and kernels are the run's. The embedding may be padded to another size than the student's.
     model = dataclasses.replace(run.model, real_vocab=min(len(load_tokenizer(tokenizer)), model.vocab_size), **shape)
     like = abstract_like(abstract_params(model)[1], param_shardings(model, mesh))
     if (folder / "config.json").is_file():
@@ -84,7 +84,7 @@ def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
 
 
 def check_teacher(run: RLRun, name: str, tokenizer: str) -> None:
-    """Refuse a teacher that reads the student's ids, or its turns, as something else."""
+    """A `UserError` when the teacher's vocabulary or chat template differs from the student's."""
     if tokenizer == run.tokenizer:
         return
     theirs, ours = load_tokenizer(tokenizer).hf, load_tokenizer(run.tokenizer).hf
@@ -95,13 +95,13 @@ def check_teacher(run: RLRun, name: str, tokenizer: str) -> None:
         if differs:
             raise UserError(
                 f"rl.teacher.init_from={name} has another {what} (tokenizer={tokenizer}) than this run"
-                f" (tokenizer={run.tokenizer}): its log-probabilities would be of other texts; choose a teacher of the"
-                " student's family"
+                f" (tokenizer={run.tokenizer}), so it would score other texts than the student's; choose a teacher of"
+                " the student's family"
             )
 
 
 def require_checkpoint(run: Run) -> None:
-    """Refuse a run that takes its first weights, or its tokenizer, from where there is no checkpoint."""
+    """A `UserError` when a run needs `init_from` for its weights or tokenizer and there is no checkpoint."""
     if not run.init_from or (has_checkpoints(run) and run.tokenizer != run.init_from):
         return
     folder = find_folder(run.init_from, weights=False)
@@ -117,9 +117,9 @@ def no_checkpoint(folder: Path, key: str = "init_from") -> UserError:
 
 
 def check_model(run: Run, folder: Path) -> None:
-    """Refuse the weights of a run folder that are of another shape, or of another vocabulary.
+    """A `UserError` when the weights of a run folder have another shape, vocabulary or grammar than this run.
 
-    How they are computed with (dtypes, kernels, what is computed again) is each run's own.
+    Dtypes, kernels and rematerialisation may differ.
     """
     model, name = read_model(folder)
     for key in ARCHITECTURE:
@@ -135,7 +135,7 @@ def check_model(run: Run, folder: Path) -> None:
 
 
 def check_vocabulary(run: Run, name: str, folder: Path) -> None:
-    """Refuse the weights of a folder whose tokenizer, of this name, gives the words other ids than this run's."""
+    """A `UserError` when the tokenizer of a folder's weights, `name`, has another vocabulary than this run's."""
     if name == run.tokenizer:
         return
     try:
@@ -151,7 +151,7 @@ def check_vocabulary(run: Run, name: str, folder: Path) -> None:
 
 
 def check_grammar(run: EngineRun, folder: Path) -> None:
-    """Refuse the weights of a run that learned to call tools in a grammar that this run does not read."""
+    """A `UserError` when the weights learned to write calls in a grammar that this run does not read."""
     there = saved(folder)
     key = "sft.grammar" if there.get("task") == "sft" else "rollout.grammar"
     grammar = there.get(key) or DEFAULT_GRAMMAR
@@ -172,6 +172,6 @@ def abstract_weights(run: Run) -> Params:
 
 
 def abstract_state(run: Run, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the state that a run trains."""
+    """Shapes and shardings of a run's train state, without a critic."""
     optimizer = run.rl.optimizer if isinstance(run, RLRun) else run.sft.optimizer
     return optimizers.abstract_state(run.model, optimizer, mesh)

@@ -215,7 +215,9 @@ def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
     values = saved(folder)
     rewrite(folder, values | {"rl.kl": 0.1})
     message = refusal(run)
-    assert f"{folder} was begun with rl.kl=0.1, which this version has not; go on with the one that began it" in message
+    assert (
+        f"{folder} was begun with rl.kl=0.1, a key that this version does not have; go on with the version" in message
+    )
     assert f"or remove the key from {folder / 'config.yaml'}" in message
     monkeypatch.setitem(folders.REMOVED, "rl.kl", (0.0,))
     assert "rl.kl=0.1" in refusal(run)

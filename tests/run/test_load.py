@@ -22,7 +22,7 @@ from retool_jax.mesh_config import MeshConfig
 from retool_jax.models.config import ModelConfig, config_to_hf
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.config import RolloutConfig
-from retool_jax.run.build import compiled_ahead, resolve, sandbox_config, told_of_memory
+from retool_jax.run.build import compiled_ahead, explain_out_of_memory, resolve, sandbox_config
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.folder import claim_folder
 from retool_jax.run.load import config_names, help_text, load
@@ -135,14 +135,14 @@ def test_a_word_without_an_equals_sign(word):
         ),
         ("rl.critic.optimizer.final_fraction=0", "rl.critic.optimizer.final_fraction=0.0 is where a cosine ends"),
         ("rl.groups.refills=3", "rl.groups.refills=3 says how often groups are drawn in the place of others, and"),
-        ("rl.groups.skip_solved=2", "rl.groups.skip_solved=2 passes over prompts that come again, and none of"),
+        ("rl.groups.skip_solved=2", "rl.groups.skip_solved=2 skips prompts that come again, and no prompt of"),
         (
             "engine.stale_rows=keep",
-            "engine.stale_rows=keep is for rows under which weights change, and with rl.ahead=0",
+            "engine.stale_rows=keep is for rows that are unfinished when the weights change, and with rl.ahead=0",
         ),
         ("rl.max_staleness=1", "rl.max_staleness=1 drops what older weights drew, and with rl.ahead=0"),
         ("rl.reward.overlong_penalty=0.5", "rl.reward.overlong_penalty=0.5 is what the last of"),
-        ("rl.reward.overlong_tokens=89", "rl.reward.overlong_tokens=89 are the end of the room for a response, which"),
+        ("rl.reward.overlong_tokens=89", "rl.reward.overlong_tokens=89 is more than the longest response of"),
         ("rl.clip.low=1.5", "rl.clip.low=1.5 must be between 0 and 1"),
         ("evaluation.every=-1", "evaluation.every=-1 must be at least 0"),
         ("model.rope_theta=0", "model.rope_theta=0.0 must be between 100 and"),
@@ -164,8 +164,8 @@ def test_a_word_without_an_equals_sign(word):
         ("rl.optimizer.weight_decay=1e8", "learning_rate=0.0003 x weight_decay=100000000.0 takes more from a weight"),
         ("evaluation.problems=1000000000", "evaluation.problems=1000000000 must be between 1 and 262144"),
         ("rl.row_length=64", "rl.row_length=64 is shorter than engine.max_length=128"),
-        ("task=sft", "task=sft: a config's task is said in its file alone; choose another config=NAME"),
-        ("run=a\udcffb", "run has bytes that are no text in UTF-8"),
+        ("task=sft", "task=sft: only a config's file can set its task; choose another config=NAME"),
+        ("run=a\udcffb", "run has bytes that are not UTF-8"),
         ("rollout.max_prompt_tokens=500", "rollout.max_prompt_tokens=500 leaves no room in engine.max_length=128"),
     ],
 )
@@ -193,7 +193,10 @@ def test_what_nothing_would_read_is_refused():
             "config=grpo model.llama3_high_factor=9",
             "model.llama3_high_factor=9.0 is not read with",
         ),
-        ("config=grpo tools=none rollout.strict_calls=true", "rollout.strict_calls=true refuses calls that are not as"),
+        (
+            "config=grpo tools=none rollout.strict_calls=true",
+            "rollout.strict_calls=true refuses calls that are not exactly",
+        ),
         (
             "config=grpo sandbox.urls=[http://x:1]",
             "sandbox.urls is ('http://x:1',), which the back-end remote",
@@ -438,7 +441,7 @@ def test_the_miniatures_shape_does_not_count_where_weights_are_named_above_it(tm
     (folder / "config.json").write_text(json.dumps(config_to_hf(there)))
     mine = tmp_path / "mine.yaml"
     mine.write_text(f"base: grpo\ntask: grpo\ninit_from: {folder}\n")
-    told = f"model and tokenizer: of {folder}, since nothing else is set here\n"
+    told = f"model and tokenizer: taken from {folder}, since the config sets no other\n"
     for words in (["config=grpo", f"init_from={folder}"], ["config=sft", f"init_from={folder}"], [f"config={mine}"]):
         run = resolve([*words, "model.compute_dtype=bfloat16"])
         assert run.model == dataclasses.replace(there, compute_dtype="bfloat16") and run.tokenizer == str(folder)
@@ -480,12 +483,12 @@ def test_a_shape_that_a_config_sets_stays_and_needs_no_checkpoint(tmp_path):
     ],
 )
 def test_a_device_without_room_is_told_with_what_to_lower(config, sizes):
-    with pytest.raises(UserError) as caught, told_of_memory(load([f"config={config}"])):
+    with pytest.raises(UserError) as caught, explain_out_of_memory(load([f"config={config}"])):
         jax.jit(lambda: jnp.ones((1 << 23, 1 << 21)))()  # 64 TB
     message = str(caught.value)
     assert message.startswith("a device has no room for what this run computes (RESOURCE_EXHAUSTED")
     assert f"; lower {sizes}" in message and "\n" not in message
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), told_of_memory(load([f"config={config}"])):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explain_out_of_memory(load([f"config={config}"])):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
