@@ -10,7 +10,7 @@ COMMANDS = {
     "train": ("train", "train a model, or resume the run: retool train config=grpo"),
     "evaluate": ("evaluate", "measure a checkpoint on a set of problems: retool evaluate config=eval"),
     "serve": ("serve", "serve a checkpoint over OpenAI's endpoints: retool serve config=serve"),
-    "sessions": ("serving.sessions", "make rollouts to learn from of conversations that a server recorded"),
+    "sessions": ("serving.sessions", "turn conversations that a server recorded into rollouts to train on"),
     "plan": ("plan", "plan a run for chips that are not here: retool plan config=NAME mesh=v5p-64"),
     "report": ("report", "write one HTML page with a run's curves and trajectories"),
     "export": ("export", "write trajectories as parquet, traces, ATIF or a log of Inspect"),
@@ -22,10 +22,10 @@ COMMANDS = {
 
 
 def help_text() -> str:
-    """What `--help` prints: how to call, and a line for each command."""
+    """The text of `--help`: usage, and a line for each command."""
     width = max(map(len, COMMANDS))
     lines = [f"    {name:<{width}}    {does}" for name, (_, does) in COMMANDS.items()]
-    usage = "usage: retool COMMAND [word ...]; retool COMMAND --help says which words a command takes"
+    usage = "usage: retool COMMAND [word ...]; retool COMMAND --help lists the words of a command"
     return "\n".join([usage, "", *lines])
 
 
@@ -38,7 +38,7 @@ def main(words: list[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown command {name!r}; {hint}there are: {', '.join(COMMANDS)}")
-    # Imported here: some of them need seconds for that, and neither this help nor a misspelt word should wait.
+    # Imported here, since some commands take seconds to import, and help and mistakes should be printed at once.
     importlib.import_module(f"retool_jax.{COMMANDS[name][0]}").main(rest)
 
 

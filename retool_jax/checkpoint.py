@@ -1,6 +1,6 @@
-"""Checkpoints: the whole train state and the run's own notes, one folder per step, complete or not there.
+"""Checkpoints: the whole train state and notes of the run, a folder for each step; a folder is complete or absent.
 
-A folder is a path of this machine or an address such as gs://bucket/run (`etils.epath`; the latter needs gcsfs).
+A folder is a local path or an address such as gs://bucket/run (`etils.epath`; the latter needs gcsfs).
 """
 
 import copy
@@ -25,34 +25,34 @@ from etils import epath
 from retool_jax import hosts
 from retool_jax.errors import UserError
 
-# Orbax reports every file it touches, and every error several times before it raises it.
+# Orbax logs every file, and every error several times before it raises it.
 absl_logging.set_verbosity(absl_logging.FATAL)
 logging.getLogger("orbax").setLevel(logging.CRITICAL)
 
-# Items of a checkpoint, a folder each. Weights have one of their own, so that who wants them alone reads no moments.
+# Items of a checkpoint, a folder each. Weights have their own, so that they can be read without the moments.
 PARAMS, REST, NOTES = "params", "rest", "notes"
-WHOLE = "state"  # in the place of the first two in older checkpoints
-PATIENCE_S = 30.0  # with a thread of a save that failed
+WHOLE = "state"  # older checkpoints have this item instead of the first two
+PATIENCE_S = 30.0  # how long to wait for a thread of a save that failed
 LONGEST_SAVE_S = 4 * 3600
-DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each of its files
+DIGESTS = "digests.json"  # beside the items of a checkpoint: size and CRC-32 of each file
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run. A save is atomic: killed half-way, it is swept at the next start.
+    """The last `keep` checkpoints of a run. Saves are atomic: what a killed save left is removed at the next start.
 
-    A save goes on in threads after `save` has returned, one save at a time. Whatever asks for checkpoints waits for
-    it, and the next call of any method tells what it met. With `keep=None` the checkpoints are another run's, there to
-    be read: nothing is made, kept or swept.
+    A save continues in threads after `save` has returned; there is one save at a time. Every method waits for it
+    first and raises its error. With `keep=None` the checkpoints are another run's and only read: nothing is created or
+    removed.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int | None) -> None:
         self.folder = epath.Path(folder)
         if keep is not None and hosts.is_first():
-            _sweep(self.folder, "*")  # orbax leaves one that was killed between its last file and its new name
+            _remove_unfinished(self.folder, "*")  # orbax leaves one that was killed before its final rename
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=keep is not None,
-            # Folders are made before `save` returns: where a thread could not make them, others would wait for it.
+            # Make folders before `save` returns: if a thread failed to make them, other threads would wait for it.
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=LONGEST_SAVE_S, create_directories_asynchronously=False
             ),
@@ -62,8 +62,8 @@ class Checkpoints:
         )
         absolute = self.folder if _is_remote(self.folder) else self.folder.resolve()
         self._manager = ocp.CheckpointManager(absolute, options=options, handler_registry=_handlers())
-        self._thread = ThreadPoolExecutor(1, "checkpoint")  # sees a save to its end
-        self._saving: tuple[int, Future] | None = None  # the last one, until somebody asked how it went
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # finishes a save
+        self._saving: tuple[int, Future] | None = None  # the last save, until `wait` has taken its result
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -73,10 +73,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, notes: dict) -> None:
         """Write the train state (a NamedTuple with `params`) and `notes` (JSON) as checkpoint `step`.
 
-        Returns when both are copied, so that an update may consume the state; they are written meanwhile.
+        Returns when both are copied, so that an update may consume the state; writing continues in the background.
 
         Raises:
-            UserError: the disk is full or refuses, now or at the save before; complete checkpoints stay as they are.
+            UserError: writing failed, now or in the previous save; complete checkpoints stay as they are.
         """
         self.wait()
         if reason := _too_little_room(self.folder, state):
@@ -85,7 +85,7 @@ class Checkpoints:
         arguments = ocp.args.Composite(**items, **{NOTES: ocp.args.JsonSave(copy.deepcopy(notes))})
         try:
             self._manager.save(step, args=arguments, force=True)
-        except Exception as error:  # of the disk, of orbax or of tensorstore
+        except Exception as error:  # from the disk, orbax or tensorstore
             raise self._failed(step, error) from None
         self._saving = step, self._thread.submit(self._finish, step)
 
@@ -94,10 +94,10 @@ class Checkpoints:
         write_digests(self.folder / str(step), jax.process_index())
 
     def wait(self) -> None:
-        """Return when the last save is complete.
+        """Wait until the last save is complete.
 
         Raises:
-            UserError: it failed; told once.
+            UserError: it failed; raised once.
         """
         if self._saving is None:
             return
@@ -106,12 +106,12 @@ class Checkpoints:
             raise self._failed(step, error)
 
     def _failed(self, step: int, error: BaseException) -> UserError:
-        """Clear away a save that failed; what to say of it."""
-        with suppress(Exception):  # the manager tells each thread once
+        """Remove what a failed save left, and return the error to raise."""
+        with suppress(Exception):  # the manager raises the error once in each thread
             self._manager.wait_until_finished()
         _join_threads()
-        _sweep(self.folder, str(step))  # what is there of it takes the room that is missing
-        self._manager.reload()  # it has forgotten those that the failed one was to replace
+        _remove_unfinished(self.folder, str(step))  # its files take the room that is missing
+        self._manager.reload()  # it has forgotten the checkpoints that the failed one was to replace
         return self._refusal(step, _reason(error))
 
     def _refusal(self, step: int, reason: str) -> UserError:
@@ -126,26 +126,26 @@ class Checkpoints:
         """The train state and notes of checkpoint `step`; `like` gives shapes and shardings.
 
         Raises:
-            UserError: the checkpoint is corrupt, or that of another model.
+            UserError: the checkpoint is corrupt, or of another model.
         """
         parts, notes = self._read(step, _items(like))
         return type(like)(params=parts[PARAMS], **parts[REST]), notes
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, dict]:
-        """As `restore`, of the weights alone: no other bytes of the checkpoint are read."""
+        """As `restore`, but only the weights and notes; nothing else of the checkpoint is read."""
         parts, notes = self._read(step, {PARAMS: like})
         return parts[PARAMS], notes
 
     def _read(self, step: int, like: dict[str, Any]) -> tuple[dict, dict]:
-        """Items of a checkpoint by their names, and its notes, after their files were found to be as written."""
+        """Items of a checkpoint by name, and its notes, after a check of their files' digests."""
         self.wait()
         path = self.folder / str(step)
         whole = (path / WHOLE).is_dir()
         trees = {WHOLE: {PARAMS: like[PARAMS]} | like.get(REST, {})} if whole else like
         others = [other for other in self._manager.all_steps() if other != step]
         way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
-        # Asked before orbax is: it reads some damaged arrays as if nothing had happened, and on others its threads
-        # print their tracebacks past every handler.
+        # Checked before orbax reads: it returns some damaged arrays without an error, and for others its threads print
+        # tracebacks that no handler can catch.
         if damaged := damaged_file(path, [*trees, NOTES]):
             raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
 
@@ -156,7 +156,7 @@ class Checkpoints:
         items = {name: item(tree) for name, tree in trees.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items, **{NOTES: ocp.args.JsonRestore()}))
-        except Exception as error:  # tensorstore has no common kind of error
+        except Exception as error:  # tensorstore's errors have no common type
             raise UserError(
                 f"cannot read checkpoint {path} as the state of this config ({_reason(error)}):"
                 f" choose the folder of a run of this model, or remove that one{way_out}"
@@ -167,7 +167,7 @@ class Checkpoints:
         return restored, restored[NOTES]
 
     def close(self) -> None:
-        """Wait for the last save and let go of the folder.
+        """Wait for the last save and release the folder.
 
         Raises:
             UserError: as `wait`.
@@ -180,14 +180,14 @@ class Checkpoints:
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:
-    """Shapes of a state with the shardings that it is to be restored to."""
+    """Shapes and dtypes of a state, with the shardings to restore it to."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def write_digests(folder: epath.PathLike, process: int = 0) -> None:
-    """Note the size and the CRC-32 of each file of a checkpoint that this process wrote, in it.
+    """Write size and CRC-32 of each file that this process wrote in a checkpoint's folder into a file there.
 
-    A full disk leaves it without: unchecked.
+    If the disk is full that file is missing, and the checkpoint will not be checked.
     """
     folder = epath.Path(folder)
     files = sorted(str((above / name).relative_to(folder)) for above, _, names in folder.walk() for name in names)
@@ -204,15 +204,15 @@ def write_digests(folder: epath.PathLike, process: int = 0) -> None:
 
 
 def _writer(name: str) -> int:
-    """The process that wrote a file: each has a folder for its shards, and the first writes what is beside them."""
+    """The process that wrote a file: each has a folder for its shards, and the first one writes all other files."""
     own = re.search(r"/ocdbt\.process_(\d+)/", name)
     return int(own[1]) if own else 0
 
 
 def damaged_file(folder: epath.PathLike, items: Sequence[str]) -> str | None:
-    """What is wrong with the files of some items of a checkpoint, and with those beside all items, in words.
+    """The first error, in words, in the files of these items of a checkpoint and in the files beside all items.
 
-    None if each is as it was written, or if that is not known.
+    None if all files match their digests, or if there are no digests.
     """
     folder, digests = epath.Path(folder), {}
     for path in sorted(folder.glob("digests.*json")):
@@ -241,21 +241,21 @@ def _digest(path: epath.Path) -> list[int]:
     return [path.stat().length, crc]
 
 
-def _sweep(folder: epath.Path, step: str) -> None:
-    for half in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+def _remove_unfinished(folder: epath.Path, step: str) -> None:
+    for path in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         with suppress(OSError):
-            half.rmtree()
+            path.rmtree()
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What reads and writes each item.
+    """Handlers that read and write each item.
 
-    Without a limit on the bytes in flight, orbax writes the arrays of an item in one transaction, so that a disk which
-    refuses is one error. With one, as is its default, every array is written by itself: where one fails, the others
-    go on, and their threads print that the event loop which they report to is closed.
+    Without a limit on the bytes in flight, orbax writes the arrays of an item in one transaction, so that a disk error
+    is raised once. With a limit, orbax's default, each array is written by itself: when one fails, the others go on,
+    and their threads print that the event loop which they report to is closed.
 
-    Arrays are written as they are: compressed, trained weights and moments are a twelfth smaller, and a save takes more
-    than twice the processor's time.
+    Arrays are not compressed: compression makes trained weights and moments a twelfth smaller, and a save takes more
+    than twice the CPU time.
     """
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for name in (PARAMS, REST, WHOLE):
@@ -274,16 +274,16 @@ def _is_remote(folder: epath.Path) -> bool:
 
 
 def _items(state: Any) -> dict[str, Any]:
-    """A train state as the items of a checkpoint."""
+    """The items of a checkpoint that hold a train state."""
     fields = state._asdict()
     return {PARAMS: fields.pop(PARAMS), REST: fields}
 
 
 def _copied(state: Any) -> Any:
-    """A state whose buffers nobody overwrites while they are written.
+    """A copy of a state on CPU, whose buffers the next update cannot overwrite while they are written.
 
-    From an accelerator orbax takes a copy before its `save` returns. On a CPU it takes none: it would write from the
-    very memory that the next update is given to use again.
+    Arrays of an accelerator are returned as they are, since orbax copies them before its `save` returns. From CPU
+    arrays it would write directly, and the next update reuses their memory.
     """
 
     def copied(x: Any) -> Any:
@@ -291,7 +291,7 @@ def _copied(state: Any) -> Any:
             return np.array(x)
         if any(device.platform != "cpu" for device in x.sharding.device_set):
             return x
-        # Shard by shard: an array that is spread over several processes is otherwise returned as it is.
+        # Shard by shard, since device_put does not copy an array that is spread over several processes.
         shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
@@ -299,7 +299,7 @@ def _copied(state: Any) -> Any:
 
 
 def _too_little_room(folder: epath.Path, state: Any) -> str | None:
-    """Why a state does not fit on the disk, where that is known in advance."""
+    """Why a state does not fit on the disk, if that is known in advance."""
     if _is_remote(folder):
         return None
     needed, free = (x / 1e6 for x in (sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free))
@@ -307,15 +307,15 @@ def _too_little_room(folder: epath.Path, state: Any) -> str | None:
 
 
 def _join_threads() -> None:
-    """Wait for what a save that failed left going: the other items are written by threads that nobody asks any more."""
+    """Wait for orbax's threads after a failed save: those that write the other items are still running."""
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            with suppress(Exception):  # orbax's threads raise what they met when they are joined
+            with suppress(Exception):  # orbax's threads raise their error when they are joined
                 thread.join(PATIENCE_S)
 
 
 def _reason(error: BaseException) -> str:
-    """An error on one short line; of tensorstore's long ones, what the operating system said."""
+    """An error on one short line; of tensorstore's long messages only the operating system's part."""
     text = " ".join(str(error).split())
     if said := re.search(r": ([A-Z][a-z][^:\[\]]*) \[(?:os_error_code|tensorstore_spec)=", text):
         return said[1]

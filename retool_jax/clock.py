@@ -1,4 +1,4 @@
-"""Where a run's wall-clock time goes."""
+"""A run's wall-clock time by part."""
 
 import threading
 import time
@@ -14,13 +14,13 @@ _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-AHEAD = "compile-ahead"  # what threads are called that compile beside other work
+AHEAD = "compile-ahead"  # the name of threads that compile in the background
 
 
 class Clock:
-    """Seconds by part of the run. Compilation is a part of its own, wherever it happens: in another part or in none.
+    """Seconds by part of the run. Compilation is a part of its own, inside or outside of the other parts.
 
-    What threads compile ahead counts where somebody waits for it (`waited`).
+    Of compilation in background threads only the time that another thread waits for it counts (`waited`).
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block's time under `name`, less what it spent compiling. Parts do not nest."""
+        """Add the block's time, without compilation, to `name`. Parts do not nest."""
         compiled, began = self.seconds.get("compile", 0.0), time.perf_counter()
         try:
             yield
@@ -48,5 +48,5 @@ class Clock:
 
 
 def waited(seconds: float) -> None:
-    """Say that this thread has waited so long for a program that another one compiles."""
+    """Record that this thread has waited this long for a program that another one compiles."""
     jax.monitoring.record_event_duration_secs(WAITED, seconds)

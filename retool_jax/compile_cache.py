@@ -1,4 +1,4 @@
-"""Compiled programs on the disk, so that the next start of a command does not compile them again."""
+"""Compiled programs on the disk, so that the next start of a command need not compile them again."""
 
 import os
 import time
@@ -9,14 +9,15 @@ from pathlib import Path
 import jax
 
 LEAST_S = 0.03  # a program that compiles faster than this is not kept
-KEPT_DAYS = 60  # older ones are compiled again, since most are of code or configs that are gone
+KEPT_DAYS = 60  # older files are removed, since most belong to old code or configs
 
 
 def keep_programs() -> None:
-    """Keep what XLA compiles below ~/.cache/retool_jax, unless jax was told a folder, and say where.
+    """Set jax's compilation cache to a folder below ~/.cache/retool_jax, and print which folder is used.
 
-    jax's own variables decide: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=0 is none.
-    Where the folder cannot be made or read the run goes on without. What lies in ours for `KEPT_DAYS` is removed.
+    jax's own variables have priority: JAX_COMPILATION_CACHE_DIR sets another folder, JAX_ENABLE_COMPILATION_CACHE=0
+    turns the cache off. If the folder cannot be made or read, the run goes on without a cache. Files in our folder that
+    are older than `KEPT_DAYS` are removed.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -31,7 +32,7 @@ def keep_programs() -> None:
             return
         oldest = time.time() - KEPT_DAYS * 86400
         for file in files:
-            with suppress(OSError):  # another command may be at it
+            with suppress(OSError):  # another command may have removed it
                 if file.stat().st_mtime < oldest:
                     file.unlink()
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -41,7 +42,7 @@ def keep_programs() -> None:
 
 
 def _processor() -> int:
-    """A number for what this processor can do: a home folder may be shared by machines whose programs differ."""
+    """A digest of this processor's features: machines with other processors may share the home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -24,15 +24,15 @@ id such as Qwen/Qwen3-8B.
 
 from, to    Write SOURCE as a checkpoint that transformers loads: config.json, weights in files of at most 5 GB, their
             index, the tokenizer and its chat template, the ids at which a turn of the policy ends, and a model card,
-            README.md, which tells what is known of the run. FOLDER must not exist; it appears when it is complete.
+            README.md, with what is known of the run. FOLDER must not exist; it appears when it is complete.
 dtype       float32, bfloat16 or float16; by default as in SOURCE, so that every weight is kept to the bit.
 tokenizer   Where tokenizer and template are copied from; by default the run's tokenizer, or SOURCE itself.
-push        Copy FOLDER to this repository of the hub, such as my-name/my-model, which is made, private, where there is
-            none. The hub's own tools hold the right to do so: hf auth login, or HF_TOKEN.
+push        Copy FOLDER to this repository of the hub, such as my-name/my-model. If it does not exist, it is created as
+            a private one. Log in first with hf auth login, or set HF_TOKEN.
 check       Compare two checkpoints field by field and tensor by tensor. Prints what differs and by how much; exit
             code 0 when nothing does, 1 otherwise.
 
-There is no step the other way: init_from=SOURCE of a run takes a Hugging Face checkpoint as it is.
+Nothing needs to be converted the other way: init_from=SOURCE of a run reads a Hugging Face checkpoint as it is.
 A model that does not fit on one device is converted in the host's memory with JAX_PLATFORMS=cpu."""
 
 KEYS = ("from", "to", "dtype", "tokenizer", "push", "check")
@@ -62,9 +62,7 @@ def main(words: list[str]) -> None:
 
 
 def find_source(name: str) -> "tuple[SFTRun, Path]":
-    """What a name on the command line means: its model and tokenizer, as those of a run, and its folder.
-
-    Of a run's config only these two are read; the devices are those that are here.
+    """The source that a word names: a run with its model and tokenizer (all else is default), and its folder.
 
     Raises:
         UserError: there is neither a run nor a checkpoint.
@@ -77,7 +75,7 @@ def find_source(name: str) -> "tuple[SFTRun, Path]":
     folder = find_folder(name)
     if (folder / "config.json").is_file():
         kinds = {tensor.dtype.name for tensor in read_headers(folder).values()}
-        # float32 holds what any mixture of the three types holds.
+        # float32 can hold any mixture of the three dtypes exactly.
         model = config_from_hf(folder, param_dtype=kinds.pop() if len(kinds) == 1 else "float32")
         return SFTRun(model=model, tokenizer=str(folder)), folder
     if not (folder / CONFIG).is_file():
@@ -90,7 +88,7 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
     """Write a source's weights as a Hugging Face checkpoint.
 
     Raises:
-        UserError: what the source lacks or the target already is, before any weight is read.
+        UserError: the source is incomplete or the target exists; raised before any weight is read.
     """
     from retool_jax.models.companions import COMPANIONS
     from retool_jax.models.config import DTYPES
@@ -108,7 +106,7 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
     try:
         loaded = load_tokenizer(str(words))
         stops = {index: loaded.decode([index]) for index in loaded.stop_ids}
-    except UserError:  # of a family that cannot be trained: what its own files name stays
+    except UserError:  # a family that cannot be trained: the stop ids of its own files are kept
         stops = {}
     params = load_weights(run, folder)
     card = model_card(folder, target.name, dtype or run.model.param_dtype, stops)
@@ -116,10 +114,10 @@ def convert(name: str, target: Path, dtype: str | None = None, tokenizer: str | 
 
 
 def upload(folder: Path, name: str) -> str:
-    """Copy a checkpoint folder to a repository of the hub; its address.
+    """Copy a checkpoint folder to a repository of the hub, and return its address.
 
     Raises:
-        UserError: the hub refuses, or cannot be reached; the folder stays.
+        UserError: the hub refuses, or cannot be reached; the local folder stays.
     """
     from huggingface_hub import HfApi
 
@@ -127,7 +125,7 @@ def upload(folder: Path, name: str) -> str:
         hub = HfApi()
         address = hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights, tokenizer and card")
-    except Exception as error:  # of the hub, of HTTP or of the network
+    except Exception as error:  # from the hub, HTTP or the network
         reason = one_line(error)
         raise UserError(
             f"{folder} is complete, and the hub does not take it as {name} ({type(error).__name__}: {reason}); log in"
@@ -137,7 +135,7 @@ def upload(folder: Path, name: str) -> str:
 
 
 def compare(a: str, b: str) -> list[str]:
-    """What two checkpoints differ in, a line each: fields of the model, tensors that one lacks, values."""
+    """The differences of two checkpoints, one a line: fields of the model, missing tensors, values."""
     import numpy as np
 
     from retool_jax.models.config import ARCHITECTURE
@@ -160,7 +158,7 @@ def compare(a: str, b: str) -> list[str]:
 
 
 def tensors_of(run: "SFTRun", folder: Path) -> dict[str, Callable[[], "np.ndarray"]]:
-    """Each tensor of a source by its Hugging Face name, read when it is called; of a folder, whatever is there."""
+    """Each tensor of a source by its Hugging Face name, as a function that reads it."""
     from retool_jax.models.huggingface import checkpoint_tensors, read_headers
     from retool_jax.run.weights import load_weights
 

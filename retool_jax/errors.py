@@ -1,4 +1,4 @@
-"""The one exception that a user's own input can raise, and how an entry point shows it."""
+"""The exception for mistakes in a user's input, and how an entry point reports it."""
 
 import atexit
 import errno
@@ -15,17 +15,17 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input. The message names the thing, the limit and the way out, in one line."""
+    """Bad input. The message is one line that names the mistake, the limit and what to do."""
 
 
 def one_line(cause: object, most: int = 200) -> str:
-    """What was said, on one line of at most so many characters."""
+    """The text of an error on one line of at most `most` characters."""
     return " ".join(str(cause).split())[:most]
 
 
 _ROOM = "make room and start the same command again"
 _RIGHTS = "choose a folder that can be written"
-_PATH = "see that the path is right, or choose another"
+_PATH = "check the path, or choose another"
 _DISK_ERRORS = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -41,15 +41,15 @@ _DISK_ERRORS = {
     errno.ELOOP: _PATH,
     errno.ENAMETOOLONG: _PATH,
     errno.EBUSY: _PATH,
-    errno.EIO: "see that its disk works",
+    errno.EIO: "check that its disk works",
 }
-_UNREAD = "what reads this output has ended, as `head` does; without it the same command goes on from what is saved"
+_UNREAD = "the program that reads this output has ended, as `head` does; the same command without it resumes"
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run an entry point on the command line's words; bad input and a full disk are one line on stderr, exit code 2."""
+    """Run an entry point on the command line's words. Bad input and disk errors are one line on stderr, exit code 2."""
     _prepare_streams()
-    # An ending Python looks through all that there is for garbage, several times: 0.4 s of processor time with jax.
+    # At exit Python collects garbage over all objects several times, which takes 0.4 s of CPU time with jax.
     atexit.register(gc.freeze)
     out = os.fstat(1)
     try:
@@ -61,13 +61,13 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except SystemExit:
         if os.path.samestat(out, os.fstat(1)):
             raise
-        _leave(_UNREAD)  # rich ends a program so, and points its stdout nowhere
+        _leave(_UNREAD)  # on a broken pipe rich redirects stdout to /dev/null and exits
     except BrokenPipeError:
-        if not _is_unread():
+        if not _stdout_is_broken():
             raise
         _leave(_UNREAD)
     except OSError as error:
-        if error.errno == errno.ENOENT and not error.filename and not _is_somewhere():
+        if error.errno == errno.ENOENT and not error.filename and not _has_working_folder():
             _leave("the folder in which this command was started is gone; start it in another")
         if error.errno not in _DISK_ERRORS:
             raise
@@ -80,11 +80,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Let Ctrl-C end the block at once, wherever it comes.
+    """Let Ctrl-C end the block at once, whatever runs at that moment.
 
-    By itself it is lost where Python is in a callback of its collector or of a weak reference: what is raised there is
-    printed and forgotten, so it is raised again until the block ends by it. And asyncio's own handler waits until a
-    coroutine waits, which long work in it does not.
+    Python prints and drops an exception that is raised in a callback of its garbage collector or of a weak reference,
+    so KeyboardInterrupt is raised again until it ends the block. And asyncio's own handler acts only when a coroutine
+    awaits, which long computations do not.
     """
     timers: list[threading.Timer] = []
     repeated: list[int] = []
@@ -98,14 +98,14 @@ def heard() -> Iterator[None]:
         repeated.clear()
         while ending is not None and not isinstance(ending, KeyboardInterrupt):
             ending = ending.__context__
-        if again and ending is not None:  # it was heard, and what is open is being closed
+        if again and ending is not None:  # the block is ending already, and is closing what is open
             return
         timers.append(threading.Timer(0.2, repeat, (number,)))
         timers[-1].daemon = True
         timers[-1].start()
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # no other may set what signals do
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGINT, interrupt)
@@ -118,10 +118,10 @@ def heard() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """See that nothing which is printed can fail for its characters, and that no file takes the place of a stream.
+    """Make printing safe: any character can be printed, and no file gets the number of a closed stream.
 
-    A path may hold bytes that are no text, and a stream may know ASCII alone. Where a stream is closed, the next file
-    that is opened would get its number, and with it what libraries print.
+    A path may hold bytes that are no text, and a stream may support only ASCII. If a standard stream is closed, the
+    next file that is opened would get its number, and then what libraries print.
     """
     for number in (0, 1, 2):
         try:
@@ -133,15 +133,15 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_unread() -> bool:
-    """Whether stdout is a pipe that nobody reads from any more."""
+def _stdout_is_broken() -> bool:
+    """Whether stdout is a pipe whose reader has ended."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _is_somewhere() -> bool:
-    """Whether the folder that relative paths begin in is there."""
+def _has_working_folder() -> bool:
+    """Whether the current working folder still exists."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -150,10 +150,10 @@ def _is_somewhere() -> bool:
 
 
 def _leave(message: str) -> NoReturn:
-    """Say it as the last line on stderr: libraries' threads and unread futures may speak again while Python ends."""
+    """Print the error and exit. It stays the last line on stderr, whatever threads print while Python ends."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
-    if _is_unread():  # Python writes what is left in its buffer
+    if _stdout_is_broken():  # at exit Python flushes the rest of its buffer
         os.dup2(nowhere, 1)
     sys.exit(2)

@@ -1,6 +1,6 @@
 """`python -m retool_jax.evaluate config=NAME init_from=FOLDER key=value ...`: measure a checkpoint on a problem set.
 
-The same command goes on with an evaluation that was interrupted (docs/evaluation.md).
+The same command resumes an evaluation that was interrupted (docs/evaluation.md).
 """
 
 import asyncio
@@ -21,7 +21,7 @@ def main(words: list[str]) -> None:
     if not run.init_from:
         raise UserError("there is nothing to evaluate; set init_from to a run or Hugging Face folder, or a hub id")
     collect_rarely()
-    # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    # Imported only now, so that a mistake in the words is reported before seconds of imports.
     with heard():
         from retool_jax.compile_cache import keep_programs
         from retool_jax.run.build import resolve
@@ -32,7 +32,7 @@ def main(words: list[str]) -> None:
 
 
 def measure(run: EvaluateRun) -> None:
-    """Evaluate to the result, with the other hosts of the job where the environment says that there are some."""
+    """Evaluate a run to its result, together with the other hosts of its job if the environment names them."""
     from retool_jax import hosts
 
     with hosts.joined(run.hosts):

@@ -1,8 +1,8 @@
-"""Sections of a run as trees of frozen dataclasses: what their fields may hold, their keys, values and comments, and
-the words of a command that set them.
+"""Sections of a run as trees of frozen dataclasses: the constraints of their fields, their keys, values and comments,
+and the words of a command that set them.
 
-A section is a pydantic dataclass with `config=CHECKED`. Its fields say in their types what they may hold, and
-`complaint` says in words which one holds something else.
+A section is a pydantic dataclass with `config=CHECKED`. The types of its fields state the constraints, and `complaint`
+turns pydantic's error into one line.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from retool_jax.errors import UserError
 
-HIDDEN = "***"  # what is shown of a secret
-# No unknown keys, nothing converted silently, numbers that are numbers.
+HIDDEN = "***"  # shown in place of a secret
+# No unknown keys, no silent conversions, no NaN or infinity.
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-MOST = (1 << 31) - 1  # of counts, which arrays on a device hold in 32 bits
-LARGEST = 1e9  # of coefficients and bounds: it stands for none, and its products stay finite in fp32
+MOST = (1 << 31) - 1  # the largest count: arrays on a device hold counts in 32 bits
+LARGEST = 1e9  # the largest coefficient or bound: as a bound it means none, and its products stay finite in fp32
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
@@ -40,7 +40,7 @@ def hints_of(schema: type) -> dict[str, typing.Any]:
 
 
 def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
-    """The first thing that is wrong with the values of a section: the key below `prefix`, its value, its limit."""
+    """The first error in the values of a section, in one line: the key below `prefix`, its value, its limit."""
     found = error.errors(include_url=False)[0]
     value, kind, wanted, inside = found["input"], found["type"], schema, list(found["loc"])
     names = []
@@ -71,7 +71,7 @@ def complaint(error: ValidationError, schema: type, prefix: str = "") -> str:
 
 
 def _without_none(hint: object) -> object:
-    """What a field holds that may be left empty (`int | None`); any other type as it is."""
+    """The type `int` of `int | None`; any other type as it is."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     return kinds[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(kinds) == 1 else hint
 
@@ -79,7 +79,7 @@ def _without_none(hint: object) -> object:
 def _limit(hint: object, kind: str) -> str:
     """The range of a number in words, from the constraints in its annotation.
 
-    What bounds every count and coefficient from above is told to those that it stopped.
+    The general upper limits `MOST` and `LARGEST` are mentioned only when the value exceeds them.
     """
     constraints = [each for item in getattr(hint, "__metadata__", ()) for each in item.metadata]
     bounds = {
@@ -94,7 +94,7 @@ def _limit(hint: object, kind: str) -> str:
 
 
 def _type_name(hint: object) -> str:
-    """What a value is called that a field may hold."""
+    """The name of a field's type in error messages."""
     hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     if typing.get_origin(hint) is tuple:
         return "list"
@@ -107,10 +107,10 @@ class Leaf(NamedTuple):
     """A key that a run may set."""
 
     key: str
-    kind: str  # what its type is called
+    kind: str  # name of its type
     default: object
     comment: str  # from the source
-    secret: bool  # its field says `metadata={"secret": True}`: shown to nobody, and in no file and no name
+    secret: bool  # its field has `metadata={"secret": True}`: it is never shown or written, also in no folder's name
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def describe(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
 
 
 def defaults_of(schema: type) -> dict[str, object]:
-    """Every leaf key and its default, as YAML holds it."""
+    """Every leaf key and its default, in YAML's types."""
     found = {leaf.key: leaf.default for leaf in describe(schema)}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
@@ -139,12 +139,12 @@ def secret_keys(schema: type) -> frozenset[str]:
 
 
 def holds_secret(schema: type, key: str) -> bool:
-    """Whether a key is a secret, or a section with one in it."""
+    """Whether a key is a secret, or a section that contains one."""
     return any(secret == key or secret.startswith(f"{key}.") for secret in secret_keys(schema))
 
 
 def _comments(schema: type) -> dict[str, str]:
-    """What the source says about each field: the comment on its line, or the string below it."""
+    """The comment of each field in the source: the one on its line, or the string below it."""
     found: dict[str, str] = {}
     source = inspect.getsource(schema)
     for match in re.finditer(r'^    (\w+): [^#\n]*?(?:  # (.*))?\n(?:    """([^"]*)""")?', source, re.MULTILINE):
@@ -166,7 +166,7 @@ def flatten_dict(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def nested(flat: dict[str, object]) -> dict:
-    """Nested dicts of dotted keys and values, what `flatten_dict` undoes."""
+    """Nested dicts of dotted keys and values; the inverse of `flatten_dict`."""
     found: dict = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
@@ -178,22 +178,22 @@ def nested(flat: dict[str, object]) -> dict:
 
 
 def show(value: object) -> str:
-    """A value as one would write it on the command line."""
+    """A value as it is written on the command line."""
     if isinstance(value, tuple | list):
         return f"[{','.join(map(show, value))}]"
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collection[str] = ()) -> list[tuple[str, str]]:
-    """A command line of `key=value` words as pairs, in their order. `~/` at the begin of a path is the home folder,
-    which shells put there before some words and not before others.
+    """The `key=value` words of a command line as pairs, in their order. `~/` at the start of a path is replaced by the
+    home folder, since shells do not do this in every word.
 
     Args:
-        keys: those that a command without a config takes.
-        secrets: keys whose values no error shows.
+        keys: the keys of a command without a config.
+        secrets: keys whose values are hidden in errors.
 
     Raises:
-        UserError: a word without "=", or, where keys are given, with another one (naming the nearest) or no value.
+        UserError: a word without "=", or, if keys are given, an unknown key (naming the nearest) or an empty value.
     """
     pairs = []
     for word in words:
@@ -210,10 +210,10 @@ def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collect
 
 
 def whole_number(key: str, value: str, least: int = 0) -> int:
-    """The number, of at least 0 or 1, that a word of a command without a config gives.
+    """The value of a word as an integer of at least `least` (0 or 1).
 
     Raises:
-        UserError: it is none, or below the least.
+        UserError: the value is no such number.
     """
     if not re.fullmatch("[0-9]{1,18}", value) or int(value) < least:
         above = " above 0" if least else ""
@@ -222,7 +222,7 @@ def whole_number(key: str, value: str, least: int = 0) -> int:
 
 
 def readable(word: str, secrets: Collection[str]) -> str:
-    """A word of the command line without what may be a secret in it."""
+    """A word of the command line with everything hidden that may be a secret."""
     for key in secrets:
         before, name, after = word.partition(key)
         word = before + name + (HIDDEN if after else "")

@@ -1,4 +1,4 @@
-"""Files of runs: replaced in one step, read line by line, and not to be replaced by what other commands write."""
+"""Files of runs: atomic replacement, reading JSONL, and protection against other commands' output."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from typing import TextIO
 from retool_jax.errors import UserError, one_line
 
 CONFIG = "config.yaml"  # of a run, in its folder
-LOCK = "lock"  # held by the process that trains there, and gone with it; its text says who that is
+LOCK = "lock"  # locked by the process that trains in the folder, until it ends; the text names that process
 
 
 @contextmanager
 def replacing(path: Path, errors: str = "strict") -> Iterator[TextIO]:
-    """A text file in UTF-8 that takes the place of `path` when the block ends, once it is on the disk.
+    """A UTF-8 text file that atomically replaces `path` when the block ends, after it is flushed to the disk.
 
-    Whoever reads meanwhile has the old one, and so has a disk after a kill. An error in the block leaves it, too.
-    `errors` says what is done with what UTF-8 cannot hold. Of a link the file that it leads to is replaced.
+    Until then, and after a kill or an error in the block, `path` has the old content. `errors` is the codec's error
+    handler. A link stays, and the file that it points to is replaced.
 
     Raises:
-        UserError: there is something else than a file, such as a folder or a device.
+        UserError: `path` is not a file, but for example a folder or a device.
     """
     if path.is_symlink():
         path = path.resolve()
@@ -43,7 +43,7 @@ def replacing(path: Path, errors: str = "strict") -> Iterator[TextIO]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """What the lines of a JSONL file hold, by their numbers. Blank ones, and a last one that a kill tore, are left out.
+    """(line number, value) of a JSONL file. Blank lines, and an incomplete last line left by a kill, are skipped.
 
     Raises:
         UserError: a line before the last is not JSON.
@@ -64,8 +64,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def check_result(path: Path, key: str = "out", folder: bool = False) -> None:
-    """A `UserError` where what a command writes would take the place of a file that a run keeps for itself, or of a
-    folder, unless it writes a `folder`."""
+    """A `UserError` if a command's output would replace a file of a run, or a folder unless it writes a `folder`."""
     if path.is_dir() and not folder:
         raise UserError(f"{key}={path} is a folder; name a file, such as {key}={path / 'file'}")
     if not path.exists() or path.suffix in (".html", ".png", ".parquet", ".eval"):

@@ -1,7 +1,7 @@
 """Devices as a mesh, and the one table from logical axis names to mesh axes.
 
-Weights and activations name their dimensions ("embed", "heads", "batch", ...); this file alone says which of
-them are split, and over what. The compiler inserts the collectives.
+Weights and activations name their dimensions ("embed", "heads", "batch", ...); only this file says which of them are
+split, and over which mesh axes. The compiler inserts the collectives.
 """
 
 import math
@@ -16,30 +16,30 @@ from retool_jax.errors import UserError
 from retool_jax.mesh_config import AXES, MeshConfig, sizes_over
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # of weights
+    # weights
     "layers": None,
     "embed": "fsdp",
     "norm": None,
-    # of weights, and of the activations that they make
+    # weights and activations
     "heads": "tp",
     "kv_heads": "tp",
     "head_dim": None,
     "mlp": "tp",
     "vocab": "tp",
-    # of batches and activations; "model" is what weights call "embed"
+    # batches and activations; "model" is the dimension that weights call "embed"
     "micro": None,
-    "batch": ("data", "fsdp"),  # in training, so that each device gathers a layer's weights and keeps its own rows
-    "rows": "data",  # of the engine: few tokens at a time, which cost less to exchange than weights
+    "batch": ("data", "fsdp"),  # in training: each device gathers a layer's weights and keeps its own rows
+    "rows": "data",  # in the engine: its few tokens at a time cost less to exchange than weights
     "length": None,
     "model": None,
 }
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices (or those given), with compiler-chosen (Auto) collectives.
+    """The mesh over all devices (or those given), with collectives chosen by the compiler (Auto).
 
     Raises:
-        UserError: they are others than the config's name says, or its axes do not divide over them.
+        UserError: the devices are not those of `config.name`, or the axes do not divide them.
     """
     devices = jax.devices() if devices is None else devices
     if config.name:
@@ -55,28 +55,29 @@ def _check_devices(wanted: slices.Slice, devices: list[jax.Device]) -> None:
     if len(devices) != wanted.devices or len(kinds) > 1 or not fits:
         raise UserError(
             f"mesh.name={wanted.name} has {wanted.devices} devices ({kind}) on {wanted.hosts} host(s), and here are"
-            f" {len(devices)} ({', '.join(sorted(kinds))}); start it there, leave mesh.name out to take what is here,"
-            " or look at it with python -m retool_jax.plan"
+            f" {len(devices)} ({', '.join(sorted(kinds))}); start it there, leave mesh.name out to use these devices,"
+            " or plan it with python -m retool_jax.plan"
         )
 
 
 def decode_options(mesh: Mesh) -> dict[str, bool]:
-    """Options of the compiler for programs that read weights in each of many short steps, by their mesh's chips.
+    """Compiler options for programs of many short steps that each read the weights, by the mesh's chips.
 
-    For an Ironwood chip (TPU7x) the compiler would lay the weights out anew at every call, in memory of their size.
+    Without the option, on an Ironwood chip (TPU7x), each call would copy the weights to another layout, which takes
+    memory of their size.
     """
     ironwood = mesh.devices.flat[0].device_kind == slices.CHIPS["tpu7x"].kind
     return {"xla_tpu_control_large_2nd_minor_layout_for_x16": False} if ironwood else {}
 
 
 def update_options(mesh: Mesh) -> dict[str, int | str]:
-    """Options of the compiler for programs that gather each layer's weights once for many rows.
+    """Compiler options for programs that gather each layer's weights once for many rows.
 
-    A TPU's would rather pass shards of a weight around in a loop of small products, where it finds no ring for a whole
-    gather: by its own estimate that takes twice as long.
+    Without the first option, a TPU's compiler passes shards of a weight around in a loop of small products where it
+    finds no ring for a whole gather. By its own estimate that takes twice as long.
     """
     tpu = mesh.devices.flat[0].platform == "tpu"
-    # The pass fails on gradients that are added, layer by layer, to what a loop carries (libtpu 0.0.42).
+    # This pass fails on gradients that are added, layer by layer, to values that a loop carries (libtpu 0.0.42).
     failing = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20} | failing if tpu else {}
 
@@ -84,7 +85,7 @@ def update_options(mesh: Mesh) -> dict[str, int | str]:
 def spec(*logical: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names; None is an unsplit dimension.
 
-    A mesh axis can split only one dimension of an array; a second claim on it is an error, not a silent choice.
+    A mesh axis can split only one dimension of an array; a ValueError if two of them use the same axis.
     """
     parts = [RULES[name] if name else None for name in logical]
     used = [axis for part in parts if part for axis in ((part,) if isinstance(part, str) else part)]
@@ -102,10 +103,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pin an activation's layout where a mesh of several devices is set (`jax.set_mesh`); elsewhere the array as it is.
+    """Fix an activation's layout if a mesh of several devices is set (`jax.set_mesh`); otherwise return it unchanged.
 
-    A product of rows that are split over fsdp and weights that are split over fsdp can be had by gathering either.
-    Without this the compiler chooses, by a cost model of its own.
+    A product of rows and weights that are both split over fsdp can be computed by gathering either of them. Without
+    this constraint the compiler chooses by its cost model.
     """
     if jax.sharding.get_abstract_mesh().size <= 1:  # 0 where none is set
         return x
@@ -113,22 +114,22 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def row_parts(rows: int) -> int:
-    """How many parts the rows of a batch are in on the mesh in use; 1 where they do not divide over it."""
+    """Into how many parts the current mesh splits the rows of a batch; 1 if they do not divide over it."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
     return parts if rows % parts == 0 else 1
 
 
 def split_with_weights(rows: int) -> bool:
-    """Whether so many rows are split over devices of the mesh in use which have parts of each weight, too."""
+    """Whether the current mesh splits these rows and also the weights (mesh.fsdp above 1)."""
     return row_parts(rows) > 1 and jax.sharding.get_abstract_mesh().shape[RULES["embed"]] > 1
 
 
 def _stages(size: int) -> list[list[list[int]]]:
-    """Which of so many devices exchange with each other, one time after another, until all have.
+    """The groups of devices that exchange with each other in each stage, so that after the last all have exchanged.
 
-    In two stages, the last between neighbours: in one over all chips a TPU's compiler sends twice the bytes, as it
-    knows no way around all of them but to add up whole arrays.
+    Two stages, the second between neighbours. In a single stage over all chips a TPU's compiler sends twice the bytes,
+    since there it can only add up whole arrays.
     """
     last = next((part for part in (4, 2) if size % part == 0 and part < size), 1)
     places = np.arange(size).reshape(-1, last)
@@ -136,7 +137,7 @@ def _stages(size: int) -> list[list[list[int]]]:
 
 
 def gathered(weight: jax.Array, *logical: str) -> jax.Array:
-    """A weight with these logical axes, which devices have parts of, whole on each that has rows of its own."""
+    """A weight with these logical axes, gathered over fsdp: "embed" is split before and whole after."""
     fsdp, place = RULES["embed"], logical.index("embed")
     stages = _stages(jax.sharding.get_abstract_mesh().shape[fsdp])
 
@@ -153,7 +154,7 @@ def _whole(logical: tuple[str, ...]) -> PartitionSpec:
 
 
 def columns_of(rows_BTD: jax.Array) -> jax.Array:
-    """Rows that are split over devices as [B*T,D], of which each has a part of D instead, as of weights."""
+    """Rows [B,T,D] with B split over data and fsdp, as [B*T,D] split over data and, as weights are, D over fsdp."""
     D = rows_BTD.shape[-1]
 
     def exchange(mine: jax.Array) -> jax.Array:
@@ -164,7 +165,7 @@ def columns_of(rows_BTD: jax.Array) -> jax.Array:
 
 
 def rows_of_columns(columns_nD: jax.Array, length: int) -> jax.Array:
-    """The inverse of `columns_of`: [B*T,D], of which each device has a part of D, as rows [B,T,D] of T = `length`."""
+    """The inverse of `columns_of`, from [B*T,D] to [B,T,D] with T = `length`."""
 
     def exchange(mine: jax.Array) -> jax.Array:
         own = jax.lax.all_to_all(mine, RULES["embed"], split_axis=0, concat_axis=1, tiled=True)
@@ -175,16 +176,16 @@ def rows_of_columns(columns_nD: jax.Array, length: int) -> jax.Array:
 
 
 def _columns() -> PartitionSpec:
-    """Of [B*T,D] whose D axis is split as that of weights."""
+    """The partition of [B*T,D] after `columns_of`."""
     data, fsdp = RULES["batch"]
     return PartitionSpec(data, fsdp)
 
 
 def scattered_sum(parts: jax.Array, *logical: str) -> jax.Array:
-    """The sum of what each part of a batch says of a weight: [parts,...] to an array with these logical names.
+    """The sum over the parts of a batch of a weight's gradient: [parts,...] to an array with these logical names.
 
-    Each device gets its own part of the sum, and nothing else is sent. A sum that is written as one over an array that
-    is split over its first axis is exchanged as a whole, which takes twice the bytes and the memory of the whole.
+    Each device receives only its own part of the sum. With an ordinary sum over an array that is split over its first
+    axis, the compiler exchanges the whole array, which takes twice the bytes and memory for all of it.
     """
     (data, fsdp), place = RULES["batch"], logical.index("embed")
     stages = _stages(jax.sharding.get_abstract_mesh().shape[fsdp])

@@ -1,4 +1,4 @@
-"""Devices along each axis of a mesh: what a run may set, and which rows divide over it."""
+"""The mesh section of a run: devices along each axis, and checks that heads and rows divide over them."""
 
 import math
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ Axis = Annotated[int, Field(le=1 << 20)]
 
 @dataclass(frozen=True, config=CHECKED)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1 and takes what is left."""
+    """Devices along each mesh axis; one of them may be -1, which means all devices that are left."""
 
     data: Axis = 1  # copies of the weights, each with rows of its own
     fsdp: Axis = -1  # devices that split weights and rows; one of the three may be -1: all devices that are left
     tp: Axis = 1  # devices that split heads, hidden units and vocabulary
-    name: str = ""  # of what the run is for, as v5p-64, v6e-256, tpu7x-128, h100-8 (docs/tpu.md); empty: what is here
+    name: str = ""  # slice of the run, such as v5p-64, v6e-256, tpu7x-128, h100-8 (docs/tpu.md); empty: what is here
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]
@@ -33,7 +33,7 @@ class MeshConfig:
 
 
 def known_sizes(config: MeshConfig) -> dict[str, int]:
-    """The axes' sizes as far as they follow from the config alone: -1 is not known without the devices."""
+    """The axes' sizes as far as the config alone determines them; -1 is unknown until the devices are known."""
     if config.name:
         there = slices.named(config.name)
         return sizes_over(config, there.devices, f"of {config.name}")
@@ -41,10 +41,10 @@ def known_sizes(config: MeshConfig) -> dict[str, int]:
 
 
 def sizes_over(config: MeshConfig, devices: int, where: str = "here") -> dict[str, int]:
-    """The axes' sizes over so many devices.
+    """The axes' sizes over this number of devices.
 
     Raises:
-        UserError: they do not divide over them.
+        UserError: they do not divide it.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -58,18 +58,18 @@ def sizes_over(config: MeshConfig, devices: int, where: str = "here") -> dict[st
 
 
 def check_heads(sizes: Mapping[str, int], kv_heads: int) -> None:
-    """A `UserError` unless the key and value heads of a model divide over axes of these sizes; -1 is not known yet."""
+    """A `UserError` unless tp divides the model's key/value heads. A size of -1 is not known yet and passes."""
     tp = sizes["tp"]
     if tp > 0 and kv_heads % tp:
         divisors = [size for size in range(1, kv_heads + 1) if kv_heads % size == 0]
         raise UserError(
-            f"mesh.tp={tp} does not divide model.num_kv_heads={kv_heads}, and a head lies whole on one device; set"
+            f"mesh.tp={tp} does not divide model.num_kv_heads={kv_heads}, and a head cannot be split; set"
             f" mesh.tp to one of {', '.join(map(str, divisors))}, and mesh.fsdp to the devices that are left"
         )
 
 
 def check_rows(sizes: Mapping[str, int], name: str, rows: int) -> None:
-    """A `UserError` unless the rows of a micro-batch divide over axes of these sizes; -1 is not known yet."""
+    """A `UserError` unless data x fsdp divides the rows of a micro-batch. A size of -1 is not known yet and passes."""
     parts = max(sizes["data"], 1) * max(sizes["fsdp"], 1)
     if rows % parts:
         raise UserError(

@@ -1,8 +1,8 @@
-"""A run's numbers on their way out: the metrics file, trackers, the progress line and the closing table.
+"""Output of a run's numbers: the metrics file, trackers, the progress line and the closing table.
 
-`metrics.jsonl` holds one JSON object a line, `{"kind": "sft" | "rl" | "eval", "step": int, ...}`. Rates are shares of
-one, times are seconds, and every key that depends on the wall clock begins with "perf/", so that two runs of one
-config can be compared line by line without those.
+`metrics.jsonl` holds one JSON object a line, `{"kind": "sft" | "rl" | "eval", "step": int, ...}`. Rates lie between 0
+and 1, times are in seconds. Every key that depends on the wall clock begins with "perf/", so that two runs of one
+config can be compared line by line without these keys.
 """
 
 import json
@@ -20,11 +20,11 @@ from rich.table import Table
 
 from retool_jax.files import replacing
 from retool_jax.shapes import FINITE, SINGLE, TEXT, WHOLE, OrNull, complaint, read_records
-from retool_jax.trackers import SERVICES, TensorBoard, Tracker, known_names, open_service, tell_once
+from retool_jax.trackers import SERVICES, TensorBoard, Tracker, known_names, open_service, report_failure
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINES_PER_PHASE = 15
-# Of a line: what closing tables and pictures show, and what names it. Others may be words.
+# Numbers of a line that closing tables and pictures show. Other values may also be words.
 _SHOWN = (
     *("accuracy", "accuracy_stderr", "greedy_accuracy", "response_tokens", "calls_per_sample", "entropy", "loss"),
     *("clip_fraction", "logprob_diff_mean", "logprob_diff_p99", "mismatch_k3", "tool_rate", "tool_success"),
@@ -32,10 +32,10 @@ _SHOWN = (
 _NUMBERS = {f"{name}?": OrNull(FINITE) for name in _SHOWN} | dict.fromkeys(
     ("perf/*", "end/*", "behaviour/*"), OrNull(FINITE)
 )
-_LOOK = {"split?": OrNull(TEXT), "trajectories?": OrNull(TEXT), **_NUMBERS, ...: SINGLE}
-LINE = {"kind": TEXT, "step": WHOLE} | _LOOK
+_EVALUATION = {"split?": OrNull(TEXT), "trajectories?": OrNull(TEXT), **_NUMBERS, ...: SINGLE}
+LINE = {"kind": TEXT, "step": WHOLE} | _EVALUATION
 SUMMARY = {
-    **{"before?": OrNull(_LOOK), "after?": OrNull(_LOOK)},
+    **{"before?": OrNull(_EVALUATION), "after?": OrNull(_EVALUATION)},
     **{"split?": OrNull(TEXT), "problems?": OrNull(WHOLE), "steps?": OrNull(WHOLE)},
     **{"tokens_per_s?": OrNull({...: OrNull(FINITE)}), "seconds?": OrNull({...: FINITE})},
 }
@@ -44,13 +44,13 @@ SUMMARY = {
 
 
 class MetricsLog:
-    """Appends a run's numbers to `folder/metrics.jsonl`, and gives them to the trackers that `loggers` names.
+    """Appends a run's numbers to `folder/metrics.jsonl`, and sends them to the trackers that `loggers` names.
 
-    With `resume_step` the run goes on from the checkpoint of that step: lines beyond it are from steps that are about
-    to be taken again and are dropped, so the finished file has each step once, and services are not told of those steps
-    again. With None the run is new and whatever an earlier attempt left is dropped. All kinds share one step axis, so a
-    log holds one phase of training. `config` is what services show of the run, without secrets. Without a folder, on
-    hosts that are not the first, nothing is written.
+    With `resume_step` the run goes on from the checkpoint of that step. Later lines are dropped, since their steps are
+    taken again: the finished file has each step once, and services do not get these steps twice. With None the run is
+    new, and what an earlier attempt left is dropped. All kinds share one step axis, so a log holds one phase of
+    training. `config` is what services show of the run, without secrets. Without a folder, on hosts that are not the
+    first, nothing is written.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class MetricsLog:
         services = [name for name in dict.fromkeys(loggers) if name in SERVICES]
         known = known_names(folder) if services else {}
         path = folder / METRICS_FILE
-        self._told: dict[str, set[tuple]] = {}
+        self._sent: dict[str, set[tuple]] = {}  # by service, the lines that it got before this run was resumed
         if path.exists():
             records = read_metrics(folder) if known or resume_step is not None else []
             with replacing(path) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= last_kept)
-            written = {_place(record["kind"], record["step"], record) for record in records}
-            self._told = {name: written for name in known}
+            written = {_identity(record["kind"], record["step"], record) for record in records}
+            self._sent = {name: written for name in known}
         self._file = path.open("a", encoding="utf-8")
         self._board = TensorBoard(folder, last_kept + 1) if "tensorboard" in loggers else None
         opened = {name: open_service(name, folder, config or {}) for name in services}
         self._services = {name: service for name, service in opened.items() if service}
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """Write one line and its scalars, both to the disk before this returns, and tell the services.
+        """Write one line and its scalars, flushed to the disk before this returns, and send them to the services.
 
         Non-finite numbers become null. A service that fails gets no more numbers.
         """
@@ -93,22 +93,22 @@ class MetricsLog:
         self._file.write(json.dumps({"kind": kind, "step": step, **plain}, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        # dev and test are measured at the same step and need a name each.
+        # dev and test may be measured at the same step, so their scalars need different names.
         prefix = f"{kind}/{plain['split']}" if "split" in plain else kind
         scalars = {f"{prefix}/{key}": value for key, value in plain.items() if isinstance(value, int | float)}
         if self._board:
             self._board.write(step, scalars)
         for name, service in list(self._services.items()):
-            if _place(kind, step, plain) not in self._told.get(name, ()):
+            if _identity(kind, step, plain) not in self._sent.get(name, ()):
                 self._try(name, service.write, step, scalars)
 
     def _try(self, name: str, call: Callable[..., None], *arguments: object) -> None:
-        """Call a service; one that fails is told of once and left out from then on."""
+        """Call a service; if it fails, report that once and do not use it any more."""
         try:
             call(*arguments)
-        except Exception as error:  # of a package of others: the network, its disk, its own mistakes
+        except Exception as error:  # from another package: the network, its disk, its own bugs
             self._services.pop(name, None)
-            tell_once(name, error)
+            report_failure(name, error)
 
     def close(self) -> None:
         if self._file:
@@ -126,23 +126,23 @@ class MetricsLog:
         self.close()
 
 
-def _place(kind: str, step: int, values: Mapping[str, object]) -> tuple:
-    """What tells a line from every other one of its file."""
+def _identity(kind: str, step: int, values: Mapping[str, object]) -> tuple:
+    """The values that identify a line in its file."""
     return kind, step, values.get("split")
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run folder, oldest first. A last line that a kill tore is left out.
+    """The records of a run folder, oldest first. An incomplete last line, left by a kill, is skipped.
 
-    Raises FileNotFoundError when there is no metrics file, UserError when a line before the last is not JSON, or one
-    has no kind and step, or something else than the number that is shown of it.
+    Raises FileNotFoundError when there is no metrics file; UserError when a line before the last is not JSON, or when a
+    line lacks kind or step or has something else in the place of a number that is shown.
     """
     lines = read_records(folder / METRICS_FILE, "record", lambda line: complaint(line, LINE))
     return [record for _, record in lines]
 
 
 def _plain(value: object) -> object:
-    """A value that strict JSON can hold: numpy and JAX scalars unpacked, NaN and infinities as None."""
+    """A value for strict JSON: numpy and JAX scalars as Python numbers, NaN and infinities as None."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -154,7 +154,7 @@ def _plain(value: object) -> object:
 
 
 class Progress:
-    """Shows how far a phase is: a live bar on a terminal, about fifteen plain lines in a log file; `quiet`, nothing.
+    """Shows the progress of a phase: a live bar on a terminal, about fifteen lines in a log file, nothing if `quiet`.
 
     with Progress("RL", total=80, start=12) as bar:      # steps 1..12 were done before this process started
         bar.step(13, {"accuracy": 0.51, "tool rate": 0.9, "tokens/s": 21500.0})
@@ -168,7 +168,7 @@ class Progress:
         self._console = console or Console(highlight=False, quiet=quiet)
         self._every = math.ceil(total / PLAIN_LINES_PER_PHASE)
         self._first: tuple[int, float] | None = None
-        self._last = start  # step that was reported
+        self._last = start  # the last step that was reported
         self._bar = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = LiveBar(
@@ -191,7 +191,7 @@ class Progress:
             self._bar.stop()
 
     def step(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """Report that `step` of `total` is done, with the numbers to show beside it; several may be done at once."""
+        """Report that the steps up to `step` of `total` are done, with the numbers to show beside it."""
         now = time.monotonic()
         self._first = self._first or (step, now)
         left = seconds_left(self._first, (step, now), self._total)
@@ -210,9 +210,9 @@ class Progress:
 
 
 def seconds_left(first: tuple[int, float], last: tuple[int, float], total: int) -> float | None:
-    """Time to go from (step, seconds) of the first and of the last finished step; None while there is one alone.
+    """Remaining time, from (step, seconds) of the first and the last finished step; None if only one is finished.
 
-    The rate counts from the end of the first step, since that one includes compilation.
+    The rate is measured from the end of the first step, since that one includes compilation.
     """
     steps = last[0] - first[0]
     if steps <= 0 or last[0] >= total:
@@ -224,7 +224,7 @@ def seconds_left(first: tuple[int, float], last: tuple[int, float], total: int) 
 
 
 def format_value(value: float | str | None) -> str:
-    """Three decimals below ten (losses, rates), thousands separated above (tokens/s), words as they are."""
+    """Three decimals below 10 (losses, rates), one below 100, thousands separators above (tokens/s), words as is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, str):
@@ -249,7 +249,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def summary_rows(summary: Mapping) -> list[tuple[str, str, str]]:
-    """(what, before RL, after RL) of a run's summary, ready to show; what was not measured is a dash."""
+    """(name, before RL, after RL) of each number of a run's summary as text; a dash if it was not measured."""
     columns = [summary.get("before") or {}, summary.get("after") or {}]
 
     def row(name: str, show) -> tuple[str, str, str]:
@@ -265,7 +265,7 @@ def summary_rows(summary: Mapping) -> list[tuple[str, str, str]]:
 
 
 def time_rows(summary: Mapping) -> list[tuple[str, float, float]]:
-    """(part, seconds, share of the total) of a run's time, the longest part first."""
+    """(part, seconds, share of the total) of a run's time, longest part first."""
     parts = {name: seconds for name, seconds in (summary.get("seconds") or {}).items() if name != "total"}
     total = (summary.get("seconds") or {}).get("total") or sum(parts.values())
     longest_first = sorted(parts.items(), key=lambda item: -item[1])
@@ -273,7 +273,7 @@ def time_rows(summary: Mapping) -> list[tuple[str, float, float]]:
 
 
 def summary_title(summary: Mapping) -> str:
-    """What the before and after columns were measured on, in words."""
+    """The title of the summary's table: which problems the columns were measured on."""
     problems = f"{summary['problems']:,} " if summary.get("problems") else ""
     return (
         f"{problems}{summary.get('split', 'held-out')} problems, before and after {summary.get('steps', '?')} RL steps"
@@ -281,7 +281,7 @@ def summary_title(summary: Mapping) -> str:
 
 
 def print_summary(summary: Mapping, console: Console | None = None) -> None:
-    """Print the closing table (what RL changed on the held-out problems), the speeds and where the time went."""
+    """Print the closing table (held-out problems before and after RL), the speeds and the time by part."""
     console = console or Console(highlight=False)
     console.print()
     print_table(console, summary_title(summary), ("before RL", "after RL"), summary_rows(summary))
@@ -295,7 +295,7 @@ def print_summary(summary: Mapping, console: Console | None = None) -> None:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows whose first entry is their name; `columns` are the names of the others."""
+    """Print a table of rows. The first entry of a row is its name; `columns` are the headers of the others."""
     table = Table("", title=title, title_justify="left", title_style="bold")
     for name in columns:
         table.add_column(name, justify="right")

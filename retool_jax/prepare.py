@@ -1,4 +1,4 @@
-"""`python -m retool_jax.prepare source=... out=FILE.jsonl`: published rows to files that training reads."""
+"""`python -m retool_jax.prepare source=... out=FILE.jsonl`: convert published data sets to files for training."""
 
 import asyncio
 import itertools
@@ -32,25 +32,25 @@ from retool_jax.sandbox import Sandbox, SandboxConfig, ToolResult, open_sandbox,
 from retool_jax.sandbox.backends import candidates
 
 USAGE = """\
-Convert, check and clean published rows, and write those that can be used as JSONL.
+Convert, check and clean the rows of a published data set, and write the usable ones as JSONL.
 
     python -m retool_jax.prepare source=SOURCE out=FILE.jsonl [key=value ...]
 
 source=SOURCE        a .jsonl, .json or .parquet file; a hub id (ID, ID:SPLIT or ID:CONFIG/SPLIT); tfds:NAME/SPLIT
-out=FILE.jsonl       what to write; a report of what was dropped and why is written beside it as FILE.report.json
+out=FILE.jsonl       the file to write; FILE.report.json beside it says which rows were dropped and why
 kind=traces          demonstrations for sft.data: ReTool-SFT in its raw or multi-turn form, and conversations with calls
 kind=problems        problems for data.train: DAPO-Math-17k, AIME, GSM8K, MATH-500 and others (docs/data.md);
-                     repeats are dropped, and every question asks for its answer in the same words
-                     default: traces where the first row has a policy's turns, problems otherwise
+                     duplicates are dropped, and every question gets the same instruction for its answer
+                     default: traces if the first row has a policy's turns, problems otherwise
 kind=gsm8k_code      demonstrations made from GSM8K's calculator annotations, whose programs are run in the sandbox;
                      the same solutions in words, for a control without tools, are written to FILE.text.jsonl
-verify=true          traces only: run every program again in the sandbox and compare what it prints; drop rows whose
-                     final answer is wrong, where the true one is known
+verify=true          traces only: run every program again in the sandbox and compare its output; drop rows whose final
+                     answer is wrong, if the true one is known
 sandbox=NAME[,NAME]  with verify=true or gsm8k_code: back-ends in order of preference (gvisor, bubblewrap, process,
                      remote); default: auto, which is gvisor, else bubblewrap; process is for code that you trust
-answers=FILE[,FILE]  with verify=true: problems whose answers are the truth for traces that bring none
-overlap=FILE[,FILE]  report questions that also stand in these problems, for example AIME 2024 and 2025
-limit=N              read the first N rows only
+answers=FILE[,FILE]  with verify=true: problems with the true answers of traces that have none of their own
+overlap=FILE[,FILE]  report questions that are also in these problems, for example AIME 2024 and 2025
+limit=N              read only the first N rows
 
 For example:
 
@@ -58,8 +58,8 @@ For example:
     python -m retool_jax.prepare source=openai/gsm8k:main/train out=gsm8k.jsonl kind=gsm8k_code
     python -m retool_jax.prepare source=BytedTsinghua-SIA/DAPO-Math-17k out=dapo.jsonl overlap=AIME24.jsonl"""
 
-LONG = 2000  # rows from which on reading shows its progress
-AT_ONCE = 64  # traces whose programs run together
+LONG = 2000  # from this number of rows on, reading shows its progress
+AT_ONCE = 64  # traces whose programs run concurrently
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What became of the rows; `dropped` has (row, reason), rows counted from 1."""
+    """The result of preparing: counts by reason; `dropped` has (row, reason), rows counted from 1."""
 
     source: str
     kind: str
@@ -103,7 +103,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Line:
-    """A row on its way to the file: what is written, and what it asks."""
+    """A row of the file to write, with its number in the source and its question."""
 
     row: int
     content: dict
@@ -114,7 +114,7 @@ def parse_words(words: Sequence[str]) -> Job:
     """The job that a command line describes.
 
     Raises:
-        UserError: an unknown key (naming the nearest), or a value that is none.
+        UserError: an unknown key (naming the nearest), or a wrong value.
     """
     values = dict(split_words(words, tuple(Job.__dataclass_fields__)))
     for key in ("source", "out"):
@@ -136,7 +136,7 @@ def parse_words(words: Sequence[str]) -> Job:
 
 
 def check_out(job: Job) -> None:
-    """A `UserError` unless the file can be written, told before the work and not after it."""
+    """A `UserError` unless the file can be written; called before the work."""
     out = job.out
     if out.suffix != ".jsonl" or out.is_dir():
         raise UserError(f"out={out} must be a file named *.jsonl")
@@ -147,11 +147,11 @@ def check_out(job: Job) -> None:
             raise UserError(f"out={out} would write {path}, which is also read; choose another file")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"out={out}: {folder} is no folder that can be written; choose another file")
+        raise UserError(f"out={out}: {folder} is not a writable folder; choose another file")
 
 
 def prepare(job: Job) -> Report:
-    """Do the job: read, convert, verify, compare, write. Returns what became of the rows."""
+    """Do the job: read, convert, verify, compare, write. Returns the report."""
     everything = read_rows(job.source)
     rows = list(itertools.islice(everything, min(job.limit, sys.maxsize))) if job.limit else everything
     first = next(iter(rows), None)
@@ -165,13 +165,13 @@ def prepare(job: Job) -> Report:
 
     report, twins = Report(job.source, kind), []
     if kind == "problems":
-        lines = read_problems(watched(rows), job.source, report)
+        lines = read_problems(numbered(rows), job.source, report)
     elif kind == "traces":
-        lines = read_traces(watched(rows), report)
+        lines = read_traces(numbered(rows), report)
         if job.verify == "true":
             lines = asyncio.run(verify(lines, truths, report, job.sandbox))
     else:
-        lines, twins = asyncio.run(program_lines(watched(rows), report, job.sandbox))
+        lines, twins = asyncio.run(program_lines(numbered(rows), report, job.sandbox))
     report.kept = len(lines)
     if not lines:
         worst = ", ".join(f"{reason} ({count})" for reason, count in report.reasons.most_common(3))
@@ -193,20 +193,19 @@ def prepare(job: Job) -> Report:
     return report
 
 
-def watched(rows: Iterable[dict]) -> Iterator[tuple[int, dict]]:
-    """The rows with their numbers, from 1; reading many of them shows how far it is."""
-    total = len(rows)
-    if total < LONG:
+def numbered(rows: Sequence[dict]) -> Iterator[tuple[int, dict]]:
+    """The rows with their numbers, from 1; shows the progress if there are many."""
+    if len(rows) < LONG:
         yield from enumerate(rows, start=1)
         return
-    with Progress("reading", total) as bar:
+    with Progress("reading", len(rows)) as bar:
         for number, row in enumerate(rows, start=1):
             yield number, row
             bar.step(number, {})
 
 
 def key_of(question: str) -> str:
-    """By what two prompts ask the same question: its words, whatever asks for a form of the answer."""
+    """The key by which equal questions are found: their words without instructions for the form of the answer."""
     return " ".join(question_of(question).split())
 
 
@@ -214,7 +213,7 @@ def key_of(question: str) -> str:
 
 
 def read_traces(rows: Iterable[tuple[int, dict]], report: Report) -> list[Line]:
-    """The rows that are demonstrations with an answer in a box; the others are in the report, with their reason."""
+    """The rows that are demonstrations with a boxed answer; the report gets the others, each with its reason."""
     lines = []
     for number, row in rows:
         report.rows += 1
@@ -236,7 +235,7 @@ def read_traces(rows: Iterable[tuple[int, dict]], report: Report) -> list[Line]:
 
 
 async def verify(lines: Sequence[Line], truths: dict[str, str], report: Report, backend: tuple[str, ...]) -> list[Line]:
-    """Run every program again and check every final answer whose truth is known; wrong answers are dropped."""
+    """Run every program again, and check every final answer whose truth is known; rows with wrong ones are dropped."""
 
     async def run(line: Line, box: Sandbox) -> bool:
         for rerun in await run_again(line.content["messages"], box):
@@ -269,7 +268,7 @@ async def _in_sandbox(
     report: Report,
     backend: tuple[str, ...],
 ) -> list[Result]:
-    """What `run` gives for each item, a part of them at a time, all in one sandbox."""
+    """The results of `run` for all items in one sandbox, `AT_ONCE` items at a time."""
     results: list[Result] = []
     title = "verifying" if report.kind == "traces" else "running"
     async with open_sandbox(SandboxConfig(backend=backend or ("auto",), slots=os.cpu_count() or 1)) as box:
@@ -286,7 +285,7 @@ async def _in_sandbox(
 async def program_lines(
     rows: Iterable[tuple[int, dict]], report: Report, backend: tuple[str, ...]
 ) -> tuple[list[Line], list[dict]]:
-    """GSM8K's rows whose annotations are a program that prints the answer, and the same ones in words."""
+    """Traces of GSM8K's rows whose annotations form a program that prints the answer, and the same rows in words."""
     programs: list[tuple[int, dict, str]] = []
     for number, row in rows:
         report.rows += 1
@@ -321,7 +320,7 @@ async def program_lines(
 
 
 def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report) -> list[Line]:
-    """The rows that are problems, each question once, with our instruction."""
+    """The rows that are problems, each question once, with the project's instruction."""
 
     def readable() -> Iterator[Problem]:
         for number, row in rows:
@@ -340,7 +339,7 @@ def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report)
 
 
 def describe_overlap(overlap: Overlap, questions: Sequence[str], references: Sequence[str]) -> dict:
-    """One overlap for the report: which line of the written file, which problem of the other, and both texts."""
+    """An overlap for the report: the line of the written file, the problem of the other file, and both texts."""
     return {
         "line": overlap.index + 1,
         "reference": overlap.reference + 1,
@@ -350,11 +349,11 @@ def describe_overlap(overlap: Overlap, questions: Sequence[str], references: Seq
     }
 
 
-# --- what is written and shown ----------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def write(out: Path, lines: Sequence[dict], twins: Sequence[dict], report: Report) -> None:
-    """The file, its twin where it has one, and its report, each whole or not at all."""
+    """Write the file, its report and, for gsm8k_code, its twin in words; each file is replaced atomically."""
     files = {report_path(out): json.dumps(vars(report), ensure_ascii=False, indent=1)}
     for path, rows in ((twin_path(out), twins), (out, lines)):
         if rows:
@@ -376,7 +375,7 @@ def twin_path(out: Path) -> Path:
 
 
 def table_rows(report: Report) -> list[tuple[str, int]]:
-    """(what, how many) to show, in order."""
+    """(name, count) of each line of the table that is printed."""
     rows = [("rows read", report.rows), ("kept", report.kept)]
     rows += [(f"dropped: {reason}", count) for reason, count in report.reasons.most_common()]
     rows += [(f"unknown instruction, kept: {text[:60]}", count) for text, count in report.unknown.most_common(5)]

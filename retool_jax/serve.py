@@ -9,7 +9,7 @@ from retool_jax.memory import collect_rarely
 from retool_jax.run import load
 from retool_jax.run.schema import ServeRun, task_of
 
-_SHORT = ("host", "port")  # said without their section
+_SHORT = ("host", "port")  # may be given without their section
 
 
 def main(words: list[str]) -> None:
@@ -21,12 +21,12 @@ def main(words: list[str]) -> None:
         raise UserError(f"this config is of task {task_of(type(run))} and serves nothing; use config=serve")
     if (processes := os.environ.get("JAX_NUM_PROCESSES", "")) not in ("", "1"):
         raise UserError(
-            f"JAX_NUM_PROCESSES={processes} asks for one server on several hosts, and a server has the devices of one:"
-            " each request stays where it came in; start a server on each host with JAX_NUM_PROCESSES=1, and let a"
-            " balancer spread clients over them"
+            f"JAX_NUM_PROCESSES={processes} asks for one server on several hosts, but a server uses the devices of one"
+            " host; start a server on each host with JAX_NUM_PROCESSES=1, and let a load balancer distribute the"
+            " requests"
         )
     collect_rarely()
-    # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    # Imported only now, so that a mistake in the words is reported before seconds of imports.
     from retool_jax.compile_cache import keep_programs
     from retool_jax.run.build import resolve
     from retool_jax.run.serve import serve

@@ -1,15 +1,15 @@
-"""Shapes of what files hold: which value stands where, checked once where a file is read.
+"""Shapes of the records in files, and checks of records against them when a file is read.
 
 A shape is one of
 
     NUMBER, TEXT, ...      a `Kind` of single values; True is no number
-    OrNull(shape)          null, or that
+    OrNull(shape)          null or a value of that shape
     frozenset({"a", "b"})  one of these texts
-    [shape]                a list of such
-    {"name": shape}        an object; a field "name?" may be absent, "name*" are all that begin so, `...` says what
-                           every other field holds, and without it other fields are not looked at
+    [shape]                a list of values of that shape
+    {"name": shape}        an object; a field "name?" may be absent, "name*" stands for all fields that begin with name,
+                           and `...` for all other fields, which are not checked without it
 
-A list of numbers is checked at the speed of C, since a file has one for each token.
+A list of numbers is checked at the speed of C, since files have lists with a number for each token.
 """
 
 import json
@@ -22,11 +22,11 @@ from typing import NamedTuple
 from retool_jax.errors import UserError
 from retool_jax.files import read_lines
 
-LARGEST = 1 << 63  # of whole numbers, which arrays and tables hold in 64 bits
+LARGEST = 1 << 63  # bound of whole numbers: arrays and tables hold them in 64 bits
 
 
 class Kind(NamedTuple):
-    """Single values: what they are called, the types that they may have, and whether a number must be finite."""
+    """A kind of single values: its name in messages, the allowed types, and whether a number must be finite."""
 
     name: str
     types: frozenset[type]
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 class OrNull(NamedTuple):
-    """A shape in the place of which null may stand."""
+    """Null, or a value of a shape."""
 
     shape: "Shape"
 
@@ -51,12 +51,12 @@ SINGLE = Kind("a single value", frozenset({int, float, bool, str, NoneType}))
 
 
 def complaint(value: object, shape: Shape, name: str = "it") -> str:
-    """What is wrong first with a value: its field, what stands there and what should. Nothing: an empty text."""
+    """The first error of a value: its field, what it is and what it must be; an empty text if there is none."""
     match shape:
         case Kind():
             kind = type(value)
             if kind in shape.types and (kind is str or kind is bool or value is None):
-                return ""  # most fields
+                return ""  # the most frequent case first
             wrong = kind not in shape.types or (shape.finite and not math.isfinite(value))
             if wrong or (kind is int and not -LARGEST <= value < LARGEST):
                 return f"{name} is {_shown(value)} and must be {shape.name}{'' if wrong else ' of at most 64 bits'}"
@@ -77,7 +77,7 @@ def complaint(value: object, shape: Shape, name: str = "it") -> str:
 
 
 def _all_are(values: list, kind: Kind) -> bool:
-    """Whether each value of a list has one of the types and no whole number is too large."""
+    """Whether a quick check shows that all values of a list are of a kind; False if it cannot tell."""
     found = set(map(type, values))
     if not found <= kind.types or kind.finite:
         return False
@@ -103,7 +103,7 @@ def _complaint_of_object(value: object, shape: dict, name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as JSON has it, on one short line; of a list or an object what it is."""
+    """A value as JSON on one short line; a list or an object only by its type."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     if type(value) is int and not -LARGEST <= value < LARGEST:
@@ -113,7 +113,7 @@ def _shown(value: object) -> str:
 
 
 def missing(record: object, needed: Collection[str]) -> str:
-    """Which fields a record lacks, in words, or that it is no object; nothing: an empty text."""
+    """Which fields a record lacks, or that it is no object; an empty text if nothing is wrong."""
     if not isinstance(record, dict):
         return complaint(record, {})
     lacking = [name for name in needed if name not in record]
@@ -121,15 +121,15 @@ def missing(record: object, needed: Collection[str]) -> str:
 
 
 def read_records(path: Path, what: str, fault_of: Callable[[object], str]) -> Iterator[tuple[int, dict]]:
-    """The records of a JSONL file, by the numbers of their lines. A last line that a kill tore is left out.
+    """(line number, record) of a JSONL file. An incomplete last line, left by a kill, is skipped.
 
     Args:
         path: the file.
-        what: a record is called.
-        fault_of: what is wrong with what a line holds; nothing: an empty text.
+        what: the name of a record in the error.
+        fault_of: gives the error of a line's value, or an empty text.
 
     Raises:
-        UserError: a line is no such record; it names file, line and field.
+        UserError: a line is no such record; names file, line and field.
     """
     for number, record in read_lines(path):
         if fault := fault_of(record):

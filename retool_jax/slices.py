@@ -1,7 +1,7 @@
-"""Slices of accelerators by name: their chips, hosts and devices, and what each chip can do. Nothing heavy is imported.
+"""Slices of accelerators by name: chips, hosts, devices and the figures of each chip. Nothing heavy is imported.
 
-Figures of chips are those of their data sheets, but for the memory, which is what the TPU compiler lets a program use,
-and the links, which are nine tenths of the data sheet's. A clock follows from peak and products per cycle.
+Figures are those of the data sheets, with two exceptions: memory is what the TPU compiler lets a program use, and link
+rates are nine tenths of the data sheet's. Clock rates follow from peak FLOP/s and products per cycle.
 """
 
 import difflib
@@ -14,16 +14,16 @@ GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-    """One generation; 0 is not known."""
+    """A generation of chips; 0 means not known."""
 
-    platform: str  # what jax calls it: tpu, gpu, cpu
+    platform: str  # jax's name: tpu, gpu, cpu
     kind: str  # a part of jax's `device_kind`
     devices: int = 1  # of jax, on each chip
     flops: float = 0.0  # bf16, a second
     memory: float = 0.0  # bytes
     memory_rate: float = 0.0  # bytes a second
-    link_rate: float = 0.0  # bytes a second that it sends to other chips, over all links
-    clock_hz: float = 0.0  # of the compiler's cycles
+    link_rate: float = 0.0  # bytes a second that it can send to other chips, over all links
+    clock_hz: float = 0.0  # rate of the cycles that the compiler counts
 
 
 CHIPS = {
@@ -35,7 +35,7 @@ CHIPS = {
     "h200": Chip("gpu", "H200", 1, 989e12, 141e9, 4800e9, 450e9),
     "cpu": Chip("cpu", "cpu"),
 }
-# The number in a name counts chips for v5e and v6e, and cores, two a chip, for v5p and tpu7x, as Google's names do.
+# As in Google's names, the number counts chips for v5e and v6e, and cores (two a chip) for v5p and tpu7x.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
 TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "tpu7x": _CUBES}
@@ -43,13 +43,13 @@ GPUS_PER_HOST = 8
 
 
 class Slice(NamedTuple):
-    """What a name stands for."""
+    """The slice that a name stands for."""
 
     name: str
     chip: Chip
     chips: int
     hosts: int
-    topology: str = ""  # of a TPU, as its compiler reads it: v5p:2x4x4
+    topology: str = ""  # of a TPU, in its compiler's format: v5p:2x4x4
 
     @property
     def devices(self) -> int:
@@ -68,10 +68,10 @@ class Slice(NamedTuple):
 
 
 def named(name: str) -> Slice:
-    """The slice of a name like v5p-64, v6e-256, tpu7x-128, h100-8 or cpu-8.
+    """The slice with a name such as v5p-64, v6e-256, tpu7x-128, h100-8 or cpu-8.
 
     Raises:
-        UserError: there is no such slice; the nearest is named.
+        UserError: there is no such slice; the message names the nearest.
     """
     found = re.fullmatch(r"(\w+)-(\d+)", name)
     kind, size = (found[1], int(found[2])) if found else (name, 0)
@@ -90,6 +90,6 @@ def _nearest(kind: str, size: int) -> str:
         near = min(TOPOLOGIES[kind], key=lambda known: abs(known - size))
         return f"did you mean {kind}-{near}? there are: {', '.join(f'{kind}-{known}' for known in TOPOLOGIES[kind])}"
     if kind in CHIPS:
-        return f"{kind}-1 to {kind}-{GPUS_PER_HOST} are of one host, and above that are multiples of {GPUS_PER_HOST}"
+        return f"{kind}-1 to {kind}-{GPUS_PER_HOST} are on one host; larger sizes are multiples of {GPUS_PER_HOST}"
     near = difflib.get_close_matches(kind, CHIPS, 1, 0.0)[0]
-    return f"did you mean one of {near}? kinds are: {', '.join(CHIPS)}; a name is a kind and a number, as v5p-64"
+    return f"did you mean {near}? kinds are: {', '.join(CHIPS)}; a name is a kind and a number, such as v5p-64"

@@ -1,8 +1,8 @@
-"""Where a run's numbers go beside `metrics.jsonl`, by the names that the key `logger` has for it.
+"""Trackers that get a run's numbers beside `metrics.jsonl`, by their names in the key `logger`.
 
-TensorBoard's files lie in the run's folder. Weights & Biases and Trackio are packages of their own, imported only where
-they are named, and they take their keys, addresses and projects from their own environment variables. What goes wrong
-with those two once a run is under way ends nothing: it is told once, and the file has every number.
+TensorBoard's files lie in the run's folder. Weights & Biases and Trackio are separate packages that are imported only
+if they are named; they take keys, addresses and projects from their own environment variables. If one of these two
+fails during a run, the run goes on: the failure is printed once, and the file has every number.
 """
 
 import importlib
@@ -19,13 +19,13 @@ from typing import Protocol
 from retool_jax.errors import UserError, one_line
 from retool_jax.files import replacing
 
-PROJECT = "retool_jax"  # where WANDB_PROJECT or TRACKIO_PROJECT names no other
-TRACKERS_FILE = "trackers.json"  # by which name or id a service knows the run
-UPLOAD_S = 300.0  # how long the end of a run waits for the last upload; the rest stays in its folder
+PROJECT = "retool_jax"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
+TRACKERS_FILE = "trackers.json"  # the run's name or id at each service
+UPLOAD_S = 300.0  # longest wait for the last upload at the end of a run; data that is not sent stays in its folder
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step, by names such as `rl/loss` and `eval/dev/accuracy`."""
+    """Takes the numbers of a step, with names such as `rl/loss` and `eval/dev/accuracy`."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
 
 
 def check_loggers(names: Collection[str]) -> None:
-    """See that what is named is there and takes us, before anything is written.
+    """Check that the named trackers are installed and that the logins work, before anything is written.
 
     Raises:
         UserError: a package is missing or cannot be imported, or a login fails.
@@ -50,7 +50,7 @@ def check_loggers(names: Collection[str]) -> None:
     if "wandb" in names:
         _log_in_to_wandb()
     if "trackio" in names and (space := os.environ.get("TRACKIO_SPACE_ID")):
-        _ask_hub_who_we_are(space)
+        _check_hub_login(space)
 
 
 def _log_in_to_wandb() -> None:
@@ -60,7 +60,7 @@ def _log_in_to_wandb() -> None:
         return
     try:
         known, reason = wandb.login(prompt=False, verify=True), "there is no key"
-    except Exception as error:  # of the service, of HTTP or of the network
+    except Exception as error:  # from the service, HTTP or the network
         known, reason = False, f"{type(error).__name__}: {one_line(error)}"
     if not known:
         raise UserError(
@@ -69,12 +69,12 @@ def _log_in_to_wandb() -> None:
         )
 
 
-def _ask_hub_who_we_are(space: str) -> None:
+def _check_hub_login(space: str) -> None:
     from huggingface_hub import whoami
 
     try:
         whoami()
-    except Exception as error:  # of the hub, of HTTP or of the network
+    except Exception as error:  # from the hub, HTTP or the network
         raise UserError(
             f"logger=trackio cannot log in for TRACKIO_SPACE_ID={space} ({type(error).__name__}: {one_line(error)});"
             " run hf auth login, or unset TRACKIO_SPACE_ID to keep the run on this machine"
@@ -82,7 +82,7 @@ def _ask_hub_who_we_are(space: str) -> None:
 
 
 def known_names(folder: Path) -> dict[str, str]:
-    """The services that know the run of a folder already, and by which name or id."""
+    """The run's name or id at each service that already has it."""
     path = folder / TRACKERS_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -92,7 +92,7 @@ def known_names(folder: Path) -> dict[str, str]:
 
 
 def open_service(name: str, folder: Path, config: Mapping[str, object]) -> Tracker | None:
-    """A service's writer, under the name or id that it knows the run by; None, and a line of why, where it fails."""
+    """A service's writer, with the run's name or id there; if it fails, None, and the reason is printed."""
     known = known_names(folder)
     if name not in known:
         known[name] = secrets.token_hex(6)
@@ -100,13 +100,13 @@ def open_service(name: str, folder: Path, config: Mapping[str, object]) -> Track
             file.write(json.dumps(known) + "\n")
     try:
         return SERVICES[name](folder, known[name], config)
-    except Exception as error:  # of a package of others
-        tell_once(name, error)
+    except Exception as error:  # from another package
+        report_failure(name, error)
         return None
 
 
-def tell_once(name: str, error: Exception) -> None:
-    """Say that a service gets no more numbers."""
+def report_failure(name: str, error: Exception) -> None:
+    """Print that a service gets no more numbers, and why."""
     print(
         f"{name} gets no more numbers ({type(error).__name__}: {one_line(error)}); the run goes on, and metrics.jsonl"
         " has all of them",
@@ -118,19 +118,19 @@ class TensorBoard:
     """Event files in `folder/tensorboard`, from step `first` on. A scalar is on the disk when `write` returns."""
 
     def __init__(self, folder: Path, first: int):
-        # tensorboardX's SummaryWriter would write from a thread of its own; one that met a full disk is dead, and
-        # blocks writers.
+        # tensorboardX's SummaryWriter is not used: it writes from a thread, which dies on a full disk and then blocks
+        # the caller.
         with _without_torch():
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.proto.summary_pb2 import Summary
 
         self._event, self._summary = Event, Summary
-        # The suffix keeps two files apart that were begun within one second, which is all that their names resolve.
+        # File names contain the time in seconds. The suffix distinguishes two files of the same second.
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
         self._board = EventsWriter(str(board / "events"), filename_suffix=f".from-{first:08d}")
-        # TensorBoard hides what earlier event files say about this step and later ones.
+        # This event makes TensorBoard hide the values of earlier event files from this step on.
         self._board.write_event(
             Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START))
         )
@@ -150,7 +150,7 @@ class Wandb:
     def __init__(self, folder: Path, identity: str, config: Mapping[str, object]):
         import wandb
 
-        # Without what it notes of the machine: the command's words are among that, and may hold a secret.
+        # Without its record of the machine, which contains the command's words and so perhaps a secret.
         settings = wandb.Settings(
             console="off",
             x_disable_meta=True,
@@ -184,7 +184,7 @@ class Trackio:
 
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=f"{folder.resolve().name}-{identity}",  # its only handle to a run that goes on
+            name=f"{folder.resolve().name}-{identity}",  # Trackio finds a run to resume only by its name
             resume="allow",
             config=dict(config),
             private=True,
@@ -205,8 +205,8 @@ SERVICES = {"wandb": Wandb, "trackio": Trackio}
 
 @contextmanager
 def _without_torch() -> Iterator[None]:
-    """Let `import torch` fail meanwhile: tensorboardX imports it where it is installed, for tensors that it is not
-    given here, and a run would start four seconds later."""
+    """Make `import torch` fail in the block. tensorboardX imports it if it is installed, only to accept torch tensors;
+    this would delay a run's start by four seconds."""
     if "torch" in sys.modules:
         yield
         return

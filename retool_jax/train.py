@@ -17,7 +17,7 @@ def main(words: list[str]) -> None:
         raise UserError(f"this config is of task {task} and trains nothing; run python -m retool_jax.{task} with it")
     keep_freed_memory()
     collect_rarely()
-    # Imported now, so that a mistake in the words is not told after seconds of imports that it does not need.
+    # Imported only now, so that a mistake in the words is reported before seconds of imports.
     with heard():
         from retool_jax.compile_cache import keep_programs
         from retool_jax.run.build import resolve
@@ -28,7 +28,7 @@ def main(words: list[str]) -> None:
 
 
 def train(run: SFTRun | RLRun) -> None:
-    """Train a run to its end, with the other hosts of its job where the environment says that there are some."""
+    """Train a run to its end, together with the other hosts of its job if the environment names them."""
     from retool_jax import hosts
 
     with hosts.joined(run.hosts):

@@ -29,7 +29,7 @@ def test_output_that_nobody_reads_is_told_in_one_line(way):
     done = subprocess.run([sys.executable, "-c", PRINTS, way], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: what reads this output has ended, as `head` does;")
+    assert done.stderr.startswith("error: the program that reads this output has ended, as `head` does;")
     assert done.stderr.count("\n") == 1
 
 

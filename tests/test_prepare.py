@@ -182,7 +182,7 @@ def test_words_that_are_not_understood(tmp_path):
         ("sandbox=process", "sandbox=process is used with verify=true or kind=gsm8k_code only"),
         ("out=x.parquet", "out=x.parquet must be a file named *.jsonl"),
         (f"out={source}", "which is also read; choose another file"),
-        (f"out={source}/x.jsonl", "is no folder that can be written"),
+        (f"out={source}/x.jsonl", "is not a writable folder"),
         ("overlap=nowhere.jsonl", "no data file nowhere.jsonl"),
         ("source=nowhere.jsonl", "no data file nowhere.jsonl"),
     ]:

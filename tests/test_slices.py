@@ -36,9 +36,9 @@ def test_a_name_says_how_many_chips_hosts_and_devices_there_are(name, chips, hos
         ("v5p-60", "did you mean v5p-64? there are: v5p-8, v5p-16"),
         ("v6e-2000", "did you mean v6e-256?"),
         ("v5p", "did you mean v5p-8?"),
-        ("v7x-8", "did you mean one of "),
-        ("h100-12", "h100-1 to h100-8 are of one host, and above that are multiples of 8"),
-        ("cpu-0", "cpu-1 to cpu-8 are of one host"),
+        ("v7x-8", "did you mean tpu7x? kinds are: "),
+        ("h100-12", "h100-1 to h100-8 are on one host; larger sizes are multiples of 8"),
+        ("cpu-0", "cpu-1 to cpu-8 are on one host"),
         ("", "kinds are: v5e, v5p, v6e, tpu7x, h100, h200, cpu"),
     ],
 )
