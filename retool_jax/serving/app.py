@@ -1,4 +1,4 @@
-"""The server as an HTTP application: OpenAI's endpoints over one engine, its health and its numbers."""
+"""The server as an HTTP application: OpenAI's endpoints, trajectories, health and metrics."""
 
 import hmac
 import logging
@@ -32,16 +32,16 @@ def build_app(server: Server, token: str = "") -> Starlette:
     """The ASGI application.
 
     Args:
-        server: answers.
-        token: what `Authorization: Bearer ...` must say on every path below `/v1`; empty lets everybody in, but for
-            pages of other sites.
+        server: answers the requests.
+        token: the bearer token that every path below `/v1` requires; empty: none. Pages of other sites are always
+            refused.
     """
     expected = f"Bearer {token}".encode()
 
     def guarded(path: str, handle: Handler) -> Handler:
         async def route(http: HTTPRequest) -> Response:
             try:
-                # A page of another site can make a browser send a request here, which would run a program.
+                # A page of another site can make a browser send a request here, which could run a program.
                 if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
                     raise Refused(403, "a browser sent this for a page of another site; ask from the server's own page")
                 given = http.headers.get("authorization", "").encode()
@@ -54,27 +54,27 @@ def build_app(server: Server, token: str = "") -> Starlette:
                 response = Response(status_code=CLOSED_REQUEST)
             except RecursionError:
                 response = refusal(Refused(400, "the body is nested too deeply; send a flatter one"))
-            except Exception:  # a fault of the server's own, which ends no other request
+            except Exception:  # a bug must not end other requests
                 logger.exception("a request failed")
-                response = refusal(Refused(503, "the request failed by a fault of the server, which its log tells"))
+                response = refusal(Refused(503, "the request failed by a fault of the server; see its log"))
             server.metrics.requests[path, response.status_code] += 1
             return response
 
         return route
 
     def answering(kind: type[Chat] | type[Responses]) -> Handler:
-        """For requests of a kind: `begin` may refuse one, then either `events` or `whole` answers it."""
+        """The handler of an endpoint: `begin` may refuse a request, then `events` or `whole` answers it."""
 
         async def handle(http: HTTPRequest) -> Response:
             body = await read_body(http, server.config.body_kb * 1024)
-            asked = kind(server, body)
+            request = kind(server, body)
             server.admit()
             with ExitStack() as end:
                 end.callback(server.leave)
-                await asked.begin()
-                if asked.stream:
-                    return Events(asked.events(), end.pop_all().close)  # leaves when the stream has ended
-                result = await while_connected(http.receive, asked.whole())
+                await request.begin()
+                if request.stream:
+                    return Events(request.events(), end.pop_all().close)  # leaves when the stream has ended
+                result = await while_connected(http.receive, request.whole())
                 return as_json(result) if result is not None else Response(status_code=CLOSED_REQUEST)
 
         return handle
@@ -127,7 +127,7 @@ def build_app(server: Server, token: str = "") -> Starlette:
 
 
 def refusal(refused: Refused) -> Response:
-    """A refusal as HTTP says it."""
+    """A refusal as an HTTP response."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": RETRY_AFTER_S}}
     headers[503] = headers[429]
     return as_json(refused.body(), refused.status, headers.get(refused.status))

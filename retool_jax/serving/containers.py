@@ -1,4 +1,4 @@
-"""Containers: what the tools of one answer keep for the next one that names it, above all a Python interpreter."""
+"""Containers: states of tools, such as a Python interpreter, that one answer keeps for a later one that names it."""
 
 import time
 from collections import OrderedDict
@@ -15,45 +15,45 @@ class _Container:
 
 
 class Containers:
-    """States of tools by their container's id. They hold interpreters only where a tool keeps one (`python_session`).
+    """States of tools by container id. Only the tool `python_session` keeps an interpreter in them.
 
     Args:
-        idle: that may wait for their next answer; the one that waited longest makes room.
-        idle_s: after which the sandbox closes an interpreter, and its container is forgotten.
+        idle: the most containers that may be idle; the one that was idle longest is dropped first.
+        idle_s: seconds after which the sandbox closes an idle interpreter, and its container is dropped.
     """
 
     def __init__(self, idle: int, idle_s: float) -> None:
         self._idle, self._idle_s = idle, idle_s
-        self._all: OrderedDict[str, _Container] = OrderedDict()  # the one given back last at the end
+        self._all: OrderedDict[str, _Container] = OrderedDict()  # the one that was given back last is the last
 
     def __contains__(self, name: str) -> bool:
         found = self._all.get(name)
         return found is not None and (found.users > 0 or time.monotonic() - found.used < self._idle_s)
 
     def take(self, name: str) -> Kept:
-        """The states of a container, which is made where there is none; whoever takes it gives it back."""
+        """The states of a container, which is made if needed. The caller must `give` it back."""
         if name not in self:
-            self._forget(name)
+            self._drop(name)
         found = self._all.setdefault(name, _Container())
         found.users += 1
         return found.kept
 
     def give(self, name: str, lost: bool) -> None:
-        """Let it wait for the next answer, or forget it where what it holds may be lost."""
+        """Give a container back: it stays for the next answer, or is dropped if its states may be lost."""
         if found := self._all.get(name):
             found.users -= 1
             found.used = time.monotonic()
             self._all.move_to_end(name)
         if lost:
-            self._forget(name)
+            self._drop(name)
         idle = [each for each, found in self._all.items() if not found.users]
         for each in idle[: max(len(idle) - self._idle, 0)]:
-            self._forget(each)
+            self._drop(each)
 
     def close(self) -> None:
         for name in list(self._all):
-            self._forget(name)
+            self._drop(name)
 
-    def _forget(self, name: str) -> None:
+    def _drop(self, name: str) -> None:
         if found := self._all.pop(name, None):
             found.kept.begin_to_close()

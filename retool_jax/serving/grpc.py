@@ -1,11 +1,11 @@
-"""JetStream's gRPC service over the server's own answers: `Decode`, which runs tools inside of a request, and
+"""JetStream's gRPC service over the server's answers: `Decode`, which runs tools inside of a request, and
 `HealthCheck`.
 
-The messages are those of google-jetstream 0.2.2, whose clients speak to it as they are. Each response has tokens of one
-kind, in the order of the row: what the policy drew is in the first sample, and what tools wrote is in the second,
-behind an empty first one. So a client that reads only the first samples, as JetStream's do, gets what was drawn.
+The messages are those of google-jetstream 0.2.2, whose clients work unchanged. Each response has tokens of one kind, in
+the order of the row: tokens of the policy are in the first sample; tokens of tools are in the second, after an empty
+first one. JetStream's clients read only the first sample, so they get what the policy drew.
 
-It needs google-jetstream for its messages alone: `pip install grpcio protobuf` and
+google-jetstream is needed only for its messages: `pip install grpcio protobuf` and
 `pip install --no-deps google-jetstream==0.2.2`.
 """
 
@@ -28,30 +28,30 @@ from retool_jax.serving.answer import Drawn
 from retool_jax.serving.messages import messages_of
 from retool_jax.serving.reader import Characters
 from retool_jax.serving.requests import Refused
-from retool_jax.serving.server import KeptAnswer, Server, Visit, Wish
+from retool_jax.serving.server import AnswerOptions, KeptAnswer, RequestInfo, Server
 from retool_jax.tokens.tokenizer import Tokenizer
 
 PATH = "/jetstream_proto.Orchestrator/Decode"
-GONE = 499  # as over HTTP: the client went away
+GONE = 499  # as over HTTP: the client closed the request
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
-_LAST_WORDS_S = 1  # for refusals that are under way when the last answer has ended
+_LAST_REFUSALS_S = 1  # time for refusals that are under way when the last answer has ended
 Sample = DecodeResponse.StreamContent.Sample
 logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
 async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int, Callable[[], object]]]:
-    """Answer on `serve.grpc_port` until the block ends: the port, and a function that begins to close it.
+    """Answer on `serve.grpc_port` until the block ends. Yields the port, and a function that begins to close it.
 
-    From then on nobody is let in, and answers that have begun have `serve.drain_s` seconds to end.
+    Once closing has begun, new requests are refused, and open answers have `serve.drain_s` seconds to end.
 
     Args:
-        server: answers.
-        token: what the metadata `authorization: Bearer ...` must say; empty lets everybody in.
+        server: answers the requests.
+        token: the token that the metadata `authorization: Bearer ...` must have; empty: none is needed.
 
     Raises:
         UserError: the address cannot be listened on.
@@ -72,11 +72,11 @@ async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int,
     closing: list[asyncio.Task] = []
 
     async def close() -> None:
-        # When gRPC is told to stop, a request that has just come ends as CANCELLED, and clients do not send it again.
-        # So it listens until all answers have ended, and requests that come meanwhile are refused with a status.
+        # After `stop` gRPC ends a request that has just arrived with CANCELLED, and clients do not retry it. So it goes
+        # on listening until all answers have ended, and new requests are refused with a status.
         if orchestrator.answering:
             await asyncio.wait(orchestrator.answering, timeout=config.drain_s)
-        await rpc.stop(_LAST_WORDS_S)
+        await rpc.stop(_LAST_REFUSALS_S)
 
     def begin_to_close() -> None:
         server.closing = True
@@ -91,10 +91,10 @@ async def listening(server: Server, token: str = "") -> AsyncIterator[tuple[int,
 
 
 class Orchestrator(service.OrchestratorServicer):
-    """The service. What is refused over HTTP is refused here, with the status that gRPC has for it.
+    """The gRPC service. It refuses the same requests as HTTP, with gRPC's status codes.
 
     Attributes:
-        answering: tasks of requests that were let in.
+        answering: tasks of the requests that were admitted.
     """
 
     def __init__(self, server: Server, token: str) -> None:
@@ -105,7 +105,7 @@ class Orchestrator(service.OrchestratorServicer):
         return HealthCheckResponse(is_live=self._server.service.working and not self._server.closing)
 
     async def Decode(self, request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
-        """Write the answer as it comes. A client that goes away cancels this, and with it the conversation."""
+        """Stream the answer. If the client closes the request, this is cancelled, and with it the conversation."""
         status = GONE
         try:
             self._authorize(context)
@@ -121,12 +121,12 @@ class Orchestrator(service.OrchestratorServicer):
             status = refused.status
             code = grpc.StatusCode.DEADLINE_EXCEEDED if refused.code == "timeout" else _STATUS.get(status)
             await context.abort(code or grpc.StatusCode.UNAVAILABLE, str(refused))
-        except Exception:  # a fault of the server's own, which ends no other request; or nobody can be written to
+        except Exception:  # a bug, which must not end other requests; or the client cannot be reached
             if not context.cancelled():
                 status = 503
                 logger.exception("a request failed")
-                told = "the request failed by a fault of the server, which its log tells"
-                await context.abort(grpc.StatusCode.UNAVAILABLE, told)
+                message = "the request failed by a fault of the server; see its log"
+                await context.abort(grpc.StatusCode.UNAVAILABLE, message)
         finally:
             self._server.metrics.requests[PATH, status] += 1
 
@@ -136,34 +136,34 @@ class Orchestrator(service.OrchestratorServicer):
             raise Refused(401, "a bearer token is needed; send it as metadata, authorization: Bearer ...", code="token")
 
     async def _answer(self, request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
-        """Run the conversation of a request and write its tokens. Raises Refused."""
-        server, visit = self._server, Visit(f"decode-{uuid.uuid4().hex}", PATH)
+        """Run the conversation of a request and send its tokens. Raises Refused."""
+        server, info = self._server, RequestInfo(f"decode-{uuid.uuid4().hex}", PATH)
         _refuse_unserved(request)
-        # JetStream is greedy, and its requests have no other way of drawing; so their seed does not matter.
-        wish = Wish(SamplingParams(temperature=0.0), 0, request.max_tokens or None, tools=server.tools)
+        # JetStream's requests have no sampling parameters: its decoding is greedy, so the seed does not matter.
+        options = AnswerOptions(SamplingParams(temperature=0.0), 0, request.max_tokens or None, tools=server.tools)
         with_text = request.HasField("text_content")
         if with_text:
             messages = messages_of(server.tokenizer, [{"role": "user", "content": request.text_content.text}])
-            prompt = await server.prompt(messages, wish)
+            prompt = await server.prompt(messages, options)
         else:
             messages, prompt = [], _ids_of(request, len(server.tokenizer))
-        (answer,) = server.answers(visit, messages, prompt, wish)
-        await context.send_initial_metadata((("retool-id", visit.id),))
+        (answer,) = server.answers(info, messages, prompt, options)
+        await context.send_initial_metadata((("retool-id", info.id),))
         row = Row(answer.trajectory, server.tokenizer, with_text)
-        async with aclosing(server.run(visit, [answer])) as run:
+        async with aclosing(server.run(info, [answer])) as run:
             async for _, happened in run:
                 for response in row.responses(happened.ids if isinstance(happened, Drawn) else []):
                     await context.write(response)
         context.set_trailing_metadata((("retool-finish", answer.finish or ""),))
-        server.keep(visit.id, KeptAnswer([answer.trajectory]))
+        server.keep(info.id, KeptAnswer([answer.trajectory]))
 
 
 class Row:
-    """A conversation's ids behind its prompt as responses, in their order.
+    """A conversation's ids after its prompt, as responses in their order.
 
     Args:
-        trajectory: which grows meanwhile, by whole turns and by what tools wrote.
-        with_text: whether samples have the text of their ids too.
+        trajectory: the conversation's; it grows by whole turns and by what tools wrote.
+        with_text: whether samples also have the text of their ids.
     """
 
     def __init__(self, trajectory: Trajectory, tokenizer: Tokenizer, with_text: bool) -> None:
@@ -172,15 +172,15 @@ class Row:
         self._characters = Characters(tokenizer)
 
     def responses(self, drawn: Sequence[int]) -> Iterator[DecodeResponse]:
-        """What tools have written behind what was sent, and ids that the policy drew next."""
-        yield from self._written()
+        """Segments of tools that come next in the row, then these ids of the policy, then segments of tools again."""
+        yield from self._tool_segments()
         if drawn:
             self._sent += len(drawn)
-            yield _response(Sample(token_ids=drawn, text=self._read(drawn)))
-        yield from self._written()
+            yield _response(Sample(token_ids=drawn, text=self._text(drawn)))
+        yield from self._tool_segments()
 
-    def _written(self) -> Iterator[DecodeResponse]:
-        """A listener may be behind: the trajectory has this segment, and not all before it was sent."""
+    def _tool_segments(self) -> Iterator[DecodeResponse]:
+        """Tool segments that begin where the sent ids end. Later ones wait: ids before them were not sent yet."""
         for segment in self._trajectory.segments:
             if segment.role == "tool" and segment.start == self._sent:
                 ids = self._trajectory.ids[segment.start : segment.stop]
@@ -188,8 +188,8 @@ class Row:
                 text = self._tokenizer.decode(ids) if self._with_text else ""
                 yield _response(Sample(), Sample(token_ids=ids, text=text))
 
-    def _read(self, ids: Sequence[int]) -> str:
-        """The text of drawn ids without marks of a turn's end."""
+    def _text(self, ids: Sequence[int]) -> str:
+        """The text of drawn ids without the marks that end a turn."""
         if not self._with_text:
             return ""
         characters, stops = self._characters, self._tokenizer.stop_ids
@@ -201,7 +201,7 @@ def _response(*samples: Sample) -> DecodeResponse:
 
 
 def _refuse_unserved(request: DecodeRequest) -> None:
-    """Refuse what would change the answer and is not served; `priority` is not read by JetStream either."""
+    """Refuse fields that would change the answer and are not served. `priority` is ignored, as JetStream does."""
     if request.session_cache:
         raise Refused(400, f"session_cache is {shown(request.session_cache)}, which is not served; leave it out")
     if request.max_tokens < 0:
@@ -212,7 +212,7 @@ def _refuse_unserved(request: DecodeRequest) -> None:
 
 
 def _ids_of(request: DecodeRequest, most: int) -> list[int]:
-    """A prompt in ids, as the client's template wrote it. Raises Refused."""
+    """The prompt of a request that gives ids, written with the client's own template. Raises Refused."""
     ids = list(request.token_content.token_ids)
     if not ids or not 0 <= min(ids) <= max(ids) < most:
         found = f"the ids {min(ids)} to {max(ids)}" if ids else "no ids"

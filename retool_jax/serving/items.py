@@ -1,7 +1,7 @@
-"""An answer as items of a response, and the events that tell of them.
+"""An answer as items of a response, and the events of their stream.
 
-The order is that of the Open Responses specification: an item has one id from its first event to the final object,
-`output_index` has no gaps, `sequence_number` rises.
+The order follows the Open Responses specification: an item has one id from its first event to the final object,
+`output_index` has no gaps, and `sequence_number` increases.
 """
 
 import uuid
@@ -11,15 +11,15 @@ from typing import Any
 
 from retool_jax.rollout.trajectory import ToolUse
 from retool_jax.sandbox.text import writable
-from retool_jax.serving.answer import Drawn, Event, ToolRan, ToolRuns
+from retool_jax.serving.answer import Drawn, Event, ToolEnded, ToolStarted
 from retool_jax.serving.reader import Called, FunctionCall, Said
 from retool_jax.serving.wire import logprobs_of
 from retool_jax.tokens.grammar import ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.toolbox import INVALID
 
-Told = dict[str, Any]
-# For each kind of text: the item that holds it, and the type of its part, which is also the name of its events.
+EventData = dict[str, Any]
+# For each channel: the type of the item, and the type of its part, which is also the name of its events.
 _TEXTS = {"content": ("message", "output_text"), "reasoning": ("reasoning", "reasoning_text")}
 
 
@@ -28,11 +28,11 @@ def new_id(prefix: str) -> str:
 
 
 class Items:
-    """Grows a response's `output` by an answer's events.
+    """Builds a response's `output` from an answer's events.
 
     Args:
         container: id of the container that programs run in.
-        outputs: whether items of programs have what was printed.
+        outputs: whether items of programs have their output.
         logprobs: whether texts have the log-probabilities of their tokens.
     """
 
@@ -42,29 +42,29 @@ class Items:
         self._number = 0
         self._open: dict | None = None  # the item that the next event may belong to
         self._entries: list[dict] = []  # log-probabilities of tokens whose text is not visible yet
-        self._waiting: deque[ToolCall] = deque()  # calls of a turn, which are told one after another
+        self._waiting: deque[ToolCall] = deque()  # calls of a turn, whose items follow one after another
 
-    def event(self, kind: str, **fields: Any) -> Told:
+    def event(self, kind: str, **fields: Any) -> EventData:
         self._number += 1
         return {"type": f"response.{kind}", "sequence_number": self._number - 1} | fields
 
-    def take(self, happened: Event) -> Iterator[Told]:
-        """The events that tell of what happened."""
+    def take(self, happened: Event) -> Iterator[EventData]:
+        """The response's events for an event of the answer."""
         if isinstance(happened, Drawn):
             yield from self._drawn(happened)
-        elif isinstance(happened, ToolRuns):
-            self._entries = []  # those of the call
+        elif isinstance(happened, ToolStarted):
+            self._entries = []  # tokens of a call have no log-probabilities
             self._waiting.append(happened.call)
             if len(self._waiting) == 1:
                 yield from self._run(happened.call)
-        elif isinstance(happened, ToolRan):
+        elif isinstance(happened, ToolEnded):
             self._waiting.popleft()
             yield from self._ran(happened.use)
             if self._waiting:
                 yield from self._run(self._waiting[0])
 
-    def close(self, cut: bool = False, whole: bool = True) -> Iterator[Told]:
-        """End what is open, and before that, where the call of a program was `cut` off, tell of it."""
+    def close(self, cut: bool = False, whole: bool = True) -> Iterator[EventData]:
+        """End the open item; if the call of a program was `cut` off, add an item for it first."""
         if cut:
             yield from self._run(ToolCall())
         if self._open is not None:
@@ -72,29 +72,29 @@ class Items:
 
     # --- texts and calls of the client's functions ---
 
-    def _drawn(self, drawn: Drawn) -> Iterator[Told]:
-        told = 0
+    def _drawn(self, drawn: Drawn) -> Iterator[EventData]:
+        done = 0
         for count, seen in drawn.seen:
-            self._note(drawn, told, count)
-            told = count
+            self._note(drawn, done, count)
+            done = count
             if isinstance(seen, Said):
                 yield from self._say(seen)
             else:
                 yield from self._call(seen)
             self._entries = []
-        self._note(drawn, told, len(drawn.ids))
+        self._note(drawn, done, len(drawn.ids))
 
     def _note(self, drawn: Drawn, start: int, stop: int) -> None:
         if self._logprobs:
             self._entries += logprobs_of(self._tokenizer, drawn.ids[start:stop], drawn.logprobs[start:stop])
 
-    def _say(self, said: Said) -> Iterator[Told]:
+    def _say(self, said: Said) -> Iterator[EventData]:
         (kind, part), words = _TEXTS[said.channel], said.text
         if self._open is None or self._open["type"] != kind:
             yield from self._end("completed")
-            words = words.lstrip("\n")  # that stood between this text and the one before
+            words = words.lstrip("\n")  # newlines between this text and the one before
             while words in "".join(entry["token"] for entry in self._entries[1:]):
-                del self._entries[0]  # of marks before it
+                del self._entries[0]  # entries of marks before the text
             about = {"role": "assistant"} if kind == "message" else {"summary": [], "encrypted_content": None}
             yield self._begin({"type": kind, "id": new_id("msg" if kind == "message" else "rs"), "content": []} | about)
             more = {"annotations": [], "logprobs": []} if kind == "message" else {}
@@ -108,7 +108,7 @@ class Items:
             more = {"logprobs": self._entries}
         yield self._of(f"{part}.delta", content_index=0, delta=words, **more)
 
-    def _call(self, called: Called) -> Iterator[Told]:
+    def _call(self, called: Called) -> Iterator[EventData]:
         call: FunctionCall = called.call
         if called.what == "begins":
             yield from self._end("completed")
@@ -122,8 +122,8 @@ class Items:
 
     # --- programs ---
 
-    def _run(self, call: ToolCall) -> Iterator[Told]:
-        """The policy's program, whole: it is told when it begins to run."""
+    def _run(self, call: ToolCall) -> Iterator[EventData]:
+        """Begin the item of a program, with its whole code, when the program begins to run."""
         yield from self._end("completed")
         about = {"container_id": self._container, "code": "", "outputs": None}
         yield self._begin({"type": "code_interpreter_call", "id": new_id("ci")} | about)
@@ -135,7 +135,7 @@ class Items:
         if call.name is not None:
             yield self._of("code_interpreter_call.interpreting")
 
-    def _ran(self, use: ToolUse) -> Iterator[Told]:
+    def _ran(self, use: ToolUse) -> Iterator[EventData]:
         if self._outputs:
             self._open["outputs"] = [{"type": "logs", "logs": use.output}]
         if use.status == INVALID:
@@ -146,16 +146,16 @@ class Items:
 
     # --- items ---
 
-    def _begin(self, item: dict) -> Told:
+    def _begin(self, item: dict) -> EventData:
         self._open = item | {"status": "in_progress"}
         self.output.append(self._open)
         return self.event("output_item.added", output_index=len(self.output) - 1, item=dict(self._open))
 
-    def _of(self, kind: str, **fields: Any) -> Told:
+    def _of(self, kind: str, **fields: Any) -> EventData:
         """An event of the open item."""
         return self.event(kind, item_id=self._open["id"], output_index=len(self.output) - 1, **fields)
 
-    def _end(self, status: str) -> Iterator[Told]:
+    def _end(self, status: str) -> Iterator[EventData]:
         item = self._open
         if item is None:
             return

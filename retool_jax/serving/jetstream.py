@@ -1,14 +1,14 @@
-"""The engine as google-jetstream 0.2.2's abstract class wants it. Names and meanings are JetStream's.
+"""The engine under google-jetstream 0.2.2's abstract class. Names and meanings are JetStream's.
 
-JetStream passes weights and decode state through every call; here the engine holds both, donated and in place, so the
-values that come back stand for them. A prefix may be inserted any number of times.
+JetStream passes weights and decode state through every call. Here the engine holds both and updates them in place, so
+the values that are returned only stand for them. A prefix may be inserted any number of times.
 
-JetStream's orchestrator calls prefill, insert and generate from different threads. The engine belongs to one, so every
-call is handed over to a thread of this module's, one after another.
+JetStream's orchestrator calls prefill, insert and generate from different threads. The engine belongs to one thread, so
+all calls run on a thread of this module, one after another.
 
-google-jetstream imports seqio, and with it TensorFlow, for a tokenizer that is not used here. Where seqio is absent
+google-jetstream imports seqio, and with it TensorFlow, for a tokenizer that is not used here. If seqio is not installed
 (`pip install --no-deps google-jetstream==0.2.2` with tiktoken and protobuf, and for the orchestrator grpcio,
-prometheus-client and shortuuid), empty classes stand in for the two that it names, and the import costs nothing.
+prometheus-client and shortuuid), empty classes replace the two that it imports.
 """
 
 import importlib.util
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NO_BOS = -1  # stands where JetStream puts the beginning of a text, of which Qwen has none; `prefill` takes it off
-LENGTHS = tuple(16 << i for i in range(12))  # of a prompt, as JetStream pads token ids
-OUTSIDE = 5  # prefixes that the orchestrator holds outside of the slots at once
+NO_BOS = -1  # for JetStream's token at the beginning of a text, which Qwen does not have; `prefill` removes it
+LENGTHS = tuple(16 << i for i in range(12))  # lengths to which JetStream pads prompts
+OUTSIDE = 5  # the most prefixes that the orchestrator holds outside of the slots at once
 
 
 class JetStreamTokenizer(tokenizer_api.Tokenizer):
@@ -65,7 +65,7 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
     def encode(self, s: str, *, max_prefill_length: int | None = None, **kwargs: Any) -> tuple[np.ndarray, int]:
         """Ids [bucket] int32, padded to the next of JetStream's lengths, and how many are real.
 
-        A text of more than `max_prefill_length` tokens loses its beginning, as in JetStream.
+        A text of more than `max_prefill_length` tokens is cut at its beginning, as in JetStream.
         """
         ids = self._tokenizer.encode(s)
         ids = ids[-max_prefill_length:] if max_prefill_length else ids
@@ -94,9 +94,9 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 
 
 class JetStreamEngine(engine_api.Engine):
-    """`Engine` as JetStream's orchestrator wants it; `tokenizer` is the path or hub id of its vocabulary.
+    """An `Engine` for JetStream's orchestrator; `tokenizer` is the path or hub id of its vocabulary.
 
-    It takes the engine over for a thread of its own, on which `call` runs whatever else is to be done with the engine.
+    It moves the engine to a thread of its own. Use `call` to do anything else with the engine on that thread.
     """
 
     def __init__(self, engine: Engine, tokenizer: str) -> None:
@@ -104,11 +104,11 @@ class JetStreamEngine(engine_api.Engine):
         self._tokenizer = tokenizer
         self._device = ThreadPoolExecutor(1, "engine")
         self._under_way: deque[Drawn] = deque()
-        self._starts = np.zeros(engine.config.slots, np.int32)  # of what each slot draws
+        self._starts = np.zeros(engine.config.slots, np.int32)  # length of each slot's prefix
         self.call(engine.take_over)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function on the engine's thread, after what was handed over before, and wait for it."""
+        """Run a function on the engine's thread, after all earlier calls, and wait for it."""
         return self._device.submit(function, *arguments).result()
 
     def load_params(self) -> Any:
@@ -117,9 +117,9 @@ class JetStreamEngine(engine_api.Engine):
     def prefill(
         self, *, params: Any, existing_prefix: Prefix | None = None, padded_tokens: jax.Array, true_length: int
     ) -> Prefix:
-        """Write the first `true_length` of some tokens behind an existing prefix, which stays as it is, or from 0.
+        """Write the first `true_length` tokens after an existing prefix, which stays unchanged, or from position 0.
 
-        A prompt without a token is one end of a text.
+        An empty prompt becomes a single end-of-text token.
         """
         ids = [token for token in np.asarray(padded_tokens)[:true_length].tolist() if token != NO_BOS]
         if not ids:
@@ -127,7 +127,7 @@ class JetStreamEngine(engine_api.Engine):
         return self.call(self.engine.write_prefix, ids, existing_prefix)
 
     def insert(self, prefix: Prefix, decode_state: Any, slot: int) -> Any:
-        """Make a slot the trajectory of a prefix, sharing its pages; it draws greedily to its end."""
+        """Begin a row in a slot with a prefix, whose pages it shares; it is decoded greedily."""
         return self.call(self._insert, prefix, slot)
 
     def _insert(self, prefix: Prefix, slot: int) -> None:
@@ -151,7 +151,7 @@ class JetStreamEngine(engine_api.Engine):
         return _columns(drawn.ints, self._starts.copy())
 
     def init_decode_state(self) -> Any:
-        """Let go of every slot."""
+        """Free every slot."""
         return self.call(self._clear)
 
     def _clear(self) -> None:
@@ -177,7 +177,7 @@ class JetStreamEngine(engine_api.Engine):
 
     @property
     def max_prefill_length(self) -> int:
-        """The longest prompt: one of JetStream's own lengths, for it looks this one up among them."""
+        """The longest prompt; it must be one of JetStream's lengths."""
         return max(length for length in LENGTHS if length <= max(self.engine.config.max_length, LENGTHS[0]))
 
     @property
@@ -197,13 +197,13 @@ def _columns(ints: jax.Array, starts_B: jax.Array) -> jax.Array:
 
 
 def make_driver(engine: JetStreamEngine) -> "Driver":
-    """google-jetstream's own orchestrator over an engine, running; its `stop` ends it.
+    """Start google-jetstream's own orchestrator over an engine; its `stop` ends it.
 
-    Version 0.2.2 deletes the arrays of a prefix that was inserted, with a function that jax has no more; here the
-    prefix gives its pages back instead. It also opens the root logger to everything, which is undone.
+    Version 0.2.2 deletes the arrays of an inserted prefix with a function that jax no longer has; it is replaced by one
+    that frees the prefix's pages. It also changes the level and handlers of the root logger, which is undone.
 
     Raises:
-        UserError: the cache is too small for what the orchestrator keeps, which ends the process when it runs out.
+        UserError: the cache is too small for what the orchestrator keeps; it would end the process when pages run out.
     """
     sizes, slots = engine.engine.sizes, engine.engine.config.slots
     needed = (slots + OUTSIDE) * -(-engine.engine.config.max_length // sizes.page_size)

@@ -1,4 +1,4 @@
-"""What clients send to what a policy reads: messages and functions as data, whose texts never hold a control token."""
+"""Clients' messages and functions in the form that templates take, with all control tokens in their texts broken up."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def harmless(tokenizer: Tokenizer, value: Any) -> Any:
 
 
 def text_of(content: object, name: str) -> str:
-    """A message's text, given as one or in parts."""
+    """A message's text, given as one string or in parts."""
     if isinstance(content, str):
         return content
     if content is None:
@@ -42,15 +42,15 @@ def text_of(content: object, name: str) -> str:
 
 
 def messages_of(tokenizer: Tokenizer, given: object) -> list[dict]:
-    """Chat messages as templates take them.
+    """Chat messages in the form that templates take.
 
-    Answers of the client's functions are put in the order of their calls, in which the policy expects them.
+    Answers of the client's functions are sorted by their calls, the order that the policy expects.
 
     Raises:
-        Refused: an unknown role or part, an answer that belongs to no call, or a call without one.
+        Refused: an unknown role or part, an answer without a call, or a call without an answer.
     """
     messages: list[dict] = []
-    waiting: list[str] = []  # ids of calls that are to be answered now
+    waiting: list[str] = []  # ids of calls that have to be answered next
     answers: dict[str, dict] = {}
     for number, entry in enumerate(a_list(given, "messages")):
         name = f"messages[{number}]"
@@ -80,7 +80,7 @@ def messages_of(tokenizer: Tokenizer, given: object) -> list[dict]:
         messages.append(message)
     _all_answered(waiting, answers, "messages")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise Refused(400, "messages must end with what the model is to answer, of role user or tool", "messages")
+        raise Refused(400, "messages must end with a message of role user or tool, for the model to answer", "messages")
     return harmless(tokenizer, messages)
 
 
@@ -92,7 +92,7 @@ def _all_answered(waiting: list[str], answers: dict[str, dict], name: str) -> No
 
 
 def _calls_of(given: object, name: str) -> tuple[list[dict], list[str]]:
-    """An assistant's calls as templates take them, and their ids."""
+    """An assistant's calls in the form that templates take, and their ids."""
     calls, ids = [], []
     for call in a_list(given, name):
         function = an_object(an_object(call, name).get("function"), f"{name}.function")
@@ -104,7 +104,7 @@ def _calls_of(given: object, name: str) -> tuple[list[dict], list[str]]:
 
 
 def called(name: str, arguments: object) -> dict:
-    """A call as templates take it; arguments are JSON in a text, and a text that is none stays as it is."""
+    """A call in the form that templates take. Arguments are JSON in a string; a string that is not JSON is kept."""
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
@@ -113,9 +113,9 @@ def called(name: str, arguments: object) -> dict:
 
 
 def functions_of(tokenizer: Tokenizer, given: object, nested: bool) -> dict[str, dict]:
-    """The client's functions by name, as prompts show them.
+    """The client's functions by name, in the form that prompts show.
 
-    `nested` is Chat Completions' form, `{"type": "function", "function": {...}}`; that of Responses has no level below.
+    `nested` is Chat Completions' form, `{"type": "function", "function": {...}}`; the form of Responses is flat.
     """
     functions = {}
     for number, entry in enumerate(a_list(given, "tools")):

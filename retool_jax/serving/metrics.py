@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format."""
+"""A server's counters and histograms, in Prometheus' text format."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from retool_jax.sandbox.host.metrics import Histogram, by, exposition
 
 @dataclass
 class Metrics:
-    """Counts since the server began."""
+    """Counts since the server started."""
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # by path and status; 499: the client went away
     ends: Counter[str] = field(default_factory=Counter)  # answers by their end: stop, length, tool_calls, fault, gone
@@ -22,7 +22,7 @@ class Metrics:
     engine: Statistics = field(default_factory=Statistics)
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        """All of it, with present values by name."""
+        """All counts, and the current values `gauges` by name."""
         families = [
             ("requests_total", "counter", by(self.requests, "path", "status")),
             ("answers_total", "counter", by(self.ends, "end")),

@@ -1,17 +1,17 @@
 "use strict";
-// A chat with the server that this page comes from, over /v1/responses. Whatever the model, its programs or a client have
-// written goes into the page as text alone; the page's policy (serving/page.py) would refuse it as anything else.
+// A chat with the server that this page comes from, over /v1/responses. Everything that the model, its programs or a
+// client wrote is inserted into the page only as text; the Content-Security-Policy (serving/page.py) forbids anything else.
 
-const SHORT = 1024;  // tokens; in a context of fewer a question stands alone unless a person says otherwise
+const SHORT = 1024;  // tokens; with a shorter context a question does not continue the conversation by default
 const EXAMPLES = ["Compute 347 * 826.", "What is the gcd of 462 and 198?", "What is 123 to the power 456 modulo 789?"];
 const LOGS = "code_interpreter_call.outputs";
 const $ = id => document.getElementById(id);
 const settings = $("settings"), log = $("log"), question = $("ask").elements.question;
 
-let previous = null;  // the response that the next one goes on from
-let begun = 0;  // chats; an answer of an earlier one goes nowhere
-let asking = null;  // what stops the request that is being answered
-let served = {};  // the model, as /v1/models tells of it
+let previous = null;  // id of the response that the next one continues
+let begun = 0;  // number of chats; an answer of an earlier chat is not continued
+let asking = null;  // aborts the request that is being answered
+let served = {};  // the model's entry in /v1/models
 
 /** An element with a class and children; a string becomes text. */
 function make(tag, className, ...children) {
@@ -30,7 +30,7 @@ function button(words, act) {
 
 // ----------------------------------------------------------------------------------------------------- the server
 
-/** A request; throws an Error with the server's own words. */
+/** A request; throws an Error with the server's message. */
 async function call(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
   if (settings.elements.token.value) headers.Authorization = `Bearer ${settings.elements.token.value}`;
@@ -47,7 +47,7 @@ async function call(path, options = {}) {
   throw new Error(told?.error?.message ?? `the server said ${response.status}`);
 }
 
-/** The events of a stream, each as the object that it carries. */
+/** The events of a stream, as objects. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -113,7 +113,7 @@ function coloured(code) {
   return [...pieces, code.slice(last)];
 }
 
-/** Words as text, with what stands in \boxed{...} marked. */
+/** Words as text, with the content of \boxed{...} marked. */
 function boxed(words) {
   const pieces = [];
   let last = 0;
@@ -135,7 +135,7 @@ function boxed(words) {
 
 const HEADS = { in_progress: "Python, running", completed: "Python", failed: "a call that cannot be read", incomplete: "Python, not run to its end" };
 
-/** What a page shows of an item: its node, and functions that change it. */
+/** The display of an item: its node, and functions that change it. */
 const SHOWS = {
   message() {
     const node = make("p", "text");
@@ -164,7 +164,7 @@ const SHOWS = {
   },
 };
 
-/** An answer that is put into the page as its events come. */
+/** An answer in the page, which grows with its events. */
 class Answer {
   constructor() {
     this.items = new Map();
@@ -193,7 +193,7 @@ class Answer {
     }
   }
 
-  /** The answer has ended: with a response, or by a person or a fault that `why` tells of. */
+  /** End the answer with a response, or with the reason `why`: it was stopped, or an error. */
   end(response, why) {
     clearInterval(this.clock);
     this.blocks.className = "";
@@ -225,14 +225,14 @@ async function openDetails(opener, details, id) {
   try {
     const path = `v1/trajectories/${id}`;
     const [trajectory] = (await (await call(`${path}?tokens=true`)).json()).data;
-    details.append(...told(trajectory, path));
+    details.append(...describe(trajectory, path));
   } catch (error) {
     details.replaceChildren(make("p", "problem", error.message));
   }
 }
 
-/** Nodes that tell of a trajectory: its numbers, and all of its tokens. */
-function told(trajectory, path) {
+/** Nodes with a trajectory's numbers and all of its tokens. */
+function describe(trajectory, path) {
   const { ids, tokens, sampled, logprobs, versions } = trajectory;
   const drawn = logprobs.filter((_, index) => sampled[index]);
   const sum = drawn.reduce((total, each) => total + each, 0);
@@ -266,7 +266,7 @@ function told(trajectory, path) {
   };
   const whole = make("div", "", ...segments);
   whole.addEventListener("pointerover", tell);
-  whole.addEventListener("click", tell);  // where nothing hovers
+  whole.addEventListener("click", tell);  // for touch screens
   return [make("div", "facts", ...entries, save), whole, pointed];
 }
 
@@ -314,7 +314,7 @@ function openSettings(open, name) {
 
 function themes() {
   const names = ["auto", "light", "dark"];
-  const kept = act => { try { return act(); } catch { return null; } };  // storage may be switched off
+  const kept = act => { try { return act(); } catch { return null; } };  // storage may be disabled
   const show = name => {
     document.documentElement.dataset.theme = name;
     $("theme").querySelector("span").textContent = name;

@@ -1,7 +1,7 @@
-"""The page at `/`: a chat in a browser, of three files that stand beside this one and load nothing from elsewhere.
+"""The page at `/`: a chat in a browser, made of three files beside this one that load nothing from elsewhere.
 
-What a model writes can do nothing there but be read: the page's script makes nodes of text, and the policy that is sent
-along lets a browser run and load only these files, talk to this server alone, and make no markup of a text.
+A model's output is only shown as text: the page's script makes text nodes of it, and the Content-Security-Policy lets a
+browser load and run only these files, connect only to this server, and create no markup from text.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 def page_routes() -> list[Route]:
-    """Routes of the page's files, which anybody may read: they hold nothing of the run."""
+    """Routes of the page's files. They need no token, since they contain nothing of the run."""
     return [_route(path, Path(__file__).with_name(name)) for path, name in _FILES.items()]
 
 

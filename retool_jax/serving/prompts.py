@@ -1,4 +1,4 @@
-"""What the weights say of a prompt's own tokens: `prompt_logprobs` of Chat Completions."""
+"""Log-probabilities of a prompt's own tokens: `prompt_logprobs` of Chat Completions."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.serving.wire import LEAST_LOGPROB
 from retool_jax.tokens.tokenizer import Tokenizer
 
-MOST = 20  # alternatives of a token
-_POSITIONS = 128  # whose logits there are at a time; prompts are padded to powers of 2 of at least so many
+MOST = 20  # the most alternatives of a token
+_POSITIONS = 128  # positions whose logits are computed at a time; prompts are padded to powers of 2, at least this one
 
 
 class Scores(NamedTuple):
-    """Numbers of every token of a prompt but the first; each array has T - 1 rows."""
+    """Scores of every token of a prompt except the first; each array has T - 1 rows."""
 
     logprobs: np.ndarray  # of the token itself, under softmax(logits)
     ranks: np.ndarray  # 1 for the most likely token
@@ -30,9 +30,9 @@ class Scores(NamedTuple):
 
 
 class PromptScorer:
-    """One forward over a prompt with an engine's weights; nothing of its cache is read or written.
+    """A forward pass over a prompt with an engine's weights; its cache is neither read nor written.
 
-    A program is compiled for each power of 2 that prompts are as long as, when the first of them comes.
+    For each padded length, a power of 2, a program is compiled when the first such prompt comes.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -41,7 +41,7 @@ class PromptScorer:
         self._program = Program(jax.jit(partial(_score, engine.model), out_shardings=everywhere), everywhere)
 
     async def __call__(self, ids: Sequence[int]) -> Scores:
-        """The scores of a prompt; on the engine's thread, whose event loop goes on meanwhile."""
+        """The scores of a prompt. Call it on the engine's thread; the event loop is not blocked."""
         length = _POSITIONS
         while length < len(ids):
             length *= 2
@@ -54,7 +54,7 @@ class PromptScorer:
 
 
 def _score(model: ModelConfig, params: decoder.Params | dict, tokens_BT: jax.Array, count: jax.Array) -> Scores:
-    """Rows are all the same; the scores of the first. At place t stands what is said of token t + 1."""
+    """The scores of the first row; all rows are equal. Position t has the score of token t + 1."""
     places_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     segments_BT = (places_BT < count).astype(jnp.int32)
     hidden_TD = decoder.forward(model, params, tokens_BT, places_BT, segments_BT)[0]
@@ -72,12 +72,12 @@ def _score(model: ModelConfig, params: decoder.Params | dict, tokens_BT: jax.Arr
 
 
 def prompt_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, top: int) -> list[dict[str, Any] | None]:
-    """As vLLM writes them: null for the first token; for each other one the `top` likeliest ones and itself, by id."""
+    """In vLLM's form: null for the first token; for each other one itself and the `top` likeliest ones, by id."""
     entries: list[dict[str, Any] | None] = [None]
     for place, index in enumerate(ids[1:]):
         likely = zip(scores.top_ids[place, :top].tolist(), scores.top_logprobs[place], strict=False)
-        told = {each: (logprob, rank) for rank, (each, logprob) in enumerate(likely, 1)}
-        told[index] = scores.logprobs[place], scores.ranks[place]
+        scored = {each: (logprob, rank) for rank, (each, logprob) in enumerate(likely, 1)}
+        scored[index] = scores.logprobs[place], scores.ranks[place]
         entries.append(
             {
                 str(each): {
@@ -85,7 +85,7 @@ def prompt_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, to
                     "rank": int(rank),
                     "decoded_token": tokenizer.decode([each]),
                 }
-                for each, (logprob, rank) in told.items()
+                for each, (logprob, rank) in scored.items()
             }
         )
     return entries

@@ -1,7 +1,7 @@
-"""Sampled ids to what clients see of them: words, thoughts, and calls of the client's functions, as they come.
+"""Sampled ids to what clients see: words, thoughts, and calls of the client's functions, piece by piece.
 
-Ids are taken one by one, so what is shown does not depend on the pieces in which they arrive, and a streamed answer is
-the other one. Text is held back while it may be half of a character, of a mark or of a stop string.
+Ids are read one by one, so the result does not depend on the pieces in which they arrive: a streamed answer equals the
+whole one. Text is held back while it may be a part of a character, of a mark or of a stop string.
 """
 
 import json
@@ -14,17 +14,17 @@ from typing import Literal
 from retool_jax.tokens.grammar import Grammar, ToolCall, read_call
 from retool_jax.tokens.tokenizer import Tokenizer
 
-# A call as the template writes it, up to its arguments. They are handed on as they are sampled from there on; calls in
-# another spelling are read when they have ended.
+# A call as the template writes it, up to its arguments, which are then streamed as they are sampled. Calls in another
+# spelling are read when they have ended.
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)')
-_HEAD_CHARACTERS = 500  # no head is longer
-_CHARACTER_IDS = 8  # no character has more ids; what has is not UTF-8
+_HEAD_CHARACTERS = 500  # the longest head
+_CHARACTER_IDS = 8  # the most ids of a character; more ids without a character are not UTF-8
 
 Channel = Literal["content", "reasoning"]
 
 
 class Characters:
-    """The text of ids that come one by one; half of a character waits for its other half."""
+    """The text of ids that come one by one; ids of an incomplete character wait for the rest of it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -39,7 +39,7 @@ class Characters:
         return text
 
     def rest(self) -> str:
-        """What waits, at the end of a turn."""
+        """The text of the waiting ids, at the end of a turn."""
         ids, self._ids = self._ids, []
         return self._tokenizer.decode(ids)
 
@@ -55,15 +55,15 @@ class Said:
     channel: Channel
     text: str
 
-    def behind(self, other: "Said | Called") -> "Said | None":
-        """Both as one, where they are words of one channel."""
+    def joined_to(self, other: "Said | Called") -> "Said | None":
+        """Both as one, `other` first, if they are words of one channel."""
         same = isinstance(other, Said) and other.channel == self.channel
         return Said(self.channel, other.text + self.text) if same else None
 
 
 @dataclass
 class FunctionCall:
-    """A call of a function of the client's: `arguments` grows while it is sampled."""
+    """A call of one of the client's functions; `arguments` grows while it is sampled."""
 
     index: int
     id: str
@@ -80,8 +80,8 @@ class Called:
     what: Literal["begins", "grows", "ends"]
     piece: str = ""
 
-    def behind(self, other: "Said | Called") -> "Called | None":
-        """Both as one, where a call grows twice."""
+    def joined_to(self, other: "Said | Called") -> "Called | None":
+        """Both as one, `other` first, if the same call grows in both."""
         same = isinstance(other, Called) and self.what == other.what == "grows" and other.call is self.call
         return Called(self.call, "grows", other.piece + self.piece) if same else None
 
@@ -90,15 +90,15 @@ class Reader:
     """Reads the turns of one answer.
 
     Args:
-        grammar: whose calls are no words; None where the policy has nothing to call.
-        functions: names of the client's own.
-        stops: strings of the request at which the answer ends; they are not shown, nor is what follows.
+        grammar: the grammar of calls, which are not shown as words; None if the policy has nothing to call.
+        functions: names of the client's functions.
+        stops: stop strings of the request; neither they nor the text after them is shown.
 
     Attributes:
-        calls: of the client's functions, all turns together.
-        stopped: a stop string has come.
-        thought: ids that were sampled while the policy was thinking.
-        inside: what the call that is being read holds so far; None outside of calls.
+        calls: calls of the client's functions in all turns.
+        stopped: whether a stop string has come.
+        thought: number of ids that were sampled while the policy was thinking.
+        inside: the text so far of the call that is being read; None outside of calls.
     """
 
     def __init__(
@@ -113,13 +113,13 @@ class Reader:
         self.thought = 0
         self.inside: str | None = None
         self._call: FunctionCall | None = None
-        self._held: dict[Channel, str] = {"content": "", "reasoning": ""}  # newlines that nothing follows yet
+        self._held: dict[Channel, str] = {"content": "", "reasoning": ""}  # newlines that are shown if text follows
         self._begun: set[Channel] = set()
         self._thinking = False
         self.begin_turn(new=True)
 
     def begin_turn(self, new: bool) -> None:
-        """Another turn follows: a new one, or the same after an answer in place, where a thought goes on."""
+        """Begin a new turn, or go on with the same one after an answer inside of it, where a thought goes on."""
         self._characters = Characters(self._tokenizer)
         self._buffer = ""
         self.inside = self._call = None
@@ -127,7 +127,7 @@ class Reader:
             self._thinking = self._tokenizer.turn_header.rstrip("\n").endswith("<think>")
 
     def feed(self, ids: Sequence[int]) -> list[Said | Called]:
-        """What becomes visible with these ids."""
+        """The pieces that become visible with these ids."""
         events: list[Said | Called] = []
         for index in ids:
             self.thought += self._thinking
@@ -137,25 +137,25 @@ class Reader:
         return events
 
     def skim(self, ids: Sequence[int]) -> list[Said | Called] | None:
-        """`feed`, where all of their text is visible at once; None, and nothing read, where each is to be looked at.
+        """A fast `feed` for ids whose whole text is visible at once; None, with nothing read, if it may not be.
 
-        No stop id is among them.
+        There must be no stop id among them.
         """
         if self._characters.waits or self._buffer or self._stops:
             return None
         text = self._tokenizer.decode(ids)
-        if "<" in text or "\ufffd" in text or text.endswith("\n"):  # half of a mark or of a character, or held back
+        if "<" in text or "\ufffd" in text or text.endswith("\n"):  # may be part of a mark or character, or held back
             return None
         self.thought += len(ids) * self._thinking
         return self._show(text)
 
     def end_turn(self) -> list[Said | Called]:
-        """The text that was held back: it is no mark and no stop string."""
+        """The text that was held back; at the end of a turn it cannot become a mark or a stop string."""
         text, self._buffer = self._buffer + self._characters.rest(), ""
         return [] if self.stopped else self._show(text)
 
     def hand_over(self, name: str, arguments: dict) -> list[Called]:
-        """A call that was read when its turn had ended, in the events of one that came at once."""
+        """The events of a call that is known as a whole."""
         call = self._begin(name)
         call.arguments, call.ended = json.dumps(arguments), True
         return [Called(call, "begins"), Called(call, "grows", call.arguments), Called(call, "ends")]
@@ -231,7 +231,7 @@ class Reader:
         return [Called(self._call, "begins"), *self._arguments(self.inside[head.end() :])]
 
     def _arguments(self, text: str) -> list[Called]:
-        """Hand on an object's text up to the brace that closes it."""
+        """Show the text of an object up to the brace that closes it."""
         call, count = self._call, 0
         for character in text:
             if call.ended:
@@ -260,13 +260,13 @@ class Reader:
         return self.hand_over(call.name, call.arguments) if call and self.is_for_client(call) else []
 
     def is_for_client(self, call: ToolCall) -> bool:
-        """Whether a call is of one of the client's functions, and can be handed over."""
+        """Whether a call is of one of the client's functions and could be read."""
         named = not call.error and isinstance(call.name, str) and call.name in self._functions
         return named and isinstance(call.arguments, dict)
 
 
 def _overlap(text: str, string: str) -> int:
-    """How many characters at the end of a text are the beginning of a string, and not all of it."""
+    """How many characters at the end of a text may be the beginning of an incomplete string."""
     if string[0] not in text:
         return 0
     most = min(len(text), len(string) - 1)

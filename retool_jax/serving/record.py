@@ -1,7 +1,7 @@
-"""Finished conversations in a file, and rollouts made of them: what a server answered becomes what a run learns from.
+"""Record finished conversations of a server, and turn them into rollouts that a run can learn from.
 
-`serve.record=FOLDER` writes them, and `python -m retool_jax.serving.sessions` makes a folder for `replay` of them
-(docs/serving.md).
+`serve.record=FOLDER` writes the conversations; `python -m retool_jax.serving.sessions` converts them to a folder for
+`replay` (docs/serving.md).
 """
 
 import json
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def begin_record(folder: Path) -> None:
-    """See that conversations can be added to a folder's file. Raises UserError."""
+    """Prepare a folder's file for new conversations. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / SESSIONS).open("ab+") as file:
             if file.tell():
                 file.seek(-1, 2)
-                if file.read() != b"\n":  # a kill tore the last line; the next one stands for itself
+                if file.read() != b"\n":  # a kill left an incomplete last line; begin a new one
                     file.write(b"\n")
     except OSError as error:
         raise UserError(
@@ -41,7 +41,7 @@ def begin_record(folder: Path) -> None:
 
 
 def add_sessions(folder: Path, name: str, trajectories: Sequence[Trajectory]) -> None:
-    """Add the conversations of an answer, one line for each choice; a disk that refuses them is told in the log."""
+    """Add the conversations of an answer, one line for each choice; a disk error is only logged."""
     lines = []
     for choice, trajectory in enumerate(trajectories):
         line = {"session": name, "choice": choice} | record_of(trajectory, group=0)
@@ -57,32 +57,32 @@ def add_sessions(folder: Path, name: str, trajectories: Sequence[Trajectory]) ->
 
 
 class Judgement(NamedTuple):
-    """What a caller says of a conversation: what it is worth, or which answer would be right."""
+    """A client's judgement of a conversation: its reward, or the right answer."""
 
     reward: float | None
     answer: str | None
 
 
 def read_judgements(path: Path) -> dict[tuple[str, int | None], Judgement]:
-    """By session and choice, None standing for all choices: lines with `session`, and `reward` or `answer`.
+    """Judgements by session and choice (None: all choices), from lines with `session` and either `reward` or `answer`.
 
     Raises:
-        UserError: there is no such file, or a line says neither or both.
+        UserError: there is no such file, or a line has neither or both.
     """
     found: dict[tuple[str, int | None], Judgement] = {}
     number = 0
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             number += 1
-            said = json.loads(line)
-            session, choice, reward, answer = (said.get(key) for key in ("session", "choice", "reward", "answer"))
-            given = isinstance(session, str) and (choice is None or type(choice) is int)
-            if not given or (reward is None) == (answer is None) or not isinstance(answer, str | None):
+            record = json.loads(line)
+            session, choice, reward, answer = (record.get(key) for key in ("session", "choice", "reward", "answer"))
+            named = isinstance(session, str) and (choice is None or type(choice) is int)
+            if not named or (reward is None) == (answer is None) or not isinstance(answer, str | None):
                 raise ValueError('it needs a "session", and either a "reward" or an "answer" in a text')
-            worth = None if reward is None else float(reward)
-            if worth is not None and not math.isfinite(worth):
-                raise ValueError(f"the reward is {worth}, and must be finite")
-            found[session, choice] = Judgement(worth, answer)
+            reward = None if reward is None else float(reward)
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(f"the reward is {reward}, and must be finite")
+            found[session, choice] = Judgement(reward, answer)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); give a file of rewards") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -93,8 +93,8 @@ def read_judgements(path: Path) -> dict[tuple[str, int | None], Judgement]:
     return found
 
 
-class Made(NamedTuple):
-    """What came of sessions: how many stand in groups, in how many steps, and how many were left out and why."""
+class Conversion(NamedTuple):
+    """The result of `make_rollouts`: sessions used, steps, their temperatures, and sessions left out by reason."""
 
     used: int
     steps: int
@@ -104,18 +104,18 @@ class Made(NamedTuple):
 
 def make_rollouts(
     sessions: Path, rewards: Path, out: Path, group_size: int, prompts_per_step: int, tokenizer: Tokenizer
-) -> Made:
-    """Write the sessions that somebody judged as rollouts of steps, for `replay`.
+) -> Conversion:
+    """Write the sessions that have a judgement as rollouts of steps, for `replay`.
 
-    Those that begin with the same ids are samples of one prompt, and stand in groups of `group_size` in the order in
-    which they were recorded.
+    Sessions with the same prompt ids are samples of one prompt; they form groups of `group_size` in the order in which
+    they were recorded.
 
     Args:
         sessions: a server's file.
-        rewards: a file for `read_judgements`; an answer is compared as a run's are (`rollout.score`), +1 or -1.
-        out: a folder that holds no rollouts.
-        group_size: `rl.group_size` of the run that is to learn from them.
-        prompts_per_step: its `rl.prompts_per_step`; the last step may have fewer.
+        rewards: a file for `read_judgements`; a right answer is compared as in a run (`rollout.score`), +1 or -1.
+        out: a folder without rollouts.
+        group_size: `rl.group_size` of the run that will learn from them.
+        prompts_per_step: `rl.prompts_per_step` of that run; the last step may have fewer.
         tokenizer: of the policy that was served.
 
     Raises:
@@ -125,14 +125,14 @@ def make_rollouts(
         raise UserError(f"out={out} has {FOLDER}/ already; choose another folder")
     judgements, left_out = read_judgements(rewards), Counter()
     groups: dict[tuple[int, ...], list[Trajectory]] = {}
-    judged: list[Trajectory] = []  # by the answers that are right
+    to_score: list[Trajectory] = []  # judged by a right answer
     for trajectory, judgement in _judged(sessions, judgements, left_out):
         if trajectory.temperature == 0 or trajectory.top_p < 1 or trajectory.top_k:
             left_out["drawn greedily, with top_p or with top_k, which no update knows"] += 1
             continue
         groups.setdefault(tuple(trajectory.ids[: trajectory.segments[0].stop]), []).append(trajectory)
-        judged += [trajectory] if judgement.answer is not None else []
-    score(tokenizer, judged)
+        to_score += [trajectory] if judgement.answer is not None else []
+    score(tokenizer, to_score)
     whole: list[list[Trajectory]] = []
     for samples in groups.values():
         kept = len(samples) // group_size * group_size
@@ -140,7 +140,7 @@ def make_rollouts(
         whole += [samples[at : at + group_size] for at in range(0, kept, group_size)]
     if not whole:
         raise UserError(
-            f"{sessions} has no {group_size} judged sessions of one prompt ({described(left_out)}); lower group_size,"
+            f"{sessions} has no {group_size} judged sessions of one prompt ({describe(left_out)}); lower group_size,"
             ' or ask for several choices of each answer ("n")'
         )
     steps = [whole[at : at + prompts_per_step] for at in range(0, len(whole), prompts_per_step)]
@@ -148,24 +148,24 @@ def make_rollouts(
         write_rollouts(rollouts_path(out, number), [t for group in step for t in group], group_size, tokenizer)
     used = [t for group in whole for t in group]
     temperatures = dict.fromkeys(t.temperature for t in used)
-    return Made(len(used), len(steps), tuple(temperatures), +left_out)
+    return Conversion(len(used), len(steps), tuple(temperatures), +left_out)
 
 
-def described(left_out: Counter[str]) -> str:
-    """How many were left out, and why."""
+def describe(left_out: Counter[str]) -> str:
+    """The sessions that were left out, by reason, in words."""
     return "; ".join(f"{count} left out: {why}" for why, count in left_out.items() if count) or "none left out"
 
 
 def _judged(path: Path, judgements: dict, left_out: Counter[str]) -> list[tuple[Trajectory, Judgement]]:
-    """The sessions of a file that somebody judged, with what was said of them."""
+    """The sessions of a file that have a judgement, each with it."""
     found = []
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     record = json.loads(line)
-                    of, choice = record["session"], record["choice"]
-                    judgement = judgements.get((of, choice)) or judgements.get((of, None))
+                    session, choice = record["session"], record["choice"]
+                    judgement = judgements.get((session, choice)) or judgements.get((session, None))
                     if judgement is None:
                         left_out["nobody judged them"] += 1
                         continue

@@ -1,4 +1,4 @@
-"""Reading requests: fields of a JSON object with their types and ranges, and refusals in OpenAI's form."""
+"""Reading requests: fields of a JSON object, checked by type and range, and refusals in OpenAI's form."""
 
 import json
 from collections.abc import Collection
@@ -14,20 +14,20 @@ _KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
 
 
 class Refused(Exception):
-    """A request that is not answered: the HTTP status, why with the way out, and which field it is about."""
+    """A request that is refused: the HTTP status, the reason and what to do, and the field that it is about."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
+        """The error in OpenAI's form."""
         kind = _KINDS.get(self.status, "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 async def read_body(http: HTTPRequest, most: int) -> dict[str, Any]:
-    """The JSON object of a request of at most so many bytes."""
+    """The JSON object of a request's body, which may have `most` bytes."""
     data = bytearray()
     async for part in http.stream():
         data += part
@@ -53,7 +53,7 @@ def a_list(value: object, name: str) -> list:
 
 
 def read(body: dict[str, Any], key: str, kind: type, default: Any, low: float = 0, high: float | None = None) -> Any:
-    """A field of a type of JSON, for numbers in a range; what is null or missing has the default."""
+    """A field of a JSON type, for numbers within a range; the default if it is null or missing."""
     value = body.get(key)
     if value is None:
         return default
@@ -66,7 +66,7 @@ def read(body: dict[str, Any], key: str, kind: type, default: Any, low: float = 
 
 
 def refuse_unserved(body: dict[str, Any], served: dict[str, Collection]) -> None:
-    """Refuse fields whose values would change the answer and are not served; `served` has the values that are."""
+    """Refuse fields with values that are not served; `served` has the values that are, by field."""
     for key, values in served.items():
         if body.get(key) is not None and body[key] not in values:
             known = " or ".join(json.dumps(value) for value in values)
@@ -74,7 +74,7 @@ def refuse_unserved(body: dict[str, Any], served: dict[str, Collection]) -> None
 
 
 def stops_of(body: dict[str, Any]) -> tuple[str, ...]:
-    """The strings at which an answer is to end: the field `stop`, one text or several, none of them empty."""
+    """The stop strings of a request: the field `stop`, one text or several, none of them empty."""
     value = body.get("stop")
     texts = [] if value is None else [value] if isinstance(value, str) else a_list(value, "stop")
     if len(texts) > MAX_STOPS or not all(isinstance(text, str) and text for text in texts):

@@ -1,7 +1,7 @@
 """`/v1/responses`: items in, items out, with the server's Python as the built-in tool `code_interpreter`.
 
-A response that names an earlier one goes on from the ids that were kept of it, so what the policy has sampled is never
-encoded again; only the new input is.
+A response that names an earlier one continues from that one's stored ids: only the new input is encoded, and what the
+policy sampled is never encoded again.
 """
 
 import time
@@ -12,11 +12,11 @@ from typing import Any
 from retool_jax.rollout.trajectory import End, Segment, Trajectory
 from retool_jax.sandbox.types import shown
 from retool_jax.serving.answer import Answer
-from retool_jax.serving.chat import wish_of
-from retool_jax.serving.items import Items, Told, new_id
+from retool_jax.serving.chat import options_of
+from retool_jax.serving.items import EventData, Items, new_id
 from retool_jax.serving.messages import called, functions_of, messages_of, text_of
 from retool_jax.serving.requests import Refused, a_list, an_object, read, refuse_unserved
-from retool_jax.serving.server import KeptAnswer, Server, Visit, Wish, usage_of
+from retool_jax.serving.server import AnswerOptions, KeptAnswer, RequestInfo, Server, usage_of
 from retool_jax.serving.wire import DONE, event
 from retool_jax.tokens.chat import next_segment
 from retool_jax.tokens.grammar import CODE_TOOL
@@ -24,7 +24,7 @@ from retool_jax.tokens.grammar import CODE_TOOL
 PATH = "/v1/responses"
 LOGS, LOGPROBS = "code_interpreter_call.outputs", "message.output_text.logprobs"
 NOT_RUN = "not run: a turn that calls a function of the caller's runs no other call; call it again"
-_FUNCTION = {"description": None, "parameters": None, "strict": None}  # what a response says of each in any case
+_FUNCTION = {"description": None, "parameters": None, "strict": None}  # fields that each function of a response has
 _ENDS = {"response.completed", "response.incomplete", "response.failed"}
 _SERVED = {
     "tool_choice": ("auto", "none"),
@@ -40,19 +40,19 @@ _SERVED = {
 
 
 class Responses:
-    """One request, read and begun."""
+    """One request."""
 
     def __init__(self, server: Server, body: dict[str, Any]) -> None:
-        self.server, self.visit = server, Visit(new_id("resp"), PATH)
+        self.server, self.info = server, RequestInfo(new_id("resp"), PATH)
         refuse_unserved(body, _SERVED)
         self.body = body
         self.stream = read(body, "stream", bool, False)
-        self.visit.keep = read(body, "store", bool, True)
+        self.info.keep = read(body, "store", bool, True)
         include = a_list(body.get("include") or [], "include")
         self.previous = self._previous()
-        self.wish = self._wish()
+        self.options = self._options()
         self.container = self._container()
-        self.visit.container = self.container if self.wish.tools else ""
+        self.info.container = self.container if self.options.tools else ""
         self.items = Items(server.tokenizer, self.container, LOGS in include, LOGPROBS in include)
         self.instructions = read(body, "instructions", str, None)
         given = body.get("input")
@@ -60,14 +60,14 @@ class Responses:
         self.answer: Answer | None = None
         self._created = int(time.time())
 
-    # --- what is asked ---
+    # --- reading the request ---
 
     def _previous(self) -> KeptAnswer | None:
         name = read(self.body, "previous_response_id", str, None)
         if name is None:
             return None
         kept = self.server.kept.get(name)
-        if kept is None or kept.wish is None:
+        if kept is None or kept.options is None:
             raise Refused(
                 404,
                 f"previous_response_id={name[:100]!r} is no response that is kept: the newest"
@@ -77,32 +77,32 @@ class Responses:
             )
         return kept
 
-    def _wish(self) -> Wish:
+    def _options(self) -> AnswerOptions:
         tools = a_list(self.body.get("tools") or [], "tools")
         tools = [an_object(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
         if not tools and self.previous is not None:
             tools = self.previous.tools
-        wish = wish_of(self.server, self.body | {"tools": []})
+        options = options_of(self.server, self.body | {"tools": []})
         self.tools = tools
         code = [tool for tool in tools if tool.get("type") == "code_interpreter"]
         if self.body.get("tool_choice") != "none":
-            wish.functions = functions_of(
+            options.functions = functions_of(
                 self.server.tokenizer, [tool for tool in tools if tool not in code], nested=False
             )
             if code and (self.server.tools is None or CODE_TOOL not in self.server.tools.names):
                 raise Refused(400, "code_interpreter is not served here (tools has no python); leave it out", "tools")
-            wish.tools = self.server.tools.of([CODE_TOOL], "tools") if code else None
-        if wish.tools and CODE_TOOL in wish.functions:
+            options.tools = self.server.tools.of([CODE_TOOL], "tools") if code else None
+        if options.tools and CODE_TOOL in options.functions:
             raise Refused(400, f"a function is called {CODE_TOOL}, as the built-in tool is; rename it", "tools")
-        if self.previous is not None and names_of(wish) != names_of(self.previous.wish):
+        if self.previous is not None and names_of(options) != names_of(self.previous.options):
             raise Refused(
                 400,
-                f"tools are {names_of(wish)}, and the previous response's prompt, which is kept, has"
-                f" {names_of(self.previous.wish)}; leave tools and tool_choice out, or send the whole conversation as"
-                " input",
+                f"tools are {names_of(options)}, and the previous response's prompt, which is kept, has"
+                f" {names_of(self.previous.options)}; leave tools and tool_choice out, or send the whole conversation"
+                " as input",
                 "tools",
             )
-        return wish
+        return options
 
     def _container(self) -> str:
         """The id of the container: a new one, or the one that the request names."""
@@ -118,18 +118,18 @@ class Responses:
         return self.previous.container if self.previous is not None else new_id("cntr")
 
     async def begin(self) -> None:
-        """Encode what is new. Raises Refused."""
+        """Encode the new input. Raises Refused."""
         if self.previous is None:
             head = [{"role": "system", "content": self.instructions}] if self.instructions else []
             messages = messages_of(self.server.tokenizer, [*head, *chat_messages(self.input)])
-            prompt = await self.server.prompt(messages, self.wish)
+            prompt = await self.server.prompt(messages, self.options)
         else:
             messages = [{"role": "user", "content": ""}]
-            prompt = [*self.previous.trajectories[0].ids, *self._more(self.previous)]
-        (self.answer,) = self.server.answers(self.visit, messages, prompt, self.wish)
+            prompt = [*self.previous.trajectories[0].ids, *self._new_ids(self.previous)]
+        (self.answer,) = self.server.answers(self.info, messages, prompt, self.options)
 
-    def _more(self, previous: KeptAnswer) -> list[int]:
-        """Ids of the input behind a kept conversation."""
+    def _new_ids(self, previous: KeptAnswer) -> list[int]:
+        """Ids of the input, to follow a stored conversation."""
         if self.instructions not in (None, previous.instructions):
             raise Refused(
                 400,
@@ -148,8 +148,8 @@ class Responses:
             else:
                 raise Refused(
                     400,
-                    f"{name} is {shown(item)}; behind a previous response stand outputs of its function calls, then"
-                    " messages of the user",
+                    f"{name} is {shown(item)}; after a previous response the input has outputs of its function calls,"
+                    " then messages of the user",
                     name,
                 )
         if given.keys() != set(previous.calls):
@@ -163,33 +163,33 @@ class Responses:
             raise Refused(400, "input is empty; send a message, or outputs of function calls", "input")
         outputs = [given[call] if call else NOT_RUN for call in previous.turn] if given else []
         ids, stops = previous.trajectories[0].ids, self.server.tokenizer.stop_ids
-        said = "\n\n".join(texts) if texts else None
-        return next_segment(self.server.tokenizer, outputs, said, ids[-1] in stops)
+        message = "\n\n".join(texts) if texts else None
+        return next_segment(self.server.tokenizer, outputs, message, ids[-1] in stops)
 
     # --- the answer ---
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """The answer as it comes: what came together is one text."""
-        async with aclosing(self._told()) as told:
-            async for batch in told:
+        """The streamed answer; events that come together are one text."""
+        async with aclosing(self._batches()) as batches:
+            async for batch in batches:
                 text = "".join(event(each, each["type"]) for each in batch)
                 yield text + DONE if batch[-1]["type"] in _ENDS else text
 
     async def whole(self) -> dict[str, Any]:
-        """The answer when it is there. Raises Refused."""
-        last: list[Told] = []
-        async with aclosing(self._told(refuse=True)) as told:
-            async for batch in told:
+        """The whole answer. Raises Refused."""
+        last: list[EventData] = []
+        async with aclosing(self._batches(refuse=True)) as batches:
+            async for batch in batches:
                 last = batch
         return last[-1]["response"]
 
-    async def _told(self, refuse: bool = False) -> AsyncGenerator[list[Told], None]:
-        """Every event, the last with the whole response. With `refuse` a fault is raised and not told."""
+    async def _batches(self, refuse: bool = False) -> AsyncGenerator[list[EventData], None]:
+        """All events, the last with the whole response. A fault is raised with `refuse`, otherwise it is an event."""
         items, answer = self.items, self.answer
         yield [items.event(kind, response=self._response("in_progress")) for kind in ("created", "in_progress")]
-        batch: list[Told] = []
+        batch: list[EventData] = []
         try:
-            async with aclosing(self.server.batches(self.visit, [answer])) as batches:
+            async with aclosing(self.server.batches(self.info, [answer])) as batches:
                 async for happened in batches:
                     batch = [each for _, event in happened if event is not None for each in items.take(event)]
                     if batch and happened[-1][1] is not None:
@@ -203,15 +203,15 @@ class Responses:
             return
         yield [*batch, *self._closed()]
 
-    def _closed(self) -> Iterator[Told]:
-        """The last events of an answer that ended by itself or for want of tokens."""
+    def _closed(self) -> Iterator[EventData]:
+        """The last events of an answer that ended by itself or at a limit of tokens."""
         answer = self.answer
         whole = answer.finish != "length"
-        half = answer.reader.inside  # of a call, whose name says whose it is
-        is_program = half is not None and (CODE_TOOL in half or not self.wish.functions)
-        yield from self.items.close(not whole and self.wish.tools is not None and is_program, whole)
-        if self.visit.keep:
-            self.server.keep(self.visit.id, self._kept())
+        cut = answer.reader.inside  # text of an unfinished call; its name says whether it is a program
+        is_program = cut is not None and (CODE_TOOL in cut or not self.options.functions)
+        yield from self.items.close(not whole and self.options.tools is not None and is_program, whole)
+        if self.info.keep:
+            self.server.keep(self.info.id, self._kept())
         if whole:
             yield self.items.event("completed", response=self._response("completed"))
         else:
@@ -224,19 +224,19 @@ class Responses:
         calls = [call.id for call in answer.open_calls] if answer.finish == "tool_calls" else []
         waiting = iter(calls)
         turn = [next(waiting, "") if answer.reader.is_for_client(call) else "" for call in answer.dialogue.calls()]
-        if [call for call in turn if call] != calls:  # a reader and a grammar may differ over marks inside of thoughts
+        if [call for call in turn if call] != calls:  # reader and grammar may disagree on marks inside of thoughts
             turn = calls
         before = self.previous.trajectories[0] if self.previous is not None else None
         whole = joined(before, answer.trajectory) if before is not None else answer.trajectory
         instructions = self.previous.instructions if self.previous is not None else self.instructions
-        return KeptAnswer([whole], self.wish, calls, turn, instructions, self.tools, self.container)
+        return KeptAnswer([whole], self.options, calls, turn, instructions, self.tools, self.container)
 
     def _response(self, status: str, **fields: Any) -> dict[str, Any]:
-        """The response object as it is now."""
+        """The current response object."""
         ended = status in ("completed", "incomplete")
         body, output = self.body, [dict(item) for item in self.items.output]
         return {
-            "id": self.visit.id,
+            "id": self.info.id,
             "object": "response",
             "created_at": self._created,
             "completed_at": int(time.time()) if status == "completed" else None,
@@ -245,7 +245,7 @@ class Responses:
             "error": None,
             "incomplete_details": None,
             "instructions": self.instructions,
-            "max_output_tokens": self.wish.max_tokens,
+            "max_output_tokens": self.options.max_tokens,
             "max_tool_calls": None,
             "metadata": body.get("metadata") or {},
             "model": self.server.model,
@@ -254,9 +254,9 @@ class Responses:
             "previous_response_id": body.get("previous_response_id"),
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
-            "store": self.visit.keep,
-            "temperature": self.wish.sampling.temperature,
-            "top_p": self.wish.sampling.top_p,
+            "store": self.info.keep,
+            "temperature": self.options.sampling.temperature,
+            "top_p": self.options.sampling.top_p,
             "top_logprobs": 0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
@@ -271,13 +271,13 @@ class Responses:
         } | fields
 
 
-def names_of(wish: Wish) -> list[str]:
-    """Names of the tools and functions that a prompt shows."""
-    return [*(wish.tools.names if wish.tools else ()), *wish.functions]
+def names_of(options: AnswerOptions) -> list[str]:
+    """Names of the tools and functions in a prompt."""
+    return [*(options.tools.names if options.tools else ()), *options.functions]
 
 
 def chat_messages(items: list) -> list[dict]:
-    """Items of a conversation as chat messages; calls that follow each other are those of one turn."""
+    """Items of a conversation as chat messages; adjacent calls become one turn."""
     messages: list[dict] = []
     for number, item in enumerate(items):
         name = f"input[{number}]"
@@ -296,17 +296,17 @@ def chat_messages(items: list) -> list[dict]:
             messages[-1].setdefault("tool_calls", []).append(call)
             if program:
                 logs = [an_object(each, name).get("logs") for each in a_list(item.get("outputs") or [], name)]
-                told = "\n".join(each for each in logs if isinstance(each, str))
-                messages.append({"role": "tool", "tool_call_id": call["id"], "content": told})
+                output = "\n".join(each for each in logs if isinstance(each, str))
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": output})
         elif kind == "function_call_output":
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
-        elif kind != "reasoning":  # thoughts of earlier turns, which templates leave out
+        elif kind != "reasoning":  # templates leave out thoughts of earlier turns
             raise Refused(400, f"{name}.type is {shown(kind)}, which is not served", name)
     return messages
 
 
 def joined(before: Trajectory, after: Trajectory) -> Trajectory:
-    """A conversation and what followed it, whose prompt it is: with everything that is known of both."""
+    """A conversation and its continuation, whose prompt it is, as one, with the sampled tokens and calls of both."""
     start = len(before.ids)
     first = after.segments[0]
     after.sampled[:start], after.logprobs[:start] = before.sampled, before.logprobs
@@ -317,13 +317,13 @@ def joined(before: Trajectory, after: Trajectory) -> Trajectory:
 
 
 def usage_written(answer: Answer) -> dict[str, Any]:
-    """What tools wrote into the context counts as input."""
+    """Usage in the form of Responses. Tokens that tools wrote count as input."""
     usage = usage_of([answer])
-    read_in = usage["prompt"] + usage["tool"]
+    inputs = usage["prompt"] + usage["tool"]
     return {
-        "input_tokens": read_in,
+        "input_tokens": inputs,
         "input_tokens_details": {"cached_tokens": usage["cached"]},
         "output_tokens": usage["policy"],
         "output_tokens_details": {"reasoning_tokens": usage["thought"]},
-        "total_tokens": read_in + usage["policy"],
+        "total_tokens": inputs + usage["policy"],
     }

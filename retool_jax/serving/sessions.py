@@ -1,4 +1,4 @@
-"""`python -m retool_jax.serving.sessions`: recorded conversations and their rewards to rollouts for `replay`."""
+"""`python -m retool_jax.serving.sessions`: turn recorded conversations and rewards into rollouts for `replay`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from retool_jax.errors import UserError, run_command
 from retool_jax.sandbox.words import help_text, read_words, word
 
-ABOUT = "Make rollouts that `train ... replay=OUT` learns from of what a server recorded and somebody judged."
+ABOUT = "Turn conversations that a server recorded, and their rewards, into rollouts for `train ... replay=OUT`."
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Options:
 
     record: str = word("", "folder of serve.record")
     rewards: str = word("", 'file with {"session": ID, "reward": 1} or {"session": ID, "answer": "6"} on each line')
-    out: str = word("", "folder to write rollouts/ into; it must hold none")
-    group_size: int = word(8, "sessions of a prompt that stand together, as rl.group_size")
+    out: str = word("", "folder in which rollouts/ is written; it must have none yet")
+    group_size: int = word(8, "sessions of one prompt that form a group, as rl.group_size")
     prompts_per_step: int = word(24, "groups of a step, as rl.prompts_per_step")
-    tokenizer: str = word("miniature", "of the policy that was served")
+    tokenizer: str = word("miniature", "tokenizer of the policy that was served")
 
 
 def main(words: list[str]) -> None:
@@ -28,12 +28,12 @@ def main(words: list[str]) -> None:
     options = read_words(words, Options)
     for key in ("record", "rewards", "out"):
         if not getattr(options, key):
-            raise UserError(f"{key} is empty; say {key}=..., see --help")
+            raise UserError(f"{key} is empty; set {key}=..., see --help")
     for key in ("group_size", "prompts_per_step"):
         if getattr(options, key) < 1:
             raise UserError(f"{key} is {getattr(options, key)}; it must be at least 1")
-    # Imported now, so that a mistake in the words is told at once.
-    from retool_jax.serving.record import SESSIONS, described, make_rollouts
+    # Imported only now, so that a mistake in the words is reported at once.
+    from retool_jax.serving.record import SESSIONS, describe, make_rollouts
     from retool_jax.tokens.tokenizer import load_tokenizer
 
     size, prompts = options.group_size, options.prompts_per_step
@@ -45,9 +45,9 @@ def main(words: list[str]) -> None:
         prompts,
         load_tokenizer(options.tokenizer),
     )
-    print(f"{made.used} sessions in {made.used // size} groups and {made.steps} steps; {described(made.left_out)}")
-    drawn = ", ".join(map(str, made.temperatures))
-    print(f"learn from them: replay={options.out} rl.group_size={size} rl.steps={made.steps} rl.temperature={drawn}")
+    print(f"{made.used} sessions in {made.used // size} groups and {made.steps} steps; {describe(made.left_out)}")
+    drawn_at = ", ".join(map(str, made.temperatures))
+    print(f"learn from them: replay={options.out} rl.group_size={size} rl.steps={made.steps} rl.temperature={drawn_at}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What goes out over HTTP: objects, streams of events that end when nobody reads them any more, log-probabilities."""
+"""Output over HTTP: JSON objects, streams of events that end when the client goes away, log-probabilities."""
 
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -11,7 +11,7 @@ from retool_jax.sandbox.remote.web import while_connected
 from retool_jax.tokens.tokenizer import Tokenizer
 
 DONE = "data: [DONE]\n\n"
-LEAST_LOGPROB = -9999.0  # of JSON, which has no infinity
+LEAST_LOGPROB = -9999.0  # replaces minus infinity, which JSON does not have
 
 
 def event(data: dict[str, Any], name: str = "") -> str:
@@ -20,12 +20,12 @@ def event(data: dict[str, Any], name: str = "") -> str:
 
 
 def as_json(data: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """An object as HTTP says it, escaped: a text of a client's may hold half of a surrogate pair."""
+    """A JSON response in ASCII, since a client's text may hold half of a surrogate pair."""
     return Response(json.dumps(data), status, headers, "application/json")
 
 
 class Events(Response):
-    """Server-sent events, one text each, until they end or the client goes; then `close` is called."""
+    """Server-sent events until they end or the client goes away; then `close` is called."""
 
     media_type = "text/event-stream"
 
@@ -37,7 +37,7 @@ class Events(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for text in self.events:  # whose last text ends with DONE
+            async for text in self.events:  # the last text ends with DONE
                 more = not text.endswith(DONE)
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
@@ -49,7 +49,7 @@ class Events(Response):
 
 
 def logprobs_of(tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
-    """One entry for each token drawn, marks included."""
+    """One entry for each drawn token, including marks."""
     entries = []
     for index, logprob in zip(ids, logprobs, strict=True):
         token = tokenizer.decode([index])

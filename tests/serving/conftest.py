@@ -41,7 +41,7 @@ class Client:
             return await (response.json() if "json" in response.content_type else response.text())
 
     async def stream(self, body: dict, path: str = "/v1/chat/completions") -> list[dict]:
-        """The events of a request that streams, up to the last, which must be [DONE]."""
+        """The events of a streamed request, up to the last, which must be [DONE]."""
         async with self.session.post(path, json=body | {"stream": True}) as response:
             assert response.status == 200, await response.text()
             assert response.content_type == "text/event-stream"
@@ -52,7 +52,7 @@ class Client:
         return [json.loads(each["data"]) for each in events]
 
     async def becomes(self, holds: Callable[[], bool]) -> None:
-        """Wait until something holds."""
+        """Wait until a condition holds."""
         async with asyncio.timeout(WAIT_S):
             while not holds():
                 await asyncio.sleep(0.005)
@@ -101,7 +101,7 @@ def serve(tokenizer):
 
 @pytest.fixture
 def scripted(scripted_engine, tokenizer):
-    """`scripted({seed: [turns]}, grammar="hermes")`: an engine that says these texts, some tokens at a time."""
+    """`scripted({seed: [turns]}, grammar="hermes")`: an engine that draws these texts, some tokens at a time."""
 
     def make(script: dict[int, list[str]], grammar: str = "hermes", **sizes: Any) -> Any:
         ids = {request: [tokenizer.encode(turn) for turn in turns] for request, turns in script.items()}

@@ -9,10 +9,8 @@ from typing import Any
 
 
 def jetstreams_requester() -> Callable[..., Any]:
-    """`await grpc_async_request(address, request)` of the wheel's benchmark: ids, seconds to the first, seconds.
-
-    Its measure of accuracy, which needs packages of its own, is left out.
-    """
+    """`await grpc_async_request(address, request)` of the wheel's benchmark: ids, seconds to the first, seconds. Its
+    measure of accuracy is left out, since it needs more packages."""
     from retool_jax.serving import jetstream  # puts something in the place of seqio where that is absent
 
     assert jetstream.engine_api

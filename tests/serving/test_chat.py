@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` over HTTP: its forms, whose tools run where, what becomes of hostile and broken requests."""
+"""`/v1/chat/completions` over HTTP: its forms, tools of server and client, and hostile and broken requests."""
 
 import asyncio
 import copy
@@ -29,7 +29,7 @@ def body(**fields: Any) -> dict:
 
 
 def merged(chunks: list[dict], number: int = 0) -> dict:
-    """A message from its chunks, as a client puts it together."""
+    """A message assembled from its chunks, as a client does it."""
     message: dict[str, Any] = {
         "content": "",
         "reasoning": "",

@@ -1,4 +1,4 @@
-"""The files for servers of a checkpoint agree with each other, with the command line and with the sandbox's files."""
+"""The files that deploy a server agree with each other, with the command line and with the sandbox's files."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ IMAGE = ROOT / "deploy/serve.Dockerfile"
 
 
 def instructions(name: str) -> list[str]:
-    """Those of one kind with their arguments, continued lines joined."""
+    """Instructions of one kind with their arguments, continued lines joined."""
     lines = IMAGE.read_text().replace("\\\n", " ").split("\n")
     pairs = [line.partition(" ") for line in lines if line.strip() and not line.startswith("#")]
     return [rest.strip() for word, _, rest in pairs if word == name]

@@ -1,4 +1,4 @@
-"""JetStream's gRPC service over the server's own answers, asked by JetStream's own stub and requester."""
+"""JetStream's gRPC service over the server's answers, called with JetStream's own stub and requester."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def tokens(ids: list[int], **fields: Any) -> DecodeRequest:
 
 
 class Asked:
-    """A call to its end: ids by whether they were sampled, in order, the texts of both kinds, and the metadata."""
+    """A finished call: its ids, and which were sampled, in order, the texts of both kinds, and the metadata."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -114,7 +114,7 @@ def test_one_request_runs_several_programs_and_streams_each_token_with_its_kind(
 
 
 def test_a_slow_reader_gets_the_tokens_in_their_order(scripted, tokenizer):
-    """Everything has happened before the first event is looked at."""
+    """All events exist before the first one is read."""
     from retool_jax.data.problems import Problem
     from retool_jax.rollout.trajectory import Trajectory
     from retool_jax.serving.grpc import Row
@@ -139,7 +139,7 @@ def test_a_users_text_makes_no_control_token(ask, scripted, tokenizer):
 
 
 def test_ids_are_answered_with_the_greedy_tokens_of_the_other_endpoints_and_no_text(ask, engine):
-    """By the requester of google-jetstream's benchmark, too."""
+    """Also with the requester of google-jetstream's benchmark."""
     requester = jetstreams_requester()
 
     async def work(stub, client, _):
@@ -187,7 +187,7 @@ def test_what_is_not_served_is_refused_with_the_way_out(ask, scripted, request_,
 
 
 def test_limits_have_statuses_of_their_own(ask, scripted):
-    """One request at once: a program that waits holds the place until its time is over."""
+    """One request at a time: a program that waits holds the place until the time limit."""
     turns = {0: [python("import time\nwhile True: time.sleep(0.1)"), "Six.<|im_end|>"]}
 
     async def work(stub, client, _):

@@ -1,4 +1,4 @@
-"""The engine through google-jetstream's own abstract class, as its test of the mock engine uses one."""
+"""The engine through google-jetstream's own abstract class, used as in its test of the mock engine."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ def engine(make_engine) -> JetStreamEngine:
 
 
 def greedy(engine: JetStreamEngine, ids: list[int], count: int) -> list[int]:
-    """What the engine itself draws behind these ids."""
+    """The tokens that the engine itself draws after these ids."""
 
     def work(inner: Engine) -> list[int]:
         inner.clear()
@@ -47,7 +47,7 @@ def test_it_is_an_engine_with_every_property(engine):
 
 
 def test_prefill_insert_and_generate_give_the_greedy_tokens_in_their_slot(engine):
-    """The five methods in the order in which an orchestrator calls them, from text to text."""
+    """The five methods in the order of an orchestrator's calls, from text to text."""
     tokenizer = engine.build_tokenizer(engine.get_tokenizer())
     padded, true_length = tokenizer.encode("What is 6 * 7?", is_bos=False)
     assert len(padded) == 16 and true_length < len(padded)
@@ -86,7 +86,7 @@ def test_an_existing_prefix_is_continued_and_kept(engine):
 
 
 def test_a_prompt_is_taken_as_jetstream_gives_it(engine):
-    """With a place for the beginning of a text, which Qwen has not; longer than a row; or without anything in it."""
+    """With a place for the beginning of a text, which Qwen does not have; longer than a row; or empty."""
     tokenizer = engine.build_tokenizer(engine.get_tokenizer())
     params, bos = engine.load_params(), tokenizer.bos_id
     padded = np.array([bos, 5, 6, 7, tokenizer.pad_id])
@@ -196,7 +196,8 @@ print("right:", len(found), "tokens:", sum(map(len, found)), "left:", engine.cal
 
 
 def test_jetstreams_own_driver_answers_a_thousand_requests_and_its_own_server_its_requester(one_device):
-    """Its threads prefill, insert and generate at once. In a process of its own, which a failing thread would kill."""
+    """Its threads prefill, insert and generate at once. In a process of its own, since a failing thread would kill
+    it."""
     pytest.importorskip("grpc", reason="JetStream's orchestrator: pip install grpcio prometheus-client shortuuid")
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = one_device | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -1,4 +1,4 @@
-"""A server under load: streams side by side, clients that go away, limits, and an engine that is empty afterwards."""
+"""A server under load: concurrent streams, clients that go away, limits, and an engine that is empty afterwards."""
 
 import asyncio
 import contextlib
@@ -80,7 +80,7 @@ def test_usage_says_how_much_of_a_prompt_an_earlier_answer_had_written(serve, en
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_gives_its_row_back(serve, engine, stream):
-    """While the others' answers come to their ends."""
+    """While other answers are completed."""
     engine.take_over()
     before = engine.counts()
 
@@ -125,7 +125,7 @@ def test_a_client_that_goes_away_stops_its_program(serve, scripted, stream):
 
 
 def test_what_is_too_much_is_refused_and_the_rest_is_answered(serve, scripted):
-    """One request at once: a program that waits holds the place."""
+    """One request at a time: a program that waits holds the place."""
     turns = {7: [python("import time\nwhile True: time.sleep(0.1)")], 8: ["Six.<|im_end|>"] * 2}
     engine = scripted(turns, slots=1)
 
@@ -199,7 +199,7 @@ def test_a_broken_connection_is_no_fault(serve, scripted):
 
 
 def test_a_stream_is_written_to_at_once_and_then_with_what_came_meanwhile(serve, scripted, monkeypatch):
-    """Three tokens come of a dispatch; those of one more may be there by the time the first are written."""
+    """A dispatch draws three tokens; those of another one may be there when the first are written."""
     monkeypatch.setattr("retool_jax.serving.server._PIECE_S", 60.0)  # longer than the answer, on any machine
     engine = scripted({7: ["word " * 300 + "<|im_end|>"]})
 

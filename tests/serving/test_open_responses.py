@@ -1,5 +1,5 @@
-"""The Open Responses specification, as its six compliance cases ask: every object has the specification's form, and the
-events of a stream alone build the response that they end with. The policy's words come from a script."""
+"""The Open Responses specification, as in its six compliance cases: every object has the specification's form, and the
+events of a stream add up to the response at its end. The policy's words come from a script."""
 
 import asyncio
 from typing import Annotated, Any, Literal
@@ -206,7 +206,8 @@ EVENT = TypeAdapter(Annotated[KINDS, Field(discriminator="type")])
 
 
 def built(events: list[dict]) -> dict:
-    """The response that a stream ends with, when each event has its form and what they add up to is that response."""
+    """The response at the end of a stream, after checking the form of each event and that they add up to that
+    response."""
     output: list[dict] = []
     for number, event in enumerate(events):
         EVENT.validate_python(event)
@@ -256,7 +257,7 @@ def body(**fields: Any) -> dict:
 
 @pytest.fixture
 def both(serve, scripted):
-    """A request's response, which is the same one streamed and not, and the text of its conversation."""
+    """A request's response, checked to be equal streamed and not, and the text of its conversation."""
 
     def ask(turns: list[str], asked: dict) -> tuple[dict, str]:
         async def main() -> tuple[dict, list[dict], dict]:

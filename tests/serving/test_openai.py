@@ -1,4 +1,4 @@
-"""The client that most people have, `openai`, against both endpoints: its types read what is sent."""
+"""`openai`, the most common client, against both endpoints: its types can read the answers."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ TURNS = [python("print(5)"), python("print(6)"), "So \\boxed{6}.<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def openai() -> ModuleType:
-    """Imported when a test asks for it: each worker reads this file, and it takes half a second."""
+    """Imported only when a test needs it: each worker reads this file, and the import takes half a second."""
     return pytest.importorskip("openai", reason="the client is absent: pip install 'openai>=3.57,<4'")
 
 

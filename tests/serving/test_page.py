@@ -1,4 +1,4 @@
-"""The page at `/`: its files and what a browser lets them do, and a record with the text of each token."""
+"""The page at `/`: its files and its Content-Security-Policy, and a record with the text of each token."""
 
 import asyncio
 import re

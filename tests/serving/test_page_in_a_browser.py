@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium: a person asks, watches, stops and looks closer."""
+"""The page at `/` in Chromium: a person asks, watches, stops and opens details."""
 
 import asyncio
 import shutil
@@ -20,7 +20,7 @@ HOSTILE = "</pre><img src=x onerror='document.title=1'><script>document.title=2<
 
 @pytest.fixture
 def browse() -> Callable[[Client], Any]:
-    """`async with browse(client) as (page, said)`: a page in Chromium, and what its console says."""
+    """`async with browse(client) as (page, said)`: a page in Chromium, and its console's output."""
 
     @asynccontextmanager
     async def start(client: Client) -> AsyncIterator[tuple[Any, list[str]]]:

@@ -1,4 +1,4 @@
-"""`prompt_logprobs`: what the weights say of a prompt's own tokens, beside a fresh forward."""
+"""`prompt_logprobs`: log-probs of a prompt's own tokens, compared with a fresh forward pass."""
 
 import asyncio
 from typing import Any

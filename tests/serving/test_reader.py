@@ -1,4 +1,4 @@
-"""What clients see of sampled ids, whatever the pieces in which these come."""
+"""What clients see of sampled ids, whatever the pieces in which the ids come."""
 
 import random
 
@@ -21,7 +21,7 @@ TEXTS = {
 
 
 def seen(reader: Reader, pieces: list[list[int]], skims: bool = False) -> dict:
-    """Everything that is visible in the end."""
+    """Everything that is visible at the end."""
     found = {"content": "", "reasoning": "", "calls": []}
     for piece in [*pieces, None]:
         events = reader.skim(piece) if skims and piece else None
@@ -41,7 +41,7 @@ def seen(reader: Reader, pieces: list[list[int]], skims: bool = False) -> dict:
 
 @pytest.fixture
 def read(tokenizer):
-    """`read(text, size=..., stops=...)`: what is seen of a text whose ids come `size` at a time."""
+    """`read(text, size=..., stops=...)`: the visible pieces of a text whose ids come `size` at a time."""
 
     def run(text: str, size: int = 1, skims: bool = False, **options) -> dict:
         ids = tokenizer.encode(text)
@@ -76,7 +76,8 @@ def test_words_thoughts_and_calls_are_told_apart(read):
 
 
 def test_nothing_that_a_policy_writes_stops_a_reader(read):
-    """Marks in any order, halves of them, and what JSON allows: read to their end, the same in all pieces."""
+    """Marks in any order, parts of them, and everything that JSON allows: read to the end, with equal results for all
+    sizes."""
     marks = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<code>", "</code>", "<tool_", "call>", "STOP", "\n"]
     heads = [
         '{"name": "shout", "arguments": ',

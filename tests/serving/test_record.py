@@ -1,4 +1,4 @@
-"""What a server answered becomes what a run learns from: recorded, judged, put in groups, trained on."""
+"""A server's answers become training data: recorded, judged, grouped, trained on."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ def body(seed: int, **fields: Any) -> dict:
 
 
 def record(serve: Any, engine: Any, folder: Path, *bodies: dict) -> tuple[list[str], list[dict]]:
-    """Ask for answers while they are recorded: their ids, and the conversations as the server tells them."""
+    """Ask for answers while they are recorded: their ids, and the conversations as the server returns them."""
 
     async def main() -> tuple[list[str], list[dict]]:
         async with serve(engine, record=str(folder)) as client:
@@ -142,7 +142,7 @@ def test_rewards_that_say_something_else_are_named(tmp_path, line, told):
 
 def test_wrong_words_and_folders_are_told(tmp_path):
     for words, told in (
-        (["record=x"], "rewards is empty; say rewards=..."),
+        (["record=x"], "rewards is empty; set rewards=..."),
         (["recrd=x"], "did you mean record=...?"),
         (["record=x", "rewards=y", "out=z", "group_size=0"], "group_size is 0; it must be at least 1"),
     ):

@@ -1,4 +1,4 @@
-"""`/v1/responses` over HTTP: events in their order, programs run by the server, and conversations that go on."""
+"""`/v1/responses` over HTTP: events in order, programs run by the server, and continued conversations."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def body(**fields: Any) -> dict:
 
 
 def checked(events: list[dict]) -> dict:
-    """The last event's response, when all of them are in the specification's order and agree with it."""
+    """The last event's response, after checking that all events are in the specification's order and agree with it."""
     kinds = [event["type"].removeprefix("response.") for event in events]
     assert kinds[:2] == ["created", "in_progress"]
     assert kinds[-1] in ("completed", "incomplete", "failed") and kinds[-1] not in kinds[:-1]
@@ -156,7 +156,7 @@ def test_functions_of_the_client_round_trip_by_the_ids_that_were_kept(serve, scr
 
 
 def kept_messages(turn: str) -> list[dict]:
-    """The first two turns as messages, up to the user's second words."""
+    """The first two turns as messages, up to the user's second message."""
     words = turn.removesuffix("<|im_end|>")
     told = ("SIX", "not run: a turn that calls a function of the caller's runs no other call; call it again", "É")
     outputs = [{"role": "tool", "content": each} for each in told]
@@ -229,7 +229,7 @@ def test_a_fault_of_the_machinery_ends_the_stream_as_failed(serve, scripted):
 
 
 def test_a_container_keeps_an_interpreter_for_those_who_name_it(serve, scripted):
-    """A program that ends its interpreter, or is stopped with its request, takes what it held along."""
+    """A program that ends its interpreter, or is stopped with its request, destroys its state."""
     programs = ["x = 6", "print(x)", "print('x' in globals())", "print(x)", "while True: pass"]
     engine = scripted({n: [python(program), ANSWER] for n, program in enumerate(programs)}, slots=1)
 
