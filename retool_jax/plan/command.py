@@ -1,8 +1,8 @@
-"""Plan a training run for a slice of chips that is not here: does it fit, where does the time go, what does it cost.
+"""Plan a training run for a slice of chips that is not here: whether it fits, the time by part, the cost.
 
     python -m retool_jax.plan config=grpo_qwen2.5_32b mesh=v5p-64 [json=plan.json] [key=value ...]
 
-compiles the run's own functions from abstract values: neither weights nor chips are needed (docs/tpu.md).
+compiles the run's own functions from abstract values, so neither weights nor chips are needed (docs/tpu.md).
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ def main(words: list[str]) -> None:
     if "json" in own:
         check_result(Path(own["json"]), "json")
     tokens = whole_number("tokens", own["tokens"], 1) if "tokens" in own else None
-    search = _truth("search", own.get("search"))
+    search = _flag("search", own.get("search"))
     if search and tokens:
-        raise UserError(f"tokens={tokens} is not read with search=true, which compares updates alone; leave it out")
+        raise UserError(f"tokens={tokens} is not read with search=true, which compares only updates; leave it out")
     run = load.load(words)
     if not isinstance(run, SFTRun | RLRun):
         raise UserError(f"this config is of task {task_of(type(run))} and trains nothing; plan a config that trains")
@@ -43,20 +43,20 @@ def main(words: list[str]) -> None:
     longest = run.sft.row_length if isinstance(run, SFTRun) else run.engine.max_length
     if tokens and tokens > longest:
         key = "sft.row_length" if isinstance(run, SFTRun) else "engine.max_length"
-        raise UserError(f"tokens={tokens} of a trajectory are more than {key}={longest} holds; lower it, or raise that")
+        raise UserError(f"tokens={tokens} of a trajectory are more than {key}={longest}; lower tokens, or raise {key}")
     teacher = load.load([f"config={own['teacher']}"]).model if "teacher" in own else None
     devices.prepare(place)
-    # Imported now, as jax reads its settings when it starts, and so that mistakes above are told at once.
+    # Imported only now: jax reads its settings when it is imported, and the mistakes above are reported at once.
     from retool_jax.rl.algorithms import algorithm_of
     from retool_jax.run.build import resolve, with_checkpoint
 
     if teacher and (isinstance(run, SFTRun) or "teacher" not in algorithm_of(run.rl).models):
-        raise UserError(f"teacher={own['teacher']} is a model that this run does not ask; leave it out")
+        raise UserError(f"teacher={own['teacher']} is a model that this run does not use; leave it out")
     _, values = load.read(words)
     if run.init_from and not set(ARCHITECTURE) & (with_checkpoint(values).get("model") or {}).keys():
         raise UserError(
-            f"the model's shape is left to init_from={run.init_from}, which is not here; name a folder that is, or set"
-            " model.hidden_size and the other sizes"
+            f"the model's shape is that of init_from={run.init_from}, which is not here; name a folder that is here, or"
+            " set model.hidden_size and the other sizes"
         )
     run = resolve(words)
     sizes = known_sizes(run.mesh)
@@ -70,20 +70,20 @@ def main(words: list[str]) -> None:
     from retool_jax.plan.whole import plan
 
     console = Console(highlight=False)
-    console.width = max(console.width, 100)  # where it goes to a file, too
+    console.width = max(console.width, 100)  # also when the output is a file
     if search:
         found = search_meshes(run, place, teacher or run.model, console)
         show_found(found, console)
-        said = {"search": found}
+        result = {"search": found}
     else:
-        said = summary_of(run, place, plan(run, place, tokens, teacher or run.model, console), tokens)
-        show(said, console)
+        result = summary_of(run, place, plan(run, place, tokens, teacher or run.model, console), tokens)
+        show(result, console)
     if "json" in own:
         with replacing(Path(own["json"])) as file:
-            json.dump(said, file, indent=1)
+            json.dump(result, file, indent=1)
 
 
-def _truth(key: str, value: str | None) -> bool:
+def _flag(key: str, value: str | None) -> bool:
     if value not in (None, "true", "false"):
         raise UserError(f"{key}={value} must be true or false")
     return value == "true"

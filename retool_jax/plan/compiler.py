@@ -1,4 +1,4 @@
-"""What a compiler makes of a function."""
+"""Compile a function, and read memory and costs of the compiled program."""
 
 import re
 import tempfile
@@ -12,21 +12,21 @@ from retool_jax.plan.hlo import Cost, cost_of, temporaries_of
 
 
 class Compiled(NamedTuple):
-    """What a compiler says of a function; bytes and costs of each device."""
+    """A compiled function; bytes and costs are those of each device."""
 
     arguments: float
     temporaries: float
-    made: float  # outputs that do not take the place of arguments
+    made: float  # outputs that do not reuse the memory of arguments
     code: float
-    fixed: Cost  # beside the loop whose length is the caller's
-    each: Cost  # of one turn of it: a micro-batch, a decoded token
-    seconds: float  # that it was compiled for
+    fixed: Cost  # outside of the loop whose length the caller decides
+    each: Cost  # of one iteration of that loop: a micro-batch, a decoded token
+    seconds: float  # compile time
 
 
 class NoRoom(NamedTuple):
-    """A function that the compiler refuses, since a device cannot hold it."""
+    """A function that the compiler refuses because it does not fit on a device."""
 
-    said: str
+    reason: str
 
 
 def compile_function(function: Function) -> Compiled | NoRoom:
@@ -37,18 +37,18 @@ def compile_function(function: Function) -> Compiled | NoRoom:
         dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if function.platform == "tpu" else {}
         try:
             compiled = lowered.compile(compiler_options=dumped)
-        except Exception as error:  # each backend has a kind of its own
+        except Exception as error:  # each backend has its own type
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
             return NoRoom(f"needs {used[1]} of {used[2]}" if used else one_line(error))
-        # The module that jax would print may be newer than its parser, and then cannot be had from it.
+        # Preferred to `as_text`, since jax may fail to parse a module of a newer compiler.
         text = _largest(folder, "*after_codegen.txt") or compiled.as_text()
         assigned = _largest(folder, "*after_optimizations-buffer-assignment.txt")
     _, *inner = function.unknown or (1,)
     fixed = cost_of(text, (0, *inner))
     memory = compiled.memory_analysis()
-    # What a TPU's compiler says here of temporaries is more than it allots, and than it refuses a program by.
+    # For a TPU `memory_analysis` reports more temporaries than the compiler allocates and checks against the limit.
     temporaries = temporaries_of(assigned) if assigned else float(memory.temp_size_in_bytes)
     return Compiled(
         float(memory.argument_size_in_bytes),
@@ -62,6 +62,6 @@ def compile_function(function: Function) -> Compiled | NoRoom:
 
 
 def _largest(folder: str, pattern: str) -> str:
-    """The text of a dump's largest file of a kind, which is the function's; empty where there is none."""
+    """The text of the largest file of a kind in a dump, which is that of the function; empty if there is none."""
     files = list(Path(folder).glob(pattern))
     return max(files, key=lambda path: path.stat().st_size).read_text() if files else ""

@@ -1,4 +1,4 @@
-"""The devices that a run is planned for, without any of them."""
+"""Stand-ins for the devices that a run is planned for."""
 
 import importlib.util
 import os
@@ -6,14 +6,14 @@ import os
 from retool_jax.errors import UserError
 from retool_jax.slices import Slice
 
-LIBTPU = "pip install --no-deps 'libtpu==0.0.42.*'"  # that of the jax that Python 3.11 has
+LIBTPU = "pip install --no-deps 'libtpu==0.0.42.*'"  # the version for Python 3.11's jax
 
 
 def prepare(wanted: Slice) -> None:
-    """Set what jax reads when it starts; call it before jax is imported.
+    """Set the environment variables that jax reads at import. Call it before jax is imported.
 
     Raises:
-        UserError: the slice is of TPUs, and their compiler is not installed.
+        UserError: the slice has TPUs, and their compiler is not installed.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     if wanted.chip.platform == "tpu":
@@ -22,7 +22,7 @@ def prepare(wanted: Slice) -> None:
                 f"mesh={wanted.name} is planned with the TPU's compiler, which is not installed here (it needs no TPU);"
                 f" {LIBTPU}"
             )
-        # A compiled program that is read from jax's cache leaves no text to read.
+        # No cache: the compiler dumps no text for a program that comes from it.
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -36,7 +36,7 @@ def prepare(wanted: Slice) -> None:
 
 
 def devices_of(wanted: Slice) -> list:
-    """The slice's devices, to compile for; those of a slice without TPUs are stood in for by the CPU's."""
+    """The slice's devices to compile for; CPU devices stand in for those of a slice without TPUs."""
     import jax
     from jax.experimental import topologies
 

@@ -1,4 +1,4 @@
-"""A planned run as a whole: what its memory holds, whether that fits, and how long a step takes, part by part."""
+"""Estimates for a planned run: its memory, whether it fits, and the time of a step by part."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,30 +11,30 @@ from retool_jax.slices import TOPOLOGIES, Slice
 
 
 class Planned(NamedTuple):
-    """A function and what is known of it."""
+    """A function with its compiled program, work and times."""
 
     function: Function
-    compiled: Compiled | NoRoom | None  # None: there is no compiler for these devices here
+    compiled: Compiled | NoRoom | None  # None: no compiler for these devices
     work: Work
     times: Times
 
     @property
     def passing(self) -> float:
-        """What it takes beside all that stays: batches, temporaries, results, code, and the padding of arguments."""
+        """Bytes that it takes while it runs: batches, temporaries, results, code, and the padding of arguments."""
         c, classes = self.compiled, self.function.held
         if not isinstance(c, Compiled):
             return classes.get("batch", 0.0)
-        made = 0.0 if self.function.kind == "reshard" else c.made  # its result stays, and is counted there
+        made = 0.0 if self.function.kind == "reshard" else c.made  # its result is counted as resident
         padding = max(c.arguments - sum(classes.values()), 0.0)
         return classes.get("batch", 0.0) + padding + c.temporaries + made + c.code
 
 
 class Assumed(NamedTuple):
-    """What a step's time depends on and nobody knows before the run."""
+    """Averages that a step's time depends on and that are unknown before the run."""
 
-    tokens: float  # of a trajectory, prompt and tool output included
-    prompt: float
-    calls: float  # of a tool, in a trajectory
+    tokens: float  # of a trajectory, including prompt and tool output
+    prompt: float  # tokens
+    calls: float  # tool calls in a trajectory
     answer: float  # tokens of a tool's answer
 
     @property
@@ -44,15 +44,15 @@ class Assumed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a step: so many units, each of which takes so long."""
+    """A part of a step."""
 
     name: str
-    units: float
-    seconds: float | None
+    units: float  # how often its function runs: micro-batches, calls, or decoded tokens of all rows
+    seconds: float | None  # of all units together
 
 
 def assumed_of(run: RLRun | SFTRun, tokens: int | None) -> Assumed:
-    """Half of the room for a trajectory, a quarter of the room for its prompt, half of the turns that may call."""
+    """Half of the longest trajectory (unless `tokens` is given), a quarter of the longest prompt, half of the calls."""
     if isinstance(run, SFTRun):
         return Assumed(tokens or run.sft.row_length, 0.0, 0.0, 0.0)
     prompt, most = run.rollout.max_prompt_tokens / 4, run.rollout.max_turns - 1
@@ -61,7 +61,7 @@ def assumed_of(run: RLRun | SFTRun, tokens: int | None) -> Assumed:
 
 
 def resident(functions: Iterable[Function]) -> dict[str, float]:
-    """Bytes of each device that a run with these functions holds all the time, by what they are."""
+    """Bytes of each device that a run with these functions holds all the time, by class."""
     found = {}
     for name, classes in ((one.name, one.held) for one in functions):
         if name in ("policy update", "critic update"):
@@ -75,7 +75,7 @@ def resident(functions: Iterable[Function]) -> dict[str, float]:
 
 
 def parts_of(run: RLRun | SFTRun, place: Slice, planned: list[Planned], assumed: Assumed) -> list[Part]:
-    """How often a step runs each function, and how long that takes: all at once for none but the engines."""
+    """How often a step runs each function and how long that takes. Only the engines of several hosts run at once."""
     by_name = {one.function.name: one for one in planned}
     units = dict.fromkeys(by_name, 0.0)
     if isinstance(run, SFTRun):
@@ -98,56 +98,56 @@ def parts_of(run: RLRun | SFTRun, place: Slice, planned: list[Planned], assumed:
 
 
 def live_rows(run: RLRun, decode: Function, assumed: Assumed) -> float:
-    """Rows of an engine that decode at once: its slots, or as many as its pages hold."""
+    """Rows of an engine that decode at once: its slots, or fewer if its pages hold fewer."""
     state = decode.arguments["cache"][0]
     tokens = state.cache.shape[0] // run.model.num_layers * state.cache.shape[1]
     return min(run.engine.slots, max(tokens / assumed.context, 1.0))
 
 
 def _seconds(one: Planned, units: float, run: RLRun | SFTRun, place: Slice) -> float | None:
-    """Of so many units, with what each batch or dispatch costs beside them."""
+    """Seconds of these units, with the fixed cost of each batch or dispatch."""
     if one.times.estimate is None or not isinstance(one.compiled, Compiled):
         return None if one.times.roofline is None else units * one.times.roofline
     seconds = units * one.times.estimate
     if one.function.unknown and place.chip.clock_hz:
         chip, fixed = place.chip, one.compiled.fixed
-        beside = fixed.cycles / chip.clock_hz + fixed.wire / (chip.link_rate / chip.devices)
+        overhead = fixed.cycles / chip.clock_hz + fixed.wire / (chip.link_rate / chip.devices)
         batches = 1.0
         if one.function.kind == "decode":
             batches = units / run.engine.decode_steps
         elif one.function.kind == "update" and isinstance(run, RLRun):
             batches = run.rl.minibatches * run.rl.epochs
-        seconds += batches * beside
+        seconds += batches * overhead
     return seconds
 
 
 def advice(run: RLRun | SFTRun, place: Slice, planned: list[Planned]) -> list[str]:
-    """What to change where the run does not fit, the cheapest first."""
+    """Changes that save memory for a run that does not fit, the cheapest first."""
     stays, most = resident(one.function for one in planned), max(planned, key=lambda one: one.passing)
     over = sum(stays.values()) + most.passing - place.chip.memory / place.chip.devices
     section, rows = ("sft", run.sft.rows_per_micro) if isinstance(run, SFTRun) else ("rl", run.rl.rows_per_micro)
     mesh = planned[-1].function.mesh
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    said = []
+    changes = []
     if rows > parts:
-        said.append(f"{section}.rows_per_micro={parts}, a row for each device that has rows of its own")
+        changes.append(f"{section}.rows_per_micro={parts}, a row for each device that has rows of its own")
     if run.model.remat not in WHOLE:
-        said.append("model.remat=full, which computes whole layers again")
+        changes.append("model.remat=full, which computes whole layers again")
     elif run.model.remat == "full" and any(
         one.function.kind == "update" and (one is most or isinstance(one.compiled, NoRoom)) for one in planned
     ):
-        said.append("model.remat=offload, which has the inputs of layers wait in the host's memory")
+        changes.append("model.remat=offload, which keeps the inputs of layers in the host's memory")
     if isinstance(run, RLRun):
         pool = next(one for one in planned if one.function.name == "decode").function.arguments["cache"][0].cache
         pages = pool.shape[0] // run.model.num_layers
         fewer = int(pages * (1 - over / held(pool)))
         if fewer * pool.shape[1] >= run.engine.max_length:
-            said.append(f"engine.pages={fewer} instead of {pages}")
+            changes.append(f"engine.pages={fewer} instead of {pages}")
     if run.model.num_kv_heads % (2 * mesh.shape["tp"]) == 0 and mesh.shape["fsdp"] % 2 == 0:
-        said.append(f"mesh.tp={2 * mesh.shape['tp']}, which halves what a device has of a layer")
-    said.append(f"{section}.optimizer.moment_dtype=bfloat16, which halves Adam's moments")
+        changes.append(f"mesh.tp={2 * mesh.shape['tp']}, which halves what a device has of a layer")
+    changes.append(f"{section}.optimizer.moment_dtype=bfloat16, which halves Adam's moments")
     kind, _, size = place.name.partition("-")
     larger = [known for known in TOPOLOGIES.get(kind, ()) if known > int(size)]
     if larger:
-        said.append(f"mesh={kind}-{larger[0]}, which splits the weights over more chips")
-    return said
+        changes.append(f"mesh={kind}-{larger[0]}, which splits the weights over more chips")
+    return changes

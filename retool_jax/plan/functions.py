@@ -1,4 +1,4 @@
-"""The functions that a run compiles, from abstract values: those that it will call, in shapes that it will have."""
+"""The functions that a run will compile, with abstract arguments in the shapes that it will use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
-from retool_jax.checkpoint import abstract_like
 from retool_jax.engine.ahead import Shapes, engine_weights
 from retool_jax.engine.compiled import Layouts, Programs, decode_mesh
 from retool_jax.engine.weights import make_spread
@@ -19,17 +18,16 @@ from retool_jax.learn.optimizer import TrainState
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import WEIGHTS, Outputs, make_step
 from retool_jax.models.config import ModelConfig
-from retool_jax.models.decoder import Params, abstract_params
-from retool_jax.models.sharding import param_shardings
+from retool_jax.models.decoder import Params
 from retool_jax.rl.algorithms import aggregation_of
 from retool_jax.rl.learner import Learner
 from retool_jax.rl.loss import aggregation_weights
 from retool_jax.run.learner import abstract, make_learner
 from retool_jax.run.schema import EngineRun, RLRun, SFTRun
-from retool_jax.run.weights import abstract_state
+from retool_jax.run.weights import abstract_state, abstract_weights
 from retool_jax.sft.loop import imitation_loss, optimizer_of
 
-STOPS = (0, 1)  # in the place of the tokenizer's stop ids, of which only the number matters
+STOPS = (0, 1)  # stands for the tokenizer's stop ids; only their number matters
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,12 @@ class Function:
     """One of a run's jitted functions with its arguments, which are shapes with shardings.
 
     Attributes:
-        kind: what it does: update, score, decode, extend or reshard.
-        lower: makes the program.
-        arguments: by the class of memory that they are.
-        mesh: that it runs on, which is an engine's own for what an engine does.
+        kind: update, score, decode, extend or reshard.
+        lower: lowers the function with its arguments.
+        arguments: by class of memory.
+        mesh: the mesh that it runs on; functions of the engine have the engine's own.
         rows, length: of a micro-batch, or of one call of the engine.
-        unknown: how often loops run whose length the compiler does not know, from the outermost inwards.
+        unknown: trip counts of the loops whose length the compiler does not know, outermost first.
     """
 
     name: str
@@ -61,7 +59,7 @@ class Function:
 
     @property
     def held(self) -> dict[str, float]:
-        """Bytes of its arguments on a device, by the class of memory that they are."""
+        """Bytes of its arguments on a device, by class of memory."""
         return {kind: held(tree) for kind, tree in self.arguments.items()}
 
 
@@ -69,10 +67,6 @@ def held(tree: object) -> float:
     """Bytes of a tree of abstract arrays on the device that holds most of them."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
     return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
-
-
-def abstract_weights(model: ModelConfig, mesh: Mesh) -> Params:
-    return abstract_like(abstract_params(model)[1], param_shardings(model, mesh))
 
 
 def abstract_batch(mesh: Mesh, micro_batches: int, rows: int, length: int, columns: tuple[str, ...]) -> Batch:
@@ -88,12 +82,12 @@ def abstract_batch(mesh: Mesh, micro_batches: int, rows: int, length: int, colum
 
 
 def head_chunks(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> int:
-    """Parts in which a micro-batch's tokens have logits, where a loop over them has no fixed length."""
+    """Number of chunks in which a device computes a micro-batch's logits: the trip count of the loop over them."""
     return max(-(-rows * length // (mesh.shape["data"] * mesh.shape["fsdp"]) // model.head_chunk), 1)
 
 
 def of_sft(run: SFTRun, mesh: Mesh) -> list[Function]:
-    """The one function of a cold start; its steps are as many as any, which changes nothing here."""
+    """The only function of a cold start. Its number of steps does not matter here."""
     sft = run.sft
     update = make_step(Outputs(run.model), imitation_loss, optimizer_of(sft, sft.steps or 1000), mesh)
     tokens = sft.batch_size * sft.row_length or sft.batch_tokens
@@ -104,9 +98,9 @@ def of_sft(run: SFTRun, mesh: Mesh) -> list[Function]:
 
 
 def of_rl(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Function]:
-    """Those of reinforcement learning in the order of a step.
+    """The functions of an RL run in the order of a step.
 
-    A teacher's weights are of the model given; an engine has the first `of_host` devices of the mesh.
+    `teacher` is the model of a teacher, if the run has one; the engine has the first `of_host` devices of the mesh.
     """
     first = Mesh(mesh.devices.reshape(-1)[:of_host].reshape(1, -1, 1), mesh.axis_names)
     own = decode_mesh(run.model, mesh if of_host == mesh.size else first, run.engine.tp)
@@ -160,7 +154,7 @@ def _learning(run: RLRun, mesh: Mesh, learner: Learner) -> list[Function]:
 
 
 def of_engine(run: EngineRun, own: Mesh) -> list[Function]:
-    """Decoding at the longest, and the writing of prompts and answers, the blocks that go through the model at once."""
+    """Decoding at the longest length, and writing prompts and answers, as many blocks as one call takes."""
     model, config = run.model, run.engine
     layouts = Layouts.of(model, config, own)
     sizes, programs, shapes = layouts.sizes, Programs.of(model, config, layouts, STOPS), Shapes(model, config, layouts)

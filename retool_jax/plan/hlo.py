@@ -1,7 +1,7 @@
-"""What a compiled module does through its loops: cycles that the TPU's compiler estimates, bytes sent between devices.
+"""Costs of a compiled module, including its loops: cycles estimated by the TPU's compiler, bytes sent between devices.
 
-`cost_analysis` counts the body of a loop once whatever its trip count, so costs are added up here, from the module's
-text. Each fusion has the scheduler's estimate as `estimated_cycles`; Mosaic (Pallas) kernels and collectives have none.
+`cost_analysis` counts the body of a loop only once, so costs are added up here from the module's text. Each fusion has
+the scheduler's estimate as `estimated_cycles`; Mosaic (Pallas) kernels and collectives have none.
 """
 
 import math
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-NO_ESTIMATE = 1 << 60  # from here on cycles stand for none
-BYTES = {"pred": 1.0, "token": 0.0, "s4": 0.5, "u4": 0.5}  # of types that do not end with their bits
+NO_ESTIMATE = 1 << 60  # cycles from this number on mean that there is no estimate
+BYTES = {"pred": 1.0, "token": 0.0, "s4": 0.5, "u4": 0.5}  # of types whose size does not follow from their name
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:body|to_apply|called_computations|calls)=\{?%?([\w.\-]+)")
@@ -25,7 +25,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run of some code on each device."""
+    """The cost of running some code once, on each device."""
 
     cycles: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)  # bytes to other devices, by kind of collective
@@ -42,9 +42,9 @@ class Cost:
 
 
 def temporaries_of(assignment: str) -> float:
-    """Bytes that a module takes beside arguments and results, of a dump of its buffer assignment.
+    """Bytes of a module's temporaries, from a dump of its buffer assignment.
 
-    Only the memory that arrays lie in: allocations elsewhere, as in the host's memory or on the chip, name a color.
+    Only allocations in the device's main memory count; those in other memories, such as the host's, name a color.
     """
     return float(sum(int(size) for size in _TEMPORARY.findall(assignment)))
 
@@ -52,9 +52,9 @@ def temporaries_of(assignment: str) -> float:
 def cost_of(text: str, unknown: Sequence[float] = (1,)) -> Cost:
     """The cost of a module.
 
-    `unknown` says how often loops run whose length the compiler does not know: those that are in no other such loop,
-    then those inside of them; deeper ones run once. A conditional counts as its cheaper branch, which in the engine's
-    programs is the one for an option that is off.
+    `unknown` has the trip counts of loops whose length the compiler does not know: first of the outermost such loops,
+    then of those inside of them, and so on; deeper ones run once. A conditional counts as its cheaper branch, which in
+    the engine's programs is the one for an option that is off.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -96,7 +96,7 @@ def cost_of(text: str, unknown: Sequence[float] = (1,)) -> Cost:
         called = _CALLED.search(line)
         if called and re.search(r"\b(call|async-start)\(", line) and not own:
             return of(called[1], depth)
-        if called and re.search(r"\bfusion\(", line):  # whose cycles are those of what is in it
+        if called and re.search(r"\bfusion\(", line):  # its cycles include those of its computation
             return Cost(cycles, of(called[1], depth, "all-reduce-scatter" in called[1]).sent)
         return Cost(cycles)
 
@@ -104,7 +104,7 @@ def cost_of(text: str, unknown: Sequence[float] = (1,)) -> Cost:
 
 
 def trips(condition: Sequence[str], body: Sequence[str]) -> int | None:
-    """How often a loop runs whose condition is nothing but `counter < constant`, as scans and bounded loops count."""
+    """The trip count of a loop with the condition `counter < constant`, as scans have it; None for other conditions."""
     root = next(line for line in condition if line.lstrip().startswith("ROOT"))
     if not re.search(r"\bcompare\(", root) or "direction=LT" not in root:
         return None
@@ -118,7 +118,7 @@ def trips(condition: Sequence[str], body: Sequence[str]) -> int | None:
 
 
 def _stride(body: Sequence[str], place: int | None) -> int:
-    """What a loop adds to its counter at each turn: 1, but for loops that the compiler unrolled."""
+    """What a loop adds to its counter in each iteration: 1, unless the compiler unrolled the loop."""
     root = next((line for line in body if line.lstrip().startswith("ROOT") and " tuple(" in line), "")
     values = re.findall(r"%([\w.\-]+)", root.split(" tuple(")[1].split(")")[0]) if root else []
     if place is None or place >= len(values):
@@ -141,15 +141,15 @@ def _places(lines: Sequence[str]) -> dict[str, int]:
 
 
 def _sent(shape: str, kind: str, started: bool, scattered: bool, group: int) -> float:
-    """Bytes that a device of a group sends in one collective, along rings; `shape` is that of its result.
+    """Bytes that a device of a group sends in one collective with ring algorithms; `shape` is the result's.
 
-    all-gather of n parts p: (n - 1) p; reduce-scatter as much; all-reduce is one after the other; permute: p.
+    For n parts of p bytes: all-gather and reduce-scatter (n - 1) p each, all-reduce the sum of both, permute p.
     """
     total = sum(
         _width(dtype) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in _ARRAY.findall(shape)
     )
     others = group - 1
-    if kind == "all-gather":  # what is started has its argument beside its result
+    if kind == "all-gather":  # the shape of an asynchronous start contains its argument, too
         return total * others / (group + 1 if started else group)
     if kind == "reduce-scatter":
         return total * (others / (group + 1) if started else others)
@@ -168,7 +168,7 @@ def _width(dtype: str) -> float:
 
 
 def _group(line: str, devices: int) -> int:
-    """Devices of each group of a collective, in any of the ways in which they are written."""
+    """Devices in each group of a collective; there are three notations."""
     if axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*)\{([^}]*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])

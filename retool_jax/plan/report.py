@@ -1,4 +1,4 @@
-"""A plan as what people read and as JSON."""
+"""A plan as JSON and as tables."""
 
 from rich.console import Console
 
@@ -13,7 +13,7 @@ GB = 1e9
 
 
 def summary_of(run: RLRun | SFTRun, place: Slice, planned: list[Planned], tokens: int | None) -> dict:
-    """Everything that is said of a plan; sizes in bytes and work of each device, times in seconds."""
+    """All results of a plan. Sizes in bytes and work are those of each device; times are in seconds."""
     assumed = assumed_of(run, tokens)
     parts = parts_of(run, place, planned, assumed)
     stays = resident(one.function for one in planned)
@@ -52,7 +52,7 @@ def _function(one: Planned, part: Part) -> dict:
         "step_s": part.seconds,
     }
     if isinstance(c, NoRoom):
-        return found | {"refused": c.said}
+        return found | {"refused": c.reason}
     if c is None:
         return found
     each = c.each if function.unknown else c.fixed
@@ -70,7 +70,7 @@ def _function(one: Planned, part: Part) -> dict:
 
 
 def _step(run: RLRun | SFTRun, place: Slice, planned: list[Planned], parts: list[Part], assumed: Assumed) -> dict:
-    """The time of a step and what follows from it; of an SFT run that counts epochs the steps are not known."""
+    """Time and cost of a step. The number of steps of an SFT run that counts epochs is not known."""
     steps = run.sft.steps if isinstance(run, SFTRun) else run.rl.steps
     if not place.chip.flops or any(part.seconds is None for part in parts):
         return {"seconds": None, "steps": steps}
@@ -93,11 +93,12 @@ def _step(run: RLRun | SFTRun, place: Slice, planned: list[Planned], parts: list
     }
 
 
-def show(said: dict, console: Console) -> None:
-    """The tables of a plan, and what stands below them."""
-    axes = " ".join(f"{axis} {size}" for axis, size in said["axes"].items())
-    print(f"\n{said['mesh']}: {said['chips']} chips, {said['hosts']} host(s), {said['devices']} devices; {axes}\n")
-    functions, lines = said["functions"].items(), []
+def show(summary: dict, console: Console) -> None:
+    """Print the tables of a plan, and the lines below them."""
+    axes = " ".join(f"{axis} {size}" for axis, size in summary["axes"].items())
+    sizes = f"{summary['chips']} chips, {summary['hosts']} host(s), {summary['devices']} devices"
+    print(f"\n{summary['mesh']}: {sizes}; {axes}\n")
+    functions, lines = summary["functions"].items(), []
     for name, one in functions:
         held = one["arguments"]
         weights = held.get("parameters", 0.0) + held.get("engine weights", 0.0)
@@ -116,27 +117,27 @@ def show(said: dict, console: Console) -> None:
     ]
     title = "a micro-batch, a call, or a token of every row, on a device; and a step"
     print_table(console, title, ("TFLOP", "roofline", "estimate", "GB sent", "in a step", "s a step"), lines)
-    _show_memory(said)
-    _show_step(said)
+    _show_memory(summary)
+    _show_step(summary)
 
 
-def _show_memory(said: dict) -> None:
-    memory = said["memory"]
+def _show_memory(summary: dict) -> None:
+    memory = summary["memory"]
     stays = ", ".join(f"{name} {_gb(size)}" for name, size in memory["stays"].items())
     print(f"\nmemory   {stays};\n         at most {_gb(memory['passing'])} beside them, in the {memory['most']}")
     limit = f" of {_gb(memory['limit'])} GB" if memory["limit"] else " GB"
     verdict = {True: "it fits", False: "it does not fit", None: "whether it fits is not known"}
-    print(f"         {_gb(memory['peak'])}{limit} on a device: {verdict[said['fits']]}")
-    for line in said["change"]:
+    print(f"         {_gb(memory['peak'])}{limit} on a device: {verdict[summary['fits']]}")
+    for line in summary["change"]:
         print(f"         change: {line}")
-    if not said["compiled"]:
+    if not summary["compiled"]:
         print("         not compiled: temporaries, bytes sent and estimates are missing; a step has its least time")
 
 
-def _show_step(said: dict) -> None:
-    step, assumed = said["step"], said["assumed"]
+def _show_step(summary: dict) -> None:
+    step, assumed = summary["step"], summary["assumed"]
     if step["seconds"] is None:
-        print("step     no time: what these chips can do is not known here, or they do not hold a part of it")
+        print("step     no time: the speed of these chips is not known here, or a part of it does not fit on them")
         return
     print(
         f"step     {step['seconds']:,.0f} s for {step['tokens']:,.0f} tokens that are trained on:"
@@ -144,7 +145,7 @@ def _show_step(said: dict) -> None:
         f" {step['update_tokens_per_s_per_chip']:,.0f}, at {100 * step['update_mfu']:.0f} % of peak"
     )
     total = f", {step['chip_hours']:,.0f} for {step['steps']} steps" if step["steps"] else ""
-    print(f"cost     {step['chip_hours_per_step']:,.1f} chip-hours a step{total}, without looks and starts")
+    print(f"cost     {step['chip_hours_per_step']:,.1f} chip-hours a step{total}, without evaluations and starts")
     print(
         f"assumed  {assumed['tokens']:,.0f} tokens a trajectory (tokens=N), {assumed['prompt']:,.0f} of them its"
         f" prompt, {assumed['calls']:.1f} calls with {assumed['answer']:,.0f} tokens\n"

@@ -1,4 +1,4 @@
-"""Which mesh, micro-batch and remat policy a run should have: all by formula first, the best few by the compiler."""
+"""Search for the best mesh, micro-batch and remat policy: rate all by formula, then compile the best few."""
 
 import math
 from dataclasses import replace
@@ -18,22 +18,22 @@ from retool_jax.plan.work import BACKWARD, KERNEL, WHOLE, attention_flops, forwa
 from retool_jax.run.schema import RLRun, SFTRun
 from retool_jax.slices import Slice
 
-COMPILED = 3  # of the candidates
-PRODUCTS = 0.7  # share of a chip's peak at which the formula takes products to run
+COMPILED = 3  # how many of the candidates are compiled
+PRODUCTS = 0.7  # share of a chip's peak that the formula assumes for matrix products
 
 
 class Candidate(NamedTuple):
-    """A way to train, and what the formulas say of its update: bytes of each device, seconds a token and device."""
+    """A way to train, with the memory and time of its update by formula."""
 
     tp: int
     rows: int  # of a micro-batch
     remat: str
-    memory: float
-    seconds: float
+    memory: float  # bytes of each device
+    seconds: float  # for each token of a device
 
 
 def candidates(model: ModelConfig, place: Slice, length: int, beside: float = 0.0) -> list[Candidate]:
-    """All that divide over the slice and may fit, with `beside` bytes on each device beside them, the fastest first."""
+    """All candidates that divide over the slice and may fit beside `beside` other bytes a device, fastest first."""
     limit = place.chip.memory / place.chip.devices
     found = []
     for tp in (tp for tp in range(1, model.num_kv_heads + 1) if model.num_kv_heads % tp == place.devices % tp == 0):
@@ -53,16 +53,16 @@ def candidates(model: ModelConfig, place: Slice, length: int, beside: float = 0.
                 )
                 if not limit or one.memory + beside < limit:
                     found.append(one)
-    # What moves to the host and back takes time that no formula here knows: only where nothing else fits.
+    # The formulas do not know the time of transfers to the host, so offload is used only if nothing else fits.
     return sorted([one for one in found if one.remat != "offload"] or found, key=lambda one: one.seconds)
 
 
 def memory_of(model: ModelConfig, devices: int, tp: int, tokens: int, remat: str) -> float:
-    """About what an update holds on each device: state, gradients, activations of its tokens, one gathered layer."""
+    """Approximate bytes of an update on each device: state, gradients, activations of its tokens, a gathered layer."""
     D, N, K, H, F = model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.intermediate_size
     weights = matrix_weights(model) + head_weights(model)
-    state = (3 * 4 + 4) * weights / devices  # with the sum of gradients
-    heads = (2 * (N + K) * H + 2 * F) / tp  # of a layer's products, a token
+    state = (3 * 4 + 4) * weights / devices  # weights, moments and accumulated gradients
+    heads = (2 * (N + K) * H + 2 * F) / tp  # outputs of a layer's products for each token
     kept = {
         "offload": 0.0,
         "full": 1.0 * D,
@@ -71,19 +71,20 @@ def memory_of(model: ModelConfig, devices: int, tp: int, tokens: int, remat: str
     }[remat]
     layer = 4 * (matrix_weights(model) - head_weights(model)) / model.num_layers / tp
     layer += 2 * tokens * (8 * D + 3 * heads)
-    # The head's gradient is made before those of layers: their memory is taken one after the other.
+    # The head's gradient is computed before those of the layers, so they do not need memory at the same time.
     return state + 2 * tokens * model.num_layers * kept + max(layer, 10 * head_weights(model) / tp)
 
 
 def seconds_of(model: ModelConfig, place: Slice, tp: int, rows: int, length: int, remat: str) -> float:
-    """About what an update takes for each token of a device that has so many rows, nothing overlapped."""
+    """Approximate seconds of an update for each token of a device with this many rows, without any overlap."""
     chip, tokens = place.chip, rows * length
     keys = length / 2
     products = forward_flops(model, tokens, 0.0) * (3 + (remat in WHOLE))
     kernels = attention_flops(model, tokens, keys) * (1 + BACKWARD + (remat in WHOLE))
     peak, link = chip.flops / chip.devices, chip.link_rate / chip.devices
     computed = (products / PRODUCTS + kernels / KERNEL) / tp / peak
-    # Weights are gathered for each pass, their gradients summed over all; tp sums hidden states twice a layer and pass.
+    # Weights are gathered in each pass, gradients are summed over all devices, and tp sums hidden states twice for each
+    # layer and pass.
     passes = 2 + (remat in WHOLE)
     gathered = 2.0 * matrix_weights(model) / tp * (passes + 2)
     summed = 2 * passes * model.num_layers * 2.0 * tokens * model.hidden_size * 2 * (tp - 1) / tp
@@ -91,12 +92,12 @@ def seconds_of(model: ModelConfig, place: Slice, tp: int, rows: int, length: int
 
 
 def search_meshes(run: RLRun | SFTRun, place: Slice, teacher: ModelConfig, console: Console) -> list[dict]:
-    """The best candidates with what the compiler says of their policy update, the fastest first.
+    """The best candidates with the compiler's results for their policy update, the fastest first.
 
-    They fit beside what else the run holds all the time: engine, critic, teacher.
+    They fit beside everything else that the run holds all the time: engine, critic, teacher.
 
     Raises:
-        UserError: the slice's speed is not known here, or nothing may fit.
+        UserError: the slice's speed is not known here, or no candidate may fit.
     """
     if not place.chip.flops:
         raise UserError(f"mesh={place.name} has no known speed to search by; name a slice of v5e, v5p, v6e or tpu7x")
@@ -106,8 +107,8 @@ def search_meshes(run: RLRun | SFTRun, place: Slice, teacher: ModelConfig, conso
     every = candidates(run.model, place, length, beside)
     if not every:
         raise UserError(
-            f"no mesh of {place.name} holds an update of this model beside {beside / 1e9:.1f} GB that the run has on"
-            " each device; name a larger slice, or fewer engine.pages"
+            f"no mesh of {place.name} has room for an update of this model beside the {beside / 1e9:.1f} GB that the"
+            " run holds on each device; name a larger slice, or lower engine.pages"
         )
     console.print(f"{len(every)} of all meshes, micro-batches and remat policies may fit; compiling the best")
     found = []
@@ -135,7 +136,7 @@ def search_meshes(run: RLRun | SFTRun, place: Slice, teacher: ModelConfig, conso
 
 
 def with_candidate(run: RLRun | SFTRun, place: Slice, one: Candidate) -> RLRun | SFTRun:
-    """The run on that mesh, with those micro-batches and that policy."""
+    """The run with a candidate's mesh, micro-batches and remat policy."""
     mesh = MeshConfig(name=place.name, data=1, fsdp=place.devices // one.tp, tp=one.tp)
     model = replace(run.model, remat=one.remat)
     if isinstance(run, SFTRun):
@@ -144,7 +145,7 @@ def with_candidate(run: RLRun | SFTRun, place: Slice, one: Candidate) -> RLRun |
 
 
 def show_found(found: list[dict], console: Console) -> None:
-    """The ranked table, with the words that choose each."""
+    """Print the ranked table, with the words that select each candidate."""
     table = Table("words", title="policy update, one micro-batch", title_justify="left", title_style="bold")
     for name in ("arguments", "temporaries", "beside", "sent", "tokens/s and chip"):
         table.add_column(name, justify="right")
@@ -156,4 +157,4 @@ def show_found(found: list[dict], console: Console) -> None:
         last = "does not fit" if one["fits"] is False else "-" if rate is None else f"{rate:,.0f}"
         table.add_row(words, *sizes, last)
     console.print(table)
-    console.print("GB of one device: of the update, of what else the run holds all the time, sent for one micro-batch")
+    console.print("GB of one device: of the update; beside: all else that the run holds; sent: for one micro-batch")

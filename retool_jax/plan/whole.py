@@ -23,7 +23,7 @@ def functions_of(run: RLRun | SFTRun, place: Slice, teacher: ModelConfig) -> lis
 def plan(
     run: RLRun | SFTRun, place: Slice, tokens: int | None, teacher: ModelConfig, console: Console
 ) -> list[Planned]:
-    """Every function of the run with what its compiler says, in the order of a step."""
+    """Every function of the run, compiled, in the order of a step."""
     assumed, functions = assumed_of(run, tokens), functions_of(run, place, teacher)
     return [
         plan_function(one, place, assumed, console, f"{i} of {len(functions)}") for i, one in enumerate(functions, 1)
@@ -31,12 +31,12 @@ def plan(
 
 
 def plan_function(function: Function, place: Slice, assumed: Assumed, console: Console, which: str) -> Planned:
-    """Compile a function, where there is a compiler for its devices, and say so."""
+    """Compile a function if there is a compiler for its devices, and print the progress."""
     compiled = None
     if place.chip.platform != "gpu":
         console.print(f"{which}: compiling the {function.name} ...", end=" ")
         compiled = compile_function(function)
-        console.print(f"{compiled.seconds:.0f} s" if isinstance(compiled, Compiled) else compiled.said)
+        console.print(f"{compiled.seconds:.0f} s" if isinstance(compiled, Compiled) else compiled.reason)
     work = work_of(function, assumed.context, assumed.tokens)
     known = None if isinstance(compiled, NoRoom) else compiled
     return Planned(function, compiled, work, times_of(function, work, known, place.chip))

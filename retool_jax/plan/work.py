@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes by formula, and the time that a chip needs for them at least and by estimate."""
+"""Floating-point operations and bytes by formula, and the least and the estimated time that a chip needs for them."""
 
 from typing import NamedTuple
 
@@ -7,22 +7,22 @@ from retool_jax.plan.compiler import Compiled
 from retool_jax.plan.functions import Function
 from retool_jax.slices import Chip
 
-KERNEL = 0.6  # share of a chip's peak at which attention's kernels are taken to run: the compiler says nothing of them
-BACKWARD = 3.5  # attention's backward over its forward, in two kernels that compute the scores again
-WHOLE = ("full", "offload")  # remat policies by which all of a layer is computed again
+KERNEL = 0.6  # assumed share of a chip's peak for attention's kernels, of which the compiler has no estimate
+BACKWARD = 3.5  # FLOPs of attention's backward relative to its forward: two kernels that recompute the scores
+WHOLE = ("full", "offload")  # remat policies that compute whole layers again
 
 
 class Work(NamedTuple):
-    """Of all devices together, for one micro-batch, one call of the engine or one decoded token of each row."""
+    """The work of a micro-batch, a call of the engine or a decoded token of each row, on all devices together."""
 
-    model_flops: float  # without what is computed again
+    model_flops: float  # without recomputation
     flops: float
-    attention_flops: float  # those of `flops` that are attention's
+    attention_flops: float  # the part of `flops` in attention
     bytes: float  # weights and cache that are read, on the device that reads most
 
 
 def matrix_weights(model: ModelConfig) -> int:
-    """Weights that each token is multiplied with: all but the embedding, norms and biases."""
+    """Number of weights that each token is multiplied with: all except the embedding, norms and biases."""
     D, N, K, H, F = model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.intermediate_size
     return model.num_layers * (D * (N + 2 * K) * H + N * H * D + 3 * D * F) + head_weights(model)
 
@@ -32,7 +32,7 @@ def head_weights(model: ModelConfig) -> int:
 
 
 def attention_flops(model: ModelConfig, tokens: float, keys: float) -> float:
-    """Of tokens that see so many keys on average: two products for each layer and head."""
+    """FLOPs of attention for tokens that see `keys` keys on average: two products for each layer and head."""
     return 4 * model.num_layers * model.num_heads * model.head_dim * tokens * keys
 
 
@@ -43,8 +43,8 @@ def forward_flops(model: ModelConfig, tokens: float, keys: float) -> float:
 def work_of(function: Function, context: float, length: float | None = None) -> Work:
     """The work of one unit of a function.
 
-    `context` is the number of tokens that the rows of an engine hold on average. `length` is that of the sequences
-    which are packed, where attention is counted for the model's sake; kernels look at whole rows, half of each.
+    `context` is the average number of tokens in an engine's rows. `length` is that of the packed sequences; it counts
+    for `model_flops`. The kernels' `flops` count whole rows, of which a token sees half on average.
     """
     model, tokens, mesh = function.model, function.rows * function.length, function.mesh
     weights = 2.0 * matrix_weights(model) / mesh.shape["tp"]
@@ -54,9 +54,9 @@ def work_of(function: Function, context: float, length: float | None = None) -> 
         wanted = forward_flops(model, tokens, (length or function.length) / 2)
         if function.kind == "score":
             return Work(wanted, once, attention, weights)
-        head = 2 * head_weights(model) * tokens  # whose logits are computed again in any case
+        head = 2 * head_weights(model) * tokens  # logits are always computed again
         whole = model.remat in WHOLE
-        again = once - head if whole else 0.0  # products and attention are kept otherwise
+        again = once - head if whole else 0.0  # other policies keep products and attention
         passes = 2 + whole
         attention *= 1 + BACKWARD + whole
         return Work(3 * wanted, 3 * once + again + head, attention, passes * weights)
@@ -75,14 +75,14 @@ def _width(dtype: str) -> int:
 
 
 class Times(NamedTuple):
-    """Seconds of one unit of a function; None where nothing is known."""
+    """Seconds of one unit of a function; None if not known."""
 
-    roofline: float | None  # the longest of products at peak, memory at its rate and links at theirs
-    estimate: float | None  # the compiler's cycles, attention's kernels and links, one after another
+    roofline: float | None  # the largest of products at peak, memory at its rate, and links at their rate
+    estimate: float | None  # the sum of the compiler's cycles, attention's kernels, and links
 
 
 def times_of(function: Function, work: Work, compiled: Compiled | None, chip: Chip) -> Times:
-    """What a unit takes. A decoded token's attention reads memory, which its cycles leave out; others' compute."""
+    """The times of a unit. The compiler's cycles leave out attention: in the engine reading memory, else computing."""
     if not chip.flops:
         return Times(None, None)
     peak, rate, link = (x / chip.devices for x in (chip.flops, chip.memory_rate, chip.link_rate))

@@ -81,7 +81,9 @@ class RLRun:
     logger: Loggers = ("tensorboard",)
     """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio; several as [tensorboard,wandb]; or none."""
     tokenizer: str = "miniature"  # or a folder with tokenizer.json, or a hub id; empty: that of init_from
-    init_from: str = ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as sft says
+    init_from: str = (
+        ""  # first weights: a run or Hugging Face folder, or a hub id; empty: a cold start, as section sft describes
+    )
     replay: str = ""  # a run's folder with rollouts (rl.save_rollouts): train from them, without engine and sandbox
     model: ModelConfig = ModelConfig()  # where no key of its shape is set: that of init_from
     mesh: MeshConfig = MeshConfig()

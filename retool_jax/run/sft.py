@@ -97,7 +97,7 @@ def finished_weights(run: SFTRun) -> Params | None:
         batches = demonstrations_of(run, load_tokenizer(run.tokenizer))
         if step < batches.steps:
             return None
-        params, notes = checkpoints.restore_params(step, abstract_weights(run))
+        params, notes = checkpoints.restore_params(step, abstract_weights(run.model, mesh_of(run)))
     check_data(run, notes, batches)
     return params
 

@@ -46,7 +46,7 @@ def load_weights(run: Run, folder: Path) -> Params:
             raise no_checkpoint(folder)
         if (folder / CONFIG).is_file():
             check_model(run, folder)
-        return checkpoints.restore_params(latest, abstract_weights(run))[0]
+        return checkpoints.restore_params(latest, abstract_weights(run.model, make_mesh(run.mesh)))[0]
 
 
 def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
@@ -73,14 +73,13 @@ def load_teacher(run: RLRun, mesh: Mesh) -> tuple[ModelConfig, Params]:
     shape = {key: getattr(model, key) for key in ARCHITECTURE}
     # Dtypes and kernels are the run's. The embedding may be padded to another size than the student's.
     model = dataclasses.replace(run.model, real_vocab=min(len(load_tokenizer(tokenizer)), model.vocab_size), **shape)
-    like = abstract_like(abstract_params(model)[1], param_shardings(model, mesh))
     if (folder / "config.json").is_file():
         return model, load_params(model, folder, mesh)
     with closing(Checkpoints(folder / "checkpoints", keep=None)) as checkpoints:
         latest = checkpoints.latest()
         if latest is None:
             raise no_checkpoint(folder, "rl.teacher.init_from")
-        return model, checkpoints.restore_params(latest, like)[0]
+        return model, checkpoints.restore_params(latest, abstract_weights(model, mesh))[0]
 
 
 def check_teacher(run: RLRun, name: str, tokenizer: str) -> None:
@@ -166,9 +165,9 @@ def has_checkpoints(run: Run) -> bool:
     return hosts.agreed((Path(run.run) / "checkpoints").is_dir())
 
 
-def abstract_weights(run: Run) -> Params:
-    """Shapes and shardings of a run's weights."""
-    return abstract_like(abstract_params(run.model)[1], param_shardings(run.model, make_mesh(run.mesh)))
+def abstract_weights(model: ModelConfig, mesh: Mesh) -> Params:
+    """Shapes and shardings of a model's weights."""
+    return abstract_like(abstract_params(model)[1], param_shardings(model, mesh))
 
 
 def abstract_state(run: Run, mesh: Mesh) -> TrainState:

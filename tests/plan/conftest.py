@@ -1,4 +1,4 @@
-"""One plan of the miniature, for many tests: the command on eight virtual devices."""
+"""One plan of the miniature, shared by many tests: the command on eight virtual devices."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def words() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def planned(tmp_path_factory, words) -> tuple[dict, str]:
-    """What the command wrote as JSON, and what it printed."""
+    """The command's JSON and its output."""
     path, printed = tmp_path_factory.mktemp("plan") / "plan.json", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setenv("COLUMNS", "120")

@@ -1,4 +1,5 @@
-"""The command plans the miniature on virtual devices, says what it cannot know, and refuses before it compiles."""
+"""The command plans the miniature on virtual devices, says what is unknown, and refuses bad words before it
+compiles."""
 
 import dataclasses
 import json
@@ -52,7 +53,7 @@ def test_what_stays_and_what_passes_make_the_peak(planned):
     most = functions[memory["most"]]
     assert memory["passing"] >= most["temporaries"] + most["arguments"].get("batch", 0.0)
     assert planned[0]["fits"] is None and planned[0]["step"]["seconds"] is None  # of a CPU nobody knows
-    assert "whether it fits is not known" in planned[1] and "no time: what these chips can do" in planned[1]
+    assert "whether it fits is not known" in planned[1] and "no time: the speed of these chips" in planned[1]
 
 
 def test_training_exchanges_weights_and_gradients_and_the_engines_get_theirs(planned):
@@ -76,7 +77,7 @@ import retool_jax.run.evaluate, retool_jax.run.rl, retool_jax.run.sft
 
 
 def test_without_a_compiler_shapes_and_formulas_remain_and_nothing_of_a_tpu_is_imported(tmp_path, one_device):
-    """What a run on GPUs imports has all been imported then."""
+    """In a process that has already imported everything that a run on GPUs imports."""
     words = ["config=grpo_qwen2.5_32b", "mesh=h100-8", "engine.pages=2048", f"json={tmp_path / 'plan.json'}"]
     command = [sys.executable, "-c", ON_GPUS, json.dumps([words, ["config=sft_qwen2.5_32b", "mesh=h100-8"]])]
     done = subprocess.run(command, env=one_device, capture_output=True, text=True)
@@ -105,18 +106,18 @@ def test_without_a_compiler_shapes_and_formulas_remain_and_nothing_of_a_tpu_is_i
         ("config=grpo mesh=cpu-8 json=.", "json=. is a folder; name a file"),
         (
             "config=grpo mesh=cpu-8 rl.rows_per_micro=8 sft.rows_per_micro=8 tokens=129",
-            "tokens=129 of a trajectory are more than engine.max_length=128 holds",
+            "tokens=129 of a trajectory are more than engine.max_length=128; lower tokens",
         ),
         ("config=grpo mesh=cpu-8 tokens=5 search=true", "tokens=5 is not read with search=true"),
         (
             "config=sft mesh=cpu-8 sft.rows_per_micro=8 teacher=grpo",
-            "teacher=grpo is a model that this run does not ask",
+            "teacher=grpo is a model that this run does not use",
         ),
         (
             "config=grpo mesh=cpu-8 rl.rows_per_micro=8 sft.rows_per_micro=8 teacher=grpo",
             "teacher=grpo is a model that",
         ),
-        ("config=grpo_smollm2 mesh=cpu-2 init_from=nowhere", "the model's shape is left to init_from=nowhere"),
+        ("config=grpo_smollm2 mesh=cpu-2 init_from=nowhere", "the model's shape is that of init_from=nowhere"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_compiled(words, error, capsys):

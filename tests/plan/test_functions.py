@@ -43,7 +43,7 @@ LEARNING = {
 
 
 def shape_words(name: str) -> list[str]:
-    """A published model's shape as words."""
+    """The words that set a published model's shape."""
     published = dict(zip(PUBLISHED["columns"], PUBLISHED["models"][name], strict=True))
     names = {ours: theirs for ours, theirs in SIZES.items() if theirs in published}
     names |= {"rope_theta": "rope_theta", "rms_norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
@@ -52,7 +52,7 @@ def shape_words(name: str) -> list[str]:
 
 
 def run_of(name: str) -> Run:
-    """The run of a config with the shape of its model, of which two layers say what all of them do."""
+    """A config's run with the shape of its model, but two layers, which stand for all of them."""
     left = next((OF[part] for part in OF if name.startswith(part) or part in name), None)
     words = shape_words(left) if left and name != "eval" else []
     weights = ["init_from=weights"] if name.startswith("eval_") else []
@@ -71,7 +71,7 @@ PROGRAMS: dict[tuple, jax.stages.Lowered] = {}
 
 
 def lowered(one: Function, run: Run) -> jax.stages.Lowered:
-    """A function's program, once for all configs whose programs differ in constants alone: rates, bounds, numbers of
+    """A lowered function, shared by all configs whose programs differ only in constants: rates, bounds, numbers of
     micro-batches, over which a step has a loop."""
     if one.kind in ("decode", "extend", "reshard"):
         decides = run.engine
@@ -86,7 +86,7 @@ def lowered(one: Function, run: Run) -> jax.stages.Lowered:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_a_config_is_lowered_on_the_devices_that_its_rows_divide_over(name):
-    """On all eight, where its micro-batches have rows for them; weights, moments and cache are split over all."""
+    """On all eight devices, if its micro-batches have rows for them; weights, moments and cache are split over all."""
     run = run_of(name)
     devices = math.gcd(DEVICES, *micro_batches(run).values())
     mesh = make_mesh(run.mesh, jax.devices()[:devices])
@@ -139,12 +139,12 @@ def weights_of(model: ModelConfig, seed: int = 0) -> Params:
 
 
 def placed(run: Run, mesh: Mesh, seed: int = 0) -> Params:
-    """The same in their shards, for a step to consume."""
+    """The same weights in their shards, for a step to consume."""
     return jax.device_put(weights_of(run.model, seed), param_shardings(run.model, mesh))
 
 
 def trajectories(run: RLRun) -> list[Trajectory]:
-    """What a step draws: two turns around an answer of a tool, half of each group right."""
+    """Rollouts of a step: two turns around a tool's answer, half of each group right."""
     rng, made = np.random.default_rng(0), []
     for number in range(run.rl.prompts_per_step * run.rl.group_size):
         one = Trajectory(str(number), Problem("p", (), "6"), end=End.ANSWERED, reward=1.0 - 2.0 * (number % 2))
@@ -156,7 +156,7 @@ def trajectories(run: RLRun) -> list[Trajectory]:
 
 
 def assert_split(params: Params, model: ModelConfig, mesh: Mesh) -> None:
-    """Weights lie on the mesh as their axes say, and all but the smallest are split over all of it."""
+    """Weights are split over the mesh as their axes say, and all but the smallest over all of it."""
     shardings = param_shardings(model, mesh, value_head="value" in params)
     for ours, where in zip(*map(jax.tree.leaves, (params, shardings)), strict=True):
         assert ours.sharding.is_equivalent_to(where, ours.ndim)
@@ -165,7 +165,7 @@ def assert_split(params: Params, model: ModelConfig, mesh: Mesh) -> None:
 
 
 def moved(after: Params, before: Params) -> list[bool]:
-    """Of each weight, whether a step has changed it."""
+    """For each weight, whether a step has changed it."""
     return [bool((np.asarray(x) != y).any()) for x, y in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""A module's cycles and the bytes that it sends are added up through its loops, as its collectives are written."""
+"""A module's cycles and sent bytes are added up through its loops and all notations of its collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def module(*lines: str, others: str = "") -> str:
 
 
 def loop(name: str, bound: str, stride: int, *lines: str) -> str:
-    """A loop's condition and body, as text; it counts to a constant or to a value that is not known."""
+    """A loop's condition and body, as text; its bound is a constant or an unknown value."""
     body = "\n".join(f"  {line}" for line in lines)
     return f"""
 %{name}_condition (c: (s32[], s32[])) -> pred[] {{
@@ -120,7 +120,7 @@ def test_a_loop_that_counts_in_another_way_has_no_known_length():
 
 @pytest.mark.parametrize("steps", [3, 5])
 def test_the_collectives_of_a_compiled_module_are_found_through_a_scan(steps):
-    """As the CPU's compiler writes them."""
+    """In the notation of the CPU's compiler."""
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("x",))
     split, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
 
@@ -137,7 +137,7 @@ def test_the_collectives_of_a_compiled_module_are_found_through_a_scan(steps):
 
 
 def test_temporaries_are_what_is_allotted_in_the_devices_memory():
-    """As the TPU's compiler writes it: color 5 is the host's memory, color 1 the chip's own."""
+    """In the notation of the TPU's compiler: color 5 is the host's memory, color 1 the chip's own."""
     text = """
 allocation 5: size 566231040, parameter 22, shape |f32[64,80,27648]| at ShapeIndex {}, maybe-live-out:
 allocation 405: size 1024, thread-local:

@@ -1,4 +1,4 @@
-"""Operations by formula are those that are published of the model, and times follow from the chip."""
+"""Operations by formula are those that are published for the model, and times follow from the chip."""
 
 from dataclasses import replace
 
@@ -93,5 +93,5 @@ def test_the_search_knows_what_cannot_fit_and_prefers_what_computes_nothing_agai
     ],
 )
 def test_the_formula_of_memory_agrees_with_the_compiler(devices, tp, tokens, remat, measured):
-    """What libtpu 0.0.42 allots to the policy's update, a row for each chip of v5p or for two of v6e."""
+    """What libtpu 0.0.42 allocates for the policy's update, a row for each chip of v5p or for two of v6e."""
     assert memory_of(QWEN, devices, tp, tokens, remat) == pytest.approx(measured, rel=0.15)
