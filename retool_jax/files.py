@@ -69,6 +69,6 @@ def check_result(path: Path, key: str = "out", folder: bool = False) -> None:
         raise UserError(f"{key}={path} is a folder; name a file, such as {key}={path / 'file'}")
     if not path.exists() or path.suffix in (".html", ".png", ".parquet", ".eval"):
         return
-    for folder in path.resolve().parents[:3]:
-        if (folder / CONFIG).is_file() and (folder / LOCK).is_file():
-            raise UserError(f"{key}={path} is a file of the run in {folder}; choose another {key}=")
+    for above in path.resolve().parents[:3]:
+        if (above / CONFIG).is_file() and (above / LOCK).is_file():
+            raise UserError(f"{key}={path} is a file of the run in {above}; choose another {key}=")

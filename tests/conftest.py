@@ -73,7 +73,7 @@ gc.set_threshold(100_000, 50, 1000)
 def reuse_contexts(programs: int = 10) -> None:
     """Let each thread lower several programs in one MLIR context, as jax 0.12 does by itself.
 
-    To make one takes 4 ms of processor time, where a small program takes 14 more. A worker has thousands of these.
+    A new context costs 4 ms of processor time, the rest of a small program 14 ms. A worker lowers thousands of them.
     """
     make, own = mlir.make_ir_context, threading.local()
 
@@ -102,8 +102,9 @@ WHOLE_RUNS = "run/test_every_algorithm.py", "run/test_hosts.py", "run/test_resum
 
 
 def group_of(nodeid: str) -> str:
-    """Tests that one worker gets: a file's, which share fixtures. The attacks on two back-ends share none, files of
-    whole runs share a process that trains, and those of the engine share engines, which take long to trace."""
+    """Group tests that run on the same worker: by file, since a file's tests share fixtures. The attacks on two
+    back-ends share none; files of whole runs share a process that trains; those of the engine share engines, which take
+    long to trace."""
     path, _, test = nodeid.partition("::")
     room, _, name = path.rpartition("/")
     if path.endswith(WHOLE_RUNS):
@@ -115,7 +116,8 @@ def group_of(nodeid: str) -> str:
 
 
 class ByGroup(LoadScopeScheduling):
-    """Hands out groups in their order. xdist's own groups are no use: pytest 9.2 leaves their names out of its ids."""
+    """Hands out groups in their order. xdist's own groups do not work here: pytest 9.2 leaves their names out of its
+    ids."""
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)
@@ -126,8 +128,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByGroup:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the sandbox mostly wait and the others mostly compute: both kinds are spread over the whole time, so
-    that no two workers wait at once. Long groups come first, so that all workers end together."""
+    """Tests of the sandbox mostly wait and the others mostly compute. Both kinds are spread over the whole time, so
+    that workers do not all wait at once. Long groups come first, so that all workers end together."""
     kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}
     kind_of: dict[str, bool] = {}
     for item in items:
@@ -146,7 +148,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def turn(alone: bool) -> Iterator[None]:
     """A test's turn among those of all workers: beside others, or alone on the machine.
 
-    Whoever wants to be alone keeps the door shut meanwhile, so that the others do not go on taking turns before it.
+    A worker that waits to be alone blocks new turns of the others, so that it gets its own.
     """
     folder = Path(os.environ["RETOOL_TESTS_FOLDER"])
     with open(folder / "door", "w") as door, open(folder / "room", "w") as room:
@@ -161,8 +163,8 @@ KEPT: list[ExitStack] = []
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Run a test marked `alone` while no other worker runs one, for it looks at the whole machine. If the next one is
-    to be alone, too, it has the same turn: each of them costs the others a wait."""
+    """Run a test marked `alone` while no other worker runs one, since it looks at the whole machine. If the next test
+    is marked, too, it shares the turn: each turn makes the others wait."""
     alone, again = (test is not None and test.get_closest_marker("alone") is not None for test in (item, nextitem))
     kept = bool(KEPT)
     with KEPT.pop() if kept else ExitStack() as own:
@@ -175,7 +177,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_sessionfinish() -> None:
-    """No look for garbage at the end: pytest takes five and Python some more, each through all that jax has made."""
+    """Collect no garbage at the end: pytest does so five times and Python some more, each time over all objects of
+    jax."""
     gc.freeze()
 
 
@@ -187,7 +190,7 @@ def one_device() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def fully_compiled() -> dict[str, str]:
-    """The environment of a command on one device that computes more than it compiles."""
+    """The environment of a command on one device whose run time matters more than its compile time."""
     ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     return {name: value for name, value in os.environ.items() if name not in ours}
 
@@ -199,7 +202,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def wheel_file() -> Callable[[str, str], Path]:
-    """A file from the wheel of a package that is installed and not imported: `wheel_file("dashscope", NAME)`."""
+    """A file from the wheel of a package that is installed but not imported: `wheel_file("dashscope", NAME)`."""
 
     def locate(package: str, name: str) -> Path:
         try:
@@ -212,16 +215,16 @@ def wheel_file() -> Callable[[str, str], Path]:
 
 @pytest.fixture(scope="session")
 def published_template(wheel_file) -> Callable[[str], str]:
-    """A chat template that a model is published with, or one repaired for training: `published_template("qwen3")`."""
+    """A chat template as a model is published with it, or one repaired for training: `published_template("qwen3")`."""
     return lambda name: wheel_file("trl", f"trl/chat_templates/{name}.jinja").read_text()
 
 
 @pytest.fixture(scope="session")
 def local_data() -> Callable[[str], Path]:
-    """A whole public data set, which no package brings: `local_data("math500/math500.jsonl")`.
+    """A whole public data set, which is in no package: `local_data("math500/math500.jsonl")`.
 
-    It lies in the folder `shared/data` beside the checkout. Only a test of the whole set asks for it: one of a set's
-    form makes rows of its own.
+    It is in the folder `shared/data` beside the checkout. Only tests of whole sets use it; tests of a set's form make
+    rows of their own.
     """
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -235,7 +238,7 @@ def local_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def undefined() -> Callable[[Iterable[str]], set[str]]:
-    """Which of these names of a run's numbers docs/metrics.md does not define: `undefined(names)`."""
+    """The names of a run's numbers that docs/metrics.md does not define: `undefined(names)`."""
     page = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text()
     rows = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     patterns = [re.sub(r"<\w+>", r"[^/@]+", re.escape(row)) for row in rows]
@@ -244,7 +247,7 @@ def undefined() -> Callable[[Iterable[str]], set[str]]:
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """A decoder small enough to run token by token; N / K = 2, so that grouping errors show."""
+    """A decoder small enough to run token by token; N / K = 2, so that errors in grouping heads show."""
     return ModelConfig(
         vocab_size=len(tokenizer) + len(tokenizer) % 2,  # for tp=2
         hidden_size=32,
@@ -258,7 +261,8 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def params(model):
-    """Random weights, norms and biases too, larger than at initialisation: nearly uniform logits hide differences."""
+    """Random weights, including norms and biases, larger than at initialisation: nearly uniform logits would hide
+    differences."""
     rng = np.random.default_rng(1)
     fresh = jax.device_get(init_params(model, jax.random.key(1)))  # added up by numpy, which compiles nothing
     return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0.0, 0.2, x.shape).astype(x.dtype)), fresh)
@@ -283,10 +287,9 @@ def make_engine(model, params, mesh, tokenizer):
 
 @pytest.fixture(scope="session")
 def fresh_logits(model, params):
-    """The oracle of everything that grows a cache: `fresh_logits(lists of ids)`, one forward over each whole list.
-
-    Returns [len(ids), V] per list, from the plain packed forward with one list a row; of other weights if given.
-    """
+    """The reference for everything that extends a cache: `fresh_logits(lists of ids)`, one forward pass over each whole
+    list. Returns [len(ids), V] per list, from the plain packed forward with one list a row; of other weights if
+    given."""
 
     @jax.jit
     def compute(params: Params, tokens: jax.Array, segments: jax.Array) -> jax.Array:
@@ -311,8 +314,8 @@ def fresh_logits(model, params):
 
 @pytest.fixture(scope="session")
 def alive() -> Callable[[], int]:
-    """Bytes of all of jax's arrays that anyone refers to: `alive()`. What earlier tests left in cycles is let go first,
-    or it might go between two looks."""
+    """Bytes of all live arrays of jax: `alive()`. Garbage of earlier tests is collected first, since it might go
+    between two calls."""
 
     def count() -> int:
         gc.collect()
@@ -323,7 +326,7 @@ def alive() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def compiles() -> list[str]:
-    """Grows by one entry for every program that XLA compiles from now on."""
+    """Gets an entry for every program that XLA compiles from now on."""
     seen: list[str] = []
 
     def listen(event: str, duration: float, **_) -> None:
@@ -422,7 +425,7 @@ def scripted_engine() -> type[ScriptedEngine]:
 
 @pytest.fixture(scope="session")
 def advantages() -> Callable[[Sequence[Trajectory], int], list[list[float]]]:
-    """The advantages that GRPO gives to trajectories, by group: of those that say something, in groups that teach."""
+    """The advantages that GRPO gives to trajectories, by group: of those that carry signal, in groups that train."""
 
     def of(trajectories: Sequence[Trajectory], group_size: int) -> list[list[float]]:
         kept, groups = counted(trajectories, group_size)

@@ -1,4 +1,4 @@
-"""The benchmarks of the miniature run and print numbers; what the numbers are is not a test's business."""
+"""The benchmarks of the miniature run and print numbers; the tests do not check the numbers."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ for name, words in json.loads(sys.argv[2]).items():
 
 @pytest.fixture(scope="module")
 def computed(one_device) -> dict[str, dict]:
-    """The numbers that each of these prints, as JSON and nothing else, by its name."""
+    """The numbers that each of these benchmarks prints, as JSON only, by its name."""
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER, BENCHMARKS, json.dumps(WORDS)]
     done = subprocess.run(command, env=one_device, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit by bit, or say why not; a full disk costs none that was there."""
+"""Checkpoints are restored bit by bit, or the error says why not; a full disk destroys none that was there."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def like(mesh) -> TrainState:
 
 
 def state_of(mesh, seed: int) -> TrainState:
-    """A state in mid-training: nothing in it is zero, so nothing compresses to nothing."""
+    """A state in mid-training: nothing in it is zero, so that compression cannot remove it."""
     rng = np.random.default_rng(seed)
 
     def noise(x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -148,7 +148,7 @@ def damage(path: Path, how: str) -> None:
     "which", ["largest", "notes/metadata", "params/manifest.ocdbt", "rest/manifest.ocdbt", "digests.json"]
 )
 def test_a_damaged_file_is_named_and_the_one_before_is_used(copied, mesh, capfd, which, how):
-    """The largest file holds the arrays: garbled there, orbax alone reads wrong weights and says nothing."""
+    """The largest file holds the arrays: if it is garbled, orbax alone reads wrong weights without an error."""
     step = copied / "3"
     files = [path for path in step.rglob("*") if path.is_file()]
     path = max(files, key=lambda path: path.stat().st_size) if which == "largest" else step / which
@@ -181,7 +181,7 @@ def test_the_only_checkpoint_is_damaged(copied, mesh):
 
 
 def test_each_process_answers_for_the_files_that_it_wrote(copied):
-    """On a pod every host digests its own shards, not one host all of them."""
+    """On a pod every host digests its own shards, instead of one host all of them."""
     step = copied / "3"
     for path in step.glob("*/ocdbt.process_0"):
         shutil.copytree(path, path.with_name("ocdbt.process_1"))
@@ -199,7 +199,7 @@ def test_each_process_answers_for_the_files_that_it_wrote(copied):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB; states here take one each."""
+    """A file system of 3 MB; each state here takes one."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root; the limit on file sizes is tested beside")
     folder = tmp_path / "small"
@@ -240,7 +240,7 @@ def test_a_full_disk_costs_no_checkpoint(small_disk, mesh, monkeypatch, capfd, s
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_write_that_the_system_refuses_costs_no_checkpoint(copied, mesh, capfd):
-    """What a user without rights can do to itself: a limit on the size of a file, in the middle of a run."""
+    """What can also happen to a user without rights: a limit on the size of a file, in the middle of a run."""
     checkpoints = Checkpoints(copied, keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -313,7 +313,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_save_that_was_killed_counts_whole_or_not_at_all(tmp_path, one_device):
-    """The one before is there until then, also where only one is kept."""
+    """The previous checkpoint is there until then, even if only one is kept."""
     folder = tmp_path / "checkpoints"
     done = subprocess.run([sys.executable, "-c", KILLED, folder], env=one_device, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -344,7 +344,7 @@ def test_a_state_of_another_model_is_refused(copied, mesh):
 
 
 def save_as_before(folder: Path, items: dict) -> Path:
-    """A checkpoint as it was written while saves were synchronous, an array at a time."""
+    """A checkpoint as it was written when saves were synchronous, an array at a time."""
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -355,13 +355,13 @@ def save_as_before(folder: Path, items: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(mesh, tmp_path_factory) -> Path:
-    """One from before weights had an item of their own."""
+    """A checkpoint from the time before weights were a separate item."""
     return save_as_before(tmp_path_factory.mktemp("whole") / "checkpoints", {"state": state_of(mesh, 3)})
 
 
 @pytest.fixture(scope="module")
 def divided(mesh, tmp_path_factory) -> Path:
-    """One from after that."""
+    """A checkpoint from the time after that."""
     rest = state_of(mesh, 3)._asdict()
     return save_as_before(
         tmp_path_factory.mktemp("divided") / "checkpoints", {"params": rest.pop("params"), "rest": rest}

@@ -1,4 +1,4 @@
-"""A command keeps what it compiled, where jax was told or below the user's cache, and says so."""
+"""A command keeps compiled programs, in jax's folder or below the user's cache, and prints which."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ print(jax.config.jax_compilation_cache_dir, file=sys.stderr)
 
 
 def start(home: Path, **variables: str) -> tuple[str, str]:
-    """What a command prints, and the folder that jax keeps its programs in."""
+    """A command's output, and the folder in which jax keeps its programs."""
     without = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_CACHE"))}
     environment = without | {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
     command = [sys.executable, "-c", PROGRAM]

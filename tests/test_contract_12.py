@@ -1,4 +1,4 @@
-"""Contract 12: whatever a policy says, the run goes on and its files can be written, read and shown."""
+"""Contract 12: whatever a policy writes, the run goes on and its files can be written, read and shown."""
 
 import asyncio
 import base64
@@ -36,7 +36,7 @@ PROBLEM = Problem("p", (USER,), "6")
 
 
 def call(code: str, name: str = '"code_interpreter"') -> str:
-    """A call whose code, and name, are any JSON, or none."""
+    """A call whose code and name are any JSON, or missing."""
     return f'<tool_call>\n{{"name": {name}, "arguments": {{"code": {code}}}}}\n</tool_call>'
 
 
@@ -93,7 +93,7 @@ TURNS = {
 
 
 def raw_turns(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """What a policy may say in one turn, as ids that no text has."""
+    """Turns of a policy as ids that do not come from encoding a text."""
     halves = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "\ufffd"]
     control = list(tokenizer.control_tokens.values())
     before, after = call('"print(1) # @"').split("@")
@@ -158,7 +158,7 @@ class Tags(HTMLParser):
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """Every text in a JSON value, names of fields too."""
+    """Every text in a JSON value, including names of fields."""
     if isinstance(value, str):
         yield value
     for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -343,7 +343,7 @@ def test_any_text_in_a_call_is_kept_as_it_is_but_for_half_pairs(tokenizer, tmp_p
     ids=["a blank in code", "openings", "a blank in a call"],
 )
 def test_a_long_turn_takes_no_longer_than_its_length(tokenizer, text):
-    """A pattern that looks at the rest of a text from every character of it would take ten seconds and more."""
+    """A pattern that scans the rest of a text from each of its characters would take more than ten seconds."""
     turn = tokenizer.encode(text)
     began = time.process_time()
     assert any([grammar.calls(tokenizer.decode(turn)) for grammar in GRAMMARS.values()])

@@ -1,4 +1,4 @@
-"""Weights leave a run as a Hugging Face folder and come in from one; two checkpoints are compared by name."""
+"""Weights are written as a Hugging Face folder and read from one; two checkpoints are compared by name."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ SIZES = ("hidden_size=32", "intermediate_size=48", "num_heads=2", "num_kv_heads=
 
 @pytest.fixture(scope="module")
 def made(mesh, tmp_path_factory) -> tuple[SFTRun, Params]:
-    """A run and the weights of its newest checkpoint: its mesh is not that of `convert`."""
+    """A run and the weights of its newest checkpoint, on another mesh than that of `convert`."""
     folder = tmp_path_factory.mktemp("runs") / "cold"
     words = ["config=sft", f"run={folder}", *(f"model.{size}" for size in SIZES), "mesh.data=4", "mesh.fsdp=2"]
     run = load([*words, "sft.rows_per_micro=8"])
@@ -79,7 +79,7 @@ def test_a_runs_newest_weights_go_out_and_start_another_run(made, exported):
 
 
 def test_a_run_of_an_older_version_is_converted_too(run, exported, tmp_path):
-    """Its config may hold keys that are gone and lack those that are new; of it only the model and words count."""
+    """A run's config may have removed keys and lack new ones; only the model and the tokenizer are read."""
     old = Path(shutil.copytree(run.run, tmp_path / "old"))
     text = (old / "config.yaml").read_text()
     assert "  overlong: error\n" in text and "  head_chunk: 1024\n" in text
@@ -186,7 +186,7 @@ def test_a_run_that_saved_nothing_yet_is_named(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def stubborn(mesh, tokenizer, tmp_path_factory) -> Path:
-    """A run whose policy says <|im_end|> whatever it reads, and again and again where nobody stops it."""
+    """A run whose policy writes <|im_end|> whatever it reads, and again and again if nothing stops it."""
     folder = tmp_path_factory.mktemp("runs") / "stubborn"
     run = load(["config=sft", f"run={folder}", *(f"model.{size}" for size in SIZES), "model.num_layers=1"])
     with claim_folder(run):
@@ -213,7 +213,7 @@ def stubborn(mesh, tokenizer, tmp_path_factory) -> Path:
     ],
 )
 def test_the_exported_folder_stops_where_the_policy_stops(stubborn, tokenizer, tmp_path, files, kept):
-    """Whatever the files name that the words are copied from, as a Base model's that was trained on ChatML."""
+    """Whatever stop ids the tokenizer's files name, as for a Base model that was trained on ChatML."""
     torch = pytest.importorskip("torch")
     words = Path(shutil.copytree(MINIATURE, tmp_path / "words"))
     for name, fields in files.items():

@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: its examples run as they stand there, what it names exists."""
+"""The documentation agrees with the code: its examples run, and what it names exists."""
 
 import ast
 import dataclasses
@@ -120,7 +120,7 @@ OTHERS = {"runsc", "bwrap", "PYTHONPATH", "MemoryError", "ModuleNotFoundError", 
 
 
 def test_keys_that_the_page_of_troubles_names_can_be_set():
-    """Those of one row together, as some need others."""
+    """The keys of one row are set together, since some need others."""
     keys, sections = {leaf.key for leaf in describe(RLRun)}, {field.name for field in dataclasses.fields(RLRun)}
     key_or_word = re.compile(rf"`((?:{'|'.join(sections)})\.[\w.]+)(=[^`…]+)?`")
     assert len(set(key_or_word.findall(TROUBLE))) > 25
@@ -148,7 +148,7 @@ def test_messages_that_the_page_of_troubles_explains_are_told():
 
 
 def texts() -> Iterator[str]:
-    """Every text in the package's code, with … where a value stands."""
+    """Every text in the package's code, with … in place of values."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""What a command does where the system is not as it expects: its streams, its folder, paths that cannot be."""
+"""Commands on a system that is not as expected: closed streams, a missing folder, impossible paths."""
 
 import errno
 import gc

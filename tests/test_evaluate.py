@@ -1,4 +1,4 @@
-"""The evaluate command: what it refuses before any work, what it writes, and that a kill changes nothing of it."""
+"""The evaluate command: what it refuses before any work, what it writes, and that a kill changes none of it."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def weights(model, params, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> Path:
-    """Six problems in columns of one's own."""
+    """Six problems in columns with other names."""
     path = tmp_path_factory.mktemp("data") / "own.jsonl"
     rows = [problem_row("test", index) for index in range(6)]
     lines = [
@@ -44,7 +44,7 @@ def problems(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(weights, problems) -> list[str]:
-    """Of an evaluation that ends in seconds: six problems, three samples each, text only."""
+    """Words of an evaluation that ends in seconds: six problems, three samples each, text only."""
     return [
         *("config=eval", "tools=none", f"init_from={weights}", "tokenizer=miniature", "rollout.max_prompt_tokens=60"),
         *(f"data.source={problems}", "data.question=frage", "data.answer=lösung", "data.id=nr"),
@@ -178,7 +178,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def measure(one_device, words) -> Iterator[Callable[..., str]]:
-    """Run the command to its end and return what it says: `measure(folder, "seed=1")`."""
+    """Run the command to its end and return its output: `measure(folder, "seed=1")`."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, "-c", EVALUATOR], env=one_device, cwd=ROOT, **pipes) as process:
 
@@ -198,7 +198,7 @@ def measure(one_device, words) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="module")
 def whole(measure, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of an evaluation that nobody interrupted, and what it said."""
+    """The folder and the output of an evaluation that was not interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, measure(folder)
 

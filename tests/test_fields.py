@@ -1,4 +1,4 @@
-"""What is said of keys: secrets are shown nowhere."""
+"""Keys and their messages: secrets are never shown."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, and nothing takes the place of what is no file or what a run keeps."""
+"""Files are replaced as a whole or not at all, and output replaces neither special files nor files of a run."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Hosts of one job: what the environment says of them, what they tell each other, and how one ends the others."""
+"""Hosts of one job: their environment, the exchange of values, and how one host ends the others."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ with hosts.joined(HostsConfig()):
 
 
 def run_pair(environment: dict[str, str], *command: str) -> tuple[list[subprocess.Popen], list[tuple[str, str]]]:
-    """Two processes of one job that have ended, and what each said on stdout and stderr."""
+    """Two processes of one job that have ended, and the stdout and stderr of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -112,7 +112,7 @@ def test_a_host_that_fails_ends_the_other_one_with_its_reason(one_device, failin
 
 
 def test_the_first_host_is_named_when_it_is_killed(one_device):
-    """With it goes the store of all hosts, and jax aborts the other process for that."""
+    """With the first host goes the store of all hosts, and jax aborts the other process because of that."""
     pair, said = run_pair(one_device, KILLED)
     assert pair[1].returncode in (1, -signal.SIGABRT), said
     assert f"error: host 0 ({socket.gethostname()}, process {pair[0].pid}) cannot be reached any more" in said[1][1]

@@ -1,4 +1,4 @@
-"""The house has a ground floor and a roof: an arrow of imports runs down, and no file is too long to read."""
+"""Imports between rooms go in one direction, and no file is too long to read."""
 
 import ast
 import functools
@@ -45,7 +45,8 @@ def package() -> dict[str, str]:
 
 @functools.cache
 def imports(source: str) -> list[str]:
-    """What a module imports of the package, without its name, inside of functions and for type checkers too."""
+    """The modules of the package that a module imports, without the package's name, also inside of functions and for
+    type checkers."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -72,13 +73,13 @@ def arrows(modules: Mapping[str, str]) -> set[tuple[str, str]]:
 
 
 def runs_up(modules: Mapping[str, str]) -> set[tuple[str, str]]:
-    """The arrows to a room on a higher floor."""
+    """The imports of a room on a higher floor."""
     floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
     return {(name, room) for name, room in arrows(modules) if floor[room] > floor[room_of(name)]}
 
 
 def circles(modules: Mapping[str, str]) -> set[str]:
-    """Rooms that can be reached from themselves, by arrows that do not run up."""
+    """Rooms that can be reached from themselves through imports that do not go up."""
     knows: dict[str, set[str]] = {}
     for name, room in arrows(modules) - runs_up(modules):
         knows.setdefault(room_of(name), set()).add(room)

@@ -1,4 +1,4 @@
-"""Memory that was freed is there for the next step, without a visit to the system."""
+"""Freed memory is reused by the next step without system calls."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Devices become a mesh, and logical axis names become shardings, or the reason why not is told."""
+"""Devices become a mesh, and logical axis names become shardings, or an error says why not."""
 
 import jax
 import numpy as np

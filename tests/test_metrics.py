@@ -1,4 +1,4 @@
-"""The metrics file survives kills and resumes; the console says little to a log and much to a terminal."""
+"""The metrics file survives kills and resumes; the console prints little into a log and much on a terminal."""
 
 import io
 import json
@@ -154,7 +154,7 @@ def test_the_summary_shows_before_after_speeds_and_times():
 
 
 def a_program(number: float):
-    """One that was never compiled, not even by an earlier session."""
+    """A program that was never compiled, not even by an earlier session."""
 
     def function(x: jax.Array) -> jax.Array:
         for power in range(60):

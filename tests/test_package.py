@@ -1,4 +1,4 @@
-"""What others install: the wheel holds every file of the package, and its console script works from any folder."""
+"""The installed package: the wheel holds every file of it, and its console script works from any folder."""
 
 import json
 import os
@@ -80,14 +80,14 @@ def test_a_command_gets_the_words_behind_its_name(capsys):
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Every file of the package and what is in it, links followed, but for what Python itself writes."""
+    """Every file of the package with its content, links followed, except files that Python itself writes."""
     paths = (Path(above, name) for above, _, names in os.walk(folder, followlinks=True) for name in names)
     paths = (path for path in paths if path.parent.name != "__pycache__")
     return {path.relative_to(folder.parent).as_posix(): path.read_bytes() for path in paths}
 
 
 def python(*words: str | Path, at: Path) -> str:
-    """Run Python with these words in a folder; what it printed."""
+    """Run Python with these words in a folder and return its output."""
     done = subprocess.run([sys.executable, *words], cwd=at, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
@@ -95,7 +95,8 @@ def python(*words: str | Path, at: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """The source archive, and the wheel that pip builds from it, of a copy: building leaves files in the source."""
+    """The source archive, and the wheel that pip builds from it, made from a copy, since building leaves files in the
+    source."""
     if missing := [name for name in ("pip", "setuptools") if not find_spec(name)]:
         pytest.skip(
             f"building a wheel needs {' and '.join(missing)}: python -m ensurepip; pip install 'setuptools>=77'"
@@ -124,7 +125,7 @@ def installed(built, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(installed, one_device, tmp_path):
-    """Run the console script in an empty folder, on one device, with the wheel before all else that is installed."""
+    """Run the console script in an empty folder, on one device, with the wheel before all other packages."""
 
     def run(*words: str) -> subprocess.CompletedProcess:
         environment = one_device | {"PYTHONPATH": str(installed)}

@@ -1,4 +1,4 @@
-"""`python -m retool_jax.prepare`: what is kept and dropped, what is written, and words that it does not understand."""
+"""`python -m retool_jax.prepare`: what is kept, dropped and written, and words that it refuses."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The serve command: wrong words are told at once, and what is served answers over HTTP until it is told to end."""
+"""The serve command: wrong words are reported at once, and it answers over HTTP until a signal ends it."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Names of slices say what Google's do, and a wrong one is answered with the nearest."""
+"""Names of slices mean the same as Google's, and a wrong name is answered with the nearest."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Services get each number once, and none of their faults ends a run; the packages themselves are stood in for, and met
-where they are installed."""
+"""Services get each number once, and none of their faults ends a run. Stand-ins replace the packages; where these are
+installed they are tested, too."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Service:
-    """A package with the names of `wandb` and `trackio` that are asked for: what it was told, by run."""
+    """A package with the functions of `wandb` and `trackio` that are used, which records its calls by run."""
 
     def __init__(self, mode: str = "offline") -> None:
         self.begun: list[dict] = []
@@ -211,7 +211,7 @@ INSTALLED = [name for name in ("wandb", "trackio") if importlib.util.find_spec(n
 
 @pytest.mark.parametrize("name", INSTALLED or [pytest.param("none", marks=NONE)])
 def test_the_package_itself_takes_our_numbers(name, tmp_path):
-    """In a process of its own, with a secret among its words that must not be noted anywhere."""
+    """In a process of its own, with a secret among its words that must not be recorded anywhere."""
     folder = tmp_path / "run"
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": "k" * 40, "TRACKIO_DIR": str(tmp_path / "io")}
     words = [sys.executable, "-c", TWO_STARTS, name, str(folder), "sandbox.token=hidden-word"]

@@ -1,4 +1,5 @@
-"""Bad input through the real entry point: one line that names the thing, the limit and the way out, nothing written."""
+"""Bad input through the real entry point: one line that names the mistake, the limit and what to do, and nothing
+written."""
 
 import errno
 import json
@@ -61,7 +62,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """These runs and commands share what they compile, small programs too: there are many of them."""
+    """These runs and commands share compiled programs, also small ones, since there are many of them."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -86,14 +87,14 @@ def cold_start(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(cold_start, tmp_path) -> Path:
-    """The same run at another place, two steps behind its end."""
+    """The same run in another folder, two steps before its end."""
     folder = Path(shutil.copytree(cold_start, tmp_path / "copied"))
     shutil.rmtree(folder / "checkpoints" / "3")
     return folder
 
 
 def truncate_newest(folder: Path) -> Path:
-    """Cut the file of the weights of a run's newest checkpoint in half."""
+    """Cut the weights file of a run's newest checkpoint in half."""
     step = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     path = max((path for path in (step / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -105,7 +106,7 @@ def truncate_newest(folder: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path):
-    """Write a JSONL of good rows and some of one's own: `data(rows)` gives its path."""
+    """Write a JSONL of good rows and the given ones: `data(rows)` gives its path."""
 
     def write(*rows: dict | str) -> Path:
         path = tmp_path / "mine.jsonl"
@@ -237,7 +238,7 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 
 def test_a_folder_in_use(copied):
-    """The second command says who is there and changes nothing."""
+    """The second command names the first one and changes nothing."""
     with claim_folder(load([*SFT, f"run={copied}"])):
         before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
         message = error_of(*SFT, f"run={copied}")
@@ -301,7 +302,7 @@ def test_a_cold_start_of_another_model(cold_start, tmp_path):
 
 
 def test_a_cold_start_is_taken_however_its_model_is_computed(cold_start, tmp_path):
-    """What is compared is the shape and the vocabulary."""
+    """Only the shape and the vocabulary are compared."""
     how = ["remat=full", "head_chunk=16", "attention_kernel=xla", "cache_dtype=bfloat16", "compute_dtype=bfloat16"]
     run = load([*GRPO, *(f"model.{word}" for word in how), "model.param_dtype=bfloat16", f"init_from={cold_start}"])
     plain = load_weights(load([*GRPO, f"init_from={cold_start}"]), cold_start)
@@ -328,7 +329,7 @@ def test_a_cold_start_of_another_vocabulary(cold_start, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_another_vocabulary(cold_start, tmp_path):
-    """Of a Hugging Face folder, too."""
+    """Also of a Hugging Face folder."""
     folder = tmp_path / "exported"
     convert(str(cold_start), folder)
     table = json.loads((folder / "tokenizer.json").read_text())
@@ -372,7 +373,8 @@ def test_a_run_folder_without_a_checkpoint_is_no_cold_start(tmp_path):
 
 
 def test_a_disk_that_fills_up_and_is_cleared(tmp_path):
-    """The whole run on 1 MB: an error on one line, the last checkpoint good, and the same command goes on."""
+    """A whole run on a disk of 1 MB: the error is one line, the last checkpoint is good, and the same command
+    resumes."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root; the limit on file sizes is tested below")
     disk = tmp_path / "small"
@@ -394,7 +396,7 @@ def test_a_disk_that_fills_up_and_is_cleared(tmp_path):
 
 
 def test_a_write_that_the_system_refuses(tmp_path, cold_start):
-    """Without rights: a limit on the size of files, which the checkpoint of the first step exceeds."""
+    """Without root rights: a limit on the size of files, which the checkpoint of the first step exceeds."""
     assert cold_start.exists()  # its compiled update is larger than the limit, and there already
     words = [sys.executable, "-m", "retool_jax.train", *SFT, f"run={tmp_path / 'run'}"]
     limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *words]

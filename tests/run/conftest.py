@@ -37,9 +37,9 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> list[str]:
-    """Words of a run that ends in seconds, on data that is learned by heart in seconds: four problems, each answered
-    rightly as often as wrongly, by a call or without. So the samples of a group differ, and every step of RL has
-    something to learn from."""
+    """Words of a run that ends in seconds, with four problems that it memorises in seconds. The demonstrations answer
+    each problem equally often right and wrong, with and without a call. So the samples of a group differ, and every
+    step of RL has a signal."""
     folder = tmp_path_factory.mktemp("data")
     rows = [problem_row("train", index) for index in range(4)]
     demonstrations = []
@@ -81,13 +81,13 @@ def trainer(one_device) -> Iterator[subprocess.Popen]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """Where the runs lie; they share a cold start."""
+    """The folder of the runs, which share a cold start."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="session")
 def command(trainer) -> Callable[..., str]:
-    """Run a command to its end and return what it says: `command("config=eval", "run=runs/mine")`."""
+    """Run a command to its end and return its output: `command("config=eval", "run=runs/mine")`."""
 
     def run(*words: str) -> str:
         trainer.stdin.write(json.dumps(words) + "\n")
@@ -104,20 +104,20 @@ def command(trainer) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def train(command, small_run) -> Callable[..., str]:
-    """Run a folder's training to its end and return what it says: `train(folder, "rl.steps=7")`."""
+    """Train a run to its end and return its output: `train(folder, "rl.steps=7")`."""
     return lambda folder, *words: command(*small_run, f"run={folder}", *words)
 
 
 @pytest.fixture(scope="session")
 def drawn(train, runs) -> Path:
-    """Two steps of GRPO whose rollouts are kept."""
+    """Two steps of GRPO with saved rollouts."""
     train(runs / "drawn", "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true")
     return runs / "drawn"
 
 
 @pytest.fixture(scope="session")
 def with_critic() -> list[str]:
-    """Words of a run with a critic, which begins alone, that keeps the rollouts and the checkpoint of each step."""
+    """Words of a run whose critic first trains alone, and which keeps the rollouts and the checkpoint of each step."""
     learning = ["rl.algorithm=ppo", "rl.critic.warmup_steps=1", "rl.critic.optimizer.learning_rate=0.001"]
     kept = ["rl.save_rollouts=true", "checkpoint.every=1", "checkpoint.keep=5"]
     return [*learning, "rl.steps=4", "evaluation.every=0", *kept]
@@ -125,7 +125,7 @@ def with_critic() -> list[str]:
 
 @pytest.fixture(scope="session")
 def alone(train, runs, with_critic) -> Path:
-    """Such a run of one process: of PPO it shows that it learns, of two hosts that they do the same."""
+    """Such a run in one process. One test checks that PPO learns with it, another that two hosts compute the same."""
     output = train(runs / "alone", *with_critic)
     assert "before RL" in output and "error:" not in output, output
     return runs / "alone"
@@ -133,7 +133,7 @@ def alone(train, runs, with_critic) -> Path:
 
 @pytest.fixture(scope="session")
 def comparable() -> Callable[[Path], list[dict]]:
-    """The lines of a run's metrics without what depends on the clock."""
+    """The lines of a run's metrics without timings."""
 
     def lines(folder: Path) -> list[dict]:
         return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(folder)]

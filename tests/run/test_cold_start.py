@@ -1,4 +1,4 @@
-"""The cold start that the train command makes: what decides its folder, and how its demonstrations are written."""
+"""The cold start that the train command runs: the name of its folder, and the form of its demonstrations."""
 
 from retool_jax.fields import defaults_of, flatten
 from retool_jax.run import cold_start
@@ -20,7 +20,7 @@ def test_a_cold_start_has_a_folder_for_each_thing_that_decides_it():
 
 
 def test_a_key_that_is_new_leaves_a_cold_starts_folder_as_it_is(monkeypatch):
-    """Its default says what was done before it existed."""
+    """The default of a new key has the meaning of the time before it existed."""
     before = cold_start_of(load(["config=grpo"])).run
     assert before == "runs/cold-start-python-seed0-055ced9e", "published runs have theirs there"
     defaults = defaults_of(SFTRun)

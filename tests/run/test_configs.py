@@ -1,4 +1,4 @@
-"""Configs of real scale say what their sources say, line by line, and describe models and meshes that there can be."""
+"""Configs of real scale agree with their sources, line by line, and describe possible models and meshes."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What an evaluation's samples say, by what its run sets."""
+"""Checks of an evaluation's samples against its run's settings."""
 
 import json
 

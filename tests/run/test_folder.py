@@ -1,4 +1,4 @@
-"""Run folders: the same run goes on in them, another one is refused, and one process at a time trains there."""
+"""Run folders: the same run resumes in them, another one is refused, and one process at a time trains there."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SECRET = "hunter2"
 
 
 def begin(run: Run) -> Path:
-    """A folder of this run, in which nobody trains any more."""
+    """A folder of this run, in which no process trains."""
     with claim_folder(run) as folder:
         return folder
 

@@ -1,4 +1,4 @@
-"""A run of two hosts, each a process, and an evaluation: their numbers are those of one, and nobody waits for a host
+"""A run and an evaluation on two hosts, each a process: their numbers are those of one host, and no host waits for one
 that is gone."""
 
 import json
@@ -81,7 +81,7 @@ class Pair:
         return [file.read_text() for file in self._files]
 
     def run(self, *words: str) -> list[str]:
-        """Run a command to its end; what each host has said since its start."""
+        """Run a command to its end; the output of each host since its start."""
         self._ended += 1
         self.begin(*words)
         deadline = time.monotonic() + 600
@@ -111,8 +111,8 @@ def pair(one_device, folder) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def both(pair, small_run, with_critic, folder) -> Path:
-    """The run of `alone` of two hosts, with a cold start of their own. With a critic, so that both updates of a step
-    are compared; GRPO follows below."""
+    """The run of `alone` on two hosts, with its own cold start and a critic, so that both updates of a step are
+    compared; a run of GRPO follows below."""
     first, second = pair.run(*small_run, *with_critic, f"run={folder / 'both'}")
     assert "before RL" in first and "before RL" not in second, first
     assert "this is host 1 (" in second and "of 2; the first one is host 0 (" in second
@@ -120,7 +120,8 @@ def both(pair, small_run, with_critic, folder) -> Path:
 
 
 def numbers_of(run: Path, comparable: Callable[[Path], list[dict]]) -> list[dict]:
-    """A run's lines and those of its cold start, with numbers rounded to what float sums keep."""
+    """A run's lines and those of its cold start, with numbers rounded to the precision that reordered float sums
+    keep."""
     (cold_start,) = run.parent.glob("cold-start-*")
     return comparable(cold_start) + comparable(run)
 
@@ -151,7 +152,7 @@ def test_two_hosts_draw_and_learn_what_one_process_does(both, alone, comparable)
 
 
 def test_groups_that_two_hosts_drew_are_compared_with_themselves(pair, small_run, both, drawn, comparable):
-    """Advantages of GRPO are over a group's samples, wherever they were drawn."""
+    """GRPO's advantages are computed over a whole group, whichever host drew its samples."""
     run = both.with_name("grpo")
     pair.run(*small_run, "rl.steps=2", "evaluation.every=0", "rl.save_rollouts=true", f"run={run}")
     assert draws_of(run) == draws_of(drawn)
@@ -169,7 +170,7 @@ def test_the_first_host_writes_what_a_run_keeps_once(both, alone):
 
 
 def go_on(run: Path, name: str) -> Path:
-    """A copy of a run as a kill after its third step leaves it."""
+    """A copy of a run as a kill after its third step would leave it."""
     folder = Path(shutil.copytree(run, run.with_name(name)))
     shutil.rmtree(folder / "checkpoints" / "4")
     (folder / "summary.json").unlink()
@@ -230,7 +231,7 @@ def test_two_hosts_evaluate_what_one_process_does_and_each_goes_on_with_the_othe
 def test_a_host_that_is_killed_is_named_and_the_run_goes_on_later(
     pair, train, small_run, with_critic, both, alone, comparable
 ):
-    """Its numbers in the end are those of one process that nobody killed."""
+    """Its final numbers are those of one process that was not killed."""
     words, run = with_critic, both.with_name("killed")
     pair.begin(*small_run, *words, f"run={run}", "rl.steps=30")
     deadline = time.monotonic() + 600

@@ -1,4 +1,4 @@
-"""Every number that a run may set has two ends: none is so large or so small that it means nothing, or overflows."""
+"""Every number that a run may set has an upper and a lower limit, so that none is meaningless or overflows."""
 
 import dataclasses
 import math

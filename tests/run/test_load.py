@@ -1,4 +1,4 @@
-"""A config means what it says: every key and every value is checked, and what is wrong is told in one line."""
+"""A config means what it says: every key and every value is checked, and errors are one line."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from retool_jax.tokens.grammar import GRAMMARS
 
 
 def error_of(*words: str) -> str:
-    """The message of loading these words: one line."""
+    """The message, one line, of loading these words."""
     with pytest.raises(UserError) as caught:
         load(list(words))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Which program trained in a folder: the commit of its checkout and what was changed in it, and nobody else's."""
+"""Which program trained in a folder: the commit and the changes of its own checkout, and of no other."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Contract 10: a config means what it says, so every key that it may set is read by somebody."""
+"""Contract 10: a config means what it says, so the package reads every key that a config may set."""
 
 import ast
 import dataclasses
@@ -50,7 +50,7 @@ class Readers(ast.NodeVisitor):
                 self.read.add((cls.__name__, field))
 
     def kind(self, node: ast.expr) -> str | None:
-        """The class of an expression, if it is one that matters; reads on the way are noted."""
+        """The class of an expression, if it is one of a config; reads on the way are recorded."""
         match node:
             case ast.Name(id=name):
                 return self.names.get(name)
@@ -155,5 +155,5 @@ def test_every_key_has_a_reader_and_one_without_is_found():
 
 
 def test_mesh_axes_are_those_of_the_config():
-    """They are read by name, in a loop."""
+    """These fields are read by name, in a loop."""
     assert tuple(typing.get_type_hints(MeshConfig)) == (*AXES, "name")

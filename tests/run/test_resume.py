@@ -1,4 +1,5 @@
-"""Contract 9: kill -9 in the middle of RL, the same command again, and the numbers are those of an unbroken run."""
+"""Contract 9: kill -9 in the middle of RL, the same command again, and the numbers are those of an uninterrupted
+run."""
 
 import json
 import resource
@@ -95,7 +96,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(train, one_device, small_run, 
 
 
 def cut_after(folder: Path, kind: str, step: int) -> None:
-    """Leave the metrics file as a kill behind one of its lines would."""
+    """Leave the metrics file as a kill after one of its lines would."""
     lines = read_metrics(folder)
     last = max(i for i, line in enumerate(lines) if (line["kind"], line["step"]) == (kind, step))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[: last + 1]))
@@ -106,7 +107,7 @@ def after(folder: Path) -> dict:
 
 
 def test_a_look_that_was_cut_off_is_taken_again_alone(train, comparable, unbroken):
-    """The checkpoint comes before the look, so a kill during a long one costs no step; also when it is the last."""
+    """The checkpoint comes before the evaluation, so a kill during a long one costs no step; also for the last one."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("looking")))
     (folder / "summary.json").unlink()
     cut_after(folder, "rl", 6)
@@ -116,7 +117,7 @@ def test_a_look_that_was_cut_off_is_taken_again_alone(train, comparable, unbroke
 
 
 def test_a_longer_run_does_not_pass_off_the_numbers_of_the_shorter_one(train, trainer, comparable, unbroken):
-    """Killed between its last checkpoint and its summary, it has that of fewer steps."""
+    """A run that was killed between its last checkpoint and its summary has the summary of fewer steps."""
     folder = Path(shutil.copytree(unbroken, unbroken.with_name("longer")))
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"steps": 4, "after": {"accuracy": 0.123}}))

@@ -1,4 +1,4 @@
-"""How a server ends: what has begun is finished, what comes later is refused."""
+"""How a server ends: open requests are finished, new ones are refused."""
 
 import asyncio
 import os

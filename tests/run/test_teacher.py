@@ -1,4 +1,4 @@
-"""A teacher is asked about the student's ids, so it must read them as the student does."""
+"""A teacher scores the student's ids, so it must read them as the student does."""
 
 import json
 from pathlib import Path
