@@ -133,7 +133,7 @@ def test_data_that_cannot_be_used_is_told_before_anything_is_written(data, tmp_p
     assert f"{path} row 1 has no column 'reward_model'; it has" in error_of(*words, f"data.dev={path}")
     data()
     (tmp_path / "same.jsonl").write_text(path.read_text())
-    named = f"data.train={path} has every question of data.test={tmp_path / 'same.jsonl'}, which would measure"
+    named = f"data.train={path} has every question of data.test={tmp_path / 'same.jsonl'}, so the test would measure"
     assert named in error_of(*words, f"data.train={path}", f"data.test={tmp_path / 'same.jsonl'}")
     data(long)
     message = error_of(*words, f"data.train={path}")
