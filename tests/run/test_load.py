@@ -199,7 +199,7 @@ def test_what_nothing_would_read_is_refused():
         ),
         (
             "config=grpo sandbox.urls=[http://x:1]",
-            "sandbox.urls is ('http://x:1',), which the back-end remote",
+            "sandbox.urls is ('http://x:1',), which only the back-end remote",
         ),
     ):
         assert message in error_of(*words.split())
@@ -405,7 +405,7 @@ def test_help_names_every_config_and_every_key_in_readable_lines():
     assert all(name in text for name in config_names())
     for key, value in flatten(load(["config=grpo"])).items():
         assert key == "run" or f"\n  {key}={show(value)}" in text, key
-    assert "More than the cores makes limits unfair" in " ".join(text.split()), "all that is said of a key"
+    assert "More slots than cores make time limits unfair" in " ".join(text.split()), "all that is said of a key"
     assert max(map(len, text.splitlines())) <= 110
     assert "rl.steps" not in help_text(["--help", "config=sft"])
 
