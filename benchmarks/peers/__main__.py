@@ -1,16 +1,16 @@
-"""Our work beside its peers': the same tiny Qwen2, as many tokens, in one sitting on one core.
+"""Compare retool_jax with its peers on one core: the same tiny Qwen2 and the same number of tokens for each.
 
     python benchmarks/peers [core=0] [rounds=2] [works=update,generate,...] [environments=build/peers] [NAME=PYTHON]
 
 - `update`: a train step on 32 rows of 256 tokens.
-- `generate`: 32 rows draw 192 tokens behind prompts of 64.
-- `grpo`: a whole step on four prompts of 64, eight rows each, that draw 192.
-- `rollout`: four turns of 36 behind prompts of 261, with answers of 29 tokens between, 32 rows.
+- `generate`: 32 rows sample 192 tokens each after prompts of 64.
+- `grpo`: a whole step on four prompts of 64 tokens, with eight rows each, which sample 192 tokens.
+- `rollout`: 32 rows sample four turns of 36 tokens after prompts of 261, with tool answers of 29 tokens in between.
 - `tool_step`: a whole step with such a rollout.
 
-Peers run in environments of their own, made at the first call; NAME=PYTHON takes one that is there. What cannot be
-made or run is left out with the reason. Peers take turns, and the fastest of all rounds counts, in CPU-seconds, which
-other work on the machine changes least. Prints a table, and on stderr what is measured meanwhile; writes nothing else.
+Each peer runs in its own virtual environment, which the first call makes; NAME=PYTHON uses an existing one. A peer that
+cannot be installed or run is left out, and the reason is printed. Peers take turns, and the fastest of all rounds
+counts. Times are CPU-seconds, which other work on the machine changes least. Prints a table, and progress on stderr.
 """
 
 import json
@@ -23,12 +23,12 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = {  # of the pythons that peers run in
+ENVIRONMENTS = {  # packages of each virtual environment
     "torch": ("torch==2.13.0", "transformers==5.24.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0"),
     "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8", "qwix==0.1.8", "transformers==5.12.1"),
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-PEERS = {  # by work: who does it, in which Python, by which script and word
+PEERS = {  # work -> peer -> (environment, script, the script's argument)
     "update": {
         "HF torch": ("torch", "hf_torch", "update"),
         "google-tunix": ("tunix", "google_tunix", "update"),
@@ -50,14 +50,17 @@ def main(words: list[str]) -> None:
     if odd := [word for word in words if "=" not in word or word.split("=")[0] not in known]:
         sys.exit(f"error: cannot read {odd[0]!r}; the words are {', '.join(f'{key}=...' for key in known)}")
     options |= dict(word.split("=", 1) for word in words)
-    works = options["works"].split(",")
-    jobs = {(work, who): job for work in works for who, job in ({"ours": ("ours", "ours", work)} | PEERS[work]).items()}
+    jobs: dict[tuple[str, str], tuple[str, str, str]] = {}
+    for work in options["works"].split(","):
+        jobs[work, "ours"] = ("ours", "ours", work)
+        jobs |= {(work, peer): job for peer, job in PEERS[work].items()}
     pythons, broken = {"ours": sys.executable}, {}
     for name in sorted({name for name, _, _ in jobs.values()} - pythons.keys()):
         try:
-            pythons[name] = options.get(name) or environment(Path(options["environments"]) / name, ENVIRONMENTS[name])
+            folder = Path(options["environments"]) / name
+            pythons[name] = options.get(name) or make_environment(folder, ENVIRONMENTS[name])
         except (OSError, subprocess.CalledProcessError) as error:
-            broken[name] = reason(error)
+            broken[name] = last_line(error)
     reasons = {key: broken[job[0]] for key, job in jobs.items() if job[0] in broken}
     best: dict[tuple[str, str], dict] = {}
     for _ in range(int(options["rounds"])):
@@ -66,19 +69,19 @@ def main(words: list[str]) -> None:
             try:
                 found = measure(pythons[name], script, word, int(options["core"]))
             except (OSError, subprocess.CalledProcessError) as error:
-                reasons[key] = reason(error)
+                reasons[key] = last_line(error)
                 continue
-            best[key] = max(found, best.get(key, found), key=lambda one: one["tokens_per_cpu_s"])
+            best[key] = max(found, best.get(key, found), key=lambda numbers: numbers["tokens_per_cpu_s"])
             print(f"{' of '.join(key)}: {found['cpu_s']} CPU-seconds", file=sys.stderr)
     show([key for key in jobs if key in best], best, reasons)
 
 
-def environment(folder: Path, packages: tuple[str, ...]) -> str:
-    """The Python of a virtual environment with these packages, made where it is not there yet."""
+def make_environment(folder: Path, packages: tuple[str, ...]) -> str:
+    """Make a virtual environment with these packages unless the folder holds it already; return its Python."""
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         venv.create(folder, with_pip=True, clear=True)
-        # PyTorch by itself: its index would be asked for every other package too.
+        # PyTorch is installed separately, because pip would ask its index for all other packages too.
         torch = [name for name in packages if name.startswith("torch==")]
         steps = [["--extra-index-url", CPU_WHEELS, *torch]] * bool(torch) + [list(packages)]
         for step in steps:
@@ -89,7 +92,7 @@ def environment(folder: Path, packages: tuple[str, ...]) -> str:
 
 
 def measure(python: str, script: str, word: str, core: int) -> dict:
-    """What a script prints of a work, pinned to one core."""
+    """Run a script pinned to one core; return the numbers that it prints in its last line."""
     paths = [str(HERE), *([str(HERE.parents[1])] if script == "ours" else [])]
     run = subprocess.run(
         [python, HERE / f"{script}.py", word],
@@ -102,14 +105,13 @@ def measure(python: str, script: str, word: str, core: int) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def reason(error: OSError | subprocess.CalledProcessError) -> str:
-    """Its last line, or that of what it ran."""
-    said = (getattr(error, "stderr", None) or str(error)).strip()
-    return said.splitlines()[-1]
+def last_line(error: OSError | subprocess.CalledProcessError) -> str:
+    """The last line of the command's stderr, or else of the error's message."""
+    return (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
 
 
 def show(keys: list[tuple[str, str]], best: dict[tuple[str, str], dict], reasons: dict[tuple[str, str], str]) -> None:
-    """The table, how fast ours is beside each, the versions, and who is missing."""
+    """Print the table with the ratio of our rate to each peer's, the versions, and why peers are missing."""
     print(f"{date.today()}, {processor()}, one core, Python {platform.python_version()}\n")
     print("| work | who | CPU-seconds | tokens per CPU-second | ours / theirs |")
     print("| --- | --- | --- | --- | --- |")
@@ -125,7 +127,7 @@ def show(keys: list[tuple[str, str]], best: dict[tuple[str, str], dict], reasons
 
 
 def processor() -> str:
-    """The machine's processor, with the instructions that matter to a product of matrices."""
+    """The processor's name and those of its vector instructions that speed up matrix products."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     known = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known.get("flags", "").split()]

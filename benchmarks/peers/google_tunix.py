@@ -1,4 +1,4 @@
-"""google-tunix on the same model, with its own sampler: `python google_tunix.py update`, `generate` or `grpo`."""
+"""Measure google-tunix, with its own sampler: `python google_tunix.py update`, `generate` or `grpo`."""
 
 import importlib.metadata
 import sys
@@ -17,12 +17,12 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
-NEVER = MODEL["vocab_size"]  # an id that is not drawn, so that no row stops
+NEVER = MODEL["vocab_size"]  # an end id that is never sampled, so that no row stops
 VERSIONS = {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax", "qwix")}
 
 
 class Words:
-    """A tokenizer whose texts are ids."""
+    """A tokenizer whose texts are ids, separated by spaces."""
 
     def encode(self, text: str, **_: object) -> list[int]:
         return [int(word) for word in text.split()]
@@ -89,7 +89,7 @@ def generate() -> None:
 
 def grpo() -> None:
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
-    steps = REPEATS + 3  # programs are compiled in the first ones
+    steps = REPEATS + 3  # the first ones compile
     cluster = RLCluster(
         actor=make_model(),
         tokenizer=Words(),
@@ -108,17 +108,17 @@ def grpo() -> None:
             ),
         ),
     )
-    drawn_at: list[float] = []
+    rewarded_at: list[float] = []
 
     def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
-        drawn_at.append(time.process_time())
+        rewarded_at.append(time.process_time())
         return [(-1.0) ** row for row in range(len(completions))]
 
     rng = np.random.default_rng(0)
     learner = GRPOLearner(cluster, GRPOConfig(num_generations=GROUP, beta=0.0), reward)
     learner.train([{"prompts": np.array(texts(rng, ROWS // GROUP))} for _ in range(steps)])
-    # From one batch of samples to the next: an update and a rollout.
-    show("grpo", np.diff(drawn_at)[2:].tolist(), **VERSIONS)
+    # The time from one call of `reward` to the next is that of an update and a rollout.
+    show("grpo", np.diff(rewarded_at)[2:].tolist(), **VERSIONS)
 
 
 if __name__ == "__main__":

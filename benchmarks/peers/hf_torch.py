@@ -1,6 +1,6 @@
-"""transformers' Qwen2 in PyTorch on one thread: `python hf_torch.py WORK`.
+"""Measure transformers' Qwen2 in PyTorch on one thread: `python hf_torch.py WORK`.
 
-`update` is a train step with fused attention (sdpa) and fused AdamW. `generate` draws with transformers' own loop and
+`update` is a train step with fused attention (sdpa) and fused AdamW. `generate` samples with transformers' own loop and
 its growing cache, `generate_static` with its static one.
 """
 
@@ -14,7 +14,7 @@ VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__
 
 
 def make_model() -> transformers.Qwen2ForCausalLM:
-    torch.set_num_threads(1)  # two spin against each other on one core
+    torch.set_num_threads(1)  # on one core, two threads would spin while they wait for each other
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=MODEL["vocab_size"],
@@ -26,7 +26,7 @@ def make_model() -> transformers.Qwen2ForCausalLM:
         tie_word_embeddings=False,
         attn_implementation="sdpa",
         bos_token_id=None,
-        eos_token_id=None,  # whoever lets it stop names another one
+        eos_token_id=None,  # rows do not stop early
         pad_token_id=0,
     )
     return transformers.Qwen2ForCausalLM(config)

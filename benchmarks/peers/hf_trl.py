@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer on the same model: `python hf_trl.py WORK`.
+"""Measure TRL's GRPOTrainer: `python hf_trl.py WORK`.
 
-`grpo` is a whole step. `tool_step` is one whose rows take turns with a tool, and `rollout` the drawing alone in such
-steps: the context of every row goes through the call that TRL's own loop of tools makes, once for each turn, in whole.
-Calls are not parsed and tools answer at once, which TRL's loop would have to do as well.
+`grpo` is a whole step. `tool_step` is a whole step whose rows take turns with a tool; `rollout` is only the sampling in
+such steps. Each turn passes the whole context of every row to the method that TRL's own tool loop calls. Tool calls are
+not parsed and tools answer at once, so TRL's own loop could only take longer.
 """
 
 import sys
@@ -33,8 +33,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 PAD, EOS = 0, 1
 
 
-class Watch(transformers.TrainerCallback):
-    """CPU seconds of each step."""
+class StepTimes(transformers.TrainerCallback):
+    """CPU-seconds of each step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -47,7 +47,7 @@ class Watch(transformers.TrainerCallback):
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Every id is a word of its own."""
+    """A tokenizer in which every id is one word."""
     words = {"<pad>": PAD, "<eos>": EOS} | {f"t{i}": i for i in range(EOS + 1, MODEL["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -58,8 +58,8 @@ def random_ids(count: int) -> list[int]:
     return torch.randint(EOS + 1, MODEL["vocab_size"], (count,)).tolist()
 
 
-def by_turns(seconds: list[float]) -> trl.trainer.grpo_trainer.RolloutFunc:
-    """Turns with a tool's answers between, as TRL's own loop draws them; notes what each rollout takes."""
+def tool_rollout(seconds: list[float]) -> trl.trainer.grpo_trainer.RolloutFunc:
+    """A rollout of turns with tool answers in between, sampled as TRL's own loop does; appends its CPU-seconds."""
 
     def rollout(prompts: list[str], trainer: trl.GRPOTrainer) -> dict[str, list]:
         began = time.process_time()
@@ -80,7 +80,7 @@ def by_turns(seconds: list[float]) -> trl.trainer.grpo_trainer.RolloutFunc:
 
 def main(work: str) -> None:
     model, tools = make_model(), work != "grpo"
-    watch, rollouts, steps = Watch(), [], REPEATS + 1  # the first one is not like the others
+    step_times, rollout_seconds, steps = StepTimes(), [], REPEATS + 1  # the first step warms up and does not count
     turn = TURN if tools else DRAWN
     prompts = [random_ids(TOOL_PROMPT if tools else PROMPT) for _ in range(steps * ROWS // GROUP)]
     rows = Dataset.from_list([{"prompt": " ".join(f"t{i}" for i in ids)} for ids in prompts])
@@ -111,11 +111,12 @@ def main(work: str) -> None:
             settings,
             train_dataset=rows,
             processing_class=word_tokenizer(),
-            callbacks=[watch],
-            rollout_func=by_turns(rollouts) if tools else None,
+            callbacks=[step_times],
+            rollout_func=tool_rollout(rollout_seconds) if tools else None,
         )
         trainer.train()
-    show(work, (rollouts if work == "rollout" else watch.steps)[1:], trl=trl.__version__, **VERSIONS)
+    seconds = rollout_seconds if work == "rollout" else step_times.steps
+    show(work, seconds[1:], trl=trl.__version__, **VERSIONS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The works of `ours.py`: each is prepared and measured by one call of `run`.
+"""The works of `ours.py`: one call of `run` prepares and measures one work.
 
-`update` is a policy update whose loss covers every token but the first of each row. It does more than the others:
-entropies and the spread of log-probabilities are logged. `grpo` and `tool_step` draw, learn and take the new weights.
+`update` is a policy update whose loss covers every token but the first of each row. It does more than its peers: it
+also computes entropies and the spread of log-probabilities. `grpo` and `tool_step` sample, learn, and give the new
+weights to the engine.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ PROBLEM = Problem("random", (), "")
 
 
 class Talk:
-    """A conversation of turns of one length, whose tool answers at once."""
+    """A conversation whose turns have one fixed length and whose tool answers at once."""
 
     temperature, cancelled = 1.0, False
 
@@ -106,8 +107,8 @@ def update() -> None:
     report("update", step, jax=jax.__version__)
 
 
-def drawing(work: str) -> None:
-    """Rows that draw; `generate` and `rollout` are no more, `grpo` and `tool_step` learn from what they drew."""
+def sampling(work: str) -> None:
+    """Measure a work that samples; `grpo` and `tool_step` also learn from the samples."""
     tools, learns = work in ("rollout", "tool_step"), work in ("grpo", "tool_step")
     prompt, turns, turn = (TOOL_PROMPT, TURNS, TURN) if tools else (PROMPT, 1, DRAWN)
     length = TOOL_LENGTH if tools else PROMPT + DRAWN
@@ -138,4 +139,4 @@ def drawing(work: str) -> None:
 
 
 def run(work: str) -> None:
-    update() if work == "update" else drawing(work)
+    update() if work == "update" else sampling(work)

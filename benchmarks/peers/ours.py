@@ -1,6 +1,6 @@
-"""The same work by retool_jax, with the default settings of its classes: `python ours.py WORK`.
+"""Measure retool_jax with the default settings of its classes: `python ours.py WORK`.
 
-Memory is kept from step to step as by `retool_jax.train`, which has to be said before jax begins its threads.
+As in `retool_jax.train`, freed memory is kept from step to step. This has to be set before jax starts its threads.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What every script here measures: the tiny Qwen2 of all of them, how much work there is, and how it is timed."""
+"""What all scripts here share: the tiny Qwen2, the amounts of work, and the timing."""
 
 import json
 import time
@@ -13,16 +13,16 @@ MODEL = {
     "num_kv_heads": 2,
     "head_dim": 64,
 }  # 4.2 M parameters with an untied head, fp32
-ROWS = 32  # of every batch
-LENGTH = 256  # tokens of a row of `update`, all of them in the loss
-PROMPT, DRAWN = 64, 192  # tokens of `generate` and `grpo`, a row; as many as `LENGTH` together
-GROUP = 8  # rows of `grpo` and `tool_step` that have one prompt
-TOOL_PROMPT, TURNS, TURN, ANSWER = 261, 4, 36, 29  # `rollout` and `tool_step`: turns of a row, with answers between
+ROWS = 32  # in every batch
+LENGTH = 256  # tokens in a row of `update`, all in the loss
+PROMPT, DRAWN = 64, 192  # tokens in a row of `generate` and `grpo`: given and sampled, together `LENGTH`
+GROUP = 8  # rows with the same prompt, in all works but `update` and `generate`
+TOOL_PROMPT, TURNS, TURN, ANSWER = 261, 4, 36, 29  # `rollout` and `tool_step`: tool answers stand between the turns
 REPEATS = 3
 
-TOOL_DRAWN = TURNS * TURN  # tokens that a row of `rollout` draws
+TOOL_DRAWN = TURNS * TURN  # tokens that a row of `rollout` samples
 TOOL_LENGTH = TOOL_PROMPT + TOOL_DRAWN + (TURNS - 1) * ANSWER
-TOKENS = {  # that each work is told in: those that are learned from, or those that are drawn
+TOKENS = {  # counted for the rates: of `update` those that are learned from, of the others those that are sampled
     "update": ROWS * LENGTH,
     "generate": ROWS * DRAWN,
     "grpo": ROWS * DRAWN,
@@ -32,7 +32,7 @@ TOKENS = {  # that each work is told in: those that are learned from, or those t
 
 
 def report(work: str, step: Callable[[], object], **versions: str) -> None:
-    """Print what the fastest step takes, behind one that compiles."""
+    """Measure a step REPEATS times after one that compiles, and print the fastest."""
     step()
     seconds = []
     for _ in range(REPEATS):
@@ -43,7 +43,7 @@ def report(work: str, step: Callable[[], object], **versions: str) -> None:
 
 
 def show(work: str, seconds: list[float], **versions: str) -> None:
-    """Print CPU seconds of the fastest step and tokens per CPU-second, as JSON."""
+    """Print the fastest step's CPU-seconds and tokens per CPU-second, as JSON."""
     best = min(seconds)
     numbers = {"cpu_s": round(best, 2), "tokens_per_cpu_s": round(TOKENS[work] / best)}
     print("\n" + json.dumps(numbers | {"versions": versions}))
