@@ -1,11 +1,12 @@
-"""The engine against its peers, each on the same one core: tokens per CPU-second of the same generation.
+"""Compare the engine with its peers on one core: tokens per CPU-second of the same generation.
 
     python benchmarks/engine.py [tunix=VENV/bin/python] [rows=32] [prompt=64] [new=192] [repeats=3] [core=0]
 
-A Qwen2 of 4 layers, d 256, 4/2 heads of 64, ffn 768, a vocabulary of 2,048 and random weights in fp32, greedy, 32 rows
-of 64 + 192 tokens. Sides take turns in processes of their own, pinned to one core: `ours`, `ours_sampled` (temperature
-1, with log-probs as training needs them), `transformers` (`generate`) and google-tunix's sampler, which needs a Python
-that has it (its dependencies are not ours). Prints JSON with the best of the repeats and the ratios of `ours`.
+A Qwen2 of 4 layers, d 256, 4/2 heads of 64, ffn 768, a vocabulary of 2,048 and random weights in fp32 decodes greedily
+32 rows of 64 + 192 tokens. Each side runs in its own process, pinned to one core: `ours`, `ours_sampled` (temperature
+1, with the log-probs that training needs), `transformers` (`generate`) and `tunix` (google-tunix's sampler). Because
+google-tunix's dependencies differ from ours, `tunix` names a Python that has it installed. Prints JSON with the best of
+the repeats and the ratios of `ours` to the peers.
 """
 
 import json
@@ -28,7 +29,7 @@ def prompts(options: dict) -> list[list[int]]:
 
 
 def ours(options: dict, temperature: float) -> Callable[[], int]:
-    """The engine; a dispatch is read while the next one runs."""
+    """retool_jax's engine; one dispatch is read while the next one runs."""
     import jax
 
     from retool_jax.engine.engine import Engine, EngineConfig, Turn
@@ -121,7 +122,7 @@ def tunix(options: dict) -> Callable[[], int]:
     )
 
     class Numbers:
-        """A tokenizer whose text is the ids; generation never meets its end id."""
+        """A tokenizer whose texts are ids, separated by spaces; its end id is never generated."""
 
         encode = staticmethod(lambda text, **_: [int(word) for word in text.split()])
         decode = staticmethod(lambda ids, **_: " ".join(map(str, ids)))

@@ -1,13 +1,13 @@
-"""One sitting on a GPU: kernels against the plain form, a 1.5B Qwen2.5 beside PyTorch's, a short run with the sandbox.
+"""Measure on a GPU: kernels against plain code, a 1.5B Qwen2.5 against PyTorch's, and a short run with the sandbox.
 
     python benchmarks/gpu.py [minutes=8] [parts=kernels,decode,...] [json=gpu.json] [rows=64] [context=2048] ...
 
-Parts run one after another, each in a process of its own, which gives the card's memory back; one that fails or finds
-no time left is written down as such and the next one begins. Weights are random, in bf16 but for the trainer's fp32
-master copy. `decode` draws `new` tokens for `rows` rows of `context` tokens; `update` is a step on `batch` rows of
-`length` tokens, one sequence each, `micro` at a time, all layers computed again. Those whose names begin with torch do
-so with transformers, its static cache and its checkpointing. Prints JSON with the card's name and writes it to `json`.
-Without a GPU it runs on the CPU, for which the sizes have to be made small: layers=1 width=128 vocab=512 and so on.
+Parts run one after another. Each has its own process, so that the card's memory is free again after it. If a part fails
+or has no time left, that is recorded and the next part begins. Weights are random, in bf16; the trainer also has an
+fp32 master copy. `decode` samples `new` tokens for `rows` rows of `context` tokens. `update` is a step on `batch` rows
+of `length` tokens, one sequence each, in micro-batches of `micro` rows, with full rematerialisation. Parts whose names
+begin with torch do the same with transformers, its static cache and its checkpointing. Prints JSON with the card's name
+and writes it to `json`. Without a GPU it runs on the CPU, which needs small sizes: layers=1 width=128 vocab=512 ...
 """
 
 import json
@@ -57,8 +57,8 @@ def model_of(sizes: dict[str, int], **how):
     return ModelConfig(*shape, sizes["width"] // sizes["heads"], **half | how)
 
 
-def card() -> tuple[float, float]:
-    """Peak in bf16 FLOP/s and the memory's bytes a second of the card in use; 0 where they are not known."""
+def peak_rates() -> tuple[float, float]:
+    """The device's peak bf16 FLOP/s and memory bytes/s; 0 if they are not known."""
     import jax
 
     from retool_jax.slices import CHIPS
@@ -68,15 +68,15 @@ def card() -> tuple[float, float]:
     return chip.flops, chip.memory_rate
 
 
-def memory_of() -> float:
-    """The most gigabytes that this process held on the device; 0 where that is not counted."""
+def peak_memory() -> float:
+    """The peak device memory of this process in GB; 0 if the device does not count it."""
     import jax
 
     return round((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 2)
 
 
 def kernels(sizes: dict[str, int]) -> dict:
-    """The largest relative errors (norm of the difference over norm) of kernels in bf16 against the plain form."""
+    """The largest relative errors (norm of the difference / norm) of bf16 kernels against plain code."""
     from functools import partial
 
     import jax
@@ -118,7 +118,7 @@ def kernels(sizes: dict[str, int]) -> dict:
 
 
 def decode(sizes: dict[str, int], kernel: str) -> dict:
-    """Tokens a second of the engine, with every row live, and the share of what its memory's rate allows."""
+    """The engine's tokens/s with every row live, and the share of the memory's peak rate that this uses."""
     import jax
     import numpy as np
 
@@ -154,20 +154,22 @@ def decode(sizes: dict[str, int], kernel: str) -> dict:
             tokens += int(engine.read(under_way.pop(0)).counts.sum())
         tokens += int(engine.read(under_way.pop()).counts.sum())
         rates.append(tokens / (time.perf_counter() - began))
-    rate, held = float(np.median(rates[1:])), 4.0 * model.num_layers * model.num_kv_heads * model.head_dim
-    moved = 2.0 * matrix_weights(model) + rows * (context + new / 2) * held  # bytes of a step
-    share = moved * rate / rows / card()[1] if card()[1] else None
+    rate = float(np.median(rates[1:]))
+    token_bytes = 4.0 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values of a token, in bf16
+    step_bytes = 2.0 * matrix_weights(model) + rows * (context + new / 2) * token_bytes
+    memory_rate = peak_rates()[1]
+    share = step_bytes * rate / rows / memory_rate if memory_rate else None
     return {
         "tokens_per_s": round(rate),
         "step_ms": round(1e3 * rows / rate, 3),
         "share_of_memory_rate": share and round(share, 3),
-        "prompts_first_s": round(written, 2),  # with the compilation of its programs
-        "peak_GB": memory_of(),
+        "prompts_first_s": round(written, 2),  # with compilation
+        "peak_GB": peak_memory(),
     }
 
 
 def update(sizes: dict[str, int], kernel: str) -> dict:
-    """Tokens a second of a policy update, and the model's operations (nothing twice) as a share of the card's peak."""
+    """Tokens/s of a policy update, and its share of the peak FLOP/s, without counting rematerialisation."""
     from functools import partial
 
     import jax
@@ -198,12 +200,13 @@ def update(sizes: dict[str, int], kernel: str) -> dict:
         state, _ = jax.block_until_ready(step(state, packed))
         times.append(time.perf_counter() - began)
     rate = batch * length / float(np.median(times[1:]))
-    share = 3 * forward_flops(model, 1, length / 2) * rate / card()[0] if card()[0] else None
+    flops = peak_rates()[0]
+    share = 3 * forward_flops(model, 1, length / 2) * rate / flops if flops else None
     return {
         "tokens_per_s": round(rate),
         "share_of_peak": share and round(share, 3),
         "first_s": round(times[0], 1),
-        "peak_GB": memory_of(),
+        "peak_GB": peak_memory(),
     }
 
 
@@ -232,7 +235,7 @@ def torch_model(sizes: dict[str, int], dtype: str):
 
 
 def torch_timed(work, device, repeats: int) -> tuple[float, float]:
-    """Median seconds of a work after a first call, and the most gigabytes held."""
+    """Median seconds of `work` after one call that warms up, and the peak memory in GB."""
     import torch
 
     times, on_gpu = [], device.type == "cuda"
@@ -246,7 +249,7 @@ def torch_timed(work, device, repeats: int) -> tuple[float, float]:
 
 
 def torch_decode(sizes: dict[str, int]) -> dict:
-    """transformers' generate with its static cache, without the time of its prompt: that of one token is taken off."""
+    """transformers' generate with its static cache, less the time of a call for one token, which is mostly prompt."""
     import torch
     import transformers
 
@@ -269,7 +272,7 @@ def torch_decode(sizes: dict[str, int]) -> dict:
 
 
 def torch_update(sizes: dict[str, int]) -> dict:
-    """A train step with fp32 weights under bf16 autocast, checkpointed layers, fused attention and fused AdamW."""
+    """A train step with fp32 weights, bf16 autocast, checkpointed layers, fused attention and fused AdamW."""
     import torch
 
     model, device = torch_model(sizes, "float32")
@@ -293,7 +296,7 @@ def torch_update(sizes: dict[str, int]) -> dict:
 
 
 def mismatch(sizes: dict[str, int]) -> dict:
-    """`benchmarks/mismatch.py`: engine against trainer, by type of number."""
+    """Run `benchmarks/mismatch.py`, which compares log-probabilities of engine and trainer."""
     words = [f"rows={min(sizes['rows'], 32)}", f"length={min(sizes['new'], 192)}", f"layers={min(sizes['layers'], 8)}"]
     words.append(f"width={min(sizes['width'], 1024)}")
     done = subprocess.run([sys.executable, HERE.parent / "mismatch.py", *words], capture_output=True, text=True)
@@ -303,7 +306,7 @@ def mismatch(sizes: dict[str, int]) -> dict:
 
 
 def train(sizes: dict[str, int]) -> dict:
-    """A short run of the miniature with the sandbox that there is: a cold start, two steps, what it printed."""
+    """The output of a short run of the miniature: a cold start and two steps, with any sandbox that works here."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["config=grpo", f"run={folder}/run", "sft.steps=400", "rl.steps=2", "evaluation.problems=32"]
         done = subprocess.run([sys.executable, "-m", "retool_jax.train", *words], capture_output=True, text=True)
@@ -333,8 +336,8 @@ def versions() -> dict[str, str]:
 
 def card_name() -> str:
     try:
-        asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "no GPU"
 
@@ -343,10 +346,11 @@ def main(words: list[str]) -> None:
     options = own_words.read(words, {"minutes": 8.0, "parts": ",".join(PARTS), "json": "gpu.json"} | SIZES)
     sizes = {name: options[name] for name in SIZES}
     if unknown := set(options["parts"].split(",")) - set(PARTS):
-        sys.exit(f"parts={','.join(sorted(unknown))} not known; there are: {', '.join(PARTS)}")
+        sys.exit(f"error: there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     end = time.monotonic() + 60 * options["minutes"]
     found = {"benchmark": "gpu", "card": card_name(), "versions": versions(), "sizes": sizes, "parts": {}}
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(path())}
+    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # this checkout first
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(paths)}
     for name in options["parts"].split(","):
         left, began = end - time.monotonic(), time.monotonic()
         command = [sys.executable, HERE, f"part={name}", json.dumps(sizes)]
@@ -356,14 +360,10 @@ def main(words: list[str]) -> None:
         except subprocess.TimeoutExpired:
             part = {"failed": f"no time left: it had {left:.0f} s"}
         found["parts"][name] = part | {"seconds": round(time.monotonic() - began, 1)}
-        Path(options["json"]).write_text(json.dumps(found, indent=2) + "\n")  # so that a part that hangs loses no other
+        # Written after each part, so that an interrupted call keeps the parts that are done.
+        Path(options["json"]).write_text(json.dumps(found, indent=2) + "\n")
         print(f"{name}: {found['parts'][name]}", file=sys.stderr, flush=True)
     print(json.dumps(found, indent=2))
-
-
-def path() -> list[str]:
-    """Where a part finds this checkout, before what the caller named."""
-    return [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH", "")])]
 
 
 if __name__ == "__main__":

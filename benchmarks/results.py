@@ -1,13 +1,13 @@
-"""What each way of training teaches the miniature, on several seeds: the tables and the picture of docs/results.md.
+"""Train the miniature in each way on several seeds; make the tables and the picture of docs/results.md.
 
     python benchmarks/results.py [seeds=0,1,2] [kinds=grpo,text,...] [runs=runs/results] [docs=docs/results.md]
         [key=value ...]
 
-Each run is a command of its own, one after another, in a folder below `runs`; other words go to all that train. What is
-complete is read and not run again, so the tables can be asked for at any time. Runs of one seed share a cold start,
-whose time is told apart. `opd` needs its teacher, the run of `grpo` with the same seed. The runs of `text` are
-also evaluated with the tool in their hands. With `docs` the tables replace those between the marks of that page, and
-the picture is drawn beside it.
+Each run is a separate command in a folder below `runs`; other key=value words go to all trainings. A run that is
+complete is read and not repeated, so a second call prints the tables at once. Runs with the same seed share a cold
+start, whose time has its own column. `opd` needs the run of `grpo` with the same seed, as its teacher. The runs of
+`text` are also evaluated with the tool. With `docs`, the tables replace those between the marks of that page, and the
+picture is saved beside it.
 """
 
 import json
@@ -43,50 +43,44 @@ COLUMNS = ("run", "seed", "T=1 before", "T=1 after", "gain", "greedy before", "g
 
 
 def call(command: list[str], what: str) -> None:
-    """Run a command of ours; its output goes to this one's errors, so that tables can be piped."""
+    """Run a Python module; its output goes to stderr, so that stdout has only the tables."""
     done = subprocess.run([sys.executable, "-m", *command], stdout=sys.stderr)
     if done.returncode:
         sys.exit(f"{what} ended with code {done.returncode}")
 
 
 def train(kind: str, seed: str, runs: Path, words: list[str]) -> dict:
-    """The summary of a run, which is trained unless it is complete."""
+    """Train a run unless it is complete; return its summary."""
     folder = runs / f"{kind}-{seed}"
     if not (folder / "summary.json").is_file():
         teacher = [f"rl.teacher.init_from={runs / f'grpo-{seed}'}"] if kind == "opd" else []
-        own = [*KINDS[kind][1], f"seed={seed}", f"run={folder}", *teacher, *words]
-        call(["retool_jax.train", *own], f"{kind} with seed {seed}")
+        settings = [*KINDS[kind][1], f"seed={seed}", f"run={folder}", *teacher, *words]
+        call(["retool_jax.train", *settings], f"{kind} with seed {seed}")
     return json.loads((folder / "summary.json").read_text())
 
 
 def evaluate_with_tool(seed: str, runs: Path, words: list[str]) -> dict:
-    """The result of the run without the tool when it is given it, as an evaluation that is made unless it is there."""
+    """Evaluate the run without the tool (`text`) with the tool, unless that is done; return the result."""
     folder = runs / f"tool-at-test-{seed}"
     if not (folder / "result.json").is_file():
-        own = ["config=eval", f"init_from={runs / f'text-{seed}'}", "tools=python", f"run={folder}", f"seed={seed}"]
-        call(["retool_jax.evaluate", *own, "evaluation.problems=256", "evaluation.samples=1", *words], AT_TEST)
+        settings = ["config=eval", f"init_from={runs / f'text-{seed}'}", "tools=python", f"run={folder}"]
+        settings += [f"seed={seed}", "evaluation.problems=256", "evaluation.samples=1", *words]
+        call(["retool_jax.evaluate", *settings], AT_TEST)
     return json.loads((folder / "result.json").read_text())
 
 
-def percent(value: float, error: float | None = None) -> str:
-    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"
-
-
 def row_of(name: str, seed: str, summary: dict) -> tuple[str, ...]:
+    """One row of the table of runs, with the columns COLUMNS."""
     before, after, seconds = summary["before"], summary["after"], summary["seconds"]
     cold = seconds.get("cold start", 0.0)
     return (
         name,
         seed,
-        *(percent(look["accuracy"], look["accuracy_stderr"]) for look in (before, after)),
+        *(f"{100 * look['accuracy']:.1f} ± {100 * look['accuracy_stderr']:.1f} %" for look in (before, after)),
         f"{100 * (after['accuracy'] - before['accuracy']):+.1f}",
-        *(percent(look["greedy_accuracy"]) for look in (before, after)),
-        minutes(cold) if cold >= 1 else "shared",
-        minutes(seconds["total"] - cold),
+        *(f"{100 * look['greedy_accuracy']:.1f} %" for look in (before, after)),
+        f"{cold / 60:.1f} min" if cold >= 1 else "shared",
+        f"{(seconds['total'] - cold) / 60:.1f} min",
     )
 
 
@@ -96,28 +90,20 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def means(found: dict[str, list[dict]], at_test: list[dict]) -> str:
-    """The table that the claim rests on: means over seeds, sampled and greedy.
+    """The main table: means over seeds of each way to train, sampled and greedy.
 
-    `at_test` are results of evaluations of the run without the tool, with it.
+    `at_test` are the results of evaluations with the tool of the runs that were trained without it.
     """
+
+    def row(name: str, looks: list[dict]) -> tuple[str, ...]:
+        sampled, greedy = (spread([look[key] for look in looks]) for key in ("accuracy", "greedy_accuracy"))
+        return name, str(len(looks)), sampled, greedy, f"{np.mean([look['tool_rate'] for look in looks]):.2f}"
+
     rows = []
     for kind, summaries in found.items():
-        name, after = KINDS[kind][0], [summary["after"] for summary in summaries]
-        sampled, greedy = ([look[key] for look in after] for key in ("accuracy", "greedy_accuracy"))
-        rows.append(
-            (
-                name,
-                str(len(after)),
-                spread(sampled),
-                spread(greedy),
-                f"{np.mean([look['tool_rate'] for look in after]):.2f}",
-            )
-        )
+        rows.append(row(KINDS[kind][0], [summary["after"] for summary in summaries]))
         if kind == "grpo":
-            before = [summary["before"] for summary in summaries]
-            sampled, greedy = ([look[key] for look in before] for key in ("accuracy", "greedy_accuracy"))
-            rate = np.mean([look["tool_rate"] for look in before])
-            rows.append(("that cold start alone", str(len(before)), spread(sampled), spread(greedy), f"{rate:.2f}"))
+            rows.append(row("that cold start alone", [summary["before"] for summary in summaries]))
     if at_test:
         sampled = [result["numbers"]["accuracy"]["value"] for result in at_test]
         rate = np.mean([result["trajectories"]["tool_rate"] for result in at_test])
@@ -131,7 +117,7 @@ def spread(values: list[float]) -> str:
 
 
 def gaps(found: dict[str, list[dict]], seeds: list[str]) -> str:
-    """By seed, how far RL with the tool is ahead of the two that the paper compares it with."""
+    """For each seed, how far RL with the tool is ahead of the paper's two baselines."""
     rows = []
     for seed, ours, text in zip(seeds, found["grpo"], found["text"], strict=True):
         after = ours["after"]["accuracy"]
@@ -141,23 +127,23 @@ def gaps(found: dict[str, list[dict]], seeds: list[str]) -> str:
 
 
 def machine(run: Path) -> str:
-    """Where the runs were made, in a line."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", told)
+    """This machine's processor and the main packages of a run, in one line."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    processor = re.search(r"model name\s*: (.*)", cpuinfo)
     versions = dict(line.split("==") for line in (run / "versions.txt").read_text().splitlines() if "==" in line)
-    with_ = ", ".join(f"{package} {versions[package]}" for package in ("jax", "flax", "optax") if package in versions)
-    return f"{os.cpu_count()} cores ({name[1] if name else 'unknown'}), {with_}."
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax") if name in versions)
+    return f"{os.cpu_count()} cores ({processor[1] if processor else 'unknown'}), {packages}."
 
 
 def insert(page: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end -->` in a page."""
+    """Replace the text between `<!-- NAME -->` and `<!-- end -->` in a page by each named table."""
     text = page.read_text()
     for name, table in tables.items():
         text, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
         )
         if not count:
-            sys.exit(f"{page} has no <!-- {name} --> with an <!-- end -->; add them where the table is to stand")
+            sys.exit(f"{page} has no <!-- {name} --> followed by <!-- end -->; add both where the table belongs")
     with replacing(page) as file:
         file.write(text)
 
@@ -175,7 +161,7 @@ def main(words: list[str]) -> None:
             found[kind].append(summary)
             rows.append((kind, row_of(KINDS[kind][0], seed, summary)))
     tables = {"runs": markdown(COLUMNS, [row for _, row in sorted(rows, key=lambda row: kinds.index(row[0]))])}
-    shared = [word for word in others if word.startswith("sandbox.")]  # an evaluation learns nothing
+    shared = [word for word in others if word.startswith("sandbox.")]  # the others are settings of training
     at_test = [evaluate_with_tool(seed, runs, shared) for seed in seeds] if "text" in kinds else []
     tables["means"] = means(found, at_test)
     if {"grpo", "text"} <= found.keys():

@@ -1,14 +1,15 @@
-"""Cost as work grows: rollouts of more trajectories, updates of longer rows, more workers of the sandbox.
+"""Measure how cost grows with the work: more trajectories in a rollout, longer rows in an update, more sandbox workers.
 
     python benchmarks/scaling.py [parts=rollout,update,sandbox] [scale=1.0] [layers=4] [read_late=1] [png=FILE]
 
-- `rollout`: 64, 256 and 1,024 trajectories of three turns over 192 slots, tokens drawn per CPU-second; `read_late` is
-  the engine's.
-- `update`: 16,384 tokens in rows of 1k, 4k and 16k, each one sequence, tokens per CPU-second.
-- `sandbox`: calls per second of 1, 2 and 4 workers in the first back-end that works here, by as many clients.
+- `rollout`: sampled tokens per CPU-second of 64, 256 and 1,024 trajectories of three turns in 192 slots; `read_late` is
+  the engine's setting.
+- `update`: tokens per CPU-second of 16,384 tokens in rows of 1k, 4k and 16k, one sequence each.
+- `sandbox`: calls per second of 1, 2 and 4 workers with as many clients, in the first back-end that works here.
 
-The model is that of `engine_turns.py`. `scale` shrinks the numbers for a quick look. Prints a table; with `png` and
-matplotlib it draws the curves. Rates of tokens are of CPU time and so of one core; those of calls want idle cores.
+The model is that of `engine_turns.py`. `scale` shrinks the work for a quick test. Prints a table; `png` also draws the
+curves (with matplotlib). Token rates are per second of CPU time, so they are those of one core; rates of calls are per
+second of real time and need idle cores.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ TRAJECTORIES, SLOTS, TURN = (64, 256, 1024), 192, 32
 ROWS, TOKENS = (1024, 4096, 16384), 16384
 WORKERS, CALLS = (1, 2, 4), 200
 
-Point = tuple[int, float, str]  # how much work, its rate, and what else is to be known of it
+Point = tuple[int, float, str]  # amount of work, rate, and a remark
 
 
 def main(words: list[str]) -> None:
@@ -48,22 +49,18 @@ def main(words: list[str]) -> None:
     options = own_words.read(words, known)
     scale, model = options["scale"], replace(MODEL, num_layers=options["layers"])
     parts = {
-        "rollout": (
-            "trajectories",
-            "tokens per CPU-second",
-            partial(rollouts, model, scale, options["read_late"]),
-        ),
-        "update": ("tokens of a row", "tokens per CPU-second", partial(updates, model, scale)),
-        "sandbox": ("workers", "calls per second", partial(sandboxes, scale)),
+        "rollout": ("trajectories", "tokens per CPU-second", rollouts(model, scale, options["read_late"])),
+        "update": ("tokens of a row", "tokens per CPU-second", updates(model, scale)),
+        "sandbox": ("workers", "calls per second", sandboxes(scale)),
     }
     print("| part | work | rate | |\n| --- | --- | --- | --- |")
     curves = {}
     for name in options["parts"].split(","):
-        what, unit, measure = parts[name]
+        what, unit, measured = parts[name]
         curves[f"{name}: {unit}", what] = points = []
-        for work, rate, more in measure():
+        for work, rate, remark in measured:
             points.append((work, rate))
-            print(f"| {name} | {work} {what} | {rate:.0f} {unit} | {more} |", flush=True)
+            print(f"| {name} | {work} {what} | {rate:.0f} {unit} | {remark} |", flush=True)
     if options["png"]:
         draw(curves, options["png"])
 
@@ -116,13 +113,13 @@ def sandboxes(scale: float) -> Iterator[Point]:
 def draw(curves: dict[tuple[str, str], list[tuple[int, float]]], path: str) -> None:
     from matplotlib import pyplot
 
-    _, places = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
-    for place, ((title, what), points) in zip(places[0], curves.items(), strict=True):
-        place.plot(*zip(*points, strict=True), marker="o")
-        place.set(title=title, xlabel=what, xscale="log", xticks=[work for work, _ in points])
-        place.set_xticklabels([f"{work}" for work, _ in points])
-        place.minorticks_off()
-        place.set_ylim(bottom=0)
+    _, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
+    for axis, ((title, what), points) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), marker="o")
+        axis.set(title=title, xlabel=what, xscale="log", xticks=[work for work, _ in points])
+        axis.set_xticklabels([f"{work}" for work, _ in points])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
     pyplot.tight_layout()
     pyplot.savefig(path, dpi=120)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/update.py [trajectories=96] [repeats=5] [group=8] [prompt=128 answer=384] [rl.row_length=1152 ...]
 
-Prints JSON. Tokens are those of trajectories, padding not counted; `packing` is their share of the rows. Trajectories
-are the miniature's demonstrations, or have `prompt` tokens and about `answer` behind them. Words with a dot change
-config=grpo. With `group` above 1 so many trajectories have one prompt, and the update is measured by turns with a
-prompt for each of them (`apart`) and with one for all in a row (`shared`); `saved` is the share of CPU time.
+Prints JSON. Only tokens of trajectories count, not padding; `packing` is their share of the rows. Trajectories are the
+miniature's demonstrations, or `prompt` random tokens and about `answer` more. Other options, such as rl.row_length,
+change config=grpo. With `group` above 1, that many trajectories have the same prompt. Then two forms of the update are
+measured in turn: each trajectory with its own copy of the prompt (`apart`), and one copy for all that share a row
+(`shared`). `saved` is the share of CPU time that `shared` saves.
 """
 
 import json
@@ -30,23 +31,24 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 
 
 def trajectories(run: RLRun, options: dict[str, int]) -> list[Example]:
-    """What the update learns from, group by group."""
+    """The examples to learn from; `group` neighbours have the same prompt."""
     tokenizer, rng = load_tokenizer(run.tokenizer), np.random.default_rng(0)
     examples = []
     for index in range(options["trajectories"]):
         if options["answer"]:
             room = run.rl.row_length - options["prompt"]
-            length = min(round(options["answer"] * rng.lognormal(-0.18, 0.6)) + 1, room)  # of this mean, with a tail
+            length = min(round(options["answer"] * rng.lognormal(-0.18, 0.6)) + 1, room)  # mean `answer`, a long tail
             ids = rng.integers(0, run.model.vocab_size, options["prompt"] + length).tolist()
             sampled = [False] * options["prompt"] + [True] * length
         else:
             tokens = demonstration_ids(tokenizer, demonstration(index, tools=True))
             ids, sampled = list(tokens.ids), list(tokens.sampled)
-        own = sampled.index(True)
+        prompt_length = sampled.index(True)
         if index % options["group"] == 0:
-            prompt = ids[:own]
+            prompt = ids[:prompt_length]
+        sampled = [False] * len(prompt) + sampled[prompt_length:]
         columns = {"old_logprobs": -1.0, "advantages": (-1.0) ** index}
-        examples.append(Example(prompt + ids[own:], [False] * len(prompt) + sampled[own:], columns))
+        examples.append(Example(prompt + ids[prompt_length:], sampled, columns))
     return examples
 
 
@@ -82,13 +84,13 @@ def main(words: list[str]) -> None:
             "tokens_per_cpu_s": round(tokens / cpu),
         }
 
-    told = {name: numbers(name, batch) for name, batch in batches.items()}
+    results = {name: numbers(name, batch) for name, batch in batches.items()}
     if options["group"] > 1:
-        told["saved"] = round(1 - told["shared"]["cpu_s"] / told["apart"]["cpu_s"], 3)
+        results["saved"] = round(1 - results["shared"]["cpu_s"] / results["apart"]["cpu_s"], 3)
     else:
-        told = told["apart"]
+        results = results["apart"]
     device = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    print(json.dumps({"benchmark": "update", "trajectories": len(examples), "tokens": tokens} | told | device))
+    print(json.dumps({"benchmark": "update", "trajectories": len(examples), "tokens": tokens} | results | device))
 
 
 if __name__ == "__main__":
