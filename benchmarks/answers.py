@@ -24,8 +24,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import arguments
 import math_verify
-import words as own_words
 
 from retool_jax.answers import check, workers
 
@@ -45,7 +45,7 @@ Grader = Callable[[str, str], bool]
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     graders = {"ours": lambda text, truth: check(text, truth).correct, "math_verify": by_math_verify}
     if options["verl"]:
         graders |= verls(Path(options["verl"]))

@@ -10,9 +10,9 @@ import json
 import sys
 import time
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 
 from retool_jax.engine.engine import Engine, Turn
 from retool_jax.learn.optimizer import init_state
@@ -22,7 +22,7 @@ from retool_jax.tokens.tokenizer import load_tokenizer
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, {"slots": 192, "length": 64, "repeats": 5})
+    options = arguments.parse(words, {"slots": 192, "length": 64, "repeats": 5})
     slots, length = options["slots"], options["length"]
     run = load(["config=grpo", f"engine.slots={slots}"])
     mesh = make_mesh(run.mesh)

@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import arguments
 import numpy as np
-import words as own_words
 
 MODEL = {"layers": 4, "hidden": 256, "ffn": 768, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocabulary": 2048}
 OPTIONS = {"rows": 32, "prompt": 64, "new": 192, "repeats": 3, "core": 0}
@@ -164,7 +164,7 @@ def measure(side: str, options: dict) -> None:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, OPTIONS | {"tunix": "", "side": ""})
+    options = arguments.parse(words, OPTIONS | {"tunix": "", "side": ""})
     python, side = options.pop("tunix"), options.pop("side")
     if side:
         return measure(side, options)

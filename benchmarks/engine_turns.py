@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.conversation import Statistics
@@ -226,7 +226,7 @@ def tools(model: ModelConfig, scale: float) -> list[dict]:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, {"scale": 1.0, "repeats": 3, "layers": 4})
+    options = arguments.parse(words, {"scale": 1.0, "repeats": 3, "layers": 4})
     scale, repeats = options["scale"], options["repeats"]
     model = replace(MODEL, num_layers=options["layers"])
     numbers = {

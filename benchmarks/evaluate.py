@@ -18,9 +18,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 
 from retool_jax.answers import workers
 from retool_jax.evaluation.measure import draw
@@ -100,7 +100,7 @@ async def measure(words: list[str], repeats: int) -> dict:
 
 def main(words: list[str]) -> None:
     known = {"init_from": "runs/grpo", "problems": 256, "samples": 8, "repeats": 3}
-    options, others = own_words.take(words, known)
+    options, others = arguments.parse_known(words, known)
     own = [f"init_from={options['init_from']}"]
     own += [f"evaluation.{key}={options[key]}" for key in ("problems", "samples")]
     numbers = asyncio.run(measure([*own, *others], options["repeats"]))

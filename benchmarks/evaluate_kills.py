@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import words as own_words
+import arguments
 from kills import run_killed
 
 
@@ -42,7 +42,7 @@ def moment(folder: Path, draw: random.Random, total: int) -> Callable[[float], b
 
 def main(words: list[str]) -> None:
     known = {"init_from": "runs/grpo", "kills": 5, "seed": 0, "folder": "runs/kills"}
-    options, others = own_words.take(words, known)
+    options, others = arguments.parse_known(words, known)
     root, draw = Path(options["folder"]), random.Random(options["seed"])
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import words as own_words
+import arguments
 
 SIZES = {
     "layers": 28,
@@ -343,7 +343,7 @@ def card_name() -> str:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, {"minutes": 8.0, "parts": ",".join(PARTS), "json": "gpu.json"} | SIZES)
+    options = arguments.parse(words, {"minutes": 8.0, "parts": ",".join(PARTS), "json": "gpu.json"} | SIZES)
     sizes = {name: options[name] for name in SIZES}
     if unknown := set(options["parts"].split(",")) - set(PARTS):
         sys.exit(f"error: there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-import words as own_words
+import arguments
 
 MIB = 2**20
 
@@ -81,7 +81,7 @@ def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
 
 def main(words: list[str]) -> None:
     known = {"vocabulary": 152_064, "length": 4096, "hidden": 64, "chunk": 512, "only": -1}
-    options = own_words.read(words, known)
+    options = arguments.parse(words, known)
     if options["only"] >= 0:
         print(json.dumps(measure(options, options["only"])))
         return

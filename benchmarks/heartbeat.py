@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import words as own_words
+import arguments
 
 from retool_jax.sandbox import SandboxConfig, open_sandbox, tool_text
 
@@ -111,7 +111,7 @@ async def measure(options: dict) -> dict:
 
 def main(words: list[str]) -> None:
     known = {"backend": "bubblewrap", "trajectories": 50, "turns": 10, "slots": 2, "beat_ms": 1}
-    options = own_words.read(words, known)
+    options = arguments.parse(words, known)
     print(json.dumps(asyncio.run(measure(options))))
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import words as own_words
+import arguments
 
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.metrics import read_metrics
@@ -74,7 +74,7 @@ def losses(run: Path) -> list[float]:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, {"hosts": 4, "algorithm": "grpo", "steps": 4})
+    options = arguments.parse(words, {"hosts": 4, "algorithm": "grpo", "steps": 4})
     asked = [*WORDS, f"rl.algorithm={options['algorithm']}", f"rl.steps={options['steps']}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

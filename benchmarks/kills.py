@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import words as own_words
+import arguments
 
 SMALL = [
     *("sandbox.backend=[bubblewrap,process]", "model.num_layers=1", "model.hidden_size=64"),
@@ -95,7 +95,7 @@ def moment(folder: Path, draw: random.Random) -> Callable[[float], bool]:
 
 def main(words: list[str]) -> None:
     known = {"algorithm": "grpo", "kills": 10, "seed": 0, "folder": "runs/kills"}
-    options, others = own_words.take(words, known)
+    options, others = arguments.parse_known(words, known)
     algorithm, root, draw = options["algorithm"], Path(options["folder"]), random.Random(options["seed"])
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)

@@ -18,9 +18,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig, config_from_hf
@@ -35,7 +35,7 @@ def main(words: list[str]) -> None:
     if words[:1] == ["read"]:
         print(json.dumps(read(Path(words[1]), Path(words[2]))))
         return
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     model = ModelConfig(
         vocab_size=options["vocab"],
         hidden_size=options["hidden"],

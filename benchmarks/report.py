@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import words as own_words
+import arguments
 
 from retool_jax.report.page import write_report
 
@@ -27,7 +27,7 @@ EVERY = 5
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     folder = Path(options["out"] or tempfile.mkdtemp(prefix="retool-report-"))
     make_run(folder, options["trajectories"], options["tokens"], options["steps"])
     page, began = folder / "report.html", time.monotonic()

@@ -18,8 +18,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import arguments
 import numpy as np
-import words as own_words
 
 from retool_jax.files import replacing
 from retool_jax.report.curves import draw_accuracy
@@ -149,7 +149,7 @@ def insert(page: Path, tables: dict[str, str]) -> None:
 
 
 def main(words: list[str]) -> None:
-    options, others = own_words.take(words, OPTIONS)
+    options, others = arguments.parse_known(words, OPTIONS)
     runs = Path(options["runs"])
     seeds = options["seeds"].split(",")
     kinds = options["kinds"].split(",")

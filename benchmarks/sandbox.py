@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-import words as own_words
+import arguments
 
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.sandbox.host.request import Request
@@ -55,7 +55,7 @@ Call = Callable[[str], Awaitable[str]]
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     begun = os.getloadavg()[0]
     backends = {name: asyncio.run(measure(name, options)) for name in options["backends"].split(",")}
     about = {key: options[key] for key in ("calls", "clients", "slots")}

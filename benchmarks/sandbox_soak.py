@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import words as own_words
+import arguments
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
 from retool_jax.sandbox.launch.procfs import stat_fields
@@ -191,7 +191,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     numbers = asyncio.run(soak(options))
     print(json.dumps(numbers))
     sys.exit(int(not numbers["held"]))

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 from engine_turns import MODEL, Trajectory, make_engine, tokens
 from sandbox import PROGRAMS, drive, through_pool
 
@@ -46,7 +46,7 @@ Point = tuple[int, float, str]  # amount of work, rate, and a remark
 
 def main(words: list[str]) -> None:
     known = {"parts": "rollout,update,sandbox", "scale": 1.0, "layers": 4, "read_late": 1, "png": ""}
-    options = own_words.read(words, known)
+    options = arguments.parse(words, known)
     scale, model = options["scale"], replace(MODEL, num_layers=options["layers"])
     parts = {
         "rollout": ("trajectories", "tokens per CPU-second", rollouts(model, scale, options["read_late"])),

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import words as own_words
+import arguments
 from playwright.sync_api import Page, sync_playwright
 
 DEFAULTS = {"init_from": "runs/grpo", "browser": "/usr/bin/chromium", "out": "docs/serving.png", "shots": ""}
@@ -62,7 +62,7 @@ def ask(page: Page, question: str) -> dict[str, object]:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     said: list[str] = []
 
     def shoot(page: Page, name: str) -> None:

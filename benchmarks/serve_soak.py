@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import arguments
 import uvicorn
-import words as own_words
 from sandbox_soak import kill_one
 
 from retool_jax.data.arithmetic import exercise
@@ -272,7 +272,7 @@ async def soak(options: dict) -> dict:
 
 
 def main(words: list[str]) -> None:
-    options = own_words.read(words, DEFAULTS)
+    options = arguments.parse(words, DEFAULTS)
     if options["client"]:
         asyncio.run(clients(options))
         return

@@ -17,9 +17,9 @@ from pathlib import Path
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
+import arguments
 import jax
 import jax.numpy as jnp
-import words as own_words
 from jax.experimental import topologies
 
 from retool_jax.engine.compiled import Layouts, Programs
@@ -34,7 +34,7 @@ from retool_jax.slices import CHIPS
 
 def main(words: list[str]) -> None:
     known = {"topology": "v6e:2x4", "slots": 64, "max_length": 8192, "page_size": 128}
-    options = own_words.read(words, known)
+    options = arguments.parse(words, known)
     model = load(["config=sft_qwen2.5_32b"]).model
     config = EngineConfig(options["slots"], options["max_length"], decode_steps=64, page_size=options["page_size"])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"]).devices
@@ -54,9 +54,9 @@ def main(words: list[str]) -> None:
 
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), layouts.everywhere)
     B, P = config.slots, layouts.sizes.reads[-1]
-    arguments = state, None, weights, key, ints(), ints(B, CHANGES), ints(B, P), ints(B), ints()
+    inputs = state, None, weights, key, ints(), ints(B, CHANGES), ints(B, P), ints(B), ints()
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        lowered = Programs.of(model, config, layouts, stop_ids=(151643, 151645)).decode.lower(*arguments)
+        lowered = Programs.of(model, config, layouts, stop_ids=(151643, 151645)).decode.lower(*inputs)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         text = max(Path(folder).glob("*after_codegen.txt"), key=lambda path: path.stat().st_size).read_text()
     memory = compiled.memory_analysis()

@@ -14,9 +14,9 @@ import sys
 import time
 from functools import partial
 
+import arguments
 import jax
 import numpy as np
-import words as own_words
 
 from retool_jax.data.arithmetic import demonstration
 from retool_jax.learn.optimizer import init_state
@@ -54,7 +54,7 @@ def trajectories(run: RLRun, options: dict[str, int]) -> list[Example]:
 
 def main(words: list[str]) -> None:
     known = {"trajectories": 96, "repeats": 5, "group": 1, "prompt": 0, "answer": 0}
-    options, keys = own_words.take(words, known)
+    options, keys = arguments.parse_known(words, known)
     run = load(["config=grpo", *keys])
     mesh, examples = make_mesh(run.mesh), trajectories(run, options)
     rows = run.rl.row_length, run.rl.rows_per_micro

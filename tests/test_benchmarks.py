@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 TINY = {"layers": 1, "width": 64, "ffn": 64, "heads": 4, "kv_heads": 2, "vocab": 128}
 TINY |= {"rows": 2, "context": 24, "new": 8, "repeats": 1}
-# What computes with jax, in one process that imports it once.
+# Benchmarks that compute with jax, run in one process, which imports it once.
 WORDS = {
     "decode": ["slots=8", "length=16", "repeats=1"],
     "update": ["trajectories=8", "repeats=1"],
@@ -62,25 +62,25 @@ def test_the_engine_is_measured_against_its_own_ideal(computed):
     assert [line["tool_s"] for line in numbers["tools"]] == [0.0, 0.0005, 0.005, 0.025]
 
 
-def test_a_word_that_nobody_would_read_is_refused(monkeypatch):
+def test_an_unknown_or_malformed_option_is_refused(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    own_words = importlib.import_module("words")
+    arguments = importlib.import_module("arguments")
     defaults = {"slots": 2, "scale": 1.0, "folder": ""}
-    assert own_words.read(["slots=3", "folder=a=b"], defaults) == {"slots": 3, "scale": 1.0, "folder": "a=b"}
-    assert own_words.take(["seed=1", "scale=2"], defaults) == ({"slots": 2, "scale": 2.0, "folder": ""}, ["seed=1"])
+    assert arguments.parse(["slots=3", "folder=a=b"], defaults) == {"slots": 3, "scale": 1.0, "folder": "a=b"}
+    assert arguments.parse_known(["seed=1", "scale=2"], defaults) == (defaults | {"scale": 2.0}, ["seed=1"])
     for word, message in (
-        ("slot=3", "cannot read 'slot=3'; the words are slots=..., scale=..., folder=..."),
-        ("--help", "cannot read '--help'; the words are"),
-        ("slots", "'slots' gives no int; say slots=..., as slots=2"),
-        ("slots=many", "'slots=many' gives no int"),
+        ("slot=3", "cannot read 'slot=3'; the options are slots=..., scale=..., folder=..."),
+        ("--help", "cannot read '--help'; the options are"),
+        ("slots", "'slots' has no int value; write it as slots=2"),
+        ("slots=many", "'slots=many' has no int value"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
-            own_words.read([word], defaults)
+            arguments.parse([word], defaults)
 
 
 @pytest.fixture
 def run_benchmark(one_device):
-    """Run a benchmark with some words; the numbers that it prints."""
+    """Run a benchmark with these arguments; return the numbers that it prints."""
 
     def run(name: str, *words: str) -> dict:
         command = [sys.executable, BENCHMARKS / f"{name}.py", *words]
@@ -95,7 +95,7 @@ def run_benchmark(one_device):
 
 @pytest.fixture(params=["gvisor", "bubblewrap", "process"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each back-end of the sandbox that can work here."""
+    """A sandbox back-end; the test is skipped if it cannot work here."""
     if why := LAUNCHERS[request.param].missing(SandboxConfig()):
         pytest.skip(f"{request.param}: {why}")
     return request.param
@@ -107,7 +107,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_the_sandbox_is_measured(run_benchmark, backend, through):
     if through == "http":
         pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'retool_jax[sandbox]'")
-    # As many calls as make it certain that the kernel's clock, which counts in 10 ms, sees some processor time.
+    # Enough calls that the kernel's CPU clock, which counts in steps of 10 ms, cannot show zero.
     words = [
         f"backends={backend}",
         f"calls={4 if backend == 'gvisor' else 24}",
@@ -127,7 +127,7 @@ def test_the_sandbox_is_measured(run_benchmark, backend, through):
 
 
 def test_nothing_goes_wrong_in_a_short_soak(run_benchmark, backend):
-    # With this seed each kind of program is among few calls, and three times a worker is killed.
+    # With this seed, 40 calls include every kind of program, and three workers are killed.
     numbers = run_benchmark("sandbox_soak", f"backend={backend}", "calls=40", "kill=0.05", "seed=4032")
     assert numbers["held"] and (numbers["wrong"], numbers["processes_left"]) == (0, 0)
     assert numbers["returned"] == sum(numbers["statuses"].values()) == 40

@@ -48,7 +48,7 @@ def main(words: list[str]) -> None:
     options = {"core": "0", "rounds": "2", "works": ",".join(PEERS), "environments": "build/peers"}
     known = {*options, *ENVIRONMENTS}
     if odd := [word for word in words if "=" not in word or word.split("=")[0] not in known]:
-        sys.exit(f"error: cannot read {odd[0]!r}; the words are {', '.join(f'{key}=...' for key in known)}")
+        sys.exit(f"error: cannot read {odd[0]!r}; the options are {', '.join(f'{key}=...' for key in known)}")
     options |= dict(word.split("=", 1) for word in words)
     jobs: dict[tuple[str, str], tuple[str, str, str]] = {}
     for work in options["works"].split(","):
