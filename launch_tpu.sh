@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From an empty Google Cloud project to a training run on TPU. ./launch_tpu.sh --help says how, docs/tpu.md tells more.
+# Start a training run on TPUs in an empty Google Cloud project. See ./launch_tpu.sh --help and docs/tpu.md.
 set -euo pipefail
-shopt -s lastpipe # what a pipe ends in may set variables
+shopt -s lastpipe # the last command of a pipe may set variables
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # shellcheck source=deploy/tpu/shared.sh
@@ -15,53 +15,53 @@ source deploy/tpu/gke.sh
 
 help() {
     cat <<'END'
-./launch_tpu.sh VERB [SETTING=value ...] [WORD=value ...]
+./launch_tpu.sh VERB [SETTING=value ...] [key=value ...]
 
-    up       make what the run needs: bucket, service account, secrets and the TPU; wait for the TPU
-    run      send the code of HEAD, train or evaluate on all workers, watch; begin again after a preemption
-    watch    watch a run that goes on without its launcher, as "run" does
-    logs     what each worker said last, from the bucket; "logs follow" shows one as it goes on
+    up       create the bucket, service account, secrets and TPU of a run, and wait for the TPU
+    run      send the code of HEAD, train or evaluate on all workers, and watch; restart after a preemption
+    watch    watch a run that was started before, as "run" does
+    logs     the last log lines of each worker, from the bucket; "logs follow" follows the log of one worker
     ssh      a shell on one worker
-    status   what the cloud says of the TPU, and each worker of its run
-    down     remove everything that "up" made but the bucket, which holds the run
+    status   the state of the TPU and of each worker
+    down     remove everything that "up" made except the bucket, which holds the run
 
-Words in small letters are those of python -m retool_jax.COMMAND. Its runs/ are gs://BUCKET/runs, and the bucket is the
-folder /mnt/retool of every worker:
+key=value words in lower case are arguments of python -m retool_jax.COMMAND. The bucket is mounted at /mnt/retool on
+every worker, and the folder runs/ of the command is gs://BUCKET/runs:
     ./launch_tpu.sh up  PROJECT=my-project ZONE=us-east5-a TYPE=v5p-64
     ./launch_tpu.sh run PROJECT=my-project ZONE=us-east5-a TYPE=v5p-64 config=grpo_qwen2.5_32b rl.steps=150
 
-Settings, as words or as variables of the environment:
+Settings, as arguments or as environment variables:
     PROJECT            the Google Cloud project
     ZONE               the zone, such as us-east5-a
-    TYPE=v5p-64        the slice: v5p-N and tpu7x-N count cores (two a chip), v6e-N and v5e-N count chips
-    SLICES=1           so many slices
-    COMMAND=train      train or evaluate: what "run" starts
-    NAME=retool        the run, and what is made for it; small letters, digits and -, at most 20
+    TYPE=v5p-64        the slice: v5p-N and tpu7x-N count cores (two per chip), v6e-N and v5e-N count chips
+    SLICES=1           the number of slices
+    COMMAND=train      what "run" starts: train or evaluate
+    NAME=retool        the name of the run and its resources: lower-case letters, digits and -, at most 20 characters
     BACKEND=queued     queued: queued resources (v5p, v6e, v5e); mig: managed instance groups (v5p, v6e, tpu7x);
                        gke: a Kubernetes cluster (all)
-    BUCKET             PROJECT-retool unless given: code, run, checkpoints, logs, compiled programs
-    SPOT=1             0: on demand, at the full price, and not taken away
-    RESERVATION        the name of a reservation; in the place of SPOT
-    MAX_REQUEUES=10    how often a TPU that was taken away is asked for again; on GKE, how often a failed job restarts
+    BUCKET             holds code, runs, checkpoints, logs and compiled programs; default PROJECT-retool
+    SPOT=1             1: spot; 0: on demand, at the full price and without preemption
+    RESERVATION        the name of a reservation, to use instead of SPOT
+    MAX_REQUEUES=10    how often to request a preempted TPU again; on GKE, how often to restart a failed job
     MAX_WAIT_MINUTES=1440   how long to wait for a TPU
-    POLL_SECONDS=60    how long between two looks
-    RUNTIME            the image of queued resources; unless given, that of the type
+    POLL_SECONDS=60    the time between two checks
+    RUNTIME            queued: the image of the machines; the default depends on TYPE
     NETWORK=default    the network of the machines
-    CLUSTER            gke: an existing cluster to use; unless given, one is made and removed
-    IMAGE=python:3.12-bookworm   gke: what the pods start from
+    CLUSTER            gke: an existing cluster to use; by default "up" makes one and "down" removes it
+    IMAGE=python:3.12-bookworm   gke: the container image
     PYTHON_VERSION=3.12   the Python of the workers
-    PINNED_AT          packages are those of this moment; unless given, that of the commit
-    UV_VERSION=0.13.9   the release of uv, which installs them
+    PINNED_AT          packages released after this time are not installed; default: the time of the commit
+    UV_VERSION=0.13.9   the release of uv, which installs the packages
     RUNSC_RELEASE=20261005   the release of gVisor
-    SECRETS="HF_TOKEN WANDB_API_KEY"   variables that the training gets; "up" stores those that are set here
-    WORKER=0           of logs follow and ssh: the worker, or SLICE/WORKER
+    SECRETS="HF_TOKEN WANDB_API_KEY"   environment variables for the training; "up" stores those that are set here
+    WORKER=0           for ssh and logs follow: WORKER or SLICE/WORKER
     IAP=0              1: ssh through the Identity-Aware Proxy, for machines without an open port
-    ALLOW_DIRTY=0      1: send HEAD although there are changes that are not committed
+    ALLOW_DIRTY=0      1: send HEAD even if there are uncommitted changes
     DRY_RUN=0          1: print the commands, to read or to paste, and run none
 END
 }
 
-# What every setting is unless it is given. An empty one has no value that fits all.
+# The defaults. An empty default is computed later, or the setting must be given.
 settings=(PROJECT= ZONE= TYPE=v5p-64 SLICES=1 COMMAND=train NAME=retool BACKEND=queued BUCKET= SPOT= RESERVATION=
     MAX_REQUEUES=10 MAX_WAIT_MINUTES=1440 POLL_SECONDS=60 RUNTIME= NETWORK=default CLUSTER= IMAGE=python:3.12-bookworm
     PYTHON_VERSION=3.12 PINNED_AT= UV_VERSION=0.13.9 RUNSC_RELEASE=20261005 SECRETS="HF_TOKEN WANDB_API_KEY" WORKER=0
@@ -74,15 +74,15 @@ read_words() {
         names+="$name "
         declare -g "$name=${!name-${setting#*=}}"
     done
-    asked=()
+    run_words=()
     for word; do
         case $word in
         --) ;;
         [A-Z]*=*)
             [[ $names == *" ${word%%=*} "* ]] || refuse "${word%%=*} is no setting; the settings are:$names"
             declare -g "$word" ;;
-        *=* | follow) asked+=("$word") ;;
-        *) refuse "$word is neither SETTING=value nor a word of the run, key=value; see ./launch_tpu.sh --help" ;;
+        *=* | follow) run_words+=("$word") ;;
+        *) refuse "$word is neither SETTING=value nor key=value for the run; see ./launch_tpu.sh --help" ;;
         esac
     done
 }
@@ -90,16 +90,16 @@ read_words() {
 check_settings() {
     local name
     for name in PROJECT ZONE; do
-        [ -n "${!name}" ] || refuse "$name is not set; say $name=..., as a word or in the environment"
+        [ -n "${!name}" ] || refuse "$name is not set; add $name=..., as an argument or in the environment"
     done
     for name in SLICES MAX_REQUEUES MAX_WAIT_MINUTES POLL_SECONDS; do
         [[ ${!name} =~ ^[0-9]+$ ]] || refuse "$name=${!name} is no number"
     done
     [ "$SLICES" -gt 0 ] || refuse "SLICES=$SLICES: a run has at least one slice"
     [[ $NAME =~ ^[a-z][a-z0-9-]{0,18}[a-z0-9]$ ]] ||
-        refuse "NAME=$NAME: 2 to 20 small letters, digits and -, a letter first"
+        refuse "NAME=$NAME: a name has 2 to 20 lower-case letters, digits and -, and begins with a letter"
     [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] ||
-        refuse "ZONE=$ZONE is no zone; one is called us-east5-a, a region us-east5"
+        refuse "ZONE=$ZONE is no zone; us-east5-a is a zone, us-east5 a region"
     [[ $COMMAND =~ ^(train|evaluate)$ ]] || refuse "COMMAND=$COMMAND is neither train nor evaluate"
     [[ $BACKEND =~ ^(queued|mig|gke)$ ]] || refuse "BACKEND=$BACKEND is none of queued, mig and gke"
     [ -z "$RESERVATION" ] || [ "$SPOT" != 1 ] ||
@@ -123,7 +123,7 @@ check_settings() {
 
 check_login() {
     dry || command -v gcloud >/dev/null ||
-        refuse "gcloud is not installed; https://cloud.google.com/sdk/docs/install says how"
+        refuse "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
     if dry; then
         call gcloud auth list --filter=status:ACTIVE '--format=value(account)'
     else
@@ -147,7 +147,7 @@ store_secrets() {
     for variable in $SECRETS; do
         object=$(secret_name "$variable")
         if [ -z "${!variable-}" ]; then
-            note "$variable is not set here, so the training has what was stored before, or none"
+            note "$variable is not set here: the training gets the value that was stored before, if there is one"
         elif [ "$BACKEND" = gke ]; then
             gke_store "$variable" "$object"
         else
@@ -165,7 +165,7 @@ up() {
     trap 'fail interrupted' INT
     mapfile -t names < <(apis)
     call gcloud services enable "${names[@]}" --project="$PROJECT" --quiet
-    # Folders that are renamed in one step, as checkpoints are, need a hierarchical namespace.
+    # Checkpoints need folders that can be renamed in one step, so the bucket has a hierarchical namespace.
     ensure "bucket gs://$BUCKET" gcloud storage buckets describe "gs://$BUCKET" :: \
         gcloud storage buckets create "gs://$BUCKET" --project="$PROJECT" --location="$REGION" --quiet \
         --uniform-bucket-level-access --enable-hierarchical-namespace
@@ -175,8 +175,8 @@ up() {
         --member="serviceAccount:$account" --role=roles/storage.objectUser
     [ "$BACKEND" = gke ] || store_secrets
     "${BACKEND}_up"
-    [ "$BACKEND" != gke ] || store_secrets # they are kept in the cluster
-    note "$NAME is up: $SLICES x $TYPE, $hosts machines of $chips_per_host chips each. It costs money until" \
+    [ "$BACKEND" != gke ] || store_secrets # the cluster keeps them, so it must exist
+    note "$NAME is up: $SLICES x $TYPE, each $hosts machines of $chips_per_host chips. It costs money until" \
         "./launch_tpu.sh down"
 }
 
@@ -196,7 +196,7 @@ down() {
     note "gs://$BUCKET stays, with the run; gcloud storage rm --recursive gs://$BUCKET removes it"
 }
 
-# Wait until the TPU is there. One that was taken away is asked for again.
+# Wait for the TPU, and request it again if it was preempted.
 ready() {
     local state last='' until=$((SECONDS + MAX_WAIT_MINUTES * 60))
     if dry; then
@@ -209,25 +209,25 @@ ready() {
         last=$state
         case $state in
         ACTIVE) return ;;
-        GONE*) again "$state" ;;
+        GONE*) request_again "$state" ;;
         esac
         [ "$SECONDS" -lt "$until" ] ||
-            fail "no TPU after MAX_WAIT_MINUTES=$MAX_WAIT_MINUTES: $state. The request stays, and ./launch_tpu.sh up" \
-                "waits on; or down, and another ZONE, a smaller TYPE, SPOT=0 or a RESERVATION"
+            fail "no TPU after MAX_WAIT_MINUTES=$MAX_WAIT_MINUTES: $state. The request stays. Continue to wait with" \
+                "./launch_tpu.sh up, or call down and try another ZONE, a smaller TYPE, SPOT=0 or a RESERVATION"
         sleep "$POLL_SECONDS"
     done
 }
 
 requeues=0
 worker_words=()
-again() {
+request_again() { # STATE
     [ "$requeues" -lt "$MAX_REQUEUES" ] ||
-        fail "$NAME was taken away: $1, and asked for again $requeues times (MAX_REQUEUES). The same run goes on from" \
-            "what it saved; SPOT=0 or a RESERVATION is not taken away"
+        fail "$NAME was taken away: $1. It was already requested again $requeues times (MAX_REQUEUES). The same" \
+            "command continues from the last checkpoint; TPUs with SPOT=0 or a RESERVATION are not preempted"
     requeues=$((requeues + 1))
-    note "$NAME was taken away: $1. Asking again, $requeues of at most $MAX_REQUEUES"
+    note "$NAME was taken away: $1. Requesting it again, $requeues of at most $MAX_REQUEUES"
     "${BACKEND}_delete"
-    [ "${#stuck[@]}" = 0 ] || fail "could not remove what is left of it: ${stuck[*]}"
+    [ "${#stuck[@]}" = 0 ] || fail "could not remove its remains: ${stuck[*]}"
     "${BACKEND}_create"
 }
 
@@ -237,7 +237,7 @@ send_code() {
     local changes
     changes=$(git status --porcelain)
     if [ -n "$changes" ] && [ "$ALLOW_DIRTY" != 1 ]; then
-        refuse "what is not committed would not be sent:"$'\n'"$(head -10 <<<"$changes")"$'\n'"commit it, or say" \
+        refuse "uncommitted changes would not be sent:"$'\n'"$(head -10 <<<"$changes")"$'\n'"commit them, or set" \
             "ALLOW_DIRTY=1"
     fi
     code=$(git rev-parse --short=12 HEAD)
@@ -246,10 +246,10 @@ send_code() {
     call gcloud storage cp deploy/tpu/worker.sh "$at/worker.sh"
     worker_words=(BUCKET="$BUCKET" NAME="$NAME" CODE="$code" PINNED_AT="$PINNED_AT"
         PYTHON_VERSION="$PYTHON_VERSION" UV_VERSION="$UV_VERSION" RUNSC_RELEASE="$RUNSC_RELEASE" SECRETS="$SECRETS"
-        -- python -m "retool_jax.$COMMAND" "${asked[@]}")
+        -- python -m "retool_jax.$COMMAND" "${run_words[@]}")
 }
 
-# The line that begins the work on a virtual machine.
+# The shell command that starts the work on a virtual machine.
 worker_line() {
     printf '%s && sudo bash /tmp/retool-worker.sh %s' \
         "$(quoted gcloud storage cp "$at/worker.sh" /tmp/retool-worker.sh)" "$(quoted start "$@" "${worker_words[@]}")"
@@ -257,10 +257,10 @@ worker_line() {
 
 statuses() { query gcloud storage cat "$at/status/**"; }
 
-tell_ends() { statuses | sed 's/^/    /' >&2; }
+
 
 begin() {
-    try gcloud storage rm --recursive "$at/status" # how workers ended before
+    try gcloud storage rm --recursive "$at/status" # left from an earlier start
     "${BACKEND}_start"
 }
 
@@ -268,12 +268,12 @@ run() {
     send_code
     [ "$BACKEND" = gke ] || ready
     begin
-    note "the run goes on without this program, which watches it: ./launch_tpu.sh watch watches again"
+    note "the run continues without this program, which only watches; ./launch_tpu.sh watch watches again"
     watch
 }
 
 watch() {
-    local state said ended failed look total=$((hosts * SLICES))
+    local state workers ended failed checks total=$((hosts * SLICES))
     if [ "$BACKEND" = gke ]; then
         gke_watch
         return
@@ -285,15 +285,16 @@ watch() {
     fi
     while true; do
         state=$("${BACKEND}_state")
-        said=$(statuses)
-        ended=$(grep -c ' exit ' <<<"$said" || true)
-        failed=$(grep -m 1 ' exit [^0]' <<<"$said" || true)
+        workers=$(statuses)
+        ended=$(grep -c ' exit ' <<<"$workers" || true)
+        failed=$(grep -m 1 ' exit [^0]' <<<"$workers" || true)
         if [ -z "$failed" ] && [ "$ended" -ge "$total" ]; then
-            note "all $total workers are done; gs://$BUCKET/runs holds the run"
+            note "all $total workers are done; the run is in gs://$BUCKET/runs"
             return
         fi
-        # A spot TPU that is taken away ends its workers before the cloud says so. Bad input, 2, is no sign of that.
-        for ((look = 0; look < 5; look++)); do
+        # A preemption ends workers before the cloud reports it, so check the state again after a worker failed. Status
+        # 2 means bad input, which is never a preemption.
+        for ((checks = 0; checks < 5; checks++)); do
             if [ -z "$failed" ] || [ "${failed##* }" = 2 ] || [ "$SPOT" = 0 ] || [ "$state" != ACTIVE ]; then break; fi
             sleep "$POLL_SECONDS"
             state=$("${BACKEND}_state")
@@ -302,15 +303,16 @@ watch() {
         UNKNOWN*) note "$NAME: $state" ;;
         ACTIVE)
             [ -z "$failed" ] || {
-                printf '%s\n' "$said" | sed 's/^/    /' >&2
+                printf '%s\n' "$workers" | sed 's/^/    /' >&2
                 gcloud storage cat --range=-3000 "$at/logs/${failed%% *}.log" >&2 || true
-                fail "worker ${failed%% *} ended with status ${failed##* }. Above is what it said last, and" \
-                    "./launch_tpu.sh logs shows all; the same command goes on from what it saved"
+                fail "worker ${failed%% *} ended with status ${failed##* }. Its last log lines are above, and" \
+                    "./launch_tpu.sh logs shows more; the same command continues from the last checkpoint"
             } ;;
         *)
-            [ "${#worker_words[@]}" -gt 0 ] ||
-                fail "$NAME was taken away: $state. The same run asks for another, and goes on from what it saved"
-            again "$state"
+            [ "${#worker_words[@]}" -gt 0 ] || # watch has no words to start workers with
+                fail "$NAME was taken away: $state. ./launch_tpu.sh run with the same words requests another TPU and" \
+                    "continues from the last checkpoint"
+            request_again "$state"
             ready
             begin
             continue ;;
@@ -320,7 +322,7 @@ watch() {
 }
 
 logs() {
-    case "${asked[*]}" in
+    case "${run_words[*]}" in
     follow) "${BACKEND}_follow" ;;
     *) call gcloud storage cat --display-url --range=-20000 "$at/logs/**" ;;
     esac
@@ -339,15 +341,15 @@ main() {
     *) refuse "$verb is no verb; they are up, run, watch, logs, ssh, status and down. See ./launch_tpu.sh --help" ;;
     esac
     read_words "${@:2}"
-    for word in "${asked[@]}"; do
+    for word in "${run_words[@]}"; do
         case $verb:$word in
         run:*=* | logs:follow) ;;
-        *) refuse "$verb does not read $word; the words of a run go with run, and follow with logs" ;;
+        *) refuse "$verb does not read $word; key=value is for run only, and follow for logs only" ;;
         esac
     done
     check_settings
-    [ "$verb" != run ] || [ "${#asked[@]}" -gt 0 ] ||
-        refuse "run needs the words of a training or an evaluation, such as config=grpo_qwen2.5_32b"
+    [ "$verb" != run ] || [ "${#run_words[@]}" -gt 0 ] ||
+        refuse "run needs arguments for retool_jax.$COMMAND, such as config=grpo_qwen2.5_32b"
     check_login
     if [ "$verb" = ssh ]; then "${BACKEND}_ssh"; else "$verb"; fi
 }

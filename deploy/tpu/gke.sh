@@ -94,9 +94,9 @@ gke_watch() {
         Completed) note "$NAME is done" && return ;;
         ACTIVE | UNKNOWN*) sleep "$POLL_SECONDS" ;;
         *)
-            tell_ends
+            statuses | sed 's/^/    /' >&2
             fail "the JobSet $NAME ended as $state, after at most $MAX_REQUEUES restarts. See ./launch_tpu.sh logs;" \
-                "the same command goes on from what it saved" ;;
+                "the same command continues from the last checkpoint" ;;
         esac
     done
 }

@@ -83,7 +83,7 @@ through() {
     fi
     until attempt "$@"; do
         if ! ssh_lost || [ "$tries" -ge 5 ]; then fail "$(meaning 1 "$@")"; fi
-        note "ssh did not get through; once more in $POLL_SECONDS s ($tries of 5)"
+        note "ssh could not connect; trying again in $POLL_SECONDS s ($tries of 5)"
         tries=$((tries + 1))
         sleep "$POLL_SECONDS"
     done
@@ -135,9 +135,9 @@ ensure() {
     if dry; then
         printf '%s >/dev/null 2>&1 || %s\n' "$(quoted "${first[@]}")" "$(quoted "${second[@]}")"
     elif "${first[@]}" >/dev/null 2>&1; then
-        note "$what is there"
+        note "$what exists already"
     else
-        note "making $what"
+        note "creating $what"
         code=0
         attempt "${second[@]}" || code=$?
         if [ "$code" = 0 ] || "${first[@]}" >/dev/null 2>&1; then made+=("$what"); fi
@@ -157,7 +157,7 @@ remove() {
         attempt "${second[@]}" || stuck+=("$what ($(meaning "$?" "${second[@]}"))")
     elif [[ $(unanswered "$said") != GONE* ]]; then
         errors=$said
-        stuck+=("$what, if it is there ($(meaning 1 "${first[@]}"))")
+        stuck+=("$what, if it exists ($(meaning 1 "${first[@]}"))")
     fi
 }
 
@@ -167,27 +167,28 @@ meaning() {
     shift
     case $errors in
     *[Qq]uota*)
-        echo "no quota for $TYPE in $ZONE. Ask for it at $quotas (spot TPUs have a quota of their own, the" \
-            "preemptible one), or choose another TYPE, ZONE or SPOT" ;;
+        echo "no quota for $TYPE in $ZONE. Ask for it at $quotas (spot TPUs have a separate, preemptible quota)," \
+            "or choose another TYPE, ZONE or SPOT" ;;
     *RESOURCE_POOL_EXHAUSTED* | *STOCKOUT* | *"more capacity"* | *"enough resources"* | *"nsufficient capacity"*)
         echo "no $TYPE is free in $ZONE now. Try again later, or another ZONE, a smaller TYPE, or a RESERVATION" ;;
     *SERVICE_DISABLED* | *"has not been used in project"*)
-        echo "an API is off in $PROJECT. ./launch_tpu.sh up turns on what it needs, which takes some minutes to act" ;;
+        echo "an API is off in $PROJECT. ./launch_tpu.sh up turns on the APIs that it needs; this takes some minutes" ;;
     *"active account"* | *"auth login"* | *eauthentication*)
         echo "gcloud has no valid login: gcloud auth login" ;;
     *"Permission denied on 'locations"* | *"nknown zone"* | *"zones/$ZONE' was not found"* | *"ccelerator type"*)
-        echo "$ZONE has no $TYPE, or is no zone. These have: gcloud compute tpus locations list --project=$PROJECT," \
-            "and gcloud compute tpus accelerator-types list --zone=$ZONE --project=$PROJECT" ;;
+        echo "$ZONE has no $TYPE, or is no zone. List zones with gcloud compute tpus locations list" \
+            "--project=$PROJECT, and their types with gcloud compute tpus accelerator-types list --zone=ZONE" \
+            "--project=$PROJECT" ;;
     *"ervice account"*"does not exist"*)
-        echo "a new service account is not known everywhere yet: wait a minute and call the same again" ;;
+        echo "a new service account is not known everywhere yet: wait a minute and repeat the command" ;;
     *PERMISSION_DENIED* | *"not have permission"*)
-        echo "this login may not do that in $PROJECT. Ask its owner for the roles that docs/tpu.md lists" ;;
+        echo "this login may not do that in $PROJECT. Ask the project's owner for the roles that docs/tpu.md lists" ;;
     *)
         if ssh_lost; then
-            echo "ssh did not get through. See that a firewall rule lets port 22 in, or go through IAP with IAP=1;" \
-                "what runs on the workers goes on meanwhile"
+            echo "ssh could not connect. Check that a firewall rule allows port 22, or use the proxy with IAP=1;" \
+                "what runs on the workers continues"
         else
-            echo "$(quoted "${@:1:6}") ... failed with status $code; its own words are above"
+            echo "$(quoted "${@:1:6}") ... failed with status $code; its output is above"
         fi ;;
     esac
 }

@@ -1,11 +1,11 @@
-"""A stand-in for gcloud and kubectl: keeps what was made, records every call, and fails as it is told to.
+"""A fake gcloud and kubectl: remembers what was created, records every call, and fails as planned.
 
-`$FAKE_CLOUD` is its folder. `calls.jsonl` has a call a line. `there` maps what exists to the words that made it. `plan`
-maps patterns (parts of a line with * between them) to lists of answers, of which each call that matches takes one and
-the last stays: (output, what is said on stderr, exit status), or None for the ordinary answer; a status below 0 is
-that of a call that fails and is carried out all the same. `status` is what workers have told the bucket.
+`$FAKE_CLOUD` is its folder. `calls.jsonl` has one call per line. `there` maps each existing resource to the words of
+the call that created it. `plan` maps patterns (parts of a line with * between them) to lists of answers. Each matching
+call takes the next answer; the last one stays. An answer is (stdout, stderr, exit status), or None for the ordinary
+answer. A negative status means that the call is carried out but reports a failure. `status` holds the workers' status.
 
-It starts often, so it imports next to nothing; `there` and `plan` are marshalled.
+It is started often, so it imports almost nothing; `there` and `plan` are marshalled because that needs no imports.
 """
 
 import marshal
@@ -15,7 +15,7 @@ from _json import encode_basestring_ascii as quoted
 
 HERE = os.environ["FAKE_CLOUD"]
 VERBS = ("describe", "create", "delete", "get")
-KINDS = ("alpha", "workload-policy", "generic")  # words that are no part of a name
+KINDS = ("alpha", "workload-policy", "generic")  # words that do not belong to a name
 
 
 def read(name: str) -> dict:
@@ -51,7 +51,7 @@ def planned(line: str) -> tuple[str, str, int] | None:
 
 
 def thing(words: list[str]) -> tuple[str, str] | None:
-    """The verb of a call and what it is about, such as ("create", "gcloud secrets run-hf-token")."""
+    """The verb and the resource of a call, such as ("create", "gcloud secrets run-hf-token")."""
     plain = [word for word in words if not word.startswith("-") and word not in KINDS]
     for verb in VERBS:
         if verb in plain[:-1]:
@@ -71,7 +71,7 @@ def instances(words: list[str], there: dict) -> str:
 
 
 def usual(line: str, words: list[str]) -> tuple[str, str, int]:
-    """Output, what is said on stderr, and the exit status of a call for which nothing is planned."""
+    """Stdout, stderr and exit status of a call without a planned answer."""
     there = read("there")
     if " auth list" in line:
         return "someone@example.com\n", "", 0
@@ -99,7 +99,7 @@ def usual(line: str, words: list[str]) -> tuple[str, str, int]:
         return "", f"ERROR: NOT_FOUND: {about}", 1
     elif verb == "delete":
         there.pop(about, None)
-        if " clusters " in about:  # and what is in it
+        if " clusters " in about:  # its contents are deleted with it
             there = {name: made for name, made in there.items() if "node-pools" not in name and name[:7] != "kubectl"}
     write("there", there)
     return ("ACTIVE\n" if "--format=value(state.state)" in words else "", "", 0)

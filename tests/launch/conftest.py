@@ -1,4 +1,4 @@
-"""launch_tpu.sh in a checkout of its own, with stand-ins for gcloud and kubectl."""
+"""launch_tpu.sh in a temporary checkout, with fakes for gcloud and kubectl."""
 
 import json
 import marshal
@@ -17,7 +17,7 @@ PLACE = ("PROJECT=proj", "ZONE=us-east5-a", "NAME=run", "POLL_SECONDS=0")
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
-    """A committed copy of the script and its pieces."""
+    """A repository with launch_tpu.sh and deploy/tpu in its only commit."""
     folder = tmp_path_factory.mktemp("launch") / "checkout"
     shutil.copytree(ROOT / "deploy/tpu", folder / "deploy/tpu", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "launch_tpu.sh", folder)
@@ -29,7 +29,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def cloud(tmp_path, checkout):
-    """A cloud of its own: `run(*words)` calls the script, `paste(text)` a shell, `calls()` are those of both."""
+    """A new fake cloud: `run(*words)` runs the script, `paste(text)` a shell; `calls()` are the calls of both."""
     programs, home = tmp_path / "bin", tmp_path / "cloud"
     programs.mkdir()
     home.mkdir()

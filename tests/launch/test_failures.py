@@ -1,13 +1,13 @@
-"""What launch_tpu.sh does and says where the cloud refuses, takes away or does not answer."""
+"""What launch_tpu.sh does and prints when the cloud refuses a request, preempts a TPU or does not answer."""
 
 import shutil
 
 import pytest
 
 ACTIVE, LOST = ("ACTIVE\n", "", 0), ("SUSPENDED\n", "", 0)
-DEAD_LINE = ("", "ERROR: network is unreachable", 1)
-REQUEST = "gcloud compute tpus queued-resources run"  # what BACKEND=queued makes
-STATE, ENDS = "value(state.state)", "storage cat*/status/"  # how the watcher looks at it, and at its workers
+NO_NETWORK = ("", "ERROR: network is unreachable", 1)
+REQUEST = "gcloud compute tpus queued-resources run"  # what BACKEND=queued creates
+STATE, ENDS = "value(state.state)", "storage cat*/status/"  # the calls that ask for its state and its workers' status
 TRAINING = ("config=grpo_qwen2.5_32b", "rl.steps=150")
 
 
@@ -25,14 +25,14 @@ TRAINING = ("config=grpo_qwen2.5_32b", "rl.steps=150")
         ("ERROR: something else", "queued-resources create run ... failed with status 1"),
     ],
 )
-def test_what_the_cloud_refuses_is_told_with_a_way_out(cloud, said, told):
+def test_a_refusal_of_the_cloud_is_explained(cloud, said, told):
     cloud.plan({"queued-resources create": [("", said, 1)]})
     done = cloud.run("up")
     assert done.returncode == 1 and told in done.stderr and said in done.stderr
     assert "left over: bucket gs://proj-retool, service account tpu-run@" in done.stderr
 
 
-def test_no_login_and_no_gcloud_are_told(cloud):
+def test_a_missing_login_gcloud_or_kubectl_is_reported(cloud):
     cloud.plan({"auth list": [("", "", 0)]})
     assert "gcloud auth login" in cloud.run("up").stderr
     bare = cloud.home.parent / "bare"
@@ -45,7 +45,7 @@ def test_no_login_and_no_gcloud_are_told(cloud):
     assert "kubectl is not installed" in cloud.run("up", "BACKEND=gke", PATH=str(bare)).stderr
 
 
-def test_half_an_up_is_named_and_down_removes_it_once(cloud):
+def test_a_failed_up_lists_what_it_created_and_down_removes_it(cloud):
     cloud.plan({"instance-groups managed create run-1": [("", "ERROR: There is no more capacity", -1)]})
     done = cloud.run("up", "BACKEND=mig", "SLICES=2")
     assert done.returncode == 1
@@ -63,7 +63,7 @@ def test_half_an_up_is_named_and_down_removes_it_once(cloud):
     assert [line for line in cloud.lines() if " delete " in line] == []
 
 
-def test_down_goes_on_past_what_stays_and_says_so(cloud):
+def test_down_removes_the_rest_when_one_removal_fails(cloud):
     cloud.has(REQUEST, "gcloud iam service-accounts tpu-run")
     cloud.plan({"queued-resources delete": [("", "ERROR: busy", 1)]})
     done = cloud.run("down")
@@ -71,23 +71,23 @@ def test_down_goes_on_past_what_stays_and_says_so(cloud):
     assert any("service-accounts delete" in line for line in cloud.lines())
 
 
-def test_down_does_not_take_a_dead_line_for_nothing_to_remove(cloud):
+def test_down_without_a_connection_does_not_report_that_all_is_removed(cloud):
     cloud.has(REQUEST)
-    cloud.plan({"queued-resources describe": [DEAD_LINE]})
+    cloud.plan({"queued-resources describe": [NO_NETWORK]})
     done = cloud.run("down")
-    assert done.returncode == 1 and "queued resource run, if it is there" in done.stderr
+    assert done.returncode == 1 and "queued resource run, if it exists" in done.stderr
 
 
-def test_up_waits_asks_again_and_gives_up_in_the_end(cloud):
+def test_up_waits_requests_again_and_finally_gives_up(cloud):
     cloud.plan({STATE: [("WAITING_FOR_RESOURCES\n", "", 0), ("FAILED\n", "", 0), None]})
     done = cloud.run("up")
-    assert done.returncode == 0 and "Asking again, 1 of at most 10" in done.stderr
+    assert done.returncode == 0 and "Requesting it again, 1 of at most 10" in done.stderr
     cloud.plan({STATE: [("WAITING_FOR_RESOURCES\n", "", 0)]})
     done = cloud.run("up", "MAX_WAIT_MINUTES=0")
     assert done.returncode == 1 and "no TPU after MAX_WAIT_MINUTES=0" in done.stderr
     cloud.plan({STATE: [LOST]})
     done = cloud.run("up", "MAX_REQUEUES=2")
-    assert done.returncode == 1 and "asked for again 2 times (MAX_REQUEUES)" in done.stderr
+    assert done.returncode == 1 and "requested again 2 times (MAX_REQUEUES)" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_up_waits_asks_again_and_gives_up_in_the_end(cloud):
         ("mig", {"list-instances*instanceStatus": [None, None, ("RUNNING\n", "", 0), None]}),
     ],
 )
-def test_a_preempted_run_gets_a_new_tpu_and_the_same_command(cloud, backend, lost):
+def test_a_preempted_run_restarts_on_a_new_tpu_with_the_same_command(cloud, backend, lost):
     words = (f"BACKEND={backend}", "TYPE=v5p-16")
     cloud.run("up", *words)
     cloud.forget()
@@ -113,7 +113,7 @@ def test_a_preempted_run_gets_a_new_tpu_and_the_same_command(cloud, backend, los
     assert sum("storage rm" in line for line in lines) == 2
 
 
-def test_a_worker_that_fails_as_its_peer_is_taken_away_is_no_failure(cloud):
+def test_a_worker_that_fails_because_of_a_preemption_does_not_fail_the_run(cloud):
     cloud.has(REQUEST)
     ends = [("host-0 exit 143\n", "", 0), ("host-0 exit 0\n", "", 0)]
     cloud.plan({STATE: [ACTIVE, ACTIVE, ACTIVE, ACTIVE, LOST, None], ENDS: ends})
@@ -121,10 +121,10 @@ def test_a_worker_that_fails_as_its_peer_is_taken_away_is_no_failure(cloud):
     assert done.returncode == 0 and "was taken away: GONE (SUSPENDED)" in done.stderr
     cloud.plan({STATE: [ACTIVE, ACTIVE, LOST], ENDS: [("host-0 exit 143\n", "", 0)]})
     done = cloud.run("run", "TYPE=v5p-8", "SPOT=0", *TRAINING)
-    assert done.returncode == 1 and "host-0 ended with status 143" in done.stderr  # nothing takes this one away
+    assert done.returncode == 1 and "host-0 ended with status 143" in done.stderr  # without spot there is no preemption
 
 
-def test_a_worker_that_fails_ends_the_run_by_its_name(cloud):
+def test_a_failed_worker_ends_the_watch_with_its_name_and_log(cloud):
     cloud.has(REQUEST)
     cloud.ended(0, 2)
     cloud.plan({"logs/host-1.log": [("error: config has no key rl.step\n", "", 0)]})
@@ -134,32 +134,32 @@ def test_a_worker_that_fails_ends_the_run_by_its_name(cloud):
     assert not any(" delete " in line for line in cloud.lines())
 
 
-def test_a_dead_line_of_the_watcher_removes_nothing(cloud):
+def test_a_watcher_that_loses_its_connection_removes_nothing(cloud):
     cloud.has(REQUEST)
-    cloud.plan({STATE: [DEAD_LINE, DEAD_LINE, None], ENDS: [DEAD_LINE, DEAD_LINE, ("host-0 exit 0\n", "", 0)]})
+    cloud.plan({STATE: [NO_NETWORK, NO_NETWORK, None], ENDS: [NO_NETWORK, NO_NETWORK, ("host-0 exit 0\n", "", 0)]})
     done = cloud.run("watch", "TYPE=v5p-8")
     assert done.returncode == 0 and "UNKNOWN (ERROR: network is unreachable)" in done.stderr
     assert not any(" delete " in line for line in cloud.lines())
 
 
-def test_a_warning_of_gcloud_is_no_state_and_a_new_state_is_no_loss(cloud):
+def test_warnings_and_unknown_states_do_not_count_as_a_loss(cloud):
     cloud.has(REQUEST)
     warned, new = ("ACTIVE\n", "WARNING: updates are available", 0), ("REPAIRING\n", "", 0)
-    cloud.plan({STATE: [warned, new, warned], ENDS: [DEAD_LINE, DEAD_LINE, ("host-0 exit 0\n", "", 0)]})
+    cloud.plan({STATE: [warned, new, warned], ENDS: [NO_NETWORK, NO_NETWORK, ("host-0 exit 0\n", "", 0)]})
     done = cloud.run("run", "TYPE=v5p-8", *TRAINING)
     assert done.returncode == 0 and "UNKNOWN (REPAIRING)" in done.stderr
     assert not any(" delete " in line for line in cloud.lines())
 
 
-def test_who_only_watches_asks_for_no_other_tpu(cloud):
+def test_watch_does_not_request_another_tpu(cloud):
     cloud.has(REQUEST)
     cloud.plan({STATE: [LOST]})
     done = cloud.run("watch")
-    assert done.returncode == 1 and "The same run asks for another" in done.stderr
+    assert done.returncode == 1 and "with the same words requests another TPU" in done.stderr
     assert not any(" delete " in line for line in cloud.lines())
 
 
-def test_lost_ssh_is_tried_again_and_then_explained(cloud):
+def test_ssh_is_retried_and_its_final_failure_explained(cloud):
     cloud.has(REQUEST)
     cloud.ended(0)
     broken = ("", "ERROR: Command execution failed with exit status 255", 1)
@@ -172,7 +172,7 @@ def test_lost_ssh_is_tried_again_and_then_explained(cloud):
     assert "--tunnel-through-iap" in cloud.run("ssh", "IAP=1", DRY_RUN="1").stdout
 
 
-def test_a_group_with_too_few_machines_begins_nothing(cloud):
+def test_an_incomplete_instance_group_starts_no_worker(cloud):
     words = ("BACKEND=mig", "TYPE=v5p-16")
     cloud.plan({"basename": [("only-one\n", "", 0)], "instanceStatus": [("RUNNING\nRUNNING\n", "", 0)]})
     done = cloud.run("run", *words, *TRAINING)
@@ -180,14 +180,14 @@ def test_a_group_with_too_few_machines_begins_nothing(cloud):
     assert not any(" ssh " in line for line in cloud.lines())
 
 
-def test_a_job_on_gke_that_gave_up_is_a_failure(cloud):
+def test_a_jobset_that_failed_fails_the_run(cloud):
     cloud.ended(1)
     cloud.plan({"terminalState": [("", "", 0), ("Failed", "", 0)]})
     done = cloud.run("run", "BACKEND=gke", "TYPE=v5p-8", *TRAINING)
     assert done.returncode == 1 and "ended as Failed" in done.stderr and "host-0 exit 1" in done.stderr
 
 
-def test_somebodys_cluster_is_neither_made_nor_removed(cloud):
+def test_an_existing_cluster_is_neither_created_nor_removed(cloud):
     words = ("BACKEND=gke", "TYPE=v5p-8", "CLUSTER=theirs")
     assert cloud.run("up", *words).returncode == 0 and cloud.run("down", *words).returncode == 0
     lines = cloud.lines()

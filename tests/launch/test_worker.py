@@ -1,4 +1,4 @@
-"""deploy/tpu/worker.sh, with stand-ins for what installs and for what trains."""
+"""deploy/tpu/worker.sh, with fakes for the installers and the training."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def worker(tmp_path):
-    """worker.sh below a folder in the place of /, with stand-ins for what installs: `run(code, *words)`."""
+    """`run(verb, ends)` runs worker.sh in a temporary root with fake installers; the training exits with `ends`."""
     programs, root = tmp_path / "bin", tmp_path / "root"
     folder = root / "mnt/retool/run"
     for path in (programs, root / "var/log", folder / "code"):
         path.mkdir(parents=True)
-    to = 'to=${@: -1}; mkdir -p "$to/bin"; '  # the last word is the environment to make
+    to = 'to=${@: -1}; mkdir -p "$to/bin"; '  # the last argument is the environment to create
     tools = {
         "pip": "exit 0",
         "uv": f'[ $1 != venv ] || {{ {to} cp "{tmp_path}/tools/python" "$to/bin"; }}; echo "uv $*" >>"$RECORD"',
@@ -58,7 +58,7 @@ def worker(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [0, 2])
-def test_a_worker_tells_how_its_training_ended(worker, ends):
+def test_a_worker_records_the_exit_status_of_its_training(worker, ends):
     done = worker.run("work", ends)
     assert done.returncode == ends, done.stderr
     assert (worker.folder / "status/host-3").read_text() == f"host-3 exit {ends}\n"
@@ -69,14 +69,14 @@ def test_a_worker_tells_how_its_training_ended(worker, ends):
     assert "--exclude-newer 2026-11-27T00:00:00Z" in install and install.endswith("/code[tpu]")
 
 
-def test_a_worker_that_cannot_install_says_so(worker):
+def test_a_worker_that_cannot_install_records_the_failure(worker):
     (worker.folder / "code/abc.tar.gz").unlink()
     assert worker.run("work").returncode != 0
     assert "exit" in (worker.folder / "status/host-3").read_text()
     assert "abc.tar.gz" in (worker.folder / "logs/host-3.log").read_text()
 
 
-def test_a_worker_begins_the_work_as_a_unit_in_the_place_of_the_one_before(worker):
+def test_start_replaces_the_unit_of_an_earlier_start(worker):
     (worker.folder / "status").mkdir()
     (worker.folder / "status/host-3").write_text("host-3 exit 143\n")
     assert worker.run("start").returncode == 0
@@ -86,7 +86,7 @@ def test_a_worker_begins_the_work_as_a_unit_in_the_place_of_the_one_before(worke
     assert begin.endswith("-- python -m retool_jax.train config=grpo") and " work BUCKET=b NAME=run " in begin
 
 
-def test_a_setting_that_a_worker_does_not_know_is_refused():
+def test_an_unknown_setting_of_a_worker_is_refused():
     command = ["bash", str(ROOT / "deploy/tpu/worker.sh"), "work", "PTAH=/", "--", "true"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "PTAH" in done.stderr
