@@ -1,13 +1,13 @@
-r"""Agreement of graders on answers that were changed on purpose: ours, math-verify's and, where it is, verl's two.
+r"""Compare graders on answers that were changed on purpose: ours, math-verify and optionally two of verl.
 
     python benchmarks/answers.py math500=FILE deepmath=FILE [mutations=2000] [seed=0] [out=FILE] [verl=FOLDER]
 
-The files hold one JSON object a line with its truth under `answer`. Each mutation changes one truth: `sign` and
-`digit` make it wrong; `unit` and `form` write it in another way, so that it stays right. A JSON object is printed: how
-many answers each grader takes for right, by what was done, and the slowest verdict. `out` gets a line for every answer
-on which the graders differ, or which ours does not judge as it was made.
+Each line of the files is a JSON object with the truth under `answer`. Each mutation changes one truth: `sign` and
+`digit` make it wrong; `unit` and `form` write it differently, so that it stays right. Prints JSON: how many answers
+each grader accepts, by kind of mutation, and the time of its slowest verdict. `out` gets a line for every answer on
+which the graders differ or ours is wrong.
 
-verl's graders are run as published, from a folder made with `pip install --no-deps --target FOLDER verl pylatexenc`:
+verl's graders run as published, from a folder made with `pip install --no-deps --target FOLDER verl pylatexenc`:
 `math_dapo` with `strict_box_verify` (the box equals the truth as a string; what its ReTool recipe uses) and
 `prime_math` (MATH's and PRM800K's normalisation, then SymPy).
 """
@@ -46,20 +46,20 @@ Grader = Callable[[str, str], bool]
 
 def main(words: list[str]) -> None:
     options = arguments.parse(words, DEFAULTS)
-    graders = {"ours": lambda text, truth: check(text, truth).correct, "math_verify": by_math_verify}
+    graders = {"ours": lambda text, truth: check(text, truth).correct, "math_verify": math_verify_grader}
     if options["verl"]:
-        graders |= verls(Path(options["verl"]))
+        graders |= verl_graders(Path(options["verl"]))
     truths = [
         json.loads(line)["answer"]
         for name in ("math500", "deepmath")
         if options[name]
         for line in Path(options[name]).read_text().splitlines()
     ]
-    numbers = random.Random(options["seed"])
+    rng = random.Random(options["seed"])
     answers = [(truth, truth, "same") for truth in truths]
     while len(answers) < len(truths) + options["mutations"]:
-        truth, kind = numbers.choice(truths), numbers.choice(["sign", "digit", "unit", "form"])
-        if (answer := MUTATIONS[kind](truth, numbers)) and answer != truth:
+        truth, kind = rng.choice(truths), rng.choice(list(MUTATIONS))
+        if (answer := MUTATIONS[kind](truth, rng)) and answer != truth:
             answers.append((truth, answer, kind))
 
     workers.pool.start()
@@ -67,54 +67,51 @@ def main(words: list[str]) -> None:
     slowest: Counter = Counter()
     differing = []
     for truth, answer, kind in answers:
-        said = {}
+        verdicts = {}
         for name, grader in graders.items():
             began = time.perf_counter()
-            said[name] = grader(rf"The answer is $\boxed{{{answer}}}$.", truth)
+            verdicts[name] = grader(rf"The answer is $\boxed{{{answer}}}$.", truth)
             slowest[name] = max(slowest[name], round(time.perf_counter() - began, 3))
         counts[kind]["answers"] += 1
-        counts[kind].update(name for name, right in said.items() if right)
-        if len(set(said.values())) > 1 or said["ours"] is not STAYS_RIGHT[kind]:
-            differing.append({"kind": kind, "truth": truth, "answer": answer, **said})
+        counts[kind].update(name for name, right in verdicts.items() if right)
+        if len(set(verdicts.values())) > 1 or verdicts["ours"] is not STAYS_RIGHT[kind]:
+            differing.append({"kind": kind, "truth": truth, "answer": answer, **verdicts})
     if options["out"]:
         Path(options["out"]).write_text("".join(json.dumps(line) + "\n" for line in differing))
-    print(
-        json.dumps(
-            {"benchmark": "answers", "taken_for_right": counts, "differing": len(differing), "slowest_s": slowest}
-        )
-    )
+    numbers = {"taken_for_right": counts, "differing": len(differing), "slowest_s": slowest}
+    print(json.dumps({"benchmark": "answers"} | numbers))
 
 
 # --- mutations --------------------------------------------------------------------------------------------------------
 
 
-def change_sign(truth: str, numbers: random.Random) -> str | None:
-    """A leading sign, or one between two terms, turned round."""
-    places = [m for m in re.finditer(r"(?<=[0-9a-z})])\s*[+-]\s*(?=[0-9a-z\\])", truth)]
-    if places and numbers.random() < 0.5:
-        place = numbers.choice(places)
+def change_sign(truth: str, rng: random.Random) -> str | None:
+    """Flip the leading sign, or one between two terms."""
+    places = list(re.finditer(r"(?<=[0-9a-z})])\s*[+-]\s*(?=[0-9a-z\\])", truth))
+    if places and rng.random() < 0.5:
+        place = rng.choice(places)
         return truth[: place.start()] + (" - " if "+" in place[0] else " + ") + truth[place.end() :]
     if truth.startswith("-"):
         return truth[1:]
     return f"-{truth}" if re.match(r"[1-9]|\\d?frac|\\sqrt|\\pi", truth) and "," not in truth else None
 
 
-def change_digit(truth: str, numbers: random.Random) -> str | None:
+def change_digit(truth: str, rng: random.Random) -> str | None:
     places = [m.start() for m in re.finditer("[0-9]", truth)]
     if not places:
         return None
-    place = numbers.choice(places)
-    return truth[:place] + str((int(truth[place]) + numbers.randint(1, 9)) % 10) + truth[place + 1 :]
+    place = rng.choice(places)
+    return truth[:place] + str((int(truth[place]) + rng.randint(1, 9)) % 10) + truth[place + 1 :]
 
 
-def add_unit(truth: str, numbers: random.Random) -> str | None:
+def add_unit(truth: str, rng: random.Random) -> str | None:
     if not (NUMBER.fullmatch(truth) or FRACTION.fullmatch(truth)):
         return None
-    return numbers.choice(UNITS).format(truth)
+    return rng.choice(UNITS).format(truth)
 
 
-def change_form(truth: str, numbers: random.Random) -> str | None:
-    """The same value as another would write it: a decimal, an uncancelled fraction, SymPy's output, spaces, a name."""
+def change_form(truth: str, rng: random.Random) -> str | None:
+    """Write the same value differently: a decimal, an uncancelled fraction, SymPy's output, with spaces or a name."""
     forms = [rf"\left({truth}\right)" if not re.search(r"[,=(]|[a-zA-Z]{3}|box", truth) else None]
     forms += [f"x = {truth}" if not re.search(r"[=<>a-zA-Z]", truth) else None, f" {truth} ."]
     if found := FRACTION.fullmatch(truth):
@@ -128,7 +125,7 @@ def change_form(truth: str, numbers: random.Random) -> str | None:
     printed = re.sub(r"(?<=[0-9])\s*\\(pi|sqrt)", r"*\\\1", printed).replace(r"\pi", "pi")
     printed = re.sub(r"\\sqrt\{([0-9]+)\}", r"sqrt(\1)", printed)
     forms += [printed if "\\" not in printed and printed != truth else None]
-    return numbers.choice([form for form in forms if form])
+    return rng.choice([form for form in forms if form])
 
 
 MUTATIONS = {"sign": change_sign, "digit": change_digit, "unit": add_unit, "form": change_form}
@@ -137,19 +134,19 @@ MUTATIONS = {"sign": change_sign, "digit": change_digit, "unit": add_unit, "form
 # --- others' graders --------------------------------------------------------------------------------------------------
 
 
-def by_math_verify(text: str, truth: str) -> bool:
-    """With its own defaults, as the library's page shows it; the truth in a box, as verl's wrapper of it does."""
+def math_verify_grader(text: str, truth: str) -> bool:
+    """math-verify with its defaults; the truth is in a box, as in verl's wrapper."""
     return math_verify.verify(math_verify.parse(rf"\boxed{{{truth}}}"), math_verify.parse(text))
 
 
-def verls(folder: Path) -> dict[str, Grader]:
-    """Two graders of verl. Its packages' own `__init__` would import torch and ray, so they are passed by."""
+def verl_graders(folder: Path) -> dict[str, Grader]:
+    """Two graders of verl, imported without the `__init__` of its packages, which would import torch and ray."""
     sys.path.append(str(folder))
     for name in ("verl", "verl.utils", "verl.utils.reward_score"):
         package = types.ModuleType(name)
         package.__path__ = [str(folder / name.replace(".", "/"))]
         sys.modules[name] = package
-    sys.modules["verl.utils.metric"] = types.SimpleNamespace(Metric=None)  # needs torch, and graders need it not
+    sys.modules["verl.utils.metric"] = types.SimpleNamespace(Metric=None)  # it needs torch; the graders do not use it
     dapo, prime = (importlib.import_module(f"verl.utils.reward_score.{name}") for name in ("math_dapo", "prime_math"))
     return {
         "verl_dapo_strict": lambda text, truth: bool(dapo.compute_score(text, truth, strict_box_verify=True)["acc"]),

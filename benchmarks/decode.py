@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [slots=192] [length=64] [repeats=5]
 
-Prints JSON. `tokens_per_s` is wall clock; `tokens_per_cpu_s` counts the process's CPU time and is the number to
-compare between machines with other loads.
+Prints JSON. `tokens_per_s` uses wall-clock time. `tokens_per_cpu_s` uses the process's CPU time, which depends less on
+other load of the machine, so it is the number to compare.
 """
 
 import json
@@ -28,7 +28,7 @@ def main(words: list[str]) -> None:
     mesh = make_mesh(run.mesh)
     tokenizer = load_tokenizer(run.tokenizer)
     params = init_state(run.model, run.rl.optimizer, mesh, seed=0).params
-    # No stop ids: every row decodes to the end, so the work is the same for any weights.
+    # Without stop ids every row decodes to the end, so the work does not depend on the weights.
     engine = Engine(run.model, run.engine, params, mesh, [], seed=0)
     prompt = tokenizer.encode("What is 123 times 456?")
 
@@ -42,7 +42,7 @@ def main(words: list[str]) -> None:
         under_way = [engine.decode()]
         drawn_tokens = 0
         while under_way:
-            if dispatches > 1:  # the next one is dispatched before the last one is read
+            if dispatches > 1:  # dispatch the next steps before the results of the last ones are read
                 under_way.append(engine.decode())
                 dispatches -= 1
             drawn_tokens += int(engine.read(under_way.pop(0)).counts.sum())

@@ -1,18 +1,18 @@
-"""What a cache that lives through tool calls is worth: ratios measured in one sitting, as JSON.
+"""Measure what is gained by keeping the cache during tool calls: ratios, as JSON.
 
     python benchmarks/engine_turns.py [scale=1.0] [repeats=3] [layers=4]
 
-- `live_cache`: the context work of a trajectory of 8 turns (2,000 tokens of prompt, 1,000 sampled and 200 of tool
-  output a turn), appended to the live cache, against writing the whole context anew each turn. The token counts are
-  3,400 and 49,600; `of_ideal` compares the two ratios.
-- `fork`: one prompt for a group of 16, forked, against 16 prefills.
-- `fused`: decode of 32 steps a dispatch against one step a dispatch.
-- `rollout`: 4 prompts of 261 tokens for groups of 8, 4 turns of 36 sampled tokens with answers of 29: CPU seconds of
-  the start and of the rollout, and which share of the places that were written was padding.
-- `tools`: tokens per second and fill with tools that take 0, 0.1, 1 and 5 s, with twice as many trajectories as slots.
+- `live_cache`: the prefill work of a trajectory of 8 turns (a prompt of 2,000 tokens; in each turn 1,000 sampled tokens
+  and 200 of tool output). Appending only new tokens to the live cache is compared with prefilling the whole context in
+  each turn. The token counts are 3,400 and 49,600; `of_ideal` is the measured ratio over the ratio of these.
+- `fork`: one prefill and 15 forks for a group of 16, against 16 prefills.
+- `fused`: decoding with 32 steps per dispatch against one step per dispatch.
+- `rollout`: 4 prompts of 261 tokens for groups of 8, 4 turns of 36 sampled tokens with answers of 29: CPU-seconds of
+  the warm-up and of the rollout, and the share of padding among the written positions.
+- `tools`: tokens/s and slot utilisation with tools that take 0, 0.1, 1 and 5 s and twice as many trajectories as slots.
 
-`scale` shrinks lengths and `layers` the model, for a quick look. Pin it to one core (`taskset -c 0`): ratios hold,
-rates are of that core.
+`scale` shrinks the lengths and `layers` the model, for a quick test. Pin it to one core (`taskset -c 0`); the ratios
+hold elsewhere too, the rates only for that core.
 """
 
 import asyncio
@@ -57,13 +57,13 @@ def tokens(count: int) -> list[int]:
 
 
 def typical(work: Callable[[], float], repeats: int) -> float:
-    """The median of what some work measures of itself; once before it is compiled."""
+    """The median of the numbers that `work` returns, after one call that compiles."""
     work()
     return float(np.median([work() for _ in range(repeats)]))
 
 
 def seconds(engine: Engine, work: Callable[[], None]) -> float:
-    """Wall clock of some dispatches, from an idle device to an idle device."""
+    """Wall-clock seconds of `work`, from an idle device until the device is idle again."""
     engine.wait()
     began = time.perf_counter()
     work()
@@ -74,7 +74,7 @@ def seconds(engine: Engine, work: Callable[[], None]) -> float:
 def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
     prompt, sampled, tool = (round(n * scale) for n in (PROMPT, SAMPLED, TOOL))
     length = prompt + TURNS * (sampled + tool)
-    # A quick look has one size: several so small ones would take long to compile and tell nothing.
+    # With a small scale these are one size, because compiling several would take long and show nothing.
     reads = {max(round(scale * n), 64) for n in (2048, 4096, 6144, 8192, 10240)}
     engine = make_engine(model, slots=1, max_length=length, decode_steps=1, read_buckets=tuple(sorted(reads)))
 
@@ -82,7 +82,7 @@ def live_cache(model: ModelConfig, scale: float, repeats: int) -> dict:
         engine.free(0)
         spent = seconds(engine, lambda: engine.append([0], [tokens(prompt)]))
         for _ in range(TURNS - 1):
-            engine.append([0], [tokens(sampled)])  # what the policy draws: not context work
+            engine.append([0], [tokens(sampled)])  # stands for decoding, so it is not timed
             spent += seconds(engine, lambda: engine.append([0], [tokens(tool)]))
         return spent
 
@@ -159,7 +159,7 @@ def fused(model: ModelConfig, scale: float, repeats: int) -> dict:
 
 @dataclass
 class Trajectory:
-    """Turns of a fixed length with a tool of a fixed latency between them."""
+    """Turns of a fixed length, with a tool of a fixed latency in between."""
 
     request: int
     latency_s: float
@@ -196,7 +196,7 @@ def rollout(model: ModelConfig, scale: float, repeats: int) -> dict:
     engine.warm_up()
     numbers = {"warm_up_cpu_s": round(time.process_time() - began, 1)}
     spent = []
-    for _ in range(repeats + 1):  # the first one is not like the others
+    for _ in range(repeats + 1):  # the first one warms up
         began = time.process_time()
         group = [Trajectory(i, 0.0, turn, turns=4, answer=answer, prompt=prompts[i // 8]) for i in range(32)]
         stats = asyncio.run(converse(engine, group))
@@ -208,7 +208,7 @@ def rollout(model: ModelConfig, scale: float, repeats: int) -> dict:
 def tools(model: ModelConfig, scale: float) -> list[dict]:
     slots, turn = 16, max(round(256 * scale), 8)
     length = 64 + 3 * (turn + 20)
-    pages = 2 * slots * -(-length // 16)  # those that wait for a tool keep theirs
+    pages = 2 * slots * -(-length // 16)  # enough that rows waiting for a tool keep their pages
     engine = make_engine(model, slots=slots, max_length=length, page_size=16, pages=pages, tool_lag=-1)
 
     def run(latency: float) -> Statistics:

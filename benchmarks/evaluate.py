@@ -1,13 +1,16 @@
-"""CPU time of a sample: an evaluation against the rollout path of training, on the same slots and problems.
+"""Compare the CPU time per sample of an evaluation and of training's rollouts, on the same slots and problems.
 
     python benchmarks/evaluate.py [init_from=runs/grpo] [problems=256] [samples=8] [repeats=3] [key=value ...]
 
-All draw `problems` x `samples` trajectories of the miniature with the same requests, temperatures and tools. `evaluate`
-draws them as a stream, writes every record and computes the result. `rollout` submits all of them at once, scores them
-and computes what training logs of them; `steps` does so with as many at a time as there are slots, as a step of
-config=grpo does, and `kept` also writes them, as rl.save_rollouts=true. Repeats alternate.
-Prints JSON: seconds of CPU time of this process per sample, medians. The sandbox's workers are processes of their own,
-which do the same for all and are left out. Other words go to the run.
+Four ways sample `problems` x `samples` trajectories of the miniature with the same requests, temperatures and tools:
+
+- `evaluate` samples them as a stream, writes every record and computes the result.
+- `rollout` submits all at once, scores them and computes the metrics that training logs.
+- `steps` does the same with as many at a time as there are slots, like a step of config=grpo.
+- `kept` also writes them, like rl.save_rollouts=true.
+
+The ways take turns. Prints JSON: medians of this process's CPU-seconds per sample. The sandbox's workers are separate
+processes, whose work is the same in all ways and is not counted. Other key=value words go to the run.
 """
 
 import asyncio
@@ -47,14 +50,14 @@ async def measure(words: list[str], repeats: int) -> dict:
     workers.pool.start()
     every = keys(len(problems), run.evaluation.samples)
     samples = [sample_of(run, problems, *key) for key in every]
-    asked = {"set": "arithmetic:test", "problems": "", "weights": {"step": None}}
+    identity = {"set": "arithmetic:test", "problems": "", "weights": {"step": None}}
 
     async def evaluated() -> list:
         with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store, Progress("", len(every)) as bar:
             bar.say = lambda text: None
-            taking = Taking(tokenizer, store, every, len(every), 0.1, asked, bar)
+            taking = Taking(tokenizer, store, every, len(every), 0.1, identity, bar)
             statistics = await draw(engine, tokenizer, tools, iter(samples), run.rollout, taking, stream=True)
-            result = result_of(run, problems, store, asked, tokenizer)
+            result = result_of(run, problems, store, identity, tokenizer)
         return [result["numbers"]["accuracy"]["value"], statistics.fill]
 
     async def rolled_out(together: int, folder: Path | None = None) -> list:
@@ -88,12 +91,9 @@ async def measure(words: list[str], repeats: int) -> dict:
                 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
                 if repeat:
                     found[name].append((cpu / len(every), wall / len(every), accuracy, fill))
-    rows = {
-        name: dict(
-            zip(("cpu_s", "wall_s", "accuracy", "fill"), np.median(values, axis=0).round(6).tolist(), strict=True)
-        )
-        for name, values in found.items()
-    }
+    columns = ("cpu_s", "wall_s", "accuracy", "fill")
+    medians = {name: np.median(values, axis=0).round(6).tolist() for name, values in found.items()}
+    rows = {name: dict(zip(columns, values, strict=True)) for name, values in medians.items()}
     ratios = {name: round(rows["evaluate"]["cpu_s"] / rows[name]["cpu_s"], 3) for name in ways if name != "evaluate"}
     return {"samples": len(every), **rows, "ratios": ratios}
 
@@ -101,9 +101,9 @@ async def measure(words: list[str], repeats: int) -> dict:
 def main(words: list[str]) -> None:
     known = {"init_from": "runs/grpo", "problems": 256, "samples": 8, "repeats": 3}
     options, others = arguments.parse_known(words, known)
-    own = [f"init_from={options['init_from']}"]
-    own += [f"evaluation.{key}={options[key]}" for key in ("problems", "samples")]
-    numbers = asyncio.run(measure([*own, *others], options["repeats"]))
+    settings = [f"init_from={options['init_from']}"]
+    settings += [f"evaluation.{key}={options[key]}" for key in ("problems", "samples")]
+    numbers = asyncio.run(measure([*settings, *others], options["repeats"]))
     print(json.dumps({"benchmark": "evaluate", **numbers, "jax": jax.__version__}, indent=2))
 
 

@@ -1,9 +1,9 @@
-"""Peak memory of log-probs, entropy and their gradient over a real vocabulary: in chunks against all logits at once.
+"""Peak memory of log-probs, entropy and their gradient with a large vocabulary: in chunks against all logits at once.
 
     python benchmarks/head.py [vocabulary=152064] [length=4096] [hidden=64] [chunk=512]
 
-Prints JSON. Each form runs in a process of its own: `peak_mib` is how far its resident memory rose above what it had
-before the call, `compiled_mib` the compiler's count of temporaries. `ratio` is chunked over plain.
+Prints JSON. Each form runs in its own process: `peak_mib` is how much its resident memory rose during the call,
+`compiled_mib` the compiler's count of temporaries. `ratio` is chunked over plain.
 """
 
 import json
@@ -20,12 +20,12 @@ MIB = 2**20
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """Bytes of this process's resident memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(options: dict[str, int], chunk: int) -> dict[str, float]:
-    """Value and gradient once, in this process; chunk 0: the plain form."""
+    """Compute value and gradient once, in this process; with chunk 0 in the plain form."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,11 +1,11 @@
-"""How long tool calls hold up the event loop: 50 trajectories that call tools while a heartbeat listens.
+"""Measure how long tool calls block the event loop: 50 trajectories call tools while a heartbeat task runs.
 
     python benchmarks/heartbeat.py [backend=bubblewrap] [trajectories=50] [turns=10] [slots=2] [beat_ms=1]
 
-Prints JSON. The heart sleeps `beat_ms` again and again; `late_ms` is what it oversleeps, because the loop ran
-something else without a pause or because the kernel gave its core to others (here, to the programs). `callback_ms` and
-`callback_cpu_ms` tell the two apart: real and CPU time of single callbacks of the loop. `idle_late_ms` is the same loop
-with nothing to do. The collector of garbage is off, as its pauses depend on everything else that a process holds.
+Prints JSON. The heartbeat sleeps for `beat_ms` in a loop; `late_ms` is how much too late it wakes up. Either the loop
+was running another callback, or the kernel gave the core to other processes (here, to the programs). `callback_ms` and
+`callback_cpu_ms`, the real and CPU time of single callbacks, tell the two apart. `idle_late_ms` is measured while the
+loop has nothing else to do. Garbage collection is off, because its pauses depend on all other objects of a process.
 """
 
 import asyncio
@@ -74,12 +74,12 @@ async def measure(options: dict) -> dict:
             await asyncio.gather(*(box.run(code) for _ in range(2 * options["slots"])))
 
         async def trajectory(number: int) -> int:
-            told = 0
+            characters = 0
             for turn in range(options["turns"]):
                 result = await box.run(PROGRAMS[(number + turn) % len(PROGRAMS)])
                 assert result.status != "infra_error", result.message
-                told += len(tool_text(result, 2000))
-            return told
+                characters += len(tool_text(result, 2000))
+            return characters
 
         gc.disable()
         beat_s = options["beat_ms"] / 1000

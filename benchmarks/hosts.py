@@ -1,10 +1,10 @@
-"""A small run of one host and of several, each a process of this machine: whether they draw and learn the same.
+"""Check that a small run on several hosts (processes of this machine) samples and learns the same as on one.
 
     python benchmarks/hosts.py [hosts=4] [algorithm=grpo] [steps=4]
 
-Four problems are learned by heart in a cold start, each answered rightly as often as wrongly, so that every step of RL
-has something to learn from. Prints JSON: whether every trajectory has the same ids, how many steps learned, and the
-largest difference of a loss. Where it is not the same the exit code is 1.
+The cold start memorises four problems with as many right as wrong answers, so that every step of RL has something to
+learn. Prints JSON: whether all trajectories have the same ids, how many steps learned, and the largest difference of a
+loss. Exits with 1 if ids differ, losses differ by 1e-5 or more, or no step learned.
 """
 
 import json
@@ -29,15 +29,15 @@ WORDS = [
 ]
 
 
-def made_data(folder: Path) -> list[str]:
-    """Files of the problems and of their demonstrations, as words."""
+def make_data(folder: Path) -> list[str]:
+    """Write the problems and their demonstrations; return the settings that name the files."""
     rows, demonstrations = [problem_row("train", index) for index in range(4)], []
     for row in rows:
         for answer in (row["reward_model"]["ground_truth"], "7"):
             call = {"function": {"name": "code_interpreter", "arguments": {"code": f"print({answer})"}}}
-            asked = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": answer}]
-            told = {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
-            demonstrations += [{"messages": [*row["prompt"], *turns, told]} for turns in ([], asked)]
+            tool = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": answer}]
+            final = {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
+            demonstrations += [{"messages": [*row["prompt"], *turns, final]} for turns in ([], tool)]
     problems, traces = folder / "problems.jsonl", folder / "demonstrations.jsonl"
     for path, lines in ((problems, rows), (traces, demonstrations)):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -45,15 +45,15 @@ def made_data(folder: Path) -> list[str]:
 
 
 def train(hosts: int, words: list[str], folder: Path) -> Path:
-    """Train below a folder with so many processes; the run's folder."""
+    """Train with `hosts` processes in a new folder; return the run's folder."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    of_all = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+    shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
     command = [sys.executable, "-m", "retool_jax.train", *words, f"run={folder / 'run'}"]
     processes = [
-        subprocess.Popen(command, env=of_all | {"JAX_PROCESS_ID": str(number)}, stdout=sys.stderr)
+        subprocess.Popen(command, env=shared | {"JAX_PROCESS_ID": str(number)}, stdout=sys.stderr)
         for number in range(hosts)
     ]
     if any([process.wait() for process in processes]):
@@ -61,13 +61,13 @@ def train(hosts: int, words: list[str], folder: Path) -> Path:
     return folder / "run"
 
 
-def draws(run: Path) -> list[list[int]]:
+def trajectory_ids(run: Path) -> list[list[int]]:
     files = sorted((run / "rollouts").iterdir())
     return [json.loads(line)["ids"] for file in files for line in file.read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
-    """Those of the cold start, then those of RL."""
+    """All losses of the cold start, then all of RL."""
     (cold_start,) = run.parent.glob("cold-start-*")
     lines = [*read_metrics(cold_start), *read_metrics(run)]
     return [line[name] for line in lines for name in ("loss", "critic/value_loss") if name in line]
@@ -75,21 +75,21 @@ def losses(run: Path) -> list[float]:
 
 def main(words: list[str]) -> None:
     options = arguments.parse(words, {"hosts": 4, "algorithm": "grpo", "steps": 4})
-    asked = [*WORDS, f"rl.algorithm={options['algorithm']}", f"rl.steps={options['steps']}"]
+    settings = [*WORDS, f"rl.algorithm={options['algorithm']}", f"rl.steps={options['steps']}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        asked += made_data(folder)
-        one, several = (train(count, asked, folder / str(count)) for count in (1, options["hosts"]))
-        ours, theirs = losses(several), losses(one)
+        settings += make_data(folder)
+        one, several = (train(count, settings, folder / str(count)) for count in (1, options["hosts"]))
+        of_one, of_several = losses(one), losses(several)
         found = {
             "benchmark": "hosts",
             "hosts": options["hosts"],
             "algorithm": options["algorithm"],
-            "trajectories": len(draws(one)),
-            "same_ids": draws(one) == draws(several),
-            "losses": len(theirs),
+            "trajectories": len(trajectory_ids(one)),
+            "same_ids": trajectory_ids(one) == trajectory_ids(several),
+            "losses": len(of_one),
             "steps_that_learned": sum(line.get("grad_norm", 0) > 0 for line in read_metrics(one)),
-            "largest_difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
+            "largest_difference": max(abs(a - b) for a, b in zip(of_several, of_one, strict=True)),
         }
     print(json.dumps(found, indent=2))
     sys.exit(not (found["same_ids"] and found["largest_difference"] < 1e-5 and found["steps_that_learned"]))

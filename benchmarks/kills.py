@@ -1,16 +1,16 @@
-"""Contract 9 at random moments: a run that is killed again and again writes the numbers of an unbroken one.
+"""Check contract 9 at random moments: a run that is killed repeatedly writes the same metrics as an uninterrupted run.
 
     python benchmarks/kills.py [algorithm=grpo] [kills=10] [seed=0] [folder=runs/kills] [key=value ...]
 
-A small miniature trains to its end, and the same command in another folder, where `kill -9` comes at moments drawn with
-`seed`: in the cold start, while it compiles, in a rollout, an update, a save or a look. After the last kill it runs to
-its end; one that ends before that is compared, and the kills go on in a new folder. Every line of metrics.jsonl has to
-be equal but for what the clock decides (perf/). Prints what it found as JSON; the exit code is 1 where a line differs.
-Other words go to all runs.
+A small miniature trains to its end. The same command runs in another folder and gets `kill -9` at random moments, drawn
+with `seed`: in the cold start, while it compiles, in a rollout, an update, a save or an evaluation. After the last kill
+it runs to its end. If it ends earlier, it is compared, and the kills continue in a new folder. All lines of
+metrics.jsonl must be equal, except for the timings (perf/). Prints JSON; exits with 1 if a line differs. Other
+key=value words go to all runs.
 
-`algorithm` is that of a config (grpo, ppo, opd), or `dynamic` or `ahead`, which are ways to run grpo. With `ahead` the
-clock decides which weights draw a token. So what is compared there is which samples each step learned from, in their
-order: what was under way is begun again once, none is left out and none comes twice.
+`algorithm` names a config (grpo, ppo, opd), or is `dynamic` or `ahead`, which are variants of grpo. With `ahead` timing
+decides which weights sample a token. So the comparison is of the ids of the samples that each step learned from, in
+their order: samples in progress are started again once, none is left out and none comes twice.
 """
 
 import json
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import arguments
@@ -29,7 +30,7 @@ SMALL = [
     *("sandbox.backend=[bubblewrap,process]", "model.num_layers=1", "model.hidden_size=64"),
     *("model.intermediate_size=128", "model.head_dim=16", "sft.steps=60", "rl.steps=18", "rl.prompts_per_step=4"),
     *("rl.group_size=4", "engine.slots=16", "evaluation.every=4", "evaluation.problems=8", "checkpoint.every=3"),
-    # So small a model is never right; it is rewarded for the form of what it says, so that there is something to learn.
+    # So small a model is never right. A reward for the form of its answers gives it something to learn.
     *("evaluation.final_split=dev", "rl.reward.name=shaped", "rl.reward.guard=false"),
 ]
 
@@ -46,24 +47,24 @@ def lines_of(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in records]
 
 
-def issued(folder: Path) -> list[dict]:
-    """The samples of each step, of a run that saves its rollouts."""
+def sample_ids(folder: Path) -> list[dict]:
+    """The ids of each step's samples in a run that saves its rollouts."""
     steps = sorted((folder / "rollouts").glob("step-*.jsonl"))
     return [{path.stem: [json.loads(line)["id"] for line in path.read_text().splitlines()]} for path in steps]
 
 
 def command_of(algorithm: str, folder: Path, teacher: Path, words: list[str]) -> list[str]:
-    own = [f"rl.teacher.init_from={teacher}"] if algorithm == "opd" else []
-    words = [*KINDS.get(algorithm, [f"config={algorithm}"]), *SMALL, *own, *words, f"run={folder}"]
+    teacher_words = [f"rl.teacher.init_from={teacher}"] if algorithm == "opd" else []
+    words = [*KINDS.get(algorithm, [f"config={algorithm}"]), *SMALL, *teacher_words, *words, f"run={folder}"]
     return [sys.executable, "-m", "retool_jax.train", *words]
 
 
-def run_killed(command: list[str], log: Path, now: Callable[[float], bool] = lambda seconds: False) -> bool:
-    """Whether it was killed, when `now` said so of the seconds since its start, before it ended by itself."""
+def run_killed(command: list[str], log: Path, due: Callable[[float], bool] = lambda seconds: False) -> bool:
+    """Run a command and kill it when `due(seconds since its start)` is true; return whether it was killed."""
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         began = time.monotonic()
         while process.poll() is None:
-            if now(time.monotonic() - began):
+            if due(time.monotonic() - began):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 return True
@@ -73,53 +74,61 @@ def run_killed(command: list[str], log: Path, now: Callable[[float], bool] = lam
     return False
 
 
-def moment(folder: Path, draw: random.Random) -> Callable[[float], bool]:
-    """When to kill: one time in four within the first seconds, else a while behind one of the next steps' lines."""
+def last_step(folder: Path) -> int:
+    lines = lines_of(folder)
+    return lines[-1]["step"] if lines else 0
 
-    def last() -> int:
-        lines = lines_of(folder)
-        return lines[-1]["step"] if lines else 0
 
-    if draw.random() < 0.25:
-        limit = draw.uniform(0.5, 12.0)
+def random_moment(
+    progress: Callable[[], int], most: int, rng: random.Random, early_share: float, early_s: float
+) -> Callable[[float], bool]:
+    """When to kill, as a function of the seconds since the start.
+
+    With probability `early_share` in the first `early_s` seconds, otherwise up to 1 s after `progress()` has grown by 1
+    to `most`.
+    """
+    if rng.random() < early_share:
+        limit = rng.uniform(0.5, early_s)
         return lambda seconds: seconds > limit
-    target, late, seen = last() + draw.randint(1, 4), draw.uniform(0.0, 1.0), []
+    target, delay = progress() + rng.randint(1, most), rng.uniform(0.0, 1.0)
+    reached_at: list[float] = []
 
-    def now(seconds: float) -> bool:
-        if not seen and last() >= target:
-            seen.append(seconds)
-        return bool(seen) and seconds > seen[0] + late
+    def due(seconds: float) -> bool:
+        if not reached_at and progress() >= target:
+            reached_at.append(seconds)
+        return bool(reached_at) and seconds > reached_at[0] + delay
 
-    return now
+    return due
 
 
 def main(words: list[str]) -> None:
     known = {"algorithm": "grpo", "kills": 10, "seed": 0, "folder": "runs/kills"}
     options, others = arguments.parse_known(words, known)
-    algorithm, root, draw = options["algorithm"], Path(options["folder"]), random.Random(options["seed"])
+    algorithm, root, rng = options["algorithm"], Path(options["folder"]), random.Random(options["seed"])
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     log, teacher = root / "log.txt", root / "teacher"
     if algorithm == "opd":
         run_killed(command_of("grpo", teacher, teacher, ["rl.steps=2"]), log)
-    # Cold starts lie beside the runs, so each run here makes its own.
+    # A cold start lies beside its run, so runs in different folders do not share one.
     whole = root / "unbroken" / "run"
     run_killed(command_of(algorithm, whole, teacher, others), log)
-    found_in = issued if algorithm == "ahead" else lines_of
-    theirs, killed, folders, steps = found_in(whole), 0, 0, []
-    if not theirs:
-        sys.exit(f"{whole} left nothing that could be compared; see {log}")
+    records_of = sample_ids if algorithm == "ahead" else lines_of
+    expected, killed, folders, steps = records_of(whole), 0, 0, []
+    if not expected:
+        sys.exit(f"{whole} has nothing to compare with; see {log}")
     while killed < options["kills"]:
         folder = root / f"killed-{folders}" / "run"
         command = command_of(algorithm, folder, teacher, others)
-        while killed < options["kills"] and run_killed(command, log, moment(folder, draw)):
+        draw_moment = partial(random_moment, partial(last_step, folder), 4, rng, 0.25, 12.0)
+        while killed < options["kills"] and run_killed(command, log, draw_moment()):
             killed += 1
             steps.append(lines_of(folder)[-1]["step"] if lines_of(folder) else None)
         run_killed(command, log)
         folders += 1
-        if (ours := found_in(folder)) != theirs:
-            differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
-            sys.exit(f"{folder} has other lines than {whole}; the first pair: {differing}")
+        if (records := records_of(folder)) != expected:
+            differing = next((pair for pair in zip(records, expected, strict=False) if pair[0] != pair[1]), None)
+            sys.exit(f"the lines of {folder} differ from those of {whole}; the first pair: {differing}")
     learned = sum(line.get("grad_norm", 0) > 0 for line in lines_of(whole))
     found = {
         "steps_that_learned": learned,
@@ -127,7 +136,7 @@ def main(words: list[str]) -> None:
         "kills": killed,
         "steps_at_kills": steps,
         "runs": folders,
-        "lines": len(theirs),
+        "lines": len(expected),
     }
     print(json.dumps({"benchmark": "kills", **found, "equal": True}, indent=2))
 

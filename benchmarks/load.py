@@ -1,11 +1,11 @@
-"""Memory while a checkpoint is read: the peak of resident bytes against those of the weights themselves.
+"""Compare the peak of resident memory while a checkpoint is read with the size of its weights.
 
     python benchmarks/load.py [layers=8] [hidden=2048] [intermediate=11008] [vocab=151936] [folder=/tmp]
 
-Writes a random checkpoint (2.5 GB of bfloat16 in several files, as it is) to a temporary folder, reads it in a fresh
-process on one CPU device, and prints JSON. `peak_bytes` is the highest resident memory of that process while it
-reads, above what it had after reading a tiny one: the interpreter, jax and its compiler. `ratio` is that to
-(bytes of the process's own shards + 1.5 x the largest tensor); above 1 it exits with 1. Linux only.
+Writes a random checkpoint (by default 2.5 GB of bfloat16 in several files) to a temporary folder, reads it in a new
+process on one CPU device, and prints JSON. `peak_bytes` is the highest resident memory of that process while it reads,
+less what it had after it read a tiny checkpoint (for the interpreter, jax and its compiler). `ratio` is `peak_bytes` /
+(bytes of the process's own shards + 1.5 x the largest tensor). Exits with 1 if it is above 1. Linux only.
 """
 
 import json
@@ -66,10 +66,10 @@ def write(model: ModelConfig, folder: Path) -> None:
 
 
 def read(warm: Path, full: Path) -> dict:
-    """Read both checkpoints; the numbers of the second."""
+    """Read both checkpoints; return the numbers of the second."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     load_params(config_from_hf(warm, param_dtype="bfloat16"), warm, mesh)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     began = time.perf_counter()
     params = load_params(config_from_hf(full, param_dtype="bfloat16"), full, mesh)
@@ -90,7 +90,7 @@ def read(warm: Path, full: Path) -> dict:
 
 
 def resident(key: str) -> int:
-    """Bytes of resident memory now (VmRSS), or at its highest (VmHWM)."""
+    """Bytes of resident memory: current (VmRSS) or peak (VmHWM)."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 

@@ -1,4 +1,4 @@
-"""Build the miniature's tokenizer anew: a small byte-level BPE with Qwen's pre-tokenization and control tokens."""
+"""Rebuild the miniature's tokenizer: a small byte-level BPE with Qwen's pre-tokenization and control tokens."""
 
 import json
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ _CONTROL_TOKENS = {
 
 
 def corpus(count: int) -> list[str]:
-    """Plain texts of demonstrations, to train a tokenizer on; without control tokens."""
+    """Texts of demonstrations without control tokens, to train a tokenizer on."""
     texts = []
     for index in range(count):
         for message in demonstration(index, tools=True):
@@ -36,7 +36,7 @@ def corpus(count: int) -> list[str]:
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> FastTokenizer:
-    """A byte-level BPE with Qwen's pre-tokenization and control tokens; `vocab_size` counts neither of the latter."""
+    """A byte-level BPE with Qwen's pre-tokenization and control tokens; `vocab_size` does not count control tokens."""
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

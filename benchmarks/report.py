@@ -1,11 +1,11 @@
-"""Size of a report with many trajectories, and how long it takes to write and to open.
+"""Measure the size of a report with many trajectories and the time to write and to open it.
 
     python benchmarks/report.py [trajectories=10000] [tokens=100] [steps=60] [browser=chromium] [out=FOLDER]
 
-A run folder is made up: a look at every fifth step, `tokens` sampled tokens a trajectory, in words of a vocabulary of
-4,000, and a program with its output. A JSON object is printed: megabytes of the files and of the page, how many
-trajectories it shows, seconds to write it, and, where there is a Chromium, the milliseconds until its list can be used
-(`ready_ms`, from the start of the page's load; the page notes it by itself). With `out` folder and page are kept.
+Makes a synthetic run with an evaluation at every fifth step. Its trajectories have `tokens` sampled tokens, with words
+from a vocabulary of 4,000, and a program with its output. Prints JSON: megabytes of the files and of the page, how many
+trajectories the page shows, seconds to write it, and, if there is a Chromium, `ready_ms`: the milliseconds from the
+start of the page's load until its list can be used, as the page itself records. `out` keeps the folder and the page.
 """
 
 import json
@@ -77,7 +77,7 @@ def make_run(folder: Path, count: int, tokens: int, steps: int) -> None:
 def trajectory(
     draw: random.Random, vocabulary: list[str], ranks: list[float], step: int, index: int, tokens: int
 ) -> dict:
-    """A record as a run writes them: a prompt, half of the tokens, a program, its output, the other half."""
+    """A record as runs write it: a prompt, half of the tokens, a program, its output, the other half."""
     sizes, roles = (40, tokens // 2, 30, tokens - tokens // 2), ("prompt", "policy", "tool", "policy")
     ids = [draw.choices(range(4000), ranks, k=size) for size in sizes]
     texts = [" ".join(vocabulary[i] for i in part) for part in ids]
@@ -108,13 +108,13 @@ def trajectory(
 
 
 def shown(page: Path) -> int:
-    """How many trajectories a page says that it shows."""
+    """The number of trajectories that a page says it shows."""
     found = re.search(r"([\d,]+) (?:of [\d,]+ are in this page|that were kept)", page.read_text())
     return int(found[1].replace(",", "")) if found else 0
 
 
 def ready(browser: str, page: Path) -> float | None:
-    """Milliseconds until the page's script is done with its list; None without a browser."""
+    """Milliseconds until the page's script has filled its list; None without a browser."""
     if not shutil.which(browser):
         return None
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=60000", page.as_uri()]

@@ -1,11 +1,11 @@
-"""Compile the engine's decode step for a TPU slice, on any machine with libtpu, and say what it needs.
+"""Compile the engine's decode step for a TPU slice, on any machine with libtpu, and print its memory and time.
 
     python benchmarks/tpu_decode.py [topology=v6e:2x4] [slots=64] [max_length=8192] [page_size=128]
 
-Prints JSON: gigabytes per chip of arguments and temporaries, bytes that outputs share with donated arguments, and the
+Prints JSON: gigabytes per chip of arguments, temporaries and outputs that share memory with donated arguments, and the
 compiler's estimate of one step's time without attention kernels and collectives (`plan/hlo.py`). The model is
-Qwen2.5-32B in bf16, tensor-parallel over all chips of the slice: a larger slice holds several such engines side by
-side, which share nothing.
+Qwen2.5-32B in bf16, tensor-parallel over all chips of the slice. A larger slice would hold several such engines, which
+share nothing.
 """
 
 import json
@@ -61,7 +61,7 @@ def main(words: list[str]) -> None:
         text = max(Path(folder).glob("*after_codegen.txt"), key=lambda path: path.stat().st_size).read_text()
     memory = compiled.memory_analysis()
     pool = state.cache.size * state.cache.dtype.itemsize / len(devices)
-    # The step is the body of the one loop whose length follows from the data.
+    # The step is the body of the only loop whose trip count depends on data.
     step = cost_of(text, (1,)).cycles - cost_of(text, (0,)).cycles
     print(
         json.dumps(
