@@ -53,7 +53,7 @@ def make_run(folder: Path, count: int, tokens: int, steps: int) -> None:
     ranks = [1 / (rank + 10) for rank in range(4000)]
     (folder / "trajectories").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text("seed: 0\ntokenizer: miniature\n")
-    looks, lines = range(0, steps + 1, EVERY), []
+    evaluated_steps, lines = range(0, steps + 1, EVERY), []
     for step in range(steps + 1):
         numbers = {
             "kind": "rl",
@@ -63,9 +63,9 @@ def make_run(folder: Path, count: int, tokens: int, steps: int) -> None:
             "entropy": 1 / (step + 1),
         }
         lines += [numbers] if step else []
-        if step in looks:
+        if step in evaluated_steps:
             name = f"trajectories/dev-{step:06d}.jsonl"
-            share = count // len(looks) + (step // EVERY < count % len(looks))
+            share = count // len(evaluated_steps) + (step // EVERY < count % len(evaluated_steps))
             with (folder / name).open("w") as file:
                 for index in range(share):
                     file.write(json.dumps(trajectory(draw, vocabulary, ranks, step, index, tokens)) + "\n")

@@ -76,9 +76,9 @@ def row_of(name: str, seed: str, summary: dict) -> tuple[str, ...]:
     return (
         name,
         seed,
-        *(f"{100 * look['accuracy']:.1f} ± {100 * look['accuracy_stderr']:.1f} %" for look in (before, after)),
+        *(f"{100 * scores['accuracy']:.1f} ± {100 * scores['accuracy_stderr']:.1f} %" for scores in (before, after)),
         f"{100 * (after['accuracy'] - before['accuracy']):+.1f}",
-        *(f"{100 * look['greedy_accuracy']:.1f} %" for look in (before, after)),
+        *(f"{100 * scores['greedy_accuracy']:.1f} %" for scores in (before, after)),
         f"{cold / 60:.1f} min" if cold >= 1 else "shared",
         f"{(seconds['total'] - cold) / 60:.1f} min",
     )
@@ -95,9 +95,10 @@ def means(found: dict[str, list[dict]], at_test: list[dict]) -> str:
     `at_test` are the results of evaluations with the tool of the runs that were trained without it.
     """
 
-    def row(name: str, looks: list[dict]) -> tuple[str, ...]:
-        sampled, greedy = (spread([look[key] for look in looks]) for key in ("accuracy", "greedy_accuracy"))
-        return name, str(len(looks)), sampled, greedy, f"{np.mean([look['tool_rate'] for look in looks]):.2f}"
+    def row(name: str, evaluations: list[dict]) -> tuple[str, ...]:
+        sampled, greedy = (spread([scores[key] for scores in evaluations]) for key in ("accuracy", "greedy_accuracy"))
+        rate = np.mean([scores["tool_rate"] for scores in evaluations])
+        return name, str(len(evaluations)), sampled, greedy, f"{rate:.2f}"
 
     rows = []
     for kind, summaries in found.items():

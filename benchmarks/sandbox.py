@@ -1,12 +1,12 @@
-"""Speed of the sandbox: CPU and time per call of small programs, through the HTTP server, and a worker's replacement.
+"""Measure the sandbox: CPU time, latency and rate of small programs through the HTTP server, and a worker's start.
 
     python benchmarks/sandbox.py [backends=gvisor,bubblewrap] [calls=300] [clients=8] [slots=2] [restarts=3] [direct=0]
 
-Prints JSON. `cpu_ms` is CPU time per call of server, workers and programs, without the client (with `direct=1` the
-pool in this process is called, and the client counts). It hardly depends on what else the machine does and is the
-number to compare. Rates and latencies want a quiet machine (`load`, before and after). `replacement` is a new worker:
-seconds until it serves, and until numpy and sympy have answered in it. `targets` holds the floor and the stretch that
-a number is measured against, and which of them it reached. Linux only.
+Prints JSON. `cpu_ms` is the CPU time per call of server, workers and programs, without the client; with `direct=1` this
+process calls its own pool, and the client counts too. It hardly depends on other load of the machine, so it is the
+number to compare. Rates and latencies need an otherwise idle machine (`load`, before and after). `replacement` is a
+new worker: seconds until it serves, and until numpy and sympy have answered in it. `targets` has two goals for a
+number, `floor` and the harder `stretch`, and which of them it reached. Linux only.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ PROGRAMS = {
     ),
 }
 WARM_UP = 4
-# Floor and stretch. CPU milliseconds per call, calls per second and core, and latency's p99 / p50.
+# Pairs of (floor, stretch): CPU milliseconds per call, calls per second and core, p99 / p50 of latency, and seconds.
 CPU_MS = {
     "gvisor": {"print": (35, 25), "numpy": (60, 45), "sympy": (140, 110)},
     "bubblewrap": {"print": (4.5, 3.5), "numpy": (7, 5), "sympy": (27, 23)},
@@ -56,16 +56,16 @@ Call = Callable[[str], Awaitable[str]]
 
 def main(words: list[str]) -> None:
     options = arguments.parse(words, DEFAULTS)
-    begun = os.getloadavg()[0]
+    load_before = os.getloadavg()[0]
     backends = {name: asyncio.run(measure(name, options)) for name in options["backends"].split(",")}
     about = {key: options[key] for key in ("calls", "clients", "slots")}
-    machine = {"cores": os.cpu_count(), "kernel": platform.release(), "load": [begun, os.getloadavg()[0]]}
+    machine = {"cores": os.cpu_count(), "kernel": platform.release(), "load": [load_before, os.getloadavg()[0]]}
     through = "pool" if options["direct"] else "http"
     print(json.dumps({"benchmark": "sandbox", "through": through, **about, **machine, "backends": backends}))
 
 
 async def measure(backend: str, options: dict) -> dict:
-    """All numbers of one back-end."""
+    """Measure one back-end; return its numbers, or why it does not work here."""
     if why := LAUNCHERS[backend].missing(SandboxConfig(backend=(backend,))):
         return {"missing": why}
     opened = through_pool if options["direct"] else through_http
@@ -73,9 +73,9 @@ async def measure(backend: str, options: dict) -> dict:
     async with opened(backend, options["slots"], options["clients"]) as (calls, root):
         for name, (code, expected) in PROGRAMS.items():
             await drive(calls, code, expected, WARM_UP * options["clients"])
-            cpu, began = Meter(root), time.perf_counter()
+            cpu_began, began = cpu_seconds(root), time.perf_counter()
             latencies = sorted(await drive(calls, code, expected, options["calls"]))
-            seconds, cpu_s = time.perf_counter() - began, cpu.read()
+            seconds, cpu_s = time.perf_counter() - began, cpu_seconds(root) - cpu_began
             numbers[name] = summarise(backend, name, options, latencies, seconds, cpu_s)
     ready, warm = zip(*await replacements(backend, options["restarts"]), strict=True)
     numbers["replacement"] = {
@@ -107,13 +107,13 @@ def summarise(backend: str, name: str, options: dict, latencies: list[float], se
 
 
 def grade(value: float, floor: float, stretch: float) -> dict:
-    """What a value reaches, if less is better."""
+    """The goal that a value reaches, where less is better."""
     reached = "stretch" if value <= stretch else "floor" if value <= floor else "missed"
     return {"floor": floor, "stretch": stretch, "reached": reached}
 
 
 async def drive(calls: list[Call], code: str, expected: str, total: int) -> list[float]:
-    """Let every client call until `total` calls are done; seconds of each."""
+    """Let all clients call until `total` calls are done; return the seconds of each call."""
     latencies: list[float] = []
     left = iter(range(total))
 
@@ -141,7 +141,7 @@ async def through_pool(backend: str, slots: int, clients: int):
 
 @asynccontextmanager
 async def through_http(backend: str, slots: int, clients: int):
-    """A server in a process of its own, and keep-alive connections to it."""
+    """A server in its own process, and keep-alive connections to it."""
     command = [
         sys.executable,
         "-m",
@@ -186,10 +186,10 @@ def caller(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Call:
 
 
 async def replacements(backend: str, count: int) -> list[tuple[float, float]]:
-    """Seconds from the wish for a worker until it serves, and until numpy and sympy have answered in it, too."""
+    """For each new worker, seconds from the request until it serves, and until numpy and sympy have also answered."""
     seconds = []
     async with open_sandbox(SandboxConfig(backend=(backend,), slots=1)) as box:
-        await asyncio.sleep(3)  # the spare has started
+        await asyncio.sleep(3)  # until the spare worker has started
         for _ in range(count):
             began = time.perf_counter()
             member = await box.crew.recruit(box.config.limits.memory_mb)
@@ -203,29 +203,27 @@ async def replacements(backend: str, count: int) -> list[tuple[float, float]]:
     return seconds
 
 
-class Meter:
-    """CPU time from now on of process `root` and all below it."""
+def process_tree(root: int) -> dict[int, list[str]]:
+    """The fields of /proc/PID/stat, from the state on, of process `root` and all its descendants, by process id."""
+    stats = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            stats[int(name)] = stat_fields(int(name))
+    below, found = {root}, {root}
+    while below:
+        below = {pid for pid, fields in stats.items() if int(fields[1]) in below} - found
+        found |= below
+    return {pid: stats[pid] for pid in found if pid in stats}
 
-    def __init__(self, root: int) -> None:
-        self.root = root
-        self.first = self.now()
 
-    def now(self) -> dict[int, float]:
-        tick = os.sysconf("SC_CLK_TCK")
-        stats = {}
-        for name in filter(str.isdecimal, os.listdir("/proc")):
-            with suppress(OSError):
-                stats[int(name)] = stat_fields(int(name))
-        below, found = {self.root}, {self.root}
-        while below:
-            below = {pid for pid, words in stats.items() if int(words[1]) in below} - found
-            found |= below
-        # user, system, and both of children that were waited for
-        return {pid: sum(map(int, stats[pid][11:15])) / tick for pid in found if pid in stats}
+def cpu_seconds(root: int) -> float:
+    """CPU time so far of process `root` and its descendants.
 
-    def read(self) -> float:
-        """Seconds since the beginning; what ended in between has left its time to the one that waited for it."""
-        return sum(self.now().values()) - sum(self.first.values())
+    It includes children that have ended, because their time is added to that of the parent that waited for them.
+    """
+    # user, system, and both of children that were waited for
+    ticks = sum(int(field) for stat in process_tree(root).values() for field in stat[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

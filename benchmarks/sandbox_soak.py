@@ -1,16 +1,16 @@
-"""Endurance of the sandbox: thousands of mixed programs at once, while workers are killed at random.
+"""Endurance test of the sandbox: thousands of mixed programs, many at once, while workers are killed at random.
 
     python benchmarks/sandbox_soak.py [backend=auto] [calls=10000] [concurrency=32] [slots=2] [kill=0.01] [seed=0]
 
-Prints JSON and exits with 1 unless every call returned, none was wrong, less than 0.1 % ended as faults of the
-machinery, and no process is left. `kill` is the chance per call that the outermost process of some worker is killed.
+Prints JSON and exits with 1 unless every call returned, none was wrong, less than 0.1 % ended as infrastructure errors,
+and no process is left. `kill` is the probability per call that the outermost process of some worker is killed.
 `owner_mb` is the resident memory of this process after each tenth of the calls.
 
-`service` compares like calls: those of one kind, from the moment they get a worker to their answer (of the attempt
-that counted). `latency` is what callers of a kind see, with the wait for a slot. Its spread says more about the mix
-than about the sandbox: the queue is first come, first served, and a print that has fifteen calls before it for its
-slot waits a third of a second longer for each time-out of 0.3 s that happens to be among them, and until a killed
-worker is replaced. What waiting does to calls that are all alike is measured by `sandbox.py`. Linux only.
+`service` is the time of a kind of calls from the moment they get a worker to their answer (of the attempt that
+counted). `latency` also includes the wait for a slot, as callers see it. Its spread depends more on the mix of calls
+than on the sandbox: the queue is first come, first served. If fifteen calls wait for its slot before it, a print waits
+a third of a second longer for each time-out of 0.3 s among them, and until a killed worker is replaced. `sandbox.py`
+measures the waiting of calls that are all alike. Linux only.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import arguments
+from sandbox import process_tree
 
 from retool_jax.sandbox import Limits, Sandbox, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.launch.procfs import stat_fields
 
 DEFAULTS = {"backend": "auto", "calls": 10_000, "concurrency": 32, "slots": 2, "kill": 0.01, "seed": 0}
 MEMORY_MB = 512
@@ -38,19 +38,19 @@ INFRA_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Task:
-    """A program, and what must come of it."""
+    """A program and its expected result."""
 
     code: str
     status: str = "success"
     stdout: str | None = ""
-    """All of it; None if it does not matter."""
+    """The whole output; None if it does not matter."""
     stdin: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     fetched: dict[str, bytes] = field(default_factory=dict)
     wall_s: float = 20.0
 
     def fault(self, result: ToolResult) -> str:
-        """What is wrong with the result; empty if nothing is."""
+        """What is wrong with the result, or an empty string."""
         if result.status != self.status:
             return f"{result.status} ({result.message}), not {self.status}: {result.stderr[-200:]!r}"
         if self.stdout is not None and result.stdout != self.stdout:
@@ -72,7 +72,7 @@ def die(n: int) -> Task:
     return Task(f"import os\nprint({n}, flush=True)\nos.kill(os.getpid(), 9)", "user_error", f"{n}\n")
 
 
-# The number in each program makes every answer its own, so that no answer can pass for another's.
+# The number in each program makes its answer unique, so that an answer to another program is noticed.
 KINDS: dict[str, tuple[int, Callable[[int], Task]]] = {
     "print": (40, lambda n: Task(f"print({n} * 2)", stdout=f"{2 * n}\n")),
     "loop": (15, lambda n: Task(f"print(sum(i * {n} for i in range(1000)))", stdout=f"{499500 * n}\n")),
@@ -90,19 +90,9 @@ KINDS: dict[str, tuple[int, Callable[[int], Task]]] = {
 
 
 def descendants() -> int:
-    """How many processes live below this one."""
-    parents = {}
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with suppress(OSError):
-            words = stat_fields(int(name))
-            if words[0] != "Z":
-                parents[int(name)] = int(words[1])
-    found: set[int] = set()
-    below = {os.getpid()}
-    while below:
-        below = {pid for pid, parent in parents.items() if parent in below} - found
-        found |= below
-    return len(found)
+    """The number of this process's descendants that are not zombies."""
+    states = [fields[0] for pid, fields in process_tree(os.getpid()).items() if pid != os.getpid()]
+    return len(states) - states.count("Z")
 
 
 def kill_one(rng: random.Random, box: Sandbox) -> None:
@@ -120,7 +110,7 @@ def resident_mb() -> float:
 
 
 async def soak(options: dict) -> dict:
-    """Run all calls; the numbers."""
+    """Run all calls; return the numbers."""
     rng = random.Random(options["seed"])
     names = rng.choices(list(KINDS), [weight for weight, _ in KINDS.values()], k=options["calls"])
     seconds: dict[str, list[float]] = {}

@@ -1,11 +1,11 @@
-"""The miniature's test problems as a task of Inspect (inspect_ai), so that an evaluation of others asks our server.
+"""The miniature's test problems as a task of Inspect (inspect_ai), to evaluate our server with another tool.
 
     pip install inspect-ai openai
     RETOOL_BASE_URL=http://127.0.0.1:8000/v1 RETOOL_API_KEY=none \
         inspect eval benchmarks/serve_inspect.py --model openai-api/retool/grpo --max-connections 64 --epochs 4
 
-A problem is one message, and its programs run inside of the request; the last box of the answer is compared as in
-training (`answers/`). `-T problems=64` asks fewer, and without `--epochs` each is asked once.
+A problem is one message, and its programs run within the request. The last box of the answer is compared as in training
+(`answers/`). `-T problems=64` asks fewer problems; without `--epochs` each is asked once.
 """
 
 from inspect_ai import Task, task

@@ -1,12 +1,12 @@
-"""The server's page in a browser: a person asks the trained miniature, sees code, output and answer, and opens details.
+"""Test the server's page in a browser: ask the trained miniature, read code, output and answer, and open the details.
 
     python benchmarks/serve_page.py [init_from=runs/grpo] [browser=/usr/bin/chromium] [out=docs/serving.png] [shots=]
 
-A server is started, and Chromium is driven by playwright, which the project does not need otherwise
-(`pip install playwright`). Three questions are asked one by one, and the page is looked at light and dark, wide and
-narrow; `out` is a picture of the first answer, and with `shots=FOLDER` one of each stage is kept there. A JSON object
-is printed: the milliseconds from a question to its first words or code and to its end, the answers, what the page's
-console said, which must be nothing, and whether all was there (`held`), without which the exit status is 1.
+Starts a server and drives Chromium with playwright, which nothing else in the project needs (`pip install playwright`).
+Asks three questions one after another and shows the page light and dark, wide and narrow. `out` is a picture of the
+first answer; `shots=FOLDER` keeps a picture of each stage. Prints JSON: the milliseconds from each question to the
+first words or code and to the end of the answer, the answers, the messages of the page's console, which must be empty,
+and whether all parts were there (`held`). Exits with 1 if not.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ WAIT_MS = 120_000
 
 @contextlib.contextmanager
 def served(init_from: str) -> Iterator[str]:
-    """The address of a server on a free port, which is ended behind the block."""
+    """Start a server on a free port and yield its address; stop it at the end of the block."""
     command = [sys.executable, "-m", "retool_jax.serve", "config=serve", f"init_from={init_from}", "port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -42,7 +42,7 @@ def served(init_from: str) -> Iterator[str]:
 
 
 def ask(page: Page, question: str) -> dict[str, object]:
-    """Ask as a person does; times, and what stands in the answer."""
+    """Ask as a user does; return the times and the contents of the answer."""
     page.get_by_label("Your question").fill(question)
     began = time.perf_counter()
     page.keyboard.press("Enter")
@@ -63,7 +63,7 @@ def ask(page: Page, question: str) -> dict[str, object]:
 
 def main(words: list[str]) -> None:
     options = arguments.parse(words, DEFAULTS)
-    said: list[str] = []
+    console: list[str] = []
 
     def shoot(page: Page, name: str) -> None:
         if options["shots"]:
@@ -72,8 +72,8 @@ def main(words: list[str]) -> None:
     with served(options["init_from"]) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=options["browser"], args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1000, "height": 720}, color_scheme="light")
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: console.append(message.text))
+        page.on("pageerror", lambda error: console.append(str(error)))
         page.goto(address)
         page.locator("#model.up").wait_for(timeout=WAIT_MS)
         shoot(page, "empty")
@@ -97,8 +97,14 @@ def main(words: list[str]) -> None:
         shoot(page, "narrow")
         browser.close()
     right = sum(answer["boxed"] == [str(truth)] for answer, truth in zip(answers, QUESTIONS.values(), strict=True))
-    held = answers[0]["boxed"] != [] and answers[0]["outputs"] != [] and tokens > 0 and not said
-    numbers = {"benchmark": "serve_page", "answers": answers, "right": right, "tokens_shown": tokens, "console": said}
+    held = answers[0]["boxed"] != [] and answers[0]["outputs"] != [] and tokens > 0 and not console
+    numbers = {
+        "benchmark": "serve_page",
+        "answers": answers,
+        "right": right,
+        "tokens_shown": tokens,
+        "console": console,
+    }
     print(json.dumps(numbers | {"held": held}))
     sys.exit(not held)
 

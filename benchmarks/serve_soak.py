@@ -1,17 +1,17 @@
-"""Endurance and speed of the HTTP server: hundreds of streams, clients that leave or send nonsense, dead workers.
+"""Endurance and speed of the HTTP server: hundreds of streams, clients that leave or send nonsense, killed workers.
 
     python benchmarks/serve_soak.py [init_from=runs/grpo] [streams=200] [seconds=60] [requests=400] [repeats=2] [seed=0]
 
-The server of `config=serve` runs in this process, and its clients in another one, over HTTP. First the same `requests`
-questions are answered by the scheduler without a server (`rollout`), and by `streams` streams at once, without tools
-and, apart from that, with the Python tool; in turns, `repeats` times, of which the best counts. `share` is tokens/s of
-the served ones over those of the others, and `cpu_share` tokens per second of this process's processor time (of all
-times: `runs`), in which neither the clients nor the sandbox are: the one to look at where others want the cores.
-Then, for `seconds`, every stream asks again and again: some leave in the middle, some send what is no request or
-too large a one, and each second the outermost process of a sandbox's worker is killed.
+The server of `config=serve` runs in this process; its clients are in another one and use HTTP. First the same
+`requests` questions are answered by the scheduler without a server (`rollout`), and by the server for `streams` streams
+at once. Both are done without tools and with the Python tool, in turns, `repeats` times; the best counts. `share` is
+the server's tokens/s over those without a server. `cpu_share` is the same for tokens per second of this process's CPU
+time (`runs` has all times), which includes neither clients nor sandbox: use it if other programs need the cores. Then,
+for `seconds`, every stream sends requests in a loop: some leave in the middle, some send a malformed or too large
+request, and every second the outermost process of a sandbox worker is killed.
 
-Prints JSON, and exits with 1 unless every request ended with a status, no stream broke off, and rows, pages and places
-are as many as before. `backend=NAME` chooses the sandbox. Linux only.
+Prints JSON. Exits with 1 unless every request ended with a status, no stream broke off, and the counts of rows, pages
+and places are as before. `backend=NAME` selects the sandbox. Linux only.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ from retool_jax.tools.toolbox import load_tools
 DEFAULTS: dict[str, Any] = {"init_from": "runs/grpo", "streams": 200, "seconds": 60.0, "requests": 400}
 DEFAULTS |= {"repeats": 2, "backend": "", "seed": 0, "client": ""}
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-HANGS_S = 120.0  # an answer that takes longer hangs
+HANGS_S = 120.0  # an answer that takes longer counts as hung
 CODE = {"type": "code_interpreter", "container": {"type": "auto"}}
 BROKEN = (b"{", b"[]", b'{"messages": "x"}', b"\xff\xfe", b"[" * 20_000, b'{"messages": [{"role": "user"}], "n": -1}')
 
@@ -57,17 +57,17 @@ def question(number: int) -> str:
     return exercise("dev", number).question
 
 
-def asked(number: int, tools: bool) -> dict:
-    """A request whose draws are those of sample `number`."""
+def request(number: int, tools: bool) -> dict:
+    """A request whose seed makes it the same sample as `number` without a server."""
     body = {"messages": [{"role": "user", "content": question(number)}], "seed": number, "stream": True}
     return body if tools else body | {"tools": []}
 
 
-# --- the clients, in a process of their own ---
+# --- the clients, in their own process ---
 
 
 async def read_stream(session: aiohttp.ClientSession, path: str, data: Any, leave_after: float) -> str:
-    """What became of a stream: `done`, an HTTP status, `left`, `error` (an event says so) or `broken`."""
+    """How a stream ended: `done`, an HTTP status, `left`, `error` (reported by an event) or `broken`."""
     async with session.post(path, data=data, headers={"Content-Type": "application/json"}) as response:
         if response.status != 200:
             await response.read()
@@ -82,7 +82,8 @@ async def read_stream(session: aiohttp.ClientSession, path: str, data: Any, leav
     return "error" if b'\ndata: {"error"' in text or b"event: response.failed" in text else "done"
 
 
-async def ended(session: aiohttp.ClientSession, path: str, data: Any, leave_after: float = 1e9) -> str:
+async def end_of(session: aiohttp.ClientSession, path: str, data: Any, leave_after: float = 1e9) -> str:
+    """Like `read_stream`, or `hung`, or the name of a client error."""
     try:
         async with asyncio.timeout(HANGS_S):
             return await read_stream(session, path, data, leave_after)
@@ -93,26 +94,26 @@ async def ended(session: aiohttp.ClientSession, path: str, data: Any, leave_afte
 
 
 async def race(session: aiohttp.ClientSession, options: dict, tools: bool) -> dict:
-    """All questions once, by so many streams; what they came to."""
+    """Ask all questions once with `streams` streams; return how often each end occurred."""
     numbers, ends = iter(range(options["requests"])), Counter()
 
     async def stream() -> None:
         for number in numbers:
-            ends[await ended(session, CHAT, json.dumps(asked(number, tools)))] += 1
+            ends[await end_of(session, CHAT, json.dumps(request(number, tools)))] += 1
 
     await asyncio.gather(*(stream() for _ in range(options["streams"])))
     return dict(ends)
 
 
 async def havoc(session: aiohttp.ClientSession, options: dict) -> dict:
-    """Streams of all kinds for so many seconds; the ends of each kind."""
+    """Run streams of all kinds for `seconds`; return how often each end of each kind occurred."""
     draw, until = random.Random(options["seed"]), time.monotonic() + options["seconds"]
     ends: dict[str, Counter] = {kind: Counter() for kind in ("chat", "response", "left", "broken", "large")}
 
     async def stream() -> None:
         while time.monotonic() < until:
             (kind,) = draw.choices(list(ends), [50, 25, 15, 7, 3])
-            body, path, leave = asked(draw.randrange(100_000), draw.random() < 0.8), CHAT, 1e9
+            body, path, leave = request(draw.randrange(100_000), draw.random() < 0.8), CHAT, 1e9
             if kind == "response":
                 body, path = {"input": question(body["seed"]), "tools": [CODE], "stream": True}, RESPONSES
             data = json.dumps(body).encode()
@@ -122,14 +123,14 @@ async def havoc(session: aiohttp.ClientSession, options: dict) -> dict:
                 data = draw.choice(BROKEN)
             elif kind == "large":
                 data = b'{"messages": "' + b"x" * 1_100_000 + b'"}'
-            ends[kind][await ended(session, path, data, leave)] += 1
+            ends[kind][await end_of(session, path, data, leave)] += 1
 
     await asyncio.gather(*(stream() for _ in range(options["streams"])))
     return {kind: dict(counts) for kind, counts in ends.items()}
 
 
 async def clients(options: dict) -> None:
-    """Do what each line of the input says, and answer with a line of JSON."""
+    """Execute the command in each line of stdin, and answer with a line of JSON."""
     async with aiohttp.ClientSession(options["client"], connector=aiohttp.TCPConnector(limit=0)) as session:
         for line in sys.stdin:
             word = line.strip()
@@ -140,11 +141,11 @@ async def clients(options: dict) -> None:
             print(json.dumps(answer), flush=True)
 
 
-# --- the server, in this one ---
+# --- the server, in this process ---
 
 
 class Soak:
-    """A run of `config=serve` with its engine, which schedulers have one after another, with and without a server."""
+    """A run of `config=serve` and its engine, which is used with and without a server in turn."""
 
     def __init__(self, options: dict) -> None:
         words = ["config=serve", "serve.port=0", f"init_from={options['init_from']}"]
@@ -157,9 +158,9 @@ class Soak:
         self.options = options
 
     async def alone(self, tools: bool) -> dict:
-        """The questions by the scheduler, without a server; tokens and seconds."""
-        asked_of = [{"role": "user", "content": question(number)} for number in range(self.options["requests"])]
-        samples = [Sample(Problem(str(number), (each,), ""), number) for number, each in enumerate(asked_of)]
+        """Answer the questions without a server; return tokens and seconds."""
+        messages = [{"role": "user", "content": question(number)} for number in range(self.options["requests"])]
+        samples = [Sample(Problem(str(number), (message,), ""), number) for number, message in enumerate(messages)]
         began = clocks()
         box = self.tools if tools else None
         trajectories, _ = await rollout(self.engine, self.tokenizer, box, samples, self.run.rollout)
@@ -168,7 +169,7 @@ class Soak:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[tuple[Server, Callable[[str], Awaitable[dict]]]]:
-        """A server, and a function that lets the clients do something."""
+        """A server, and a function that sends a command to the clients and returns their answer."""
         async with AsyncExitStack() as stack:
             listener = stack.enter_context(listen(self.run.serve.host, self.run.serve.port))
             service = await stack.enter_async_context(Service(self.engine, self.tools.at_once))
@@ -183,13 +184,13 @@ class Soak:
             pipe = asyncio.subprocess.PIPE
             process = await asyncio.create_subprocess_exec(sys.executable, __file__, *words, stdin=pipe, stdout=pipe)
 
-            async def let(word: str) -> dict:
+            async def order(word: str) -> dict:
                 process.stdin.write(f"{word}\n".encode())
                 return json.loads(await process.stdout.readline())
 
             try:
-                await let("ready")
-                yield server, let
+                await order("ready")
+                yield server, order
             finally:
                 process.stdin.close()
                 await process.wait()
@@ -197,10 +198,10 @@ class Soak:
                 await serving
                 server.containers.close()
 
-    async def over_http(self, server: Server, let: Callable[[str], Awaitable[dict]], word: str) -> dict:
-        """The questions by the server; tokens, seconds, and what the streams came to."""
+    async def over_http(self, server: Server, order: Callable[[str], Awaitable[dict]], word: str) -> dict:
+        """Answer the questions by the server; return tokens, seconds, and how the streams ended."""
         before, began = server.metrics.tokens["policy"], clocks()
-        ends = await let(word)
+        ends = await order(word)
         return {"tokens": server.metrics.tokens["policy"] - before, "ends": ends} | took(began)
 
     async def kill(self, draw: random.Random) -> None:
@@ -210,7 +211,7 @@ class Soak:
 
 
 def clocks() -> dict[str, float]:
-    """Seconds: by the clock, of this process's processors, and of those its thread that all Python code is run on."""
+    """Seconds of real time, of this process's CPU time, and of the CPU time of this thread, which runs all Python."""
     return {"s": time.perf_counter(), "cpu_s": time.process_time(), "thread_s": time.thread_time()}
 
 
@@ -219,7 +220,7 @@ def took(began: dict[str, float]) -> dict[str, float]:
 
 
 def ratios(alone: list[dict], served: list[dict]) -> dict:
-    """The best of either, and how they compare."""
+    """The best numbers with and without a server, and their ratios."""
     both = {"alone": alone, "served": served}
     rate = {name: max(each["tokens"] / each["s"] for each in numbers) for name, numbers in both.items()}
     cpu = {name: max(each["tokens"] / each["cpu_s"] for each in numbers) for name, numbers in both.items()}
@@ -236,26 +237,26 @@ def ratios(alone: list[dict], served: list[dict]) -> dict:
 
 
 async def soak(options: dict) -> dict:
-    """Run everything; the numbers."""
+    """Run everything; return the numbers."""
     soak = Soak(options)
     kinds = {"text": False, "python": True}
     alone, served = defaultdict(list), defaultdict(list)
     async with soak.tools.open(sandbox_config(soak.run)):
         soak.engine.warm_up()
-        await soak.alone(True)  # what is compiled or read at first use
+        await soak.alone(True)  # compiles and reads everything that is needed later
         before = soak.engine.counts()
         for _ in range(options["repeats"]):
             for kind, tools in kinds.items():
                 alone[kind].append(await soak.alone(tools))
-            async with soak.served() as (server, let):
+            async with soak.served() as (server, order):
                 for kind in kinds:
-                    served[kind].append(await soak.over_http(server, let, kind))
+                    served[kind].append(await soak.over_http(server, order, kind))
         speed = {kind: ratios(alone[kind], served[kind]) for kind in kinds}
-        async with soak.served() as (server, let):
+        async with soak.served() as (server, order):
             killer = asyncio.create_task(soak.kill(random.Random(options["seed"])))
-            ends = await let("havoc")
+            ends = await order("havoc")
             killer.cancel()
-            with suppress(TimeoutError):  # a program that was stopped takes a while to end
+            with suppress(TimeoutError):  # stopped programs take a while to end
                 async with asyncio.timeout(HANGS_S):
                     while server.open or any(server.service.gauges().values()):
                         await asyncio.sleep(0.05)
