@@ -113,7 +113,7 @@ check_settings() {
     BUCKET=${BUCKET:-$PROJECT-retool}
     BUCKET=${BUCKET#gs://}
     REGION=${ZONE%-*}
-    at=gs://$BUCKET/$NAME
+    run_url=gs://$BUCKET/$NAME
     account=tpu-$NAME@$PROJECT.iam.gserviceaccount.com
     tunnel=()
     [ "$IAP" = 0 ] || tunnel=(--tunnel-through-iap)
@@ -242,8 +242,8 @@ send_code() {
     fi
     code=$(git rev-parse --short=12 HEAD)
     PINNED_AT=${PINNED_AT:-$(git log -1 --format=%cI HEAD)}
-    piped git archive --format=tar.gz HEAD :: gcloud storage cp - "$at/code/$code.tar.gz"
-    call gcloud storage cp deploy/tpu/worker.sh "$at/worker.sh"
+    piped git archive --format=tar.gz HEAD :: gcloud storage cp - "$run_url/code/$code.tar.gz"
+    call gcloud storage cp deploy/tpu/worker.sh "$run_url/worker.sh"
     worker_words=(BUCKET="$BUCKET" NAME="$NAME" CODE="$code" PINNED_AT="$PINNED_AT"
         PYTHON_VERSION="$PYTHON_VERSION" UV_VERSION="$UV_VERSION" RUNSC_RELEASE="$RUNSC_RELEASE" SECRETS="$SECRETS"
         -- python -m "retool_jax.$COMMAND" "${run_words[@]}")
@@ -251,16 +251,18 @@ send_code() {
 
 # The shell command that starts the work on a virtual machine.
 worker_line() {
-    printf '%s && sudo bash /tmp/retool-worker.sh %s' \
-        "$(quoted gcloud storage cp "$at/worker.sh" /tmp/retool-worker.sh)" "$(quoted start "$@" "${worker_words[@]}")"
+    local script=/tmp/retool-worker.sh
+    quoted gcloud storage cp "$run_url/worker.sh" "$script"
+    printf ' && sudo bash %s ' "$script"
+    quoted start "$@" "${worker_words[@]}"
 }
 
-statuses() { query gcloud storage cat "$at/status/**"; }
+statuses() { query gcloud storage cat "$run_url/status/**"; }
 
 
 
 begin() {
-    try gcloud storage rm --recursive "$at/status" # left from an earlier start
+    try gcloud storage rm --recursive "$run_url/status" # left from an earlier start
     "${BACKEND}_start"
 }
 
@@ -304,7 +306,7 @@ watch() {
         ACTIVE)
             [ -z "$failed" ] || {
                 printf '%s\n' "$workers" | sed 's/^/    /' >&2
-                gcloud storage cat --range=-3000 "$at/logs/${failed%% *}.log" >&2 || true
+                gcloud storage cat --range=-3000 "$run_url/logs/${failed%% *}.log" >&2 || true
                 fail "worker ${failed%% *} ended with status ${failed##* }. Its last log lines are above, and" \
                     "./launch_tpu.sh logs shows more; the same command continues from the last checkpoint"
             } ;;
@@ -324,13 +326,13 @@ watch() {
 logs() {
     case "${run_words[*]}" in
     follow) "${BACKEND}_follow" ;;
-    *) call gcloud storage cat --display-url --range=-20000 "$at/logs/**" ;;
+    *) call gcloud storage cat --display-url --range=-20000 "$run_url/logs/**" ;;
     esac
 }
 
 status() {
     "${BACKEND}_status"
-    look gcloud storage cat "$at/status/**"
+    look gcloud storage cat "$run_url/status/**"
 }
 
 main() {

@@ -17,7 +17,7 @@ groups() { # VERB SLICE WORDS
     "${how[@]}" gcloud compute instance-groups managed "$verb" "$group" --project="$PROJECT" --zone="$ZONE" --quiet "$@"
 }
 
-mig_groups() {
+mig_create() {
     local slice words=(--template="projects/$PROJECT/regions/$REGION/instanceTemplates/$template" --size="$hosts")
     # The workload policy sets how the machines of a slice are connected; a single machine needs none.
     [ "$hosts" = 1 ] || words+=(--target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing
@@ -29,8 +29,6 @@ mig_groups() {
             "${words[@]}"
     done
 }
-
-mig_create() { mig_groups; }
 
 mig_up() {
     local words=(--maintenance-policy=TERMINATE)
@@ -49,7 +47,7 @@ mig_up() {
         gcloud compute instance-templates create "$template" --project="$PROJECT" --instance-template-region="$REGION" \
         --quiet --machine-type="$machine" --image-project=ubuntu-os-accelerator-images --image-family="$image_family" \
         --boot-disk-size=200GB --network="$NETWORK" --service-account="$account" --scopes=cloud-platform "${words[@]}"
-    mig_groups
+    mig_create
     ready
 }
 
