@@ -244,7 +244,7 @@ class Engine:
             self.pages.free(name)
             raise
         prefix = Prefix(length, hidden, at, name)
-        prefix.let_go = weakref.finalize(prefix, self._released.append, name)
+        prefix.release = weakref.finalize(prefix, self._released.append, name)
         return prefix
 
     def place(self, prefix: Prefix, row: int) -> None:

@@ -25,7 +25,7 @@ import jax
 from retool_jax.engine.conversation import Conversation, Finish, OnTokens, SamplingParams, Statistics, Tokens
 from retool_jax.engine.engine import Engine
 from retool_jax.engine.pages import OutOfPages
-from retool_jax.engine.seats import Call, Seats, Talk
+from retool_jax.engine.seats import Call, ConversationState, Seats
 from retool_jax.engine.turns import Drawn, Turn, Turns
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ async def converse(
 
 class _Dispatch(NamedTuple):
     drawn: Drawn
-    talks: dict[int, Talk]  # by slot
+    states: dict[int, ConversationState]  # by slot
     version: int  # of the weights
 
 
@@ -66,8 +66,8 @@ class Service:
     def __init__(self, engine: Engine, tools_at_once: int = 0) -> None:
         self.engine = engine
         self._seats = Seats(engine)
-        self._talks: dict[Talk, None] = {}  # those that have not ended, in order
-        self._cancelled: list[Talk] = []  # those whose futures were cancelled
+        self._states: dict[ConversationState, None] = {}  # those that have not ended, in order
+        self._cancelled: list[ConversationState] = []  # those whose futures were cancelled
         self._in_flight: deque[_Dispatch] = deque()
         self._dispatches = 0
         self._orders = count()
@@ -116,22 +116,22 @@ class Service:
         if not 0 <= request < 2**32:
             raise ValueError(f"request {request} must lie between 0 and {2**32 - 1}: it is the seed of the draws")
         sampling = sampling or SamplingParams(conversation.temperature)
-        talk = Talk(
+        state = ConversationState(
             conversation, sampling, on_tokens, self._loop.create_future(), next(self._orders), list(conversation.prompt)
         )
 
         def cancel(done: asyncio.Future) -> None:
             if done.cancelled():
                 conversation.cancelled = True
-                self._cancelled.append(talk)
+                self._cancelled.append(state)
                 self._woken.set()
 
-        talk.done.add_done_callback(cancel)
-        self._talks[talk] = None
-        self._seats.add(talk)
+        state.done.add_done_callback(cancel)
+        self._states[state] = None
+        self._seats.add(state)
         self._stuck = False
         self._woken.set()
-        return talk.done
+        return state.done
 
     async def stream(self, conversation: Conversation, sampling: SamplingParams | None = None) -> AsyncIterator[Tokens]:
         """A conversation's tokens as they come. Its error is raised; leaving the loop early drops the conversation."""
@@ -203,8 +203,8 @@ class Service:
         self._driver.cancel()
         await asyncio.wait([self._driver])
         self._driver = None  # releases its frames and the arrays that they hold
-        for talk in list(self._talks):
-            attempt(self._finish, talk, Finish.CLOSED)
+        for state in list(self._states):
+            attempt(self._finish, state, Finish.CLOSED)
         await asyncio.gather(*tools, return_exceptions=True)
         while self._in_flight:
             attempt(self.engine.read, self._in_flight.popleft().drawn)
@@ -231,9 +231,9 @@ class Service:
                     await self._read()
         except Exception as error:  # of the engine: no conversation can continue
             self._closed = error
-            for talk in self._talks:
-                if not talk.done.done():
-                    talk.done.set_exception(error)
+            for state in self._states:
+                if not state.done.done():
+                    state.done.set_exception(error)
 
     def _take_weights(self) -> None:
         """Apply `engine.stale_rows` after `engine.update_params`: rows still hold keys and values of the old weights.
@@ -247,44 +247,45 @@ class Service:
             self._seats.drop_kept()
             return
         if self.engine.config.stale_rows == "discard":
-            for talk in self._seats.begun():
-                self._finish(talk, Finish.DISCARDED)
+            for state in self._seats.begun():
+                self._finish(state, Finish.DISCARDED)
         self._seats.rewrite()
 
     def _drop_cancelled(self) -> None:
         """Finish cancelled conversations. Of those that wait, only the next one's `cancelled` flag is looked at."""
         cancelled, self._cancelled = self._cancelled, []  # futures
-        for talk in (*self._seats.begun(), *islice(self._seats.waiting, 1), *cancelled):
-            if talk.conversation.cancelled and talk in self._talks:
-                self._finish(talk, Finish.CANCELLED)
+        for state in (*self._seats.begun(), *islice(self._seats.waiting, 1), *cancelled):
+            if state.conversation.cancelled and state in self._states:
+                self._finish(state, Finish.CANCELLED)
 
     def _seat(self) -> None:
         """Fill free slots, and start the turns of the conversations there."""
         piled_up = bool(self._tools_at_once) and len(self._seats.calls) >= 2 * self._tools_at_once
         seated = self._seats.seat(len(self._in_flight), piled_up)
-        for talk in seated:
+        for state in seated:
             try:
-                if not talk.budget:  # a new turn; an interrupted one continues with its budget
-                    talk.budget = self._turn_budget(talk)
+                if not state.budget:  # a new turn; an interrupted one continues with its budget
+                    state.budget = self._turn_budget(state)
             except Exception as error:  # of the conversation, which is the caller's code: only this one ends
-                self._finish(talk, error)
+                self._finish(state, error)
                 continue
-            how = talk.sampling
-            turn = Turn(talk.conversation.request, talk.budget, how.temperature, how.top_k, how.top_p, how.stop_ids)
-            self.engine.start(talk.slot, turn)
-            self._seats.live[talk.slot] = talk
+            how = state.sampling
+            turn = Turn(state.conversation.request, state.budget, how.temperature, how.top_k, how.top_p, how.stop_ids)
+            self.engine.start(state.slot, turn)
+            self._seats.live[state.slot] = state
         self._stuck = not seated
         if self._stuck and not (self._seats.live or self._in_flight or self._seats.calls):
-            for talk in (self._seats.ready or list(self._seats.waiting))[:1]:
-                self._finish(talk, OutOfPages(f"others hold the pages that request {talk.conversation.request} needs"))
+            for state in (self._seats.ready or list(self._seats.waiting))[:1]:
+                request = state.conversation.request
+                self._finish(state, OutOfPages(f"others hold the pages that request {request} needs"))
 
-    def _turn_budget(self, talk: Talk) -> int:
+    def _turn_budget(self, state: ConversationState) -> int:
         """The budget that the conversation asks for its next turn, checked against its row's length."""
-        budget, room = talk.conversation.turn_budget(), self.engine.config.max_length - len(talk.ids)
+        budget, room = state.conversation.turn_budget(), self.engine.config.max_length - len(state.ids)
         if not 1 <= budget <= room:
             raise ValueError(
-                f"request {talk.conversation.request} has {len(talk.ids)} of {self.engine.config.max_length} tokens and"
-                f" asked for a turn of {budget}; it may ask for 1 to {room}, or end instead"
+                f"request {state.conversation.request} has {len(state.ids)} of {self.engine.config.max_length} tokens"
+                f" and asked for a turn of {budget}; it may ask for 1 to {room}, or end instead"
             )
         return budget
 
@@ -303,7 +304,7 @@ class Service:
 
     async def _read(self) -> None:
         """Read the results of the oldest dispatch and hand them to their conversations."""
-        drawn, talks, version = self._in_flight[0]
+        drawn, states, version = self._in_flight[0]
         started = time.perf_counter()
         # In another thread, so that the event loop serves tools while the device works.
         await asyncio.to_thread(jax.block_until_ready, (drawn.ints, drawn.floats))
@@ -312,44 +313,44 @@ class Service:
         stats = self._seats.stats
         stats.decode_s += time.perf_counter() - started
         stats.row_steps += int(turns.counts.max(initial=0)) * self.engine.config.slots
-        for slot, talk in talks.items():
+        for slot, state in states.items():
             if turns.counts[slot]:
                 try:
-                    self._take_tokens(slot, talk, turns, version)
+                    self._take_tokens(slot, state, turns, version)
                 except Exception as error:  # of the conversation: only this one ends
-                    self._finish(talk, error)
+                    self._finish(state, error)
 
-    def _take_tokens(self, slot: int, talk: Talk, turns: Turns, version: int) -> None:
+    def _take_tokens(self, slot: int, state: ConversationState, turns: Turns, version: int) -> None:
         """Record the tokens that a row drew, and hand a finished turn to its conversation."""
-        number, seen = int(turns.counts[slot]), len(talk.turn)
+        number, seen = int(turns.counts[slot]), len(state.turn)
         self._seats.stats.decoded_tokens += number
-        talk.turn += turns.tokens[slot, :number].tolist()
-        talk.logprobs += turns.plain_logprobs[slot, :number].tolist()
-        talk.budget -= number
-        stop = talk.conversation.stop_at(talk.turn, seen)
+        state.turn += turns.tokens[slot, :number].tolist()
+        state.logprobs += turns.plain_logprobs[slot, :number].tolist()
+        state.budget -= number
+        stop = state.conversation.stop_at(state.turn, seen)
         if stop is not None:
-            del talk.turn[stop:], talk.logprobs[stop:]
-        talk.ids += talk.turn[seen:]
-        talk.written = len(talk.ids)
-        if talk.on_tokens is not None:
-            talk.on_tokens(Tokens(talk.turn[seen:], talk.logprobs[seen:], version))
+            del state.turn[stop:], state.logprobs[stop:]
+        state.ids += state.turn[seen:]
+        state.written = len(state.ids)
+        if state.on_tokens is not None:
+            state.on_tokens(Tokens(state.turn[seen:], state.logprobs[seen:], version))
         if stop is None and not turns.ended[slot]:
             return
-        talk.written -= 1  # the last token was drawn but not written
+        state.written -= 1  # the last token was drawn but not written
         if stop is not None:
-            self.engine.truncate(slot, talk.written)
-        self._seats.park(talk)
-        turn, logprobs = talk.turn, talk.logprobs
-        talk.budget, talk.turn, talk.logprobs = 0, [], []
-        call = talk.conversation.end_turn(turn, logprobs)
+            self.engine.truncate(slot, state.written)
+        self._seats.park(state)
+        turn, logprobs = state.turn, state.logprobs
+        state.budget, state.turn, state.logprobs = 0, [], []
+        call = state.conversation.end_turn(turn, logprobs)
         if call is None:
-            self._finish(talk, Finish.ENDED)
+            self._finish(state, Finish.ENDED)
             return
         if not self._seats.calls:
             self._tools_since = time.perf_counter()
         task = asyncio.create_task(self._answer(call))
         task.add_done_callback(lambda _: call.close())  # in case it was cancelled before it began
-        self._seats.calls[talk] = Call(task, self._dispatches + max(self.engine.config.tool_lag, 0))
+        self._seats.calls[state] = Call(task, self._dispatches + max(self.engine.config.tool_lag, 0))
 
     # --- tools ---
 
@@ -367,21 +368,21 @@ class Service:
         if self.engine.config.tool_lag < 0:
             if idle:
                 await self._wait_for_any([call.task for call in calls.values()])
-            due = [talk for talk, call in calls.items() if call.task.done()]
+            due = [state for state, call in calls.items() if call.task.done()]
         else:
             # If the device is idle, the next answers are due at once.
             latest = min(call.due for call in calls.values()) if idle else self._dispatches
-            due = [talk for talk, call in calls.items() if call.due <= latest]
-        for talk in due:
-            if not await self._wait_for_answer(talk, idle):
+            due = [state for state, call in calls.items() if call.due <= latest]
+        for state in due:
+            if not await self._wait_for_answer(state, idle):
                 break
-            self._take_answer(talk)
+            self._take_answer(state)
         self._seats.stats.tool_wait_s += time.perf_counter() - started
 
-    async def _wait_for_answer(self, talk: Talk, idle: bool) -> bool:
+    async def _wait_for_answer(self, state: ConversationState, idle: bool) -> bool:
         """Wait for a tool's answer or a cancellation of it; if `idle`, until something else can be done (False)."""
-        task = self._seats.calls[talk].task
-        while not task.done() and not talk.done.cancelled():
+        task = self._seats.calls[state].task
+        while not task.done() and not state.done.cancelled():
             if await self._wait_for_any([task]) and idle:
                 return False
         return True
@@ -398,50 +399,50 @@ class Service:
             woken.cancel()
         return self._woken.is_set()
 
-    def _take_answer(self, talk: Talk) -> None:
+    def _take_answer(self, state: ConversationState) -> None:
         """Queue a conversation whose tool has answered for a seat, or end it; does nothing if the tool still runs."""
-        task = self._seats.calls[talk].task
+        task = self._seats.calls[state].task
         if not task.done():
             return
-        request, limit = talk.conversation.request, self.engine.config.max_length
+        request, limit = state.conversation.request, self.engine.config.max_length
         try:
             answer = task.result()
         except asyncio.CancelledError:
-            self._finish(talk, Finish.CANCELLED)
+            self._finish(state, Finish.CANCELLED)
             return
         except Exception as error:  # of the tool: only its conversation ends
-            self._finish(talk, error)
+            self._finish(state, error)
             return
         if answer is None:
-            self._finish(talk, Finish.ENDED)
-        elif len(talk.ids) + len(answer) > limit:
-            length = len(talk.ids) + len(answer)
-            self._finish(talk, ValueError(f"request {request} would hold {length} of {limit} tokens after its answer"))
+            self._finish(state, Finish.ENDED)
+        elif len(state.ids) + len(answer) > limit:
+            length = len(state.ids) + len(answer)
+            self._finish(state, ValueError(f"request {request} would hold {length} of {limit} tokens after its answer"))
         else:
-            talk.ids += answer
-            self._forget_call(talk)
-            self._seats.ready.append(talk)
+            state.ids += answer
+            self._forget_call(state)
+            self._seats.ready.append(state)
 
-    def _forget_call(self, talk: Talk) -> None:
-        if self._seats.calls.pop(talk, None) and not self._seats.calls:
+    def _forget_call(self, state: ConversationState) -> None:
+        if self._seats.calls.pop(state, None) and not self._seats.calls:
             self._seats.stats.tool_s += time.perf_counter() - self._tools_since
 
     # --- finishing ---
 
-    def _finish(self, talk: Talk, how: Finish | Exception) -> None:
+    def _finish(self, state: ConversationState, how: Finish | Exception) -> None:
         """Release a conversation, wherever it is, and report to it and to its future how it ended."""
-        if call := self._seats.calls.get(talk):
+        if call := self._seats.calls.get(state):
             call.task.cancel()
-            self._forget_call(talk)
-        self._talks.pop(talk, None)
+            self._forget_call(state)
+        self._states.pop(state, None)
         if isinstance(how, Finish) and how is not Finish.ENDED:
             try:
-                talk.conversation.drop(how.value)
+                state.conversation.drop(how.value)
             except Exception as error:  # of the conversation: its future raises it
                 how = error
-        if not talk.done.done():
+        if not state.done.done():
             if isinstance(how, Finish):
-                talk.done.set_result(how)
+                state.done.set_result(how)
             else:
-                talk.done.set_exception(how)
-        self._seats.leave(talk, ended=how is Finish.ENDED)  # last, because it raises if the engine has failed
+                state.done.set_exception(how)
+        self._seats.leave(state, ended=how is Finish.ENDED)  # last, because it raises if the engine has failed

@@ -1,7 +1,7 @@
 """Which conversations have a slot, what their rows lack, and which rows are evicted when pages run out.
 
-A `Talk` has the tokens that its row should hold and the number of those that are written. Seating it appends the rest:
-first the prompt, later the last drawn token and a tool's answer, or everything if the row was evicted.
+A `ConversationState` has the tokens that its row should hold and the number of those that are written. Seating it
+appends the rest: first the prompt, later the last drawn token and a tool's answer, or everything if it was evicted.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from retool_jax.engine.turns import Parked
 
 
 @dataclass(eq=False)
-class Talk:
+class ConversationState:
     """The host's side of one conversation."""
 
     conversation: Conversation
@@ -50,10 +50,10 @@ class Seats:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.stats = Statistics()
-        self.waiting: OrderedDict[Talk, None] = OrderedDict()  # for a first seat; may be thousands, any may leave
-        self.ready: list[Talk] = []  # had a seat before, and have something to write before they draw again
-        self.live: dict[int, Talk] = {}  # drawing, by slot
-        self.calls: dict[Talk, Call] = {}
+        self.waiting: OrderedDict[ConversationState, None] = OrderedDict()  # for a first seat; may be thousands
+        self.ready: list[ConversationState] = []  # had a seat before, and have tokens to write before they draw again
+        self.live: dict[int, ConversationState] = {}  # drawing, by slot
+        self.calls: dict[ConversationState, Call] = {}
         # Prompts that further conversations wait for, without the last token: writing that one yields the hidden state.
         self._prompts: dict[tuple[int, ...], Parked] = {}
         self._wanted: Counter[tuple[int, ...]] = Counter()  # conversations that wait, by prompt
@@ -62,29 +62,31 @@ class Seats:
     def __bool__(self) -> bool:
         return bool(self.waiting or self.ready or self.live or self.calls)
 
-    def add(self, talk: Talk) -> None:
+    def add(self, state: ConversationState) -> None:
         """Queue a new conversation for its first seat."""
-        self.waiting[talk] = None
-        self._wanted[tuple(talk.conversation.prompt)] += 1
+        self.waiting[state] = None
+        self._wanted[tuple(state.conversation.prompt)] += 1
 
-    def seat(self, in_flight: int, piled_up: bool) -> list[Talk]:
+    def seat(self, in_flight: int, piled_up: bool) -> list[ConversationState]:
         """Give free slots to conversations, those that have begun first, and write what their rows lack.
 
         Needs pages for the dispatches `in_flight` and one more. While calls are `piled_up`, no new conversation begins.
         """
         free = [slot for slot in range(self.engine.config.slots) if slot not in self.live]
-        seated: list[Talk] = []
+        seated: list[ConversationState] = []
         pages = self._free_pages(seated, in_flight)
         for slot in free:
-            talk, pages = self._next(pages, seated, in_flight, piled_up)
-            if talk is None:
+            state, pages = self._next(pages, seated, in_flight, piled_up)
+            if state is None:
                 break
-            talk.slot, talk.seated_s = slot, time.perf_counter()
-            seated.append(talk)
+            state.slot, state.seated_s = slot, time.perf_counter()
+            seated.append(state)
         self._write(seated)
         return seated
 
-    def _next(self, pages: int, seated: list[Talk], in_flight: int, piled_up: bool) -> tuple[Talk | None, int]:
+    def _next(
+        self, pages: int, seated: list[ConversationState], in_flight: int, piled_up: bool
+    ) -> tuple[ConversationState | None, int]:
         """The next conversation to seat, if `pages` are enough for it, and the number of pages left after it.
 
         The oldest that has begun comes first, and may evict younger ones. A new one waits until there are enough pages
@@ -93,88 +95,88 @@ class Seats:
         begun = bool(self.ready)
         if not begun and (piled_up or not self.waiting):
             return None, pages
-        talk = min(self.ready, key=lambda talk: talk.order) if begun else next(iter(self.waiting))
-        if not begun and (shared := self._prefixes.share(talk.ids)):
-            talk.parked, talk.written = shared, shared.length
-        needed = self._pages_for(talk, in_flight)
+        state = min(self.ready, key=lambda state: state.order) if begun else next(iter(self.waiting))
+        if not begun and (shared := self._prefixes.share(state.ids)):
+            state.parked, state.written = shared, shared.length
+        needed = self._pages_for(state, in_flight)
         urgent = begun or not (self.live or seated)
-        while needed > pages and (self.evict(talk) if urgent else self._prefixes.drop_oldest()):
-            pages, needed = self._free_pages(seated, in_flight), self._pages_for(talk, in_flight)
+        while needed > pages and (self.evict(state) if urgent else self._prefixes.drop_oldest()):
+            pages, needed = self._free_pages(seated, in_flight), self._pages_for(state, in_flight)
         if needed > pages:
             if not begun:
-                self._release(talk)
+                self._release(state)
             return None, pages
         if begun:
-            self.ready.remove(talk)
+            self.ready.remove(state)
         else:
-            del self.waiting[talk]
-        return talk, pages - needed
+            del self.waiting[state]
+        return state, pages - needed
 
-    def _free_pages(self, seated: list[Talk], in_flight: int) -> int:
+    def _free_pages(self, seated: list[ConversationState], in_flight: int) -> int:
         """Free pages, less those that live and `seated` rows may still take."""
-        taken = sum(self._pages_for(talk, in_flight) for talk in (*self.live.values(), *seated))
+        taken = sum(self._pages_for(state, in_flight) for state in (*self.live.values(), *seated))
         return self.engine.pages.free_count - taken
 
-    def _pages_for(self, talk: Talk, in_flight: int) -> int:
+    def _pages_for(self, state: ConversationState, in_flight: int) -> int:
         """Additional pages that a row may need to be written and to draw in `in_flight` dispatches and one more."""
         steps = self.engine.config.decode_steps * (1 + in_flight)
-        length = min(len(talk.ids) + steps, self.engine.config.max_length)
-        name = talk.slot if talk.parked is None else talk.parked.name
-        return self.engine.pages.needed(name, talk.written, length)
+        length = min(len(state.ids) + steps, self.engine.config.max_length)
+        name = state.slot if state.parked is None else state.parked.name
+        return self.engine.pages.needed(name, state.written, length)
 
-    def _write(self, seated: list[Talk]) -> None:
+    def _write(self, seated: list[ConversationState]) -> None:
         """Append what rows lack. Conversations with the same prompt share its prefill, also those that come later."""
-        owners: dict[tuple[int, ...], Talk] = {}
-        forks: list[Talk] = []
-        rows: list[Talk] = []
-        for talk in seated:
-            prompt = tuple(talk.conversation.prompt)
-            fresh = talk.ids == talk.conversation.prompt and not talk.lost
+        owners: dict[tuple[int, ...], ConversationState] = {}
+        forks: list[ConversationState] = []
+        rows: list[ConversationState] = []
+        for state in seated:
+            prompt = tuple(state.conversation.prompt)
+            fresh = state.ids == state.conversation.prompt and not state.lost
             if fresh:
                 self._decrement_wanted(prompt)
-                if talk.parked is not None and (prompt in owners or prompt in self._prompts):  # these hold more of it
-                    self.engine.drop(talk.parked)
-                    talk.parked, talk.written = None, 0
-            if not talk.written:
-                talk.version = self.engine.version
+                if state.parked is not None and (prompt in owners or prompt in self._prompts):  # these hold more of it
+                    self.engine.drop(state.parked)
+                    state.parked, state.written = None, 0
+            if not state.written:
+                state.version = self.engine.version
             if fresh and prompt in owners:
-                forks.append(talk)
+                forks.append(state)
                 continue
             if fresh and prompt in self._prompts:
-                talk.written = self._prompts[prompt].length
-                self.engine.resume(self.engine.share(self._prompts[prompt], talk.written), talk.slot)
+                state.written = self._prompts[prompt].length
+                self.engine.resume(self.engine.share(self._prompts[prompt], state.written), state.slot)
             elif fresh:
-                owners[prompt] = talk
-            if talk.parked is not None:
-                self.engine.resume(talk.parked, talk.slot)
-                talk.parked = None
+                owners[prompt] = state
+            if state.parked is not None:
+                self.engine.resume(state.parked, state.slot)
+                state.parked = None
                 if fresh:
-                    talk.version, talk.conversation.cached = self.engine.version, talk.written
-                    self.stats.reused_tokens += talk.written
-            rows.append(talk)
-            self._count_tokens(talk)
+                    state.version, state.conversation.cached = self.engine.version, state.written
+                    self.stats.reused_tokens += state.written
+            rows.append(state)
+            self._count_tokens(state)
         if rows:
             tokens, places = self.engine.written, self.engine.places
-            self.engine.append([talk.slot for talk in rows], [talk.ids[talk.written :] for talk in rows])
+            self.engine.append([state.slot for state in rows], [state.ids[state.written :] for state in rows])
             self.stats.written_tokens += self.engine.written - tokens
             self.stats.written_places += self.engine.places - places
-        self.engine.fork([owners[tuple(talk.conversation.prompt)].slot for talk in forks], [t.slot for t in forks])
-        for talk in seated:
-            talk.written = len(talk.ids)
-        for prompt, talk in owners.items():
+        self.engine.fork([owners[tuple(state.conversation.prompt)].slot for state in forks], [t.slot for t in forks])
+        for state in seated:
+            state.written = len(state.ids)
+        for prompt, state in owners.items():
             if prompt in self._wanted and len(prompt) > 1:
-                self._prompts[prompt] = self.engine.share(talk.slot, len(prompt) - 1)
+                self._prompts[prompt] = self.engine.share(state.slot, len(prompt) - 1)
         self.drop_prompts(unwanted=True)
 
-    def _count_tokens(self, talk: Talk) -> None:
+    def _count_tokens(self, state: ConversationState) -> None:
         """Add the tokens that will be written to the statistics: rewritten ones, and those of a prompt or an answer."""
-        stats, new = self.stats, len(talk.ids) - talk.written
-        again = min(talk.lost, new)
+        stats, new = self.stats, len(state.ids) - state.written
+        again = min(state.lost, new)
         stats.rewritten_tokens += again
-        talk.lost = 0
-        if talk.ids == talk.conversation.prompt:
+        state.lost = 0
+        if state.ids == state.conversation.prompt:
             stats.prefilled_tokens += new - again
-        elif not talk.budget:  # after an answer; the first of the new tokens is the last drawn one
+        elif not state.budget:  # after an answer; the first of the new tokens is the last drawn one
             stats.appended_tokens += new - again - 1
 
     def _decrement_wanted(self, prompt: tuple[int, ...]) -> None:
@@ -192,7 +194,7 @@ class Seats:
         for prompt in [prompt for prompt in self._prompts if not (unwanted and prompt in self._wanted)]:
             self.engine.drop(self._prompts.pop(prompt))
 
-    def evict(self, keep: Talk) -> bool:
+    def evict(self, keep: ConversationState) -> bool:
         """Free pages: of an ended conversation's row, else of all kept prompts, else of the youngest conversation.
 
         A conversation is evicted only if it is younger than `keep`. Returns False if there was nothing to free. A page
@@ -203,7 +205,7 @@ class Seats:
         if self._prompts:
             self.drop_prompts()
             return True
-        youngest = max(self._holders(), key=lambda talk: talk.order, default=keep)
+        youngest = max(self._holders(), key=lambda state: state.order, default=keep)
         if youngest.order > keep.order:
             self._evict_row(youngest)
             return True
@@ -211,60 +213,60 @@ class Seats:
 
     def evict_any(self) -> bool:
         """`evict`, keeping the oldest conversation with pages."""
-        return self.evict(min(self._holders(), key=lambda talk: talk.order))
+        return self.evict(min(self._holders(), key=lambda state: state.order))
 
-    def _holders(self) -> list[Talk]:
+    def _holders(self) -> list[ConversationState]:
         """Conversations with pages."""
-        return [talk for talk in (*self.live.values(), *self.ready, *self.calls) if talk.written]
+        return [state for state in (*self.live.values(), *self.ready, *self.calls) if state.written]
 
-    def _evict_row(self, talk: Talk) -> None:
+    def _evict_row(self, state: ConversationState) -> None:
         """Free a row's pages, to be written again later; results in flight for it are ignored."""
-        talk.lost = talk.written
-        if talk.slot is not None:
-            self.ready.append(talk)
-        self._release(talk)
+        state.lost = state.written
+        if state.slot is not None:
+            self.ready.append(state)
+        self._release(state)
 
     def rewrite(self) -> None:
         """Evict every row, since the weights that wrote them are old."""
         self.drop_kept()
-        for talk in self.begun():
-            if talk.written:
-                self._evict_row(talk)
+        for state in self.begun():
+            if state.written:
+                self._evict_row(state)
 
-    def begun(self) -> list[Talk]:
+    def begun(self) -> list[ConversationState]:
         """Conversations that have had a seat, including evicted ones."""
         return [*self.live.values(), *self.ready, *self.calls]
 
-    def leave(self, talk: Talk, ended: bool = False) -> None:
+    def leave(self, state: ConversationState, ended: bool = False) -> None:
         """Remove a conversation, wherever it is, and free its row. The caller cancels its call, if it has one.
 
         If it has `ended`, its row may be kept for conversations that continue it.
         """
-        self.calls.pop(talk, None)
-        if talk in self.ready:
-            self.ready.remove(talk)
-        elif talk in self.waiting:
-            del self.waiting[talk]
-            self._decrement_wanted(tuple(talk.conversation.prompt))
+        self.calls.pop(state, None)
+        if state in self.ready:
+            self.ready.remove(state)
+        elif state in self.waiting:
+            del self.waiting[state]
+            self._decrement_wanted(tuple(state.conversation.prompt))
             self.drop_prompts(unwanted=True)
-        if ended and talk.parked and self.engine.config.prefix_tokens and talk.version == self.engine.version:
-            self._prefixes.keep(talk.ids[: talk.written], talk.parked)
-            talk.parked = None
-        self._release(talk)
+        if ended and state.parked and self.engine.config.prefix_tokens and state.version == self.engine.version:
+            self._prefixes.keep(state.ids[: state.written], state.parked)
+            state.parked = None
+        self._release(state)
 
-    def park(self, talk: Talk) -> None:
+    def park(self, state: ConversationState) -> None:
         """Take a row whose turn has ended out of its slot; it keeps its pages."""
-        self.stats.turn_s.append(time.perf_counter() - talk.seated_s)
-        del self.live[talk.slot]
-        talk.parked, talk.slot = self.engine.park(talk.slot), None
+        self.stats.turn_s.append(time.perf_counter() - state.seated_s)
+        del self.live[state.slot]
+        state.parked, state.slot = self.engine.park(state.slot), None
 
-    def _release(self, talk: Talk) -> None:
+    def _release(self, state: ConversationState) -> None:
         """Free a conversation's slot and pages."""
-        if talk.parked is not None:
-            self.engine.drop(talk.parked)
-            talk.parked = None
-        if talk.slot is not None:
-            self.live.pop(talk.slot, None)
-            self.engine.free(talk.slot)
-            talk.slot = None
-        talk.written = 0
+        if state.parked is not None:
+            self.engine.drop(state.parked)
+            state.parked = None
+        if state.slot is not None:
+            self.live.pop(state.slot, None)
+            self.engine.free(state.slot)
+            state.slot = None
+        state.written = 0

@@ -45,14 +45,14 @@ class Turns(NamedTuple):
 class Prefix:
     """Tokens that were written outside the slots.
 
-    Its pages are freed when the object is garbage-collected or `let_go` is called, in any thread.
+    Its pages are freed when the object is garbage-collected or `release` is called, in any thread.
     """
 
     length: int
     hidden: jax.Array  # [R,D], last hidden states of a write
     at: int  # its row in `hidden`
     name: object  # its row in the page tables
-    let_go: Callable[[], object] = lambda: None  # call it when the prefix will not be placed any more
+    release: Callable[[], object] = lambda: None  # call it when the prefix will not be placed any more
 
 
 @dataclass(eq=False)

@@ -218,7 +218,7 @@ def make_driver(engine: JetStreamEngine) -> "Driver":
 
     root.setLevel(level)
     root.handlers[:] = handlers
-    orchestrator.delete_pytree = lambda prefix: prefix.let_go()
+    orchestrator.delete_pytree = lambda prefix: prefix.release()
     params = engine.load_params()
     return orchestrator.Driver(
         prefill_engines=[engine],

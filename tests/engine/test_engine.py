@@ -148,9 +148,9 @@ def test_a_released_prefix_gives_up_its_pages_and_rows_keep_theirs(fresh):
     engine.place(prefix, 1)
     before = engine.counts()
     with ThreadPoolExecutor(1) as other:  # any thread may do it
-        other.submit(prefix.let_go).result()
+        other.submit(prefix.release).result()
     assert engine.counts() == before | {"shared": 0, "rows": 1}
-    prefix.let_go()
+    prefix.release()
     engine.free(1)
     assert engine.counts()["used"] == 0
     with pytest.raises(ValueError, match="a prefix of 97 tokens, 97 of them new: 1 to 96"):

@@ -260,7 +260,7 @@ def test_what_cannot_be_run_is_refused_at_the_door(engines):
             with pytest.raises(OutOfPages, match="others hold the pages that request 3 needs"):
                 await service.submit(Chat([1], 3))
             for prefix in prefixes:
-                prefix.let_go()
+                prefix.release()
             assert quiet(engine)
             assert await service.submit(Chat([1], 3, turns=1)) == Finish.ENDED
 
