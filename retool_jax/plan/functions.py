@@ -86,7 +86,7 @@ def head_chunks(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> int:
     return max(-(-rows * length // (mesh.shape["data"] * mesh.shape["fsdp"]) // model.head_chunk), 1)
 
 
-def of_sft(run: SFTRun, mesh: Mesh) -> list[Function]:
+def sft_functions(run: SFTRun, mesh: Mesh) -> list[Function]:
     """The only function of a cold start. Its number of steps does not matter here."""
     sft = run.sft
     update = make_step(Outputs(run.model), imitation_loss, optimizer_of(sft, sft.steps or 1000), mesh)
@@ -97,7 +97,7 @@ def of_sft(run: SFTRun, mesh: Mesh) -> list[Function]:
     return [_update("policy update", run.model, update, abstract_state(run, mesh), batch, mesh)]
 
 
-def of_rl(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Function]:
+def rl_functions(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Function]:
     """The functions of an RL run in the order of a step.
 
     `teacher` is the model of a teacher, if the run has one; the engine has the first `of_host` devices of the mesh.
@@ -110,7 +110,7 @@ def of_rl(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Fu
         lambda: abstract_weights(run.model, mesh),
         lambda run, mesh: (teacher, abstract_weights(teacher, mesh)),
     )
-    return [*of_engine(run, own), *_learning(run, mesh, learner), _reshard(run, mesh, own)]
+    return [*engine_functions(run, own), *_learning(run, mesh, learner), _reshard(run, mesh, own)]
 
 
 def _update(name: str, model: ModelConfig, step, state: TrainState, batch: Batch, mesh: Mesh) -> Function:
@@ -153,7 +153,7 @@ def _learning(run: RLRun, mesh: Mesh, learner: Learner) -> list[Function]:
     return [*found, _update("policy update", run.model, learner.update, policy, batch(part, *columns), mesh)]
 
 
-def of_engine(run: EngineRun, own: Mesh) -> list[Function]:
+def engine_functions(run: EngineRun, own: Mesh) -> list[Function]:
     """Decoding at the longest length, and writing prompts and answers, as many blocks as one call takes."""
     model, config = run.model, run.engine
     layouts = Layouts.of(model, config, own)

@@ -8,7 +8,7 @@ from retool_jax.models.config import ModelConfig
 from retool_jax.plan.compiler import Compiled, NoRoom, compile_function
 from retool_jax.plan.devices import devices_of
 from retool_jax.plan.estimate import Assumed, Planned, assumed_of
-from retool_jax.plan.functions import Function, of_rl, of_sft
+from retool_jax.plan.functions import Function, rl_functions, sft_functions
 from retool_jax.plan.work import times_of, work_of
 from retool_jax.run.schema import RLRun, SFTRun
 from retool_jax.slices import Slice
@@ -17,7 +17,7 @@ from retool_jax.slices import Slice
 def functions_of(run: RLRun | SFTRun, place: Slice, teacher: ModelConfig) -> list[Function]:
     """A run's functions on the mesh that its config describes, over the devices of a slice."""
     mesh = make_mesh(MeshConfig(**known_sizes(run.mesh)), devices_of(place))
-    return of_sft(run, mesh) if isinstance(run, SFTRun) else of_rl(run, mesh, teacher, place.of_host)
+    return sft_functions(run, mesh) if isinstance(run, SFTRun) else rl_functions(run, mesh, teacher, place.of_host)
 
 
 def plan(

@@ -77,7 +77,7 @@ async def serve(run: ServeRun) -> None:
             rpc_port, close_rpc = await stack.enter_async_context(rpc.listening(server, token))
             print(f"JetStream's gRPC: {host}:{rpc_port}", flush=True)
         print(f"serving {name} on {url_of(host, listener)}/v1", flush=True)
-        await until_told(server, listener, token, close_rpc)
+        await serve_until_stopped(server, listener, token, close_rpc)
         server.containers.close()
     print("closed", flush=True)
 
@@ -93,7 +93,7 @@ def rpc_module() -> ModuleType:
         ) from None
 
 
-async def until_told(
+async def serve_until_stopped(
     server: "Server", listener: socket.socket, token: str = "", close_rpc: Callable[[], object] | None = None
 ) -> None:
     """Serve over HTTP until a signal comes; then refuse new requests and call `close_rpc`."""

@@ -20,7 +20,7 @@ from retool_jax.mesh import make_mesh
 from retool_jax.models.config import SIZES, ModelConfig
 from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.sharding import param_shardings
-from retool_jax.plan.functions import Function, held, of_engine, of_rl, of_sft
+from retool_jax.plan.functions import Function, engine_functions, held, rl_functions, sft_functions
 from retool_jax.rl.algorithms import algorithm_of
 from retool_jax.rl.learner import learn
 from retool_jax.rollout.trajectory import End, Trajectory
@@ -61,10 +61,10 @@ def run_of(name: str) -> Run:
 
 def functions_of(run: Run, mesh: Mesh) -> list[Function]:
     if isinstance(run, SFTRun):
-        return of_sft(run, mesh)
+        return sft_functions(run, mesh)
     if isinstance(run, RLRun):
-        return of_rl(run, mesh, run.model, mesh.size)
-    return of_engine(run, decode_mesh(run.model, mesh, run.engine.tp))
+        return rl_functions(run, mesh, run.model, mesh.size)
+    return engine_functions(run, decode_mesh(run.model, mesh, run.engine.tp))
 
 
 PROGRAMS: dict[tuple, jax.stages.Lowered] = {}

@@ -18,7 +18,7 @@ from retool_jax.tools.toolbox import load_tools
 def test_a_signal_ends_a_server_when_its_answers_have_ended(scripted_engine, tokenizer):
     pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'retool_jax[serve]'")
     aiohttp = pytest.importorskip("aiohttp", reason="the client needs aiohttp: pip install 'retool_jax[sandbox]'")
-    from retool_jax.run.serve import until_told
+    from retool_jax.run.serve import serve_until_stopped
     from retool_jax.serving.server import Server
 
     function = {"name": "code_interpreter", "arguments": {"code": "import time\ntime.sleep(1)\nprint(6)"}}
@@ -32,7 +32,7 @@ def test_a_signal_ends_a_server_when_its_answers_have_ended(scripted_engine, tok
         async with tools.open(SandboxConfig(backend=("process",), slots=1, probe_s=0)), Service(engine) as service:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 server = Server(service, tokenizer, tools, rollout, ServeConfig(), "tiny")
-                serving = asyncio.create_task(until_told(server, listener))
+                serving = asyncio.create_task(serve_until_stopped(server, listener))
                 url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
                 async with aiohttp.ClientSession() as session:
                     asked = {"messages": [{"role": "user", "content": "6?"}], "seed": 7}
