@@ -17,7 +17,7 @@ from retool_jax.rollout.trajectory import End, ToolUse, Trajectory, numbers_of
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
 from retool_jax.tokens.grammar import GRAMMARS, ToolCall, marking_ids
 from retool_jax.tokens.tokenizer import Tokenizer
-from retool_jax.tools.toolbox import INVALID, Kept, Toolbox
+from retool_jax.tools.toolbox import INVALID, Toolbox, ToolStates
 
 FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."
 
@@ -61,7 +61,7 @@ class Dialogue:
         )
         self.trajectory.add("prompt", prompt)
         self._tokenizer, self._tools, self._room, self._limits = tokenizer, tools, room, limits
-        self._kept, self._closes = Kept(), True
+        self._tool_states, self._closes = ToolStates(), True
         self._versions: list[int] = []  # of the tokens of the current turn
         self._text = ""  # of the last turn
         self._grammar = GRAMMARS[limits.grammar]
@@ -86,10 +86,10 @@ class Dialogue:
         self._versions += [tokens.version] * len(tokens.ids)
 
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
-        self.take(ids, logprobs)
-        return self.go_on()
+        self.record_turn(ids, logprobs)
+        return self.finish_turn()
 
-    def take(self, ids: list[int], logprobs: list[float]) -> None:
+    def record_turn(self, ids: list[int], logprobs: list[float]) -> None:
         """Record a turn that was drawn."""
         self.trajectory.add("policy", ids, logprobs, self._versions)
         self._versions = []
@@ -118,7 +118,7 @@ class Dialogue:
         calls = self._grammar.calls(self._text)
         return [call.strict() for call in calls] if self._limits.strict_calls else calls
 
-    def go_on(self) -> Coroutine[None, None, list[int] | None] | None:
+    def finish_turn(self) -> Coroutine[None, None, list[int] | None] | None:
         """What follows the last turn, in the form that `Conversation.end_turn` returns."""
         if not self.is_whole:
             return self._limit_reached(End.TOKEN_LIMIT)
@@ -144,9 +144,9 @@ class Dialogue:
         places = marking_ids(self._tokenizer, turn_ids, self._text, [call.start for call in calls])
         outputs = []
         for call, place in zip(calls, places, strict=True):
-            output = await self._tools.run(call, self._kept)
+            output = await self._tools.run(call, self._tool_states)
             lost, invalid = output.fault == "machinery", output.status == INVALID
-            text = output.text if lost or invalid else output.told(self._limits.tool_output_tokens, self._count)
+            text = output.text if lost or invalid else output.shortened(self._limits.tool_output_tokens, self._count)
             numbers = {} if lost or invalid else numbers_of(output.metrics)
             use = ToolUse(
                 turn,
@@ -177,14 +177,14 @@ class Dialogue:
     def drop(self, reason: str) -> None:
         self.end(End.DISCARDED, reason)
 
-    def keep_in(self, kept: Kept) -> None:
-        """Let tools keep their states in `kept`, which the caller closes; call it before the first turn."""
-        self._kept, self._closes = kept, False
+    def use_states(self, states: ToolStates) -> None:
+        """Let tools keep their states in `states`, which the caller closes; call it before the first turn."""
+        self._tool_states, self._closes = states, False
 
     async def close(self) -> None:
-        """Close the states that tools keep for this dialogue, unless the caller owns them (`keep_in`)."""
+        """Close the states that tools keep for this dialogue, unless the caller owns them (`use_states`)."""
         if self._closes:
-            await self._kept.close()
+            await self._tool_states.close()
 
     def end(self, reason: End, fault: str = "") -> None:
         """Record why the trajectory ended. Only the first reason counts: it may be dropped while its last call runs."""
@@ -193,7 +193,7 @@ class Dialogue:
             self.trajectory.finished_s = time.perf_counter()
             self.trajectory.started_s = self.trajectory.started_s or self.trajectory.finished_s
             if self._closes:
-                self._kept.begin_to_close()
+                self._tool_states.begin_to_close()
 
 
 async def rollout(
@@ -232,7 +232,7 @@ def dialogues_of(
         problem = sample.problem
         if problem.id not in encoded:
             encoded[problem.id] = encode_prompt(tokenizer, problem, tools, limits)
-        own = tools.of(problem.tools, f"problem {problem.id}") if tools else None
+        own = tools.subset(problem.tools, f"problem {problem.id}") if tools else None
         dialogues.append(Dialogue(sample, encoded[problem.id], tokenizer, own, room, limits))
     return dialogues
 
@@ -256,7 +256,7 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None,
     """
     messages = list(problem.messages)
     if tools:
-        shown = tools.of(problem.tools, f"problem {problem.id}").schemas
+        shown = tools.subset(problem.tools, f"problem {problem.id}").schemas
         ids = GRAMMARS[limits.grammar].prompt(tokenizer, messages, shown, limits.tool_prompt)
     else:
         ids = prompt_ids(tokenizer, messages)

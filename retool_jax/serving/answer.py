@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from retool_jax.engine.conversation import Tokens
 from retool_jax.rollout.rollout import Dialogue
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
-from retool_jax.serving.reader import Called, FunctionCall, Reader, Said
+from retool_jax.serving.reader import CallPiece, FunctionCall, Reader, TextPiece
 from retool_jax.tokens.grammar import Grammar, ToolCall, end_of
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnTokens:
     """Tokens that the policy drew, and the pieces that became visible with them, each with the number of ids up to it.
 
     Until `Answer.read`, further tokens of the same turn are added to it.
@@ -24,7 +24,7 @@ class Drawn:
 
     ids: list[int]
     logprobs: list[float]
-    seen: list[tuple[int, Said | Called]]
+    seen: list[tuple[int, TextPiece | CallPiece]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ToolEnded:
     use: ToolUse
 
 
-Event = Drawn | ToolStarted | ToolEnded
+Event = DrawnTokens | ToolStarted | ToolEnded
 
 
 class Answer:
@@ -82,7 +82,7 @@ class Answer:
         self._tokenizer, self._stops, self._max_tokens = tokenizer, stops, max_tokens
         self._stopped = False  # at a stop string of the request
         self._pending: Coroutine | None = None  # tools that have not begun
-        self._unread: Drawn | None = None  # tokens of this turn that `read` has not read yet
+        self._unread: DrawnTokens | None = None  # tokens of this turn that `read` has not read yet
 
     @property
     def trajectory(self) -> Trajectory:
@@ -110,7 +110,7 @@ class Answer:
         self.dialogue.on_tokens(tokens)
         self.drawn += len(tokens.ids)
         if self._unread is None:
-            self._unread = Drawn([], [], [])
+            self._unread = DrawnTokens([], [], [])
             self.on_event(self._unread)
         self._unread.ids.extend(tokens.ids)
         self._unread.logprobs.extend(tokens.logprobs)
@@ -135,14 +135,14 @@ class Answer:
     def end_turn(self, ids: list[int], logprobs: list[float]) -> Coroutine[None, None, list[int] | None] | None:
         self.read()
         dialogue, reader, before = self.dialogue, self.reader, len(self.trajectory.tool_uses)
-        dialogue.take(ids, logprobs)
+        dialogue.record_turn(ids, logprobs)
         seen = reader.end_turn()
         whole = dialogue.is_whole
         calls = dialogue.calls() if whole and not self._stopped else []
         if not reader.calls:  # the reader does not recognise calls in a thought that did not end
             for call in filter(reader.is_for_client, calls):
                 seen += reader.hand_over(call.name, call.arguments)
-        self.on_event(Drawn([], [], [(0, each) for each in seen]))
+        self.on_event(DrawnTokens([], [], [(0, each) for each in seen]))
         if self._stopped:
             return self._end("stop")
         if reader.calls:
@@ -152,7 +152,7 @@ class Answer:
         if calls and dialogue.may_call:
             for number, call in enumerate(calls):
                 self.on_event(ToolStarted(before + number, call))
-        self._pending = dialogue.go_on()
+        self._pending = dialogue.finish_turn()
         if self._pending is None:
             return self._end("stop" if self.trajectory.end in (End.ANSWERED, End.NO_ANSWER) else "length")
         return self._run_tools(self._pending, before)

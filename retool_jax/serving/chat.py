@@ -13,10 +13,10 @@ from typing import Any
 
 from retool_jax.engine.conversation import SamplingParams
 from retool_jax.sandbox.text import writable
-from retool_jax.serving.answer import Answer, Drawn, Event, ToolEnded, ToolStarted
+from retool_jax.serving.answer import Answer, DrawnTokens, Event, ToolEnded, ToolStarted
 from retool_jax.serving.messages import functions_of, messages_of
 from retool_jax.serving.prompts import MOST, prompt_logprobs
-from retool_jax.serving.reader import Called, Said
+from retool_jax.serving.reader import CallPiece, TextPiece
 from retool_jax.serving.requests import Refused, an_object, read, refuse_unserved, stops_of
 from retool_jax.serving.server import AnswerOptions, KeptAnswer, RequestInfo, Server, usage_of
 from retool_jax.serving.wire import DONE, event, logprobs_of
@@ -137,7 +137,7 @@ class Chat:
 
     def _token_details(self, happened: Event) -> dict[str, Any]:
         """Ids and log-probs of an event's tokens, if the client asks for them."""
-        if not isinstance(happened, Drawn) or not happened.ids:
+        if not isinstance(happened, DrawnTokens) or not happened.ids:
             return {}
         details: dict[str, Any] = {"token_ids": happened.ids} if self.with_ids else {}
         if self.with_logprobs:
@@ -188,11 +188,11 @@ def deltas(happened: Event) -> list[dict[str, Any]]:
     if isinstance(happened, ToolEnded):
         ended = {"index": happened.index, "status": happened.use.status, "output": happened.use.output}
         return [{"server_tool_calls": [ended]}]
-    return [_written(seen) for _, seen in happened.seen if not (isinstance(seen, Called) and seen.what == "ends")]
+    return [_written(seen) for _, seen in happened.seen if not (isinstance(seen, CallPiece) and seen.what == "ends")]
 
 
-def _written(seen: Said | Called) -> dict[str, Any]:
-    if isinstance(seen, Said):
+def _written(seen: TextPiece | CallPiece) -> dict[str, Any]:
+    if isinstance(seen, TextPiece):
         if seen.channel == "content":
             return {"content": seen.text}
         return {"reasoning": seen.text, "reasoning_content": seen.text}  # some clients read one, some the other

@@ -4,12 +4,12 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from retool_jax.tools.toolbox import Kept
+from retool_jax.tools.toolbox import ToolStates
 
 
 @dataclass
 class _Container:
-    kept: Kept = field(default_factory=Kept)
+    states: ToolStates = field(default_factory=ToolStates)
     users: int = 0
     used: float = 0.0
 
@@ -30,13 +30,13 @@ class Containers:
         found = self._all.get(name)
         return found is not None and (found.users > 0 or time.monotonic() - found.used < self._idle_s)
 
-    def take(self, name: str) -> Kept:
+    def take(self, name: str) -> ToolStates:
         """The states of a container, which is made if needed. The caller must `give` it back."""
         if name not in self:
             self._drop(name)
         found = self._all.setdefault(name, _Container())
         found.users += 1
-        return found.kept
+        return found.states
 
     def give(self, name: str, lost: bool) -> None:
         """Give a container back: it stays for the next answer, or is dropped if its states may be lost."""
@@ -56,4 +56,4 @@ class Containers:
 
     def _drop(self, name: str) -> None:
         if found := self._all.pop(name, None):
-            found.kept.begin_to_close()
+            found.states.begin_to_close()

@@ -24,7 +24,7 @@ from retool_jax.engine.conversation import SamplingParams
 from retool_jax.errors import UserError
 from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.sandbox.types import shown
-from retool_jax.serving.answer import Drawn
+from retool_jax.serving.answer import DrawnTokens
 from retool_jax.serving.messages import messages_of
 from retool_jax.serving.reader import Characters
 from retool_jax.serving.requests import Refused
@@ -152,7 +152,7 @@ class Orchestrator(service.OrchestratorServicer):
         row = Row(answer.trajectory, server.tokenizer, with_text)
         async with aclosing(server.run(info, [answer])) as run:
             async for _, happened in run:
-                for response in row.responses(happened.ids if isinstance(happened, Drawn) else []):
+                for response in row.responses(happened.ids if isinstance(happened, DrawnTokens) else []):
                     await context.write(response)
         context.set_trailing_metadata((("retool-finish", answer.finish or ""),))
         server.keep(info.id, KeptAnswer([answer.trajectory]))

@@ -11,8 +11,8 @@ from typing import Any
 
 from retool_jax.rollout.trajectory import ToolUse
 from retool_jax.sandbox.text import writable
-from retool_jax.serving.answer import Drawn, Event, ToolEnded, ToolStarted
-from retool_jax.serving.reader import Called, FunctionCall, Said
+from retool_jax.serving.answer import DrawnTokens, Event, ToolEnded, ToolStarted
+from retool_jax.serving.reader import CallPiece, FunctionCall, TextPiece
 from retool_jax.serving.wire import logprobs_of
 from retool_jax.tokens.grammar import ToolCall
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Items:
 
     def take(self, happened: Event) -> Iterator[EventData]:
         """The response's events for an event of the answer."""
-        if isinstance(happened, Drawn):
+        if isinstance(happened, DrawnTokens):
             yield from self._drawn(happened)
         elif isinstance(happened, ToolStarted):
             self._entries = []  # tokens of a call have no log-probabilities
@@ -72,23 +72,23 @@ class Items:
 
     # --- texts and calls of the client's functions ---
 
-    def _drawn(self, drawn: Drawn) -> Iterator[EventData]:
+    def _drawn(self, drawn: DrawnTokens) -> Iterator[EventData]:
         done = 0
         for count, seen in drawn.seen:
             self._note(drawn, done, count)
             done = count
-            if isinstance(seen, Said):
+            if isinstance(seen, TextPiece):
                 yield from self._say(seen)
             else:
                 yield from self._call(seen)
             self._entries = []
         self._note(drawn, done, len(drawn.ids))
 
-    def _note(self, drawn: Drawn, start: int, stop: int) -> None:
+    def _note(self, drawn: DrawnTokens, start: int, stop: int) -> None:
         if self._logprobs:
             self._entries += logprobs_of(self._tokenizer, drawn.ids[start:stop], drawn.logprobs[start:stop])
 
-    def _say(self, said: Said) -> Iterator[EventData]:
+    def _say(self, said: TextPiece) -> Iterator[EventData]:
         (kind, part), words = _TEXTS[said.channel], said.text
         if self._open is None or self._open["type"] != kind:
             yield from self._end("completed")
@@ -108,7 +108,7 @@ class Items:
             more = {"logprobs": self._entries}
         yield self._of(f"{part}.delta", content_index=0, delta=words, **more)
 
-    def _call(self, called: Called) -> Iterator[EventData]:
+    def _call(self, called: CallPiece) -> Iterator[EventData]:
         call: FunctionCall = called.call
         if called.what == "begins":
             yield from self._end("completed")

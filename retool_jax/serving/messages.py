@@ -14,14 +14,14 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def harmless(tokenizer: Tokenizer, value: Any) -> Any:
+def defused(tokenizer: Tokenizer, value: Any) -> Any:
     """JSON with every mark in its texts broken up (`chat.defuse`)."""
     if isinstance(value, str):
         return defuse(tokenizer, writable(value))
     if isinstance(value, list):
-        return [harmless(tokenizer, each) for each in value]
+        return [defused(tokenizer, each) for each in value]
     if isinstance(value, dict):
-        return {harmless(tokenizer, key): harmless(tokenizer, each) for key, each in value.items()}
+        return {defused(tokenizer, key): defused(tokenizer, each) for key, each in value.items()}
     return value
 
 
@@ -81,7 +81,7 @@ def messages_of(tokenizer: Tokenizer, given: object) -> list[dict]:
     _all_answered(waiting, answers, "messages")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise Refused(400, "messages must end with a message of role user or tool, for the model to answer", "messages")
-    return harmless(tokenizer, messages)
+    return defused(tokenizer, messages)
 
 
 def _all_answered(waiting: list[str], answers: dict[str, dict], name: str) -> None:
@@ -136,5 +136,5 @@ def functions_of(tokenizer: Tokenizer, given: object, nested: bool) -> dict[str,
             "description": text_of(function.get("description"), f"{name}.description"),
             "parameters": an_object(function.get("parameters") or {}, f"{name}.parameters"),
         }
-        functions[called_by] = {"type": "function", "function": harmless(tokenizer, shown_as)}
+        functions[called_by] = {"type": "function", "function": defused(tokenizer, shown_as)}
     return functions

@@ -49,16 +49,16 @@ class Characters:
 
 
 @dataclass(frozen=True)
-class Said:
+class TextPiece:
     """Words of the policy."""
 
     channel: Channel
     text: str
 
-    def joined_to(self, other: "Said | Called") -> "Said | None":
+    def joined_to(self, other: "TextPiece | CallPiece") -> "TextPiece | None":
         """Both as one, `other` first, if they are words of one channel."""
-        same = isinstance(other, Said) and other.channel == self.channel
-        return Said(self.channel, other.text + self.text) if same else None
+        same = isinstance(other, TextPiece) and other.channel == self.channel
+        return TextPiece(self.channel, other.text + self.text) if same else None
 
 
 @dataclass
@@ -73,17 +73,17 @@ class FunctionCall:
 
 
 @dataclass(frozen=True)
-class Called:
+class CallPiece:
     """A call has begun, has grown by a piece of its arguments, or has ended."""
 
     call: FunctionCall
     what: Literal["begins", "grows", "ends"]
     piece: str = ""
 
-    def joined_to(self, other: "Said | Called") -> "Called | None":
+    def joined_to(self, other: "TextPiece | CallPiece") -> "CallPiece | None":
         """Both as one, `other` first, if the same call grows in both."""
-        same = isinstance(other, Called) and self.what == other.what == "grows" and other.call is self.call
-        return Called(self.call, "grows", other.piece + self.piece) if same else None
+        same = isinstance(other, CallPiece) and self.what == other.what == "grows" and other.call is self.call
+        return CallPiece(self.call, "grows", other.piece + self.piece) if same else None
 
 
 class Reader:
@@ -126,9 +126,9 @@ class Reader:
         if new:
             self._thinking = self._tokenizer.turn_header.rstrip("\n").endswith("<think>")
 
-    def feed(self, ids: Sequence[int]) -> list[Said | Called]:
+    def feed(self, ids: Sequence[int]) -> list[TextPiece | CallPiece]:
         """The pieces that become visible with these ids."""
-        events: list[Said | Called] = []
+        events: list[TextPiece | CallPiece] = []
         for index in ids:
             self.thought += self._thinking
             if index in self._tokenizer.stop_ids:
@@ -136,7 +136,7 @@ class Reader:
             events += self._take(self._characters.take(index))
         return events
 
-    def skim(self, ids: Sequence[int]) -> list[Said | Called] | None:
+    def skim(self, ids: Sequence[int]) -> list[TextPiece | CallPiece] | None:
         """A fast `feed` for ids whose whole text is visible at once; None, with nothing read, if it may not be.
 
         There must be no stop id among them.
@@ -149,16 +149,16 @@ class Reader:
         self.thought += len(ids) * self._thinking
         return self._show(text)
 
-    def end_turn(self) -> list[Said | Called]:
+    def end_turn(self) -> list[TextPiece | CallPiece]:
         """The text that was held back; at the end of a turn it cannot become a mark or a stop string."""
         text, self._buffer = self._buffer + self._characters.rest(), ""
         return [] if self.stopped else self._show(text)
 
-    def hand_over(self, name: str, arguments: dict) -> list[Called]:
+    def hand_over(self, name: str, arguments: dict) -> list[CallPiece]:
         """The events of a call that is known as a whole."""
         call = self._begin(name)
         call.arguments, call.ended = json.dumps(arguments), True
-        return [Called(call, "begins"), Called(call, "grows", call.arguments), Called(call, "ends")]
+        return [CallPiece(call, "begins"), CallPiece(call, "grows", call.arguments), CallPiece(call, "ends")]
 
     # --- marks ---
 
@@ -169,8 +169,8 @@ class Reader:
             return ("</think>",)
         return ("<think>", self._open) if self._has_calls else ("<think>",)
 
-    def _take(self, text: str) -> list[Said | Called]:
-        events: list[Said | Called] = []
+    def _take(self, text: str) -> list[TextPiece | CallPiece]:
+        events: list[TextPiece | CallPiece] = []
         self._buffer += text
         while not self.stopped:
             strings = (*self._stops, *self._marks())
@@ -196,7 +196,7 @@ class Reader:
         text, self._buffer = self._buffer[:count], self._buffer[count:]
         return text
 
-    def _show(self, text: str) -> list[Said | Called]:
+    def _show(self, text: str) -> list[TextPiece | CallPiece]:
         if not text:
             return []
         if self.inside is not None:
@@ -212,7 +212,7 @@ class Reader:
                 self._held[channel] = ""
             return []
         self._begun.add(channel)
-        return [Said(channel, words)]
+        return [TextPiece(channel, words)]
 
     # --- calls of the client's functions ---
 
@@ -220,7 +220,7 @@ class Reader:
         self.calls.append(FunctionCall(len(self.calls), f"call_{uuid.uuid4().hex[:24]}", name))
         return self.calls[-1]
 
-    def _grow(self, text: str) -> list[Called]:
+    def _grow(self, text: str) -> list[CallPiece]:
         self.inside += text
         if self._call is not None:
             return self._arguments(text)
@@ -228,9 +228,9 @@ class Reader:
         if head is None or head[1] not in self._functions:
             return []
         self._call, self._depth, self._quoted, self._escaped = self._begin(head[1]), 0, False, False
-        return [Called(self._call, "begins"), *self._arguments(self.inside[head.end() :])]
+        return [CallPiece(self._call, "begins"), *self._arguments(self.inside[head.end() :])]
 
-    def _arguments(self, text: str) -> list[Called]:
+    def _arguments(self, text: str) -> list[CallPiece]:
         """Show the text of an object up to the brace that closes it."""
         call, count = self._call, 0
         for character in text:
@@ -248,14 +248,14 @@ class Reader:
                 self._depth -= 1
                 call.ended = not self._depth
         call.arguments += text[:count]
-        grown = [Called(call, "grows", text[:count])] if count else []
-        return grown + ([Called(call, "ends")] if call.ended and count else [])
+        grown = [CallPiece(call, "grows", text[:count])] if count else []
+        return grown + ([CallPiece(call, "ends")] if call.ended and count else [])
 
-    def _end_call(self) -> list[Called]:
+    def _end_call(self) -> list[CallPiece]:
         if self._call is not None:
             call, self._call = self._call, None
             ended, call.ended = call.ended, True
-            return [] if ended else [Called(call, "ends")]
+            return [] if ended else [CallPiece(call, "ends")]
         call = read_call(self.inside) if self._functions else None
         return self.hand_over(call.name, call.arguments) if call and self.is_for_client(call) else []
 

@@ -91,7 +91,7 @@ class Responses:
             )
             if code and (self.server.tools is None or CODE_TOOL not in self.server.tools.names):
                 raise Refused(400, "code_interpreter is not served here (tools has no python); leave it out", "tools")
-            options.tools = self.server.tools.of([CODE_TOOL], "tools") if code else None
+            options.tools = self.server.tools.subset([CODE_TOOL], "tools") if code else None
         if options.tools and CODE_TOOL in options.functions:
             raise Refused(400, f"a function is called {CODE_TOOL}, as the built-in tool is; rename it", "tools")
         if self.previous is not None and names_of(options) != names_of(self.previous.options):

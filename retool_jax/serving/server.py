@@ -21,7 +21,7 @@ from retool_jax.rollout.config import RolloutConfig
 from retool_jax.rollout.rollout import Dialogue, Sample
 from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig
-from retool_jax.serving.answer import Answer, Drawn, Event, ToolEnded
+from retool_jax.serving.answer import Answer, DrawnTokens, Event, ToolEnded
 from retool_jax.serving.config import ServeConfig
 from retool_jax.serving.containers import Containers
 from retool_jax.serving.metrics import Metrics
@@ -221,7 +221,7 @@ class Server:
         try:
             for number, answer in enumerate(answers):
                 if kept is not None:
-                    answer.dialogue.keep_in(kept)
+                    answer.dialogue.use_states(kept)
                 answer.on_event = partial(add, number)
                 done.append(self._submit(answer))
                 done[-1].add_done_callback(lambda _, number=number: add(number, None))
@@ -266,7 +266,7 @@ class Server:
             raise Refused(503, "the engine takes no conversations; send the request to another server") from None
 
     def _count(self, info: RequestInfo, event: Event | None) -> None:
-        if isinstance(event, Drawn) and info.first_s is None:
+        if isinstance(event, DrawnTokens) and info.first_s is None:
             info.first_s = info.seconds
             self.metrics.first_s.add(info.first_s)
         elif isinstance(event, ToolEnded):

@@ -158,7 +158,7 @@ def read_demonstrations(sft: SFTConfig, tokenizer: Tokenizer, tools: Toolbox | N
     examples, too_long = [], []
     for number, row in enumerate(read_rows(sft.data, f", or one of {', '.join(MADE_HERE)}"), start=1):
         where = f"sft.data={sft.data} row {number}"
-        own = tools.of(tools_of(row, where), where) if tools else None
+        own = tools.subset(tools_of(row, where), where) if tools else None
         try:
             messages = messages_of(row, own.names if own else (CODE_TOOL,))
         except BadTrace as reason:

@@ -47,7 +47,7 @@ def demonstration_ids(
         if others := [message["role"] for message in answers if message["role"] != "tool"]:
             raise UserError(f"a {others[0]} message after the first assistant turn is not supported")
         outputs = [message["content"] for message in answers] if following else []
-        pieces += rules.written(tokenizer, messages[position], outputs, tool_prompt)
+        pieces += rules.demonstration(tokenizer, messages[position], outputs, tool_prompt)
     for ids, sampled in pieces:
         tokens.ids.extend(ids)
         tokens.sampled.extend([sampled] * len(ids))

@@ -81,15 +81,15 @@ class Grammar:
         prompt: from (tokenizer, messages, tools, tool_prompt) to the ids up to the policy's first token.
         calls: from a turn's text, which begins with `<think>` if it began inside a thought, to its calls in order.
         segment: from (tokenizer, turn_ids, outputs) to the ids that answer the calls, one output per call.
-        written: from (tokenizer, message, outputs, tool_prompt) to a demonstrated turn and its answers, as pieces of
-            (ids, whether a policy would have sampled them).
+        demonstration: from (tokenizer, message, outputs, tool_prompt) to a demonstrated turn and its answers, as pieces
+            of (ids, whether a policy would have sampled them).
         stop: a string that also ends a turn; empty if there is none.
     """
 
     prompt: Callable[[Tokenizer, list[dict], list[dict], str], list[int]]
     calls: Callable[[str], list[ToolCall]]
     segment: Callable[[Tokenizer, list[int], list[str]], list[int]]
-    written: Callable[[Tokenizer, dict, list[str], str], list[tuple[list[int], bool]]]
+    demonstration: Callable[[Tokenizer, dict, list[str], str], list[tuple[list[int], bool]]]
     stop: str = ""
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -310,10 +310,10 @@ def hermes_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
     return tool_segment(tokenizer, outputs)
 
 
-def hermes_written(
+def hermes_demonstration(
     tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
 ) -> list[tuple[list[int], bool]]:
-    """A demonstrated turn with all its calls, and the segment that answers them (`Grammar.written`)."""
+    """A demonstrated turn with all its calls, and the segment that answers them (`Grammar.demonstration`)."""
     said = tokenizer.encode(policy_turn_text(message, tokenizer.family.turn_end))
     return [(said, True), *([(tool_segment(tokenizer, outputs), False)] if outputs else [])]
 
@@ -399,7 +399,7 @@ def retool_segment(tokenizer: Tokenizer, turn_ids: list[int], outputs: list[str]
     return environment_ids(tokenizer, write, outputs)
 
 
-def retool_written(
+def retool_demonstration(
     tokenizer: Tokenizer, message: dict, outputs: list[str], tool_prompt: str = ""
 ) -> list[tuple[list[int], bool]]:
     """A demonstrated turn: each call followed by its answer. A turn without calls answers in the form of the prompt.
@@ -439,6 +439,6 @@ def _answer_in_tags(text: str) -> str:
 
 DEFAULT_GRAMMAR = "hermes"  # what chat templates write
 GRAMMARS = {
-    "hermes": Grammar(hermes_prompt, tool_calls, hermes_segment, hermes_written),
-    "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_written, stop=_CODE_END),
+    "hermes": Grammar(hermes_prompt, tool_calls, hermes_segment, hermes_demonstration),
+    "retool": Grammar(retool_prompt, retool_calls, retool_segment, retool_demonstration, stop=_CODE_END),
 }

@@ -46,7 +46,7 @@ class Output:
     def status(self) -> str:
         return self.kind or _STATUS[self.fault]
 
-    def told(self, room: int, count: Count) -> str:
+    def shortened(self, room: int, count: Count) -> str:
         """The text for the policy, shortened so that its `count` is at most `room`."""
         return self.fit(room, count) if self.fit else cut(writable(self.text), room, count)
 

@@ -36,7 +36,7 @@ _BUILT_IN: dict[str, Callable[[], Tool]] = {
 }
 
 
-class Kept:
+class ToolStates:
     """The tools' states of one trajectory or one call. A tool's first call opens its state; all are closed together."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Toolbox:
         """How many calls may run at the same time; 0 for any number."""
         return min((tool.at_once for tool in self.tools.values() if tool.at_once), default=0)
 
-    def of(self, names: Sequence[str] | None, where: str) -> "Toolbox":
+    def subset(self, names: Sequence[str] | None, where: str) -> "Toolbox":
         """The tools that a problem names, in its order, with the states of this run; all tools for None.
 
         Raises:
@@ -155,7 +155,7 @@ class Toolbox:
                 for tool in users:
                     tool.box = None
 
-    async def run(self, call: ToolCall, kept: Kept) -> Output:
+    async def run(self, call: ToolCall, states: ToolStates) -> Output:
         """Answer a call, whatever the policy wrote. A call that the machinery lost is retried."""
         if call.error:
             return Output(call.error, "program", kind=INVALID)
@@ -165,12 +165,12 @@ class Toolbox:
         if fault := fault_of(call.arguments, tool.parameters):
             return Output(fault, "program", kind=INVALID)
         arguments = declared(call.arguments, tool.parameters)
-        output = await self._try(tool, arguments, kept)
+        output = await self._try(tool, arguments, states)
         for attempt in range(tool.retries if tool.lifetime != "trajectory" else 0):
             if output.fault != "machinery":
                 break
             await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
-            output = await self._try(tool, arguments, kept)
+            output = await self._try(tool, arguments, states)
         return output
 
     def _known_names(self) -> str:
@@ -178,9 +178,9 @@ class Toolbox:
             return f"the only tool is {self.names[0]}"
         return f"the tools are {', '.join(self.tools)}" if self.tools else "there are no tools here"
 
-    async def _try(self, tool: Tool, arguments: dict[str, Any], kept: Kept) -> Output:
+    async def _try(self, tool: Tool, arguments: dict[str, Any], states: ToolStates) -> Output:
         """One attempt. An exception of the tool becomes an `Output`."""
-        own = Kept() if tool.lifetime == "call" else kept
+        own = ToolStates() if tool.lifetime == "call" else states
         try:
             if tool.lifetime == "run":
                 return await _call(tool, arguments, self._run_states.get(tool.name))
@@ -191,7 +191,7 @@ class Toolbox:
                 return Output(f"{tool.name}: {_raised(error)}", "machinery")
             return Output(_raised(error), "program")
         finally:
-            if own is not kept:
+            if own is not states:
                 await own.close()
 
 

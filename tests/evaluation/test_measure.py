@@ -369,10 +369,10 @@ def test_what_the_machinery_lost_is_drawn_once_more(scripted_engine, tokenizer, 
 class Raising(Toolbox):
     """A toolbox that raises an exception itself, unlike one whose tool fails."""
 
-    async def run(self, call, kept):
+    async def run(self, call, states):
         raise ZeroDivisionError("of the toolbox")
 
-    def of(self, names, where):
+    def subset(self, names, where):
         return self
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from retool_jax.serving.reader import Called, Reader
+from retool_jax.serving.reader import CallPiece, Reader
 from retool_jax.tokens.grammar import GRAMMARS
 
 CALL = '<tool_call>\n{"name": "shout", "arguments": {"text": "a } \\" é"}}\n</tool_call>'
@@ -28,7 +28,7 @@ def seen(reader: Reader, pieces: list[list[int]], skims: bool = False) -> dict:
         if events is None:
             events = reader.end_turn() if piece is None else reader.feed(piece)
         for event in events:
-            if isinstance(event, Called):
+            if isinstance(event, CallPiece):
                 if event.what == "begins":
                     found["calls"].append([event.call.name, "", False])
                 entry = found["calls"][event.call.index]

@@ -157,7 +157,7 @@ def test_the_miniatures_demonstrations_exist_in_both(tokenizer):
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_a_turn_and_its_answers_are_shown_without_their_marks(tokenizer, grammar):
-    pieces = GRAMMARS[grammar].written(tokenizer, called("print(5)"), ["5 <b>\n6"])
+    pieces = GRAMMARS[grammar].demonstration(tokenizer, called("print(5)"), ["5 <b>\n6"])
     (turn, _), (answer, _) = pieces
     shown = show_turn(tokenizer.decode(turn))
     assert shown == [Shown("said", "I will compute it."), Shown("call", "print(5)")]
@@ -192,7 +192,7 @@ def test_several_outputs_of_one_segment(tokenizer):
 
 def test_marks_of_calls_and_outputs_are_broken_in_outputs_and_no_answer(tokenizer):
     for grammar in GRAMMARS.values():
-        pieces = grammar.written(tokenizer, called("# \\boxed{9}"), ["\\boxed{8}"])
+        pieces = grammar.demonstration(tokenizer, called("# \\boxed{9}"), ["\\boxed{8}"])
         said, answered = (tokenizer.decode(ids) for ids, _ in pieces)
         assert extract_boxed(said) == (None, "no_box"), "a box in a call is no answer"
         for text in (said, answered):

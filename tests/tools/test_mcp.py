@@ -13,7 +13,7 @@ from retool_jax.errors import UserError
 from retool_jax.tokens.grammar import ToolCall
 from retool_jax.tools import Output
 from retool_jax.tools.config import check_tools
-from retool_jax.tools.toolbox import Kept, Toolbox, load_tools
+from retool_jax.tools.toolbox import Toolbox, ToolStates, load_tools
 
 WAIT_S = 60
 
@@ -68,9 +68,9 @@ def url(mcp_server) -> Iterator[str]:
 
 def run(tools: Toolbox, *calls: ToolCall) -> list[Output]:
     async def main() -> list[Output]:
-        kept = Kept()
-        outputs = [await tools.run(call, kept) for call in calls]
-        await kept.close()
+        states = ToolStates()
+        outputs = [await tools.run(call, states) for call in calls]
+        await states.close()
         return outputs
 
     return asyncio.run(main())

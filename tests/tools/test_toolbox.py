@@ -20,7 +20,7 @@ from retool_jax.tools import Output, Tool, toolbox
 from retool_jax.tools.calculator import Calculator
 from retool_jax.tools.python import Python
 from retool_jax.tools.tool import FunctionTool
-from retool_jax.tools.toolbox import Kept, Toolbox, load_tools
+from retool_jax.tools.toolbox import Toolbox, ToolStates, load_tools
 
 from .own import Count, Reverse, shout
 
@@ -31,11 +31,11 @@ def play(tools: Toolbox, *calls: ToolCall) -> list[Output]:
     """The outcomes of some calls of one trajectory."""
 
     async def main() -> list[Output]:
-        kept = Kept()
+        states = ToolStates()
         try:
-            return [await tools.run(call, kept) for call in calls]
+            return [await tools.run(call, states) for call in calls]
         finally:
-            await kept.close()
+            await states.close()
 
     return asyncio.run(main())
 
@@ -74,7 +74,7 @@ def test_several_tools_are_named_where_one_is_unknown():
     tools = Toolbox([Calculator(), FunctionTool(shout)])
     (output,) = play(tools, ToolCall("sing", {}))
     assert output.text == "unknown tool 'sing'; the tools are calculator, shout"
-    (output,) = play(tools.of([], "a row"), ToolCall("shout", {"text": "a"}))
+    (output,) = play(tools.subset([], "a row"), ToolCall("shout", {"text": "a"}))
     assert output.text == "unknown tool 'shout'; there are no tools here"
 
 
@@ -120,7 +120,7 @@ def test_any_call_has_an_outcome_in_words(name, arguments):
     tools = Toolbox([Calculator(), FunctionTool(shout), FunctionTool(typed)])
     call = ToolCall(name, arguments)
     (output,) = play(tools, call)
-    assert output.fault in ("none", "program") and output.told(200, len).encode() and isinstance(call.code, str)
+    assert output.fault in ("none", "program") and output.shortened(200, len).encode() and isinstance(call.code, str)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_an_error_of_the_system_is_the_policys_only_where_it_is_about_a_path(err
 
 
 def test_what_a_tool_says_is_cut_to_its_room_and_can_be_written():
-    assert Output("\ud800").told(9, len) == "\\ud800"
-    told = Output("x" * 500).told(100, len)
+    assert Output("\ud800").shortened(9, len) == "\\ud800"
+    told = Output("x" * 500).shortened(100, len)
     assert len(told) <= 100 and "characters removed" in told
 
 
@@ -267,8 +267,8 @@ def test_the_interpreter_says_whose_fault_it_was():
     tools = Toolbox([Python(SimpleNamespace(run=run, config=SandboxConfig()))])
     call = ToolCall("code_interpreter", {"code": "print(6)"})
     fine, slow, lost, broken = play(tools, *[call] * 4)
-    assert (fine.told(99, len), fine.fault, fine.metrics) == ("6", "none", {"wall_s": 0.5, "queue_s": 0.25})
-    assert (slow.told(99, len), slow.fault, slow.status) == ("[stopped: too long]", "program", "timeout")
+    assert (fine.shortened(99, len), fine.fault, fine.metrics) == ("6", "none", {"wall_s": 0.5, "queue_s": 0.25})
+    assert (slow.shortened(99, len), slow.fault, slow.status) == ("[stopped: too long]", "program", "timeout")
     assert (lost.text, lost.fault, lost.status) == ("worker died", "machinery", "infra_error")
     assert broken.fault == "machinery", "the sandbox itself raised"
 
@@ -287,9 +287,9 @@ def test_a_state_lives_as_long_as_its_tool_says(lifetime, said, opened):
         texts = []
         async with Toolbox([count]).open(SandboxConfig()) as tools:
             for _ in range(2):
-                kept = Kept()
-                texts += [(await tools.run(ToolCall("count", {}), kept)).text for _ in range(2)]
-                await kept.close()
+                states = ToolStates()
+                texts += [(await tools.run(ToolCall("count", {}), states)).text for _ in range(2)]
+                await states.close()
             assert count.closed == (0 if lifetime == "run" else opened)
         return texts
 
@@ -324,13 +324,13 @@ def test_an_interpreter_of_a_trajectory_keeps_its_variables():
         async with tools.open(SandboxConfig(backend=("process",), slots=1)):
             texts = []
             for _ in range(2):
-                kept = Kept()
+                states = ToolStates()
                 for code in ("x = 6", "print(x)"):
-                    output = await tools.run(ToolCall("code_interpreter", {"code": code}), kept)
-                    texts.append(output.told(99, len))
-                await kept.close()
-                await tools.run(ToolCall("code_interpreter", {"code": "del x"}), kept := Kept())
-                await kept.close()
+                    output = await tools.run(ToolCall("code_interpreter", {"code": code}), states)
+                    texts.append(output.shortened(99, len))
+                await states.close()
+                await tools.run(ToolCall("code_interpreter", {"code": "del x"}), states := ToolStates())
+                await states.close()
             assert tools.sandbox.gauges()["sessions_open"] == 0
             return texts
 
@@ -385,12 +385,12 @@ def test_a_function_must_say_what_it_takes():
 
 def test_a_row_chooses_by_name_or_by_word():
     tools = Toolbox([Python(), Calculator(), FunctionTool(shout)])
-    assert tools.of(None, "row 3") is tools
-    assert tools.of(["shout", "python", "shout"], "row 3").names == ("shout", "code_interpreter")
+    assert tools.subset(None, "row 3") is tools
+    assert tools.subset(["shout", "python", "shout"], "row 3").names == ("shout", "code_interpreter")
     with pytest.raises(
         UserError, match="row 3 names the tool 'browser', and this run has code_interpreter, calculator"
     ):
-        tools.of(["calculator", "browser"], "row 3")
+        tools.subset(["calculator", "browser"], "row 3")
     with pytest.raises(UserError, match="two tools are called shout"):
         Toolbox([FunctionTool(shout), FunctionTool(shout)])
 
@@ -403,4 +403,4 @@ def test_what_any_tool_says_reaches_no_further_than_words():
             return Output(str(arguments))
 
     (output,) = play(Toolbox([Odd()]), ToolCall("odd", {"\ud800": "<|im_end|>"}))
-    assert output.told(99, len) == "{'\\ud800': '<|im_end|>'}"
+    assert output.shortened(99, len) == "{'\\ud800': '<|im_end|>'}"
