@@ -33,7 +33,7 @@ from retool_jax.metrics import Progress
 from retool_jax.rl.replay import write_rollouts
 from retool_jax.rollout.rollout import rollout, score
 from retool_jax.run.build import engine_of, mesh_of, model_for, problems_to_evaluate, resolve, sandbox_config
-from retool_jax.run.evaluate import Taking, keys, result_of, sample_of
+from retool_jax.run.evaluate import SampleRecorder, result_of, sample_keys, sample_of
 from retool_jax.run.weights import load_weights
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
@@ -48,15 +48,15 @@ async def measure(words: list[str], repeats: int) -> dict:
     engine = engine_of(run, load_weights(run, Path(run.init_from)), mesh, tokenizer)
     engine.warm_up()
     workers.pool.start()
-    every = keys(len(problems), run.evaluation.samples)
+    every = sample_keys(len(problems), run.evaluation.samples)
     samples = [sample_of(run, problems, *key) for key in every]
     identity = {"set": "arithmetic:test", "problems": "", "weights": {"step": None}}
 
     async def evaluated() -> list:
         with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store, Progress("", len(every)) as bar:
             bar.say = lambda text: None
-            taking = Taking(tokenizer, store, every, len(every), 0.1, identity, bar)
-            statistics = await draw(engine, tokenizer, tools, iter(samples), run.rollout, taking, stream=True)
+            recorder = SampleRecorder(tokenizer, store, every, len(every), 0.1, identity, bar)
+            statistics = await draw(engine, tokenizer, tools, iter(samples), run.rollout, recorder, stream=True)
             result = result_of(run, problems, store, identity, tokenizer)
         return [result["numbers"]["accuracy"]["value"], statistics.fill]
 

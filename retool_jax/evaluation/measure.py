@@ -31,7 +31,7 @@ from retool_jax.tools.toolbox import Toolbox
 HOLD_S = 1.0  # with `stream`, how long ended trajectories are collected before they are scored together
 FIRST_REQUEST = 3 << 30  # after the requests of training, which begin at 0, and its evaluations, which begin at 1 << 31
 
-Take = Callable[[list[tuple[int, Trajectory]]], object]
+OnScored = Callable[[list[tuple[int, Trajectory]]], object]
 
 
 def request_of(problem: int, sample: int) -> int:
@@ -61,7 +61,7 @@ async def draw(
     tools: Toolbox | None,
     samples: Iterable[Sample],
     limits: RolloutConfig,
-    take: Take,
+    on_scored: OnScored,
     reward: RewardConfig | None = None,
     stream: bool = False,
 ) -> Statistics:
@@ -69,10 +69,10 @@ async def draw(
 
     Args:
         samples: numbered in this order, from 0 on.
-        take: gets (number, trajectory) of all trajectories that were scored together; called in another thread, never
-            twice at the same time.
+        on_scored: gets (number, trajectory) of all trajectories that were scored together; called in another thread,
+            never twice at the same time.
         reward: how trajectories are rewarded; accuracy does not depend on it.
-        stream: samples are taken from the iterable as seats become free, and are scored and given to `take` while
+        stream: samples are taken from the iterable as seats become free, and are scored and given to `on_scored` while
             others are drawn. A sample that the machinery lost is drawn once more, and an exception of a conversation
             ends only that one. Without `stream` all samples are submitted together and scored together at the end, and
             the first exception is raised.
@@ -86,7 +86,7 @@ async def draw(
     active: set[Dialogue] = set()
     unscored: list[tuple[int, Trajectory]] = []
     no_more = asyncio.Event()  # nothing will be added to `unscored`
-    scoring = asyncio.create_task(_score_ended(tokenizer, unscored, no_more, take, reward, stream))
+    scoring = asyncio.create_task(_score_ended(tokenizer, unscored, no_more, on_scored, reward, stream))
 
     service = Service(engine, tools.at_once if tools else 0)
 
@@ -141,16 +141,16 @@ async def _score_ended(
     tokenizer: Tokenizer,
     unscored: list[tuple[int, Trajectory]],
     no_more: asyncio.Event,
-    take: Take,
+    on_scored: OnScored,
     reward: RewardConfig | None,
     stream: bool,
 ) -> None:
-    """Score trajectories that have ended and give them to `take`, in a thread, because comparing answers takes long."""
+    """Score trajectories that have ended and call `on_scored`, in a thread, because comparing answers takes long."""
 
     def score_and_take(batch: list[tuple[int, Trajectory]]) -> None:
         batch.sort(key=lambda pair: pair[0])
         score_all([trajectory for _, trajectory in batch], retry=stream)
-        take(batch)
+        on_scored(batch)
 
     def score_all(trajectories: list[Trajectory], retry: bool) -> None:
         ends = [trajectory.end for trajectory in trajectories]
@@ -197,7 +197,7 @@ def splits_at(evaluation: EvaluationConfig, step: int, last: int) -> list[str]:
     return list(dict.fromkeys(splits))
 
 
-def looked(folder: Path, step: int, split: str) -> dict | None:
+def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
     """The logged numbers of the evaluation of a split after a step; None if there are none yet."""
     for record in read_metrics(folder) if (folder / METRICS_FILE).is_file() else ():
         if (record["kind"], record["step"], record.get("split")) == ("eval", step, split):

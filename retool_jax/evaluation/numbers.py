@@ -81,7 +81,7 @@ def summarise(
     }
 
 
-def reasons(trajectories: Sequence[Trajectory]) -> str:
+def dropped_reasons(trajectories: Sequence[Trajectory]) -> str:
     """The first four different reasons for which trajectories were dropped, in brackets; empty if there are none."""
     found = list(dict.fromkeys(one_line(t.fault) for t in trajectories if t.dropped and t.fault))
     return f" ({'; '.join(found[:4])})" if found else ""
@@ -102,7 +102,7 @@ def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
     return {f"{name}_p10": float(low), f"{name}_p90": float(high)}
 
 
-def faults(numbers: Mapping[str, float | None]) -> str:
+def describe_failures(numbers: Mapping[str, float | None]) -> str:
     """The failures of the machinery in the numbers of a `summarise`, as text; empty if there are none."""
     counts = {str(end): numbers[f"end/{end}"] for end in INFRASTRUCTURE}
     words = [f"{count} trajectories {end.replace('_', ' ')}" for end, count in counts.items() if count]

@@ -22,7 +22,7 @@ from retool_jax.shapes import FINITE, TEXT, WHOLE, OrNull
 
 
 @dataclass(frozen=True)
-class Answered:
+class ProblemResult:
     """A problem and the results of its samples, without those that the machinery dropped.
 
     Attributes:
@@ -53,7 +53,7 @@ _DRAWN = (
 COMPLETE = {key.removesuffix("?"): shape for key, shape in RESULT.items()} | {"trajectories": _DRAWN}
 
 
-def numbers_of(problems: Sequence[Answered], ks: Sequence[int] = (), seed: int = 0) -> dict:
+def numbers_of(problems: Sequence[ProblemResult], ks: Sequence[int] = (), seed: int = 0) -> dict:
     """Accuracy, pass@k, maj@k and verl's numbers in a form for JSON.
 
     `accuracy`, `pass@1`, `maj@1` and so on each have the fields of an `Estimate`, with None for NaN, and the number of

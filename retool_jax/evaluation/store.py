@@ -37,7 +37,7 @@ USED = tuple(field.name for field in fields(ToolUse))
 OTHERS = "samples.*.jsonl"  # of the other hosts, by their numbers
 
 
-class Done(NamedTuple):
+class StoredSample(NamedTuple):
     """A sample that is in the file."""
 
     at: int  # byte of its line
@@ -56,7 +56,7 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.done: dict[tuple[int, int], Done] = {}
+        self.done: dict[tuple[int, int], StoredSample] = {}
         self._size = 0
         if hosts.is_first():
             self._path = folder / SAMPLES
@@ -129,7 +129,7 @@ class Store:
 
     def _note(self, record: dict, at: int) -> None:
         dropped = record["end"] in INFRASTRUCTURE
-        self.done[record["group"], record["sample"]] = Done(at, record["correct"], dropped)
+        self.done[record["group"], record["sample"]] = StoredSample(at, record["correct"], dropped)
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes, dict]]:

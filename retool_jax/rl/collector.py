@@ -132,7 +132,7 @@ class Collector:
         selected_ids = {id(trajectories) for trajectories in selected}
         return Rollouts(
             [t for trajectories in selected for t in trajectories],
-            together(await _from_all(self._take_statistics())),
+            merge_statistics(await _from_all(self._take_statistics())),
             numbers,
             [t for trajectories in drawn if id(trajectories) not in selected_ids for t in trajectories],
         )
@@ -303,7 +303,7 @@ async def _from_all(value: T) -> list[T]:
     return await asyncio.to_thread(hosts.gather, value) if jax.process_count() > 1 else [value]
 
 
-def together(every: Sequence[Statistics]) -> Statistics:
+def merge_statistics(every: Sequence[Statistics]) -> Statistics:
     """The statistics of all hosts, which worked in parallel: counts are summed, and the time is the longest one."""
     total = sum(every[1:], every[0])
     return dataclasses.replace(total, total_s=max(one.total_s for one in every))

@@ -26,8 +26,8 @@ from retool_jax.clock import Clock
 from retool_jax.data.problems import Problems
 from retool_jax.engine.engine import Engine
 from retool_jax.evaluation.config import EvaluationConfig
-from retool_jax.evaluation.measure import evaluate, looked, splits_at
-from retool_jax.evaluation.numbers import faults, reasons, summarise
+from retool_jax.evaluation.measure import evaluate, read_evaluation, splits_at
+from retool_jax.evaluation.numbers import describe_failures, dropped_reasons, summarise
 from retool_jax.learn.step import skipped
 from retool_jax.metrics import MetricsLog, Progress
 from retool_jax.rl.collector import Collector, Rollouts
@@ -87,8 +87,8 @@ async def train(p: Parts, state: State, start: int | None) -> None:
         p.log.write("rl", step, numbers | performance(rollouts.statistics, sampled))
         speed = rollouts.statistics.decoded_tokens / rollouts.statistics.total_s
         p.bar.step(step, {"accuracy": numbers["accuracy"], "tool rate": numbers["tool_rate"], "tokens/s": speed})
-        if warning := faults(numbers):
-            p.bar.say(f"step {step}: {warning}{reasons(sampled)}")
+        if warning := describe_failures(numbers):
+            p.bar.say(f"step {step}: {warning}{dropped_reasons(sampled)}")
         if warning := skipped(numbers):
             p.bar.say(f"step {step}: {warning}")
         # Save before a long evaluation: a run that is killed in it repeats the evaluation, not the step.
@@ -101,7 +101,7 @@ async def evaluate_if_due(p: Parts, step: int) -> None:
     """Measure accuracy on the splits that are due after this step and whose numbers are not in the log yet."""
     due = splits_at(p.evaluation, step, p.rl.steps) if p.engine else []
     for split in due:
-        if hosts.agreed(bool(looked(p.folder, step, split))):
+        if hosts.agreed(bool(read_evaluation(p.folder, step, split))):
             continue
         await p.rollouts.settle()  # the evaluation needs the engine for itself
         with p.clock.part("evaluation"):
@@ -123,5 +123,5 @@ async def evaluate_if_due(p: Parts, step: int) -> None:
             f"step {step}: {split} accuracy {numbers['accuracy']:.3f} ± {numbers['accuracy_stderr']:.3f}"
             f" (greedy {numbers['greedy_accuracy']:.3f}), tool rate {numbers['tool_rate']:.2f}"
         )
-        if warning := faults(numbers):
+        if warning := describe_failures(numbers):
             p.bar.say(f"step {step}: {split}: {warning}")

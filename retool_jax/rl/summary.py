@@ -8,7 +8,7 @@ import numpy as np
 
 from retool_jax.engine.scheduler import Statistics
 from retool_jax.evaluation.config import EvaluationConfig
-from retool_jax.evaluation.measure import looked
+from retool_jax.evaluation.measure import read_evaluation
 from retool_jax.files import replacing
 from retool_jax.metrics import SUMMARY as SHAPE
 from retool_jax.rollout.reward import NOT_RUN
@@ -62,8 +62,8 @@ def summarise_run(
         "split": split,
         "problems": evaluation.problems,
         "steps": steps,
-        "before": looked(folder, 0, split),
-        "after": looked(folder, steps, split),
+        "before": read_evaluation(folder, 0, split),
+        "after": read_evaluation(folder, steps, split),
         "tokens_per_s": rates,
         "seconds": {**seconds, "other": total_s - sum(seconds.values()), "total": total_s},
     }

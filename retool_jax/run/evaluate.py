@@ -25,15 +25,15 @@ from retool_jax.engine.conversation import Statistics
 from retool_jax.errors import UserError, one_line
 from retool_jax.evaluation.config import RESULT, SAMPLES
 from retool_jax.evaluation.measure import draw, request_of
-from retool_jax.evaluation.numbers import faults, summarise
+from retool_jax.evaluation.numbers import describe_failures, summarise
 from retool_jax.evaluation.purposes import classifier_named
-from retool_jax.evaluation.results import COMPLETE, Answered, compare, numbers_of, table
+from retool_jax.evaluation.results import COMPLETE, ProblemResult, compare, numbers_of, table
 from retool_jax.evaluation.store import Store
 from retool_jax.files import replacing
 from retool_jax.metrics import Progress, format_percent
 from retool_jax.models.attention import resolve_kernel
 from retool_jax.models.huggingface import find_folder
-from retool_jax.rl.collector import together
+from retool_jax.rl.collector import merge_statistics
 from retool_jax.rl.summary import performance
 from retool_jax.rollout.rollout import Sample
 from retool_jax.rollout.trajectory import Trajectory
@@ -104,7 +104,7 @@ async def evaluate(run: EvaluateRun) -> dict:
             write_json(folder / ASKED, asked)
         write_config(run)
         write_origin(folder)
-        every = keys(len(problems), run.evaluation.samples)
+        every = sample_keys(len(problems), run.evaluation.samples)
         check_samples(folder, store, every)
         missing, total = [key for key in every if not store.finished(*key)], len(every)
         own = [key for number, key in enumerate(missing) if hosts.is_mine(number)]
@@ -123,10 +123,10 @@ async def evaluate(run: EvaluateRun) -> dict:
             warm_up(engine)
             there = total - len(missing)
             bar = stack.enter_context(Progress("evaluation", there + len(own), there, quiet=not first))
-            taking = Taking(tokenizer, store, own, total, run.evaluation.max_dropped, asked, bar)
+            recorder = SampleRecorder(tokenizer, store, own, total, run.evaluation.max_dropped, asked, bar)
             samples = (sample_of(run, problems, *key) for key in own)
-            statistics = await draw(engine, tokenizer, tools, samples, run.rollout, taking, stream=True)
-            statistics = together(hosts.gather(statistics))
+            statistics = await draw(engine, tokenizer, tools, samples, run.rollout, recorder, stream=True)
+            statistics = merge_statistics(hosts.gather(statistics))
             if first:
                 write_json(folder / PERFORMANCE, performance_of(statistics, len(missing)))
         store.collect()
@@ -146,7 +146,7 @@ async def evaluate(run: EvaluateRun) -> dict:
     return result
 
 
-def keys(problems: int, samples: int) -> list[tuple[int, int]]:
+def sample_keys(problems: int, samples: int) -> list[tuple[int, int]]:
     """(index of a problem, number of a sample) in the order of drawing. Samples of one problem are adjacent, since they
     share its prompt."""
     return [(i, j) for i in range(problems) for j in range(samples)]
@@ -157,7 +157,7 @@ def sample_of(run: EvaluateRun, problems: Sequence[Problem], problem: int, sampl
     return Sample(problems[problem], request_of(problem, sample), how.temperature, how.top_p, how.top_k)
 
 
-class Taking:
+class SampleRecorder:
     """Called with trajectories when they are scored: stores them, counts them, and updates the progress bar.
 
     `missing` are the samples that this host draws; `total` is the number of all samples of the evaluation.
@@ -305,7 +305,7 @@ def result_of(run: EvaluateRun, problems: Sequence[Problem], store: Store, asked
     everything = [trajectory for trajectories in found for trajectory in trajectories]
     kept = [[trajectory for trajectory in trajectories if not trajectory.dropped] for trajectories in found]
     answered = [
-        Answered(problem.id, tuple(t.verdict.correct for t in own), tuple(t.verdict.answer for t in own))
+        ProblemResult(problem.id, tuple(t.verdict.correct for t in own), tuple(t.verdict.answer for t in own))
         for problem, own in zip(problems, kept, strict=True)
     ]
     count = sum(map(len, kept))
@@ -385,7 +385,7 @@ def show(result: dict, theirs: dict | None) -> None:
         f" {format_percent(numbers['tool_success'])}\nends: {', '.join(f'{name} {n}' for name, n in ends.items())}\n"
         f"the strict box rule says otherwise of {strict['count']} answers ({format_percent(strict['share'])})"
     )
-    if happened := faults(numbers):
+    if happened := describe_failures(numbers):
         print(f"{happened}; the same command again draws what was lost anew")
     if theirs:
         console.print(table(compare(result, theirs), f"{result['set']}: this one and the other, on the same problems"))

@@ -17,7 +17,7 @@ from retool_jax.data.problems import Problem, Problems
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import MOST_PROBLEMS, MOST_SAMPLES
 from retool_jax.evaluation.measure import draw, evaluate, request_of
-from retool_jax.evaluation.numbers import faults, summarise
+from retool_jax.evaluation.numbers import describe_failures, summarise
 from retool_jax.rl.collector import Collector
 from retool_jax.rl.loop import Parts, train
 from retool_jax.rl.sampler import Sampler
@@ -105,14 +105,14 @@ def test_what_the_machinery_ended_is_counted_and_has_no_other_part(tokenizer, ad
     numbers = summarise(trajectories, 0.5)
     assert numbers["dropped"] == 0.25 and numbers[f"end/{end}"] == 1
     assert numbers["accuracy"] == pytest.approx(2 / 3) and numbers["reward_mean"] == pytest.approx(1 / 3)
-    assert faults(numbers) == f"1 trajectories {end.replace('_', ' ')}"
+    assert describe_failures(numbers) == f"1 trajectories {end.replace('_', ' ')}"
     assert advantages(trajectories, 4) == [pytest.approx([0.7071, -1.4142, 0.7071], abs=1e-3)]
     assert trajectories[0].record(tokenizer)["fault"] == f"fault of {end}"
 
 
 def test_ends_of_the_policys_own_are_signal():
     own = [scored(end) for end in End if end not in INFRASTRUCTURE]
-    assert summarise(own, 0.0)["dropped"] == 0.0 and faults(summarise(own, 0.0)) == ""
+    assert summarise(own, 0.0)["dropped"] == 0.0 and describe_failures(summarise(own, 0.0)) == ""
     assert {str(end) for end in INFRASTRUCTURE} == {"sandbox_lost", "discarded", "checker_lost"}
 
 
@@ -188,7 +188,7 @@ def test_answers_that_cost_too_much_are_counted_and_wrong():
     trajectories = [scored(End.ANSWERED, True), scored(End.ANSWERED, False, "timeout")]
     numbers = summarise(trajectories, 0.0)
     assert numbers["checker_timeouts"] == 1 and numbers["accuracy"] == 0.5
-    assert faults(numbers) == "1 answers not compared in time, which count as wrong"
+    assert describe_failures(numbers) == "1 answers not compared in time, which count as wrong"
 
 
 def test_the_error_of_an_accuracy_is_that_of_the_problems_that_were_kept(look, tmp_path):

@@ -6,13 +6,13 @@ import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.evaluation.estimators import maj_at, mean_at_n, paired_difference, pass_at, recipe_best_worst_maj
-from retool_jax.evaluation.results import Answered, compare, numbers_of, table
+from retool_jax.evaluation.results import ProblemResult, compare, numbers_of, table
 
 PROBLEMS = [
-    Answered("a", (True, True, False, True, True), ("7", "7", "3", "7", "07")),
-    Answered("b", (False, False, False, False, True), ("1", "1", None, "", "2")),
-    Answered("c", (True, False, False), ("5", "4", "4")),
-    Answered("lost", (), ()),
+    ProblemResult("a", (True, True, False, True, True), ("7", "7", "3", "7", "07")),
+    ProblemResult("b", (False, False, False, False, True), ("1", "1", None, "", "2")),
+    ProblemResult("c", (True, False, False), ("5", "4", "4")),
+    ProblemResult("lost", (), ()),
 ]
 CORRECT, ANSWERS = [p.correct for p in PROBLEMS], [p.answers for p in PROBLEMS]
 
@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_the_estimators():
         }
     assert numbers["recipe"] == recipe_best_worst_maj(CORRECT, ANSWERS)
     assert numbers["pass@1"] == numbers["accuracy"]
-    many = [Answered(str(i), tuple(j < i % 6 for j in range(5)), ("7",) * 5) for i in range(50)]
+    many = [ProblemResult(str(i), tuple(j < i % 6 for j in range(5)), ("7",) * 5) for i in range(50)]
     assert numbers_of(many, seed=3)["accuracy"]["low"] != numbers_of(many)["accuracy"]["low"]
 
 
@@ -62,14 +62,14 @@ def test_the_numbers_fit_into_strict_json():
 
 def test_ks_can_be_chosen_and_one_that_nobody_has_costs_no_other_number():
     assert {"pass@3", "maj@3"} < set(numbers_of(PROBLEMS, [3])) and "pass@2" not in numbers_of(PROBLEMS, [3])
-    assert "pass@1" in numbers_of([Answered("a", (True,), ("7",))])
+    assert "pass@1" in numbers_of([ProblemResult("a", (True,), ("7",))])
     beyond = numbers_of(PROBLEMS, [2, 6])
     assert (beyond["pass@6"], beyond["maj@6"]) == (None, None) and beyond["pass@2"] == numbers_of(PROBLEMS)["pass@2"]
     assert [row[0] for row in shown(beyond)[1:]] == ["accuracy", "pass@2", "maj@2"]
     with pytest.raises(UserError, match="k=0 samples"):
         numbers_of(PROBLEMS, [0])
     with pytest.raises(UserError, match="the most that one has is 0"):
-        numbers_of([Answered("lost", (), ())])
+        numbers_of([ProblemResult("lost", (), ())])
 
 
 def test_the_table_shows_each_estimate_with_its_interval_and_verls_beside_it():

@@ -9,7 +9,7 @@ from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.evaluation.store import Store
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
-from retool_jax.run.evaluate import check_asked, check_samples, complete_result, keys, result_of
+from retool_jax.run.evaluate import check_asked, check_samples, complete_result, result_of, sample_keys
 from retool_jax.run.load import load
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 2 + 4?"},), "6")
@@ -68,4 +68,4 @@ def test_a_sample_that_nobody_asked_for_is_named_before_anything_is_drawn(tmp_pa
             there = ((0, 0), (group, sample))
             store.add([{"group": g, "sample": s, "end": "answered", "correct": True} for g, s in there])
             with pytest.raises(UserError, match=said):
-                check_samples(tmp_path, store, keys(2, 2))
+                check_samples(tmp_path, store, sample_keys(2, 2))
