@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from retool_jax.learn.config import OptimizerConfig
-from retool_jax.learn.optimizer import TrainState, abstract_state, fresh_state, state_shardings
+from retool_jax.learn.optimizer import TrainState, fresh_state, state_shardings
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.step import Columns, Metrics, Outputs, Step, TokenLoss, TokenTerms, make_step
 from retool_jax.models.config import ModelConfig
@@ -31,16 +31,6 @@ def begin_critic(policy_params: Params, model: ModelConfig, optimizer: Optimizer
         return fresh_state(critic_params(model, policy_params), optimizer)
 
     return jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh, value_head=True))(policy_params)
-
-
-def abstract_critic(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of a critic's state, to restore a checkpoint into."""
-    return abstract_state(model, optimizer, mesh, value_head=True)
-
-
-def critic_outputs(model: ModelConfig) -> Outputs:
-    """The outputs of a critic for each token."""
-    return Outputs(model, ("values",))
 
 
 def clipped_value_loss(
@@ -90,4 +80,4 @@ def _critic_metrics(metrics: Metrics) -> Metrics:
 
 def make_critic_step(model: ModelConfig, value_clip: float, optimizer: OptimizerConfig, mesh: Mesh) -> Step:
     """The step of a critic, on batches with the columns `returns` and `old_values`."""
-    return make_step(critic_outputs(model), value_token_loss(value_clip), optimizer, mesh, _critic_metrics)
+    return make_step(Outputs(model, ("values",)), value_token_loss(value_clip), optimizer, mesh, _critic_metrics)

@@ -5,8 +5,8 @@ from functools import lru_cache
 
 from jax.sharding import Mesh
 
-from retool_jax.learn.critic import abstract_critic, begin_critic, make_critic_step
-from retool_jax.learn.optimizer import begin_from
+from retool_jax.learn import optimizer as optimizers
+from retool_jax.learn.critic import begin_critic, make_critic_step
 from retool_jax.learn.packing import Batch
 from retool_jax.learn.scorer import Scorer
 from retool_jax.learn.step import Columns, Outputs, Step, TokenTerms, make_step
@@ -85,7 +85,7 @@ def begin(run: RLRun, params: Params, mesh: Mesh) -> State:
     critic = None
     if has_critic(run):
         critic = begin_critic(params, run.model, run.rl.critic.optimizer, mesh)
-    state = begin_from(params, run.model, run.rl.optimizer, mesh)
+    state = optimizers.begin_from(params, run.model, run.rl.optimizer, mesh)
     return state if critic is None else ActorCritic(*state, critic)
 
 
@@ -94,7 +94,8 @@ def abstract(run: RLRun, mesh: Mesh) -> State:
     state = abstract_state(run, mesh)
     if not has_critic(run):
         return state
-    return ActorCritic(*state, abstract_critic(run.model, run.rl.critic.optimizer, mesh))
+    critic = optimizers.abstract_state(run.model, run.rl.critic.optimizer, mesh, value_head=True)
+    return ActorCritic(*state, critic)
 
 
 def has_critic(run: RLRun) -> bool:

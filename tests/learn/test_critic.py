@@ -9,16 +9,15 @@ import pytest
 
 from retool_jax.learn.config import OptimizerConfig
 from retool_jax.learn.critic import (
-    abstract_critic,
     begin_critic,
     clipped_value_loss,
-    critic_outputs,
     critic_params,
     explained_variance,
     make_critic_step,
 )
+from retool_jax.learn.optimizer import abstract_state
 from retool_jax.learn.packing import Batch, Example, pack
-from retool_jax.learn.step import token_values
+from retool_jax.learn.step import Outputs, token_values
 from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.decoder import Params, forward, init_params
 from retool_jax.models.sharding import param_shardings
@@ -58,7 +57,7 @@ def test_a_critic_begins_as_a_copy_of_the_policy_with_a_value_of_zero(model):
     assert not state.params["value"][...].any() and state.params["value_bias"][...] == 0
     for name in ("embedding", "layers", "final_norm"):
         jax.tree.map(np.testing.assert_array_equal, state.params[name], policy[name])
-    abstract = abstract_critic(model, OPTIMIZER, mesh)
+    abstract = abstract_state(model, OPTIMIZER, mesh, value_head=True)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (like.shape, like.dtype, like.sharding)
@@ -133,7 +132,7 @@ def test_a_critic_learns_and_says_how_much_it_explains(model, params, mesh, batc
     assert history[-1]["critic/explained_variance"] > 0.2
     assert history[-1]["critic/value_loss"] < 0.9 * history[0]["critic/value_loss"]
 
-    compute = jax.jit(critic_outputs(model).of)
+    compute = jax.jit(Outputs(model, ("values",)).of)
     rows = [jax.tree.map(lambda x: x[micro] if x.ndim else x, batch) for micro in range(4)]  # noqa: B023
     expected = by_hand(np.stack([compute(weights[-1], each)["values"] for each in rows]), batch, 0.5)
     assert 0.05 < expected["critic/value_clip_fraction"] < 0.95

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.learn.critic import critic_outputs, critic_params
+from retool_jax.learn.critic import critic_params
 from retool_jax.learn.packing import Example, pack
 from retool_jax.learn.scorer import Scorer
 from retool_jax.learn.step import Outputs
@@ -91,7 +91,7 @@ def test_a_mesh_and_a_critic(model, params, mesh, examples):
     """The critic's values on four devices and on one."""
     critic, rng = critic_params(model, params), np.random.default_rng(1)
     critic["value"][...] = jnp.asarray(rng.normal(0, 0.1, model.hidden_size), "f4")
-    outputs, four = critic_outputs(model), make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    outputs, four = Outputs(model, ("values",)), make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     placed = jax.device_put(jax.tree.map(np.array, critic), param_shardings(model, four, value_head=True))
     ours = Scorer(outputs, four, 40, 4, 3)(placed, examples)
     alone = Scorer(outputs, mesh, 48, 2, 5)(critic, examples)

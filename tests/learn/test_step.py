@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.learn.config import OptimizerConfig
-from retool_jax.learn.critic import critic_outputs, critic_params, value_token_loss
+from retool_jax.learn.critic import critic_params, value_token_loss
 from retool_jax.learn.optimizer import TrainState, fresh_state, make_optimizer, state_shardings
 from retool_jax.learn.packing import Batch, Example, pack
 from retool_jax.learn.step import (
@@ -75,7 +75,7 @@ def policy(model, mild) -> Kind:
 def critic(model, mild) -> Kind:
     params, rng = critic_params(model, mild), np.random.default_rng(2)
     params["value"][...], params["value_bias"][...] = rng.normal(0, 0.03, model.hidden_size).astype("f4"), 0.5
-    return Kind(critic_outputs(model), value_token_loss(0.5), jax.tree.map(jnp.asarray, params))
+    return Kind(Outputs(model, ("values",)), value_token_loss(0.5), jax.tree.map(jnp.asarray, params))
 
 
 @pytest.fixture(scope="module", params=["policy", "critic"])
