@@ -49,11 +49,9 @@ class Demonstrations:
             )
         self.left_out: set[int] = set()
         self._finite = None if sft.data in _GENERATORS else read_demonstrations(sft, tokenizer, self._tools)
-        if self._finite is None:
-            self._check_generated()
         # `per_step` follows from the mean length, so that runs with shorter demonstrations (text only) train on as many
         # tokens and cost as much.
-        known = [self._example(i) for i in range(KNOWN)] if self._finite is None else self._finite
+        known = self._generate_known() if self._finite is None else self._finite
         lengths = sorted((len(example.ids) for example in known), reverse=True)
         self.row_length = sft.row_length if self._finite is None else min(sft.row_length, -(-lengths[0] // 128) * 128)
         self.per_step = sft.batch_size or max(round(sft.batch_tokens / np.mean(lengths)), 1)
@@ -91,32 +89,35 @@ class Demonstrations:
         return order[part * self.per_step : (part + 1) * self.per_step].tolist()
 
     def _example(self, index: int) -> Example:
-        if self._finite is not None:
-            return self._finite[index]
-        while len((example := self._generate(index)).ids) > self._config.row_length:
-            self.left_out.add(index)
-            index += _REPLACEMENT
-        return example
+        return self._fitting(index, self._generate(index)) if self._finite is None else self._finite[index]
 
     def _generate(self, index: int) -> Example:
         messages = _GENERATORS[self._config.data](index, self._tools is not None, self._seed)
         return to_example(self._tokenizer, messages, self._tools, self._config)
 
-    def _check_generated(self) -> None:
-        """Raise a `UserError` if some of the first `KNOWN` are too long and `sft.overlong=error`, or if most are."""
-        sft = self._config
-        lengths = [len(self._generate(index).ids) for index in range(KNOWN)]
+    def _fitting(self, index: int, example: Example) -> Example:
+        """The generated demonstration `index`, or its replacement if it is longer than a row."""
+        while len(example.ids) > self._config.row_length:
+            self.left_out.add(index)
+            index += _REPLACEMENT
+            example = self._generate(index)
+        return example
+
+    def _generate_known(self) -> list[Example]:
+        """The first `KNOWN`. A `UserError` if some of them are too long and `sft.overlong=error`, or if most are."""
+        sft, examples = self._config, [self._generate(index) for index in range(KNOWN)]
         too_long = [
-            (length, f"sft.data={sft.data} number {index}")
-            for index, length in enumerate(lengths)
-            if length > sft.row_length
+            (len(example.ids), f"sft.data={sft.data} number {index}")
+            for index, example in enumerate(examples)
+            if len(example.ids) > sft.row_length
         ]
         _check_overlong(sft, too_long)
         if 2 * len(too_long) > KNOWN:
             raise UserError(
                 f"{len(too_long)} of the first {KNOWN} demonstrations of sft.data={sft.data} have more than"
-                f" sft.row_length={sft.row_length} tokens; raise it to {max(lengths)} or more"
+                f" sft.row_length={sft.row_length} tokens; raise it to {max(too_long)[0]} or more"
             )
+        return [self._fitting(index, example) for index, example in enumerate(examples)]
 
 
 def to_example(tokenizer: Tokenizer, messages: list[dict], tools: Toolbox | None, sft: SFTConfig) -> Example:
