@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retool_jax.errors import UserError
 from retool_jax.files import read_lines
@@ -110,6 +110,13 @@ def _shown(value: object) -> str:
         return "a number of more than 64 bits"
     shown = json.dumps(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    """A JSON value with `change` of each text, number, boolean and null in it, and of each key."""
+    if isinstance(value, dict):
+        return {change(key): map_leaves(change, item) for key, item in value.items()}
+    return [map_leaves(change, item) for item in value] if isinstance(value, list | tuple) else change(value)
 
 
 def missing(record: object, needed: Collection[str]) -> str:

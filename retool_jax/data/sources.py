@@ -7,6 +7,7 @@ from typing import Any
 
 from retool_jax.errors import UserError, one_line
 from retool_jax.sandbox.text import writable
+from retool_jax.shapes import map_leaves
 
 FORMS = "a JSONL or parquet file, a hub id"  # for error messages; the caller adds its own sources, like `arithmetic`
 
@@ -79,15 +80,9 @@ def _one_json(text: str) -> list[dict]:
 def _loaded(text: str) -> Any:
     """A JSON value whose texts can be encoded: half of a surrogate pair is replaced by its escape."""
     value = json.loads(text)
-    return _writable(value) if r"\ud" in text.lower() else value
-
-
-def _writable(value: object) -> object:
-    if isinstance(value, str):
-        return writable(value)
-    if isinstance(value, dict):
-        return {writable(key): _writable(item) for key, item in value.items()}
-    return [_writable(item) for item in value] if isinstance(value, list) else value
+    if r"\ud" not in text.lower():
+        return value
+    return map_leaves(lambda leaf: writable(leaf) if isinstance(leaf, str) else leaf, value)
 
 
 def _parquet_rows(source: str, others: str) -> Iterable[dict]:

@@ -15,6 +15,7 @@ from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
 from retool_jax.rollout.records import TOKENS, fault_of
 from retool_jax.sandbox.text import writable
+from retool_jax.shapes import map_leaves
 from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.grammar import CODE_TOOL
 from retool_jax.tokens.shown import show_outputs, show_turn
@@ -99,18 +100,14 @@ def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
 def _lines(path: Path) -> Iterator[tuple[int, dict]]:
     """The number and the cleaned values of each line of a file."""
     for number, values in read_shaped(path, "trajectory", lambda record: fault_of(record, NEEDED)):
-        yield number, {key: value if key in TOKENS else clean(value) for key, value in values.items()}
+        yield number, {key: value if key in TOKENS else map_leaves(_clean, value) for key, value in values.items()}
 
 
-def clean(value: object) -> object:
-    """A JSON value whose texts can be encoded in UTF-8 and whose numbers are finite."""
-    if isinstance(value, str):
-        return writable(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {writable(key): clean(inner) for key, inner in value.items()}
-    return [clean(inner) for inner in value] if isinstance(value, list) else value
+def _clean(leaf: object) -> object:
+    """A text as UTF-8 can encode it, and None for numbers that JSON does not have."""
+    if isinstance(leaf, str):
+        return writable(leaf)
+    return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
 
 
 # --- a record as messages ---------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from retool_jax.report.trajectories import (
     share_out,
     sources_of,
 )
+from retool_jax.shapes import map_leaves
 from retool_jax.tokens.qwen import byte_alphabet
 from retool_jax.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,12 +74,8 @@ def to_block(value: object) -> str:
 
 
 def clean(value: object) -> object:
-    """A value with `visible` texts, and None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {visible(str(key)): clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else visible(value)
+    """A JSON value with `visible` texts, and None for numbers that JSON does not have."""
+    return map_leaves(lambda x: None if isinstance(x, float) and not math.isfinite(x) else visible(x), value)
 
 
 def run_lengths(flags: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 from retool_jax.sandbox.text import writable
 from retool_jax.sandbox.types import shown
 from retool_jax.serving.requests import Refused, a_list, an_object
+from retool_jax.shapes import map_leaves
 from retool_jax.tokens.chat import defuse
 from retool_jax.tokens.tokenizer import Tokenizer
 
@@ -16,13 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def defused(tokenizer: Tokenizer, value: Any) -> Any:
     """JSON with every mark in its texts broken up (`chat.defuse`)."""
-    if isinstance(value, str):
-        return defuse(tokenizer, writable(value))
-    if isinstance(value, list):
-        return [defused(tokenizer, each) for each in value]
-    if isinstance(value, dict):
-        return {defused(tokenizer, key): defused(tokenizer, each) for key, each in value.items()}
-    return value
+    return map_leaves(lambda leaf: defuse(tokenizer, writable(leaf)) if isinstance(leaf, str) else leaf, value)
 
 
 def text_of(content: object, name: str) -> str:
