@@ -68,7 +68,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         self.wait()
-        return hosts.agreed(self._manager.latest_step())
+        return hosts.broadcast(self._manager.latest_step())
 
     def save(self, step: int, state: Any, notes: dict) -> None:
         """Write the train state (a NamedTuple with `params`) and `notes` (JSON) as checkpoint `step`.

@@ -20,7 +20,7 @@ AHEAD = "compile-ahead"  # the name of threads that compile in the background
 class Clock:
     """Seconds by part of the run. Compilation is a part of its own, inside or outside of the other parts.
 
-    Of compilation in background threads only the time that another thread waits for it counts (`waited`).
+    Of compilation in background threads only the time that another thread waits for it counts (`record_compile_wait`).
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,6 @@ class Clock:
             self.add("compile", duration)
 
 
-def waited(seconds: float) -> None:
+def record_compile_wait(seconds: float) -> None:
     """Record that this thread has waited this long for a program that another one compiles."""
     jax.monitoring.record_event_duration_secs(WAITED, seconds)

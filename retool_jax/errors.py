@@ -79,7 +79,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let Ctrl-C end the block at once, whatever runs at that moment.
 
     Python prints and drops an exception that is raised in a callback of its garbage collector or of a weak reference,

@@ -5,7 +5,7 @@ The same command resumes an evaluation that was interrupted (docs/evaluation.md)
 
 import asyncio
 
-from retool_jax.errors import UserError, heard, run_command
+from retool_jax.errors import UserError, interruptible, run_command
 from retool_jax.memory import collect_rarely
 from retool_jax.run import load
 from retool_jax.run.schema import EvaluateRun
@@ -22,7 +22,7 @@ def main(words: list[str]) -> None:
         raise UserError("there is nothing to evaluate; set init_from to a run or Hugging Face folder, or a hub id")
     collect_rarely()
     # Imported only now, so that a mistake in the words is reported before seconds of imports.
-    with heard():
+    with interruptible():
         from retool_jax.compile_cache import keep_programs
         from retool_jax.run.build import resolve
 

@@ -202,7 +202,7 @@ def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collect
             near = difflib.get_close_matches(key.lstrip("-"), keys, 1)
             known = f"it takes {', '.join(keys)}" if keys else "expected key=value, for example config=grpo"
             hint = f"did you mean {near[0]}=...?" if near else f"{known} (see --help)"
-            raise UserError(f"cannot read {readable(word, secrets)!r}; {hint}")
+            raise UserError(f"cannot read {without_secrets(word, secrets)!r}; {hint}")
         if keys and not value:
             raise UserError(f"{key}= is empty; give it a value or leave it out, see --help")
         pairs.append((key, re.sub(r"(?:(?<=,)|^)~(?=/)", lambda _: os.path.expanduser("~"), value)))
@@ -221,7 +221,7 @@ def whole_number(key: str, value: str, least: int = 0) -> int:
     return int(value)
 
 
-def readable(word: str, secrets: Collection[str]) -> str:
+def without_secrets(word: str, secrets: Collection[str]) -> str:
     """A word of the command line with everything hidden that may be a secret."""
     for key in secrets:
         before, name, after = word.partition(key)

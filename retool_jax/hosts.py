@@ -58,7 +58,7 @@ def is_mine(number: int) -> bool:
     return number % jax.process_count() == jax.process_index()
 
 
-def here(text: str) -> str:
+def with_host_name(text: str) -> str:
     """A text with this host's name in front if there are several hosts."""
     return f"{_name(jax.process_index())}: {text}" if jax.process_count() > 1 else text
 
@@ -76,12 +76,12 @@ def gather(value: T) -> list[T]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first host's value. For the state of files, which one host may see earlier than another."""
     return gather(value if is_first() else None)[0]
 
 
-def placed(values: Any, shardings: Any) -> Any:
+def global_arrays(values: Any, shardings: Any) -> Any:
     """Host arrays that are equal in all processes, as global arrays of which each process holds its part."""
     if jax.process_count() == 1:
         return values
@@ -105,7 +105,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
     Raises:
         UserError: the environment is incomplete, or the other hosts cannot be reached.
     """
-    place = place_in(os.environ)
+    place = distributed_arguments(os.environ)
     if place is None or jax.distributed.is_initialized():
         yield
         return
@@ -142,7 +142,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def place_in(environment: os._Environ | dict[str, str]) -> dict[str, Any] | None:
+def distributed_arguments(environment: os._Environ | dict[str, str]) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`, empty if it finds them itself; None for a process that is alone.
 
     Raises:

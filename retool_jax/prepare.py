@@ -23,7 +23,7 @@ from retool_jax.data.overlap import Overlap, overlaps
 from retool_jax.data.problems import Problem, clean, load_problems, to_problem, to_row
 from retool_jax.data.rows import asks_and_answers, is_text, plain_integer, tools_of
 from retool_jax.data.sources import read_rows
-from retool_jax.data.traces import MAX_OUTPUT, BadTrace, boxed_answer, conversation, run_again, truth_of
+from retool_jax.data.traces import MAX_OUTPUT, BadTrace, boxed_answer, conversation, rerun_calls, truth_of
 from retool_jax.errors import UserError, run_command
 from retool_jax.fields import Count, complaint, split_words
 from retool_jax.files import check_result, replacing
@@ -238,7 +238,7 @@ async def verify(lines: Sequence[Line], truths: dict[str, str], report: Report, 
     """Run every program again, and check every final answer whose truth is known; rows with wrong ones are dropped."""
 
     async def run(line: Line, box: Sandbox) -> bool:
-        for rerun in await run_again(line.content["messages"], box):
+        for rerun in await rerun_calls(line.content["messages"], box):
             report.outputs[rerun.verdict] += 1
             if rerun.verdict != "same":
                 report.differences.append({"row": line.row, **asdict(rerun)})

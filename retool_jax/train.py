@@ -2,7 +2,7 @@
 
 import asyncio
 
-from retool_jax.errors import UserError, heard, run_command
+from retool_jax.errors import UserError, interruptible, run_command
 from retool_jax.memory import collect_rarely, keep_freed_memory
 from retool_jax.run import load
 from retool_jax.run.schema import RLRun, SFTRun, task_of
@@ -18,7 +18,7 @@ def main(words: list[str]) -> None:
     keep_freed_memory()
     collect_rarely()
     # Imported only now, so that a mistake in the words is reported before seconds of imports.
-    with heard():
+    with interruptible():
         from retool_jax.compile_cache import keep_programs
         from retool_jax.run.build import resolve
 
@@ -40,7 +40,7 @@ def train(run: SFTRun | RLRun) -> None:
         else:
             from retool_jax.run import sft
 
-            with heard():
+            with interruptible():
                 sft.train(run)
             print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={run.run} goes on from it")
 

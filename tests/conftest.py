@@ -61,7 +61,7 @@ from retool_jax.mesh import MeshConfig, make_mesh
 from retool_jax.models.config import ModelConfig
 from retool_jax.models.decoder import Params, forward, init_params, logits
 from retool_jax.rl.algorithms import ALGORITHMS
-from retool_jax.rl.batches import counted, scored_of
+from retool_jax.rl.batches import kept_and_groups, scored_of
 from retool_jax.rl.config import RLConfig
 from retool_jax.rollout.trajectory import Trajectory
 from retool_jax.tokens.tokenizer import load_tokenizer
@@ -428,7 +428,7 @@ def advantages() -> Callable[[Sequence[Trajectory], int], list[list[float]]]:
     """The advantages that GRPO gives to trajectories, by group: of those that carry signal, in groups that train."""
 
     def of(trajectories: Sequence[Trajectory], group_size: int) -> list[list[float]]:
-        kept, groups = counted(trajectories, group_size)
+        kept, groups = kept_and_groups(trajectories, group_size)
         columns = ALGORITHMS["grpo"].advantage(scored_of(kept, groups, {}), RLConfig())["advantages"]
         found: dict[int, list[float]] = {}
         for trajectory, group, values in zip(kept, groups.tolist(), columns, strict=True):

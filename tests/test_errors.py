@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from retool_jax.errors import heard, run_command
+from retool_jax.errors import interruptible, run_command
 
 PRINTS = """
 import sys
 from rich.console import Console
-from retool_jax.errors import heard, run_command
+from retool_jax.errors import interruptible, run_command
 def plainly(words): print("± " * 99_999, flush=True)
 def by_rich(words): Console().print("\\udcff ± " * 99_999)
 run_command(globals()[sys.argv[1]])
@@ -43,7 +43,7 @@ def test_streams_of_ascii_get_escapes(way):
 
 CLOSED = """
 import os
-from retool_jax.errors import heard, run_command
+from retool_jax.errors import interruptible, run_command
 def main(words):
     with open("numbers", "w") as file: os.write(1, b"of a library"), os.write(2, b"of another"), file.write("mine")
 run_command(main)
@@ -72,7 +72,7 @@ def test_a_command_ends_without_a_look_for_garbage():
 GONE = """
 import os
 from pathlib import Path
-from retool_jax.errors import heard, run_command
+from retool_jax.errors import interruptible, run_command
 os.rmdir(os.getcwd())
 run_command(lambda words: Path("x").resolve())
 """
@@ -118,7 +118,7 @@ def test_ctrl_c_that_comes_while_python_collects_is_not_lost():
     before = signal.getsignal(signal.SIGINT)
     gc.callbacks.append(collected)
     try:
-        with pytest.raises(KeyboardInterrupt), heard():
+        with pytest.raises(KeyboardInterrupt), interruptible():
             gc.collect()
             time.sleep(10)
     finally:

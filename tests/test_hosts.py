@@ -19,17 +19,19 @@ PLACE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "2", "
 
 def test_one_process_gives_back_what_it_is_given():
     batch = {"rows": np.arange(4)}
-    assert hosts.gather("x") == ["x"] and hosts.agreed("x") == "x" and hosts.here("x") == "x"
-    assert hosts.placed(batch, {"rows": None}) is batch
+    assert hosts.gather("x") == ["x"] and hosts.broadcast("x") == "x" and hosts.with_host_name("x") == "x"
+    assert hosts.global_arrays(batch, {"rows": None}) is batch
     assert hosts.is_first() and all(map(hosts.is_mine, range(3)))
     with hosts.joined(HostsConfig()):
         assert hosts.gather(1) == [1]
 
 
 def test_what_the_environment_says_of_a_process():
-    assert hosts.place_in({"HOME": "/"}) is None
-    assert hosts.place_in({"JAX_NUM_PROCESSES": "1"}) is None, "alone, also on a machine that has neighbours"
-    place = hosts.place_in(PLACE)
+    assert hosts.distributed_arguments({"HOME": "/"}) is None
+    assert hosts.distributed_arguments({"JAX_NUM_PROCESSES": "1"}) is None, (
+        "alone, also on a machine that has neighbours"
+    )
+    place = hosts.distributed_arguments(PLACE)
     assert (place["coordinator_address"], place["num_processes"], place["process_id"]) == ("10.0.0.2:8476", 2, 1)
 
 
@@ -44,7 +46,7 @@ def test_what_the_environment_says_of_a_process():
 )
 def test_half_a_place_is_refused(changed, said):
     with pytest.raises(UserError) as error:
-        hosts.place_in(PLACE | changed)
+        hosts.distributed_arguments(PLACE | changed)
     assert said in str(error.value)
 
 
@@ -59,9 +61,9 @@ def main(words):
         own = int(os.environ["JAX_PROCESS_ID"])
         told = hosts.gather({"own": own, "text": "é" * 5000 * own})
         assert told == [{"own": 0, "text": ""}, {"own": 1, "text": "é" * 5000}], told
-        assert hosts.agreed(f"of {own}") == "of 0"
+        assert hosts.broadcast(f"of {own}") == "of 0"
         assert [hosts.is_mine(number) for number in range(4)] == [own == 0, own == 1] * 2
-        print(hosts.here("it is full"), flush=True)
+        print(hosts.with_host_name("it is full"), flush=True)
         if own == int(words[0]):
             raise UserError("the disk is full; make room")
         hosts.gather(None)  # waits for a host that does not come

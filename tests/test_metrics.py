@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from retool_jax.clock import AHEAD, Clock, waited
+from retool_jax.clock import AHEAD, Clock, record_compile_wait
 from retool_jax.errors import UserError
 from retool_jax.metrics import (
     METRICS_FILE,
@@ -182,7 +182,7 @@ def test_what_is_compiled_ahead_counts_where_it_is_waited_for():
     with closing(Clock()) as clock, ThreadPoolExecutor(1, AHEAD) as threads:
         threads.submit(a_program(time.time()), 1.0).result()
         assert "compile" not in clock.seconds
-        waited(1.5)
+        record_compile_wait(1.5)
         assert clock.seconds == {"compile": 1.5}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from retool_jax.data import arithmetic, word_problems
 from retool_jax.data.config import HELD_OUT, SetConfig
 from retool_jax.data.instructions import prompt_of, question_of, without_instructions
-from retool_jax.data.rows import IDS, object_in, question_in, tools_of, true_answer, with_our_names
+from retool_jax.data.rows import IDS, object_in, question_in, rename_columns, tools_of, true_answer
 from retool_jax.data.sources import read_rows
 from retool_jax.errors import UserError
 from retool_jax.tokens.demonstrations import holds_control
@@ -98,7 +98,7 @@ def digest_of(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
-def also_in(problems: Sequence[Problem], others: Sequence[Problem]) -> int:
+def count_shared(problems: Sequence[Problem], others: Sequence[Problem]) -> int:
     """The number of problems with exactly the same question as one of `others`."""
     questions = {problem.question for problem in others}
     return sum(problem.question in questions for problem in problems)
@@ -112,7 +112,7 @@ def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list
     problems: dict[str, Problem] = {}
     for number, row in enumerate(read_rows(source, f", or one of {', '.join(MADE)}"), start=1):
         where = f"{source} row {number}"
-        problem = to_problem(with_our_names(row, where, columns) if columns else row, where)
+        problem = to_problem(rename_columns(row, where, columns) if columns else row, where)
         if problems.setdefault(problem.id, problem) != problem:
             raise UserError(
                 f"{source} row {number} has the extra_info.index {problem.id!r} of another problem; make them unique"

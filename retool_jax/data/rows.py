@@ -60,7 +60,7 @@ def messages_in(value: object) -> list[dict] | None:
     return messages
 
 
-def with_our_names(row: dict, where: str, columns: Mapping[str, str]) -> dict:
+def rename_columns(row: dict, where: str, columns: Mapping[str, str]) -> dict:
     """A row with the columns that a config names for `question`, `answer` and `id` under the names used here.
 
     Columns that they replace are removed. Without configured columns the row is unchanged.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from retool_jax.errors import UserError, one_line
-from retool_jax.sandbox.text import writable
+from retool_jax.sandbox.text import encodable
 from retool_jax.shapes import map_leaves
 
 FORMS = "a JSONL or parquet file, a hub id"  # for error messages; the caller adds its own sources, like `arithmetic`
@@ -82,7 +82,7 @@ def _loaded(text: str) -> Any:
     value = json.loads(text)
     if r"\ud" not in text.lower():
         return value
-    return map_leaves(lambda leaf: writable(leaf) if isinstance(leaf, str) else leaf, value)
+    return map_leaves(lambda leaf: encodable(leaf) if isinstance(leaf, str) else leaf, value)
 
 
 def _parquet_rows(source: str, others: str) -> Iterable[dict]:

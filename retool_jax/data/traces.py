@@ -6,7 +6,7 @@ Two forms are read: the raw form of JoeYing/ReTool-SFT, which is a prompt and on
 as in RL.
 
 The paper checks its cold-start data in two stages, form and answer (arXiv 2504.11536, section 3.2). Here `conversation`
-and `boxed_answer` check the form, and the reward's verdict checks the answer. `run_again` checks whether the code
+and `boxed_answer` check the form, and the reward's verdict checks the answer. `rerun_calls` checks whether the code
 prints the recorded outputs.
 """
 
@@ -256,7 +256,7 @@ class Rerun:
     real: str
 
 
-async def run_again(messages: list[dict], box: Sandbox) -> list[Rerun]:
+async def rerun_calls(messages: list[dict], box: Sandbox) -> list[Rerun]:
     """Run every call of a conversation in a fresh interpreter, and compare its recorded output with the real one."""
     calls = [call["function"]["arguments"]["code"] for turn in messages for call in turn.get("tool_calls", ())]
     recorded = [turn["content"] for turn in messages if turn["role"] == "tool"]

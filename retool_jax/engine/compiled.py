@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from retool_jax import mesh as meshes
-from retool_jax.clock import waited
+from retool_jax.clock import record_compile_wait
 from retool_jax.engine.config import EngineConfig, Sizes, sizes
 from retool_jax.engine.programs import (
     EngineState,
@@ -124,7 +124,7 @@ class Program(Generic[P, R]):
         if known and not form.done():
             began = time.perf_counter()
             form.exception()
-            waited(time.perf_counter() - began)
+            record_compile_wait(time.perf_counter() - began)
         if not known:
             try:
                 form.set_result(self.lower(*jax.tree.map(self._abstract, arguments)).compile())

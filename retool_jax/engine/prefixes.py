@@ -11,7 +11,7 @@ from retool_jax.engine.turns import Parked
 _ID = 4  # bytes of an id
 
 
-class Kept(NamedTuple):
+class KeptRow(NamedTuple):
     """A row that is kept without a conversation."""
 
     ids: bytes  # int32 [S], its tokens; at this size bytes compare much faster than arrays
@@ -28,7 +28,7 @@ class Prefixes:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._limit = engine.config.prefix_tokens
-        self._rows: list[Kept] = []  # the most recently used last
+        self._rows: list[KeptRow] = []  # the most recently used last
 
     def keep(self, ids: Sequence[int], parked: Parked) -> None:
         """Keep a row, replacing kept rows that are prefixes of it; a row above the limit is dropped."""
@@ -38,7 +38,7 @@ class Prefixes:
         new = _bytes(ids)
         for row in [row for row in self._rows if new.startswith(row.ids)]:
             self._drop(row)
-        self._rows.append(Kept(new, parked))
+        self._rows.append(KeptRow(new, parked))
         while sum(len(row.ids) for row in self._rows) > self._limit * _ID:
             self.drop_oldest()
 
@@ -70,7 +70,7 @@ class Prefixes:
         while self.drop_oldest():
             pass
 
-    def _drop(self, row: Kept) -> None:
+    def _drop(self, row: KeptRow) -> None:
         self._rows = [other for other in self._rows if other is not row]
         self._engine.drop(row.parked)
 

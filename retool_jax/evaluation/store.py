@@ -70,7 +70,7 @@ class Store:
             except BaseException:
                 self._file.close()
                 raise
-        self.done = hosts.agreed(self.done)  # waits until the first one has taken over what was there
+        self.done = hosts.broadcast(self.done)  # waits until the first one has taken over what was there
         if not hosts.is_first():
             self._path = folder / OTHERS.replace("*", str(jax.process_index()))
             folder.mkdir(parents=True, exist_ok=True)  # where it is not seen yet

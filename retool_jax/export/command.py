@@ -79,10 +79,10 @@ def export(folder: Path, out: Path, kind: str, selection: "Selection") -> int:
         UserError: something is wrong with the folder, a record or the target. The target is then unchanged.
     """
     from retool_jax.export.records import files_of, read_records
-    from retool_jax.sandbox.text import writable
+    from retool_jax.sandbox.text import encodable
 
     check_target(out, kind, files_of(folder))
-    records, run = read_records(folder, selection), writable(folder.resolve().name)
+    records, run = read_records(folder, selection), encodable(folder.resolve().name)
     try:
         if kind == "parquet":
             from retool_jax.export import parquet

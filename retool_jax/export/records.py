@@ -1,6 +1,6 @@
 """Read the trajectories of a run folder: find the files, select lines, and turn a line into messages and calls.
 
-Ids are never decoded here: every text comes from the record. Texts are made encodable in UTF-8 (`writable`), and
+Ids are never decoded here: every text comes from the record. Texts are made encodable in UTF-8 (`encodable`), and
 numbers that are not finite become null, so that every format can hold all values.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
 from retool_jax.rollout.records import TOKENS, fault_of
-from retool_jax.sandbox.text import writable
+from retool_jax.sandbox.text import encodable
 from retool_jax.shapes import map_leaves
 from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.grammar import CODE_TOOL
@@ -106,7 +106,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict]]:
 def _clean(leaf: object) -> object:
     """A text as UTF-8 can encode it, and None for numbers that JSON does not have."""
     if isinstance(leaf, str):
-        return writable(leaf)
+        return encodable(leaf)
     return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
 
 

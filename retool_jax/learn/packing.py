@@ -127,14 +127,14 @@ def places(
     found = []
     for row, members in enumerate(rows):
         start = 0
-        for segment, (index, first, last) in enumerate(pieces(members, lengths, prefixes), start=1):
+        for segment, (index, first, last) in enumerate(row_segments(members, lengths, prefixes), start=1):
             stop = start + last - first
             found.append(Place(index, first, *divmod(row, rows_per_micro), start, stop, segment))
             start = stop
     return found
 
 
-def pieces(
+def row_segments(
     members: Sequence[int], lengths: Sequence[int], prefixes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[int, int, int]]:
     """The segments of a row, each an example and the bounds of its tokens: a shared prefix, then its continuations.

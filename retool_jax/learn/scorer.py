@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from retool_jax import mesh as meshes
 from retool_jax.learn.packing import Batch, Example, pack, places
-from retool_jax.learn.step import Columns, Outputs, collect, micro_batch, on_mesh, room_for
+from retool_jax.learn.step import Columns, Outputs, empty_columns, micro_batch, on_mesh, write_columns
 from retool_jax.models.decoder import Params
 from retool_jax.models.sharding import param_shardings
 
@@ -48,9 +48,9 @@ class Scorer:
         def body(index: jax.Array, seen: Columns) -> Columns:
             micro = micro_batch(batch, index)
             values = self.outputs.of(params, micro)
-            return collect(seen, {name: jnp.where(micro.sampled, x, 0.0) for name, x in values.items()}, index)
+            return write_columns(seen, {name: jnp.where(micro.sampled, x, 0.0) for name, x in values.items()}, index)
 
-        return jax.lax.fori_loop(0, batch.micro_batches, body, room_for(self.outputs.names, batch))
+        return jax.lax.fori_loop(0, batch.micro_batches, body, empty_columns(self.outputs.names, batch))
 
     def __call__(self, params: Params, examples: Sequence[Example]) -> dict[str, list[np.ndarray]]:
         """For each output name and each example, a float32 array of a value per token, 0 where not sampled.

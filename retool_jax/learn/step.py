@@ -186,14 +186,14 @@ def loss_and_gradient(
             # Without the barrier XLA would hoist the gather of the weights and keep all of them gathered in the loop.
             weights, _ = jax.lax.optimization_barrier((params, index))
         total, (metrics, spread) = add_gradient(total, partial(micro_loss, micro=micro), weights, split)
-        return (total, jax.tree.map(jnp.add, sums, metrics)), collect(seen, spread, index)
+        return (total, jax.tree.map(jnp.add, sums, metrics)), write_columns(seen, spread, index)
 
     _, (metrics, spread) = jax.eval_shape(lambda: micro_loss(params, micro_batch(batch, 0)))
     total = (
         jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics),
     )
-    carry = total, room_for(spread, batch)
+    carry = total, empty_columns(spread, batch)
     (gradient, metrics), seen = jax.lax.fori_loop(0, batch.micro_batches, body, carry)
     for name, values in seen.items():
         metrics |= {f"{name}_{what}": x for what, x in spread_of(values, batch.sampled).items()}
@@ -222,12 +222,12 @@ def add_gradient(total: Params, loss: Callable, params: Params, by_layer: bool) 
     return structure.unflatten(added), auxiliary
 
 
-def room_for(names: Iterable[str], batch: Batch) -> Columns:
+def empty_columns(names: Iterable[str], batch: Batch) -> Columns:
     """For each name an array of zeros for a value of every token of the batch, [M,B,T] fp32."""
     return {name: meshes.constrain(jnp.zeros(batch.tokens.shape), "micro", "batch", "length") for name in names}
 
 
-def collect(seen: Columns, values: Columns, index: jax.Array) -> Columns:
+def write_columns(seen: Columns, values: Columns, index: jax.Array) -> Columns:
     """Write the values [B,T] of micro-batch `index` into `seen`, arrays [M,B,T]."""
 
     def put(whole: jax.Array, x: jax.Array) -> jax.Array:
@@ -240,7 +240,7 @@ def collect(seen: Columns, values: Columns, index: jax.Array) -> Columns:
 def on_mesh(batch: Batch, mesh: Mesh) -> Batch:
     """Put a batch that is equal on all hosts onto the mesh, each host its own rows; unchanged with one process."""
     rows, everywhere = meshes.sharding(mesh, "micro", "batch", "length"), meshes.replicated(mesh)
-    return hosts.placed(batch, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, batch))
+    return hosts.global_arrays(batch, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, batch))
 
 
 class Step:

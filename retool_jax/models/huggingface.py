@@ -24,7 +24,7 @@ from retool_jax.errors import UserError, one_line
 from retool_jax.models.companions import check_companions, check_tokenizer, write_companions, write_json
 from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf, config_to_hf
 from retool_jax.models.decoder import Params, Weight, abstract_params
-from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, name_some, read_headers, write_file
+from retool_jax.models.safetensors import INDEX, Tensor, equal_bytes, read_headers, some_names, write_file
 from retool_jax.models.sharding import is_weight, weight_sharding
 
 # For each weight its name in the file, and our axes (without L) in the file's order. torch's linear layers are
@@ -332,7 +332,7 @@ def _check_config(config: ModelConfig, folder: Path) -> None:
 def _check_tensors(config: ModelConfig, folder: Path, tensors: dict[str, Tensor], parts: dict[str, Part]) -> None:
     if missing := [name for name in parts if name not in tensors]:
         raise UserError(
-            f"{folder} lacks {name_some(missing)}; use a complete checkpoint of the model in its config.json"
+            f"{folder} lacks {some_names(missing)}; use a complete checkpoint of the model in its config.json"
         )
     surplus = {name for name in tensors.keys() - parts.keys() if not _BUFFERS.search(name)}
     if config.tie_embeddings and _HEAD in surplus:
@@ -344,7 +344,7 @@ def _check_tensors(config: ModelConfig, folder: Path, tensors: dict[str, Tensor]
             )
     if surplus:
         raise UserError(
-            f"{folder} holds {name_some(sorted(surplus))}, which the model in its config.json does not have"
+            f"{folder} holds {some_names(sorted(surplus))}, which the model in its config.json does not have"
         )
     for name, part in parts.items():
         if tensors[name].shape != (expected := part.tensor_shape):

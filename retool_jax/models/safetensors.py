@@ -54,7 +54,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not an index of safetensors ({error}); copy it again") from error
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise UserError(f"{folder} lacks {name_some(missing)} of the {len(shards)} files in {INDEX}; copy it again")
+        raise UserError(f"{folder} lacks {some_names(missing)} of the {len(shards)} files in {INDEX}; copy it again")
     tensors = {name: tensor for shard in shards for name, tensor in _read_header(folder / shard).items()}
     for name in weight_map.keys() | tensors.keys():
         placed, found = weight_map.get(name), name in tensors and tensors[name].file.name
@@ -93,7 +93,7 @@ def write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, 
         os.fsync(file.fileno())
 
 
-def name_some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
     """The first names of a list, for a one-line message."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -22,7 +22,7 @@ from retool_jax.models.decoder import Params
 from retool_jax.rl.algorithms import aggregation_of
 from retool_jax.rl.learner import Learner
 from retool_jax.rl.loss import aggregation_weights
-from retool_jax.run.learner import abstract, make_learner
+from retool_jax.run.learner import abstract_train_state, make_learner
 from retool_jax.run.schema import EngineRun, RLRun, SFTRun
 from retool_jax.run.weights import abstract_state, abstract_weights
 from retool_jax.sft.loop import imitation_loss, optimizer_of
@@ -121,7 +121,7 @@ def _update(name: str, model: ModelConfig, step, state: TrainState, batch: Batch
 
 
 def _learning(run: RLRun, mesh: Mesh, learner: Learner) -> list[Function]:
-    rl, state = run.rl, abstract(run, mesh)
+    rl, state = run.rl, abstract_train_state(run, mesh)
     policy = TrainState(state.step, state.params, state.opt_state)
     whole = -(-rl.prompts_per_step * rl.group_size // rl.rows_per_micro)
 

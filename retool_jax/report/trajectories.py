@@ -9,7 +9,7 @@ from retool_jax.evaluation.config import SAMPLES
 from retool_jax.report.runs import Run
 from retool_jax.rollout.records import fault_of
 from retool_jax.shapes import read_records as read_shaped
-from retool_jax.tokens.shown import Shown, show_outputs, show_turn
+from retool_jax.tokens.shown import TurnPart, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
 
 # The fields that a record needs to be shown.
@@ -43,7 +43,7 @@ def readable_parts(trajectory: dict) -> list[Part]:
     return parts + [_output(call.get("output", ""), call, " · the policy was not told") for call in calls]
 
 
-def _policy_part(piece: Shown) -> Part:
+def _policy_part(piece: TurnPart) -> Part:
     if piece.kind == "said":
         return Part("reasoning", piece.text)
     return Part("code", piece.text, note="not a well-formed call" if piece.fault else "", failed=bool(piece.fault))

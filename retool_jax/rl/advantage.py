@@ -48,7 +48,7 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return group_centred(rewards) * n / max(n - 1, 1)
 
 
-def of_groups(scored: Scored, of_group: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def per_group(scored: Scored, of_group: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Apply a function of one group's rewards to each group; one value for each trajectory, [n] float64."""
     values = np.zeros(len(scored.rewards))
     for group in np.unique(scored.groups):
@@ -64,7 +64,7 @@ def by_group(of_group: Callable[[np.ndarray], np.ndarray]) -> Advantage:
     """
 
     def advantage(scored: Scored, rl: RLConfig) -> dict[str, list[np.ndarray]]:
-        values = zip(of_groups(scored, of_group), penalties(scored, rl), strict=True)
+        values = zip(per_group(scored, of_group), penalties(scored, rl), strict=True)
         return {"advantages": _as_columns([value - penalty for value, penalty in values], scored.sampled)}
 
     return advantage
@@ -79,7 +79,7 @@ def distilled(scored: Scored, rl: RLConfig) -> dict[str, list[np.ndarray]]:
     """
     advantages = []
     teacher_logprobs, old_logprobs = _float64(scored, "teacher_logprobs"), _float64(scored, "old_logprobs")
-    parts = of_groups(scored, group_relative), penalties(scored, rl), teacher_logprobs, old_logprobs
+    parts = per_group(scored, group_relative), penalties(scored, rl), teacher_logprobs, old_logprobs
     for value, penalty, teacher, old in zip(*parts, strict=True):
         advantages.append(value + teacher_coefficient(rl.teacher, value) * (teacher - old) - penalty)
     return {"advantages": _as_columns(advantages, scored.sampled)}

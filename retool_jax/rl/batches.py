@@ -14,7 +14,7 @@ from retool_jax.rollout.trajectory import Trajectory
 Columns = Mapping[str, Sequence[np.ndarray]]  # by name, an array [T_i] for each trajectory
 
 
-def counted(trajectories: Sequence[Trajectory], group_size: int) -> tuple[list[Trajectory], np.ndarray]:
+def kept_and_groups(trajectories: Sequence[Trajectory], group_size: int) -> tuple[list[Trajectory], np.ndarray]:
     """The trajectories to learn from, which are all but the dropped ones, and the group number of each."""
     pairs = [(t, index // group_size) for index, t in enumerate(trajectories) if not t.dropped]
     return [t for t, _ in pairs], np.array([group for _, group in pairs], np.int64)

@@ -57,8 +57,8 @@ class Collector:
     while rollouts continue.
 
     Args:
-        step: the training step of the engine's weights. `engine.version` is set to it and `updated` increments it, so
-            the version of a token is a training step, also after a resume.
+        step: the training step of the engine's weights. `engine.version` is set to it and `update_weights` increments
+            it, so the version of a token is a training step, also after a resume.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class Collector:
             [t for trajectories in drawn if id(trajectories) not in selected_ids for t in trajectories],
         )
 
-    def updated(self, params: Params) -> None:
+    def update_weights(self, params: Params) -> None:
         """Give the engine the weights of the next training step; call it once for each step."""
         self._engine.update_params(params)
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Let rollouts in progress finish, so that others may use the engine; `take` returns them later."""
         if tasks := [task for group in self._in_progress for task in group.tasks]:
             await asyncio.wait(tasks)  # `take` raises their errors when it comes to their group
@@ -294,7 +294,7 @@ def _own_samples(group: Group) -> list[Sample]:
 def _named(groups: Sequence[list[Trajectory]]) -> Sequence[list[Trajectory]]:
     """The groups, with this host's name added to the fault of each dropped trajectory."""
     for trajectory in (trajectory for group in groups for trajectory in group if trajectory.dropped):
-        trajectory.fault = hosts.here(trajectory.fault)
+        trajectory.fault = hosts.with_host_name(trajectory.fault)
     return groups
 
 

@@ -19,7 +19,7 @@ from retool_jax.learn.scorer import Scorer
 from retool_jax.learn.step import Step
 from retool_jax.models.decoder import Params
 from retool_jax.rl.algorithms import Algorithm, aggregation_of
-from retool_jax.rl.batches import batches_of, counted, scored_of
+from retool_jax.rl.batches import batches_of, kept_and_groups, scored_of
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.correction import correction, correction_numbers
 from retool_jax.rollout.trajectory import Trajectory
@@ -74,7 +74,7 @@ class Learned(NamedTuple):
 
 def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: int) -> Learned:
     """One step's updates from its scored trajectories, which come group by group; the first step is 1."""
-    kept, groups = counted(trajectories, p.rl.group_size)
+    kept, groups = kept_and_groups(trajectories, p.rl.group_size)
     if not kept:
         return Learned(state, {"groups_used": 0}, 0)
     columns = model_columns(p, state, kept)

@@ -81,7 +81,7 @@ async def train(p: Parts, state: State, start: int | None) -> None:
                 state, learned, tokens = await learning  # 3, 4
                 numbers |= learned
                 p.tokens["update"] += tokens
-            p.rollouts.updated(state.params)  # 5
+            p.rollouts.update_weights(state.params)  # 5
 
         p.tokens["decode"] += rollouts.statistics.decoded_tokens  # 6
         p.log.write("rl", step, numbers | performance(rollouts.statistics, sampled))
@@ -101,9 +101,9 @@ async def evaluate_if_due(p: Parts, step: int) -> None:
     """Measure accuracy on the splits that are due after this step and whose numbers are not in the log yet."""
     due = splits_at(p.evaluation, step, p.rl.steps) if p.engine else []
     for split in due:
-        if hosts.agreed(bool(read_evaluation(p.folder, step, split))):
+        if hosts.broadcast(bool(read_evaluation(p.folder, step, split))):
             continue
-        await p.rollouts.settle()  # the evaluation needs the engine for itself
+        await p.rollouts.drain()  # the evaluation needs the engine for itself
         with p.clock.part("evaluation"):
             numbers = await evaluate(
                 p.engine,

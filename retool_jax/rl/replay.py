@@ -226,10 +226,10 @@ class Replay:
         statistics = Statistics(total_s=time.perf_counter() - began, turn_s=deque([0.0]))
         return Rollouts(trajectories, statistics, {})
 
-    def updated(self, params: Params) -> None:
+    def update_weights(self, params: Params) -> None:
         """Does nothing: a replay does not use the weights."""
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Does nothing: no rollouts are in progress."""
 
     def state(self) -> dict:

@@ -26,7 +26,7 @@ class Group(NamedTuple):
 
 
 @dataclass
-class Record:
+class PromptResults:
     """The results of a prompt so far; dropped trajectories do not count."""
 
     tried: int = 0  # trajectories
@@ -55,7 +55,7 @@ class Sampler:
         self._issued: list[int] = list(state["issued"])  # positions in the stream of that group and later ones
         self._position: int = state["position"]  # the next position to look at
         self._taken = 0  # how many of `_issued` this object has given out
-        self._table = {id: Record(*counts) for id, counts in state["table"].items()}
+        self._table = {id: PromptResults(*counts) for id, counts in state["table"].items()}
 
     def take(self, count: int) -> list[Group]:
         """The next groups."""
@@ -77,7 +77,7 @@ class Sampler:
         self._taken -= 1
         right = [is_right(self._rl.reward, trajectory) for trajectory in trajectories if not trajectory.dropped]
         if right:
-            record = self._table.setdefault(group.problem.id, Record())
+            record = self._table.setdefault(group.problem.id, PromptResults())
             record.tried += len(right)
             record.right += sum(right)
             record.streak = record.streak + 1 if all(right) else 0

@@ -99,14 +99,14 @@ def is_right(config: RewardConfig, trajectory: Trajectory) -> bool:
 # --- a step's rewards -------------------------------------------------------------------------------------------------
 
 
-class Given(NamedTuple):
+class RewardParts(NamedTuple):
     """A trajectory's reward, and the terms that add up to it: the function's by its name, `guard` and `overlong`."""
 
     reward: float
     terms: dict[str, float]
 
 
-def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Given]:
+def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[RewardParts]:
     """The rewards of trajectories that have a verdict; `groups` is equal for the samples of one prompt.
 
     The guard applies first, and the penalty for length is added after it, since it does not reward tool use.
@@ -118,15 +118,15 @@ def rewards_of(config: RewardConfig, trajectories: Sequence[Trajectory], groups:
     own = [_call(function, config.name, trajectory) for trajectory in trajectories]
     right = [is_right(config, trajectory) for trajectory in trajectories]
     levels = guarded(own, right, groups) if config.guard else own
-    given = []
+    rewards = []
     for trajectory, value, level in zip(trajectories, own, levels, strict=True):
         terms = {config.name: value}
         if level != value:
             terms["guard"] = level - value
         if penalty := overlong_term(config, trajectory):
             terms["overlong"] = penalty
-        given.append(Given(level + penalty, terms))
-    return given
+        rewards.append(RewardParts(level + penalty, terms))
+    return rewards
 
 
 def guarded(rewards: Sequence[float], right: Sequence[bool], groups: Sequence[int]) -> list[float]:

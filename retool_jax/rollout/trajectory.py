@@ -10,7 +10,7 @@ import numpy as np
 
 from retool_jax.answers import Verdict
 from retool_jax.data.problems import Problem
-from retool_jax.sandbox.text import writable
+from retool_jax.sandbox.text import encodable
 from retool_jax.tokens.tokenizer import Tokenizer
 
 
@@ -36,7 +36,7 @@ class ToolUse:
     """One call and its outcome; `output` is the text that the policy saw, seconds and `metrics` come from the tool.
 
     `code` is the program, or the arguments of another tool as JSON. Both texts are stored in a form that a file can
-    hold (`writable`); the ids have the call as it was sampled.
+    hold (`encodable`); the ids have the call as it was sampled.
     """
 
     turn: int
@@ -51,7 +51,7 @@ class ToolUse:
     start: int = -1  # index in the trajectory's ids where the call begins; -1 in records from before this field
 
     def __post_init__(self) -> None:
-        self.code, self.output = writable(self.code), writable(self.output)
+        self.code, self.output = encodable(self.code), encodable(self.output)
 
 
 def numbers_of(metrics: object) -> dict[str, float]:
@@ -64,7 +64,7 @@ def numbers_of(metrics: object) -> dict[str, float]:
         with suppress(Exception):  # the conversion of an unknown type may raise anything
             number = value if type(value) in (bool, int, float) else float(value)
             json.dumps(number)  # raises for an int of thousands of digits
-            kept[writable(str(name))] = number
+            kept[encodable(str(name))] = number
     return kept
 
 

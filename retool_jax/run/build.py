@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
-from retool_jax.data.problems import Problem, Problems, also_in, problems_of_set
+from retool_jax.data.problems import Problem, Problems, count_shared, problems_of_set
 from retool_jax.engine.ahead import held_bytes
 from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.errors import UserError, one_line
@@ -131,7 +131,7 @@ def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict
 
 def _check_apart(run: RLRun, train: Sequence[Problem], test: Sequence[Problem]) -> None:
     """Refuse a training set that contains the whole test set; print the overlap when it contains a part."""
-    shared = also_in(test, train)
+    shared = count_shared(test, train)
     if shared and shared == len(test):
         raise UserError(
             f"data.train={run.data.train} has every question of data.test={run.data.test}, so the test would measure"

@@ -5,7 +5,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from retool_jax.errors import heard
+from retool_jax.errors import interruptible
 from retool_jax.fields import defaults_of, flatten
 from retool_jax.models.decoder import Params
 from retool_jax.run import sft
@@ -40,5 +40,5 @@ def make_cold_start(run: RLRun) -> Params:
         print(f"cold start: reusing {supervised.run}")
         return params
     print(f"cold start: none yet for this config, training it first in {supervised.run}")
-    with heard():
+    with interruptible():
         return sft.train(supervised, wait=True).params

@@ -84,7 +84,7 @@ async def evaluate(run: EvaluateRun) -> dict:
         compare({"set": set_name(run), "problems": rows, "problems_sha256": digest_of(problems)}, theirs)
     asked = {"set": set_name(run), "problems": digest_of(problems), "weights": weights_of(run.init_from)}
     check_asked(folder, asked)
-    if result := hosts.agreed(complete_result(folder)):
+    if result := hosts.broadcast(complete_result(folder)):
         print(f"{folder} is complete; nothing to draw")
         show(result, theirs)
         return result
@@ -139,7 +139,7 @@ async def evaluate(run: EvaluateRun) -> dict:
                 )
             result = result_of(run, problems, store, asked, tokenizer)
             write_json(folder / RESULT, result)
-        result = hosts.agreed(result)
+        result = hosts.broadcast(result)
     show(result, theirs)
     if first:
         print(f"{folder / RESULT} has these numbers; every trajectory is in samples.jsonl beside it")
@@ -190,7 +190,7 @@ class SampleRecorder:
         for number, trajectory in scored:
             problem, sample = self._missing[number]
             if trajectory.dropped:
-                trajectory.fault = hosts.here(trajectory.fault)
+                trajectory.fault = hosts.with_host_name(trajectory.fault)
             records.append(trajectory.record(self._tokenizer, **self._about, group=problem, sample=sample))
         self._store.add(records)
         lost = [trajectory for _, trajectory in scored if trajectory.dropped]
@@ -238,7 +238,7 @@ def weights_of(name: str) -> dict:
         top = top / WHOLE if (top / WHOLE).is_dir() else top / PARAMS
         files = (path for path in top.rglob("*") if path.is_file())
     # Only one host reads all these bytes.
-    digest = hosts.agreed(digest_of_files(top, files) if hosts.is_first() else "")
+    digest = hosts.broadcast(digest_of_files(top, files) if hosts.is_first() else "")
     return {"init_from": name, "step": step, "sha256": digest}
 
 

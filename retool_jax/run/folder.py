@@ -64,7 +64,7 @@ def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
     folder = Path(run.run)
     check_folder(run)  # before the lock file is made: nothing may be written in a folder of something else
     if not hosts.is_first():
-        hosts.agreed(None)  # waits until the first host has the lock
+        hosts.broadcast(None)  # waits until the first host has the lock
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def claim_folder(run: Run, wait: bool = False) -> Iterator[Path]:
         check_folder(run)  # another process may have begun another run here meanwhile
         if not (folder / CONFIG).is_file():
             write_config(run)
-        hosts.agreed(None)
+        hosts.broadcast(None)
         yield folder
         with suppress(OSError):
             os.ftruncate(descriptor, 0)
@@ -121,7 +121,7 @@ def check_folder(run: Run) -> None:
     """
     folder = Path(run.run)
     if (folder / CONFIG).is_file():
-        there = saved(folder)
+        there = saved_config(folder)
         if found := [difference for difference in differences(run, there) if not may_change(difference[0])]:
             key, before, here = found[0]
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -140,7 +140,7 @@ def check_folder(run: Run) -> None:
         raise UserError(f"{folder} is not empty and holds no run; choose another run=FOLDER")
 
 
-def saved(folder: Path) -> dict[str, object]:
+def saved_config(folder: Path) -> dict[str, object]:
     """Dotted keys and values of the config of a run's folder.
 
     Raises:
@@ -177,7 +177,7 @@ def write_config(run: Run) -> None:
         return
     folder = Path(run.run)
     if (folder / CONFIG).is_file():
-        for key, there, here in differences(run, saved(folder)):
+        for key, there, here in differences(run, saved_config(folder)):
             if key != "run":
                 print(f"{key} is {show(here)} from here on; it was {show(there)}")
     with replacing(folder / CONFIG) as file:

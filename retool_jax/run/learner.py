@@ -80,7 +80,7 @@ def _policy_step(model: ModelConfig, rl: RLConfig, mesh: Mesh) -> Step:
     return make_step(outputs, loss, rl.optimizer, mesh)
 
 
-def begin(run: RLRun, params: Params, mesh: Mesh) -> State:
+def first_state(run: RLRun, params: Params, mesh: Mesh) -> State:
     """The state before the first step. It consumes `params`."""
     critic = None
     if has_critic(run):
@@ -89,7 +89,7 @@ def begin(run: RLRun, params: Params, mesh: Mesh) -> State:
     return state if critic is None else ActorCritic(*state, critic)
 
 
-def abstract(run: RLRun, mesh: Mesh) -> State:
+def abstract_train_state(run: RLRun, mesh: Mesh) -> State:
     """Shapes and shardings of a run's train state."""
     state = abstract_state(run, mesh)
     if not has_critic(run):

@@ -25,10 +25,10 @@ from retool_jax.fields import (
     hints_of,
     holds_secret,
     nested,
-    readable,
     secret_keys,
     show,
     split_words,
+    without_secrets,
 )
 from retool_jax.models.config import ARCHITECTURE
 from retool_jax.run.schema import TASKS, RLRun, Run
@@ -220,7 +220,7 @@ def _unknown_key(place: tuple, value: object, schema: type) -> str:
     for name in sections:
         owner = hints_of(owner)[name]
     listed = ", ".join(".".join([*sections, name]) for name in hints_of(owner))
-    return f"unknown key {readable(key, secret_keys(RLRun))}; {_nearest(key, schema) or f'known here: {listed}'}"
+    return f"unknown key {without_secrets(key, secret_keys(RLRun))}; {_nearest(key, schema) or f'known here: {listed}'}"
 
 
 def _nearest(key: str, root: type) -> str | None:

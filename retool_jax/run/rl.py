@@ -35,7 +35,7 @@ from retool_jax.run.build import (
     warm_up,
 )
 from retool_jax.run.folder import claim_folder, to_flat, write_config
-from retool_jax.run.learner import abstract, begin, make_learner
+from retool_jax.run.learner import abstract_train_state, first_state, make_learner
 from retool_jax.run.origin import write_origin
 from retool_jax.run.schema import RLRun
 from retool_jax.run.weights import has_checkpoints, load_weights, require_checkpoint
@@ -90,7 +90,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
                 f"{folder} is at step {start} already, beyond rl.steps={run.rl.steps}; set rl.steps={start} or more, or"
                 " choose another run=FOLDER"
             )
-        if start == run.rl.steps and (summary := hosts.agreed(read_summary(folder, run.rl.steps))):
+        if start == run.rl.steps and (summary := hosts.broadcast(read_summary(folder, run.rl.steps))):
             print(f"{folder} is complete; nothing to do")
             print_summary(summary)
             return
@@ -98,11 +98,11 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             with clock.part("cold start"):
                 if run.init_from:
                     print(f"starting from {run.init_from}")
-                state = begin(run, given if given is not None else first_weights(), mesh)
+                state = first_state(run, given if given is not None else first_weights(), mesh)
             notes = {"tokens": {"decode": 0, "update": 0}, "elapsed_s": 0.0}
         else:
             print(f"resuming {folder} from step {start} of {run.rl.steps}")
-            state, notes = checkpoints.restore(start, abstract(run, mesh))
+            state, notes = checkpoints.restore(start, abstract_train_state(run, mesh))
             check_data(run, notes.get("data", {}), data)
             check_frozen(run, frozen, notes.get("frozen", {}))
             clock.seconds = notes["seconds"]

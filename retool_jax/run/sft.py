@@ -88,7 +88,7 @@ def finished_weights(run: SFTRun) -> Params | None:
     """
     path = Path(run.run) / "checkpoints"
     check_folder(run)
-    if not hosts.agreed(path.is_dir()):
+    if not hosts.broadcast(path.is_dir()):
         return None
     with closing(Checkpoints(path, keep=None)) as checkpoints:
         step = checkpoints.latest()

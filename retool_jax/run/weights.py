@@ -17,7 +17,7 @@ from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params, abstract_params
 from retool_jax.models.huggingface import find_folder, load_params
 from retool_jax.models.sharding import param_shardings
-from retool_jax.run.folder import CONFIG, read_model, saved
+from retool_jax.run.folder import CONFIG, read_model, saved_config
 from retool_jax.run.schema import EngineRun, RLRun, Run
 from retool_jax.tokens.grammar import DEFAULT_GRAMMAR
 from retool_jax.tokens.tokenizer import load_tokenizer
@@ -151,7 +151,7 @@ def check_vocabulary(run: Run, name: str, folder: Path) -> None:
 
 def check_grammar(run: EngineRun, folder: Path) -> None:
     """A `UserError` when the weights learned to write calls in a grammar that this run does not read."""
-    there = saved(folder)
+    there = saved_config(folder)
     key = "sft.grammar" if there.get("task") == "sft" else "rollout.grammar"
     grammar = there.get(key) or DEFAULT_GRAMMAR
     if grammar != run.rollout.grammar and words_of(run.tools) and words_of(there.get("tools", "python")):
@@ -162,7 +162,7 @@ def check_grammar(run: EngineRun, folder: Path) -> None:
 
 
 def has_checkpoints(run: Run) -> bool:
-    return hosts.agreed((Path(run.run) / "checkpoints").is_dir())
+    return hosts.broadcast((Path(run.run) / "checkpoints").is_dir())
 
 
 def abstract_weights(model: ModelConfig, mesh: Mesh) -> Params:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from retool_jax.errors import UserError, run_command
 from retool_jax.sandbox.launch.runtime import MANIFEST, ROOT, images_folder
-from retool_jax.sandbox.words import help_text, read_words, word
+from retool_jax.sandbox.words import help_text, option, read_words
 
 PACKAGES = "numpy==2.4.6 sympy==1.14.0 scipy==1.17.1 mpmath==1.3.0 networkx==3.6.1 pandas==3.1.1"
 ABOUT = "Build the runtime that programs see: a root file system with a Python, its libraries and some packages."
@@ -154,10 +154,10 @@ def build(to: Path, packages: list[str]) -> None:
 class Options:
     """The command line."""
 
-    to: str = word(
+    to: str = option(
         "", "folder to build; empty: a new one below ~/.cache/retool_jax/images, of which the sandbox takes the newest"
     )
-    packages: str = word(PACKAGES, "packages for pip, with spaces between them; empty: none")
+    packages: str = option(PACKAGES, "packages for pip, with spaces between them; empty: none")
 
 
 def main(words: list[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from retool_jax.errors import UserError, run_command
 from retool_jax.sandbox.backends import open_sandbox
 from retool_jax.sandbox.types import TOKEN_VARIABLE, Limits, SandboxConfig, shown
-from retool_jax.sandbox.words import help_text, read_words, word
+from retool_jax.sandbox.words import help_text, option, read_words
 
 try:
     from retool_jax.sandbox.remote.app import build_app
@@ -29,31 +29,31 @@ _CONFIG, _LIMITS = SandboxConfig(), Limits()
 class Options:
     """The command line."""
 
-    backend: str = word(
+    backend: str = option(
         "auto", "auto, or names in order of preference, with commas: gvisor, bubblewrap, process (unsafe)"
     )
-    host: str = word("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
-    port: int = word(8080, "0 takes a free port and prints it")
-    token: str = word(
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = option(8080, "0 takes a free port and prints it")
+    token: str = option(
         "",
         f"bearer token that requests must have; better given as ${TOKEN_VARIABLE}, which other users of the machine "
         "cannot see",
     )
-    slots: int = word(_CONFIG.slots, "programs that run at once; 0: half of the cores")
-    image: str = word(
+    slots: int = option(_CONFIG.slots, "programs that run at once; 0: half of the cores")
+    image: str = option(
         _CONFIG.image,
         "folder of the runtime (python -m retool_jax.sandbox.image); empty: the one built last, else this Python",
     )
-    wall_s: float = word(_LIMITS.wall_s, "time limit of a request that names none")
-    max_wall_s: float = word(60.0, "the longest time limit that a request may ask for")
-    memory_mb: int = word(_LIMITS.memory_mb, "memory of a program, and the most that a request may ask for")
-    output_bytes: int = word(_LIMITS.output_bytes, "bytes that are kept of each output stream")
-    processes: int = word(_LIMITS.processes, "processes and threads that a program may have")
-    file_mb: int = word(_LIMITS.file_mb, "MiB of files that a program may write")
-    queue_limit: int = word(_CONFIG.queue_limit, "requests that may wait for a slot; 0: 64 per slot")
-    queue_s: float = word(60.0, "seconds that a request may wait before it is answered 503")
-    modules: str = word("", "top-level modules that programs may import, with commas; empty: all")
-    drain_s: int = word(65, "seconds that running requests may take after SIGTERM")
+    wall_s: float = option(_LIMITS.wall_s, "time limit of a request that names none")
+    max_wall_s: float = option(60.0, "the longest time limit that a request may ask for")
+    memory_mb: int = option(_LIMITS.memory_mb, "memory of a program, and the most that a request may ask for")
+    output_bytes: int = option(_LIMITS.output_bytes, "bytes that are kept of each output stream")
+    processes: int = option(_LIMITS.processes, "processes and threads that a program may have")
+    file_mb: int = option(_LIMITS.file_mb, "MiB of files that a program may write")
+    queue_limit: int = option(_CONFIG.queue_limit, "requests that may wait for a slot; 0: 64 per slot")
+    queue_s: float = option(60.0, "seconds that a request may wait before it is answered 503")
+    modules: str = option("", "top-level modules that programs may import, with commas; empty: all")
+    drain_s: int = option(65, "seconds that running requests may take after SIGTERM")
 
     def __post_init__(self) -> None:
         for name, high in (("port", 65535), ("drain_s", 86400)):

@@ -21,7 +21,7 @@ SEARCH_STEPS = 8
 Count = Callable[[str], int]
 
 
-def writable(text: str) -> str:
+def encodable(text: str) -> str:
     r"""`text` as UTF-8 can encode it: a lone surrogate becomes its escape, six characters like `\ud800`.
 
     JSON can contain lone surrogates, so a model's code and a server's answer may hold one, which neither a file nor a
@@ -111,7 +111,7 @@ def _error_parts(stderr: str) -> tuple[str, str]:
     return "\n".join(line for frame in own for line in frame), "\n".join(lines[position:])
 
 
-def verdict(result: ToolResult) -> str:
+def describe_end(result: ToolResult) -> str:
     """How the run ended, in words, if the program's own output does not say it; else empty."""
     if result.status in ("timeout", "oom", "output_limit"):
         return f"[stopped: {result.message}]"
@@ -138,11 +138,11 @@ def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
     """
     if result.status in ("infra_error", "cancelled"):
         raise ValueError(f"a result of status {result.status} is not for the model: {result.message}")
-    result = replace(result, **{name: writable(getattr(result, name)) for name in ("stdout", "stderr", "message")})
+    result = replace(result, **{name: encodable(getattr(result, name)) for name in ("stdout", "stderr", "message")})
     output = result.stdout.rstrip("\n")
     error = short_error(result.stderr, room, count) if result.status != "success" or not output.strip() else ""
     help_ = DIGITS_HELP if error.endswith(DIGITS_ERROR) else ""
-    ending = "\n".join(filter(None, (error, help_, verdict(result))))
+    ending = "\n".join(filter(None, (error, help_, describe_end(result))))
     if not output.strip() or not ending:
         return cut(ending or (output if output.strip() else NO_OUTPUT), room, count)
     left = room - count(f"\n{ending}")

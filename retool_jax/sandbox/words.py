@@ -13,7 +13,7 @@ Options = TypeVar("Options")
 COLUMN = 26  # where the help of a key begins
 
 
-def word(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     """A field of such a dataclass (str, int or float), with its text for `--help`."""
     return dataclasses.field(default=default, metadata={"help": text})
 

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from retool_jax.engine.conversation import SamplingParams
-from retool_jax.sandbox.text import writable
+from retool_jax.sandbox.text import encodable
 from retool_jax.serving.answer import Answer, DrawnTokens, Event, ToolEnded, ToolStarted
 from retool_jax.serving.messages import functions_of, messages_of
 from retool_jax.serving.prompts import MOST, prompt_logprobs
@@ -183,7 +183,7 @@ def deltas(happened: Event) -> list[dict[str, Any]]:
     if isinstance(happened, ToolStarted):
         call = happened.call
         name = call.name if isinstance(call.name, str) else ""
-        begun = {"index": happened.index, "name": name, "arguments": writable(call.code), "status": "in_progress"}
+        begun = {"index": happened.index, "name": name, "arguments": encodable(call.code), "status": "in_progress"}
         return [{"server_tool_calls": [begun]}]
     if isinstance(happened, ToolEnded):
         ended = {"index": happened.index, "status": happened.use.status, "output": happened.use.output}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from retool_jax.rollout.trajectory import ToolUse
-from retool_jax.sandbox.text import writable
+from retool_jax.sandbox.text import encodable
 from retool_jax.serving.answer import DrawnTokens, Event, ToolEnded, ToolStarted
 from retool_jax.serving.reader import CallPiece, FunctionCall, TextPiece
 from retool_jax.serving.wire import logprobs_of
@@ -128,7 +128,7 @@ class Items:
         about = {"container_id": self._container, "code": "", "outputs": None}
         yield self._begin({"type": "code_interpreter_call", "id": new_id("ci")} | about)
         yield self._of("code_interpreter_call.in_progress")
-        code = self._open["code"] = writable(call.code)
+        code = self._open["code"] = encodable(call.code)
         if code:
             yield self._of("code_interpreter_call_code.delta", delta=code)
         yield self._of("code_interpreter_call_code.done", code=code)

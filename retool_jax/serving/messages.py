@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from retool_jax.sandbox.text import writable
+from retool_jax.sandbox.text import encodable
 from retool_jax.sandbox.types import shown
 from retool_jax.serving.requests import Refused, a_list, an_object
 from retool_jax.shapes import map_leaves
@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def defused(tokenizer: Tokenizer, value: Any) -> Any:
     """JSON with every mark in its texts broken up (`chat.defuse`)."""
-    return map_leaves(lambda leaf: defuse(tokenizer, writable(leaf)) if isinstance(leaf, str) else leaf, value)
+    return map_leaves(lambda leaf: defuse(tokenizer, encodable(leaf)) if isinstance(leaf, str) else leaf, value)
 
 
 def text_of(content: object, name: str) -> str:

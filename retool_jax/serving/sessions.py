@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retool_jax.errors import UserError, run_command
-from retool_jax.sandbox.words import help_text, read_words, word
+from retool_jax.sandbox.words import help_text, option, read_words
 
 ABOUT = "Turn conversations that a server recorded, and their rewards, into rollouts for `train ... replay=OUT`."
 
@@ -13,12 +13,12 @@ ABOUT = "Turn conversations that a server recorded, and their rewards, into roll
 class Options:
     """The command line."""
 
-    record: str = word("", "folder of serve.record")
-    rewards: str = word("", 'file with {"session": ID, "reward": 1} or {"session": ID, "answer": "6"} on each line')
-    out: str = word("", "folder in which rollouts/ is written; it must have none yet")
-    group_size: int = word(8, "sessions of one prompt that form a group, as rl.group_size")
-    prompts_per_step: int = word(24, "groups of a step, as rl.prompts_per_step")
-    tokenizer: str = word("miniature", "tokenizer of the policy that was served")
+    record: str = option("", "folder of serve.record")
+    rewards: str = option("", 'file with {"session": ID, "reward": 1} or {"session": ID, "answer": "6"} on each line')
+    out: str = option("", "folder in which rollouts/ is written; it must have none yet")
+    group_size: int = option(8, "sessions of one prompt that form a group, as rl.group_size")
+    prompts_per_step: int = option(24, "groups of a step, as rl.prompts_per_step")
+    tokenizer: str = option("miniature", "tokenizer of the policy that was served")
 
 
 def main(words: list[str]) -> None:

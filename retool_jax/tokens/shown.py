@@ -17,7 +17,7 @@ _OUTPUTS = (
 
 
 @dataclass(frozen=True)
-class Shown:
+class TurnPart:
     """A piece of a policy's turn. `kind` is `said` (text) or `call`; `fault` says why a call cannot be read."""
 
     kind: str
@@ -25,7 +25,7 @@ class Shown:
     fault: str = ""
 
 
-def show_turn(text: str) -> list[Shown]:
+def show_turn(text: str) -> list[TurnPart]:
     """The pieces of a decoded turn of either grammar: text, and each call as a program or as name and arguments.
 
     A mark without its partner is text. Marks of turns and blank text are left out.
@@ -38,16 +38,16 @@ def show_turn(text: str) -> list[Shown]:
     return [piece for piece in (*pieces, _show_words(text[last:])) if piece.kind == "call" or piece.text.strip()]
 
 
-def _show_words(text: str) -> Shown:
-    return Shown("said", _FRAMES.sub("", text).strip("\n"))
+def _show_words(text: str) -> TurnPart:
+    return TurnPart("said", _FRAMES.sub("", text).strip("\n"))
 
 
-def _show_call(part: Marked) -> Shown:
+def _show_call(part: Marked) -> TurnPart:
     inside = part.inside.strip()
     call = read_code(inside) if part.tag == "code" else read_call(inside)
     if call.error or not isinstance(call.name, str) or not isinstance(call.arguments, dict):
-        return Shown("call", inside, call.error or "not a well-formed call")
-    return Shown("call", call.code if call.name == CODE_TOOL else f"{call.name} {call.code}")
+        return TurnPart("call", inside, call.error or "not a well-formed call")
+    return TurnPart("call", call.code if call.name == CODE_TOOL else f"{call.name} {call.code}")
 
 
 def show_outputs(text: str) -> list[str]:

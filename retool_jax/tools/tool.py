@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Sandbox
-from retool_jax.sandbox.text import Count, cut, writable
+from retool_jax.sandbox.text import Count, cut, encodable
 
 Fault = Literal["none", "program", "machinery"]
 Lifetime = Literal["call", "trajectory", "run"]
@@ -48,7 +48,7 @@ class Output:
 
     def shortened(self, room: int, count: Count) -> str:
         """The text for the policy, shortened so that its `count` is at most `room`."""
-        return self.fit(room, count) if self.fit else cut(writable(self.text), room, count)
+        return self.fit(room, count) if self.fit else cut(encodable(self.text), room, count)
 
 
 class Tool(ABC):

@@ -6,7 +6,7 @@ import pytest
 
 from retool_jax.data.instructions import INSTRUCTION
 from retool_jax.data.problems import to_problem, to_row
-from retool_jax.data.rows import asks_and_answers, plain_integer, with_our_names
+from retool_jax.data.rows import asks_and_answers, plain_integer, rename_columns
 from retool_jax.errors import UserError
 
 
@@ -162,19 +162,19 @@ def test_a_row_with_turns_of_a_policy_can_be_a_demonstration():
 def test_columns_that_a_config_names_count_before_all_others():
     row = {"prompt": "other?", "problem": "other?", "text": "Q?", "answer": "1", "solution": "2", "gold": 42, "nr": 7}
     columns = {"question": "text", "answer": "gold", "id": "nr"}
-    problem = to_problem(with_our_names(row, "here", columns), "here")
+    problem = to_problem(rename_columns(row, "here", columns), "here")
     assert (problem.id, problem.question, problem.ground_truth) == ("7", f"Q?\n\n{INSTRUCTION}", "42")
     chat = row | {"text": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q?"}]}
-    assert [turn["role"] for turn in to_problem(with_our_names(chat, "here", columns), "here").messages] == [
+    assert [turn["role"] for turn in to_problem(rename_columns(chat, "here", columns), "here").messages] == [
         "system",
         "user",
     ]
-    only = to_problem(with_our_names(row, "here", {"question": "", "answer": "gold", "id": ""}), "here")
+    only = to_problem(rename_columns(row, "here", {"question": "", "answer": "gold", "id": ""}), "here")
     assert (only.id, only.question, only.ground_truth) == ("here", "other?", "42"), "the others are found as ever"
-    assert with_our_names(row, "here", {"question": "", "answer": "", "id": ""}) == row
+    assert rename_columns(row, "here", {"question": "", "answer": "", "id": ""}) == row
 
 
 @pytest.mark.parametrize(("value", "kind"), [({}, "no"), ({"gold": None}, "an empty")])
 def test_a_column_that_a_config_names_must_be_there(value, kind):
     with pytest.raises(UserError, match=f"^here has {kind} 'gold', which data.answer=gold names; it has "):
-        with_our_names({"text": "Q?"} | value, "here", {"question": "text", "answer": "gold", "id": ""})
+        rename_columns({"text": "Q?"} | value, "here", {"question": "text", "answer": "gold", "id": ""})

@@ -13,7 +13,7 @@ from retool_jax.data.traces import (
     compare_outputs,
     conversation,
     messages_of,
-    run_again,
+    rerun_calls,
     truth_of,
 )
 from retool_jax.sandbox import SandboxConfig, open_sandbox
@@ -299,7 +299,7 @@ def test_programs_are_run_again_and_lies_are_seen():
 
     async def run():
         async with open_sandbox(SandboxConfig(backend=("process",), slots=1)) as box:
-            return await run_again(messages, box)
+            return await rerun_calls(messages, box)
 
     reruns = asyncio.run(run())
     assert [rerun.verdict for rerun in reruns] == ["same", "differs", "same error", "differs", "same", "same"]

@@ -25,7 +25,7 @@ from retool_jax.rl.algorithms import algorithm_of
 from retool_jax.rl.learner import learn
 from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.run.build import mesh_of
-from retool_jax.run.learner import begin, make_learner
+from retool_jax.run.learner import first_state, make_learner
 from retool_jax.run.load import CONFIGS, load
 from retool_jax.run.schema import RLRun, Run, SFTRun, micro_batches
 from retool_jax.sft.loop import imitation_loss, optimizer_of
@@ -189,7 +189,7 @@ def test_a_small_model_takes_a_step_of_reinforcement_learning(name):
     learner = make_learner(
         run, mesh, lambda: placed(run, mesh), lambda run, mesh: (run.model, placed(run, mesh, seed=1))
     )
-    state = begin(run, placed(run, mesh), mesh)
+    state = first_state(run, placed(run, mesh), mesh)
     step = run.rl.critic.warmup_steps + 1
     state, numbers, tokens = learn(learner, state, trajectories(run), step)
     assert all(math.isfinite(value) for value in numbers.values()), numbers

@@ -116,7 +116,7 @@ def collect(tokenizer):
                 for step in range(start, rl.steps):
                     steps.append(await collector.take())
                     await asyncio.sleep(0.005)  # an update, while other rollouts continue
-                    collector.updated(weights(step) if weights else None)
+                    collector.update_weights(weights(step) if weights else None)
                     states.append(json.loads(json.dumps(collector.state())))
             return steps, states
 
@@ -385,11 +385,11 @@ def test_a_settled_engine_is_free_and_nothing_is_lost(drawing, params, tokenizer
             for _ in range(rl.steps):
                 steps.append(await collector.take())
                 if settling:
-                    await collector.settle()
+                    await collector.drain()
                     assert drawing.counts()["rows"] == 0
                     looked, _ = await rollout(drawing, tokenizer, None, samples, LIMITS)
                     assert [t.ids for t in looked] == [t.ids for t in first]
-                collector.updated(params)  # which shows how far it has drawn
+                collector.update_weights(params)  # which shows how far it has drawn
             return steps
 
     samples = [sample for group in Sampler(PROBLEMS, RL).take(2) for sample in group.samples]

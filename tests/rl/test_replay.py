@@ -113,8 +113,8 @@ def test_a_replay_returns_the_steps_in_order_and_resumes_after_the_last_one(tmp_
                 rollouts = await replay.take()
                 drawn.append([t.id for t in rollouts.trajectories])
                 assert rollouts.statistics.total_s > 0 and rollouts.statistics.decoded_tokens == 0
-                replay.updated({})
-                await replay.settle()
+                replay.update_weights({})
+                await replay.drain()
             assert replay.state() == {}
             return drawn
 

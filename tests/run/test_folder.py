@@ -16,7 +16,7 @@ import pytest
 from retool_jax.errors import UserError
 from retool_jax.fields import defaults_of, flatten, show
 from retool_jax.run import folder as folders
-from retool_jax.run.folder import claim_folder, differences, may_change, read_model, saved, to_flat, write_config
+from retool_jax.run.folder import claim_folder, differences, may_change, read_model, saved_config, to_flat, write_config
 from retool_jax.run.load import load
 from retool_jax.run.schema import Run
 
@@ -62,7 +62,7 @@ def test_the_resolved_config_gives_the_same_run_again(tmp_path):
 def test_a_saved_config_holds_every_key_and_no_secret(tmp_path):
     run = load(["config=grpo", f"run={tmp_path / 'r'}", f"sandbox.token={SECRET}"])
     folder = begin(run)
-    assert set(saved(folder)) == {"task", *flatten(run)}
+    assert set(saved_config(folder)) == {"task", *flatten(run)}
     assert not any(SECRET in path.read_text() for path in folder.iterdir())
 
 
@@ -73,7 +73,7 @@ def test_a_config_is_written_again_once_nothing_is_refused(tmp_path, capsys):
     with claim_folder(longer) as folder:
         assert (folder / "config.yaml").read_bytes() == before, "what follows may still refuse"
         write_config(longer)
-    assert saved(folder)["rl.steps"] == 99
+    assert saved_config(folder)["rl.steps"] == 99
     assert capsys.readouterr().out == "rl.steps is 99 from here on; it was 30\n"
 
 
@@ -144,7 +144,7 @@ def test_every_key_may_change_or_is_refused(tmp_path, name):
     rewrite(folder, values | {key: another(values[key]) for key in values.keys() & CHANGEABLE})
     begin(run)
     rewrite(folder, values | {key: another(values[key]) for key in others})
-    assert {key for key, *_ in differences(run, saved(folder))} == others
+    assert {key for key, *_ in differences(run, saved_config(folder))} == others
     assert not any(map(may_change, others))
     section_of = {key.rpartition(".")[0]: key for key in sorted(others)}
     for key in section_of.values():  # one of each is refused by its name
@@ -174,7 +174,7 @@ def test_an_evaluation_that_is_older_than_its_question_asked_none(tmp_path):
     words = ["config=grpo", f"run={tmp_path / 'r'}", "engine.max_length=1024", "rl.row_length=1024"]
     run = load([*words, "evaluation.answer_tokens=256"])
     folder = begin(run)
-    rewrite(folder, {key: value for key, value in saved(folder).items() if key != "evaluation.answer_tokens"})
+    rewrite(folder, {key: value for key, value in saved_config(folder).items() if key != "evaluation.answer_tokens"})
     assert "evaluation.answer_tokens is 0 there and 256 here" in refusal(run)
     begin(load([*words, "evaluation.answer_tokens=0"]))
 
@@ -187,7 +187,7 @@ def test_a_folder_that_kept_moments_in_the_type_of_its_weights(tmp_path, config,
     words = [f"config={config}", f"run={tmp_path / 'r'}", f"model.param_dtype={dtype}"]
     folder = begin(load(words))
     new = [f"{section}.optimizer.{kind}_dtype" for kind in ("gradient", "moment")]
-    rewrite(folder, {key: value for key, value in saved(folder).items() if not key.endswith("ent_dtype")})
+    rewrite(folder, {key: value for key, value in saved_config(folder).items() if not key.endswith("ent_dtype")})
     if dtype == "float32":
         begin(load(words))
     else:
@@ -200,7 +200,7 @@ def test_a_folder_that_is_older_than_the_choice_of_a_prompt_had_the_papers(tmp_p
     def older(name: str, *words: str) -> list[str]:
         words = ["config=grpo", f"run={tmp_path / name}", "rollout.grammar=retool", *words]
         folder = begin(load(words))
-        rewrite(folder, {key: value for key, value in saved(folder).items() if not key.endswith("tool_prompt")})
+        rewrite(folder, {key: value for key, value in saved_config(folder).items() if not key.endswith("tool_prompt")})
         return words
 
     begin(load(older("miniature")))  # whose default is the paper's
@@ -212,7 +212,7 @@ def test_a_folder_that_is_older_than_the_choice_of_a_prompt_had_the_papers(tmp_p
 def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
     run = load(["config=grpo", f"run={tmp_path / 'r'}"])
     folder = begin(run)
-    values = saved(folder)
+    values = saved_config(folder)
     rewrite(folder, values | {"rl.kl": 0.1})
     message = refusal(run)
     assert (
@@ -234,9 +234,9 @@ def test_a_key_that_only_the_folder_knows(tmp_path, monkeypatch):
 def test_a_token_that_an_old_version_wrote_is_neither_compared_nor_kept(tmp_path):
     run = load(["config=grpo", f"run={tmp_path / 'r'}"])
     folder = begin(run)
-    rewrite(folder, saved(folder) | {"sandbox.token": SECRET, "rl.temperature": 0.5})
+    rewrite(folder, saved_config(folder) | {"sandbox.token": SECRET, "rl.temperature": 0.5})
     assert SECRET not in refusal(run)
-    rewrite(folder, saved(folder) | {"rl.temperature": 1.0})
+    rewrite(folder, saved_config(folder) | {"rl.temperature": 1.0})
     with claim_folder(run):
         write_config(run)
     assert SECRET not in (folder / "config.yaml").read_text()
@@ -245,7 +245,7 @@ def test_a_token_that_an_old_version_wrote_is_neither_compared_nor_kept(tmp_path
 def test_the_model_of_an_old_folder_can_be_read(tmp_path):
     run = load(["config=grpo", f"run={tmp_path / 'r'}", "model.hidden_size=48"])
     folder = begin(run)
-    values = saved(folder)
+    values = saved_config(folder)
     del values["evaluation.answer_tokens"], values["model.head_chunk"]
     rewrite(folder, values | {"rl.kl": 0.1, "model.dropout": 0.0})
     assert read_model(folder) == (run.model, "miniature")

@@ -15,7 +15,7 @@ from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.chat import defuse, prompt_ids
 from retool_jax.tokens.demonstrations import TokenList, demonstration_ids
 from retool_jax.tokens.grammar import GRAMMARS, policy_turn_text
-from retool_jax.tokens.shown import Shown, show_outputs, show_turn
+from retool_jax.tokens.shown import TurnPart, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.python import Python
 from retool_jax.tools.toolbox import Toolbox
@@ -160,7 +160,7 @@ def test_a_turn_and_its_answers_are_shown_without_their_marks(tokenizer, grammar
     pieces = GRAMMARS[grammar].demonstration(tokenizer, called("print(5)"), ["5 <b>\n6"])
     (turn, _), (answer, _) = pieces
     shown = show_turn(tokenizer.decode(turn))
-    assert shown == [Shown("said", "I will compute it."), Shown("call", "print(5)")]
+    assert shown == [TurnPart("said", "I will compute it."), TurnPart("call", "print(5)")]
     assert show_outputs(tokenizer.decode(answer)) == ["5 <b>\n6"]
 
 
@@ -172,7 +172,7 @@ def test_every_call_of_a_turn_is_shown_and_what_cannot_be_read_says_so():
     said, other, broken, rest = show_turn(text)
     assert (said.text, other.text) == ("First.", 'sum {"a": 1}') and not other.fault
     assert broken.text == "{oops" and broken.fault.startswith("malformed call")
-    assert rest == Shown("said", "or <tool_call> it")
+    assert rest == TurnPart("said", "or <tool_call> it")
     assert show_turn("<code>\n```python\na\n</code>")[0].fault.startswith("malformed call")
     assert show_turn('<tool_call>{"name": 1}</tool_call>')[0].fault == "not a well-formed call"
     assert show_turn(" \n<|im_end|>") == [] and show_outputs("\n<|im_start|>user\nStop.<|im_end|>\n") == [

@@ -6,7 +6,7 @@ import re
 import struct
 import time
 
-from retool_jax.sandbox.host.request import Nonsense, Request, to_result
+from retool_jax.sandbox.host.request import Request, UnreadableResponse, to_result
 from retool_jax.sandbox.launch.worker import Worker
 from retool_jax.sandbox.types import ToolResult
 
@@ -95,7 +95,7 @@ class Member:
                     raise WorkerFault(reason, f"the worker did not answer within {timeout_s:g} s")
             response = await asking
             return to_result(response), response
-        except Nonsense as error:
+        except UnreadableResponse as error:
             raise WorkerFault("nonsense", f"the worker answered nonsense: {error}") from None
         finally:
             asking.cancel()

@@ -10,7 +10,7 @@ from retool_jax.sandbox.host.member import Member, WorkerFault
 from retool_jax.sandbox.host.metrics import Metrics
 from retool_jax.sandbox.host.queue import Closed, Overloaded, Queue
 from retool_jax.sandbox.host.request import Request
-from retool_jax.sandbox.host.selftest import prove
+from retool_jax.sandbox.host.selftest import check_promises
 from retool_jax.sandbox.host.session import Session
 from retool_jax.sandbox.launch.launchers import LAUNCHERS
 from retool_jax.sandbox.types import Limits, SandboxConfig, Status, ToolResult
@@ -190,7 +190,7 @@ class Sandbox:
         launcher = LAUNCHERS[self.backend]
         await launcher.sweep_stale()
         await self.crew.open()
-        await prove(self, launcher.PROMISES)
+        await check_promises(self, launcher.PROMISES)
         started = self.metrics.start_s
         self.metrics.__init__()  # the calls of the self-test do not count
         self.metrics.start_s = started

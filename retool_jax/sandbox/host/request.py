@@ -38,7 +38,7 @@ _TIERS = (  # a program that imports from several gets the first one
 )
 
 
-class Nonsense(ValueError):
+class UnreadableResponse(ValueError):
     """A worker's response cannot be read."""
 
 
@@ -184,7 +184,7 @@ class Request:
 
 
 def to_result(response: dict) -> ToolResult:
-    """A worker's response as a result. Raises Nonsense if it cannot be read."""
+    """A worker's response as a result. Raises UnreadableResponse if it cannot be read."""
     try:
         streams = {}
         for name, stream in zip(("stdout", "stderr"), response["streams"], strict=True):
@@ -194,4 +194,4 @@ def to_result(response: dict) -> ToolResult:
         files = {path: base64.b64decode(data) for path, data in response["files"].items()}
         return ToolResult(**response["result"], **streams, files=files)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Nonsense(f"{error!r}") from None
+        raise UnreadableResponse(f"{error!r}") from None

@@ -100,7 +100,7 @@ class Subject(Protocol):
         """Run a program."""
 
 
-async def prove(box: Subject, promises: Set[str]) -> None:
+async def check_promises(box: Subject, promises: Set[str]) -> None:
     """Test each of the back-end's promises from inside, and judge by what the host sees.
 
     Raises UserError for the first promise that does not hold, and if no program runs.

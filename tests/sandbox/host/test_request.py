@@ -2,7 +2,7 @@
 
 import pytest
 
-from retool_jax.sandbox.host.request import MAX_FILE_BYTES, MAX_FILES, Nonsense, Request, tier_of, to_result
+from retool_jax.sandbox.host.request import MAX_FILE_BYTES, MAX_FILES, Request, UnreadableResponse, tier_of, to_result
 
 STREAM = {"data": "", "bytes": 0, "truncated": False}
 RESULT = {"status": "success", "message": "", "return_code": 0, "signal": None}
@@ -79,5 +79,5 @@ def test_responses_are_read_strictly():
     assert to_result(RESPONSE).status == "success"
     wrong = [{}, RESPONSE | {"streams": [STREAM]}, RESPONSE | {"files": []}, RESPONSE | {"result": {"statu": 1}}]
     for response in [*wrong, RESPONSE | {"streams": [STREAM, STREAM | {"data": "*"}]}]:
-        with pytest.raises(Nonsense):
+        with pytest.raises(UnreadableResponse):
             to_result(response)

@@ -9,7 +9,7 @@ import pytest
 
 from retool_jax.errors import UserError
 from retool_jax.sandbox import Limits, SandboxConfig, ToolResult, open_sandbox
-from retool_jax.sandbox.host.selftest import CANARY_FOLDERS, prove
+from retool_jax.sandbox.host.selftest import CANARY_FOLDERS, check_promises
 from retool_jax.sandbox.launch import process
 
 
@@ -42,9 +42,9 @@ def canaries() -> list[Path]:
     ],
 )
 def test_each_promise_is_tried(promise: str, word: str):
-    asyncio.run(prove(Bare(), set()))
+    asyncio.run(check_promises(Bare(), set()))
     with pytest.raises(UserError, match=f"promises '{promise}' and does not hold it here: {word}"):
-        asyncio.run(prove(Bare(), {promise}))
+        asyncio.run(check_promises(Bare(), {promise}))
     assert not canaries()
 
 
@@ -53,7 +53,7 @@ def test_writing_to_the_host_breaks_the_promise_too(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(selftest, "_PROGRAM", selftest._PROGRAM.replace('found["files"].append', "len"))
     with pytest.raises(UserError, match="it wrote to a folder of the host"):
-        asyncio.run(prove(Bare(), {"files"}))
+        asyncio.run(check_promises(Bare(), {"files"}))
 
 
 def test_a_sandbox_in_which_nothing_runs_is_refused():
@@ -62,7 +62,7 @@ def test_a_sandbox_in_which_nothing_runs_is_refused():
             return ToolResult("infra_error", message="no worker started")
 
     with pytest.raises(UserError, match="ended as infra_error: no worker started"):
-        asyncio.run(prove(Broken(), set()))
+        asyncio.run(check_promises(Broken(), set()))
 
 
 def test_plain_processes_could_not_promise_the_host_s_files(monkeypatch: pytest.MonkeyPatch):
