@@ -25,7 +25,7 @@ def imported_by(room: str) -> set[str]:
     ("room", "below"),
     [
         ("answers", {"errors"}),
-        ("data", {"answers", "sandbox", "tokens", "errors", "fields"}),
+        ("data", {"answers", "sandbox", "tokens", "errors", "fields", "shapes"}),
     ],
 )
 def test_a_room_knows_only_what_is_below_it(room, below):
