@@ -14,9 +14,10 @@ Decay = Annotated[float, Field(ge=0, le=0.999999)]  # of a running mean; a value
 
 @dataclass(frozen=True, config=CHECKED)
 class OptimizerConfig:
-    """AdamW on gradients whose global norm is clipped."""
+    """AdamW or Muon, on gradients whose global norm is clipped."""
 
-    learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-4  # about the size of AdamW's change of a weight per step
+    learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-4  # about the size of a weight's change per step
+    name: Literal["adamw", "muon"] = "adamw"  # muon orthogonalises the momentum of layers' matrices
     warmup_steps: Count = 0
     decay_steps: Count = 0  # cosine from the end of the warm-up over this many steps; 0 keeps the rate constant
     final_fraction: Share = 0.1  # of the learning rate, at the end of the cosine

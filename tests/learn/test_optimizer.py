@@ -166,3 +166,80 @@ def test_a_type_that_is_none_is_refused(name):
 def test_what_a_run_may_set_of_it_is_known_without_jax():
     code = "import sys, retool_jax.learn.config; sys.exit(bool({'jax', 'optax'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+MUON = OptimizerConfig(learning_rate=0.5, weight_decay=0.0, max_grad_norm=1e9, name="muon")
+SIDES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of a layer's rows
+
+
+def gradient_like(params: Params) -> Params:
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+
+
+def matrices_of(name: str, weight: jax.Array) -> np.ndarray:
+    """A layer's weights as matrices [L,rows,columns]; heads and head_dim are one side."""
+    rows = int(np.prod(weight.shape[1 : 1 + SIDES[name]]))
+    return np.asarray(weight).reshape(weight.shape[0], rows, -1)
+
+
+def test_muon_changes_matrices_of_layers_as_optax_does_one_by_one(params):
+    optimizer, gradient = make_optimizer(MUON), gradient_like(params)
+    updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    alone = optax.contrib.muon(MUON.learning_rate, consistent_rms=0.2)
+    for name in SIDES:
+        given = [jnp.asarray(x) for x in matrices_of(name, gradient["layers"][name][...])]
+        wanted, _ = jax.jit(alone.update)(given, alone.init(given), given)
+        ours = matrices_of(name, updates["layers"][name][...])
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-6)
+        singular = np.linalg.svd(ours, compute_uv=False) / (0.5 * 0.2 * max(ours.shape[1:]) ** 0.5)
+        assert (singular < 1.3).all() and (singular > 0.5).mean() > 0.9, "about one, but where the gradient has nothing"
+
+
+def test_muon_leaves_everything_else_to_adam_with_nesterovs_momentum(params):
+    adam = optax.nadamw(MUON.learning_rate, b1=MUON.b1, b2=MUON.b2, weight_decay=0.0)
+    gradient = gradient_like(params)
+    ours, theirs = (
+        jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0]
+        for optimizer in (make_optimizer(MUON), adam)
+    )
+    same = set()
+
+    def check(path: tuple, x: Weight, y: Weight) -> None:
+        if np.allclose(x[...], y[...], rtol=1e-4):
+            same.add(path[-1].key)
+
+    jax.tree_util.tree_map_with_path(check, ours, theirs, is_leaf=lambda x: isinstance(x, Weight))
+    names = {path[-2].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert same == names - SIDES.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_keeps_one_moment_of_a_matrix(params, dtype):
+    state = jax.eval_shape(make_optimizer(dataclasses.replace(MUON, moment_dtype=dtype)).init, params)
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    matrices = sum(params["layers"][name][...].size for name in SIDES)
+    moments = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating) and x.shape != (3,)]
+    assert sum(x.size for x in moments) == 2 * weights - matrices
+    assert {x.dtype.name for x in moments} == {dtype}
+    assert [x.dtype for x in jax.tree.leaves(state) if x.shape == (3,)] == [jnp.float32], "Newton-Schulz's coefficients"
+
+
+def test_muon_on_a_mesh_is_muon_on_one_device(model, params):
+    gradient, optimizer = gradient_like(params), make_optimizer(MUON)
+    alone, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    shardings = state_shardings(model, MUON, make_mesh(MeshConfig(1, 4, 2)))
+
+    def place(weights: Params, like: Params) -> Params:
+        return jax.device_put(jax.tree.map(np.array, weights), like)
+
+    state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(place(params, shardings.params))
+    split, after = jax.jit(optimizer.update)(place(gradient, shardings.params), state, place(params, shardings.params))
+    assert jax.tree.structure(after) == jax.tree.structure(shardings.opt_state)
+    for x, y in zip(*map(jax.tree.leaves, (split, alone)), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimiser_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"sft.optimizer.name=lion is not one of: adamw, muon"):
+        load(["config=sft", "sft.optimizer.name=lion"])
