@@ -354,7 +354,7 @@ def test_the_miniature_is_as_it_was():
     """Published numbers depend on its batches: 2048 tokens a step on average, the tokens of the plain render."""
     run = load(["config=sft"])
     batches = demonstrations_of(run, load_tokenizer("miniature"))
-    assert batches.steps == 1400 and batches.digest == "" and batches.at(0).tokens.shape == (7, 4, 192)
+    assert batches.steps == 800 and batches.digest == "" and batches.at(0).tokens.shape == (7, 4, 192)
     batch = batches.at(7)
     assert 0.7 * 2048 < (batch.segments > 0).sum() < 1.3 * 2048
 
