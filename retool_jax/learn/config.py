@@ -17,7 +17,7 @@ class OptimizerConfig:
     """AdamW or Muon, on gradients whose global norm is clipped."""
 
     learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-4  # about the size of a weight's change per step
-    name: Literal["adamw", "muon"] = "adamw"  # muon orthogonalises the momentum of layers' matrices
+    name: Literal["adamw", "muon"] = "adamw"  # or muon, which orthogonalises the momentum of layers' matrices
     warmup_steps: Count = 0
     decay_steps: Count = 0  # cosine from the end of the warm-up over this many steps; 0 keeps the rate constant
     final_fraction: Share = 0.1  # of the learning rate, at the end of the cosine
@@ -26,7 +26,7 @@ class OptimizerConfig:
     weight_decay: NotNegative = 0.01
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e12)] = 1.0  # larger gradients are scaled down; 1e9 clips none
     gradient_dtype: Dtype = "float32"  # of the sum of micro-batches' gradients; bfloat16 needs half the memory
-    moment_dtype: Dtype = "float32"  # of Adam's moments between steps; bfloat16 needs half the memory
+    moment_dtype: Dtype = "float32"  # of moments between steps; bfloat16 needs half the memory
 
     def __post_init__(self) -> None:
         if self.learning_rate * self.weight_decay > 1:
