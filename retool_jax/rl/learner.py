@@ -22,6 +22,7 @@ from retool_jax.rl.algorithms import Algorithm, aggregation_of
 from retool_jax.rl.batches import batches_of, kept_and_groups, scored_of
 from retool_jax.rl.config import RLConfig
 from retool_jax.rl.correction import correction, correction_numbers
+from retool_jax.rl.loss import acts_on_all_tokens
 from retool_jax.rollout.trajectory import Trajectory
 
 # Metrics that are taken from a step's first batch only. It is updated with the weights that sampled it, so there the
@@ -88,9 +89,11 @@ def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: in
             for old, engine, sampled in zip(*pair, scored.sampled, strict=True)
         ]
         metrics |= correction_numbers(p.rl.correction, *pair, scored.sampled)
-    # Leave out trajectories whose advantages are all 0, as in a group of equal rewards. They teach nothing, and with
-    # them the token mean would depend on how many of them a step happens to hold.
-    chosen = [bool(np.any(advantages)) for advantages in columns["advantages"]]
+    # Leave out trajectories whose advantages are all 0, as in a group of equal rewards. They add nothing to the term of
+    # the policy, and with them the token mean would depend on how many of them a step happens to hold. They stay in if
+    # the loss has a term that acts on them as well.
+    compared = [bool(np.any(advantages)) for advantages in columns["advantages"]]
+    chosen = [True] * len(kept) if acts_on_all_tokens(p.rl) else compared
 
     def batches(names: Sequence[str], chosen: Sequence[bool], aggregation: str) -> list[Batch]:
         wanted = {name: columns[name] for name in names}
@@ -107,7 +110,7 @@ def learn(p: Learner, state: State, trajectories: Sequence[Trajectory], step: in
         policy_batches = batches(names, chosen, aggregation_of(p.rl, p.algorithm))
         policy, numbers = run_updates(p.update, policy, policy_batches * p.rl.epochs)
         state, metrics = state._replace(**policy._asdict()), metrics | with_sample_size(numbers)
-    metrics["groups_used"] = len(set(groups[chosen].tolist()))
+    metrics["groups_used"] = len(set(groups[compared].tolist()))
     return Learned(state, metrics, sum(len(t.ids) for t, use in zip(kept, chosen, strict=True) if use))
 
 

@@ -117,6 +117,11 @@ def completed(policy: jax.Array, clipped: jax.Array, outputs: Columns, batch: Ba
     return TokenTerms(loss, metrics | mismatch(difference), {"logprob_diff": jnp.abs(difference)})
 
 
+def acts_on_all_tokens(rl: RLConfig) -> bool:
+    """Whether `completed` adds a term that does not depend on advantages, so that a token without one learns, too."""
+    return rl.entropy_coefficient > 0 or (rl.kl.coefficient > 0 and rl.kl.place == "loss")
+
+
 def mismatch(difference: jax.Array) -> dict[str, jax.Array]:
     """How far the engine's policy is from the trainer's, from log p_trainer - log p_engine of the sampled tokens.
 
