@@ -270,6 +270,12 @@ class Replay:
                     f"{path} holds a trajectory that was drawn with top_p={t.top_p:g} top_k={t.top_k} ({t.id}), and an"
                     " update knows the whole distribution; draw it with top_p=1 top_k=0"
                 )
+            if t.reward_terms and rl.reward.name not in t.reward_terms:
+                raise UserError(
+                    f"{path} holds a trajectory that has the reward {', '.join(t.reward_terms)} ({t.id}), and"
+                    f" rl.reward.name={rl.reward.name}; a replay learns from rewards as they were recorded: set that to"
+                    " what they were drawn with, or draw anew"
+                )
         longest = max(trajectories, key=lambda t: len(t.ids))
         if len(longest.ids) > rl.row_length:
             raise UserError(

@@ -153,6 +153,10 @@ def changed(folder: Path, **fields: object) -> None:
         ({"temperature": 0.7}, "was drawn at temperature 0.7 (p/11), and rl.temperature=1; set rl.temperature=0.7"),
         ({"top_p": 0.9}, "was drawn with top_p=0.9 top_k=0 (p/11), and an update knows the whole distribution"),
         ({"top_k": 5}, "was drawn with top_p=1 top_k=5 (p/11)"),
+        (
+            {"reward_terms": {"shaped": 0.1}},
+            "has the reward shaped (p/11), and rl.reward.name=default; a replay learns",
+        ),
         ({"group": 7}, "has 1 trajectories side by side of group 0, and rl.group_size=2; set it to what they were"),
     ],
 )
