@@ -146,7 +146,7 @@ class Checkpoints:
         way_out = f"; the one of step {max(others)} is used then" if others else " to start over"
         # Checked before orbax reads: it returns some damaged arrays without an error, and for others its threads print
         # tracebacks that no handler can catch.
-        if damaged := damaged_file(path, [*trees, NOTES]):
+        if damaged := next(filter(None, hosts.gather(damaged_file(path, [*trees, NOTES]))), None):
             raise UserError(f"checkpoint {path} is corrupt ({damaged}): remove that folder{way_out}")
 
         def item(tree: Any) -> ocp.args.PyTreeRestore:
@@ -212,7 +212,8 @@ def _writer(name: str) -> int:
 def damaged_file(folder: epath.PathLike, items: Sequence[str]) -> str | None:
     """The first error, in words, in the files of these items of a checkpoint and in the files beside all items.
 
-    None if all files match their digests, or if there are no digests.
+    None if all files match their digests, or if there are no digests. Of several hosts each checks its share of the
+    files.
     """
     folder, digests = epath.Path(folder), {}
     for path in sorted(folder.glob("digests.*json")):
@@ -220,10 +221,9 @@ def damaged_file(folder: epath.PathLike, items: Sequence[str]) -> str | None:
             digests |= dict(json.loads(path.read_text()))
         except (TypeError, ValueError):
             return f"{path.name} is not JSON, or no table"
-    for name, expected in digests.items():
-        path = folder / name
-        if "/" in name and name.split("/")[0] not in items:
-            continue
+    wanted = [name for name in digests if "/" not in name or name.split("/")[0] in items]
+    for name in (name for number, name in enumerate(wanted) if hosts.is_mine(number)):
+        path, expected = folder / name, digests[name]
         if not path.exists():
             return f"{name} is missing"
         if path.stat().length != expected[0]:

@@ -200,10 +200,13 @@ def test_two_processes_load_and_write_one_checkpoint(on_both, mesh, tmp_path):
 SHAPE = (64, 1024)
 
 SAVES = """
+from pathlib import Path
 from typing import NamedTuple
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from retool_jax.checkpoint import Checkpoints, abstract_like
+from retool_jax import hosts
+from retool_jax.checkpoint import Checkpoints, abstract_like, damaged_file
+from retool_jax.errors import UserError
 
 
 class State(NamedTuple):
@@ -231,6 +234,18 @@ for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state_of(3)),
     for a, b in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
         np.testing.assert_array_equal(a.data, b.data)
 assert notes == {"step": 3} and checkpoints.latest() == 3
+
+older = Path(words[0]) / "2"
+if hosts.is_first():
+    max(older.glob("params/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size).write_bytes(b"")
+hosts.gather(None)
+found = hosts.gather(damaged_file(older, ["params"]))
+assert sorted(map(bool, found)) == [False, True], "each process must read its share of the files"
+try:
+    checkpoints.restore(2, abstract_like(state_of(2), shardings))
+    raise AssertionError("a damaged checkpoint was read")
+except UserError as error:
+    assert str(error) == hosts.broadcast(str(error)) and "ocdbt.process_1" in str(error)
 checkpoints.close()
 """
 
