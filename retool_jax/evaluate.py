@@ -37,7 +37,9 @@ def measure(run: EvaluateRun) -> None:
 
     with hosts.joined(run.hosts):
         from retool_jax.run.evaluate import evaluate
+        from retool_jax.run.folder import check_hosts
 
+        check_hosts(run)
         asyncio.run(evaluate(run))
 
 

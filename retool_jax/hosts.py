@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +23,7 @@ from jax._src import cloud_tpu_init, distributed  # the client of the key-value 
 from jax.experimental import multihost_utils
 
 from retool_jax.errors import UserError, one_line
+from retool_jax.fields import show
 from retool_jax.hosts_config import HostsConfig
 
 T = TypeVar("T")
@@ -79,6 +80,23 @@ def gather(value: T) -> list[T]:
 def broadcast(value: T) -> T:
     """The first host's value. For the state of files, which one host may see earlier than another."""
     return gather(value if is_first() else None)[0]
+
+
+def require_same(values: Mapping[str, object]) -> None:
+    """Check that this host has the same values, by name, as the first one.
+
+    Otherwise the computations of a run would mix what the hosts have, or wait for each other without an end.
+
+    Raises:
+        UserError: a value differs; the message names it.
+    """
+    there = broadcast(dict(values))
+    for name in [*there, *values]:
+        if there.get(name) != values.get(name):
+            raise UserError(
+                f"{name} is {show(values.get(name))} on {_name(jax.process_index())} and {show(there.get(name))} on the"
+                " first one; start the same command with the same files on all of them"
+            )
 
 
 def global_arrays(values: Any, shardings: Any) -> Any:

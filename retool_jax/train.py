@@ -32,6 +32,9 @@ def train(run: SFTRun | RLRun) -> None:
     from retool_jax import hosts
 
     with hosts.joined(run.hosts):
+        from retool_jax.run.folder import check_hosts
+
+        check_hosts(run)
         if isinstance(run, RLRun):
             from retool_jax.run import rl
             from retool_jax.run.cold_start import make_cold_start

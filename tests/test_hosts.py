@@ -62,6 +62,12 @@ def main(words):
         told = hosts.gather({"own": own, "text": "é" * 5000 * own})
         assert told == [{"own": 0, "text": ""}, {"own": 1, "text": "é" * 5000}], told
         assert hosts.broadcast(f"of {own}") == "of 0"
+        hosts.require_same({"task": "sft", "seed": 0})
+        try:
+            hosts.require_same({"task": "sft", "seed": own})
+            assert own == 0
+        except UserError as error:
+            assert own == 1 and str(error).startswith("seed is 1 on host 1 (") and "0 on the first one;" in str(error)
         assert [hosts.is_mine(number) for number in range(4)] == [own == 0, own == 1] * 2
         print(hosts.with_host_name("it is full"), flush=True)
         if own == int(words[0]):

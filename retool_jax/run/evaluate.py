@@ -83,6 +83,7 @@ async def evaluate(run: EvaluateRun) -> dict:
         rows = [{"id": problem.id, "correct": [False]} for problem in problems]
         compare({"set": set_name(run), "problems": rows, "problems_sha256": digest_of(problems)}, theirs)
     asked = {"set": set_name(run), "problems": digest_of(problems), "weights": weights_of(run.init_from)}
+    hosts.require_same({"the digest of data.source": asked["problems"]})
     check_asked(folder, asked)
     if result := hosts.broadcast(complete_result(folder)):
         print(f"{folder} is complete; nothing to draw")

@@ -7,7 +7,7 @@ import fnmatch
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,6 +44,8 @@ MAY_CHANGE = (
     *("sandbox.backend", "sandbox.slots", "sandbox.urls", "sandbox.token", "sandbox.queue_*", "sandbox.retries"),
     *("sandbox.recycle_*", "sandbox.probe_s", "sandbox.session*"),
 )
+# Those of them that may also differ between the hosts of a run.
+OF_A_HOST = ("run", "compare", "logger", "hosts.*", "sandbox.*")
 # Keys of older folders that this version no longer has, with the values at which they had no effect.
 REMOVED: dict[str, tuple[object, ...]] = {
     "rollout.tool_output_chars": (),  # outputs are cut by tokens now, and no number of characters does the same
@@ -109,8 +111,14 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
 
 
-def may_change(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+def may_change(key: str, patterns: Sequence[str] = MAY_CHANGE) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def check_hosts(run: Run) -> None:
+    """A `UserError` when this host was started with another config than the first one."""
+    flat = to_flat(run)
+    hosts.require_same({key: flat[key] for key in flat if not (may_change(key) and may_change(key, OF_A_HOST))})
 
 
 def check_folder(run: Run) -> None:

@@ -57,6 +57,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
     tools = load_tools(run.tools) if not run.replay else None
     problems = problems_of(run, tokenizer, tools) if not run.replay else {}
     data = {split: stream.digest for split, stream in problems.items()}
+    hosts.require_same({f"the digest of data.{split}": digest for split, digest in data.items()})
     mesh = mesh_of(run)
     async with AsyncExitStack() as stack:
         if not run.replay and not read_summary(Path(run.run), run.rl.steps):

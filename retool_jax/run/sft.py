@@ -47,6 +47,7 @@ def train(run: SFTRun, wait: bool = False) -> TrainState:
     # Weights that will be needed are loaded now: a wrong path is reported before anything is written.
     given = load_weights(run, Path(run.init_from)) if run.init_from and not has_checkpoints(run) else None
     batches = demonstrations_of(run, tokenizer)
+    hosts.require_same({"the digest of sft.data": batches.digest})
     optimizer = optimizer_of(run.sft, batches.steps)
     with ExitStack() as stack:
         stack.enter_context(explain_out_of_memory(run))
