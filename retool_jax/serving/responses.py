@@ -7,6 +7,7 @@ policy sampled is never encoded again.
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from retool_jax.rollout.trajectory import End, Segment, Trajectory
@@ -309,11 +310,15 @@ def joined(before: Trajectory, after: Trajectory) -> Trajectory:
     """A conversation and its continuation, whose prompt it is, as one, with the sampled tokens and calls of both."""
     start = len(before.ids)
     first = after.segments[0]
-    after.sampled[:start], after.logprobs[:start] = before.sampled, before.logprobs
-    after.versions[:start] = before.versions
-    after.segments[:1] = [*before.segments, Segment("prompt", start, first.stop)]
-    after.tool_uses = [*before.tool_uses, *after.tool_uses]
-    return after
+    return replace(
+        after,
+        sampled=[*before.sampled, *after.sampled[start:]],
+        logprobs=[*before.logprobs, *after.logprobs[start:]],
+        versions=[*before.versions, *after.versions[start:]],
+        segments=[*before.segments, Segment("prompt", start, first.stop), *after.segments[1:]],
+        tool_uses=[*before.tool_uses, *after.tool_uses],
+        room=before.room,
+    )
 
 
 def usage_written(answer: Answer) -> dict[str, Any]:

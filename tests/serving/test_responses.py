@@ -143,6 +143,8 @@ def test_functions_of_the_client_round_trip_by_the_ids_that_were_kept(serve, scr
     assert three["previous_response_id"] == two["id"] and texts(three) == ["Once more."]
     ids = [each["ids"] for each in kept]
     assert ids[1][: len(ids[0])] == ids[0] and ids[2][: len(ids[1])] == ids[1], "nothing is encoded again"
+    totals = [each["usage"]["total_tokens"] for each in (one, two, three)]
+    assert totals == [len(each) for each in ids], "outputs of earlier programs count once"
     said = tokenizer.decode(ids[1][len(ids[0]) :])
     assert said.index("SIX") < said.index("not run: ") < said.index("É") < said.index("And now?")
     drawn = [i for i, sampled in zip(kept[2]["ids"], kept[2]["sampled"], strict=True) if sampled]
