@@ -93,7 +93,7 @@ class Trajectory:
     end: End | None = None  # None until it ends
     fault: str = ""  # the infrastructure failure, if one ended it
     room: int = 0  # the most tokens that the response could have
-    temperature: float | None = None  # at which it was sampled; None if unknown
+    temperature: float | None = None  # at which it was sampled; None if unknown, or not the same for all its turns
     top_p: float = 1.0  # 1 is off
     top_k: int = 0  # 0 is off
     final_text: str = ""  # the text to score: the last turn without its end mark; empty if it did not end by itself

@@ -127,6 +127,9 @@ def make_rollouts(
     groups: dict[tuple[int, ...], list[Trajectory]] = {}
     to_score: list[Trajectory] = []  # judged by a right answer
     for trajectory, judgement in _judged(sessions, judgements, left_out):
+        if trajectory.temperature is None:
+            left_out["whose turns were drawn in different ways"] += 1
+            continue
         if trajectory.temperature == 0 or trajectory.top_p < 1 or trajectory.top_k:
             left_out["drawn greedily, with top_p or with top_k, which no update knows"] += 1
             continue

@@ -307,9 +307,13 @@ def chat_messages(items: list) -> list[dict]:
 
 
 def joined(before: Trajectory, after: Trajectory) -> Trajectory:
-    """A conversation and its continuation, whose prompt it is, as one, with the sampled tokens and calls of both."""
+    """A conversation and its continuation, whose prompt it is, as one, with the sampled tokens and calls of both.
+
+    Its temperature is None if they were not sampled in the same way.
+    """
     start = len(before.ids)
     first = after.segments[0]
+    ways = [(each.temperature, each.top_p, each.top_k) for each in (before, after)]
     return replace(
         after,
         sampled=[*before.sampled, *after.sampled[start:]],
@@ -318,6 +322,7 @@ def joined(before: Trajectory, after: Trajectory) -> Trajectory:
         segments=[*before.segments, Segment("prompt", start, first.stop), *after.segments[1:]],
         tool_uses=[*before.tool_uses, *after.tool_uses],
         room=before.room,
+        temperature=after.temperature if ways[0] == ways[1] else None,
     )
 
 

@@ -113,6 +113,28 @@ def test_recorded_conversations_make_a_training_step(serve, engine, model, param
     assert line["step"] == 1 and line["logprob_diff_mean"] < 1e-3 and min(drawn) > 0
 
 
+def test_responses_whose_turns_were_drawn_in_different_ways_are_left_out(serve, scripted, tmp_path):
+    scripted_turns = scripted({7: ["Six.<|im_end|>"] * 5})
+
+    async def main() -> list[str]:
+        async with serve(scripted_turns, record=str(tmp_path)) as client:
+
+            async def name_of(temperature: float, previous: str | None = None) -> str:
+                asked = {"input": "And now?", "seed": 7, "temperature": temperature, "previous_response_id": previous}
+                return (await client.ask(asked, "/v1/responses"))["id"]
+
+            greedy, warm = await name_of(0), await name_of(1)
+            mixed = await name_of(1, greedy)
+            return [greedy, warm, mixed, await name_of(1, mixed), await name_of(1, warm)]
+
+    judge(tmp_path, *({"session": name, "reward": 1} for name in asyncio.run(main())))
+    with contextlib.redirect_stdout(io.StringIO()) as output:  # not capsys, as above
+        out = make(tmp_path, "group_size=1")
+    made, said = read_rollouts(rollouts_path(out, 1)), output.getvalue()
+    assert [(t.temperature, t.turns) for t in made] == [(1, 1), (1, 2)]
+    assert "2 left out: whose turns were drawn in different ways" in said and "1 left out: drawn greedily" in said
+
+
 def test_a_torn_line_does_not_spoil_the_next_one(serve, scripted, tmp_path):
     (tmp_path / "sessions.jsonl").write_text('{"session": "half')
     turns = {7: ["Six.<|im_end|>"]}
