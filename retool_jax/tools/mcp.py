@@ -15,7 +15,7 @@ from retool_jax.tools.tool import Output, Tool
 
 try:
     from mcp import Client, MCPError
-    from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, PARSE_ERROR, REQUEST_TIMEOUT, CallToolResult
+    from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, PARSE_ERROR, REQUEST_TIMEOUT, CallToolResult, ContentBlock
     from mcp_types import Tool as Listed
 except ModuleNotFoundError as missing:
     raise UserError(
@@ -89,10 +89,18 @@ async def list_tools(url: str) -> list[Listed]:
 
 def _text_of(result: CallToolResult) -> str:
     """The text of a result, or its structured content as JSON if it has no parts."""
-    parts = [getattr(part, "text", None) or f"[{part.type}, which is no text]" for part in result.content]
+    parts = [_text_of_part(part) for part in result.content]
     if not parts and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)
     return "\n".join(parts)
+
+
+def _text_of_part(part: ContentBlock) -> str:
+    """The text of a part, or of the resource that it holds; the address of a linked one; else what it is."""
+    text = getattr(getattr(part, "resource", part), "text", None)
+    if text is None and part.type == "resource_link":
+        text = str(part.uri)
+    return f"[{part.type}, which is no text]" if text is None else text
 
 
 def _first_error(error: BaseException) -> BaseException:

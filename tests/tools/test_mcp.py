@@ -40,6 +40,7 @@ def mcp_server() -> object:
     pytest.importorskip("mcp", reason="tools of MCP servers need mcp: pip install 'retool_jax[mcp]'")
     from mcp.server import MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
+    from mcp_types import EmbeddedResource, ImageContent, ResourceLink, TextContent, TextResourceContents
 
     server = MCPServer("test", log_level="CRITICAL")
 
@@ -56,6 +57,13 @@ def mcp_server() -> object:
     async def wait() -> str:
         await asyncio.sleep(WAIT_S)
         return "late"
+
+    @server.tool(structured_output=False)
+    def read() -> list:
+        found = TextResourceContents(uri="note://1", text="a = 3")
+        linked = ResourceLink(name="more", uri="note://2")
+        image = ImageContent(data="", mime_type="image/png")
+        return [TextContent(text=""), EmbeddedResource(resource=found), linked, image]
 
     return server
 
@@ -81,7 +89,7 @@ def test_names_and_schemas_are_listed_and_calls_are_answered(url):
         return load_tools(["calculator", f"mcp:{url}"])
 
     tools = asyncio.run(load())
-    assert tools.names == ("calculator", "add", "refuse", "wait")
+    assert tools.names == ("calculator", "add", "refuse", "wait", "read")
     add = tools.schemas[1]["function"]
     assert add["description"] == "Add two numbers." and add["parameters"]["required"] == ["a"]
     calls = [("add", {"a": 4}), ("add", {"a": 4, "b": -4, "c": 5}), ("add", {"a": "four"}), ("add", {"b": 1})]
@@ -90,6 +98,11 @@ def test_names_and_schemas_are_listed_and_calls_are_answered(url):
     assert [output.text for output in outputs[:2]] == ["7", "0"]
     assert outputs[2].text == 'malformed call: arguments must be {"a": 0, "b"?: 0}; a must be a whole number'
     assert outputs[4].text.endswith("no fish here") and outputs[5].text.startswith("unknown tool 'subtract'")
+
+
+def test_each_part_of_an_answer_is_a_line(url):
+    (output,) = run(load_tools(f"mcp:{url}"), ToolCall("read", {}))
+    assert output.text.split("\n") == ["", "a = 3", "note://2", "[image, which is no text]"]
 
 
 def test_a_call_that_takes_too_long_is_ended_as_any_other(url):
