@@ -119,7 +119,8 @@ def make_rollouts(
         tokenizer: of the policy that was served.
 
     Raises:
-        UserError: a file cannot be read, the folder has rollouts, or nothing would be written.
+        UserError: a file cannot be read, the folder has rollouts, the sessions have ids that the tokenizer lacks, or
+            nothing would be written.
     """
     if (out / FOLDER).exists():
         raise UserError(f"out={out} has {FOLDER}/ already; choose another folder")
@@ -127,6 +128,13 @@ def make_rollouts(
     groups: dict[tuple[int, ...], list[Trajectory]] = {}
     to_score: list[Trajectory] = []  # judged by a right answer
     for trajectory, judgement in _judged(sessions, judgements, left_out):
+        # Unknown ids have no text, so answers would be judged wrong. The prompt is all of known ids; a policy may draw
+        # ids that only pad its table.
+        if (highest := max(trajectory.ids[: trajectory.segments[0].stop])) >= len(tokenizer):
+            raise UserError(
+                f"{sessions} has the id {highest}, and the tokenizer has ids up to {len(tokenizer) - 1}; set"
+                " tokenizer=FOLDER to that of the policy that was served"
+            )
         if trajectory.temperature is None:
             left_out["whose turns were drawn in different ways"] += 1
             continue

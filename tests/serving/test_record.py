@@ -143,6 +143,17 @@ def test_a_torn_line_does_not_spoil_the_next_one(serve, scripted, tmp_path):
     assert len(lines) == 2 and json.loads(lines[1])["session"] == names[0]
 
 
+def test_sessions_of_another_tokenizer_are_told(serve, scripted, tmp_path):
+    (name,), _ = record(serve, scripted({7: ["Six.<|im_end|>"]}), tmp_path, body(7, n=1, max_tokens=50))
+    path = tmp_path / "sessions.jsonl"
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps(line | {"ids": [40_000, *line["ids"][1:]]}) + "\n")
+    judge(tmp_path, {"session": name, "answer": "6"})
+    with pytest.raises(UserError, match=r"has the id 40000, and the tokenizer has ids up to \d+; set tokenizer=FOLDER"):
+        make(tmp_path, "group_size=1")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
