@@ -72,17 +72,18 @@ def read_judgements(path: Path) -> dict[tuple[str, int | None], Judgement]:
     found: dict[tuple[str, int | None], Judgement] = {}
     number = 0
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            number += 1
-            record = json.loads(line)
-            session, choice, reward, answer = (record.get(key) for key in ("session", "choice", "reward", "answer"))
-            named = isinstance(session, str) and (choice is None or type(choice) is int)
-            if not named or (reward is None) == (answer is None) or not isinstance(answer, str | None):
-                raise ValueError('it needs a "session", and either a "reward" or an "answer" in a text')
-            reward = None if reward is None else float(reward)
-            if reward is not None and not math.isfinite(reward):
-                raise ValueError(f"the reward is {reward}, and must be finite")
-            found[session, choice] = Judgement(reward, answer)
+        with path.open(encoding="utf-8") as file:
+            for line in file:  # texts may hold line ends that only `splitlines` takes for one
+                number += 1
+                record = json.loads(line)
+                session, choice, reward, answer = (record.get(key) for key in ("session", "choice", "reward", "answer"))
+                named = isinstance(session, str) and (choice is None or type(choice) is int)
+                if not named or (reward is None) == (answer is None) or not isinstance(answer, str | None):
+                    raise ValueError('it needs a "session", and either a "reward" or an "answer" in a text')
+                reward = None if reward is None else float(reward)
+                if reward is not None and not math.isfinite(reward):
+                    raise ValueError(f"the reward is {reward}, and must be finite")
+                found[session, choice] = Judgement(reward, answer)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); give a file of rewards") from None
     except (ValueError, TypeError, AttributeError) as error:

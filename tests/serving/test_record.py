@@ -163,6 +163,7 @@ def test_sessions_of_another_tokenizer_are_told(serve, scripted, tmp_path):
         ('{"session": "a", "reward": NaN}', "the reward is nan, and must be finite"),
         ('{"session": "a", "reward": "much"}', "could not convert"),
         ('{"session": "b", "reward": 1}', "has no 2 judged sessions of one prompt (none left out); lower group_size"),
+        ('{"session": "b", "answer": "6\u2028"}', "has no 2 judged sessions of one prompt (none left out)"),
     ],
 )
 def test_rewards_that_say_something_else_are_named(tmp_path, line, told):
