@@ -128,7 +128,9 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
     key. If this does not distinguish the runs, the names of their folders are added.
     """
     flat = [flatten_dict(config) for config in configs]
-    keys = sorted({key for config in flat for key in config}, key=lambda key: (key == "seed", key != "tools", key))
+    # Keys with fewer parts come first: sft.steps says more to a reader than sft.optimizer.decay_steps.
+    every = {key for config in flat for key in config}
+    keys = sorted(every, key=lambda key: (key == "seed", key != "tools", key.count("."), key))
     splits: dict[str, tuple[int, ...]] = {}  # by key: for each run, the first run with the same value
     for key in keys:
         values = [str(config.get(key)) for config in flat]

@@ -21,6 +21,8 @@ def test_labels_are_what_differs():
     text_only = base | {"tools": "none", "rl": {"clip": 0.2, "turns": 1}}
     assert labels(base, text_only) == ["with tool (tools=python)", "text only (tools=none)"]
     assert labels(base, base | {"rl": {"clip": 0.3, "turns": 2}})[1] == "rl.clip=0.3"
+    cold = [{"sft": {"optimizer": {"decay_steps": steps}, "steps": steps}} for steps in (1, 9)]
+    assert labels(*cold) == ["sft.steps=1", "sft.steps=9"], "of keys that tell the same, the one with fewer parts"
 
 
 def test_a_key_that_tells_fewer_runs_apart_than_another_is_left_out():
