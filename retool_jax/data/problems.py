@@ -112,7 +112,9 @@ def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list
     problems: dict[str, Problem] = {}
     for number, row in enumerate(read_rows(source, f", or one of {', '.join(MADE)}"), start=1):
         where = f"{source} row {number}"
-        problem = to_problem(rename_columns(row, where, columns) if columns else row, where)
+        row = rename_columns(row, where, columns) if columns else row
+        # An id has no path: a set is the same one wherever its file is.
+        problem = to_problem(row, where, f"row {number}")
         if problems.setdefault(problem.id, problem) != problem:
             raise UserError(
                 f"{source} row {number} has the extra_info.index {problem.id!r} of another problem; make them unique"
@@ -140,8 +142,11 @@ def problems_of_set(config: SetConfig, count: int) -> list[Problem]:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def to_problem(row: dict, where: str) -> Problem:
-    """The problem in a row of any form that `rows` knows; `where` is for errors."""
+def to_problem(row: dict, where: str, unnamed: str | None = None) -> Problem:
+    """The problem in a row of any form that `rows` knows.
+
+    `where` is for errors, and is the id if the row has none, unless `unnamed` is given for that.
+    """
     tools = tools_of(row, where)
     messages, bare = question_in(row, where)
     index = object_in(row, "extra_info", where).get("index")
@@ -149,7 +154,8 @@ def to_problem(row: dict, where: str) -> Problem:
         index = next((row[key] for key in IDS if row.get(key) is not None), None)
     if bare:
         messages[-1]["content"] = prompt_of(messages[-1]["content"])
-    return Problem(where if index is None else str(index), tuple(messages), true_answer(row, where), tools)
+    name = (where if unnamed is None else unnamed) if index is None else str(index)
+    return Problem(name, tuple(messages), true_answer(row, where), tools)
 
 
 def to_row(problem: Problem, source: str) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from retool_jax.data.arithmetic import problem_row
 from retool_jax.data.config import SetConfig
 from retool_jax.data.instructions import INSTRUCTION
-from retool_jax.data.problems import Problems, clean, load_problems, problems_of_set, to_problem
+from retool_jax.data.problems import Problems, clean, digest_of, load_problems, problems_of_set, to_problem
 from retool_jax.errors import UserError
 
 DAPO_PROMPT = (
@@ -312,6 +312,13 @@ def test_the_set_of_an_evaluation_is_read_in_its_order_with_its_own_columns(tmp_
     assert problems_of_set(config, 5) == found[:5]
     with pytest.raises(UserError, match=r"row 1 has no .id., which data\.id=id names; it has frage, gold, nr"):
         problems_of_set(SetConfig(config.source, question="frage", answer="gold", id="id"), 0)
+
+
+def test_a_set_without_ids_is_the_same_wherever_its_file_is(tmp_path):
+    rows = [{"problem": asked, "answer": answer} for asked, answer in QUESTIONS]
+    here, there = (problems_of_set(SetConfig(write(tmp_path / name, rows)), 0) for name in ("a.jsonl", "b.jsonl"))
+    assert [problem.id for problem in here] == [f"row {i}" for i in range(1, len(QUESTIONS) + 1)]
+    assert digest_of(here) == digest_of(there)
 
 
 def test_the_miniatures_set_is_as_long_as_is_asked_for():
