@@ -17,6 +17,7 @@ from retool_jax.run.load import read_yaml
 from retool_jax.run.schema import TASKS
 from retool_jax.shapes import complaint
 
+DATA = ("data.", "sft.data")  # keys of data sets, which make another setting even if their values are paths
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
 
 
@@ -75,7 +76,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     names = [folder.resolve().name for folder in folders]
     complete = [with_defaults(config) for config in configs]
     labels = config_labels(complete, names)
-    settings = config_labels([{**config, "seed": None} for config in complete], [""] * len(names))
+    settings = setting_labels(complete)
     return [_load_run(*arguments) for arguments in zip(folders, labels, settings, configs, strict=True)]
 
 
@@ -121,11 +122,32 @@ def summary_so_far(records: Iterable[dict]) -> dict:
     return {"before": same[0], "after": same[-1] if len(same) > 1 else {}, "split": split, "steps": same[-1]["step"]}
 
 
-def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
+def setting_labels(configs: Sequence[dict]) -> list[str]:
+    """Label flat configs by their differences except the seed, so that equal labels are seeds of one setting.
+
+    A path that differs with the seed, as `init_from` does if each seed has its own cold start, makes no other setting.
+    If runs of one seed have different paths, it does.
+    """
+    settings = config_labels([{**config, "seed": None} for config in configs], [""] * len(configs), most=None)
+    paths = {key for config in configs for key, value in config.items() if "/" in str(value)} - {"run", "compare"}
+    for key in sorted(paths, key=lambda key: (key.count("."), key)):
+        found: dict[tuple[str, str], set[str]] = {}
+        for setting, config in zip(settings, configs, strict=True):
+            found.setdefault((setting, str(config.get("seed"))), set()).add(str(config.get(key)))
+        parted = {setting for (setting, _), values in found.items() if len(values) > 1}
+        settings = [
+            ", ".join(filter(None, (setting, _setting(key, config.get(key))))) if setting in parted else setting
+            for setting, config in zip(settings, configs, strict=True)
+        ]
+    return settings
+
+
+def config_labels(configs: Sequence[dict], names: Sequence[str], most: int | None = 3) -> list[str]:
     """Label runs by the differences of their configs: 'tools=none', 'rl.clip_high=0.2, seed 1'.
 
-    Paths are left out, and so are keys that split the runs exactly as an earlier key does, or less finely than another
-    key. If this does not distinguish the runs, the names of their folders are added.
+    Paths of anything but data are left out, and so are keys that split the runs exactly as an earlier key does, or less
+    finely than another key. `most` keys are shown, without the seed. If this does not distinguish the runs, the names
+    of their folders are added.
     """
     flat = [flatten_dict(config) for config in configs]
     # Keys with fewer parts come first: sft.steps says more to a reader than sft.optimizer.decay_steps.
@@ -136,11 +158,11 @@ def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
         values = [str(config.get(key)) for config in flat]
         split = tuple(values.index(value) for value in values)
         adds_something = len(set(split)) > 1 and (key == "seed" or split not in splits.values())
-        if adds_something and not any("/" in value for value in values):
+        if adds_something and (key.startswith(DATA) or not any("/" in value for value in values)):
             splits[key] = split
     seed = [key for key in splits if key == "seed"]
     others = {key: split for key, split in splits.items() if key != "seed"}
-    shown = [key for key in others if not any(_coarser(others[key], other) for other in others.values())][:3] + seed
+    shown = [key for key in others if not any(_coarser(others[key], other) for other in others.values())][:most] + seed
     labels = [", ".join(_setting(key, config.get(key)) for key in shown) for config in flat]
     if len(set(labels)) == len(labels) and all(labels):
         return labels

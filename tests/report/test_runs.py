@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.errors import UserError
-from retool_jax.report.runs import Run, config_labels, load_runs, with_defaults
+from retool_jax.report.runs import Run, config_labels, load_runs, setting_labels, with_defaults
 from retool_jax.report.trajectories import Source, read_records, sources_of
 
 
@@ -35,6 +35,25 @@ def test_a_key_that_tells_fewer_runs_apart_than_another_is_left_out():
         f"{labels[0]}, seed 1",
         f"{labels[1]}, seed 0",
     ]
+
+
+def test_runs_of_one_setting_differ_by_their_seed_alone():
+    base = {"run": "runs/a", "seed": 0, "tools": "python", "init_from": "", "data.train": "sets/a.jsonl", "rl.lr": 1}
+    more = {"run": "runs/b", "seed": 1}
+    assert setting_labels([base, base | more]) == ["", ""]
+    own = [base | {"init_from": "runs/sft0"}, base | more | {"init_from": "runs/sft1"}]
+    assert setting_labels(own) == ["", ""], "a cold start for each seed"
+    assert setting_labels([*own, base | {"init_from": "runs/other"}]) == [
+        "init_from=runs/sft0",
+        "init_from=runs/sft1",
+        "init_from=runs/other",
+    ]
+    text = [{**config, "tools": "none", "init_from": f"{config['init_from']}_text"} for config in own]
+    assert len(set(setting_labels([*own, *text]))) == 2
+    labels = ["data.train=sets/a.jsonl", "data.train=sets/b.jsonl"]
+    assert setting_labels([base, base | more | {"data.train": "sets/b.jsonl"}]) == labels
+    ablations = [base, *(base | {key: 9} for key in ("rl.a", "rl.b", "rl.c", "rl.lr", "tools"))]
+    assert len(set(setting_labels(ablations))) == len(ablations), "each changes another key"
 
 
 def test_a_key_that_is_newer_than_a_run_has_its_default():
