@@ -139,9 +139,10 @@ def _without_header_think(tokenizer: Tokenizer, messages: list[dict], grammar: s
             not begun or (grammar == "hermes" and tokenizer.family.header_after_answer)
         ):
             text = turn["content"]
-            if text.startswith("<think>\n"):
-                text = text.removeprefix("<think>\n")
-            else:
+            thought, closing, _ = text.partition("</think>")
+            if thought.lstrip().startswith("<think>"):
+                text = text.lstrip().removeprefix("<think>").removeprefix("\n")
+            elif not closing or "<think>" in thought:  # otherwise it was drawn after such a header, and begins inside
                 text = "\n</think>\n" + ("\n" + text if text else "")
             turn = turn | {"content": text}
         begun = begun or turn["role"] == "assistant"

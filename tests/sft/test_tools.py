@@ -116,3 +116,15 @@ def test_a_header_that_opens_thinking_is_not_opened_again(tokenizer, grammar):
     )
     plain = to_example(tokenizer, messages_of(row), load_tools("python"), SFTConfig(grammar=grammar))
     assert "assistant\n<think>\nSix times seven.\n</think>\n\nI compute:" in tokenizer.decode(plain.ids)
+
+
+@pytest.mark.parametrize("text", ["<think>\n{}", "<think>{}", "\n\n<think>{}", "{}"])
+def test_a_thought_goes_on_after_a_header_that_opens_it_however_the_row_begins(tokenizer, text):
+    hf = copy.deepcopy(tokenizer.hf)
+    hf.chat_template = THINKS
+    said = "Six times seven.\n</think>\n\nIt is \\boxed{42}."
+    turns = [{"role": "user", "content": "What is 6 * 7?"}, {"role": "assistant", "content": text.replace("{}", said)}]
+    example = to_example(Tokenizer(hf), messages_of({"messages": turns}), None, SFTConfig())
+    sampled = np.asarray(example.ids)[np.asarray(example.sampled)]
+    assert tokenizer.decode(example.ids).endswith(f"assistant\n<think>\n{said}<|im_end|>")
+    assert tokenizer.decode(sampled) == f"{said}<|im_end|>"
