@@ -59,8 +59,8 @@ def demonstration_ids(
 _CODE = re.compile(r"</?code>")
 _OUTPUT = re.compile(r"\s*<interpreter>(.*?)</interpreter>", re.DOTALL)
 _FINAL = re.compile(r"(.*?)<answer>(.*?)</answer>(.*)", re.DOTALL)
-# Strings that a tokenizer would turn into control tokens.
-_CONTROL = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
+# Strings that a tokenizer would turn into control tokens; DeepSeek's have full-width bars.
+_CONTROL = re.compile(r"<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>|</?tool_(?:call|response)>")
 
 
 class Unreadable(ValueError):

@@ -19,6 +19,7 @@ from retool_jax.data.traces import (
 from retool_jax.sandbox import SandboxConfig, open_sandbox
 from retool_jax.tokens.demonstrations import demonstration_ids
 from retool_jax.tokens.grammar import tool_calls
+from retool_jax.tokens.tokenizer import R1
 from retool_jax.tools.python import Python
 
 # The prompt of ReTool-SFT: the part in every row, and what the raw rows have around it.
@@ -121,6 +122,7 @@ def test_the_raw_form_becomes_turns_and_calls(name, tokenizer):
         (step("print(7)", "7"), "no final answer"),
         ("", "no final answer"),
         ("It is 7.<|im_end|>" + end(), "a control token in the text"),
+        (f"It is 7.{R1.turn_end}" + end(), "a control token in the text"),
         (step("print('<tool_call>')", "7") + end(), "a control token in the text"),
         ("It is 7.", "no box in the final turn"),
         ("It is \\boxed{7", "an unterminated box"),
