@@ -1,6 +1,7 @@
 """Read run folders for the report, and label runs so that they can be distinguished."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from retool_jax.run.schema import TASKS
 from retool_jax.shapes import complaint
 
 DATA = ("data.", "sft.data")  # keys of data sets, which make another setting even if their values are paths
+SHOWN_KEYS = 3  # of a run's label
 READABLE = {"tools=none": "text only (tools=none)", "tools=python": "with tool (tools=python)"}
 
 
@@ -123,12 +125,19 @@ def summary_so_far(records: Iterable[dict]) -> dict:
 
 
 def setting_labels(configs: Sequence[dict]) -> list[str]:
-    """Label flat configs by their differences except the seed, so that equal labels are seeds of one setting.
+    """Label flat configs by all their differences except the seed, so that equal labels are seeds of one setting.
 
-    A path that differs with the seed, as `init_from` does if each seed has its own cold start, makes no other setting.
-    If runs of one seed have different paths, it does.
+    If more than `SHOWN_KEYS` keys differ, each label has only the values that most runs do not have. A path that
+    differs with the seed, as `init_from` does if each seed has its own cold start, makes no other setting. If runs of
+    one seed have different paths, it does.
     """
-    settings = config_labels([{**config, "seed": None} for config in configs], [""] * len(configs), most=None)
+    keys = [key for key in telling_keys(configs) if key != "seed"]
+    usual = {key: Counter(str(config.get(key)) for config in configs).most_common(1)[0][0] for key in keys}
+    settings = []
+    for config in configs:
+        many = len(keys) > SHOWN_KEYS
+        shown = [key for key in keys if not many or str(config.get(key)) != usual[key]]
+        settings.append(", ".join(_setting(key, config.get(key)) for key in shown) or many * "as most runs")
     paths = {key for config in configs for key, value in config.items() if "/" in str(value)} - {"run", "compare"}
     for key in sorted(paths, key=lambda key: (key.count("."), key)):
         found: dict[tuple[str, str], set[str]] = {}
@@ -142,31 +151,39 @@ def setting_labels(configs: Sequence[dict]) -> list[str]:
     return settings
 
 
-def config_labels(configs: Sequence[dict], names: Sequence[str], most: int | None = 3) -> list[str]:
+def config_labels(configs: Sequence[dict], names: Sequence[str]) -> list[str]:
     """Label runs by the differences of their configs: 'tools=none', 'rl.clip_high=0.2, seed 1'.
 
-    Paths of anything but data are left out, and so are keys that split the runs exactly as an earlier key does, or less
-    finely than another key. `most` keys are shown, without the seed. If this does not distinguish the runs, the names
-    of their folders are added.
+    At most `SHOWN_KEYS` keys are shown, and the seed. If this does not distinguish the runs, the names of their folders
+    are added.
     """
     flat = [flatten_dict(config) for config in configs]
-    # Keys with fewer parts come first: sft.steps says more to a reader than sft.optimizer.decay_steps.
-    every = {key for config in flat for key in config}
-    keys = sorted(every, key=lambda key: (key == "seed", key != "tools", key.count("."), key))
-    splits: dict[str, tuple[int, ...]] = {}  # by key: for each run, the first run with the same value
-    for key in keys:
-        values = [str(config.get(key)) for config in flat]
-        split = tuple(values.index(value) for value in values)
-        adds_something = len(set(split)) > 1 and (key == "seed" or split not in splits.values())
-        if adds_something and (key.startswith(DATA) or not any("/" in value for value in values)):
-            splits[key] = split
-    seed = [key for key in splits if key == "seed"]
-    others = {key: split for key, split in splits.items() if key != "seed"}
-    shown = [key for key in others if not any(_coarser(others[key], other) for other in others.values())][:most] + seed
+    keys = telling_keys(flat)
+    shown = [key for key in keys if key != "seed"][:SHOWN_KEYS] + [key for key in keys if key == "seed"]
     labels = [", ".join(_setting(key, config.get(key)) for key in shown) for config in flat]
     if len(set(labels)) == len(labels) and all(labels):
         return labels
     return [" · ".join(filter(None, pair)) for pair in zip(labels, names, strict=True)]
+
+
+def telling_keys(configs: Sequence[dict]) -> list[str]:
+    """The keys by which flat configs can be told apart, the seed last.
+
+    Paths of anything but data are left out, and so are keys that split the runs exactly as an earlier key does, or less
+    finely than another key.
+    """
+    # Keys with fewer parts come first: sft.steps says more to a reader than sft.optimizer.decay_steps.
+    every = {key for config in configs for key in config}
+    keys = sorted(every, key=lambda key: (key == "seed", key != "tools", key.count("."), key))
+    splits: dict[str, tuple[int, ...]] = {}  # by key: for each run, the first run with the same value
+    for key in keys:
+        values = [str(config.get(key)) for config in configs]
+        split = tuple(values.index(value) for value in values)
+        adds_something = len(set(split)) > 1 and (key == "seed" or split not in splits.values())
+        if adds_something and (key.startswith(DATA) or not any("/" in value for value in values)):
+            splits[key] = split
+    others = [split for key, split in splits.items() if key != "seed"]
+    return [key for key, split in splits.items() if key == "seed" or not any(_coarser(split, one) for one in others)]
 
 
 def _coarser(split: tuple[int, ...], other: tuple[int, ...]) -> bool:
