@@ -27,9 +27,9 @@ class Algorithm:
 
     `advantage` returns columns by name, one array [T_i] for each trajectory: "advantages", and "returns" for a critic.
     A trajectory whose advantages are all 0 is left out of the policy's batch, unless the run adds a divergence or an
-    entropy bonus to the loss, which act on all tokens. `loss` takes the policy's outputs for a
-    micro-batch and the micro-batch with its columns, and returns the loss of each token. `models` are used beside the
-    policy: "critic" is trained, "teacher" is frozen.
+    entropy bonus to the loss, which act on all tokens. `loss` takes the policy's outputs for a micro-batch and the
+    micro-batch with its columns, and returns the loss of each token. `models` are used beside the policy: "critic" is
+    trained, "teacher" is frozen.
     """
 
     advantage: Advantage
