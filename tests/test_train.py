@@ -226,7 +226,7 @@ def test_help_and_a_mistake_in_the_words_need_neither_jax_nor_the_network():
 def test_a_folder_of_another_run(copied):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     message = error_of(*SFT, f"run={copied}", "sft.optimizer.learning_rate=0.5")
-    assert f"{copied} holds another run: sft.optimizer.learning_rate is 0.002 there and 0.5 here" in message
+    assert f"{copied} holds another run: sft.optimizer.learning_rate is 0.003 there and 0.5 here" in message
     assert "choose another run=FOLDER, or remove that one" in message
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 

