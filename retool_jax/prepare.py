@@ -321,12 +321,13 @@ async def program_lines(
 
 def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report) -> list[Line]:
     """The rows that are problems, each question once, with the project's instruction."""
+    name = Path(source).stem
 
     def readable() -> Iterator[Problem]:
         for number, row in rows:
             report.rows += 1
-            try:
-                problem = to_problem(row, f"{source} row {number}")
+            try:  # ids have the file's name and not its folder, so that they do not depend on where it is
+                problem = to_problem(row, f"{source} row {number}", f"{name} row {number}")
             except UserError as error:
                 report.drop(number, "is no problem", str(error))
             else:
@@ -334,7 +335,6 @@ def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report)
 
     kept, dropped = clean(readable())
     report.reasons.update(dropped)
-    name = Path(source).stem
     return [Line(number, to_row(problem, name), problem.question) for number, problem in enumerate(kept, start=1)]
 
 

@@ -105,6 +105,17 @@ def test_problems_are_cleaned_and_compared(tmp_path, capsys):
     assert "all of its words in held_out.jsonl" in capsys.readouterr().out
 
 
+def test_ids_of_problems_do_not_depend_on_the_folder_of_their_source(tmp_path):
+    made = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        source = write(folder / "p.jsonl", [{"problem": "1 + 1?", "answer": "2"}, {"problem": "2 + 2?", "answer": "4"}])
+        main([f"source={source}", f"out={folder / 'out.jsonl'}", "kind=problems"])
+        made.append((folder / "out.jsonl").read_text())
+    assert made[0] == made[1]
+    assert [problem.id for problem in load_problems(str(folder / "out.jsonl"))] == ["p row 1", "p row 2"]
+
+
 def test_what_asks_for_another_form_is_counted_and_stays(tmp_path, capsys):
     odd = "Write the final answer in <result> tags."
     qwen = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -142,10 +142,10 @@ def problems_of_set(config: SetConfig, count: int) -> list[Problem]:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def to_problem(row: dict, where: str, unnamed: str | None = None) -> Problem:
+def to_problem(row: dict, where: str, name: str = "") -> Problem:
     """The problem in a row of any form that `rows` knows.
 
-    `where` is for errors, and is the id if the row has none, unless `unnamed` is given for that.
+    `where` is for errors. A row without an id gets `name`, or `where` if that is empty.
     """
     tools = tools_of(row, where)
     messages, bare = question_in(row, where)
@@ -154,8 +154,7 @@ def to_problem(row: dict, where: str, unnamed: str | None = None) -> Problem:
         index = next((row[key] for key in IDS if row.get(key) is not None), None)
     if bare:
         messages[-1]["content"] = prompt_of(messages[-1]["content"])
-    name = (where if unnamed is None else unnamed) if index is None else str(index)
-    return Problem(name, tuple(messages), true_answer(row, where), tools)
+    return Problem(name or where if index is None else str(index), tuple(messages), true_answer(row, where), tools)
 
 
 def to_row(problem: Problem, source: str) -> dict:
