@@ -102,6 +102,12 @@ def algorithm_of(rl: RLConfig) -> Algorithm:
             f"rl.kl.place={rl.kl.place} and rl.kl.estimator={rl.kl.estimator} say how the divergence from the first"
             " weights counts, and with rl.kl.coefficient=0 it does not; set that above 0, or leave rl.kl out"
         )
+    if rl.kl.coefficient and (rl.kl.estimator == "k1") != (rl.kl.place == "reward") and ":" not in name:
+        fits = "rl.kl.estimator=k1" if rl.kl.place == "reward" else "rl.kl.estimator=k3, or k2"
+        raise UserError(
+            f"rl.kl.place={rl.kl.place} with rl.kl.estimator={rl.kl.estimator} does not keep the policy near the first"
+            f" weights: the mean of its gradient is about 0 (docs/algorithms.md); set {fits}"
+        )
     if algorithm.loss is truncated_loss and rl.clip.dual != ClipConfig.dual and ":" not in name:
         raise UserError(
             f"rl.clip.dual={rl.clip.dual} is not read with rl.algorithm={name}, whose bounds limit how much a token"

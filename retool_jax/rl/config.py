@@ -29,7 +29,7 @@ class KLConfig:
     """Keeps the policy near the run's first weights, the reference; with coefficient 0 there is no such model."""
 
     coefficient: NotNegative = 0.0
-    estimator: Literal["k1", "k2", "k3"] = "k3"  # of a token's divergence (joschu.net/blog/kl-approx.html)
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # of a token's divergence: k1 in the reward, k2 or k3 in the loss
     place: Literal["loss", "reward"] = "loss"  # a term of the loss, or subtracted from each token's own advantage
 
 

@@ -121,7 +121,7 @@ def test_a_number_of_the_other_form_is_refused(keys, said):
 
 def test_one_sample_of_a_prompt_is_enough_for_a_critic_or_a_teacher():
     for name in ("ppo", "opd"):
-        algorithm_of(config(name, group_size=1, kl=KLConfig(coefficient=0.1, place="reward")))
+        algorithm_of(config(name, group_size=1, kl=KLConfig(0.1, "k1", "reward")))
 
 
 REINFORCE = '''
