@@ -23,5 +23,6 @@ def divergence(logprobs: Array, reference: Array, estimator: str) -> Array:
         return d * d / 2
     if estimator == "k3":
         xp = logprobs.__array_namespace__()
-        return xp.expm1(xp.minimum(-d, 20.0)) + d  # exp(x) - 1 would lose the digits of a small difference
+        x = xp.minimum(-d, 20.0)  # in both terms: with only the first one limited, the gradient would change its sign
+        return xp.expm1(x) - x  # exp(x) - 1 would lose the digits of a small difference
     raise ValueError(f"there is no estimator {estimator!r} of a divergence; there are k1, k2 and k3")

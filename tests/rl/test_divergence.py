@@ -50,3 +50,9 @@ def test_a_run_takes_an_estimator_only_where_its_gradient_is_that_of_the_diverge
         assert error > 0.85
     else:
         assert error < 0.15
+
+
+def test_k3_never_pushes_a_token_away_from_the_reference():
+    below = jnp.array([-0.1, -5.0, -19.0, -21.0, -80.0])  # the policy's log-probability minus the reference's
+    slopes = jax.vmap(jax.grad(lambda d: divergence(d, jnp.zeros(()), "k3")))(below)
+    assert np.all(slopes <= 0) and np.all(np.isfinite(slopes))
