@@ -18,16 +18,12 @@ import os
 import platform
 import subprocess
 import sys
-import venv
 from datetime import date
 from pathlib import Path
 
+from environments import ENVIRONMENTS, last_line, make_environment
+
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = {  # packages of each virtual environment
-    "torch": ("torch==2.13.0", "transformers==5.24.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0"),
-    "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8", "qwix==0.1.8", "transformers==5.12.1"),
-}
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PEERS = {  # work -> peer -> (environment, script, the script's argument)
     "update": {
         "HF torch": ("torch", "hf_torch", "update"),
@@ -46,7 +42,7 @@ PEERS = {  # work -> peer -> (environment, script, the script's argument)
 
 def main(words: list[str]) -> None:
     options = {"core": "0", "rounds": "2", "works": ",".join(PEERS), "environments": "build/peers"}
-    known = {*options, *ENVIRONMENTS}
+    known = {*options, *(name for peers in PEERS.values() for name, _, _ in peers.values())}
     if odd := [word for word in words if "=" not in word or word.split("=")[0] not in known]:
         sys.exit(f"error: cannot read {odd[0]!r}; the options are {', '.join(f'{key}=...' for key in known)}")
     options |= dict(word.split("=", 1) for word in words)
@@ -76,21 +72,6 @@ def main(words: list[str]) -> None:
     show([key for key in jobs if key in best], best, reasons)
 
 
-def make_environment(folder: Path, packages: tuple[str, ...]) -> str:
-    """Make a virtual environment with these packages unless the folder holds it already; return its Python."""
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        # PyTorch is installed separately, because pip would ask its index for all other packages too.
-        torch = [name for name in packages if name.startswith("torch==")]
-        steps = [["--extra-index-url", CPU_WHEELS, *torch]] * bool(torch) + [list(packages)]
-        for step in steps:
-            command = [python, "-m", "pip", "install", "-q", *step]
-            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-        (folder / "complete").touch()
-    return str(python)
-
-
 def measure(python: str, script: str, word: str, core: int) -> dict:
     """Run a script pinned to one core; return the numbers that it prints in its last line."""
     paths = [str(HERE), *([str(HERE.parents[1])] if script == "ours" else [])]
@@ -103,11 +84,6 @@ def measure(python: str, script: str, word: str, core: int) -> dict:
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
     return json.loads(run.stdout.splitlines()[-1])
-
-
-def last_line(error: OSError | subprocess.CalledProcessError) -> str:
-    """The last line of the command's stderr, or else of the error's message."""
-    return (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
 
 
 def show(keys: list[tuple[str, str]], best: dict[tuple[str, str], dict], reasons: dict[tuple[str, str], str]) -> None:
