@@ -42,7 +42,7 @@ PEERS = {  # work -> peer -> (environment, script, the script's argument)
 
 def main(words: list[str]) -> None:
     options = {"core": "0", "rounds": "2", "works": ",".join(PEERS), "environments": "build/peers"}
-    known = {*options, *(name for peers in PEERS.values() for name, _, _ in peers.values())}
+    known = [*options, *dict.fromkeys(name for peers in PEERS.values() for name, _, _ in peers.values())]
     if odd := [word for word in words if "=" not in word or word.split("=")[0] not in known]:
         sys.exit(f"error: cannot read {odd[0]!r}; the options are {', '.join(f'{key}=...' for key in known)}")
     options |= dict(word.split("=", 1) for word in words)

@@ -200,7 +200,7 @@ def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 
 def main(words: list[str]) -> None:
     options = {"peers": ",".join(SCRIPTS), "cases": "", "folder": "build/losses", "environments": "build/peers"}
-    known = {*options, *(name for name, _ in SCRIPTS.values())}
+    known = [*options, *(name for name, _ in SCRIPTS.values())]
     if odd := [word for word in words if "=" not in word or word.split("=")[0] not in known]:
         sys.exit(f"error: cannot read {odd[0]!r}; the options are {', '.join(f'{key}=...' for key in known)}")
     options |= dict(word.split("=", 1) for word in words)
