@@ -82,7 +82,8 @@ class Job:
 
 @dataclass
 class Report:
-    """The result of preparing: counts by reason; `dropped` has (row, reason), rows counted from 1."""
+    """The result of preparing: counts by reason; `dropped` has (row, reason), rows counted from 1, without repeats of a
+    whole row."""
 
     source: str
     kind: str
@@ -323,7 +324,7 @@ def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report)
     """The rows that are problems, each question once, with the project's instruction."""
     name = Path(source).stem
 
-    def readable() -> Iterator[Problem]:
+    def readable() -> Iterator[tuple[int, Problem]]:
         for number, row in rows:
             report.rows += 1
             try:  # ids have the file's name and not its folder, so that they do not depend on where it is
@@ -331,10 +332,11 @@ def read_problems(rows: Iterable[tuple[int, dict]], source: str, report: Report)
             except UserError as error:
                 report.drop(number, "is no problem", str(error))
             else:
-                yield problem
+                yield number, problem
 
-    kept, dropped = clean(readable())
-    report.reasons.update(dropped)
+    kept, reasons, dropped = clean(readable())
+    report.reasons.update(reasons)
+    report.dropped = sorted(report.dropped + dropped)
     return [Line(number, to_row(problem, name), problem.question) for number, problem in enumerate(kept, start=1)]
 
 

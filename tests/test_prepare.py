@@ -100,6 +100,8 @@ def test_problems_are_cleaned_and_compared(tmp_path, capsys):
     assert problems[1].question == f"1 + 1?\n\n{INSTRUCTION}"
     assert report["reasons"] == {"is no problem": 1, "repeats a question": 1, "its question has two answers": 2}
     assert sum(report["reasons"].values()) + report["kept"] == report["rows"] == 6
+    assert [row for row, _ in report["dropped"]] == [2, 4, 5, 6]
+    assert report["dropped"][1][1] == "its question has two answers: 4 in row 4, 5 in row 5"
     ((found,),) = report["overlaps"].values()
     assert (found["line"], found["reference"], found["share"], found["question"]) == (1, 1, 1.0, long)
     assert "all of its words in held_out.jsonl" in capsys.readouterr().out

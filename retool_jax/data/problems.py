@@ -110,6 +110,7 @@ def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list
     `columns` has the names that a config sets for the columns `question`, `answer` and `id`.
     """
     problems: dict[str, Problem] = {}
+    first: dict[str, int] = {}  # by id: its row
     for number, row in enumerate(read_rows(source, f", or one of {', '.join(MADE)}"), start=1):
         where = f"{source} row {number}"
         row = rename_columns(row, where, columns) if columns else row
@@ -117,8 +118,10 @@ def load_problems(source: str, columns: Mapping[str, str] | None = None) -> list
         problem = to_problem(row, where, f"row {number}")
         if problems.setdefault(problem.id, problem) != problem:
             raise UserError(
-                f"{source} row {number} has the extra_info.index {problem.id!r} of another problem; make them unique"
+                f"{where} has the id {problem.id!r} of another problem, that of row {first[problem.id]}; make ids"
+                " unique"
             )
+        first.setdefault(problem.id, number)
     if not problems:
         raise UserError(f"data {source} has no rows; give at least one problem")
     return list(problems.values())
@@ -177,37 +180,54 @@ def control_characters(text: str) -> str:
     return "".join(sorted({c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t\r"}))
 
 
-def clean(problems: Iterable[Problem]) -> tuple[list[Problem], Counter[str]]:
-    """Each question once, in order, with our instruction; and the number of dropped rows by reason.
+def clean(rows: Iterable[tuple[int, Problem]]) -> tuple[list[Problem], Counter[str], list[tuple[int, str]]]:
+    """Each question once, in order, with our instruction.
 
     DAPO-Math-17k repeats each row a hundred times. Repeats are found first by id, which is cheap, then by question. A
     question with two different answers is dropped with all its rows, as it is unknown which answer is right.
+
+    Args:
+        rows: problems with the numbers of their rows.
+
+    Returns:
+        The kept problems; the number of dropped rows by reason; and (row, reason with its details) of each dropped row,
+        without those that only repeat another row.
     """
-    dropped: Counter[str] = Counter()
-    by_id: dict[str, Problem] = {}
-    for problem in problems:
-        if problem.id not in by_id:
-            by_id[problem.id] = problem
-        else:
-            dropped["repeats a row" if by_id[problem.id] == problem else "has the index of another row"] += 1
-    by_question: dict[str, list[Problem]] = defaultdict(list)
-    for problem in by_id.values():
+    reasons: Counter[str] = Counter()
+    dropped: list[tuple[int, str]] = []
+
+    def drop(row: int, reason: str, detail: str = "") -> None:
+        reasons[reason] += 1
+        dropped.append((row, f"{reason}: {detail}" if detail else reason))
+
+    by_id: dict[str, tuple[int, Problem]] = {}
+    for row, problem in rows:
+        first, known = by_id.setdefault(problem.id, (row, problem))
+        if first != row and known == problem:
+            reasons["repeats a row"] += 1
+        elif first != row:
+            drop(row, "has the id of another row", f"{problem.id!r}, as row {first}")
+    by_question: dict[str, list[tuple[int, Problem]]] = defaultdict(list)
+    for row, problem in by_id.values():
         question = question_of(problem.question)
         if not question:
-            dropped["has no question"] += 1
+            drop(row, "has no question")
         elif control_characters(question):
-            dropped["has control characters"] += 1
+            drop(row, "has control characters", repr(control_characters(question)))
         elif holds_control(question):
-            dropped["holds marks of a chat template"] += 1
+            drop(row, "holds marks of a chat template")
         else:
-            by_question[" ".join(question.split())].append(problem)
+            by_question[" ".join(question.split())].append((row, problem))
     kept = []
-    for group in by_question.values():
-        if len({problem.ground_truth for problem in group}) > 1:
-            dropped["its question has two answers"] += len(group)
+    for (first, problem), *others in by_question.values():
+        if any(other.ground_truth != problem.ground_truth for _, other in others):
+            answers = ", ".join(f"{one.ground_truth} in row {row}" for row, one in [(first, problem), *others])
+            for row, _ in [(first, problem), *others]:
+                drop(row, "its question has two answers", answers)
             continue
-        dropped["repeats a question"] += len(group) - 1
-        *before, last = group[0].messages
+        for row, _ in others:
+            drop(row, "repeats a question", f"that of row {first}")
+        *before, last = problem.messages
         asking = [*without_instructions(before), last | {"content": prompt_of(last["content"])}]
-        kept.append(replace(group[0], messages=tuple(asking)))
-    return kept, +dropped
+        kept.append(replace(problem, messages=tuple(asking)))
+    return kept, reasons, dropped

@@ -33,7 +33,8 @@ def read_rows(source: str, others: str = "") -> Iterable[dict]:
             raise UserError(f"no data are named by {source!r}; give {FORMS}{others}")
         if Path(source).is_file():
             raise UserError(
-                f"cannot read data {source}: its name ends in none of .jsonl, .json and .parquet; rename it"
+                f"cannot read data {source}: its name ends in none of .jsonl, .json and .parquet; write it in one"
+                " of these forms, or rename it if it has one"
             )
         return _load_dataset(source, others, name, config or None, split=split or "train")
     if not Path(source).is_file():

@@ -162,7 +162,7 @@ def test_two_problems_of_one_id_are_refused(tmp_path):
     first, second = rows_of(2)
     assert len(load_problems(write(tmp_path / "same.jsonl", [first, second, first]))) == 2
     source = write(tmp_path / "p.jsonl", [first, second | {"extra_info": first["extra_info"]}])
-    with pytest.raises(UserError, match=r"row 2 has the extra_info.index 'train-000000' of another problem"):
+    with pytest.raises(UserError, match=r"row 2 has the id 'train-000000' of another problem, that of row 1"):
         load_problems(source)
 
 
@@ -219,7 +219,10 @@ def test_files_as_other_programs_write_them(tmp_path):
     assert r"a \ud800?" in problem.question and problem.ground_truth == r"\udfff"
     for name in ("rows.txt", "rows"):
         (tmp_path / name).write_text(line)
-        with pytest.raises(UserError, match=r"its name ends in none of .jsonl, .json and .parquet; rename it"):
+        with pytest.raises(
+            UserError,
+            match=r"its name ends in none of .jsonl, .json and .parquet; write it in one of these forms, or rename it",
+        ):
             load_problems(str(tmp_path / name))
     for name in ("", ":", "/"):
         with pytest.raises(UserError, match="no data are named by"):
@@ -270,33 +273,40 @@ def test_repeats_and_contradictions_are_dropped():
         problem_of("f", "another?", "3"),
         problem_of("g", "put \b it", "3"),
     ]
-    kept, dropped = clean(rows)
+    kept, reasons, dropped = clean(enumerate(rows, start=1))
     assert [(problem.id, problem.question) for problem in kept] == [
         ("a", f"one?\n\n{INSTRUCTION}"),
         ("f", f"three?\n\n{INSTRUCTION}"),
     ]
-    assert dropped == {
+    assert reasons == {
         "repeats a row": 99,
         "repeats a question": 1,
         "its question has two answers": 3,
-        "has the index of another row": 1,
+        "has the id of another row": 1,
         "has control characters": 1,
     }
-    assert sum(dropped.values()) + len(kept) == len(rows)
-    assert clean(kept) == (kept, {}), "what is clean stays as it is"
+    assert sum(reasons.values()) + len(kept) == len(rows)
+    answers = "2 in row 102, 3 in row 103, 2 in row 104"
+    assert sorted(dropped) == [
+        (101, "repeats a question: that of row 1"),
+        *((row, f"its question has two answers: {answers}") for row in (102, 103, 104)),
+        (106, "has the id of another row: 'f', as row 105"),
+        (107, r"has control characters: '\x08'"),
+    ]
+    assert clean(enumerate(kept)) == (kept, {}, []), "what is clean stays as it is"
 
 
 def test_what_precedes_the_question_stays():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one?"}]
-    kept, _ = clean([to_problem({"prompt": messages, "reward_model": {"ground_truth": "1"}}, "here")])
+    kept, *_ = clean([(1, to_problem({"prompt": messages, "reward_model": {"ground_truth": "1"}}, "here"))])
     assert kept[0].messages == (messages[0], {"role": "user", "content": f"one?\n\n{INSTRUCTION}"})
 
 
 def test_the_published_prompt_is_repaired(tmp_path):
     source = write(tmp_path / "p.jsonl", [dapo_row(number, *pair) for number, pair in enumerate(QUESTIONS)])
     problems = load_problems(source)
-    kept, dropped = clean(problems * 2)
-    assert len(kept) == len(problems) == 28 and dropped == {"repeats a row": 28}
+    kept, reasons, dropped = clean(enumerate(problems * 2))
+    assert len(kept) == len(problems) == 28 and reasons == {"repeats a row": 28} and not dropped
     assert [problem.question for problem in kept] == [f"{asked.strip()}\n\n{INSTRUCTION}" for asked, _ in QUESTIONS]
     for problem in kept:
         assert problem.question.count("boxed") == 1

@@ -23,7 +23,7 @@ def test_a_problem_keeps_the_tools_that_its_row_names(tools, names):
     assert to_problem({"problem": "What is 3 + 4?", "answer": "7", "tools": tools}, "row 1").tools == names
     again = to_row(problem, "mine")
     assert ("tools" in again) == (names is not None) and to_problem(again, "row 1") == problem
-    assert clean([problem])[0][0].tools == names
+    assert clean([(1, problem)])[0][0].tools == names
 
 
 @pytest.mark.parametrize("tools", ["python", [1], {"name": "python"}, ["python", None]])
