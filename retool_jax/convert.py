@@ -158,12 +158,14 @@ def compare(a: str, b: str) -> list[str]:
 
 
 def tensors_of(run: "SFTRun", folder: Path) -> dict[str, Callable[[], "np.ndarray"]]:
-    """Each tensor of a source by its Hugging Face name, as a function that reads it."""
-    from retool_jax.models.huggingface import checkpoint_tensors, read_headers
+    """Each tensor of a source, without copies of others, by its Hugging Face name, as a function that reads it."""
+    from retool_jax.models.huggingface import checkpoint_tensors, read_headers, repeated_tensors
     from retool_jax.run.weights import load_weights
 
     if (folder / "config.json").is_file():
-        return {name: tensor.read for name, tensor in read_headers(folder).items()}
+        there = read_headers(folder)
+        repeated = repeated_tensors(run.model, there)
+        return {name: tensor.read for name, tensor in there.items() if name not in repeated}
     tensors = checkpoint_tensors(run.model, load_weights(run, folder))
     return {name: partial(read, run.model.param_dtype) for name, read in tensors.items()}
 

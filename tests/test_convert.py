@@ -101,7 +101,7 @@ def test_differences_are_named_and_measured(exported, tmp_path, capsys):
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][3] += 0.25
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(8, np.float32)
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     text = (other / "config.json").read_text()
@@ -116,6 +116,16 @@ def test_differences_are_named_and_measured(exported, tmp_path, capsys):
         "model.norm.weight: max abs difference 0.25",
         "model.rms_norm_eps: 1e-06 and 1e-05",
     ]
+
+
+def test_what_repeats_other_tensors_is_no_difference(exported, tmp_path):
+    """Old writers keep a copy of tied embeddings as the head, and buffers; what reads the weights ignores both."""
+    other = Path(shutil.copytree(exported, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    assert compare(str(exported), str(other)) == []
 
 
 def test_a_dtype_rounds_and_says_how_much(exported, tmp_path):

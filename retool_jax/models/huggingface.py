@@ -135,6 +135,13 @@ def load_params(config: ModelConfig, folder: Path, mesh: Mesh) -> Params:
     return jax.tree.unflatten(tree, [leaf.replace(values[_name(path)]) for path, leaf in leaves])
 
 
+def repeated_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> set[str]:
+    """The names of tensors that say nothing new: a copy of tied embeddings as the head, and old files' buffers."""
+    repeated = {name for name in tensors if _BUFFERS.search(name)}
+    tied = config.tie_embeddings and _HEAD in tensors and _EMBEDDING in tensors
+    return repeated | ({_HEAD} if tied and equal_bytes(tensors[_HEAD], tensors[_EMBEDDING]) else set())
+
+
 def checkpoint_tensors(config: ModelConfig, params: Params) -> dict[str, Callable[[np.dtype], np.ndarray]]:
     """The tensors of these weights' checkpoint, in the order of the forward pass, each as a function of a dtype.
 
@@ -334,14 +341,12 @@ def _check_tensors(config: ModelConfig, folder: Path, tensors: dict[str, Tensor]
         raise UserError(
             f"{folder} lacks {some_names(missing)}; use a complete checkpoint of the model in its config.json"
         )
-    surplus = {name for name in tensors.keys() - parts.keys() if not _BUFFERS.search(name)}
+    surplus = tensors.keys() - parts.keys() - repeated_tensors(config, tensors)
     if config.tie_embeddings and _HEAD in surplus:
-        surplus.remove(_HEAD)
-        if not equal_bytes(tensors[_HEAD], tensors[_EMBEDDING]):
-            raise UserError(
-                f"{folder} has a {_HEAD} that is not {_EMBEDDING}, though its config.json ties them;"
-                " set tie_word_embeddings to false there"
-            )
+        raise UserError(
+            f"{folder} has a {_HEAD} that is not {_EMBEDDING}, though its config.json ties them;"
+            " set tie_word_embeddings to false there"
+        )
     if surplus:
         raise UserError(
             f"{folder} holds {some_names(sorted(surplus))}, which the model in its config.json does not have"

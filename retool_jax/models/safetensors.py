@@ -46,7 +46,12 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
-            raise UserError(f"no weights at {folder}: expected model.safetensors or {INDEX} there")
+            older = (
+                "; its *.bin are not read: load it with transformers and save it with save_pretrained"
+                if any(folder.glob("*.bin"))
+                else ""
+            )
+            raise UserError(f"no weights at {folder}: expected model.safetensors or {INDEX} there{older}")
         return _read_header(single)
     try:
         weight_map = json.loads(index.read_text())["weight_map"]

@@ -266,6 +266,8 @@ def test_missing_files_are_named(written, mesh, tmp_path):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     assert "expected model.safetensors or" in error_of(folder, mesh)
+    (folder / "pytorch_model.bin").touch()
+    assert error_of(folder, mesh).endswith("load it with transformers and save it with save_pretrained")
     folder = copy("index")
     (folder / INDEX).write_text('{"weight_map": ')
     assert INDEX in error_of(folder, mesh)
