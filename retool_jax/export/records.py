@@ -13,7 +13,7 @@ from pathlib import Path
 
 from retool_jax.errors import UserError
 from retool_jax.evaluation.config import SAMPLES
-from retool_jax.rollout.records import TOKENS, fault_of
+from retool_jax.rollout.records import TOKENS, fault_of, last_lines
 from retool_jax.sandbox.text import encodable
 from retool_jax.shapes import map_leaves
 from retool_jax.shapes import read_records as read_shaped
@@ -83,10 +83,9 @@ def read_records(folder: Path, selection: Selection) -> Iterator[Record]:
     """
     found, available = 0, set()
     for path in files_of(folder):
-        may_repeat = path.name == SAMPLES
-        last = {values["id"]: number for number, values in _lines(path)} if may_repeat else {}
+        kept = last_lines(path) if path.name == SAMPLES else None
         for number, values in _lines(path):
-            if may_repeat and last[values["id"]] != number:
+            if kept is not None and number not in kept:
                 continue
             available.add(f"split={values.get('split')} step={values.get('step')}")
             if selection.takes(values, path.stem):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from retool_jax.evaluation.config import SAMPLES
 from retool_jax.report.runs import Run
-from retool_jax.rollout.records import fault_of
+from retool_jax.rollout.records import fault_of, last_lines
 from retool_jax.shapes import read_records as read_shaped
 from retool_jax.tokens.shown import TurnPart, show_outputs, show_turn
 from retool_jax.tokens.tokenizer import Tokenizer
@@ -66,7 +66,8 @@ def outcome(trajectory: dict) -> str:
 class Source:
     """A file of trajectories: the number of its run, its number of trajectories, and whether they are greedy.
 
-    `step` is only for saved rollouts (`rl.save_rollouts`), whose lines do not contain it.
+    `step` is only for saved rollouts (`rl.save_rollouts`), whose lines do not contain it. `lines` are the numbers of
+    the lines that count, if not all do.
     """
 
     run: int
@@ -74,6 +75,7 @@ class Source:
     count: int
     greedy: bool = False
     step: int | None = None
+    lines: frozenset[int] | None = None
 
 
 def sources_of(runs: Sequence[Run]) -> list[Source]:
@@ -87,13 +89,16 @@ def sources_of(runs: Sequence[Run]) -> list[Source]:
         for path in sorted(run.folder.glob("rollouts/step-*.jsonl")):
             if (step := path.stem.removeprefix("step-")).isdecimal():
                 found.append((number, path, False, int(step)))
-    kept = [Source(number, path, _lines(path), *kind) for number, path, *kind in found if path.is_file()]
+    kept = [_source(*arguments) for arguments in found if arguments[1].is_file()]
     return sorted(kept, key=lambda source: source.greedy)
 
 
-def _lines(path: Path) -> int:
+def _source(run: int, path: Path, greedy: bool, step: int | None) -> Source:
+    if path.name == SAMPLES:
+        lines = last_lines(path)
+        return Source(run, path, len(lines), lines=lines)
     with path.open("rb") as file:
-        return sum(1 for _ in file)
+        return Source(run, path, sum(1 for _ in file), greedy, step)
 
 
 def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
@@ -108,8 +113,9 @@ def read_records(source: Source, tokenizer: Tokenizer | str) -> Iterator[dict]:
         for trajectory in read_rollouts(source.path):
             yield trajectory.record(tokenizer, split="training", step=source.step)
         return
-    for _, record in read_shaped(source.path, "trajectory", lambda record: fault_of(record, NEEDED)):
-        yield record
+    for number, record in read_shaped(source.path, "trajectory", lambda record: fault_of(record, NEEDED)):
+        if source.lines is None or number in source.lines:
+            yield record
 
 
 def choose_trajectories(records: Iterable[dict], limit: int) -> list[dict]:

@@ -1,7 +1,9 @@
 """The shape of the records of trajectories in files (`Trajectory.record`), to check them when they are read."""
 
 from collections.abc import Collection
+from pathlib import Path
 
+from retool_jax.files import read_lines
 from retool_jax.shapes import BIT, FLAG, NUMBER, SINGLE, TEXT, WHOLE, OrNull, complaint, missing
 
 # Records may come from an older version, so fields may be absent; readers name those that they need. Ids and answers of
@@ -34,6 +36,15 @@ def fault_of(record: object, needed: Collection[str], shape: dict = RECORD) -> s
         shape: the shape of its fields.
     """
     return missing(record, needed) or complaint(record, shape) or _fault_of_tokens(record)
+
+
+def last_lines(path: Path) -> frozenset[int]:
+    """The numbers of the lines that count in an evaluation's file of samples: the last line of each sample.
+
+    A sample that the machinery lost has a line, too, and is drawn again.
+    """
+    last = {str(record.get("id")): number for number, record in read_lines(path) if isinstance(record, dict)}
+    return frozenset(last.values())
 
 
 def _fault_of_tokens(record: dict) -> str:

@@ -21,7 +21,8 @@ def test_an_evaluation_has_its_numbers_and_the_same_reader(make_run, opened, tmp
     folder = tmp_path / "evaluation"
     folder.mkdir()
     samples = [json.loads(line) | {"sample": 0, "split": "aime25", "step": None} for line in lines]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    lost = samples[3] | {"end": "sandbox_lost", "correct": False, "reward": None}  # and drawn again
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in [lost, *samples]))
     accuracy = {"value": 0.5, "stderr": 0.1, "low": 0.3, "high": 0.7, "problems": 20}
     result = {"set": "aime25", "samples": 1, "dropped": 0, "numbers": {"accuracy": accuracy, "recipe": {"best@1": 0.4}}}
     result |= {"problems": [{"id": "a"}], "trajectories": {"tool_rate": 0.25}, "config": {"seed": 777}}
@@ -31,6 +32,7 @@ def test_an_evaluation_has_its_numbers_and_the_same_reader(make_run, opened, tmp
     assert "50.0 ± 10.0 %" in page.html and "30.0 to 70.0 %" in page.html
     assert "trajectories.tool_rate" in page.html and "0.250" in page.html and "777" not in page.html
     assert page.column("split") == ["aime25"] * 20 and page.column("step") == [None] * 20
+    assert page.column("end").count("sandbox lost") == 0
     assert [shown["problem"] for shown in page.details] == [sample["problem"] for sample in samples]
     assert not list(folder.glob("*.png"))
     (folder / "result.json").write_text("{")
