@@ -95,7 +95,7 @@ def read_judgements(path: Path) -> dict[tuple[str, int | None], Judgement]:
 
 
 class Conversion(NamedTuple):
-    """The result of `make_rollouts`: sessions used, steps, their temperatures, and sessions left out by reason."""
+    """The result of `make_rollouts`: sessions used, steps, their temperatures, and what is left out, by reason."""
 
     used: int
     steps: int
@@ -169,8 +169,8 @@ def describe(left_out: Counter[str]) -> str:
 
 
 def _judged(path: Path, judgements: dict, left_out: Counter[str]) -> list[tuple[Trajectory, Judgement]]:
-    """The sessions of a file that have a judgement, each with it."""
-    found = []
+    """The sessions of a file that have a judgement, each with it. `left_out` gets the others of both, by reason."""
+    found, unused = [], set(judgements)
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -178,6 +178,7 @@ def _judged(path: Path, judgements: dict, left_out: Counter[str]) -> list[tuple[
                     record = json.loads(line)
                     session, choice = record["session"], record["choice"]
                     judgement = judgements.get((session, choice)) or judgements.get((session, None))
+                    unused -= {(session, choice), (session, None)}
                     if judgement is None:
                         left_out["nobody judged them"] += 1
                         continue
@@ -188,4 +189,8 @@ def _judged(path: Path, judgements: dict, left_out: Counter[str]) -> list[tuple[
                     left_out["no whole line"] += 1
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); give the folder of serve.record") from None
+    if unused:
+        name, choice = min(unused, key=str)
+        which = name if choice is None else f"{name}, choice {choice}"
+        left_out[f"judgements of what is not in the record, as {which}"] = len(unused)
     return found

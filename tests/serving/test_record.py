@@ -84,6 +84,7 @@ def test_recorded_conversations_make_a_training_step(serve, engine, model, param
         file.write(lines[0][:50])  # as a kill leaves it
     rewards = [{"session": names[0], "choice": 0, "reward": 1}, {"session": names[0], "choice": 1, "reward": -0.5}]
     rewards += [{"session": names[1], "answer": "6"}, *({"session": name, "reward": 1} for name in names[2:4])]
+    rewards += [{"session": names[0], "choice": 2, "reward": 1}, {"session": names[5], "reward": 1}]  # not recorded
     judge(tmp_path, *rewards)
     # Not capsys, under which uvicorn, when it sets up its log, has absl close pytest's stderr.
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -91,6 +92,7 @@ def test_recorded_conversations_make_a_training_step(serve, engine, model, param
     said = output.getvalue()
     assert "4 sessions in 2 groups and 1 steps" in said and "2 left out: nobody judged them" in said
     assert "4 left out: drawn greedily, with top_p or with top_k" in said and "1 left out: no whole line" in said
+    assert "2 left out: judgements of what is not in the record, as " in said
     assert f"replay={out} rl.group_size=2 rl.steps=1 rl.temperature=1.0" in said
     made = read_rollouts(rollouts_path(out, 1))
     assert [t.ids for t in made] == [one["ids"] for one in told[:4]]
@@ -162,8 +164,14 @@ def test_sessions_of_another_tokenizer_are_told(serve, scripted, tmp_path):
         ('{"session": "a", "reward": 1, "answer": "6"}', "either"),
         ('{"session": "a", "reward": NaN}', "the reward is nan, and must be finite"),
         ('{"session": "a", "reward": "much"}', "could not convert"),
-        ('{"session": "b", "reward": 1}', "has no 2 judged sessions of one prompt (none left out); lower group_size"),
-        ('{"session": "b", "answer": "6\u2028"}', "has no 2 judged sessions of one prompt (none left out)"),
+        (
+            '{"session": "b", "reward": 1}',
+            "no 2 judged sessions of one prompt (1 left out: judgements of what is not in the record, as b); lower",
+        ),
+        (
+            '{"session": "b", "answer": "6\u2028"}',
+            "has no 2 judged sessions of one prompt (1 left out: judgements of what",
+        ),
     ],
 )
 def test_rewards_that_say_something_else_are_named(tmp_path, line, told):
