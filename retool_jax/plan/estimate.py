@@ -88,12 +88,13 @@ def parts_of(run: RLRun | SFTRun, place: Slice, planned: list[Planned], assumed:
         for name, one in by_name.items():
             if one.function.kind in ("update", "score"):
                 units[name] = micro * (rl.epochs if one.function.kind == "update" else 1)
-        drawn = max(assumed.tokens - assumed.prompt - assumed.calls * assumed.answer, 1.0)
-        units["decode"] = trajectories * drawn / place.hosts / live_rows(run, by_name["decode"].function, assumed)
-        written = trajectories * assumed.calls * assumed.answer + rl.prompts_per_step * assumed.prompt
-        call = by_name["write"].function
-        units["write"] = written / place.hosts / (call.rows * call.length)
-        units["weights to engines"] = 1.0
+        if "decode" in by_name:
+            drawn = max(assumed.tokens - assumed.prompt - assumed.calls * assumed.answer, 1.0)
+            units["decode"] = trajectories * drawn / place.hosts / live_rows(run, by_name["decode"].function, assumed)
+            written = trajectories * assumed.calls * assumed.answer + rl.prompts_per_step * assumed.prompt
+            call = by_name["write"].function
+            units["write"] = written / place.hosts / (call.rows * call.length)
+            units["weights to engines"] = 1.0
     return [Part(name, units[name], _seconds(one, units[name], run, place)) for name, one in by_name.items()]
 
 
@@ -137,8 +138,8 @@ def advice(run: RLRun | SFTRun, place: Slice, planned: list[Planned]) -> list[st
         one.function.kind == "update" and (one is most or isinstance(one.compiled, NoRoom)) for one in planned
     ):
         changes.append("model.remat=offload, which keeps the inputs of layers in the host's memory")
-    if isinstance(run, RLRun):
-        pool = next(one for one in planned if one.function.name == "decode").function.arguments["cache"][0].cache
+    if decode := next((one.function for one in planned if one.function.name == "decode"), None):
+        pool = decode.arguments["cache"][0].cache
         pages = pool.shape[0] // run.model.num_layers
         fewer = int(pages * (1 - over / held(pool)))
         if fewer * pool.shape[1] >= run.engine.max_length:

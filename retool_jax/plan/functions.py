@@ -100,17 +100,21 @@ def sft_functions(run: SFTRun, mesh: Mesh) -> list[Function]:
 def rl_functions(run: RLRun, mesh: Mesh, teacher: ModelConfig, of_host: int) -> list[Function]:
     """The functions of an RL run in the order of a step.
 
-    `teacher` is the model of a teacher, if the run has one; the engine has the first `of_host` devices of the mesh.
+    `teacher` is the model of a teacher, if the run has one; the engine has the first `of_host` devices of the mesh. A
+    run that learns from rollouts in files has no engine.
     """
-    first = Mesh(mesh.devices.reshape(-1)[:of_host].reshape(1, -1, 1), mesh.axis_names)
-    own = decode_mesh(run.model, mesh if of_host == mesh.size else first, run.engine.tp)
     learner = make_learner(
         run,
         mesh,
         lambda: abstract_weights(run.model, mesh),
         lambda run, mesh: (teacher, abstract_weights(teacher, mesh)),
     )
-    return [*engine_functions(run, own), *_learning(run, mesh, learner), _reshard(run, mesh, own)]
+    learning = _learning(run, mesh, learner)
+    if run.replay:
+        return learning
+    first = Mesh(mesh.devices.reshape(-1)[:of_host].reshape(1, -1, 1), mesh.axis_names)
+    own = decode_mesh(run.model, mesh if of_host == mesh.size else first, run.engine.tp)
+    return [*engine_functions(run, own), *learning, _reshard(run, mesh, own)]
 
 
 def _update(name: str, model: ModelConfig, step, state: TrainState, batch: Batch, mesh: Mesh) -> Function:

@@ -79,7 +79,9 @@ import retool_jax.run.evaluate, retool_jax.run.rl, retool_jax.run.sft
 def test_without_a_compiler_shapes_and_formulas_remain_and_nothing_of_a_tpu_is_imported(tmp_path, one_device):
     """In a process that has already imported everything that a run on GPUs imports."""
     words = ["config=grpo_qwen2.5_32b", "mesh=h100-8", "engine.pages=2048", f"json={tmp_path / 'plan.json'}"]
-    command = [sys.executable, "-c", ON_GPUS, json.dumps([words, ["config=sft_qwen2.5_32b", "mesh=h100-8"]])]
+    replayed = [*words[:2], "replay=runs/kept", f"json={tmp_path / 'replayed.json'}"]
+    others = ["config=sft_qwen2.5_32b", "mesh=h100-8"], replayed
+    command = [sys.executable, "-c", ON_GPUS, json.dumps([words, *others])]
     done = subprocess.run(command, env=one_device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = done.stdout
@@ -87,6 +89,10 @@ def test_without_a_compiler_shapes_and_formulas_remain_and_nothing_of_a_tpu_is_i
     assert "it does not fit" in printed and "compiling" not in printed  # by what stays alone
     assert "parameters 16.39, optimiser 32.77" in printed  # of 131 and 262 GB
     assert "policy update" in printed.partition("it does not fit")[2]
+    # Rollouts from files need no engine.
+    whole, learning = (json.loads((tmp_path / name).read_text()) for name in ("plan.json", "replayed.json"))
+    assert set(whole["functions"]) - set(learning["functions"]) == {"decode", "write", "weights to engines"}
+    assert set(whole["memory"]["stays"]) - set(learning["memory"]["stays"]) == {"engine weights", "cache"}
 
 
 @pytest.mark.parametrize(
