@@ -50,7 +50,7 @@ _REWRITES = [
     for pattern, replacement in [
         (r"\s+", " "),  # first, so that no later rule looks for long runs
         (r"\\\\ ?\[ ?-?[0-9.]+ ?(?:pt|mm|cm|em|ex|in) ?\]", r"\\\\ "),  # space below a row of a matrix
-        (r"\\[hv]?phantom ?\{[^{}]*\}", ""),
+        (r"\\[hv]?phantom ?\{[^{}]*\}|\\(?:text)?color ?\{[a-zA-Z!0-9]*\}", ""),
         (r"[\u2010-\u2015\u2212]", "-"),
         (r"[\u2018\u2019\u201c\u201d\u2032]", "'"),
         (r"\u221a\s*(?:\(([^()]*)\)|([0-9]+|[a-zA-Z]))", r"\\sqrt{\1\2}"),
@@ -61,6 +61,8 @@ _REWRITES = [
         (rf"\s*,?\s*(?:(?<!\\)\\q?quad(?![a-zA-Z])\s*)+(?=(?:\\?(?:and|or)\s+)?{NAME}\s*=)", ", "),
         (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac ?(\\pi)(?![a-zA-Z]) ?", r"\\frac{\1}"),  # \frac\pi2
+        (r"(\\frac ?(?:\{[^{}]*\}|[0-9a-zA-Z])) ?(\\pi)(?![a-zA-Z])", r"\1{\2}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"(\\sqrt ?\[[^\[\]{}]*\]) ?([0-9a-zA-Z])", r"\1{\2}"),
         (r"(\\math(?:bb|cal|frak|scr)) ([0-9a-zA-Z])", r"\1{\2}"),
