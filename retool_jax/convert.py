@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from retool_jax.errors import UserError, one_line, run_command
@@ -129,7 +130,7 @@ def upload(folder: Path, name: str) -> str:
         reason = one_line(error)
         raise UserError(
             f"{folder} is complete, and the hub does not take it as {name} ({type(error).__name__}: {reason}); log in"
-            f" with hf auth login, then: hf upload {name} {folder}"
+            f" with hf auth login, then: hf upload {name} {quote(str(folder))}"
         ) from error
     return str(address)
 

@@ -1,6 +1,7 @@
 """`python -m retool_jax.train config=NAME key=value ...`: train, or resume, the run that the words describe."""
 
 import asyncio
+from shlex import quote
 
 from retool_jax.errors import UserError, interruptible, run_command
 from retool_jax.memory import collect_rarely, keep_freed_memory
@@ -45,7 +46,7 @@ def train(run: SFTRun | RLRun) -> None:
 
             with interruptible():
                 sft.train(run)
-            print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={run.run} goes on from it")
+            print(f"done: {run.run}; python -m retool_jax.train config=grpo init_from={quote(run.run)} goes on from it")
 
 
 if __name__ == "__main__":

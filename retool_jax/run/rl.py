@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from retool_jax import hosts
 from retool_jax.answers import workers
@@ -159,7 +160,7 @@ async def train(run: RLRun, make_weights: Callable[[RLRun], Params]) -> None:
             write_summary(folder, summary)
     if first:
         print_summary(summary)
-        print(f"\nto look at it: python -m retool_jax.report run={folder}")
+        print(f"\nto look at it: python -m retool_jax.report run={quote(str(folder))}")
 
 
 def check_data(run: RLRun, there: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from retool_jax.errors import UserError, run_command
 from retool_jax.sandbox.words import help_text, option, read_words
@@ -47,7 +48,8 @@ def main(words: list[str]) -> None:
     )
     print(f"{made.used} sessions in {made.used // size} groups and {made.steps} steps; {describe(made.left_out)}")
     drawn_at = ", ".join(map(str, made.temperatures))
-    print(f"learn from them: replay={options.out} rl.group_size={size} rl.steps={made.steps} rl.temperature={drawn_at}")
+    words = f"replay={quote(options.out)} rl.group_size={size} rl.steps={made.steps} rl.temperature={drawn_at}"
+    print(f"learn from them: {words}")
 
 
 if __name__ == "__main__":
