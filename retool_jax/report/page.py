@@ -72,18 +72,18 @@ def _sum_ends(records: Iterable[dict]) -> Counter[str]:
 def interval(values: Sequence[float], errors: Sequence[float | None]) -> tuple[float, float, float] | None:
     """The mean over runs and its 95 % interval, as (mean, low, high); None if nothing was measured.
 
-    For one run the interval is the mean ± 1.96 of its standard errors (`errors`), for several seeds Student's t.
+    For several seeds the interval is Student's t. For one run, or seeds with equal values, which show no spread, it is
+    the mean ± 1.96 of a run's standard errors (`errors`, of which the largest counts). Its ends are NaN if it would
+    have no width.
     """
     if not values:
         return None
     mean = float(np.mean(values))
-    if len(values) > 1:
+    if len(values) > 1 and max(values) - min(values) > 1e-9:
         quantile = T_QUANTILES[min(len(values) - 2, len(T_QUANTILES) - 1)]
         half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    elif errors[0] is None:
-        return mean, math.nan, math.nan
     else:
-        half = NORMAL_QUANTILE * errors[0]
+        half = NORMAL_QUANTILE * max((error for error in errors if error), default=math.nan)
     return mean, mean - half, mean + half
 
 

@@ -199,7 +199,7 @@ def test_seeds_are_a_band_and_a_row_with_an_interval(make_run, tmp_path):
     half = 12.71 * 0.05  # Student's t with one degree of freedom, standard error of two seeds that are 0.1 apart
     assert rows[0]["after"] == pytest.approx((0.85, 0.85 - half, 0.85 + half))
     assert rows[0]["gain"] == pytest.approx((0.75, 0.75 - half, 0.75 + half))
-    assert rows[1]["after"] == pytest.approx((0.2, 0.2, 0.2))
+    assert rows[1]["after"] == pytest.approx((0.2, 0.2 - 1.96 * 0.03, 0.2 + 1.96 * 0.03))  # equal seeds
     page = page_of(f"run={','.join(map(str, folders))}")
     assert "85.0 % (21." in page and "lowest to highest seed" in page
 
@@ -207,5 +207,12 @@ def test_seeds_are_a_band_and_a_row_with_an_interval(make_run, tmp_path):
 def test_a_run_alone_has_the_interval_of_its_problems():
     assert interval([0.5], [0.1]) == pytest.approx((0.5, 0.304, 0.696))
     assert interval([], []) is None
-    mean, *bounds = interval([0.5], [None])
-    assert mean == 0.5 and all(map(math.isnan, bounds))
+    for values, errors in (([0.5], [None]), ([0.5], [0.0]), ([0.5, 0.5], [0.0, None])):
+        mean, *bounds = interval(values, errors)
+        assert mean == 0.5 and all(map(math.isnan, bounds))
+
+
+def test_seeds_that_agree_by_chance_have_the_interval_of_one_run():
+    """Two values without a spread would give an interval without a width."""
+    assert interval([0.5, 0.5], [0.1, 0.05]) == pytest.approx((0.5, 0.304, 0.696))
+    assert interval([0.5, 0.51], [0.1, 0.1]) == pytest.approx((0.505, 0.505 - 12.71 * 0.005, 0.505 + 12.71 * 0.005))
