@@ -188,6 +188,17 @@ def test_a_token_keeps_others_out(serve):
     assert (granted[0], ping[0]) == (200, 200)
 
 
+def test_pages_of_other_sites_run_nothing(serve):
+    """A browser sends such a request without asking if its body is plain text."""
+
+    async def talk(client, box):
+        sites = ("cross-site", "same-site", "same-origin", "none")
+        found = [await client("/run_code", {"code": "print(1)"}, {"Sec-Fetch-Site": site}) for site in sites]
+        return [status for status, _, _ in found]
+
+    assert with_client(serve, talk) == [403, 403, 200, 200]
+
+
 def test_a_trainer_may_have_the_token_from_its_environment(serve, monkeypatch):
     async def main():
         async with serve(token="secret") as (url, _):

@@ -49,12 +49,16 @@ def build_app(box: Sandbox, ceiling: Limits, token: str = "") -> Starlette:
     Args:
         box: runs the programs; requests that name no limits get those of its configuration.
         ceiling: the largest limits that a request can get.
-        token: what `Authorization: Bearer ...` must contain on the two POST routes; empty: everybody may call.
+        token: what `Authorization: Bearer ...` must contain on the two POST routes; empty: everybody may call, except
+            pages of other sites.
     """
     default, modules = box.config.limits, set(box.config.allowed_modules)
 
     def guarded(handle: Callable[[HTTPRequest, dict], Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
         async def route(http: HTTPRequest) -> Response:
+            # A page of any site can make a browser send a request here, which would run its program.
+            if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+                return JSONResponse({"detail": "a browser sent this for a page of another site"}, 403)
             given = http.headers.get("authorization", "").encode()
             if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
                 return JSONResponse({"detail": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
