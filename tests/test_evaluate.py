@@ -258,9 +258,12 @@ def test_a_finished_one_is_shown_and_compared_without_drawing(whole, measure, tm
     (tmp_path / "theirs.json").write_text(json.dumps(result))
     said = measure(folder, f"compare={tmp_path / 'theirs.json'}")
     assert "is complete; nothing to draw" in said and "difference" in said and "-100.0 ± 0.0 %" in said
+    assert "drawn in different ways" not in said
     assert (folder / SAMPLES).stat().st_mtime_ns == before
-    (tmp_path / "theirs.json").write_text(json.dumps(result | {"set": "the same one elsewhere"}))
-    assert "difference" in measure(folder, f"compare={tmp_path / 'theirs.json'}")
+    other = result | {"set": "the same one elsewhere", "config": result["config"] | {"evaluation.top_p": 0.5}}
+    (tmp_path / "theirs.json").write_text(json.dumps(other))
+    said = measure(folder, f"compare={tmp_path / 'theirs.json'}")
+    assert "difference" in said and "drawn in different ways: evaluation.top_p is 1.0 and 0.5" in said
     (tmp_path / "theirs.json").write_text(json.dumps(result | {"set": "another", "problems_sha256": "0"}))
     assert "error: a result on" in measure(tmp_path / "new", f"compare={tmp_path / 'theirs.json'}")
     assert not (tmp_path / "new").exists()

@@ -36,6 +36,9 @@ class ProblemResult:
     answers: tuple[str | None, ...]
 
 
+# Keys of a config, or their first parts, that say how a sample is drawn; its weights and tokenizer are another matter.
+DRAWING = ("evaluation.temperature", "evaluation.top_", "rollout.", "engine.max_length", "tools", "sandbox.limits.")
+
 # The parts of result.json that other code reads.
 _ESTIMATE = {"value": FINITE, "stderr": OrNull(FINITE), "low": FINITE, "high": FINITE, "problems": WHOLE}
 _NUMBERS = ("turns_mean", "calls_per_sample", "response_tokens", "checker_timeouts")
@@ -82,7 +85,9 @@ def compare(ours: Mapping, theirs: Mapping) -> dict:
 
     Returns `set`; the numbers of shared `problems` and of problems in `only_ours` and `only_theirs`; and `ours`,
     `theirs` and the paired `difference` (ours minus theirs) over the shared problems, as estimates in the form of
-    `numbers_of`. A problem without samples counts as absent.
+    `numbers_of`. A problem without samples counts as absent. `drawn_differently` has, of the keys in both results'
+    `config` that say how a sample is drawn, those whose values differ, with both values. `changed` is whether the
+    results are of as many problems and of other ones, as after a file was edited.
 
     Raises:
         UserError: one is not such a result, they are of different sets, or they have no problem in common. Two sets are
@@ -110,7 +115,17 @@ def compare(ours: Mapping, theirs: Mapping) -> dict:
         "ours": _fields(mean_at_n(left), len(shared)),
         "theirs": _fields(mean_at_n(right), len(shared)),
         "difference": _fields(paired_difference(left, right), len(shared)),
+        "changed": all(digests) and digests[0] != digests[1] and len(ours["problems"]) == len(theirs["problems"]),
+        "drawn_differently": _drawn_differently(ours.get("config"), theirs.get("config")),
     }
+
+
+def _drawn_differently(ours: object, theirs: object) -> dict[str, list]:
+    """The keys of both configs that say how a sample is drawn and have different values."""
+    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+        return {}
+    keys = sorted(key for key in ours if key.startswith(DRAWING) and key in theirs)
+    return {key: [ours[key], theirs[key]] for key in keys if ours[key] != theirs[key]}
 
 
 def table(numbers: Mapping, title: str | None = None) -> Table:

@@ -29,6 +29,7 @@ from retool_jax.evaluation.numbers import describe_failures, summarise
 from retool_jax.evaluation.purposes import classifier_named
 from retool_jax.evaluation.results import COMPLETE, ProblemResult, compare, numbers_of, table
 from retool_jax.evaluation.store import Store
+from retool_jax.fields import show as show_value
 from retool_jax.files import replacing
 from retool_jax.metrics import Progress, format_percent
 from retool_jax.models.attention import resolve_kernel
@@ -389,4 +390,10 @@ def show(result: dict, theirs: dict | None) -> None:
     if happened := describe_failures(numbers):
         print(f"{happened}; the same command again draws what was lost anew")
     if theirs:
-        console.print(table(compare(result, theirs), f"{result['set']}: this one and the other, on the same problems"))
+        compared = compare(result, theirs)
+        console.print(table(compared, f"{result['set']}: this one and the other, on the same problems"))
+        if compared["changed"]:
+            print("the set has changed between them: ids are compared, and not all problems are the same")
+        if differs := compared["drawn_differently"].items():
+            words = ", ".join(f"{key} is {show_value(ours)} and {show_value(other)}" for key, (ours, other) in differs)
+            print(f"their samples were drawn in different ways: {words}")

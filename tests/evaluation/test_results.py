@@ -105,6 +105,17 @@ def test_two_results_are_compared_problem_by_problem():
     assert compare(result(theirs), result(ours))["difference"]["value"] == pytest.approx(-1 / 3)
 
 
+def test_samples_that_were_drawn_in_another_way_are_told():
+    """Top-p alone shifts accuracy; seeds and places of a run's files do not count."""
+    ours, theirs = (
+        result({"a": [True]}) | {"config": {"evaluation.top_p": p, "tools": "python", "seed": p, "init_from": str(p)}}
+        for p in (1.0, 0.6)
+    )
+    theirs["config"]["rollout.max_turns"] = 8  # a key that the other version does not have
+    assert compare(ours, theirs)["drawn_differently"] == {"evaluation.top_p": [1.0, 0.6]}
+    assert compare(ours, ours)["drawn_differently"] == compare(ours, theirs | {"config": []})["drawn_differently"] == {}
+
+
 def test_a_sets_name_may_be_written_in_two_ways_but_not_be_another():
     problems = {"a": [True]}
     assert compare(result(problems, "AIME-2025"), result(problems, "aime_2025"))["problems"] == 1
@@ -121,6 +132,10 @@ def test_a_set_at_two_paths_is_one(tmp_path, monkeypatch):
         assert compare(result(problems, str(path)), result(problems, other))["problems"] == 1
     copied = result(problems, "/elsewhere/copied.jsonl") | {"problems_sha256": "12ab"}
     assert compare(result(problems, str(path)) | {"problems_sha256": "12ab"}, copied)["problems"] == 1
+    edited = result(problems, str(path)) | {"problems_sha256": "34cd"}  # of the same path, at another time
+    before = edited | {"problems_sha256": "12ab"}
+    assert compare(edited, before)["changed"] and not compare(edited, edited)["changed"]
+    assert not compare(edited, before | result(problems | {"b": [True]}, str(path)))["changed"], "asked for more"
     for digest in ({"problems_sha256": "34cd"}, {}):
         with pytest.raises(UserError, match="choose two of one set"):
             compare(result(problems, str(path)) | digest, copied)
