@@ -37,6 +37,7 @@ def error_of(main, *words: str) -> str:
         ("serve.streems=3", "did you mean serve.streams?"),
         ("serve.answer_s=0", "serve.answer_s=0.0 must be between 0.1 and 604800"),
         ("init_from=", "init_from is empty, and a server needs weights"),
+        ("init_from=runs/nothing", "no checkpoint at runs/nothing: expected checkpoints of a run"),
         ("engine.tool_lag=1", "set engine.tool_lag=-1"),
         ("rollout.max_prompt_tokens=256", "leaves no room in engine.max_length=256; lower it"),
         ("rl.steps=3", "it belongs to configs of task grpo"),

@@ -25,7 +25,7 @@ from retool_jax.run.build import (
     warm_up,
 )
 from retool_jax.run.schema import ServeRun
-from retool_jax.run.weights import load_weights
+from retool_jax.run.weights import load_weights, require_folder
 from retool_jax.tokens.tokenizer import load_tokenizer
 from retool_jax.tools.toolbox import load_tools
 
@@ -47,6 +47,7 @@ async def serve(run: ServeRun) -> None:
     """
     token = os.environ.pop(TOKEN_VARIABLE, "")
     rpc = rpc_module() if run.serve.grpc_port is not None else None
+    require_folder(run.init_from)
     tokenizer = load_tokenizer(run.tokenizer)
     run = replace(run, model=model_for(run, tokenizer))
     tools = load_tools(run.tools)

@@ -103,7 +103,12 @@ def require_checkpoint(run: Run) -> None:
     """A `UserError` when a run needs `init_from` for its weights or tokenizer and there is no checkpoint."""
     if not run.init_from or (has_checkpoints(run) and run.tokenizer != run.init_from):
         return
-    folder = find_folder(run.init_from, weights=False)
+    require_folder(run.init_from)
+
+
+def require_folder(name: str) -> None:
+    """A `UserError` when a folder or hub id has neither checkpoints of a run nor a model."""
+    folder = find_folder(name, weights=False)
     if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
         raise no_checkpoint(folder)
 

@@ -207,7 +207,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         UserError: the files are missing, cannot be read, contradict each other or belong to no known family.
     """
     folder = MINIATURE if path == "miniature" else Path(path)
-    if not folder.is_dir() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+    if not folder.is_dir() and path.count("/") == 1 and not path.startswith((".", "/", "~", "runs/")):
         folder = _download(path)
     config = _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():

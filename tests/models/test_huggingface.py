@@ -372,8 +372,8 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path):
 def test_only_what_looks_like_a_hub_id_is_sought_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "runs").mkdir()
-    for name in ("/nope/there", "runs/missing", "missing", "a/b/c"):
+    (tmp_path / "here").mkdir()
+    for name in ("/nope/there", "runs/missing", "here/missing", "missing", "a/b/c"):
         assert find_folder(name) == Path(name)
     with pytest.raises(UserError, match=r"no folder Qwen/nothing here.*LocalEntryNotFoundError"):
         find_folder("Qwen/nothing")
