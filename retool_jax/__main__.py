@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import sys
 
 from retool_jax.errors import UserError, run_command
 
@@ -43,7 +44,9 @@ def main(words: list[str]) -> None:
 
 
 def run() -> None:
-    """The console script."""
+    """The console script. As with `python -m`, tools and rewards of one's own may be modules in the current folder."""
+    if "" not in sys.path:
+        sys.path.append("")
     run_command(main)
 
 

@@ -54,6 +54,16 @@ def test_an_unknown_command_is_told_the_nearest_one(word, meant):
     assert str(caught.value) == f"unknown command {word!r}; {hint}there are: {', '.join(retool.COMMANDS)}"
 
 
+def test_the_console_script_finds_modules_of_the_current_folder(monkeypatch, tmp_path):
+    """As `python -m` does; a script's own path has only the folder of the script."""
+    (tmp_path / "my_own_tools.py").write_text("shout = str.upper\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    monkeypatch.setattr("sys.argv", ["retool", "--help"])
+    retool.run()
+    assert import_module("my_own_tools").shout("a") == "A"
+
+
 def test_every_command_of_the_package_is_there():
     folder = Path(retool.__file__).parent
     runs = [path for path in folder.rglob("*.py") if "\n    run_command(main)\n" in path.read_text()]
