@@ -1,7 +1,8 @@
 """Read rows as dicts from JSONL, JSON and parquet files, the Hugging Face hub and TensorFlow Datasets."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from retool_jax.errors import UserError, one_line
 from retool_jax.sandbox.text import encodable
 from retool_jax.shapes import map_leaves
 
+PARQUET_ROWS = 1024  # that are in memory at the same time
 FORMS = "a JSONL or parquet file, a hub id"  # for error messages; the caller adds its own sources, like `arithmetic`
 
 
@@ -36,7 +38,7 @@ def read_rows(source: str, others: str = "") -> Iterable[dict]:
                 f"cannot read data {source}: its name ends in none of .jsonl, .json and .parquet; write it in one"
                 " of these forms, or rename it if it has one"
             )
-        return _load_dataset(source, others, name, config or None, split=split or "train")
+        return _load_dataset(source, others, name, config or None, split or "train")
     if not Path(source).is_file():
         raise UserError(f"no data file {source}; give {FORMS}{others}")
     if suffix == ".parquet":
@@ -86,26 +88,47 @@ def _loaded(text: str) -> Any:
     return map_leaves(lambda leaf: encodable(leaf) if isinstance(leaf, str) else leaf, value)
 
 
+@dataclass(frozen=True)
+class _ParquetRows:
+    """The rows of a file, read anew each time. `datasets` would copy them into its cache first."""
+
+    source: str
+    others: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict]:
+        import pyarrow.parquet as pq
+
+        batches = pq.ParquetFile(self.source).iter_batches(PARQUET_ROWS)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except Exception as error:  # pyarrow raises several kinds
+                raise _unreadable(self.source, self.others, error) from error
+            yield from map(_plain, rows)
+
+
 def _parquet_rows(source: str, others: str) -> Iterable[dict]:
-    import pyarrow.parquet as pq  # with `datasets`, which is slow to import
+    import pyarrow.parquet as pq  # slow to import, and not needed for JSONL and the miniature
 
     try:
-        if not pq.read_metadata(source).num_rows:
-            return []
+        return _ParquetRows(source, others, pq.read_metadata(source).num_rows)
     except Exception as error:  # pyarrow raises several kinds for a file that is not parquet
         raise _unreadable(source, others, error) from error
-    rows = _load_dataset(source, others, "parquet", data_files=source, split="train")
-    # Some writers, such as Spark, store texts as bytes.
-    return [_plain(row) for row in rows] if "binary" in str(rows.features) else rows
 
 
-def _load_dataset(source: str, others: str, *words: str | None, **keys: str) -> Iterable[dict]:
+def _load_dataset(source: str, others: str, name: str, config: str | None, split: str) -> Iterable[dict]:
     import datasets  # slow to import, and not needed for JSONL and the miniature
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs each error before it raises it
     try:
-        return datasets.load_dataset(*words, **keys)
+        return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises dozens of kinds, most of them caused by a clearer one
         raise _unreadable(source, others, error.__cause__ or error) from error
 
@@ -128,7 +151,7 @@ def _tensorflow_rows(source: str) -> list[dict]:
 
 
 def _plain(value: object) -> object:
-    """A value with bytes as text and arrays as lists, at any depth."""
+    """A value with bytes as text, which some writers such as Spark store, and arrays as lists, at any depth."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):

@@ -13,6 +13,7 @@ from retool_jax.data.arithmetic import problem_row
 from retool_jax.data.config import SetConfig
 from retool_jax.data.instructions import INSTRUCTION
 from retool_jax.data.problems import Problems, clean, digest_of, load_problems, problems_of_set, to_problem
+from retool_jax.data.sources import read_rows
 from retool_jax.errors import UserError
 
 DAPO_PROMPT = (
@@ -237,6 +238,17 @@ def test_parquet_with_bytes_for_texts_and_without_rows(tmp_path):
     pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
     with pytest.raises(UserError, match=r"has no rows; give at least one problem"):
         load_problems(path)
+
+
+def test_a_parquet_file_is_read_anew_each_time_and_may_be_damaged_in_the_middle(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([{"problem": f"{n}?", "answer": n} for n in range(5000)]), path)
+    rows = read_rows(str(path))
+    assert len(rows) == 5000 and [row["answer"] for row in rows] == [row["answer"] for row in rows] == [*range(5000)]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(2000) + whole[2004:])  # its end, which says where the columns are, is good
+    with pytest.raises(UserError, match=r"cannot read data .*x.parquet \(.*\); give a JSONL or parquet file"):
+        list(read_rows(str(path)))
 
 
 def test_sources_of_tensorflow_datasets():
