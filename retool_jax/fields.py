@@ -186,7 +186,8 @@ def show(value: object) -> str:
 
 def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collection[str] = ()) -> list[tuple[str, str]]:
     """The `key=value` words of a command line as pairs, in their order. `~/` at the start of a path is replaced by the
-    home folder, since shells do not do this in every word.
+    home folder, since shells do not do this in every word. A path loses the `/` at its end, which shells add to names
+    that they complete: a run's name and what is compared with its folder would differ.
 
     Args:
         keys: the keys of a command without a config.
@@ -205,7 +206,8 @@ def split_words(words: Sequence[str], keys: Sequence[str] = (), secrets: Collect
             raise UserError(f"cannot read {without_secrets(word, secrets)!r}; {hint}")
         if keys and not value:
             raise UserError(f"{key}= is empty; give it a value or leave it out, see --help")
-        pairs.append((key, re.sub(r"(?:(?<=,)|^)~(?=/)", lambda _: os.path.expanduser("~"), value)))
+        value = re.sub(r"(?:(?<=,)|^)~(?=/)", lambda _: os.path.expanduser("~"), value)
+        pairs.append((key, value if "://" in value else re.sub(r"(?<=[^,/])/+(?=,|$)", "", value)))
     return pairs
 
 

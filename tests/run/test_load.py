@@ -272,6 +272,9 @@ def test_a_cold_start_in_another_grammar_than_its_policys_is_refused():
         ("data.train", "${x}/y.jsonl", "${x}/y.jsonl"),
         ("data.train", "~/x.jsonl", str(Path.home() / "x.jsonl")),
         ("init_from", "", ""),
+        ("init_from", "runs/mine/", "runs/mine"),  # as a shell completes it
+        ("init_from", "/", "/"),
+        ("tools", "mcp:http://localhost:8000/mcp/", "mcp:http://localhost:8000/mcp/"),
     ],
 )
 def test_values_are_read_as_meant(key, word, value):
