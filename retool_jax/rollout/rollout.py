@@ -248,6 +248,17 @@ def trajectories_of(dialogues: Sequence[Dialogue], origin: float) -> list[Trajec
     return trajectories
 
 
+class PromptTooLong(UserError):
+    """A prompt has more than `rollout.max_prompt_tokens`, namely `tokens`."""
+
+    def __init__(self, problem: Problem, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"problem {problem.id} has a prompt of {tokens} tokens; the limit is rollout.max_prompt_tokens={limit}:"
+            " raise it (and engine.max_length with it) or leave the problem out"
+        )
+        self.tokens = tokens
+
+
 def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None, limits: RolloutConfig) -> list[int]:
     """A problem's prompt as ids, with the tools that it names, or all tools.
 
@@ -261,12 +272,24 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem, tools: Toolbox | None,
     else:
         ids = prompt_ids(tokenizer, messages)
     if len(ids) > limits.max_prompt_tokens:
-        raise UserError(
-            f"problem {problem.id} has a prompt of {len(ids)} tokens; the limit is"
-            f" rollout.max_prompt_tokens={limits.max_prompt_tokens}: raise it (and engine.max_length with it) or leave"
-            " the problem out"
-        )
+        raise PromptTooLong(problem, len(ids), limits.max_prompt_tokens)
     return ids
+
+
+def check_prompts(
+    tokenizer: Tokenizer, problems: Sequence[Problem], tools: Toolbox | None, limits: RolloutConfig
+) -> None:
+    """As `encode_prompt` for each of the problems, with one error for all prompts that are too long."""
+    found: list[PromptTooLong] = []
+    for problem in problems:
+        try:
+            encode_prompt(tokenizer, problem, tools, limits)
+        except PromptTooLong as error:
+            found.append(error)
+    if found:
+        longest = max(error.tokens for error in found)
+        more = f"; {len(found)} of {len(problems)} prompts are too long, the longest has {longest} tokens"
+        raise UserError(f"{found[0]}{more if len(found) > 1 else ''}")
 
 
 def score(

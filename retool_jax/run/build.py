@@ -21,7 +21,7 @@ from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
 from retool_jax.models.sharding import param_shardings
-from retool_jax.rollout.rollout import encode_prompt
+from retool_jax.rollout.rollout import check_prompts
 from retool_jax.run.folder import CONFIG
 from retool_jax.run.load import make, read, read_yaml
 from retool_jax.run.schema import EngineRun, EvaluateRun, RLRun, Run, SFTRun, micro_batches
@@ -124,8 +124,7 @@ def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     _check_apart(run, problems["train"].finite or [], problems["test"].finite or [])
     for stream in problems.values():
-        for problem in stream.finite or stream.head(8):
-            encode_prompt(tokenizer, problem, tools, run.rollout)
+        check_prompts(tokenizer, stream.finite or stream.head(8), tools, run.rollout)
     return problems
 
 
@@ -150,8 +149,7 @@ def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox 
             f"data.source={run.data.source} has {len(problems)} problems, and an evaluation at most {MOST_PROBLEMS};"
             f" set evaluation.problems={MOST_PROBLEMS} or less"
         )
-    for problem in problems:
-        encode_prompt(tokenizer, problem, tools, run.rollout)
+    check_prompts(tokenizer, problems, tools, run.rollout)
     return problems
 
 

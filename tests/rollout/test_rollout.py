@@ -9,7 +9,7 @@ import pytest
 from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.evaluation.numbers import summarise
-from retool_jax.rollout.rollout import Dialogue, RolloutConfig, Sample, encode_prompt, rollout, score
+from retool_jax.rollout.rollout import Dialogue, RolloutConfig, Sample, check_prompts, encode_prompt, rollout, score
 from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.run.cold_start import cold_start_of
 from retool_jax.run.load import load
@@ -239,6 +239,16 @@ def test_a_prompt_over_the_budget_is_named(play):
     said = r"problem p has a prompt of \d+ tokens; the limit is rollout.max_prompt_tokens=5"
     with pytest.raises(UserError, match=said):
         play(["x"], limits=RolloutConfig(max_prompt_tokens=5))
+
+
+def test_all_prompts_over_the_budget_are_counted(tokenizer):
+    """Else whoever has a thousand problems would raise the limit many times."""
+    asked = [replace(problem(), id=f"p{n}", messages=({"role": "user", "content": "a " * n},)) for n in (1, 20, 30, 2)]
+    with pytest.raises(UserError, match=r"^problem p20 has a prompt of .*; 2 of 4 prompts are too long") as caught:
+        check_prompts(tokenizer, asked, None, RolloutConfig(max_prompt_tokens=20))
+    longest = len(encode_prompt(tokenizer, asked[2], None, RolloutConfig(max_prompt_tokens=500)))
+    assert str(caught.value).endswith(f", the longest has {longest} tokens")
+    check_prompts(tokenizer, asked, None, RolloutConfig(max_prompt_tokens=longest))
 
 
 def test_the_record_replays_the_trajectory(tokenizer, play):
