@@ -85,10 +85,11 @@ class Part:
 def is_hub_id(name: str) -> bool:
     """Whether a name looks like a repository of the hub (`Qwen/Qwen3-8B`) and is not a local path.
 
-    `runs/NAME` is a run's folder also where there is none yet: the hub's account `runs` is somebody else's.
+    `runs/NAME` is a run's folder also where there is none yet: the hub's account `runs` is somebody else's. The name of
+    a file of data is none of the hub's either.
     """
     folder = Path(name)
-    looks_so = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*", name)
+    looks_so = re.fullmatch(r"(?!runs/|.*\.(?:jsonl?|parquet)$)[\w-][\w.-]*/[\w-][\w.-]*", name)
     return bool(looks_so) and not folder.exists() and not folder.parent.exists()
 
 

@@ -373,7 +373,7 @@ def test_only_what_looks_like_a_hub_id_is_sought_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "here").mkdir()
-    for name in ("/nope/there", "runs/missing", "here/missing", "missing", "a/b/c"):
+    for name in ("/nope/there", "runs/missing", "here/missing", "missing", "a/b/c", "data/x.jsonl"):
         assert find_folder(name) == Path(name)
     with pytest.raises(UserError, match=r"no folder Qwen/nothing here.*LocalEntryNotFoundError"):
         find_folder("Qwen/nothing")
