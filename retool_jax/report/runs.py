@@ -99,9 +99,10 @@ def _load_run(folder: Path, label: str, setting: str, config: dict) -> Run:
         state = "is empty" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}; start or resume the run with `python -m retool_jax.train config=grpo`")
     summary_path = folder / "summary.json"
-    finished = summary_path.exists()
-    summary = _read_object(summary_path, SUMMARY) if finished else summary_so_far(records)
-    return Run(folder, records, summary, finished, label, setting, config)
+    has_summary = summary_path.exists()
+    summary = _read_object(summary_path, SUMMARY) if has_summary else summary_so_far(records)
+    # A cold start writes no summary, so nothing tells whether it has ended.
+    return Run(folder, records, summary, has_summary or config.get("task") == "sft", label, setting, config)
 
 
 def _read_object(path: Path, shape: dict) -> dict:

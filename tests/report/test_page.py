@@ -138,7 +138,10 @@ def test_a_run_in_its_first_minutes_and_a_cold_start_have_a_report(make_run, tmp
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"sft"' in line) + '{"kind": "sf')
     page = page_of(f"run={folder}")
-    assert "Cold-start loss" in page and "Nothing was evaluated yet" in page
+    assert "Cold-start loss" in page and "Nothing was evaluated yet" in page and "(not finished)" in page
+    (folder / "config.yaml").write_text("task: sft\n")
+    page = page_of(f"run={folder}")
+    assert "A cold start is not evaluated" in page and "(not finished)" not in page, "it never has a summary"
 
 
 def test_bad_input_is_one_line_with_the_way_out(make_run, tmp_path):
