@@ -26,7 +26,7 @@ class Program:
     """A forked program, as the supervisor sees it."""
 
     def __init__(self, tier: Tier, request: dict, stdin: int):
-        """Have `tier` fork it. `child.run_child` reads `request`."""
+        """Have `tier` fork it. `child.run_child` reads `request`. Raises OSError if it cannot be sent."""
         self.tier = tier
         self.uid: int | None = request["uid"]
         self.session = request["session"]
@@ -44,8 +44,8 @@ class Program:
         (self.out, out_end), (self.err, err_end) = os.pipe(), os.pipe()
         self.report, report_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.report.setblocking(False)
-        ends = (stdin, out_end, err_end, report_end.fileno())
-        tier.send(request, ends)
+        send_packet(self.report, request)  # not through the fork server, of which later programs are copies
+        tier.fork((stdin, out_end, err_end, report_end.fileno()))
         report_end.close()
         os.close(out_end)
         os.close(err_end)

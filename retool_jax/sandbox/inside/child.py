@@ -235,9 +235,8 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def serve_cells(request: dict, base_bytes: int, namespace: dict) -> int:
+def serve_cells(request: dict, channel: socket.socket, base_bytes: int, namespace: dict) -> int:
     """Run cells in one namespace until one of them exits; returns the exit code."""
-    channel = socket.socket(fileno=REPORT)
     number = 1
     while True:
         name = "<snippet>" if number == 1 else f"<snippet {number}>"
@@ -269,19 +268,19 @@ def run_child(
     filter_: seccomp.Filter | None,
     base_bytes: int,
     namespace: dict,
-    payload: bytes,
     descriptors: list[int],
 ) -> None:
     """Run a program from its fork to its end; never returns.
 
-    `descriptors`: stdin, stdout, stderr, report, and the packet's memory file if there is one.
+    `descriptors`: stdin, stdout, stderr and report, from which the request is read.
     """
     exit_code, ready = 1, False
     try:
-        request = unpack(payload, descriptors)
         for target, source in enumerate(descriptors):
             os.dup2(source, target, target != REPORT)
         os.closerange(REPORT + 1, 256)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, REPORT)
+        request = unpack(*receive_packet(channel))
         confine(isolation, request, base_bytes)
         if filter_ is not None and isolation.nested:  # otherwise the fork server has installed it already
             seccomp.install(filter_)
@@ -293,7 +292,7 @@ def run_child(
             restrict_imports(request["allowed_modules"], namespace)
         ready = True
         if request["session"]:
-            exit_code = serve_cells(request, base_bytes, namespace)
+            exit_code = serve_cells(request, channel, base_bytes, namespace)
         else:
             report(f"started {time.monotonic()}")
             exit_code, oom, _ = execute(request["code"], "<snippet>", request["show_last_expression"], namespace)

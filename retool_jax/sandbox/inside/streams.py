@@ -11,6 +11,11 @@ EMPTY = b"\xff"  # fills the unused part: this byte never occurs in UTF-8 text
 NOTHING = EMPTY * ROOM_BYTES
 
 
+def kept_in(memory: bytes) -> bytes:
+    """What the memory of an `Output` holds. The program can write anything there."""
+    return memory.rstrip(EMPTY)
+
+
 class Output(io.BufferedWriter):
     """Sends a stream line by line. An unfinished line is kept in memory that is shared with the fork server, which can
     read it after the program has ended."""
@@ -21,19 +26,20 @@ class Output(io.BufferedWriter):
         self.clear()
 
     def _keep_in(self, memory: mmap.mmap) -> None:
-        self._memory, self._keep, self._lock = memory, memory.write, _thread.RLock()
+        self.memory, self._keep, self._lock = memory, memory.write, _thread.RLock()
 
     def clear(self) -> None:
         """Remove everything, so that the next program finds nothing of the last one."""
-        self._memory[:] = NOTHING
+        self.memory[:] = NOTHING
 
-    def kept(self) -> bytes:
-        """What is kept. The program can write anything there."""
-        return self._memory[:].rstrip(EMPTY)
+    @property
+    def used(self) -> bool:
+        """Whether anything is kept; nothing is copied to find out."""
+        return memoryview(self.memory) != NOTHING
 
     def detach_from_parent(self) -> None:
         """In a child that the program has forked: continue with a copy, as with any buffer."""
-        begun = self._memory[: self._memory.tell()]
+        begun = self.memory[: self.memory.tell()]
         self._keep_in(mmap.mmap(-1, ROOM_BYTES))
         self._keep(begun)
 
@@ -55,10 +61,10 @@ class Output(io.BufferedWriter):
 
     def _send(self, data: bytes) -> None:
         """Send what is kept, then `data`."""
-        if used := self._memory.tell():
-            data = self._memory[:used] + data
-            self._memory.seek(0)
-            self._memory[:used] = NOTHING[:used]  # before sending: a kill in between would show it twice
+        if used := self.memory.tell():
+            data = self.memory[:used] + data
+            self.memory.seek(0)
+            self.memory[:used] = NOTHING[:used]  # before sending: a kill in between would show it twice
         while data:
             sent = self.raw.write(data)
             if sent is None:  # the program has made its pipe non-blocking

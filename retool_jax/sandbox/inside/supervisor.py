@@ -29,7 +29,7 @@ from files import WorkFolder
 from isolation import Isolation, isolate
 from reaper import Reaper
 from scheduling import Scheduling
-from tiers import Tier, available
+from tiers import Nursery, Tier, available
 from wire import memory_file, read_frame, write_frame
 
 START_S = 30.0  # how long a fork server may take to import its packages
@@ -43,7 +43,7 @@ class Supervisor:
         self.setup = setup
         self.isolation = isolation
         self.protocol_in = protocol_in
-        self.filter = seccomp.build() if isolation.seccomp else None
+        self.nursery = Nursery(isolation, seccomp.build() if isolation.seccomp else None)
         self.folder = WorkFolder(isolation)
         self.tiers: dict[str, Tier] = {}
         self.names = available(setup["tiers"])
@@ -64,10 +64,10 @@ class Supervisor:
         """The fork server of that name, or the base one if there is none; started if it does not run."""
         name = name if name in self.names else "base"
         self.reap()
-        if name not in self.tiers or self.tiers[name].dead:
+        if name not in self.tiers or self.tiers[name].has_ended():
             if name in self.tiers:
                 self.tiers.pop(name).channel.close()
-            self.tiers[name] = Tier(name, self.isolation, self.filter)
+            self.tiers[name] = Tier(name, self.nursery)
         return self.tiers[name]
 
     def warm(self, names: list[str]) -> list[str]:
@@ -79,11 +79,10 @@ class Supervisor:
         return [tier.name for tier in tiers if tier.ready]
 
     def reap(self) -> None:
-        """Collect ended children: orphans, and fork servers that died."""
+        """Collect ended children: orphans of fork servers that died."""
         with contextlib.suppress(ChildProcessError):
-            while pid := os.waitpid(-1, os.WNOHANG)[0]:
-                for tier in self.tiers.values():
-                    tier.dead |= tier.pid == pid
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
     # -- killing ------------------------------------------------------------------------------------------------------
 
@@ -110,7 +109,11 @@ class Supervisor:
     def known(self) -> set[int]:
         """This worker's own processes."""
         reaper = {self.reaper.pid} if self.reaper is not None else set()
-        return {os.getpid(), *reaper, *(tier.pid for tier in self.tiers.values() if not tier.dead)}
+        return {os.getpid(), self.nursery.pid, *reaper, *self.live_tiers()}
+
+    def live_tiers(self) -> list[int]:
+        """Its fork servers."""
+        return [tier.pid for tier in self.tiers.values() if not tier.dead]
 
     def victims(self) -> list[int]:
         """All processes of programs: every other process if this worker is alone here, else its other descendants."""
@@ -169,15 +172,15 @@ class Supervisor:
                 time.sleep(pause)
             pause = min(2 * pause, 0.02)
         if self.scheduling is not None:
-            self.scheduling.restore([0, self.reaper.pid, *(tier.pid for tier in self.tiers.values())])
+            self.scheduling.restore([0, self.reaper.pid, self.nursery.pid, *self.live_tiers()])
         return True
 
     def kill_everything(self) -> None:
         """Kill all programs and fork servers before this process ends, because not every namespace ends with it."""
-        for tier in self.tiers.values():
+        for pid in (self.nursery.pid, *self.live_tiers()):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(tier.pid, signal.SIGKILL)
-            tier.dead = True
+                os.kill(pid, signal.SIGKILL)
+        self.tiers.clear()
         if self.alone:
             return
         deadline = time.monotonic() + SWEEP_S

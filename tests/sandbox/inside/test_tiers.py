@@ -28,6 +28,33 @@ def test_each_program_is_forked_from_a_process_that_holds_what_it_asks_for(box):
     assert "numpy" in scipy and "scipy" in scipy
 
 
+SECRETIVE = """import numpy, os
+# secret-code
+print("secret" + "-output", end="")
+os._exit(0)"""
+# It does not find itself, and looks at its frames, which are copies of those of the processes that it was forked from.
+SEARCH = """import numpy
+import re, sys
+frame, found = sys._getframe(1), set()
+while frame is not None:
+    found.update(re.findall("secret-c[o]de", repr(frame.f_locals)))
+    frame = frame.f_back
+for line in open("/proc/self/maps"):
+    start, end = (int(number, 16) for number in line.split()[0].split("-"))
+    if line.split()[1].startswith("rw"):
+        with open("/proc/self/mem", "rb", 0) as memory:
+            memory.seek(start)
+            found.update(re.findall(b"secret-(?:c[o]de|out[p]ut)", memory.read(end - start)))
+print(found)"""
+
+
+def test_a_programs_memory_holds_nothing_of_earlier_ones(box):
+    for _ in range(2):  # the first starts the fork server, the second does not
+        secretive, search = [box.run(code, limits=Limits(wall_s=60))[0] for code in (SECRETIVE, SEARCH)]
+        assert (secretive.status, secretive.stdout) == ("success", "secret-output")
+        assert (search.stdout, search.stderr) == ("set()\n", "")
+
+
 def test_random_numbers_differ_from_program_to_program(box):
     for code in (
         "import random\nrandom.random()",
