@@ -85,7 +85,8 @@ def make_command(runtime: Runtime, root: bool, memory_mb: int, **setup: object) 
         command += ["--ro-bind", path, path]
     for target, link in runtime.links:
         command += ["--symlink", target, link]
-    command += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(INSIDE), INSIDE_TARGET]
+    # Without root it belongs to the user whose programs these are, and what one leaves there the next would find.
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--ro-bind", str(INSIDE), INSIDE_TARGET]
     if runtime.root is None:
         command += ["--dir", "/tmp", "--dir", "/var", "--symlink", "/tmp", "/var/tmp", "--remount-ro", "/"]
     return command + supervisor_command(

@@ -51,8 +51,11 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
         "kill": "import os\nfor victim in (1, -1):\n    try:\n        os.kill(victim, 9)\n"
         "    except ProcessLookupError:\n        print('nobody else')\n"
         "print([p for p in os.listdir('/proc') if p.isdecimal()] == ['1', str(os.getpid())])",
-        "leave": "open('f', 'w').write('x')\nopen('/dev/shm/f', 'w').write('x')\nNone",
-        "find": "import os\nprint(os.listdir('.'), os.listdir('/dev/shm'))",
+        "leave": "import os\nopen('f', 'w').write('x')\nopen('/dev/shm/f', 'w').write('x')\n"
+        "for folder, _, _ in os.walk('/'):\n    try:\n        open(folder + '/left', 'w')\n"
+        "    except OSError:\n        pass",
+        "find": "import os\nprint(os.listdir('.'), os.listdir('/dev/shm'))\n"
+        "print([folder for folder, _, files in os.walk('/') if 'left' in files])",
         "signal": "import os\nprint('a', end='')\nos.abort()",
         "daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint('done')",
         "exit": "import sys\nsys.exit(7)",
@@ -76,7 +79,7 @@ def test_programs_of_an_ordinary_user_are_kept_apart_all_the_same(as_nobody):
     assert "nested namespaces per program" in description
     assert results["who"].stdout == f"{NOBODY} False\n0000000000000000\n"
     assert results["kill"].stdout == "nobody else\nTrue\n"  # it cannot signal process 1, and there is no other process
-    assert results["find"].stdout == "[] []\n"
+    assert results["find"].stdout == "[] []\n[]\n"
     assert (results["signal"].status, results["signal"].signal, results["signal"].stdout) == ("user_error", 6, "a")
     assert results["daemon"].stdout == "done\n" and results["daemon"].wall_s < 5
     assert results["exit"].return_code == 7
