@@ -11,6 +11,7 @@ CUT = "\n[... characters removed ...]\n"  # without a count, which a policy coul
 # message: code is parsed before it runs, so the call that helps would come too late there.
 DIGITS_ERROR = "use sys.set_int_max_str_digits() to increase the limit"
 DIGITS_HELP = "[to write longer numbers, begin with: import sys; sys.set_int_max_str_digits(0)]"
+TRACEBACK = "Traceback (most recent call last)"
 MAX_FRAMES = 3
 MAX_ERROR_LINES = 10
 SNIPPET_FRAME = '  File "<snippet'  # a session's later cells are <snippet 2> and so on
@@ -94,7 +95,7 @@ def short_error(stderr: str, room: int, count: Count) -> str:
 def _error_parts(stderr: str) -> tuple[str, str]:
     """The program's own frames, and the message, whose first line names the error."""
     lines = stderr.rstrip().split("\n")
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    starts = [i for i, line in enumerate(lines) if line.startswith(TRACEBACK)]
     first = (
         starts[-1] + 1 if starts else next((i for i, line in enumerate(lines) if line.startswith(SNIPPET_FRAME)), -1)
     )
@@ -127,6 +128,8 @@ def describe_end(result: ToolResult) -> str:
 def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
     """Output, then a short error with advice, then how the run ended; `count` of the text is at most `room`.
 
+    What a program that succeeded wrote to stderr is shown if it holds a traceback, or if there is no other output.
+
     Args:
         result: how the program ended.
         room: the largest size of the text, in the unit of `count`.
@@ -140,7 +143,9 @@ def tool_text(result: ToolResult, room: int, count: Count = len) -> str:
         raise ValueError(f"a result of status {result.status} is not for the model: {result.message}")
     result = replace(result, **{name: encodable(getattr(result, name)) for name in ("stdout", "stderr", "message")})
     output = result.stdout.rstrip("\n")
-    error = short_error(result.stderr, room, count) if result.status != "success" or not output.strip() else ""
+    # Of a program that succeeds, stderr mostly holds warnings. But a thread may have failed, or an error was printed.
+    shown = result.status != "success" or not output.strip() or TRACEBACK in result.stderr
+    error = short_error(result.stderr, room, count) if shown else ""
     help_ = DIGITS_HELP if error.endswith(DIGITS_ERROR) else ""
     ending = "\n".join(filter(None, (error, help_, describe_end(result))))
     if not output.strip() or not ending:

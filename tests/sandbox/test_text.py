@@ -22,6 +22,9 @@ def test_output_is_told_as_it_is():
     assert tool_text(ToolResult("success", stdout="4\n"), 100) == "4"
     assert tool_text(ToolResult("success", stdout="4\n", stderr="a warning"), 100) == "4"
     assert tool_text(ToolResult("success", stderr="only here\n"), 100) == "only here"
+    thread = ToolResult("success", stdout="4\n", stderr=f"a warning\nException in thread Thread-1 (f):\n{TRACEBACK}")
+    assert tool_text(thread, 1000).startswith('4\n  File "<snippet>"')
+    assert tool_text(thread, 1000).endswith("\nZeroDivisionError: division by zero")
 
 
 @pytest.mark.parametrize("stdout", ["", "\n \n"])
