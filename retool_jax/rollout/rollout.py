@@ -17,9 +17,14 @@ from retool_jax.rollout.trajectory import End, ToolUse, Trajectory, numbers_of
 from retool_jax.tokens.chat import defuse, prompt_ids, user_segment
 from retool_jax.tokens.grammar import GRAMMARS, ToolCall, marking_ids
 from retool_jax.tokens.tokenizer import Tokenizer
+from retool_jax.tools.tool import Output
 from retool_jax.tools.toolbox import INVALID, Toolbox, ToolStates
 
 FINAL_REQUEST = r"Stop here and give the final answer now, in \boxed{}."
+# They run one after the other, each up to its time limit. A policy that repeats itself can write hundreds in one turn,
+# and a step waits for its slowest trajectory.
+MOST_CALLS = 16  # of one turn; further ones are answered with `TOO_MANY`
+TOO_MANY = Output(f"[not run: a turn may have at most {MOST_CALLS} calls]", "program", kind="rejected")
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,10 @@ class Dialogue:
         turn, turn_start = self.trajectory.turns - 1, self.trajectory.segments[-1].start
         places = marking_ids(self._tokenizer, turn_ids, self._text, [call.start for call in calls])
         outputs = []
-        for call, place in zip(calls, places, strict=True):
-            output = await self._tools.run(call, self._tool_states)
-            lost, invalid = output.fault == "machinery", output.status == INVALID
+        for number, (call, place) in enumerate(zip(calls, places, strict=True)):
+            output = await self._tools.run(call, self._tool_states) if number < MOST_CALLS else TOO_MANY
+            lost = output.fault == "machinery"
+            invalid = output.status == INVALID or output is TOO_MANY  # its name and arguments may be anything
             text = output.text if lost or invalid else output.shortened(self._limits.tool_output_tokens, self._count)
             numbers = {} if lost or invalid else numbers_of(output.metrics)
             use = ToolUse(

@@ -15,6 +15,7 @@ from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.evaluation.measure import write_trajectories
 from retool_jax.evaluation.numbers import summarise
+from retool_jax.rollout.reward import executed_calls
 from retool_jax.rollout.rollout import RolloutConfig, Sample, encode_prompt, rollout, score
 from retool_jax.rollout.trajectory import End, Trajectory
 from retool_jax.sandbox import SandboxConfig
@@ -161,6 +162,15 @@ def test_a_call_that_does_not_fit_is_answered_in_words_and_the_turn_goes_on(toke
     (trajectory,) = play(tokenizer, OWN, [policy_turn_text(calls), policy_turn_text(LAST)])
     wrong = 'malformed call: arguments must be {"text": "..."}'
     assert [use.output for use in trajectory.tool_uses] == [wrong, wrong, "SIX"] and trajectory.reward == 1.0
+
+
+def test_calls_beyond_the_most_of_a_turn_are_answered_and_not_run(tokenizer, play):
+    calls = turn(*[("shout", {"text": "six"})] * 17, ("nobody", {}))
+    (trajectory,) = play(tokenizer, OWN, [policy_turn_text(calls), policy_turn_text(LAST)])
+    assert [use.tool for use in trajectory.tool_uses[15:]] == ["shout", "", ""]
+    refused = ["[not run: a turn may have at most 16 calls]"] * 2
+    assert [use.output for use in trajectory.tool_uses] == ["SIX"] * 16 + refused
+    assert executed_calls(trajectory) == 16 and trajectory.end == End.ANSWERED
 
 
 def test_a_call_of_another_tool_is_recorded_with_its_name_arguments_and_numbers(tokenizer, play, tmp_path):
