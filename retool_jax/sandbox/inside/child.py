@@ -73,6 +73,11 @@ def prepare() -> tuple[dict, tuple[Output, Output]]:
     site.setquit()  # the option -S left out exit(), quit() and help()
     site.sethelper()
     site.setcopyright()
+    # A slot stands for one core. Pools of processes have as many members as there are cores, and on a machine with many
+    # these would be more processes and descriptors than a program may have.
+    for name in ("cpu_count", "process_cpu_count"):
+        if hasattr(os, name):
+            setattr(os, name, lambda: 1)
     sys.argv = [""]
     sys.path.insert(0, "")  # the working directory, which belongs to one call alone
     for name in OWN_MODULES:

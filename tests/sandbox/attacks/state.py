@@ -121,7 +121,7 @@ print('LEFT' in os.environ, 'left' in os.environ['PATH'], oct(old), time.timezon
         """
 import os
 print(os.nice(0), sorted(os.sched_getaffinity(0)))
-others = set(range(os.cpu_count())) - os.sched_getaffinity(0) or {0}
+others = set(range(os.sysconf("SC_NPROCESSORS_ONLN"))) - os.sched_getaffinity(0) or {0}
 for pid in (0, 1, os.getppid() or 1, *[int(name) for name in os.listdir("/proc") if name.isdecimal()]):
     for call in (lambda: os.setpriority(os.PRIO_PROCESS, pid, 19), lambda: os.sched_setaffinity(pid, others)):
         try:
