@@ -229,9 +229,12 @@ def print_traceback(error: BaseException, running: bool) -> None:
 
 
 def flush() -> None:
+    """Send what the program has written so far, also what libraries in C have."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(BaseException):  # the program may have closed or replaced it
             stream.flush()
+    with contextlib.suppress(BaseException):
+        LIBC.fflush(None)
 
 
 def cpu_seconds() -> float:

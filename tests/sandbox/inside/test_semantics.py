@@ -36,6 +36,7 @@ PROGRAMS = {
     "empty": ("", ""),
     "numpy": ("import numpy as np\nint(np.arange(4).sum())", "6\n"),
     "process pool": ("import multiprocessing as m\nwith m.Pool(2) as p:\n    print(p.map(abs, [-1, 2]))", "[1, 2]\n"),
+    "a library in C prints": ("print(1)\nimport ctypes\nctypes.CDLL(None).puts(b'2')\nNone", "1\n2\n"),
     "as many processes as cores": (  # whatever the machine has
         "import multiprocessing as m, concurrent.futures as c, os\nwith m.Pool() as p:\n    print(p._processes)\n"
         "with c.ProcessPoolExecutor() as p:\n    print(p._max_workers)\nos.cpu_count()",
