@@ -294,7 +294,8 @@ def run_child(
             seccomp.install(filter_)
         reseed()
         for stream in (sys.stdout, sys.stderr):
-            os.register_at_fork(after_in_child=stream.buffer.detach_from_parent)
+            output = stream.buffer
+            os.register_at_fork(before=output.send_lines, after_in_child=output.detach_from_parent)
         gc.enable()
         if request["allowed_modules"]:
             restrict_imports(request["allowed_modules"], namespace)

@@ -146,6 +146,15 @@ CUT_OFF = {
         "import os, sys\nfor _ in range(300):\n    sys.stdout.write('x' * 100)\nos.kill(os.getpid(), 9)",
         *("user_error", "x" * 30_000, ""),
     ),
+    "lines that are sent in blocks": (
+        "import os\nfor i in range(101):\n    print(i)\nos.write(1, b'-\\n')\nprint('a')\nos.kill(os.getpid(), 9)",
+        *("user_error", "".join(f"{i}\n" for i in range(100)) + "-\n100\na\n", ""),
+    ),
+    "a child of a program that prints in blocks": (
+        "import os\nfor i in range(150):\n    print('a')\nprint('b', end='')\nif os.fork() == 0:\n    print('c')\n"
+        "    os._exit(0)\nos.wait()\nos.kill(os.getpid(), 9)",
+        *("user_error", "a\n" * 150 + "bc\nb", ""),
+    ),
     "a child has a copy, as ever": (
         "import os\nprint('a', end='')\nif os.fork() == 0:\n    print('b')\n    os._exit(0)\nos.wait()\n"
         "os.kill(os.getpid(), 9)",
