@@ -310,6 +310,9 @@ def run_child(
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         atexit._run_exitfuncs()
+        if request["fetch"]:  # as at the end of any Python, files that are still open are written and closed
+            namespace.clear()
+            gc.collect()
     except BaseException:
         if not ready:  # for the caller's log; later errors could only come from streams that the program broke
             traceback.print_exc(file=sys.__stderr__)

@@ -211,6 +211,7 @@ class Supervisor:
             "limits": request["limits"],
             "uid": self.isolation.uid(self.calls),
             "session": session,
+            "fetch": bool(request["fetch"]),
             "memory_mb": max(self.setup["memory_mb"], request["limits"]["memory_mb"]),
             "oom_first": "events" in self.setup,
         }

@@ -47,12 +47,15 @@ def test_files_go_in_and_come_out(box):
         "data = open('in/a.bin', 'rb').read()\n"
         "open('out.bin', 'wb').write(data[::-1])\n"
         "os.symlink('/etc/passwd', 'link')\n"
-        "os.mkdir('folder')"
+        "os.mkdir('folder')\n"
+        "file = open('open.txt', 'w')\n"
+        "file.write('never closed')"
     )
-    fetch = ("out.bin", "missing", "link", "folder", "in/a.bin")
+    fetch = ("out.bin", "open.txt", "missing", "link", "folder", "in/a.bin")
     (done,) = box.run(code, files={"in/a.bin": b"\x00\xff1"}, fetch=fetch)
     (refused,) = box.run("print(1)", fetch=["../x"])
-    assert (done.status, done.files) == ("success", {"out.bin": b"1\xff\x00", "in/a.bin": b"\x00\xff1"})
+    files = {"out.bin": b"1\xff\x00", "open.txt": b"never closed", "in/a.bin": b"\x00\xff1"}
+    assert (done.status, done.files) == ("success", files)
     assert (refused.status, refused.attempts) == ("rejected", 0)
     assert "'..'" in refused.message
 
