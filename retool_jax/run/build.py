@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from retool_jax.data.arithmetic import SPLITS
-from retool_jax.data.problems import Problem, Problems, count_shared, problems_of_set
+from retool_jax.data.problems import MADE, Problem, Problems, count_shared, problems_of_set
 from retool_jax.engine.ahead import held_bytes
 from retool_jax.engine.engine import Engine, compile_ahead
 from retool_jax.errors import UserError, one_line
@@ -21,7 +21,8 @@ from retool_jax.models.config import ARCHITECTURE, ModelConfig, config_from_hf
 from retool_jax.models.decoder import Params
 from retool_jax.models.huggingface import find_folder
 from retool_jax.models.sharding import param_shardings
-from retool_jax.rollout.rollout import check_prompts
+from retool_jax.rollout.config import RolloutConfig
+from retool_jax.rollout.rollout import check_prompts, encode_prompt
 from retool_jax.run.folder import CONFIG
 from retool_jax.run.load import make, read, read_yaml
 from retool_jax.run.schema import EngineRun, EvaluateRun, RLRun, Run, SFTRun, micro_batches
@@ -31,6 +32,8 @@ from retool_jax.tokens.grammar import GRAMMARS
 from retool_jax.tokens.tokenizer import Tokenizer
 from retool_jax.tools.config import words_of
 from retool_jax.tools.toolbox import Toolbox, load_tools
+
+BOX = "oxed{"  # in a prompt that asks for a box, also where `\b` was read as an escape
 
 
 def resolve(words: list[str]) -> Run:
@@ -123,8 +126,9 @@ def problems_of(run: RLRun, tokenizer: Tokenizer, tools: Toolbox | None) -> dict
     """The problems of each split. Over-long prompts are refused; of an endless set only the first 8 are checked."""
     problems = {split: Problems(getattr(run.data, split), split, run.seed) for split in SPLITS}
     _check_apart(run, problems["train"].finite or [], problems["test"].finite or [])
-    for stream in problems.values():
+    for split, stream in problems.items():
         check_prompts(tokenizer, stream.finite or stream.head(8), tools, run.rollout)
+        _check_form(f"data.{split}={getattr(run.data, split)}", stream.finite or [], tokenizer, tools, run.rollout)
     return problems
 
 
@@ -150,7 +154,22 @@ def problems_to_evaluate(run: EvaluateRun, tokenizer: Tokenizer, tools: Toolbox 
             f" set evaluation.problems={MOST_PROBLEMS} or less"
         )
     check_prompts(tokenizer, problems, tools, run.rollout)
+    if run.data.source not in MADE:
+        _check_form(f"data.source={run.data.source}", problems, tokenizer, tools, run.rollout)
     return problems
+
+
+def _check_form(
+    name: str, problems: Sequence[Problem], tokenizer: Tokenizer, tools: Toolbox | None, limits: RolloutConfig
+) -> None:
+    """Print how many prompts of a set do not ask for a box. A policy that follows such a prompt has no right answer."""
+    silent = [p for p in problems if not any(BOX in str(message["content"]) for message in p.messages)]
+    # The grammar's own prompt may ask for it.
+    if silent and BOX not in tokenizer.decode(encode_prompt(tokenizer, silent[0], tools, limits)):
+        print(
+            f"data: {len(silent)} of the {len(problems)} prompts of {name} do not ask for an answer in \\boxed{{}}, and"
+            " no other is read; python -m retool_jax.prepare kind=problems writes prompts that do"
+        )
 
 
 def sandbox_config(run: EngineRun) -> SandboxConfig:

@@ -9,8 +9,10 @@ from retool_jax.data.problems import Problem
 from retool_jax.errors import UserError
 from retool_jax.evaluation.store import Store
 from retool_jax.rollout.trajectory import End, ToolUse, Trajectory
+from retool_jax.run.build import problems_to_evaluate
 from retool_jax.run.evaluate import check_asked, check_samples, complete_result, result_of, sample_keys
 from retool_jax.run.load import load
+from retool_jax.tools.toolbox import load_tools
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 2 + 4?"},), "6")
 ASKED = {"set": "own", "weights": {}, "problems": "0"}
@@ -69,3 +71,27 @@ def test_a_sample_that_nobody_asked_for_is_named_before_anything_is_drawn(tmp_pa
             store.add([{"group": g, "sample": s, "end": "answered", "correct": True} for g, s in there])
             with pytest.raises(UserError, match=said):
                 check_samples(tmp_path, store, sample_keys(2, 2))
+
+
+def test_prompts_that_do_not_ask_for_a_box_are_counted(tokenizer, tmp_path, capsys):
+    """DAPO-Math-17k's own prompts name a box only to say that none is needed."""
+    asked = {
+        "dapo": 'What is 2 + 4? Put your answer on its own line after "Answer:", and you do not need to use a'
+        " \\boxed command.",
+        "box": "What is 2 + 5? Answer in \\boxed{}.",
+        "plain": "What is 2 + 6?",
+    }
+    told = {}
+    for names in (("dapo", "box", "plain"), ("box",)):
+        rows = [
+            {"prompt": [{"role": "user", "content": asked[name]}], "reward_model": {"ground_truth": "6"}}
+            for name in names
+        ]
+        (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for grammar in ("hermes", "retool"):
+            words = [f"rollout.grammar={grammar}", "rollout.max_prompt_tokens=4000", "engine.max_length=4096"]
+            run = load(["config=eval", f"data.source={tmp_path / 'set.jsonl'}", "evaluation.problems=0", *words])
+            problems_to_evaluate(run, tokenizer, load_tools(run.tools))
+            told[names, grammar] = capsys.readouterr().out
+    assert "data: 2 of the 3 prompts of data.source=" in told[("dapo", "box", "plain"), "hermes"]
+    assert {text for key, text in told.items() if key != (("dapo", "box", "plain"), "hermes")} == {""}
