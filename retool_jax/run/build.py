@@ -176,7 +176,9 @@ def sandbox_config(run: EngineRun) -> SandboxConfig:
     """The sandbox's config with a queue for one call of every engine slot: no call is refused or times out in the queue
     even if all of them run to their time limit."""
     box, slots = run.sandbox, run.engine.slots
-    longest_s = (slots / box.slot_count + 1) * (box.limits.wall_s + 1)
+    # A server does not say how many programs it runs at once; it may be one.
+    at_once = min(box.slot_count, len(box.urls)) if box.urls else box.slot_count
+    longest_s = (slots / at_once + 1) * (box.limits.wall_s + 1)
     waiting = max(slots, box.sessions) if "python_session" in words_of(run.tools) else slots
     return dataclasses.replace(
         box, queue_limit=box.queue_limit or waiting, queue_s=min(max(box.queue_s, longest_s), 86400)

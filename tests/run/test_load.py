@@ -399,6 +399,14 @@ def test_the_papers_grammar_has_one_tool():
     assert sandbox_config(load([*session, "engine.slots=4"])).queue_limit == 16, "every interpreter may call"
 
 
+def test_calls_wait_for_servers_as_if_each_ran_one_program_at_once():
+    """What a server can do at once is not known here, and this machine's cores say nothing about it."""
+    far = ["sandbox.backend=[remote]", "sandbox.urls=[http://a,http://b]"]
+    words = ["config=grpo", "engine.slots=64", "sandbox.limits.wall_s=30", "sandbox.slots=8"]
+    assert sandbox_config(load([*words, *far])).queue_s == (64 / 2 + 1) * 31
+    assert sandbox_config(load(words)).queue_s == 600, "eight slots need less than sandbox.queue_s"
+
+
 # ----------------------------------------------------------------------------------------------------------- help
 
 
