@@ -39,7 +39,7 @@ class Output(io.BufferedWriter):
     @property
     def used(self) -> bool:
         """Whether anything is kept; nothing is copied to find out."""
-        return memoryview(self.memory) != NOTHING
+        return self.memory.find(NOTHING, 0) != 0
 
     def send_lines(self) -> None:
         """Before a fork: send the lines that are complete, so that the child does not have them too."""
