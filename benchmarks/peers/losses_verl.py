@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
 
 
 def run(folder: Path, rows: Rows, settings: dict) -> tuple[list[float], list[dict]]:
-    """Losses and gradients of the updates of a policy, or of a critic with work=critic."""
+    """Losses and gradients of the updates of a policy, or of a critic where the settings have learns=critic."""
     policy, mask = load(folder / "policy"), rows.mask
     critic = Critic(folder) if settings["advantage"] == "gae" else None
     with torch.no_grad():
